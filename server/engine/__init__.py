@@ -1,0 +1,1 @@
+"""Scheduling and the forward pass. Knows token ids only: neither HTTP, metrics nor a tokenizer."""

@@ -1,0 +1,41 @@
+"""What the engine needs to know of a deployment. Values only; the settings that fill it live in `server.settings`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rope.spec import RopeSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One deployment.
+
+    Attributes:
+        dtype: of weights and activations: auto, bfloat16, float16 or float32.
+        device: auto, cpu, cuda or cuda:N.
+        rope: the position method that requests get unless they choose their own.
+        max_model_len: tokens of prompt and output together; None derives it from the method and the cache.
+        max_num_seqs: sequences in one step at most.
+        max_batched_tokens: token budget of one step, shared by prefill chunks and decode steps.
+        block_size: tokens a cache block holds.
+        kv_cache_memory: bytes for keys and values; None sizes it from free memory.
+        kv_cache_dtype: auto is the dtype of the activations.
+        prefix_caching: keep finished blocks for later prompts with the same beginning.
+        max_queued_requests, max_queued_tokens: waiting requests and their prompt tokens before a 429.
+        request_timeout_s: a request older than this is aborted; None never.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    rope: RopeSpec = field(default_factory=RopeSpec)
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    kv_cache_dtype: str = "auto"
+    prefix_caching: bool = True
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 4_000_000
+    request_timeout_s: float | None = None

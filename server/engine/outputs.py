@@ -1,0 +1,55 @@
+"""What the engine hands back, step by step. The API turns it into text and events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. `stop`: end-of-sequence or a stop id; `length`: max_tokens or the model's length."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability (natural, of the unpenalised, untempered distribution) of one token and its alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds, of one finished request: in the queue, from first scheduling to first token, and from there to the end."""
+
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One event of one request.
+
+    Attributes:
+        token_ids: the new tokens; empty in a prefill-progress event.
+        logprobs: one per new token when asked for.
+        prompt_logprobs: once, with the first event after the prefill: one per prompt token, the first is None.
+        num_prompt_tokens, num_cached_tokens, num_processed_tokens: the prompt, how much of it came from the
+            prefix cache, and how much is computed so far (cached included).
+        finish_reason: set on the last event; `timings` with it.
+    """
+
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_processed_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    timings: Timings | None = None

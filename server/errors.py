@@ -1,0 +1,90 @@
+"""Every error a user can meet, with its HTTP status. A leaf: imports nothing of ours.
+
+    PreRopeError
+    ├── ConfigurationError      a setting or a model that cannot be served: the start stops
+    └── RequestError            one request is refused or fails; the server goes on
+        ├── InvalidRequest      400
+        ├── Unauthorized        401
+        ├── ModelNotFound       404
+        ├── BodyTooLarge        413
+        ├── QueueFull           429, with Retry-After
+        ├── EngineUnavailable   503: loading, draining or dead
+        └── EngineFailure       500: the step that served this request failed
+
+A message names the thing, the limit, the value given and the remedy, and never a path or a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PreRopeError(Exception):
+    """Root of the tree."""
+
+
+class ConfigurationError(PreRopeError):
+    """The deployment cannot work as configured; the message says which setting or model, and what is allowed."""
+
+
+class RequestError(PreRopeError):
+    """One request is refused. `param` names the request's field, `code` is a machine-readable reason."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(RequestError):
+    """A bad value, or a prompt that does not fit."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class Unauthorized(RequestError):
+    """A missing or wrong API key."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class ModelNotFound(RequestError):
+    """The `model` field names a model that this server does not serve."""
+
+    status = 404
+    type = "not_found_error"
+
+
+class BodyTooLarge(RequestError):
+    """The request body exceeds the limit in bytes."""
+
+    status = 413
+    type = "invalid_request_error"
+
+
+class QueueFull(RequestError):
+    """Too many waiting requests or waiting tokens; try again after `retry_after_s` seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, message: str, *, retry_after_s: int, code: str = "queue_full") -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class EngineUnavailable(RequestError):
+    """The engine is loading, draining or dead."""
+
+    status = 503
+    type = "service_unavailable_error"
+
+
+class EngineFailure(RequestError):
+    """The engine failed while it served this request."""
