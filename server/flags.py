@@ -1,0 +1,149 @@
+"""Settings from the command line, and how settings are explained: `--help`, errors, the README's table.
+
+Everything here is generated from the fields of `Settings`, so none of it can differ from what is accepted. A flag wins
+over its variable. A wrong value, or a flag that does not exist, becomes a `ConfigurationError` of one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import ByteSize, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from server.errors import ConfigurationError
+from server.settings import Settings
+
+TABLE_BEGIN = "<!-- environment: begin -->"
+TABLE_END = "<!-- environment: end -->"
+
+
+def load_settings(argv: Sequence[str]) -> Settings:
+    """Flags over environment over defaults. Raises ConfigurationError; SystemExit(0) after `--help` or `--markdown`."""
+    given = {name: value for name, value in vars(_parser().parse_args(argv)).items() if value != ""}
+    if given.pop("markdown", False):
+        print(environment_table())
+        raise SystemExit(0)
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise ConfigurationError("; ".join(_explain(dict(entry)) for entry in error.errors())) from None
+
+
+def environment_table() -> str:
+    """The README's table of variables, in markdown."""
+    rows = ["| Variable | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        default = default_text(field)
+        shown = default if default == "unset" else f"`{default}`"
+        rows.append(f"| `{name.upper()}` | {shown} | {allowed_text(field)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def default_text(field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "default" in extra:
+        return str(extra["default"])
+    value = field.default
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, ByteSize):
+        return value.human_readable().removesuffix(".0MiB") + "MiB" if value % 2**20 == 0 else str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def allowed_text(field: FieldInfo) -> str:
+    """What a field accepts, in words."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "allowed" in extra:
+        return str(extra["allowed"])
+    kind = _plain_type(field)
+    if get_origin(kind) is Literal:
+        *most, last = (str(choice) for choice in get_args(kind))
+        return f"{', '.join(most)} or {last}"
+    if kind is bool:
+        return "true or false"
+    noun = {int: "integer", float: "number", ByteSize: "bytes, or a size such as 4GiB"}[kind]
+    return ", ".join(filter(None, (noun, _range_text(field, kind))))
+
+
+def _plain_type(field: FieldInfo) -> Any:
+    """The annotation without `| None` and without the validators around it."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(arg for arg in get_args(kind) if arg is not type(None))
+    return get_args(kind)[0] if get_origin(kind) not in (None, Literal) else kind
+
+
+def _range_text(field: FieldInfo, kind: type) -> str:
+    low = high = None
+    above = ""
+    for bound in field.metadata:
+        if isinstance(bound, annotated_types.Ge):
+            low = bound.ge
+        elif isinstance(bound, annotated_types.Le):
+            high = bound.le
+        elif isinstance(bound, annotated_types.Gt):
+            above = f"above {bound.gt}"
+    if kind is ByteSize and isinstance(low, int):
+        return f"at least {low // 1024}KiB" if low < 2**20 else f"at least {low // 2**20}MiB"
+    if low is not None and high is not None:
+        return f"{low} to {high}"
+    return f"at least {low}" if low is not None else above
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, with the flag that was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}. See python -m server --help.")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}" if near else ""
+            self.error(f"there is no flag {flag}{hint}" if flag.startswith("-") else f"unexpected argument {flag!r}")
+        return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="python -m server",
+        usage="python -m server [--flag value ...]",
+        description="Serve a model over HTTP. Every flag is also an environment variable of the same name "
+        "(--max-model-len is MAX_MODEL_LEN); the flag wins.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for name, field in Settings.model_fields.items():
+        explained = f"{field.description} (default: {default_text(field)}; {allowed_text(field)})"
+        flag, explained = "--" + name.replace("_", "-"), explained.replace("%", "%%")
+        if _plain_type(field) is bool:
+            parser.add_argument(flag, metavar="BOOL", nargs="?", const="true", help=explained)
+        else:
+            parser.add_argument(flag, metavar=name.rsplit("_", 1)[-1].upper(), help=explained)
+    parser.add_argument("--markdown", action="store_true", help="print the environment as a markdown table, and exit")
+    return parser
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One pydantic error as name, value, what is allowed. A secret's value is not shown."""
+    name = str(error["loc"][0])
+    field = Settings.model_fields.get(name)
+    if field is None:
+        return f"there is no setting {name.upper()}"
+    value = "" if _plain_type(field) is SecretStr else f"={error['input']}"
+    flag = "--" + name.replace("_", "-")
+    return (
+        f"{name.upper()}{value} is not allowed (flag {flag}). "
+        f"Allowed: {allowed_text(field)}; default: {default_text(field)}"
+    )

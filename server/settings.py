@@ -1,0 +1,220 @@
+"""Every setting of a deployment: name, default, range and meaning. A leaf, and the only reader of the environment.
+
+A field `max_model_len` is the environment variable MAX_MODEL_LEN and the flag `--max-model-len` (see `server.flags`,
+which also renders `--help` and the README's table from these fields). An empty variable counts as unset.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+
+if TYPE_CHECKING:
+    from server.engine.config import EngineConfig
+
+
+def default_cache_dir() -> Path:
+    """Where converted checkpoints are kept: the XDG cache folder of the user."""
+    base = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(base) if base else Path.home() / ".cache") / "prerope"
+
+
+def _lower(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("no such device")
+    return value
+
+
+def _method(value: str) -> str:
+    if value not in METHOD_NAMES and value not in ALIASES:
+        raise ValueError("no such method")
+    return value
+
+
+def _keys(value: SecretStr) -> SecretStr:
+    if not any(key.strip() for key in value.get_secret_value().split(",")):
+        raise ValueError("no key")
+    return value
+
+
+Device = Annotated[str, BeforeValidator(_lower), AfterValidator(_device)]
+Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method)]
+ApiKeys = Annotated[SecretStr, AfterValidator(_keys)]
+Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_lower)]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
+LogFormat = Annotated[Literal["text", "json"], BeforeValidator(_lower)]
+
+MEBIBYTE = 2**20
+
+
+class Settings(BaseSettings):
+    """One deployment. `json_schema_extra["allowed"]` says in words what the type cannot."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="forbid", frozen=True, validate_default=False)
+
+    # The model
+    model_id: str | None = Field(
+        default=None,
+        description="Model to serve; unset: the embedded SmolLM2-135M-Instruct",
+        json_schema_extra={"allowed": "a local folder, a Hugging Face hub id or a .gguf file"},
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a hub model",
+        json_schema_extra={"allowed": "a git revision"},
+    )
+    dtype: Dtype = Field(default="auto", description="Of weights and activations; auto: as the checkpoint says")
+    device: Device = Field(
+        default="auto",
+        description="Where the model runs; auto: the first GPU, else the CPU",
+        json_schema_extra={"allowed": "auto, cpu, cuda or cuda:N"},
+    )
+    cache_dir: Path = Field(
+        default_factory=default_cache_dir,
+        description="Where converted copies of GGUF models are kept",
+        json_schema_extra={"allowed": "a writable folder", "default": "$XDG_CACHE_HOME/prerope, else ~/.cache/prerope"},
+    )
+
+    # The HTTP server
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address to listen on; 0.0.0.0 for every interface",
+        json_schema_extra={"allowed": "an address or a host name"},
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    api_key: ApiKeys | None = Field(
+        default=None,
+        description="Keys of which a request must carry one (Authorization: Bearer KEY); unset: no key is asked for",
+        json_schema_extra={"allowed": "one key, or several separated by commas"},
+    )
+    cors_allow_origin: str | None = Field(
+        default=None,
+        description="Origins whose pages may call the API from a browser",
+        json_schema_extra={"allowed": "origins separated by commas, or *"},
+    )
+    max_body_bytes: ByteSize = Field(
+        default=ByteSize(16 * MEBIBYTE), ge=1024, description="Largest request body; a larger one gets a 413"
+    )
+
+    # Positions
+    rope_method: Method = Field(
+        default="auto",
+        description="How positions are read. auto: plain within the trained length and the best row-consistent method "
+        "past it; model: as the model's config says",
+        json_schema_extra={
+            "allowed": ", ".join(METHOD_NAMES) + "; " + ", ".join(f"{a} is {m}" for a, m in ALIASES.items())
+        },
+    )
+    rope_factor: float | None = Field(
+        default=None,
+        ge=1,
+        allow_inf_nan=False,
+        description="Target length ÷ trained length; unset: MAX_MODEL_LEN ÷ trained length",
+    )
+    rope_window: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens read at their exact distance by windowed methods; unset: a quarter of the trained length",
+    )
+    rope_leak: float | None = Field(
+        default=None,
+        ge=1,
+        allow_inf_nan=False,
+        description="leaky_rerope: tokens past the window that count as one position",
+    )
+    rope_group: int | None = Field(default=None, ge=1, description="self_extend: tokens that share a far position")
+    rope_logn: bool = Field(default=False, description="Scale row i's query by max(1, ln(i+1) ÷ ln(trained length))")
+    rope_train_length: int | None = Field(
+        default=None, ge=2, description="Trained length in tokens; unset: as the model's config says"
+    )
+    rope_per_request: bool = Field(default=True, description="May a request choose its own method (the field `rope`)")
+
+    # The engine
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="Tokens of prompt and output together; unset: from the method and the cache"
+    )
+    max_num_seqs: int = Field(default=64, ge=1, le=4096, description="Sequences in one step")
+    max_batched_tokens: int = Field(
+        default=512,
+        ge=1,
+        le=1_048_576,
+        description="Token budget of one step, prefill chunks and decode steps together",
+    )
+    kv_block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in a cache block")
+    kv_cache_memory: ByteSize | None = Field(
+        default=None, ge=MEBIBYTE, description="Memory for keys and values; unset: from what is free"
+    )
+    kv_cache_dtype: Dtype = Field(default="auto", description="Of keys and values; auto: as the activations")
+    prefix_caching: bool = Field(
+        default=True, description="Reuse the blocks of earlier prompts with the same beginning"
+    )
+    max_queued_requests: int = Field(default=1024, ge=1, description="Waiting requests before a 429")
+    max_queued_tokens: int = Field(
+        default=4_000_000, ge=1, description="Prompt tokens of waiting requests before a 429"
+    )
+    request_timeout_s: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Seconds after which a request is aborted; unset: never"
+    )
+    shutdown_timeout_s: float = Field(
+        default=25.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that running requests get to finish after SIGTERM or SIGINT",
+    )
+
+    # The log
+    log_level: LogLevel = Field(default="info", description="Least severe line that is written")
+    log_format: LogFormat = Field(default="text", description="Lines for people, or one JSON object a line")
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """The accepted keys; empty asks for none."""
+        value = self.api_key.get_secret_value() if self.api_key else ""
+        return tuple(key.strip() for key in value.split(",") if key.strip())
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        return tuple(origin.strip() for origin in (self.cors_allow_origin or "").split(",") if origin.strip())
+
+    def rope_spec(self) -> RopeSpec:
+        """The deployment's position method, unresolved."""
+        return RopeSpec(
+            method=self.rope_method,
+            factor=self.rope_factor,
+            window=self.rope_window,
+            leak=self.rope_leak,
+            group=self.rope_group,
+            logn=self.rope_logn,
+            train_length=self.rope_train_length,
+        )
+
+    def engine_config(self) -> EngineConfig:
+        """What the engine needs of all this."""
+        from server.engine.config import EngineConfig  # here, so that reading settings imports nothing of the engine
+
+        return EngineConfig(
+            dtype=self.dtype,
+            device=self.device,
+            rope=self.rope_spec(),
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_batched_tokens=self.max_batched_tokens,
+            block_size=self.kv_block_size,
+            kv_cache_memory=self.kv_cache_memory,
+            kv_cache_dtype=self.kv_cache_dtype,
+            prefix_caching=self.prefix_caching,
+            max_queued_requests=self.max_queued_requests,
+            max_queued_tokens=self.max_queued_tokens,
+            request_timeout_s=self.request_timeout_s,
+        )
