@@ -1,0 +1,90 @@
+"""Paged attention over raw keys: one signature, dispatched by device.
+
+`AttentionMetadata` is the plan of one step, shared by all layers: which packed rows belong to which sequence, where
+their new K and V go, and which position method reads them. `AttentionOptions` is what one layer asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from rope.methods import PositionMethod
+from rope.model_positions import ModelPositions
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """The rows of one sequence in a step: `count` of them from packed row `first`, at positions `start`, `start` + 1, …
+
+    block_table: [blocks] int64: where positions 0 … start + count − 1 live.
+    """
+
+    first: int
+    count: int
+    start: int
+    block_table: Tensor
+    positions: ModelPositions
+
+    @property
+    def length(self) -> int:
+        """Keys that the last row reads."""
+        return self.start + self.count
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One step.
+
+    Attributes:
+        sequences: in packed order.
+        slot_mapping: [T] int64: block·block_size + offset, where each packed row's K and V are stored.
+        plans: what a backend works out once a step, whatever the layer; keyed by the backend.
+    """
+
+    sequences: list[SequenceRows]
+    slot_mapping: Tensor
+    block_size: int
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """One layer.
+
+    Attributes:
+        scale: on the scores.
+        group: the rotary group whose method reads this layer's keys; None: the layer has no positions.
+        sliding_window: row i reads keys with i − j < sliding_window only; None reads all.
+        softcap: c·tanh(score/c); None is off.
+        sinks: [Hq] logits that take part in the softmax and carry no value; None is off.
+    """
+
+    scale: float
+    group: str | None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def method(self, sequence: SequenceRows) -> PositionMethod | None:
+        return None if self.group is None else sequence.positions.methods[self.group]
+
+
+def paged_attention(
+    query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
+) -> Tensor:
+    """Causal attention of packed rows over their own sequences.
+
+    query: [T, Hq, D] raw (not rotated). keys, values: [num_blocks, block_size, Hkv, D or Dv], raw, this step's rows
+    already stored. Returns [T, Hq, Dv] in the query's dtype.
+    """
+    if query.device.type == "cpu":
+        from cache.cpu import cpu_attention
+
+        return cpu_attention(query, keys, values, metadata, options)
+    from cache.reference import reference_attention
+
+    return reference_attention(query, keys, values, metadata, options)

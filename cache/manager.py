@@ -1,0 +1,98 @@
+"""KVCacheManager: block tables. Decides which blocks hold which tokens of which sequence; touches no tensor.
+
+A sequence here is anything with `block_table`, `token_ids`, `num_computed_tokens` and `hasher` (see `Cacheable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from cache.block_pool import BlockPool
+from cache.prefix import PrefixHasher
+
+
+class Cacheable(Protocol):
+    """What the cache needs of a sequence."""
+
+    block_table: list[int]
+    token_ids: list[int]
+    num_computed_tokens: int
+    hasher: PrefixHasher
+
+
+class KVCacheManager:
+    """Allocation, prefix reuse and release over one `BlockPool`."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the whole cache can hold."""
+        return self.pool.num_blocks * self.block_size
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def take_prefix(self, sequence: Cacheable) -> int:
+        """Start a sequence on the cached blocks of its beginning; returns their tokens. The last token is never reused:
+        its logits are wanted."""
+        assert not sequence.block_table
+        blocks = self._cached_blocks(sequence)
+        self.pool.share(blocks)
+        sequence.block_table.extend(blocks)
+        sequence.num_computed_tokens = len(blocks) * self.block_size
+        self.queried_tokens += len(sequence.token_ids)
+        self.hit_tokens += sequence.num_computed_tokens
+        return sequence.num_computed_tokens
+
+    def blocks_to_admit(self, sequence: Cacheable, *, reuse: bool) -> int:
+        """Free blocks that computing all tokens known so far would use up, cached ones it would take back included."""
+        cached = self._cached_blocks(sequence) if reuse else []
+        held = sum(not self.pool.is_free(block) for block in cached)
+        return self.blocks_for(len(sequence.token_ids)) - held
+
+    def _cached_blocks(self, sequence: Cacheable) -> list[int]:
+        if not self.prefix_caching:
+            return []
+        blocks = []
+        usable = (len(sequence.token_ids) - 1) // self.block_size
+        for block_hash in sequence.hasher.extend(sequence.token_ids)[:usable]:
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def grow(self, sequence: Cacheable, num_tokens: int) -> bool:
+        """Make the block table reach `num_tokens` tokens; False, and nothing changed, when too few blocks are free."""
+        missing = self.blocks_for(num_tokens) - len(sequence.block_table)
+        if missing > self.pool.num_free:
+            return False
+        if missing > 0:
+            sequence.block_table.extend(self.pool.allocate(missing))
+        return True
+
+    def remember(self, sequence: Cacheable) -> None:
+        """Make the full computed blocks of a sequence findable."""
+        if not self.prefix_caching:
+            return
+        full = sequence.num_computed_tokens // self.block_size
+        hashes = sequence.hasher.extend(sequence.token_ids[: full * self.block_size])
+        for block, block_hash in zip(sequence.block_table[:full], hashes, strict=False):
+            self.pool.remember(block, block_hash)
+
+    def release(self, sequence: Cacheable) -> None:
+        """Let go of all blocks of a sequence; what they cached stays findable until they are reused."""
+        self.pool.release(sequence.block_table)
+        sequence.block_table.clear()
+        sequence.num_computed_tokens = 0
+
+    def check_integrity(self, sequences: Iterable[Cacheable]) -> None:
+        """Assert that blocks and the block tables of all live sequences agree."""
+        self.pool.check_integrity([sequence.block_table for sequence in sequences])

@@ -1,0 +1,51 @@
+"""The tensors of the KV cache: one raw key and one value a token, layer and KV head. Nothing here knows positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """KV heads of one layer and the dims of a key and a value."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+
+
+class KVStorage:
+    """keys[layer] and values[layer]: [num_blocks, block_size, Hkv, D]."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def allocate(heads: int, dim: int) -> Tensor:
+            # Zeros, not empty: no path may ever read a NaN from a slot that was never written.
+            return torch.zeros(num_blocks, block_size, heads, dim, dtype=dtype, device=device)
+
+        self.keys = [allocate(layer.num_kv_heads, layer.key_dim) for layer in layers]
+        self.values = [allocate(layer.num_kv_heads, layer.value_dim) for layer in layers]
+
+    def store(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Write key [T, Hkv, D] and value [T, Hkv, Dv] of packed rows to their slots [T]."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
+        values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
+
+
+def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return block_size * sum(layer.token_bytes(dtype) for layer in layers)

@@ -1,0 +1,502 @@
+"""Position methods: rules for reading raw keys.
+
+Every method is one shape. Row i reads key j at distance d = i − j through
+
+    score(i, j) = ⟨ R(near(i)) q_i · c_i , R(near(j)) k_j ⟩                    d < w, or no window
+                  ⟨ R((i−w)·θ_far + w·θ) q_i · c_i , R(j·θ_far) k_j ⟩          d ≥ w
+
+so a method is a `Reading` (θ, θ_far, w, attention factor) for each row length, and the row scale c_i. Methods whose
+θ or slope depends on the length give *row i* the reading of *its own* row length, never that of the batch, the prompt
+or the chunk: that is what makes prefill, chunked prefill, decode, preemption and prefix-cache hits agree.
+
+A new method is one function with `@method(...)` below and a test. It touches no scheduler and no kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rope import frequencies as freq
+from rope.frequencies import Rotary
+from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+
+ROW_LENGTH_BUCKET = 256
+"""Rows past the trained length share a row length in runs of this many: one θ a query tile."""
+
+DEFAULT_EXTENSION = 4.0
+"""Target length ÷ trained length where neither ROPE_FACTOR nor MAX_MODEL_LEN says otherwise."""
+
+WINDOWED = ("rerope", "leaky_rerope", "dynamic_leaky")
+UNBOUNDED = 2**62
+
+
+class MethodError(ValueError):
+    """A method or a parameter that cannot be used with this model; the message says why and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """How rows of one row length read keys.
+
+    Attributes:
+        theta: [D/2] fp64, radians a token.
+        attention_factor: on the rotated dims of q and of k. It is applied to the query alone, squared: same score,
+            and the keys stay raw.
+        window: w; None reads every key at its exact distance.
+        theta_far: [D/2] fp64, used where d ≥ w; zero reads far keys with no rotation at all.
+    """
+
+    theta: Tensor
+    attention_factor: float = 1.0
+    window: int | None = None
+    theta_far: Tensor | None = None
+
+    @property
+    def far_keys_raw(self) -> bool:
+        return self.theta_far is not None and not bool(self.theta_far.any())
+
+    def near_angles(self, positions: Tensor) -> Tensor:
+        """[T] integer positions of queries or keys → [T, D/2] fp64."""
+        return positions.to(torch.float64)[:, None] * self.theta
+
+    def far_query_angles(self, positions: Tensor) -> Tensor:
+        """[T] positions of queries → [T, D/2] fp64: (i−w)·θ_far + w·θ, which meets the near part at d = w."""
+        assert self.window is not None
+        assert self.theta_far is not None
+        return (positions.to(torch.float64) - self.window)[:, None] * self.theta_far + self.window * self.theta
+
+    def far_key_angles(self, positions: Tensor) -> Tensor:
+        """[T] positions of keys → [T, D/2] fp64."""
+        assert self.theta_far is not None
+        return positions.to(torch.float64)[:, None] * self.theta_far
+
+    def digest(self) -> bytes:
+        """Equal for equal readings, whatever the method that made them."""
+        h = hashlib.blake2b(digest_size=16)
+        h.update(self.theta.numpy().tobytes() + repr((self.attention_factor, self.window)).encode())
+        if self.theta_far is not None:
+            h.update(self.theta_far.numpy().tobytes())
+        return h.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a method's function returns: its resolved parameters and its reading for each row length.
+
+    row_length says which lengths the reading depends on: "static" none, "switch" only whether it exceeds L,
+    "bucketed" the length in runs of `ROW_LENGTH_BUCKET`.
+    """
+
+    parameters: dict[str, Any]
+    reading: Callable[[int], Reading]
+    row_length: str = "static"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionMethod:
+    """A method resolved for one rotary group of one model: everything that attention needs, and nothing of the request.
+
+    Attributes:
+        name: of the registry.
+        rotary: the model's own embedding: dims and pairing.
+        train_length: L.
+        parameters: resolved, JSON-ready.
+        logn: c_i = max(1, ln(i+1)/ln L) instead of 1.
+    """
+
+    name: str
+    rotary: Rotary
+    train_length: int
+    rule: Rule
+    logn: bool = False
+    _readings: dict[int, Reading] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return self.rule.parameters | ({"logn": True} if self.logn else {})
+
+    @property
+    def length_dependent(self) -> bool:
+        return self.rule.row_length != "static"
+
+    def row_length(self, position: int) -> int:
+        """n(i) of row i = position: L inside the trained length, else the end of the row's bucket (or L+1, for a switch)."""
+        trained = self.train_length
+        if self.rule.row_length == "static" or position < trained:
+            return trained
+        if self.rule.row_length == "switch":
+            return trained + 1
+        return ROW_LENGTH_BUCKET * math.ceil((position + 1) / ROW_LENGTH_BUCKET)
+
+    def runs(self, start: int, stop: int) -> list[tuple[int, int, Reading]]:
+        """Rows [start, stop) cut where the reading changes: [(first, last + 1, reading)]."""
+        if not self.length_dependent:
+            return [(start, stop, self.reading(self.train_length))]
+        runs = []
+        while start < stop:
+            length = self.row_length(start)
+            if length == self.train_length:
+                end = min(stop, self.train_length)
+            else:
+                end = stop if self.rule.row_length == "switch" else min(stop, length)
+            runs.append((start, end, self.reading(length)))
+            start = end
+        return runs
+
+    def reading(self, row_length: int) -> Reading:
+        """The reading of rows whose row length is this; the same object each time."""
+        if row_length not in self._readings:
+            self._readings[row_length] = self.rule.reading(row_length)
+        return self._readings[row_length]
+
+    def query_scale(self, positions: Tensor) -> Tensor | None:
+        """c_i for [T] positions, fp64; None where every c_i is 1."""
+        if not self.logn:
+            return None
+        return (torch.log(positions.to(torch.float64) + 1) / math.log(self.train_length)).clamp(min=1.0)
+
+    @property
+    def plain_rows(self) -> int:
+        """Rows i < plain_rows read exactly as the windowless `reading(L)` would, so their K and V may be shared."""
+        reading = self.reading(self.train_length)
+        rows = UNBOUNDED if reading.window is None else reading.window
+        if self.length_dependent:
+            rows = self.train_length
+        return min(rows, self.train_length) if self.logn else rows
+
+    def plain_digest(self) -> bytes:
+        """Of the reading that the first `plain_rows` rows share with other methods."""
+        reading = self.reading(self.train_length)
+        return Reading(reading.theta, reading.attention_factor).digest()
+
+    def warning(self) -> str | None:
+        """Advice where the parameters are allowed but known to read badly."""
+        window = self.parameters.get("window")
+        if window is None or window <= self.train_length // 2:
+            return None
+        return (
+            f"window (ROPE_WINDOW) {window} is more than half the trained length {self.train_length}: large distances "
+            f"are seen too rarely in training to read well; {self.train_length // 4} to {self.train_length // 2} is better"
+        )
+
+    def digest(self) -> bytes:
+        """Of everything that can change K and V."""
+        identity: list[Any] = [self.logn and self.train_length]
+        if self.length_dependent:
+            identity += [self.name, self.train_length, sorted(self.rule.parameters.items())]
+        return hashlib.blake2b(
+            repr(identity).encode() + self.reading(self.train_length).digest(), digest_size=16
+        ).digest()
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a method's function is given: the model's embedding, the spec, and the lengths they resolve to.
+
+    `scale` is s: ROPE_FACTOR, else the target length ÷ L.
+    """
+
+    rotary: Rotary
+    spec: RopeSpec
+    train_length: int
+    scale: float
+    from_config: bool
+
+    def option(self, name: str, default: Any) -> Any:
+        """A method parameter that only a model's config can set."""
+        value = self.rotary.parameters.get(name) if self.from_config else None
+        return default if value is None else value
+
+
+MethodFunction = Callable[[Target], Rule]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodEntry:
+    """One line of the registry: what the method is, where it comes from, which `RopeSpec` fields it reads."""
+
+    name: str
+    resolve: MethodFunction
+    summary: str
+    source: str
+    takes: tuple[str, ...] = ()
+
+
+METHODS: dict[str, MethodEntry] = {}
+
+
+def method(name: str, *, source: str, takes: tuple[str, ...] = ()) -> Callable[[MethodFunction], MethodFunction]:
+    """Enter a method under `name`; its docstring is its summary."""
+
+    def enter(function: MethodFunction) -> MethodFunction:
+        METHODS[name] = MethodEntry(name, function, (function.__doc__ or "").strip(), source, takes)
+        return function
+
+    return enter
+
+
+def _static(parameters: dict[str, Any], theta: Tensor, attention_factor: float = 1.0) -> Rule:
+    reading = Reading(theta, attention_factor)
+    return Rule(parameters, lambda _length: reading)
+
+
+@method("rope", source="Su 2021, arXiv 2104.09864")
+def _rope(t: Target) -> Rule:
+    """θ as trained."""
+    return _static({}, freq.plain(t.rotary.dim, t.rotary.base))
+
+
+@method("linear", source="Chen 2023, arXiv 2306.15595", takes=("factor",))
+def _linear(t: Target) -> Rule:
+    """θ/s: position interpolation."""
+    return _static({"factor": t.scale}, freq.linear(t.rotary.dim, t.rotary.base, t.scale))
+
+
+@method("dynamic_linear", source="emozilla 2023")
+def _dynamic_linear(t: Target) -> Rule:
+    """θ·L/n."""
+    d, b, trained = t.rotary.dim, t.rotary.base, t.train_length
+    return Rule({}, lambda n: Reading(freq.linear(d, b, n / trained)), "bucketed")
+
+
+@method("ntk", source="bloc97 2023", takes=("factor",))
+def _ntk(t: Target) -> Rule:
+    """Base b·s^(D/(D−2))."""
+    return _static({"factor": t.scale}, freq.ntk(t.rotary.dim, t.rotary.base, t.scale))
+
+
+@method("ntk_fixed", source="Su 2023, spaces.ac.cn 9706", takes=("factor",))
+def _ntk_fixed(t: Target) -> Rule:
+    """(b·s)^(−2m/D) / s^(2/D)."""
+    return _static({"factor": t.scale}, freq.ntk_fixed(t.rotary.dim, t.rotary.base, t.scale))
+
+
+@method("ntk_mixed", source="Su 2023, spaces.ac.cn 9706", takes=("factor",))
+def _ntk_mixed(t: Target) -> Rule:
+    """θ_m·exp(−a(m+1)^0.625), a = ln s/(D/2)^0.625."""
+    return _static({"factor": t.scale, "beta": 0.625}, freq.ntk_mixed(t.rotary.dim, t.rotary.base, t.scale, 0.625))
+
+
+@method("dynamic_ntk", source="emozilla 2023", takes=("factor",))
+def _dynamic_ntk(t: Target) -> Rule:
+    """Base b·(f·n/L − (f−1))^(D/(D−2))."""
+    d, b, trained = t.rotary.dim, t.rotary.base, t.train_length
+    factor = float(t.option("factor", t.spec.factor or 2.0))
+    return Rule({"factor": factor}, lambda n: Reading(freq.dynamic_ntk(d, b, factor, n, trained)), "bucketed")
+
+
+@method("yarn", source="Peng 2023, arXiv 2309.00071", takes=("factor",))
+def _yarn(t: Target) -> Rule:
+    """θ/s for slow pairs, θ for fast ones, a ramp between; attention factor 0.1·ln s + 1."""
+    scale = float(t.option("factor", t.scale))
+    ramp = _yarn_ramp(t)
+    attention = t.option("attention_factor", None)
+    if attention is None:
+        mscale, all_dim = t.option("mscale", None), t.option("mscale_all_dim", None)
+        attention = freq.yarn_attention_factor(scale, mscale if mscale and all_dim else 1.0)
+        if mscale and all_dim:
+            attention /= freq.yarn_attention_factor(scale, all_dim)
+    theta = freq.yarn(t.rotary.dim, t.rotary.base, scale, t.train_length, **ramp)
+    return _static({"factor": scale, "attention_factor": float(attention)} | ramp, theta, float(attention))
+
+
+@method("dynamic_yarn", source="Peng 2023, arXiv 2309.00071")
+def _dynamic_yarn(t: Target) -> Rule:
+    """YaRN with s = n/L: only as much as the row needs."""
+    d, b, trained, ramp = t.rotary.dim, t.rotary.base, t.train_length, _yarn_ramp(t)
+
+    def reading(n: int) -> Reading:
+        s = n / trained
+        return Reading(freq.yarn(d, b, s, trained, **ramp), freq.yarn_attention_factor(s))
+
+    return Rule(dict(ramp), reading, "bucketed")
+
+
+def _yarn_ramp(t: Target) -> dict[str, Any]:
+    return {
+        "beta_fast": float(t.option("beta_fast", None) or 32.0),
+        "beta_slow": float(t.option("beta_slow", None) or 1.0),
+        "truncate": bool(t.option("truncate", True)),
+    }
+
+
+@method("longrope", source="Ding 2024, arXiv 2402.13753")
+def _longrope(t: Target) -> Rule:
+    """1/(ext_m·b^(2m/D)), the long factors iff the row length exceeds L; attention factor √(1 + ln s/ln L)."""
+    d, b, trained, config = t.rotary.dim, t.rotary.base, t.train_length, t.rotary.parameters
+    if not config.get("long_factor") or not config.get("short_factor"):
+        raise MethodError(
+            "longrope needs long_factor and short_factor in the model config's rope_parameters, and this model has "
+            "none; choose a method without trained factors, e.g. yarn or dynamic_leaky"
+        )
+    scale = float(config.get("factor") or t.rotary.max_length / trained)
+    attention = float(config.get("attention_factor") or freq.longrope_attention_factor(scale, trained))
+    short, long = (Reading(freq.longrope(d, b, config[key]), attention) for key in ("short_factor", "long_factor"))
+    return Rule({"factor": scale, "attention_factor": attention}, lambda n: long if n > trained else short, "switch")
+
+
+@method("llama3", source="Llama 3.1, Meta 2024", takes=("factor",))
+def _llama3(t: Target) -> Rule:
+    """θ for fast pairs, θ/s for slow ones, blended between by turns in L."""
+    trained_so = t.rotary.rope_type == "llama3"
+    config = t.rotary.parameters if trained_so else {}
+    scale = float(t.option("factor", t.spec.factor or config.get("factor") or t.scale))
+    low, high = float(config.get("low_freq_factor", 1.0)), float(config.get("high_freq_factor", 4.0))
+    theta = freq.llama3(
+        t.rotary.dim, t.rotary.base, scale, t.train_length, low_freq_factor=low, high_freq_factor=high
+    )
+    return _static({"factor": scale, "low_freq_factor": low, "high_freq_factor": high}, theta)
+
+
+@method("proportional", source="Gemma 4, Google 2026")
+def _proportional(t: Target) -> Rule:
+    """The first pairs of a whole-head rotation; the tail has frequency zero."""
+    if t.rotary.rope_type != "proportional":
+        raise MethodError(
+            f"proportional is a property of the trained model (rope_type is {t.rotary.rope_type!r} here): use model"
+        )
+    proportion = float(t.rotary.parameters.get("partial_rotary_factor", 1.0))
+    scale = float(t.rotary.parameters.get("factor", 1.0))
+    theta = freq.proportional(t.rotary.head_dim, t.rotary.base, proportion, scale)
+    return _static({"factor": scale, "partial_rotary_factor": proportion}, theta)
+
+
+@method("rerope", source="Su 2023, spaces.ac.cn 9708", takes=("window",))
+def _rerope(t: Target) -> Rule:
+    """min(d, w): far keys are read raw."""
+    own, window = _own_reading(t), _window(t)
+    reading = Reading(own.theta, own.attention_factor, window, torch.zeros_like(own.theta))
+    return Rule({"window": window}, lambda _n: reading)
+
+
+@method("leaky_rerope", source="Su 2023, spaces.ac.cn 9708", takes=("window", "leak"))
+def _leaky_rerope(t: Target) -> Rule:
+    """w + (d−w)/k past the window."""
+    own, window = _own_reading(t), _window(t)
+    leak = 16.0 if t.spec.leak is None else t.spec.leak
+    if not leak >= 1:
+        raise MethodError(f"leak (ROPE_LEAK) is {leak}: it must be at least 1, the tokens that share a far position")
+    reading = Reading(own.theta, own.attention_factor, window, own.theta / leak)
+    return Rule({"window": window, "leak": leak}, lambda _n: reading)
+
+
+@method("dynamic_leaky", source="PreRoPE", takes=("window",))
+def _dynamic_leaky(t: Target) -> Rule:
+    """Leaky ReRoPE with k = max(1, (n−w)/(L−w)): each row's farthest key sits exactly at L."""
+    own, window, trained = _own_reading(t), _window(t), t.train_length
+
+    def reading(n: int) -> Reading:
+        leak = max(1.0, (n - window) / (trained - window))
+        if leak == 1.0:
+            return own  # inside the trained length it is rope, and costs what rope costs
+        return Reading(own.theta, own.attention_factor, window, own.theta / leak)
+
+    return Rule({"window": window}, reading, "bucketed")
+
+
+def _own_reading(t: Target) -> Reading:
+    """The model's own frequencies, as its config has them, which windowed methods keep."""
+    own = METHODS[CONFIG_METHODS[t.rotary.rope_type]].resolve(_config_target(t.rotary, t.train_length))
+    if own.row_length != "static":
+        raise MethodError(
+            f"{t.spec.method} cannot be laid over the model's own {t.rotary.rope_type} frequencies, which depend on "
+            "the length; use ROPE_METHOD=model, or a frequency method such as yarn"
+        )
+    return own.reading(t.train_length)
+
+
+def _window(t: Target) -> int:
+    window = t.train_length // 4 if t.spec.window is None else t.spec.window
+    if not 0 < window < t.train_length:
+        raise MethodError(
+            f"window (ROPE_WINDOW) is {window}: it must be between 1 and {t.train_length - 1}, one less than the "
+            f"trained length; {t.train_length // 4} to {t.train_length // 2} reads best"
+        )
+    return window
+
+
+# --- from a spec and a model to a method ------------------------------------------------------------------------------
+
+CONFIG_METHODS: dict[str, str] = {
+    "default": "rope",
+    "linear": "linear",
+    "dynamic": "dynamic_ntk",
+    "yarn": "yarn",
+    "longrope": "longrope",
+    "llama3": "llama3",
+    "proportional": "proportional",
+}
+"""A config's rope_type → our name. A type that is not here is refused by name."""
+
+
+def native_length(rotary: Rotary) -> int:
+    """How far the model reads well with the method of its own config: windowed methods and `auto` start there."""
+    return rotary.max_length if rotary.rope_type in ("llama3", "yarn", "linear", "longrope") else rotary.train_length
+
+
+def _config_target(rotary: Rotary, train_length: int | None = None) -> Target:
+    scale = float(rotary.parameters.get("factor") or rotary.max_length / rotary.train_length)
+    own_length = rotary.train_length if rotary.rope_type != "default" else train_length or rotary.train_length
+    return Target(rotary, RopeSpec(method="model"), own_length, scale, from_config=True)
+
+
+def canonical_name(name: str) -> str:
+    """`name` with aliases resolved; MethodError, with the names there are, where it is none."""
+    resolved = ALIASES.get(name, name)
+    if resolved not in METHOD_NAMES:
+        raise MethodError(f"unknown position method {name!r}: choose one of {', '.join(METHOD_NAMES)}")
+    return resolved
+
+
+def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) -> PositionMethod:
+    """The method that `spec` means for a model with this `rotary`.
+
+    max_model_len: the target length, for methods that take s = target ÷ L where no factor is given.
+    Raises MethodError.
+    """
+    name = canonical_name(spec.method)
+    if rotary.rope_type not in CONFIG_METHODS:
+        raise MethodError(
+            f"the model's config has rope_type {rotary.rope_type!r}, which is not one of {', '.join(CONFIG_METHODS)}"
+        )
+    _check_values(spec)
+    if name == "auto":
+        extendable = CONFIG_METHODS[rotary.rope_type] not in ("longrope", "dynamic_ntk")
+        name = "dynamic_leaky" if extendable else "model"
+    if name == "model":
+        target = _config_target(rotary, spec.train_length)
+        own = METHODS[CONFIG_METHODS[rotary.rope_type]]
+        return PositionMethod(own.name, rotary, target.train_length, own.resolve(target), spec.logn)
+    trained = spec.train_length or (native_length(rotary) if name in WINDOWED else rotary.train_length)
+    target = Target(rotary, spec, trained, _scale(spec, trained, max_model_len), from_config=False)
+    return PositionMethod(name, rotary, trained, METHODS[name].resolve(target), spec.logn)
+
+
+def _scale(spec: RopeSpec, train_length: int, max_model_len: int | None) -> float:
+    if spec.factor is not None:
+        return spec.factor
+    return DEFAULT_EXTENSION if max_model_len is None else max(1.0, max_model_len / train_length)
+
+
+def _check_values(spec: RopeSpec) -> None:
+    if spec.factor is not None and not 1 <= spec.factor <= 1e6:
+        raise MethodError(f"factor (ROPE_FACTOR) is {spec.factor}: it must be between 1 and 1e6")
+    if spec.train_length is not None and spec.train_length < 2:
+        raise MethodError(f"train_length (ROPE_TRAIN_LENGTH) is {spec.train_length}: it must be at least 2 tokens")
+
+
+@lru_cache(maxsize=1)
+def method_table() -> tuple[MethodEntry, ...]:
+    """Every entry, in the order of `METHOD_NAMES`."""
+    return tuple(METHODS[name] for name in METHOD_NAMES if name in METHODS)
