@@ -1,0 +1,271 @@
+"""Text to token ids and back, whole and as a stream. Knows transformers' tokenizers; neither the engine nor HTTP.
+
+`TextStream` turns the tokens of one sequence into text as they come and finds stop strings. Its pieces, joined, are
+the text that the non-streamed reply carries, byte for byte, however the tokens were grouped.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from server.errors import ConfigurationError, InvalidRequest
+
+if TYPE_CHECKING:
+    from server.checkpoint import Checkpoint
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2), inverted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level_alphabet()
+
+
+class Tokenizer:
+    """One model's tokenizer and chat template. Safe to use from several threads."""
+
+    def __init__(self, hf: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
+        self._hf = hf
+        self._backend = hf.backend_tokenizer
+        self._backend.no_truncation()  # once, here: changing it while another thread encodes is an error
+        self._backend.no_padding()
+        self._bytes: dict[int, bytes] = {}
+        decoder_types = _decoder_types(self._backend)
+        self.byte_level = decoder_types == {"ByteLevel"}  # tokens are byte strings (GPT-2, Llama 3, Qwen)
+        self.byte_fallback = "ByteFallback" in decoder_types  # some tokens are single bytes, `<0xE2>` (Llama 2, Gemma)
+        self.special_ids = frozenset(i for i, token in hf.added_tokens_decoder.items() if token.special)
+        self.eos_token_ids = eos_token_ids
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> Tokenizer:
+        """Raises ConfigurationError if the checkpoint has no tokenizer of the `tokenizers` kind."""
+        from transformers import AutoTokenizer
+
+        try:
+            hf = AutoTokenizer.from_pretrained(
+                checkpoint.source,
+                revision=checkpoint.revision,
+                **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigurationError(f"{checkpoint.name}: the tokenizer cannot be read: {reason}") from error
+        if getattr(hf, "backend_tokenizer", None) is None:
+            raise ConfigurationError(
+                f"{checkpoint.name}: no fast tokenizer ({type(hf).__name__}); a tokenizer.json is needed."
+            )
+        return cls(hf, _eos_token_ids(checkpoint, hf))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._hf)
+
+    @cached_property
+    def max_chars_per_token(self) -> int:
+        """Characters that the longest token stands for: a longer prompt than this × max_model_len cannot fit."""
+        return max(len(piece) for piece in self._backend.get_vocab(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The whole text. The same as transformers' decode, except that a run of byte tokens which is not UTF-8 keeps
+        its valid characters, as a stream must, instead of losing them with the invalid ones."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        if "\ufffd" not in text or not self.byte_fallback:
+            return text
+        stream = TextStream(self, skip_special_tokens=skip_special_tokens)
+        return stream.push(token_ids) + stream.finish()
+
+    def raw_decode(self, token_ids: list[int]) -> str:
+        """transformers' decode, special tokens included."""
+        text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for, on its own: part of a character perhaps. Empty outside the vocabulary."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._compute_bytes(token_id)
+        return self._bytes[token_id]
+
+    def _compute_bytes(self, token_id: int) -> bytes:
+        piece: str | None = self._backend.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if self.byte_level:  # a token with any other character stands for itself
+            values = [BYTE_LEVEL.get(character) for character in piece]
+            return piece.encode() if None in values else bytes(value for value in values if value is not None)
+        match = BYTE_TOKEN.fullmatch(piece) if self.byte_fallback else None
+        return bytes([int(match[1], 16)]) if match else piece.replace("▁", " ").encode()
+
+    def is_byte(self, token_id: int) -> bool:
+        """Whether this is a byte-fallback token."""
+        piece = self._backend.id_to_token(token_id) if self.byte_fallback else None
+        return piece is not None and BYTE_TOKEN.fullmatch(piece) is not None
+
+    def is_known(self, token_id: int) -> bool:
+        """Models often have more logits than the vocabulary has tokens; such an id has no text."""
+        return self._backend.id_to_token(token_id) is not None
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, for logprobs; bytes that are no whole character become U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Messages → the prompt's text. Raises InvalidRequest if the model has no template or the template refuses."""
+        if not self.has_chat_template:
+            raise InvalidRequest(
+                "This model has no chat template; use /v1/completions or /generate with the whole prompt.",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            text: str = self._hf.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **kwargs,
+            )
+        except Exception as error:  # a template is a program of the model's: whatever it raises, the messages caused it
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {reason}", param="messages"
+            ) from error
+        return text
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Messages → token ids. The template writes the special tokens itself, so none are added."""
+        text = self.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs)
+        return self.encode(text, add_special_tokens=False)
+
+
+class TextStream:
+    """The text of one sequence, token by token, cut at the first stop string.
+
+    Text is held back while its last character is incomplete, and while its end may be the beginning of a stop string.
+    Of several stop strings the one that is complete first wins; of those complete at once, the longest. Work per token
+    does not grow with the output.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(text for text in stop if text)
+        self._include_stop = include_stop
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._previous: int | None = None
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that these tokens make certain; empty once `stopped`."""
+        if self.stopped:
+            return ""
+        return self._release("".join(self._text_of(token_id) for token_id in token_ids if token_id not in self._skip))
+
+    def finish(self) -> str:
+        """What was held back. Call once, after the last push."""
+        if self.stopped:
+            return ""
+        text = self._release(self._utf8.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text + held
+
+    def _text_of(self, token_id: int) -> str:
+        tokenizer = self._tokenizer
+        if tokenizer.byte_level:
+            return self._utf8.decode(tokenizer.token_bytes(token_id))
+        if not tokenizer.is_known(token_id):
+            return ""
+        previous, self._previous = self._previous, token_id
+        if tokenizer.is_byte(token_id):
+            byte = tokenizer.token_bytes(token_id)
+            first_space = previous is None and byte == b" "  # which the decoder may strip
+            return tokenizer.raw_decode([token_id]) if first_space else self._utf8.decode(byte)
+        # A decoder may treat the first token apart (strip its space), so a token is read after its predecessor.
+        before = "" if previous is None else tokenizer.raw_decode([previous])
+        after = tokenizer.raw_decode([token_id] if previous is None else [previous, token_id])
+        return self._utf8.decode(b"", final=True) + after[len(before) :]
+
+    def _release(self, text: str) -> str:
+        buffer = self._held + text
+        if match := self._first_stop(buffer):
+            start, end = match
+            self.stopped, self._held = True, ""
+            return buffer[: end if self._include_stop else start]
+        safe = len(buffer) - self._possible_stop(buffer)
+        self._held = buffer[safe:]
+        return buffer[:safe]
+
+    def _first_stop(self, buffer: str) -> tuple[int, int] | None:
+        """(start, end) of the stop string that ends first."""
+        found = [(start + len(stop), start) for stop in self._stop if (start := buffer.find(stop)) >= 0]
+        if not found:
+            return None
+        end, start = min(found)
+        return start, end
+
+    def _possible_stop(self, buffer: str) -> int:
+        """Length of the longest end of the buffer that begins a stop string."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(buffer)), longest, -1):
+                if buffer.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+
+def _decoder_types(backend: Any) -> set[str]:
+    """The kinds of decoder that a tokenizer chains; `Sequence` itself left out."""
+    state = backend.decoder.__getstate__() if backend.decoder is not None else b"{}"
+    found = set(re.findall(r'"type":\s*"(\w+)"', bytes(state).decode()))
+    return found - {"Sequence"}
+
+
+def _eos_token_ids(checkpoint: Checkpoint, hf: Any) -> frozenset[int]:
+    """generation_config.json may name several; a checkpoint without that file has the config's and the tokenizer's."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        source = GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)
+    except OSError:
+        source = AutoConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)
+    named = getattr(source, "eos_token_id", None)
+    ids = set(named if isinstance(named, list) else [named]) | {hf.eos_token_id}
+    return frozenset(token_id for token_id in ids if token_id is not None)
