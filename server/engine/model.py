@@ -1,0 +1,113 @@
+"""The model: a transformers causal LM, our cache and attention under it. One forward of one `Batch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cache.attention import paged_attention
+from cache.storage import KVStorage
+from rope.model_positions import ModelPositions
+from server.engine.batch import Batch
+from server.engine.inspection import inspect_layers
+from server.engine.raw_keys import AttentionCall, RawKeyModel
+from server.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from server.checkpoint import Checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Model:
+    """Runs batches. Not thread-safe: one engine thread owns it.
+
+    Attributes:
+        layers: attention layers in order, with shapes and rotary groups.
+        rotaries: rotary group → the embedding as trained.
+        eos_token_ids: from the model's generation config.
+    """
+
+    def __init__(self, transformers_model: Any) -> None:
+        self.raw = RawKeyModel(transformers_model)
+        self.layers, self.rotaries = inspect_layers(self.raw)
+        self.raw.drop_rotation(layer.module for layer in self.layers)
+        self._place = {layer.module: place for place, layer in enumerate(self.layers)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.raw.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.raw.model.device
+        return device
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.raw.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        eos = self.raw.model.generation_config.eos_token_id
+        eos = self.raw.text_config.eos_token_id if eos is None else eos
+        return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, storage: KVStorage) -> Tensor:
+        """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`."""
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+            place = self._place[module]
+            storage.store(place, key, value, batch.metadata.slot_mapping)
+            options = call.options(self.layers[place].group)
+            return paged_attention(query, storage.keys[place], storage.values[place], batch.metadata, options)
+
+        return self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend).float()
+
+
+def load_model(checkpoint: Checkpoint, dtype: str, device: str, report: Callable[[str], None]) -> Model:
+    """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    chosen_device = choose_device(device)
+    logging.disable_progress_bar()
+    report(f"loading {checkpoint.name}")
+    options: dict[str, Any] = {"revision": checkpoint.revision} if checkpoint.revision else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source,
+            dtype=DTYPES.get(dtype, "auto"),
+            attn_implementation="eager",
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].replace(os.path.expanduser("~"), "~")
+        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {reason}") from error
+    model.eval().to(chosen_device)
+    report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
+    return Model(model)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto is the first CUDA device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"DEVICE is {name}, but torch sees no CUDA device; use DEVICE=cpu or auto")
+    return torch.device(name)
+
+
+def own_positions(model: Model) -> ModelPositions:
+    """The model as its config says: what the probe compares against transformers."""
+    from rope.model_positions import resolve_model
+    from rope.spec import RopeSpec
+
+    return resolve_model(RopeSpec(method="model"), model.rotaries, None)
