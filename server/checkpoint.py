@@ -51,6 +51,16 @@ class Checkpoint:
     gguf_file: str | None = None
 
 
+def checkpoint_name(model_id: str | None) -> str:
+    """What clients call the model: known before anything is read or fetched."""
+    if model_id is None:
+        return EMBEDDED_NAME
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix == ".gguf" else model_id
+
+
 def resolve_checkpoint(
     model_id: str | None,
     revision: str | None,
@@ -67,11 +77,11 @@ def resolve_checkpoint(
         file = _embedded_file()
         key = f"{importlib.metadata.version(EMBEDDED_WHEEL)}-{file.stat().st_size}"
         return Checkpoint(str(_converted(file, f"{file.stem}-{key}", cache_dir, report)), EMBEDDED_NAME)
-    path = Path(model_id).expanduser()
+    path, name = Path(model_id).expanduser(), checkpoint_name(model_id)
     if path.is_dir():
-        return _from_folder(path, cache_dir, report)
+        return Checkpoint(str(_readable_folder(path, cache_dir, report)), name)
     if path.is_file() and path.suffix == ".gguf":
-        return _from_gguf(path, cache_dir, report)
+        return Checkpoint(str(_converted_once(path, cache_dir, report)), name)
     if path.is_file():
         raise ConfigurationError(
             f"MODEL_ID={model_id} is a file but not a .gguf file. Give the folder that holds config.json."
@@ -96,21 +106,21 @@ def _embedded_file() -> Path:
     )
 
 
-def _from_folder(folder: Path, cache_dir: Path, report: Callable[[str], None]) -> Checkpoint:
+def _readable_folder(folder: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
     if (folder / "config.json").is_file():
-        return Checkpoint(str(folder), folder.resolve().name)
+        return folder
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
-        return _from_gguf(files[0], cache_dir, report)
+        return _converted_once(files[0], cache_dir, report)
     found = f"{len(files)} .gguf files; name one of them" if files else "neither config.json nor a .gguf file"
     raise ConfigurationError(f"MODEL_ID={folder} holds {found}.")
 
 
-def _from_gguf(file: Path, cache_dir: Path, report: Callable[[str], None]) -> Checkpoint:
+def _converted_once(file: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
     status = file.stat()
     identity = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
     key = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
-    return Checkpoint(str(_converted(file, f"{file.stem}-{key}", cache_dir, report)), file.stem)
+    return _converted(file, f"{file.stem}-{key}", cache_dir, report)
 
 
 def _from_hub(model_id: str, revision: str | None, report: Callable[[str], None]) -> Checkpoint:

@@ -245,7 +245,7 @@ class TextStream:
         longest = 0
         for stop in self._stop:
             for length in range(min(len(stop) - 1, len(buffer)), longest, -1):
-                if buffer.endswith(stop[:length]):
+                if stop[length - 1] == buffer[-1] and buffer.endswith(stop[:length]):
                     longest = length
                     break
         return longest

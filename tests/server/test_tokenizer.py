@@ -1,4 +1,4 @@
-"""Streamed text equals whole text: multi-byte characters, byte tokens, stop strings; chat templates and their refusals."""
+"""Streamed text equals whole text: multi-byte characters, byte tokens, stop strings. Chat templates and refusals."""
 
 from __future__ import annotations
 

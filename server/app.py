@@ -1,0 +1,66 @@
+"""Puts the app together: settings in, FastAPI app out. The engine starts and stops with the app's lifespan."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata, resources
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+from starlette.middleware.cors import CORSMiddleware
+
+from server.api import generate, health, openai, tokenize
+from server.api.error_replies import install_error_handlers
+from server.api.middleware import BodyLimit, KeyCheck, RequestContext
+from server.service import Service
+from server.settings import Settings
+
+EXPOSED_HEADERS = ["x-request-id", "retry-after"]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The whole server but for its socket. Importing and calling this loads no model; the lifespan does."""
+    service = Service(settings)
+    app = FastAPI(title="PreRoPE", version=_version(), lifespan=_lifespan, redoc_url=None)
+    app.state.service = service
+    for module in (generate, openai, tokenize, health):
+        app.include_router(module.router)
+    app.add_api_route("/", _playground, response_class=HTMLResponse, include_in_schema=False)
+    install_error_handlers(app)
+    # The last added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(KeyCheck, keys=settings.api_keys)
+    app.add_middleware(RequestContext, metrics=service.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    service: Service = app.state.service
+    service.engine.start()
+    try:
+        yield
+    finally:
+        await service.engine.shutdown(service.settings.shutdown_timeout_s)
+
+
+async def _playground() -> HTMLResponse:
+    """A page to try the server from a browser, with nothing to download."""
+    page = resources.files("server.api").joinpath("playground.html").read_text(encoding="utf-8")
+    return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
+
+
+def _version() -> str:
+    try:
+        return metadata.version("prerope")
+    except metadata.PackageNotFoundError:  # run from a source folder that was never installed
+        return "0"

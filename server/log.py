@@ -1,0 +1,65 @@
+"""The log: one structlog pipeline to stderr for our lines and for those of the libraries, as text or as JSON.
+
+Lines carry the request's id where there is one (bound by `server.api.middleware`). No line ever carries a prompt, a
+reply or an API key: callers log counts and names.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+NOISY = {"httpx": logging.WARNING, "httpcore": logging.WARNING, "sse_starlette": logging.INFO, "asyncio": logging.INFO}
+"""Libraries whose debug lines show bodies, or only their own workings."""
+
+
+def configure_logging(level: str, log_format: str) -> None:
+    """Send everything through structlog. `level` and `log_format` are LOG_LEVEL and LOG_FORMAT."""
+    shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso" if log_format == "json" else "%H:%M:%S", utc=log_format == "json"),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_renderers(log_format)],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(LEVELS[level])
+    for name, least in NOISY.items():
+        logging.getLogger(name).setLevel(max(least, LEVELS[level]))
+
+
+def _renderers(log_format: str) -> list[structlog.types.Processor]:
+    if log_format == "json":
+        return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    plain = structlog.dev.plain_traceback  # the default also prints local variables, which may hold a prompt
+    return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=plain)]
+
+
+def route_transformers_log() -> None:
+    """transformers' lines through our pipeline; its progress bars on a terminal only. Imports transformers."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()

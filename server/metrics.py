@@ -1,0 +1,202 @@
+"""Prometheus metrics: vLLM's names where vLLM has one, so that its dashboards and autoscalers work; ours as `prerope:`.
+
+Endpoints observe finished requests; gauges and totals of the engine are read from its statistics at each scrape. Each
+app has a registry of its own. Knows the engine's numbers, not its workings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.outputs import FinishReason, Timings
+
+if TYPE_CHECKING:
+    from server.engine.engine import EngineStats, ModelInfo
+
+LATENCY_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+"""Seconds: to the first token. vLLM's, with its tail cut to what a person would wait."""
+TOKEN_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+"""Seconds: between tokens."""
+REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+"""Seconds: a whole request, or one phase of it."""
+COUNT_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2, 5))
+"""Tokens of a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What a scrape needs of the engine; without `stats` and `info` while it loads or once it is dead."""
+
+    state: str
+    stats: EngineStats | None
+    info: ModelInfo | None
+
+
+class Metrics:
+    """One app's metrics."""
+
+    def __init__(self, model_name: str, snapshot: Callable[[], EngineSnapshot]) -> None:
+        self.registry = CollectorRegistry()
+        self._label = {"model_name": model_name}
+        histograms = {
+            "ttft": ("time_to_first_token_seconds", "From arrival to the first token.", LATENCY_BUCKETS),
+            "itl": ("inter_token_latency_seconds", "Between two tokens of a request.", TOKEN_BUCKETS),
+            "tpot": ("request_time_per_output_token_seconds", "Mean time per token after the first.", TOKEN_BUCKETS),
+            "e2e": ("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_BUCKETS),
+            "queue": ("request_queue_time_seconds", "Waiting, before the first step.", REQUEST_BUCKETS),
+            "prefill": ("request_prefill_time_seconds", "From the first step to the first token.", REQUEST_BUCKETS),
+            "decode": ("request_decode_time_seconds", "From the first token to the last.", REQUEST_BUCKETS),
+            "prompt": ("request_prompt_tokens", "Prompt tokens of a request.", COUNT_BUCKETS),
+            "generation": ("request_generation_tokens", "Generated tokens of a request.", COUNT_BUCKETS),
+        }
+        self._histograms = {
+            key: Histogram(f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self.registry).labels(
+                model_name
+            )
+            for key, (name, text, buckets) in histograms.items()
+        }
+        self._success = Counter(
+            "vllm:request_success", "Requests that finished.", ["model_name", "finished_reason"], registry=self.registry
+        )
+        for reason in FinishReason:
+            self._success.labels(model_name, reason)  # shown from the start, so that a rate over it begins at zero
+        self._http = Counter(
+            "prerope:http_requests", "HTTP replies.", ["method", "handler", "status"], registry=self.registry
+        )
+        self.registry.register(EngineCollector(model_name, snapshot))
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+
+    def observe_first_token(self, seconds: float) -> None:
+        """`seconds` from the request's arrival to its first token."""
+        self._histograms["ttft"].observe(seconds)
+
+    def observe_inter_token(self, seconds: float) -> None:
+        """`seconds` between two tokens of one sequence."""
+        self._histograms["itl"].observe(seconds)
+
+    def observe_finished(
+        self,
+        reason: FinishReason,
+        *,
+        e2e_s: float,
+        prompt_tokens: int,
+        generation_tokens: int,
+        timings: Timings | None = None,
+    ) -> None:
+        """One sequence ended; `timings` are the engine's, missing where the server ended it (a stop string)."""
+        seen = self._histograms
+        self._success.labels(self._label["model_name"], reason).inc()
+        seen["e2e"].observe(e2e_s)
+        seen["prompt"].observe(prompt_tokens)
+        seen["generation"].observe(generation_tokens)
+        if timings is None:
+            return
+        seen["queue"].observe(timings.queue_s)
+        seen["prefill"].observe(timings.prefill_s)
+        seen["decode"].observe(timings.decode_s)
+        if generation_tokens > 1:
+            seen["tpot"].observe(timings.decode_s / (generation_tokens - 1))
+
+    def count_http(self, method: str, handler: str, status: int) -> None:
+        """One HTTP reply; `handler` is the route's template, never the raw path."""
+        self._http.labels(method, handler, str(status)).inc()
+
+    def render(self) -> bytes:
+        """The exposition format, for /metrics."""
+        return generate_latest(self.registry)
+
+
+class EngineCollector(Collector):
+    """Reads the engine at scrape time. While there is none to read, only its state is shown."""
+
+    def __init__(self, model_name: str, snapshot: Callable[[], EngineSnapshot]) -> None:
+        self._model_name = model_name
+        self._snapshot = snapshot
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing to check for duplicates, and the engine is not there yet when this is registered
+
+    def collect(self) -> Iterator[Metric]:
+        snapshot = self._snapshot()
+        yield self._gauge("prerope:engine_ready", "1 once the model is loaded and serving.", snapshot.state == "ready")
+        if snapshot.info is not None:
+            yield self._method_info(snapshot.info)
+            yield self._gauge("prerope:max_model_len", "Tokens of prompt and output.", snapshot.info.max_model_len)
+        if snapshot.stats is not None:
+            yield from self._gauges(snapshot.stats)
+            yield from self._counters(snapshot.stats)
+
+    def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
+        used = 1 - stats.num_free_blocks / max(stats.num_blocks, 1)
+        for name, text, value in (
+            ("vllm:num_requests_running", "Sequences in the current steps.", stats.num_running),
+            ("vllm:num_requests_waiting", "Sequences in the queue.", stats.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.", used),
+            ("prerope:num_tokens_waiting", "Prompt tokens in the queue.", stats.num_waiting_tokens),
+            ("prerope:num_blocks", "Cache blocks in all.", stats.num_blocks),
+            ("prerope:num_blocks_free", "Cache blocks that can be allocated.", stats.num_free_blocks),
+            ("prerope:num_blocks_cached", "Cache blocks kept for later prompts.", stats.num_cached_blocks),
+            ("prerope:last_step_seconds", "Duration of the last step.", stats.last_step_s),
+            ("prerope:prefill_tokens_per_second", "Measured prefill speed.", stats.prefill_tokens_per_s),
+        ):
+            yield self._gauge(name, text, value)
+
+    def _counters(self, stats: EngineStats) -> Iterator[Metric]:
+        for name, text, value in (
+            ("vllm:num_preemptions", "Sequences put back into the queue for want of blocks.", stats.num_preemptions),
+            ("vllm:prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
+            ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queried_tokens),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
+            ("prerope:steps", "Engine steps.", stats.num_steps),
+        ):
+            family = CounterMetricFamily(name, text, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model_name], float(value))
+        return family
+
+    def _method_info(self, info: ModelInfo) -> Metric:
+        """The deployment's position method and its parameters, as labels."""
+        labels = {key: str(value) for key, value in info.positions.describe().items() if not isinstance(value, dict)}
+        family = InfoMetricFamily("prerope:position_method", "How positions are read.", labels=["model_name"])
+        family.add_metric([self._model_name], labels)
+        return family

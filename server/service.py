@@ -1,0 +1,111 @@
+"""What endpoints need of one running app: its settings, engine, tokenizer, model name and metrics.
+
+The engine and the tokenizer load on the engine's thread; until then `tokenizer` refuses with a 503.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import structlog
+from fastapi import Request
+
+from server.checkpoint import checkpoint_name, resolve_checkpoint
+from server.engine.async_engine import AsyncEngine, EngineState
+from server.errors import EngineUnavailable
+from server.metrics import EngineSnapshot, Metrics
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
+    from server.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Service:
+    """Everything an endpoint may use; one for each app, at `app.state.service`.
+
+    Attributes:
+        model_name: what clients call the model.
+        stage: what loading does now, for people who ask /ready.
+    """
+
+    settings: Settings
+    model_name: str = field(init=False)
+    engine: AsyncEngine = field(init=False)
+    metrics: Metrics = field(init=False)
+    stage: str = "starting"
+    _tokenizer: Tokenizer | None = None
+    _started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.model_name = checkpoint_name(self.settings.model_id)
+        self.engine = AsyncEngine(self._load)
+        self.metrics = Metrics(self.model_name, self._snapshot)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises EngineUnavailable while it loads."""
+        if self._tokenizer is None:
+            raise self.unavailable()
+        return self._tokenizer
+
+    @property
+    def seconds_up(self) -> float:
+        return time.monotonic() - self._started
+
+    def require_ready(self) -> None:
+        """Raises EngineUnavailable, saying why, unless the engine takes requests."""
+        if self.engine.state is not EngineState.READY:
+            raise self.unavailable()
+
+    def unavailable(self) -> EngineUnavailable:
+        """Why requests are refused now."""
+        reasons = {
+            EngineState.LOADING: f"The model is loading ({self.stage}); try again in a few seconds.",
+            EngineState.READY: "The model is ready.",
+            EngineState.DRAINING: "The server is shutting down and takes no new requests.",
+            EngineState.DEAD: "The engine has stopped; the server must be restarted.",
+        }
+        return EngineUnavailable(reasons[self.engine.state], code=str(self.engine.state))
+
+    def report(self, stage: str) -> None:
+        """One line of progress while loading. Called on the engine's thread."""
+        self.stage = stage
+        log.info(stage, seconds=round(self.seconds_up, 1))
+
+    def _load(self) -> Engine:
+        """Runs on the engine's thread, and imports there what takes seconds to import."""
+        self.report("Importing torch and transformers")
+        from server.engine.engine import Engine
+        from server.log import route_transformers_log
+        from server.tokenizer import Tokenizer
+
+        route_transformers_log()
+        settings = self.settings
+        checkpoint = resolve_checkpoint(settings.model_id, settings.revision, self.report, cache_dir=settings.cache_dir)
+        self.report(f"Loading the tokenizer of {checkpoint.name}")
+        tokenizer = Tokenizer.load(checkpoint)
+        _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
+        engine = Engine.load(checkpoint, settings.engine_config(), self.report)
+        self._tokenizer = tokenizer
+        return engine
+
+    def _snapshot(self) -> EngineSnapshot:
+        state = self.engine.state
+        alive = state in (EngineState.READY, EngineState.DRAINING)
+        return EngineSnapshot(
+            state=str(state),
+            stats=self.engine.stats() if alive else None,
+            info=self.engine.info if alive else None,
+        )
+
+
+def get_service(request: Request) -> Service:
+    """The FastAPI dependency."""
+    service: Service = request.app.state.service
+    return service
