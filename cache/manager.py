@@ -78,13 +78,13 @@ class KVCacheManager:
             sequence.block_table.extend(self.pool.allocate(missing))
         return True
 
-    def remember(self, sequence: Cacheable) -> None:
-        """Make the full computed blocks of a sequence findable."""
-        if not self.prefix_caching:
+    def remember(self, sequence: Cacheable, num_known_tokens: int) -> None:
+        """Make the full computed blocks of a sequence findable; those of the first `num_known_tokens` are already."""
+        known, full = num_known_tokens // self.block_size, sequence.num_computed_tokens // self.block_size
+        if not self.prefix_caching or known == full:
             return
-        full = sequence.num_computed_tokens // self.block_size
-        hashes = sequence.hasher.extend(sequence.token_ids[: full * self.block_size])
-        for block, block_hash in zip(sequence.block_table[:full], hashes, strict=False):
+        hashes = sequence.hasher.extend(sequence.token_ids)
+        for block, block_hash in zip(sequence.block_table[known:full], hashes[known:full], strict=True):
             self.pool.remember(block, block_hash)
 
     def release(self, sequence: Cacheable) -> None:

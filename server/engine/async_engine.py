@@ -1,0 +1,270 @@
+"""The engine on its own thread, for an event loop: requests go in through an inbox, outputs come back to the loop.
+
+The loop never waits for a step and the thread never touches a loop object but through `call_soon_threadsafe`. The
+thread loads the engine, then drains its inbox and steps while there is work, and sleeps on the inbox when there is
+none. When a step raises, the engine is DEAD: every open request fails, and the process is for its supervisor to restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from types import TracebackType
+from typing import Any
+
+from rope.model_positions import ModelPositions
+from rope.spec import RopeSpec
+from server.engine.engine import Engine, EngineStats, ModelInfo
+from server.engine.outputs import FinishReason, TokenOutput
+from server.engine.sequence import EngineRequest
+from server.errors import EngineFailure, EngineUnavailable, RequestError
+
+
+class EngineState(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    """Finish what runs until `deadline` (monotonic seconds), then abort the rest and end the thread."""
+
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+_Command = EngineRequest | _Abort | _Drain
+_Delivery = tuple[str, TokenOutput | RequestError]
+
+
+class OutputStream(AsyncGenerator[TokenOutput, None]):
+    """The outputs of one request. Closing it early, started or not, aborts the request within a step."""
+
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self._abort = abort
+        self._items: asyncio.Queue[TokenOutput | RequestError] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, item: TokenOutput | RequestError) -> None:
+        self._items.put_nowait(item)
+
+    async def asend(self, _value: None) -> TokenOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item = await self._items.get()
+        except asyncio.CancelledError:
+            self._close()
+            raise
+        if isinstance(item, RequestError):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    async def athrow(
+        self, typ: Any, val: BaseException | object = None, _tb: TracebackType | None = None
+    ) -> TokenOutput:
+        self._close()
+        raise val if isinstance(val, BaseException) else typ
+
+    async def aclose(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._abort()
+
+
+class AsyncEngine:
+    """One engine, loaded and stepped by a thread of its own. All methods are called on the event loop.
+
+    Attributes:
+        state: see `EngineState`.
+        failure: why the engine is DEAD.
+    """
+
+    def __init__(self, load: Callable[[], Engine]) -> None:
+        self._load = load
+        self._engine: Engine | None = None
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._streams: dict[str, OutputStream] = {}
+        self._unseen: dict[str, int] = {}  # submitted, not yet in `_stats`: request id → prompt tokens
+        self._stats: EngineStats | None = None
+        self._loaded = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self.state = EngineState.LOADING
+        self.failure: BaseException | None = None
+
+    # --- on the event loop ---
+
+    def start(self) -> None:
+        """Begin loading; within a running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def wait_until_loaded(self) -> None:
+        """Until READY, or raise why it is not to be."""
+        await self._loaded.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    async def wait_until_stopped(self) -> None:
+        """Until the thread is done: drained, or dead."""
+        await self._stopped.wait()
+
+    @property
+    def engine(self) -> Engine:
+        """EngineUnavailable while loading or after death."""
+        if self._engine is None or self.state is EngineState.DEAD:
+            reason = "has stopped after an error" if self.state is EngineState.DEAD else "is loading its model"
+            raise EngineUnavailable(f"the engine {reason}; see /ready and try again later", code=self.state.value)
+        return self._engine
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.engine.info
+
+    def resolve_positions(self, spec: RopeSpec) -> ModelPositions:
+        return self.engine.resolve_positions(spec)
+
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+        if self._stats is None:
+            raise EngineUnavailable("the engine is loading its model; see /ready", code=self.state.value)
+        return self._stats
+
+    def submit(self, request: EngineRequest) -> OutputStream:
+        """Queue a request. Refusals are raised here, before anything is queued."""
+        engine = self.engine
+        if self.state is EngineState.DRAINING:
+            raise EngineUnavailable("the server is shutting down and takes no new requests", code="draining")
+        engine.check(request)
+        stats = self.stats()
+        engine.check_queue(
+            stats.num_waiting + len(self._unseen),
+            stats.num_waiting_tokens + sum(self._unseen.values()),
+            len(request.prompt_token_ids),
+        )
+        request_id = request.request_id
+        assert request_id not in self._streams, "request ids are unique"
+        stream = OutputStream(lambda: self._abort(request_id))
+        self._streams[request_id] = stream
+        self._unseen[request_id] = len(request.prompt_token_ids)
+        self._inbox.put(request)
+        return stream
+
+    def _abort(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._inbox.put(_Abort(request_id))
+
+    async def shutdown(self, timeout_s: float) -> None:
+        """Refuse new work, finish what runs, abort what is left after `timeout_s`, and end the thread."""
+        if self.state in (EngineState.READY, EngineState.LOADING):
+            self.state = EngineState.DRAINING
+        self._inbox.put(_Drain(time.monotonic() + timeout_s))
+        if self._thread.is_alive() and self._engine is not None:
+            await self._stopped.wait()
+            await asyncio.to_thread(self._thread.join)
+
+    def _deliver(self, stats: EngineStats, taken: list[str], deliveries: list[_Delivery]) -> None:
+        self._stats = stats
+        for request_id in taken:
+            self._unseen.pop(request_id, None)
+        for request_id, item in deliveries:
+            stream = self._streams.get(request_id)
+            if stream is None:
+                continue
+            stream.put(item)
+            if isinstance(item, RequestError) or item.finish_reason is not None:
+                del self._streams[request_id]
+
+    def _set_ready(self, engine: Engine) -> None:
+        self._engine = engine
+        self._stats = engine.stats()
+        if self.state is EngineState.LOADING:
+            self.state = EngineState.READY
+        self._loaded.set()
+
+    def _die(self, failure: BaseException) -> None:
+        self.state = EngineState.DEAD
+        self.failure = failure
+        for stream in self._streams.values():
+            stream.put(EngineFailure("the engine stopped after an error; the server needs a restart", code="engine_dead"))
+        self._streams.clear()
+        self._loaded.set()
+        self._stopped.set()
+
+    # --- on the engine thread ---
+
+    def _run(self) -> None:
+        try:
+            engine = self._load()
+            self._post(self._set_ready, engine)
+            self._serve(engine)
+        except BaseException as failure:  # whatever it was, nobody else would hear of it
+            self._post(self._die, failure)
+        else:
+            self._post(self._stopped.set)
+
+    def _post(self, function: Callable[..., None], *arguments: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _serve(self, engine: Engine) -> None:
+        deadline: float | None = None
+        while True:
+            commands = self._take(wait=not engine.has_work() and deadline is None)
+            taken, deliveries = [], []
+            for command in commands:
+                if isinstance(command, _Drain):
+                    deadline = command.deadline
+                elif isinstance(command, _Abort):
+                    engine.abort(command.request_id)
+                else:
+                    taken.append(command.request_id)
+                    deliveries += _add(engine, command)
+            if deadline is not None and time.monotonic() >= deadline:
+                deliveries += _abort_all(engine)
+            if engine.has_work():
+                deliveries += engine.step()
+            self._post(self._deliver, engine.stats(), taken, deliveries)
+            if deadline is not None and not engine.has_work():
+                return
+
+    def _take(self, *, wait: bool) -> list[_Command]:
+        commands: list[_Command] = [self._inbox.get()] if wait else []
+        while True:
+            try:
+                commands.append(self._inbox.get_nowait())
+            except queue.Empty:
+                return commands
+
+
+def _add(engine: Engine, request: EngineRequest) -> list[_Delivery]:
+    try:
+        engine.add(request)
+    except RequestError as refusal:
+        return [(request.request_id, refusal)]
+    return []
+
+
+def _abort_all(engine: Engine) -> list[_Delivery]:
+    ids = [sequence.request_id for sequence in engine.scheduler.sequences]
+    return [(request_id, output) for request_id in ids if (output := engine.abort(request_id)) is not None]
+
+
+__all__ = ["AsyncEngine", "EngineState", "FinishReason", "OutputStream"]

@@ -1,0 +1,359 @@
+"""The engine: requests in, tokens out, one `step()` at a time. Synchronous and single-threaded.
+
+    add → waiting → schedule() → [(sequence, num_new_tokens)] → Batch → Model.forward → sample → TokenOutput
+
+Knows token ids only: text, HTTP and metrics are the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cache.manager import KVCacheManager
+from cache.prefix import PrefixHasher
+from cache.storage import KVStorage
+from rope.methods import MethodError
+from rope.model_positions import ModelPositions, resolve_model
+from rope.spec import RopeSpec
+from server.engine.batch import Chunk, build_batch
+from server.engine.config import EngineConfig
+from server.engine.model import Model, load_model
+from server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
+from server.engine.probe import probe
+from server.engine.sampler import logprobs, sample
+from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.sequence import EngineRequest, Sequence
+from server.engine.sizing import CacheSize, size_cache
+from server.errors import ConfigurationError, InvalidRequest, QueueFull
+
+if TYPE_CHECKING:
+    from server.checkpoint import Checkpoint
+
+PROMPT_LOGPROB_ROWS = 256
+"""Rows of logits turned into prompt log-probabilities at once: memory is this times the vocabulary."""
+
+MAX_RESOLVED_SPECS = 256
+
+ASSUMED_PREFILL_RATE = 1000.0
+"""Tokens a second for Retry-After, until a prefill has been measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a caller may know of the loaded model. Lengths in tokens."""
+
+    max_model_len: int
+    train_length: int
+    vocab_size: int
+    num_cache_tokens: int
+    eos_token_ids: frozenset[int]
+    dtype: str
+    device: str
+    positions: ModelPositions
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. Free blocks can be allocated now; cached ones among them still hold a known prefix. Counters are totals."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_steps: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queried_tokens: int
+    prefix_hit_tokens: int
+    last_step_s: float
+    prefill_tokens_per_s: float
+
+
+class Engine:
+    """One model, one cache, one scheduler."""
+
+    def __init__(self, model: Model, config: EngineConfig, positions: ModelPositions, size: CacheSize) -> None:
+        self.model = model
+        self.config = config
+        self.storage = KVStorage(
+            [layer.shape for layer in model.layers], size.num_blocks, config.block_size, size.dtype, model.device
+        )
+        cache = KVCacheManager(size.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        self.scheduler = Scheduler(
+            cache, max_num_seqs=config.max_num_seqs, max_batched_tokens=config.max_batched_tokens
+        )
+        self.info = ModelInfo(
+            max_model_len=size.max_model_len,
+            train_length=positions.methods[positions.main].train_length,
+            vocab_size=model.vocab_size,
+            num_cache_tokens=cache.num_tokens,
+            eos_token_ids=model.eos_token_ids,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            positions=positions,
+        )
+        self._positions: dict[RopeSpec, ModelPositions] = {}
+        self._num_steps = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._last_step_s = 0.0
+        self._prefill_tokens_per_s = 0.0
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: EngineConfig, report: Callable[[str], None] = lambda _: None) -> Engine:
+        """Weights, probe, cache. Raises ConfigurationError; `report` gets a line as each stage begins."""
+        if config.max_num_seqs > config.max_batched_tokens:
+            raise ConfigurationError(
+                f"MAX_NUM_SEQS is {config.max_num_seqs}: it must be at most MAX_BATCHED_TOKENS "
+                f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
+            )
+        model = load_model(checkpoint, config.dtype, config.device, report)
+        report("checking the model against transformers' own forward")
+        error = probe(model)
+        report(f"the check passed: relative difference {error:.1e}")
+        size = size_cache(model, config)
+        positions = _resolve(model, config.rope, size.max_model_len, ConfigurationError)
+        for warning in positions.warnings():
+            report(f"warning: {warning}")
+        described = ", ".join(f"{key} {value}" for key, value in positions.describe().items())
+        report(
+            f"{described}; max_model_len {size.max_model_len}; cache of {size.num_blocks * config.block_size} tokens, "
+            f"{size.num_bytes / 2**30:.2f} GiB"
+        )
+        return cls(model, config, positions, size)
+
+    # --- requests ---
+
+    def resolve_positions(self, spec: RopeSpec) -> ModelPositions:
+        """A request's own position method; the same object for the same spec. Raises InvalidRequest."""
+        if spec == self.config.rope:
+            return self.info.positions
+        if spec not in self._positions:
+            if len(self._positions) >= MAX_RESOLVED_SPECS:
+                self._positions.clear()
+            self._positions[spec] = _resolve(self.model, spec, self.info.max_model_len, _bad_rope)
+        return self._positions[spec]
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request, or refuse with InvalidRequest what can never run."""
+        self.check(request)
+        sampling = request.sampling
+        positions = request.positions or self.info.positions
+        generator = None
+        if sampling.seed is not None:
+            generator = torch.Generator().manual_seed(sampling.seed % 2**64)
+        self.scheduler.add(
+            Sequence(
+                request=request,
+                positions=positions,
+                hasher=PrefixHasher(self.config.block_size, positions, request.cache_salt),
+                generator=generator,
+                token_ids=list(request.prompt_token_ids),
+                num_prompt_tokens=len(request.prompt_token_ids),
+            )
+        )
+
+    def check(self, request: EngineRequest) -> None:
+        """InvalidRequest for what can never run. Reads nothing that a step changes, so any thread may call it."""
+        num_prompt, info = len(request.prompt_token_ids), self.info
+        if num_prompt == 0:
+            raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt", code="empty_prompt")
+        bad = next((i for i, t in enumerate(request.prompt_token_ids) if not 0 <= t < info.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequest(
+                f"token id {request.prompt_token_ids[bad]} at index {bad} of the prompt is outside the vocabulary: ids "
+                f"go from 0 to {info.vocab_size - 1}",
+                param="prompt",
+                code="bad_token_id",
+            )
+        wanted = num_prompt + request.sampling.max_tokens
+        if wanted > info.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt} tokens and max_tokens is {request.sampling.max_tokens}, together {wanted}: "
+                f"the limit is {info.max_model_len}; shorten either, or raise MAX_MODEL_LEN",
+                param="prompt" if num_prompt >= info.max_model_len else "max_tokens",
+                code="context_length_exceeded",
+            )
+
+    def check_queue(self, num_waiting: int, num_waiting_tokens: int, num_prompt_tokens: int) -> None:
+        """QueueFull where one more prompt would pass the limits; reads nothing that a step changes but the rate."""
+        config = self.config
+        if num_waiting >= config.max_queued_requests:
+            reason = f"{num_waiting} requests are waiting and MAX_QUEUED_REQUESTS is {config.max_queued_requests}"
+        elif num_waiting and num_waiting_tokens + num_prompt_tokens > config.max_queued_tokens:
+            reason = (
+                f"{num_waiting_tokens} prompt tokens are waiting and {num_prompt_tokens} more would pass "
+                f"MAX_QUEUED_TOKENS, {config.max_queued_tokens}"
+            )
+        else:
+            return
+        seconds = max(1, round(num_waiting_tokens / (self._prefill_tokens_per_s or ASSUMED_PREFILL_RATE)))
+        raise QueueFull(f"the queue is full: {reason}; try again in about {seconds} s", retry_after_s=seconds)
+
+    def abort(self, request_id: str) -> TokenOutput | None:
+        """Forget a request and release its blocks now; its last output, or None where there is no such request."""
+        sequence = self.scheduler.remove(request_id)
+        return sequence.output(finish_reason=FinishReason.ABORT) if sequence else None
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    # --- the step ---
+
+    def step(self) -> list[tuple[str, TokenOutput]]:
+        """Run one step; (request id, output) of every request that has news."""
+        began = time.monotonic()
+        outputs = self._abort_expired(began)
+        plan = self.scheduler.schedule()
+        if plan:
+            logits = self._forward(plan)
+            outputs += self._update(plan, logits)
+        self._measure(plan, time.monotonic() - began)
+        return outputs
+
+    def _abort_expired(self, now: float) -> list[tuple[str, TokenOutput]]:
+        timeout = self.config.request_timeout_s
+        if timeout is None:
+            return []
+        expired = [s.request_id for s in self.scheduler.sequences if now - s.arrived_at > timeout]
+        return [(request_id, output) for request_id in expired if (output := self.abort(request_id))]
+
+    def _forward(self, plan: list[Scheduled]) -> Tensor:
+        chunks = []
+        for sequence, count in plan:
+            start = sequence.num_computed_tokens
+            tokens = sequence.token_ids[start : start + count]
+            last = start + count == sequence.num_tokens
+            num_logits = count if sequence.wants_prompt_logprobs else int(last)
+            chunks.append(Chunk(tokens, start, sequence.block_table, sequence.positions, num_logits))
+        return self.model.forward(build_batch(chunks, self.config.block_size, self.model.device), self.storage)
+
+    def _update(self, plan: list[Scheduled], logits: Tensor) -> list[tuple[str, TokenOutput]]:
+        outputs: list[tuple[str, TokenOutput]] = []
+        sampling_rows: list[int] = []
+        sampled: list[Sequence] = []
+        row = 0
+        for sequence, count in plan:
+            start = sequence.num_computed_tokens
+            last = start + count == sequence.num_tokens
+            num_logits = count if sequence.wants_prompt_logprobs else int(last)
+            if sequence.wants_prompt_logprobs:
+                self._take_prompt_logprobs(sequence, start, logits[row : row + count])
+            sequence.num_computed_tokens += count
+            self.scheduler.cache.remember(sequence, start)
+            self._prompt_tokens += max(0, min(start + count, sequence.num_prompt_tokens) - start)
+            row += num_logits
+            if last and sequence.sampling.max_tokens > sequence.num_output_tokens:
+                sampling_rows.append(row - 1)
+                sampled.append(sequence)
+            elif last:
+                outputs.append(self._finish(sequence, (), None, FinishReason.LENGTH))
+            elif sequence.request.report_progress:
+                outputs.append((sequence.request_id, sequence.output()))
+        return outputs + self._sample(logits[sampling_rows], sampled)
+
+    def _take_prompt_logprobs(self, sequence: Sequence, start: int, rows: Tensor) -> None:
+        """Row i's logits are of token i + 1; a token that was scored before a preemption is not scored again."""
+        num_top = sequence.sampling.prompt_logprobs
+        assert num_top is not None
+        if not sequence.prompt_logprobs:
+            sequence.prompt_logprobs.append(None)
+        first = len(sequence.prompt_logprobs)  # the next prompt token to be scored
+        stop = min(start + rows.shape[0] + 1, sequence.num_prompt_tokens)
+        for begin in range(first, stop, PROMPT_LOGPROB_ROWS):
+            end = min(begin + PROMPT_LOGPROB_ROWS, stop)
+            piece = rows[begin - 1 - start : end - 1 - start]
+            sequence.prompt_logprobs += logprobs(piece, sequence.token_ids[begin:end], num_top)
+
+    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[tuple[str, TokenOutput]]:
+        if not sequences:
+            return []
+        # Log-probabilities are of the raw logits: keep those rows, since sampling changes its own.
+        raw = {s.request_id: logits[i : i + 1].clone() for i, s in enumerate(sequences) if s.sampling.logprobs is not None}
+        tokens = sample(logits, sequences, self.info.eos_token_ids)
+        outputs = []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.append(token)
+            self._generation_tokens += 1
+            num_top = sequence.sampling.logprobs
+            scored = None if num_top is None else tuple(logprobs(raw[sequence.request_id], [token], num_top))
+            reason = self._finish_reason(sequence, token)
+            if reason is None:
+                outputs.append((sequence.request_id, sequence.output((token,), logprobs=scored)))
+            else:
+                outputs.append(self._finish(sequence, (token,), scored, reason))
+        return outputs
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sampling = sequence.sampling
+        ends = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | self.info.eos_token_ids
+        if token in ends and sequence.num_output_tokens >= sampling.min_tokens:
+            return FinishReason.STOP
+        full = sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.info.max_model_len
+        return FinishReason.LENGTH if full else None
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        scored: tuple[TokenLogprobs, ...] | None,
+        reason: FinishReason,
+    ) -> tuple[str, TokenOutput]:
+        output = sequence.output(token_ids, logprobs=scored, finish_reason=reason)
+        self.scheduler.remove(sequence.request_id)
+        return sequence.request_id, output
+
+    # --- what callers watch ---
+
+    def _measure(self, plan: list[Scheduled], seconds: float) -> None:
+        self._num_steps += 1
+        self._last_step_s = seconds
+        prefilled = sum(count for _, count in plan if count > 1)
+        if prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
+            rate = prefilled / seconds
+            self._prefill_tokens_per_s += (rate - self._prefill_tokens_per_s) * (0.2 if self._prefill_tokens_per_s else 1)
+
+    def stats(self) -> EngineStats:
+        scheduler, pool = self.scheduler, self.scheduler.cache.pool
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=sum(s.num_remaining_tokens for s in scheduler.waiting.values()),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            num_steps=self._num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_queried_tokens=scheduler.cache.queried_tokens,
+            prefix_hit_tokens=scheduler.cache.hit_tokens,
+            last_step_s=self._last_step_s,
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that blocks, tables and sequences agree."""
+        self.scheduler.cache.check_integrity(self.scheduler.sequences)
+
+
+def _bad_rope(message: str) -> InvalidRequest:
+    return InvalidRequest(message, param="rope", code="bad_rope")
+
+
+def _resolve(
+    model: Model, spec: RopeSpec, max_model_len: int, error: Callable[[str], Exception]
+) -> ModelPositions:
+    try:
+        return resolve_model(spec, model.rotaries, max_model_len)
+    except MethodError as reason:
+        raise error(str(reason)) from reason

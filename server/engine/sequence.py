@@ -1,0 +1,133 @@
+"""A request as the engine sees it: token ids in, token ids out, and how far its K and V are computed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence as TokenIds
+from dataclasses import dataclass, field
+
+import torch
+
+from cache.prefix import PrefixHasher
+from rope.model_positions import ModelPositions
+from server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
+from server.engine.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What a caller hands to the engine.
+
+    Attributes:
+        positions: the resolved position method; None is the deployment's.
+        cache_salt: prefixes are shared only among requests with the same salt.
+        priority: lower runs first.
+        report_progress: also yield an output, without tokens, after each prefill chunk.
+    """
+
+    request_id: str
+    prompt_token_ids: TokenIds[int]
+    sampling: SamplingParams
+    positions: ModelPositions | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    report_progress: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request in the engine. There are no phases: only `num_computed_tokens` catching up with `token_ids`.
+
+    Attributes:
+        token_ids: prompt and output so far.
+        num_computed_tokens: how many of them have K and V in the cache; 0 again after a preemption.
+        block_table: blocks of the cache, in order.
+        output_counts: how often each token was generated, for penalties.
+    """
+
+    request: EngineRequest
+    positions: ModelPositions
+    hasher: PrefixHasher
+    generator: torch.Generator | None
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    output_counts: Counter[int] = field(default_factory=Counter)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logprobs_sent: bool = False
+    arrived_at: float = field(default_factory=time.monotonic)
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens whose K and V are still to be computed; 1 is a decode step."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def decoding(self) -> bool:
+        return self.num_output_tokens > 0 and self.num_remaining_tokens == 1
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """Smaller is served first and preempted last."""
+        return (self.request.priority, self.arrived_at)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    def append(self, token_id: int) -> None:
+        """Take a sampled token in."""
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] += 1
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+
+    def output(
+        self,
+        token_ids: tuple[int, ...] = (),
+        *,
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> TokenOutput:
+        """An event for this request's caller; prompt log-probabilities go with the first one that has them whole."""
+        prompt_logprobs = None
+        ready = len(self.prompt_logprobs) == self.num_prompt_tokens and not self.prompt_logprobs_sent
+        if ready and (token_ids or finish_reason):
+            prompt_logprobs, self.prompt_logprobs_sent = tuple(self.prompt_logprobs), True
+        return TokenOutput(
+            token_ids=token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_processed_tokens=min(self.num_computed_tokens, self.num_prompt_tokens),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=finish_reason,
+            timings=self._timings() if finish_reason else None,
+        )
+
+    def _timings(self) -> Timings:
+        now = time.monotonic()
+        scheduled = now if self.scheduled_at is None else self.scheduled_at
+        first = now if self.first_token_at is None else self.first_token_at
+        return Timings(scheduled - self.arrived_at, first - scheduled, now - first)
