@@ -8,6 +8,7 @@
         ├── ModelNotFound       404
         ├── BodyTooLarge        413
         ├── QueueFull           429, with Retry-After
+        ├── ClientGone          499: nobody is left to read the reply
         ├── EngineUnavailable   503: loading, draining or dead
         └── EngineFailure       500: the step that served this request failed
 
@@ -77,6 +78,13 @@ class QueueFull(RequestError):
     def __init__(self, message: str, *, retry_after_s: int, code: str = "queue_full") -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
+
+
+class ClientGone(RequestError):
+    """The client closed the connection before its reply was complete."""
+
+    status = 499
+    type = "client_closed_request"
 
 
 class EngineUnavailable(RequestError):

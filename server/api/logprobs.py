@@ -1,0 +1,104 @@
+"""Log-probabilities in the three shapes that clients know: OpenAI's completions, OpenAI's chat, and /generate's own.
+
+A token whose bytes are no text by themselves is written `bytes:\\xe2\\x80`, as OpenAI does; so two such tokens stay
+two keys of `top_logprobs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from server.api.transcript import Token
+from server.engine.outputs import TokenLogprobs
+from server.tokenizer import TextStream, Tokenizer
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON cannot carry (OpenAI's value for it)."""
+
+
+def token_string(tokenizer: Tokenizer, token_id: int) -> str:
+    """The token as text, or as escaped bytes."""
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST)
+
+
+def completion_logprobs(
+    tokenizer: Tokenizer, tokens: Sequence[Token], num_alternatives: int, offset: int = 0
+) -> dict[str, Any]:
+    """The `logprobs` of a completions choice. `text_offset` counts from the beginning of the reply's text.
+
+    offset: characters of the reply before the text that these tokens' own starts count from.
+    The first token of an echoed prompt has no logprob: nulls, as OpenAI sends them.
+    """
+    return {
+        "tokens": [token_string(tokenizer, token.token_id) for token in tokens],
+        "token_logprobs": [token.logprobs and finite(token.logprobs.logprob) for token in tokens],
+        "top_logprobs": [_top_by_text(tokenizer, token.logprobs, num_alternatives) for token in tokens],
+        "text_offset": [offset + token.start for token in tokens],
+    }
+
+
+def _top_by_text(
+    tokenizer: Tokenizer, logprobs: TokenLogprobs | None, num_alternatives: int
+) -> dict[str, float] | None:
+    """Alternatives by their text; the token itself is always among them, so there may be one more than asked for."""
+    if logprobs is None:
+        return None
+    top = {token_string(tokenizer, i): finite(p) for i, p in logprobs.top[:num_alternatives]}
+    top.setdefault(token_string(tokenizer, logprobs.token_id), finite(logprobs.logprob))
+    return top
+
+
+def prompt_tokens(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
+) -> list[Token]:
+    """An echoed prompt as tokens of the reply."""
+    stream = TextStream(tokenizer)
+    tokens, start = [], 0
+    for token_id, entry in zip(token_ids, logprobs, strict=True):
+        tokens.append(Token(token_id, start, entry))
+        start += len(stream.push([token_id]))
+    return tokens
+
+
+def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], num_alternatives: int) -> dict[str, Any]:
+    """The `logprobs` of a chat choice."""
+    content = []
+    for token in tokens:
+        entry = token.logprobs
+        assert entry is not None  # asked for, so the engine gave one for each token
+        top = [_chat_token(tokenizer, i, p) for i, p in entry.top[:num_alternatives]]
+        content.append({**_chat_token(tokenizer, entry.token_id, entry.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": token_string(tokenizer, token_id),
+        "bytes": list(tokenizer.token_bytes(token_id)),
+        "logprob": finite(logprob),
+    }
+
+
+def generate_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token]) -> list[dict[str, Any]]:
+    """The `logprobs` of /generate: one entry a token, with its id."""
+    return [
+        {
+            **_id_token(tokenizer, entry.token_id, entry.logprob),
+            "top": [_id_token(tokenizer, token_id, logprob) for token_id, logprob in entry.top],
+        }
+        for entry in (token.logprobs for token in tokens)
+        if entry is not None
+    ]
+
+
+def _id_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+    return {"token_id": token_id, "token": token_string(tokenizer, token_id), "logprob": finite(logprob)}

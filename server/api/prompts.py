@@ -1,0 +1,108 @@
+"""From what a client wrote (text, token ids, messages) to the token ids of a prompt. Refusals name limit and value."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from server.api.body import MAX_SHOWN
+from server.api.messages import Message, as_template_input
+from server.errors import InvalidRequest, ModelNotFound
+from server.service import Service
+
+INLINE_CHARS = 2_000
+"""Text up to this long is tokenised on the event loop (about a millisecond); longer text on a thread."""
+
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""What `chat_template_kwargs` may not set: these are the template engine's own arguments, not the template's."""
+
+
+def check_model(service: Service, model: str | None) -> None:
+    """The `model` field names the served model, or is missing."""
+    if model is not None and model != service.model_name:
+        raise ModelNotFound(
+            f"the model '{model[:MAX_SHOWN]}' is not served here; this server serves '{service.model_name}'",
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def prompt_ids(
+    service: Service, prompt: str | list[int], *, add_special_tokens: bool = True, param: str = "prompt"
+) -> list[int]:
+    """Token ids of a prompt, given as text or as ids."""
+    if isinstance(prompt, str):
+        _check_characters(service, len(prompt), param)
+        encode = service.tokenizer.encode
+        ids = await _off_loop(len(prompt), lambda: encode(prompt, add_special_tokens=add_special_tokens))
+    else:
+        ids = prompt
+        check_token_ids(service, ids, param)
+    if not ids:
+        raise InvalidRequest(f"'{param}' is empty: the model needs at least one token to continue", param=param)
+    return ids
+
+
+async def chat_ids(
+    service: Service,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a chat, through the model's template."""
+    num_chars = sum(len(message.content) for message in messages)
+    _check_characters(service, num_chars, "messages")
+    kwargs = dict(template_kwargs or {})
+    reserved = sorted(kwargs.keys() & TEMPLATE_ARGUMENTS)
+    if reserved:
+        raise InvalidRequest(
+            f"'chat_template_kwargs.{reserved[0]}' may not be set: it is not the template's",
+            param="chat_template_kwargs",
+        )
+    rendered = as_template_input(messages)
+    apply = service.tokenizer.apply_chat_template
+    ids = await _off_loop(num_chars, lambda: apply(rendered, add_generation_prompt=add_generation_prompt, **kwargs))
+    if not ids:
+        raise InvalidRequest("'messages' come to no token at all through the chat template", param="messages")
+    return ids
+
+
+def check_token_ids(service: Service, ids: Sequence[int], param: str) -> None:
+    """Every id is in the model's vocabulary."""
+    vocab_size = service.engine.info.vocab_size
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        index, token_id = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
+        raise InvalidRequest(
+            f"'{param}[{index}]' is {shown_number(token_id)}; the model's token ids go from 0 to {vocab_size - 1}",
+            param=param,
+        )
+
+
+def shown_number(number: int) -> str:
+    """An integer of any size, short enough for an error message."""
+    return str(number) if abs(number) < 10**20 else "beyond 20 digits"
+
+
+def _check_characters(service: Service, num_chars: int, param: str) -> None:
+    """Refuse what cannot fit whatever its words are, before spending time on tokenising it."""
+    max_model_len = service.engine.info.max_model_len
+    limit = max_model_len * service.tokenizer.max_chars_per_token
+    if num_chars > limit:
+        raise InvalidRequest(
+            f"'{param}' has {num_chars} characters; at most {limit} can fit into {max_model_len} tokens "
+            "(MAX_MODEL_LEN raises it)",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+async def _off_loop(num_chars: int, encode: Callable[[], list[int]]) -> list[int]:
+    return encode() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode)
