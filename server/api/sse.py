@@ -18,14 +18,18 @@ from typing import Any
 
 import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
 
-from server.api.error_replies import error_body
-from server.errors import EngineFailure, RequestError
+from server.api.error_replies import error_body, internal_error
+from server.errors import RequestError
 
 log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 5
 SEPARATOR = "\n"
+
+# By default it cuts streams at a signal; here they may finish (`server.http_server`).
+AppStatus.enable_automatic_graceful_drain = False
 
 
 def event_stream(source: AsyncGenerator[Any, None]) -> EventSourceResponse:
@@ -49,7 +53,7 @@ async def _frames(source: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, No
             return
         except Exception:
             log.exception("stream failed")
-            yield _error_frame(EngineFailure("Internal server error.", code="internal_error"))
+            yield _error_frame(internal_error())
             return
         yield b"data: [DONE]\n\n"
 
