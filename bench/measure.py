@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import httpx
 
 from bench.client import Server
+from bench.neighbours import DISTURBED_CORES, CpuMeter, listener, quiet
 from bench.streams import Completion, StreamFailed
 
-CPU_TIMES = Path("/proc/stat")
+PromptSource = Callable[[int], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -37,12 +36,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One round of one point at one server. `busy_cores`: what the machine did just before, with no request open."""
+    """One round of one point at one server. `others_cores`: what programs that are no part of it used meanwhile."""
 
     completions: tuple[Completion, ...]
     wall_s: float
     failures: tuple[str, ...] = ()
-    busy_cores: float | None = None
+    others_cores: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -77,10 +76,12 @@ RATES = ("output_rate", "total_rate")  # larger is better
 
 async def run_point(server: Server, prompts: Sequence[str], num_tokens: int) -> Run:
     """All prompts at once, one stream each. A stream that fails is reported, and the others still count."""
-    busy = await busy_cores()
+    process = listener(server.url)
+    before = CpuMeter.read(process)
     started = time.perf_counter()
     results = await asyncio.gather(*(server.complete(prompt, num_tokens) for prompt in prompts), return_exceptions=True)
     wall_s = time.perf_counter() - started
+    others = CpuMeter.read(process).others_since(before) if process else 0.0
     failures = []
     for result in results:
         if isinstance(result, (StreamFailed, httpx.HTTPError)):
@@ -88,7 +89,22 @@ async def run_point(server: Server, prompts: Sequence[str], num_tokens: int) -> 
         elif isinstance(result, BaseException):
             raise result
     completed = tuple(result for result in results if isinstance(result, Completion))
-    return Run(completed, wall_s, tuple(failures), busy)
+    return Run(completed, wall_s, tuple(failures), others)
+
+
+async def undisturbed_run(server: Server, write: PromptSource, num_tokens: int, patience_s: float) -> Run:
+    """A run while no other program works; within `patience_s` it waits for quiet and takes disturbed runs again.
+
+    `write` gives the prompts of the n-th try: fresh ones every time, for the server has seen those of the last.
+    The least disturbed run where none was clean.
+    """
+    deadline = time.monotonic() + patience_s
+    runs: list[Run] = []
+    while not runs or (runs[-1].others_cores > DISTURBED_CORES and time.monotonic() < deadline):
+        if patience_s > 0:
+            await quiet(deadline)
+        runs.append(await run_point(server, write(len(runs)), num_tokens))
+    return min(runs, key=lambda run: run.others_cores)
 
 
 def run_figures(run: Run) -> dict[str, float] | None:
@@ -135,21 +151,3 @@ def speedup(name: str, ours: Figures, peer: Figures) -> float:
     mine, other = getattr(ours, name), getattr(peer, name)
     numerator, denominator = (other, mine) if name in TIMES else (mine, other)
     return float(numerator / denominator) if denominator else math.inf
-
-
-async def busy_cores(sample_s: float = 0.3) -> float | None:
-    """Cores in use by anyone at all while this process waits; None where the system does not say (no /proc)."""
-    before, started = _busy_ticks(), time.perf_counter()
-    await asyncio.sleep(sample_s)
-    after = _busy_ticks()
-    if before is None or after is None:
-        return None
-    return (after - before) / os.sysconf("SC_CLK_TCK") / (time.perf_counter() - started)
-
-
-def _busy_ticks() -> int | None:
-    """Ticks that all cores have spent on work since boot: all but idle and waiting for disks."""
-    if not CPU_TIMES.exists():
-        return None
-    fields = [int(field) for field in CPU_TIMES.read_text().split("\n", 1)[0].split()[1:9]]
-    return sum(fields) - fields[3] - fields[4]

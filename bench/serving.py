@@ -4,9 +4,10 @@
 
 Every round measures every point (prompt length × streams at once) at one server after the other, with the same
 prompts, so that a machine that slows down slows them all. By default all servers are alive throughout and only one
-has requests at a time: fair as long as an idle server takes no CPU, which is measured before each point and said
-where it is not so. `--launch NAME=COMMAND` starts a server from here; with `--alone` each is started for its turn
-and stopped after it, so that nothing else holds memory or cores: the fairest on a small machine, and the slowest.
+has requests at a time: fair as long as an idle server takes no CPU. What others use of the machine during a run, an
+idle server among them, is measured and told; `--patience` waits for quiet and repeats disturbed runs. `--launch
+NAME=COMMAND` starts a server from here; with `--alone` each is started for its turn and stopped after it, so that
+nothing else holds memory or cores: the fairest on a small machine, and the slowest.
 
 Prompts are English, of exactly the wanted number of tokens, and each begins differently: prefix caches stay cold.
 Every request asks for the same number of tokens and to ignore the end of sequence, in the server's own dialect.
@@ -34,12 +35,10 @@ from bench.client import Server, ServerUnusable
 from bench.counting import TokenCounter, local_counter, server_counter
 from bench.launch import launched, wait_until_ready
 from bench.machine import describe_machine
-from bench.measure import Point, Run, run_point
+from bench.measure import Point, Run, run_point, undisturbed_run
 from bench.prompts import PromptWriter
 from bench.serving_options import parse_arguments
 from bench.serving_report import Report, one_line, print_table, save
-
-IDLE_CORES = 0.3  # more than this in use before a point, and the point's figures are suspect
 
 
 @dataclass(slots=True)
@@ -53,7 +52,7 @@ class Measurement:
     runs: dict[tuple[str, Point], list[Run]] = field(default_factory=lambda: defaultdict(list))
     _writer: PromptWriter | None = None
     _counter: TokenCounter | None = None
-    _prompts: dict[tuple[int, Point], list[str]] = field(default_factory=dict)
+    _prompts: dict[tuple[int, int, Point], list[str]] = field(default_factory=dict)
 
     async def interleaved(self) -> None:
         """All servers alive; each round goes through the points, and through the servers at each."""
@@ -90,19 +89,22 @@ class Measurement:
 
     async def _measure(self, server: Server, number: int, point: Point) -> None:
         self.progress.update(self.progress.task_ids[0], description=f"{server.name}, {point.label}")
-        prompts = self._prompts.get((number, point))
-        if prompts is None:
-            prompts = self._prompts[number, point] = self._write(point)
-        run = await run_point(server, prompts, self.options.output_tokens)
-        if run.busy_cores is not None and run.busy_cores > IDLE_CORES:
-            self.progress.console.print(
-                f"[yellow]busy[/]: {run.busy_cores:.1f} cores were in use before {server.name} at {point.label}: "
-                "another program, or a server that does not rest when idle",
-                highlight=False,
-            )
+        run = await undisturbed_run(
+            server,
+            lambda attempt: self._prompts_of(number, attempt, point),
+            self.options.output_tokens,
+            self.options.patience,
+        )
         self.runs[server.name, point].append(run)
         self.progress.console.print(one_line(server.name, point, run), highlight=False)
         self.progress.advance(self.progress.task_ids[0])
+
+    def _prompts_of(self, number: int, attempt: int, point: Point) -> list[str]:
+        """The same for every server that gets to this round's n-th attempt at the point; written when first asked."""
+        key = (number, attempt, point)
+        if key not in self._prompts:
+            self._prompts[key] = self._write(point)
+        return self._prompts[key]
 
     def _write(self, point: Point) -> list[str]:
         assert self._counter is not None, "warm_up comes first"

@@ -51,6 +51,13 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     add("--rounds", type=int, default=3, help="figures are medians of these; default: 3")
     add("--tokenizer", metavar="FOLDER", help="a model folder to count with; default: /tokenize, or reported usage")
     add("--seed", type=int, default=0, help="where in the text prompts begin; default: 0")
+    add(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds that each point of a round may wait for a quiet machine, and repeat a disturbed run; default: 0",
+    )
     add("--timeout", type=float, default=900.0, help="seconds a stream may be silent; default: 900")
     add("--ready-timeout", type=float, default=300.0, help="seconds a server may take to start; default: 300")
     add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for JSON, markdown and plot; default: bench/out")

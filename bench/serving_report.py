@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import TIMES, Figures, Point, Run, run_figures, speedup, summarise
+from bench.neighbours import DISTURBED_CORES
 
 Runs = Mapping[tuple[str, Point], Sequence[Run]]
 
@@ -76,6 +77,14 @@ class Report:
         )
         return list(dict.fromkeys(lines))
 
+    def disturbed(self) -> str:
+        """How many runs other programs disturbed, in words; empty where none."""
+        runs = [run for runs in self.runs.values() for run in runs]
+        count = sum(run.others_cores > DISTURBED_CORES for run in runs)
+        if not count:
+            return ""
+        return f"Disturbed: in {count} of {len(runs)} runs other programs used more than {DISTURBED_CORES} of a core."
+
     def slowest(self) -> str:
         """The worst ratio of all, in words; empty where nothing was compared."""
         ratios = [
@@ -103,10 +112,12 @@ def one_line(name: str, point: Point, run: Run) -> str:
     figures = run_figures(run)
     if figures is None:
         return f"{name}, {point.label}: failed, {run.failures[0] if run.failures else 'no stream'}"
-    return f"{name}, {point.label}: " + ", ".join(
+    cells = [
         f"{heading.replace(',', '')} {_shown(figures[key] * factor, form)}"
         for key, (heading, factor, form) in COLUMNS.items()
-    )
+    ]
+    disturbed = f", disturbed: others used {run.others_cores:.1f} cores" if run.others_cores > DISTURBED_CORES else ""
+    return f"{name}, {point.label}: {', '.join(cells)}{disturbed}"
 
 
 def print_table(report: Report, console: Console) -> None:
@@ -119,8 +130,8 @@ def print_table(report: Report, console: Console) -> None:
     console.print(table)
     for line in report.failures():
         console.print(f"[red]failed[/]: {line}", highlight=False)
-    if worst := report.slowest():
-        console.print(worst, highlight=False)
+    for line in filter(None, (report.slowest(), report.disturbed())):
+        console.print(line, highlight=False)
 
 
 def markdown(report: Report) -> str:
@@ -133,6 +144,7 @@ def markdown(report: Report) -> str:
         f"{report.about['output_tokens']} tokens generated a request, medians of {report.about['rounds']} rounds, "
         f"{'one server alive at a time' if report.about['alone'] else 'servers interleaved, all alive'}.",
         report.slowest(),
+        report.disturbed(),
         *(f"Failed: {line}" for line in report.failures()),
     ]
     return "\n".join(lines) + "\n\n" + "\n".join(note for note in notes if note) + "\n"

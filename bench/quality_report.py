@@ -1,0 +1,188 @@
+"""What a quality measurement looks like: a terminal table, a markdown table, JSON and a plot. Measures nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Losses = dict[tuple[str, int], list[float]]  # (method, context length) → a loss a document, always in one order
+
+CROWDED = 1.5  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
+
+
+@dataclass(frozen=True, slots=True)
+class QualityReport:
+    """Losses in nats a token. The reference is the first method at the shortest length."""
+
+    methods: Sequence[str]
+    lengths: Sequence[int]
+    losses: Mapping[tuple[str, int], Sequence[float]]
+    about: Mapping[str, Any]
+
+    def mean(self, method: str, length: int) -> float:
+        return statistics.fmean(self.losses[method, length])
+
+    def spread(self, method: str, length: int) -> float:
+        """Standard deviation over the documents; 0 of a single one."""
+        return _deviation(self.losses[method, length])
+
+    def difference(self, method: str, length: int) -> tuple[float, float]:
+        """From the reference on the same documents: mean and standard deviation of the differences.
+
+        Documents differ far more than methods do, so this is the figure to compare methods by.
+        """
+        reference = self.losses[self.methods[0], self.lengths[0]]
+        differences = [ours - theirs for ours, theirs in zip(self.losses[method, length], reference, strict=True)]
+        return statistics.fmean(differences), _deviation(differences)
+
+    def headings(self) -> list[str]:
+        reference = f"Δ from {self.methods[0]} at {self.lengths[0]:,}"
+        losses = [f"loss at {length:,}" for length in self.lengths]
+        return ["method", *losses, *(f"{reference}: at {length:,}" for length in self.lengths)]
+
+    def rows(self) -> list[list[str]]:
+        return [
+            [
+                method,
+                *(self._loss(method, n) for n in self.lengths),
+                *(self._difference(method, n) for n in self.lengths),
+            ]
+            for method in self.methods
+        ]
+
+    def _loss(self, method: str, length: int) -> str:
+        return f"{self.mean(method, length):.3f} ± {self.spread(method, length):.3f}"
+
+    def _difference(self, method: str, length: int) -> str:
+        mean, spread = self.difference(method, length)
+        return f"{mean:+.3f} ± {spread:.3f}"
+
+    def notes(self) -> list[str]:
+        about = self.about
+        return [
+            f"{about['model']}, {about['dtype']}, trained on {about['train_length']:,} tokens. Loss in nats a token of "
+            f"each document's last {about['last']:,} tokens, mean ± standard deviation over "
+            f"{len(about['documents'])} documents; Δ is taken document by document. Measured "
+            f"{about['date']} on {about['cpu']}.",
+            "Documents: " + "; ".join(about["documents"]) + ".",
+        ]
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def print_table(report: QualityReport, console: Console) -> None:
+    table = Table(header_style="bold")
+    for i, heading in enumerate(report.headings()):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in report.rows():
+        table.add_row(*row)
+    console.print(table)
+    for note in report.notes():
+        console.print(note, highlight=False)
+
+
+def markdown(report: QualityReport) -> str:
+    """A section for RESULTS.md."""
+    headings = report.headings()
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(report.notes()) + "\n"
+
+
+def as_json(report: QualityReport) -> dict[str, Any]:
+    results = [
+        {"method": method, "length": length, "losses": list(report.losses[method, length])}
+        for method in report.methods
+        for length in report.lengths
+    ]
+    return {"about": dict(report.about), "results": results}
+
+
+def save(report: QualityReport, folder: Path) -> list[Path]:
+    """Write quality.json, quality.md and quality.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"quality.{suffix}" for suffix in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(as_json(report), indent=1) + "\n")
+    paths[1].write_text(markdown(report))
+    plot(report, paths[2])
+    return paths
+
+
+def plot(report: QualityReport, path: Path) -> None:
+    """Loss against context length: a line a method, named at its right end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(8.5, 5.5), layout="constrained")
+    floor = report.mean(report.methods[0], report.lengths[0])
+    ceiling = floor + CROWDED
+    ends = []
+    for i, method in enumerate(report.methods):
+        means = [report.mean(method, length) for length in report.lengths]
+        colour = f"C{i % 10}"
+        panel.plot(report.lengths, means, marker="o", color=colour, linestyle="-" if i < 10 else "--")
+        above = f" ({means[-1]:.2f}, above the plot)" if means[-1] > ceiling else f" {means[-1]:.3f}"
+        ends.append((min(means[-1], ceiling), f"{method}{above}", colour))
+    everything = [min(report.mean(m, n), ceiling) for m in report.methods for n in report.lengths]
+    margin = 0.08 * (max(everything) - min(everything)) or 0.1
+    low, high = min(everything) - margin, max(everything) + margin
+    panel.set_ylim(low, high)
+    heights = spaced([height for height, _, _ in ends], 0.045 * (high - low))
+    for height, (_, label, colour) in zip(heights, ends, strict=True):
+        panel.annotate(
+            label,
+            (report.lengths[-1], height),
+            (9, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+        )
+    _dress(panel, report)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _dress(panel: Any, report: QualityReport) -> None:
+    trained = report.about["train_length"]
+    if report.lengths[0] <= trained <= report.lengths[-1]:
+        panel.axvline(trained, color="0.7", linestyle=":", zorder=0)
+        panel.annotate("trained length", (trained, 1), (4, -10), xycoords=("data", "axes fraction"),
+                       textcoords="offset points", color="0.5", fontsize=8)  # fmt: skip
+    if len(report.lengths) > 1:
+        panel.set_xscale("log", base=2)
+    panel.set_xticks(report.lengths, [f"{length:,}" for length in report.lengths])
+    panel.minorticks_off()
+    panel.set_xlabel("tokens of context")
+    panel.set_ylabel("loss, nats a token")
+    panel.set_title(f"{report.about['model']}: loss of the same last {report.about['last']:,} tokens", loc="left")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def spaced(heights: Sequence[float], least: float) -> list[float]:
+    """The heights, in their order, moved apart so that labels at them do not overlap; each by as little as it takes."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = list(heights)
+    for _ in range(100):
+        moved = False
+        for below, above in itertools.pairwise(order):
+            overlap = least - (placed[above] - placed[below])
+            if overlap > 1e-9:
+                placed[below] -= overlap / 2
+                placed[above] += overlap / 2
+                moved = True
+        if not moved:
+            break
+    return placed
