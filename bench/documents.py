@@ -34,7 +34,7 @@ class TextTooShort(ValueError):
 def default_texts() -> Iterator[tuple[str, str]]:
     """`(name, text)`, made one at a time: the second is only needed for many or long documents."""
     yield REFERENCE, reference_text()
-    yield DOCSTRINGS, docstring_text()
+    yield DOCSTRINGS, docstring_text(Path(sysconfig.get_path("stdlib")))
 
 
 def reference_text() -> str:
@@ -46,10 +46,10 @@ def reference_text() -> str:
     return "\n\n".join(reversed([paragraph for key, paragraph in first_of.items() if key]))
 
 
-def docstring_text(shortest: int = 200) -> str:
-    """Docstrings of at least `shortest` characters, of the modules, classes and functions of Lib/*.py."""
+def docstring_text(folder: Path, shortest: int = 200) -> str:
+    """Docstrings of at least `shortest` characters, of a folder's modules with their classes and functions."""
     found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 docstring = ast.get_docstring(node)

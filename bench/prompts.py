@@ -85,8 +85,8 @@ def fit(text_of: Callable[[int], str], count: Counter, num_tokens: int, toleranc
 
 
 def _next_guess(low: int, high: int | None, guess: int, tokens: int, num_tokens: int) -> int:
-    """The number of words that the last count suggests, kept strictly between the bounds."""
-    step = round((num_tokens - tokens) / TOKENS_PER_WORD)
+    """The number of words that the last count suggests by proportion, kept strictly between the bounds."""
+    step = round((num_tokens - tokens) * guess / tokens)
     guess += step if step else (1 if tokens < num_tokens else -1)
     upper = guess if high is None else high - 1
     return max(low + 1, min(guess, upper))

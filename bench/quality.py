@@ -84,11 +84,10 @@ def parse_lengths(text: str) -> list[int]:
 
 def mean_loss(prompt_logprobs: Sequence[TokenLogprobs | None], last: int) -> float:
     """Mean negative log-probability of the last `last` tokens; the first token of a prompt has none."""
-    tail = prompt_logprobs[len(prompt_logprobs) - last :]
-    found = [entry.logprob for entry in tail if entry is not None]
-    if len(prompt_logprobs) < last or len(found) != last:
-        raise ValueError(f"log-probabilities of {last} tokens are wanted, the prompt has {len(found)}")
-    return -statistics.fmean(found)
+    known = [entry.logprob for entry in prompt_logprobs if entry is not None]
+    if not 1 <= last <= len(known):
+        raise ValueError(f"log-probabilities of {last} tokens are wanted, the prompt has {len(known)}")
+    return -statistics.fmean(known[-last:])
 
 
 class Reader:

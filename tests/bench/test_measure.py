@@ -1,0 +1,204 @@
+"""Statistics of a serving measurement, its dialects against a small real HTTP server, and its tables."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from bench.client import Server, ServerUnusable
+from bench.counting import server_counter
+from bench.measure import Point, Run, percentile, run_figures, run_point, speedup, summarise
+from bench.neighbours import listener
+from bench.serving_options import parse_arguments
+from bench.serving_report import Report, as_json, markdown, save
+from bench.streams import Completion
+
+POINT = Point(100, 2)
+
+
+def completion(*times: float, started: float = 0.0) -> Completion:
+    return Completion(started, times, 100, "length")
+
+
+def run_of(scale: float) -> Run:
+    """Two streams of three tokens each."""
+    first, second = (1.0, 2.0, 3.0), (2.0, 4.0, 6.0)
+    return Run((completion(*(scale * t for t in first)), completion(*(scale * t for t in second))), 6.0 * scale)
+
+
+def test_figures_of_a_round() -> None:
+    figures = run_figures(run_of(1.0))
+    assert figures is not None
+    assert figures["ttft"] == 1.5
+    assert figures["time_per_token"] == 1.5
+    assert figures["gap_p50"] == 1.5
+    assert figures["output_rate"] == 1.0
+    assert figures["total_rate"] == pytest.approx(206 / 6)
+    assert figures["output_tokens"] == 3
+
+
+def test_medians_leave_out_a_slow_round_and_a_failed_one() -> None:
+    failed = Run((completion(0.1),), 1.0, ("StreamFailed: gone",))
+    figures = summarise([run_of(1.0), run_of(50.0), run_of(1.2), failed])
+    assert figures is not None
+    assert figures.ttft == pytest.approx(1.8)
+    assert figures.num_rounds == 3
+    assert summarise([failed]) is None
+
+
+def test_one_token_has_no_time_per_token() -> None:
+    figures = run_figures(Run((completion(1.0),), 1.0))
+    assert figures is not None
+    assert math.isnan(figures["time_per_token"])
+    assert math.isnan(figures["gap_p99"])
+
+
+@pytest.mark.parametrize("percent", [0, 1, 50, 99, 100])
+def test_percentiles_are_numpys(percent: float) -> None:
+    values = [5.0, 1.0, 4.0, 9.0, 2.5, 0.1]
+    assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+
+
+def test_a_speedup_above_one_is_always_the_better() -> None:
+    fast, slow = summarise([run_of(1.0)]), summarise([run_of(2.0)])
+    assert fast is not None
+    assert slow is not None
+    assert speedup("ttft", fast, slow) == pytest.approx(2.0)
+    assert speedup("output_rate", fast, slow) == pytest.approx(2.0)
+    assert speedup("time_per_token", slow, fast) == pytest.approx(0.5)
+
+
+def report_of(**runs: Run) -> Report:
+    about = {"date": "2020-01-01", "cpu": "a cpu", "cores": 2, "output_tokens": 3, "rounds": 1, "alone": False}
+    return Report(list(runs), [POINT], {(name, POINT): [run] for name, run in runs.items()}, about)
+
+
+def test_the_table_has_the_ratio_at_the_peer() -> None:
+    report = report_of(ours=run_of(1.0), peer=run_of(3.0))
+    ours, peer = report.rows()
+    assert len(ours) == len(peer) == len(report.headings())
+    assert peer[-3:] == ["3.00×"] * 3
+    assert "3.00× as fast as peer" in report.slowest()
+    assert markdown(report).count("\n|") == 3
+
+
+def test_a_failed_point_is_shown_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    report = report_of(ours=run_of(1.0), peer=Run((), 1.0, ("StreamFailed: HTTP 400: too long",)))
+    assert report.failures() == ["peer at 100 × 2: StreamFailed: HTTP 400: too long"]
+    assert report.slowest() == ""
+    assert "too long" in markdown(report)
+    assert [path.stat().st_size > 0 for path in save(report, tmp_path)] == [True] * 3
+    assert json.loads((tmp_path / "serving.json").read_text()) == json.loads(json.dumps(as_json(report)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--url", "http://127.0.0.1"], "not NAME=VALUE"),
+        (["--url", "a=http://x/v1", "--url", "a=http://y/v1"], "must differ"),
+        (["--url", "a=http://x/v1", "--alone"], "needs a --launch for every server"),
+        (["--url", "a=http://x/v1", "--launch", "b=true"], "no --url has that name"),
+        (["--url", "a=http://x/v1", "--streams", "1,0"], "above 0"),
+        (["--url", "a=http://x/v1", "--rounds", "0"], "at least 1"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments("", arguments)
+    assert message in capsys.readouterr().err
+
+
+class StrictServer(BaseHTTPRequestHandler):
+    """Answers like transformers serve: unknown fields are refused, a usage comes always, there is no /tokenize."""
+
+    protocol_version = "HTTP/1.1"
+    known = frozenset({"prompt", "max_tokens", "temperature", "stream", "generation_config", "model"})
+    seen: list[dict[str, Any]]
+
+    def do_GET(self) -> None:
+        self._answer(404, b"{}")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/v1/completions":
+            return self._answer(404, b"{}")
+        if unknown := set(body) - self.known:
+            return self._answer(422, json.dumps({"detail": f"Unexpected fields: {unknown}"}).encode())
+        self.seen.append(body)
+        usage = {"prompt_tokens": len(body["prompt"].split()), "completion_tokens": body["max_tokens"]}
+        if not body["stream"]:
+            return self._answer(200, json.dumps({"choices": [{"text": "a"}], "usage": usage}).encode())
+        events = [{"choices": [{"text": "a"}]}] * body["max_tokens"] + [{"choices": [], "usage": usage}]
+        return self._answer(200, b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events))
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+
+@pytest.fixture
+def strict_url() -> Iterator[str]:
+    handler = type("Handler", (StrictServer,), {"seen": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_dialect_is_found_and_streams_are_timed(strict_url: str) -> None:
+    async def scenario() -> tuple[str, Run]:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            server = Server("strict", strict_url, client)
+            await server.connect()
+            counter = server_counter(server)
+            assert counter.count("one two three four") == 4
+            assert counter.tolerance > 0
+            return server.dialect, await run_point(server, ["one two", "three"], 6)
+
+    dialect, run = asyncio.run(scenario())
+    assert dialect == "transformers"
+    assert run.failures == ()
+    assert [len(completion.token_times) for completion in run.completions] == [6, 6]
+    assert [completion.prompt_tokens for completion in run.completions] == [2, 1]
+    assert 0 < run.completions[0].ttft <= run.wall_s
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+
+        async def scenario() -> None:
+            async with httpx.AsyncClient(trust_env=False) as client:
+                await Server("absent", url, client).connect()
+
+        with pytest.raises(ServerUnusable, match="absent at http"):
+            asyncio.run(scenario())
+        assert listener(url) is None
+
+
+def test_options_have_the_documented_defaults() -> None:
+    options = parse_arguments("", ["--url", "a=http://x/v1"])
+    assert (options.prompt_tokens, options.streams, options.rounds) == ([128, 2048, 7000], [1, 8], 3)
+    assert isinstance(options, argparse.Namespace)

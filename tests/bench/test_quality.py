@@ -1,0 +1,126 @@
+"""The pure parts of the quality measurement: which tokens count, which text is read, what a method is."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from bench.documents import (
+    Document,
+    TextTooShort,
+    context,
+    cut_documents,
+    default_texts,
+    docstring_text,
+    reference_text,
+)
+from bench.quality import mean_loss, parse_arguments, parse_lengths, parse_method
+from bench.quality_report import QualityReport, markdown, save, spaced
+from server.engine.outputs import TokenLogprobs
+
+
+def logprobs(*values: float) -> list[TokenLogprobs | None]:
+    return [None, *(TokenLogprobs(0, value) for value in values)]
+
+
+def test_the_loss_is_of_the_last_tokens_only() -> None:
+    assert mean_loss(logprobs(-100.0, -1.0, -3.0), 2) == 2.0
+    assert mean_loss(logprobs(-6.0, -1.0, -2.0), 3) == 3.0
+
+
+@pytest.mark.parametrize("last", [4, 5])
+def test_a_loss_of_tokens_that_have_none_is_refused(last: int) -> None:
+    with pytest.raises(ValueError, match=f"{last} tokens are wanted, the prompt has 3"):
+        mean_loss(logprobs(-1.0, -2.0, -3.0), last)
+
+
+def test_every_context_ends_with_the_same_tokens() -> None:
+    document = Document("numbers", tuple(range(100)))
+    assert context(document, 10) == list(range(90, 100))
+    assert context(document, 100) == list(range(100))
+    assert context(document, 10, beginning=[-1]) == [-1, *range(91, 100)]
+
+
+def characters(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def test_documents_are_consecutive_and_lie_within_one_text() -> None:
+    texts = [("one", "abcdefgh"), ("two", "ABCDEF")]
+    documents = cut_documents(iter(texts), characters, 4, 3)
+    assert ["".join(map(chr, document.token_ids)) for document in documents] == ["abc", "def", "ABC", "DEF"]
+    assert documents[1].name == "one, tokens 3 to 5"
+
+
+def test_a_later_text_is_not_read_while_the_first_is_enough() -> None:
+    texts = itertools.chain([("one", "abcdef")], (pytest.fail("read") for _ in range(1)))
+    assert len(cut_documents(texts, characters, 2, 3)) == 2
+
+
+def test_a_short_text_is_refused_with_what_there_is() -> None:
+    with pytest.raises(TextTooShort, match=r"2 documents of 5 tokens are wanted and there are 1: one has 8 tokens"):
+        cut_documents(iter([("one", "abcdefgh")]), characters, 2, 5)
+
+
+def test_the_default_text_is_long_and_repeats_no_paragraph() -> None:
+    paragraphs = [" ".join(paragraph.split()) for paragraph in reference_text().split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs))
+    assert len(reference_text()) > 300_000
+    assert next(name for name, _ in default_texts()).startswith("the language reference")
+
+
+def test_long_docstrings_are_taken_once_each_in_the_order_of_the_modules(tmp_path: Path) -> None:
+    (tmp_path / "b.py").write_text(f'"""{"module b " * 9}"""\n\ndef f():\n    """{"shared " * 9}"""\n')
+    (tmp_path / "a.py").write_text(
+        f'class A:\n    """{"shared " * 9}"""\n\n    def short(self):\n        """Short."""\n'
+    )
+    text = docstring_text(tmp_path, shortest=20)
+    assert [paragraph.split()[0] for paragraph in text.split("\n\n")] == ["shared", "module"]
+
+
+def test_a_method_may_bring_parameters() -> None:
+    method = parse_method("rerope:window=2048:logn")
+    assert (method.spec.method, method.spec.window, method.spec.logn) == ("rerope", 2048, True)
+    assert method.label == "rerope:window=2048:logn"
+    assert parse_method("yarn:factor=2").spec.factor == 2.0
+
+
+@pytest.mark.parametrize("text", ["nonsense", "yarn:factor", "yarn:factor=two", "yarn:colour=1", "rerope:window=1.5"])
+def test_a_wrong_method_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_method(text)
+
+
+def test_lengths_are_ascending_and_more_than_the_tokens_that_count(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_lengths("16384,8192") == [8192, 16384]
+    with pytest.raises(SystemExit):
+        parse_arguments(["--lengths", "512", "--last", "1024"])
+    assert "below the shortest length, 512" in capsys.readouterr().err
+
+
+def report_of(losses: dict[tuple[str, int], list[float]]) -> QualityReport:
+    methods, lengths = (list(dict.fromkeys(key[i] for key in losses)) for i in (0, 1))
+    about = {"model": "tiny", "dtype": "float32", "train_length": 8, "last": 4, "documents": ["one", "two"]}
+    return QualityReport(methods, lengths, losses, about | {"date": "2020-01-01", "cpu": "a cpu"})  # type: ignore[arg-type]
+
+
+def test_differences_are_taken_document_by_document(tmp_path: Path) -> None:
+    report = report_of(
+        {("rope", 8): [1.0, 3.0], ("rope", 16): [7.0, 9.0], ("yarn", 8): [1.0, 3.0], ("yarn", 16): [1.1, 3.3]}
+    )
+    mean, spread = report.difference("yarn", 16)
+    assert mean == pytest.approx(0.2)
+    assert spread == pytest.approx(math.sqrt(0.02))
+    assert report.spread("yarn", 16) > 1
+    assert "| yarn | 2.000 ± 1.414 | 2.200 ± 1.556 |" in markdown(report)
+    assert all(path.stat().st_size > 0 for path in save(report, tmp_path))
+
+
+def test_labels_are_moved_apart_and_keep_their_order() -> None:
+    placed = spaced([1.0, 1.01, 5.0, 0.99], 0.5)
+    assert placed[3] < placed[0] < placed[1] < placed[2] == 5.0
+    assert placed[0] - placed[3] == pytest.approx(0.5, abs=1e-3)
