@@ -78,6 +78,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
 
+    def template_names(self, role: str) -> bool:
+        """Whether the chat template names a role; one that names none writes whatever role it is given."""
+        return bool(re.search(rf"\b{re.escape(role)}\b", str(self._hf.chat_template)))
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids

@@ -77,6 +77,10 @@ class Message(RequestBody):
     name: Text | None = Field(None, max_length=64)
 
 
-def as_template_input(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """What `Tokenizer.apply_chat_template` takes."""
-    return [message.model_dump(exclude_none=True) for message in messages]
+def as_template_input(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:
+    """What `Tokenizer.apply_chat_template` takes. A template without developers is told as the system."""
+    dumped = [message.model_dump(exclude_none=True) for message in messages]
+    if not knows_developer:
+        for message in dumped:
+            message["role"] = "system" if message["role"] == "developer" else message["role"]
+    return dumped

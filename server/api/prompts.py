@@ -67,7 +67,7 @@ async def chat_ids(
             f"'chat_template_kwargs.{reserved[0]}' may not be set: it is not the template's",
             param="chat_template_kwargs",
         )
-    rendered = as_template_input(messages)
+    rendered = as_template_input(messages, knows_developer=service.tokenizer.template_names("developer"))
     apply = service.tokenizer.apply_chat_template
     ids = await _off_loop(num_chars, lambda: apply(rendered, add_generation_prompt=add_generation_prompt, **kwargs))
     if not ids:
