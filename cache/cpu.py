@@ -6,7 +6,8 @@ No score matrix is ever whole. For a run of rows [a, b) that share a reading, ke
         far: d ≥ w     │ band: both    │ near: d < w
 
 and only the band of b − a keys around a − w computes both products. Far keys of ReRoPE are read as they lie in the
-cache. Each band is cut into the rectangle that every row sees in full and two triangular edges.
+cache. Each band is cut into the rectangle that every row sees in full and two triangular edges. Single rows go through
+the C kernel of `cache.decode` where it could be built, and through the same code as chunks where not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
+from cache.decode import can_decode, decode
 from cache.tables import TableCache
 from rope.methods import UNBOUNDED, Reading
 from rope.rotation import Table, rotate
@@ -43,14 +45,19 @@ def cpu_attention(
     """See `cache.attention.paged_attention`."""
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     dtype = compute_dtype(query.dtype)
-    for sequence in metadata.sequences:
-        rows = slice(sequence.first, sequence.first + sequence.count)
+    chunks = metadata.sequences
+    if can_decode(query, keys) and (single := [s for s in chunks if s.count == 1]):
+        chunks = [s for s in chunks if s.count > 1]
+        rows, decoded = decode(query, keys, values, single, metadata, options)
+        out[rows] = decoded.to(query.dtype)
+    for sequence in chunks:
+        packed = slice(sequence.first, sequence.first + sequence.count)
         first_key = 0
         if options.sliding_window is not None:
             first_key = max(0, sequence.start - options.sliding_window + 1)
         key, value = (_gather(cache, sequence, first_key, metadata.block_size, dtype) for cache in (keys, values))
-        partial = _attend(query[rows].to(dtype), key, value, first_key, sequence, options)
-        out[rows] = _finish(partial, options).to(query.dtype)
+        partial = _attend(query[packed].to(dtype), key, value, first_key, sequence, options)
+        out[packed] = _finish(partial, options).to(query.dtype)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rope.spec import RopeSpec
 
@@ -23,6 +24,7 @@ class EngineConfig:
         kv_cache_dtype: auto is the dtype of the activations.
         prefix_caching: keep finished blocks for later prompts with the same beginning.
         max_queued_requests, max_queued_tokens: waiting requests and their prompt tokens before a 429.
+        cache_dir: where built kernels are kept; None builds them anew each time.
         request_timeout_s: a request older than this is aborted; None never.
     """
 
@@ -38,4 +40,5 @@ class EngineConfig:
     prefix_caching: bool = True
     max_queued_requests: int = 1024
     max_queued_tokens: int = 4_000_000
+    cache_dir: Path | None = None
     request_timeout_s: float | None = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cache.manager import KVCacheManager
+from cache.native import prepare
 from cache.prefix import PrefixHasher
 from cache.storage import KVStorage
 from rope.methods import MethodError
@@ -116,6 +117,7 @@ class Engine:
                 f"MAX_NUM_SEQS is {config.max_num_seqs}: it must be at most MAX_BATCHED_TOKENS "
                 f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
             )
+        report(prepare(config.cache_dir))
         model = load_model(checkpoint, config.dtype, config.device, report)
         report("checking the model against transformers' own forward")
         error = probe(model)
