@@ -1,4 +1,4 @@
-"""Imports run one way, server.api → server.engine → cache → rope → torch; the engine knows none of the edge's libraries."""
+"""Imports run one way: server.api → server.engine → cache → rope → torch. The engine knows no library of the edge."""
 
 from __future__ import annotations
 

@@ -72,11 +72,21 @@ class RequestContext:
                 await error_response(internal_error())(scope, receive, send)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = scope.get("route")
-        handler = getattr(route, "path", "unmatched")
+        handler = _template(scope)
         self.metrics.count_http(scope["method"], handler, status)
         write = log.debug if scope["path"] in QUIET_PATHS else log.info
         write("request", method=scope["method"], path=handler, status=status, seconds=round(seconds, 3))
+
+
+def _template(scope: Scope) -> str:
+    """The path with its parameters' names for their values. (FastAPI's route object lacks its router's prefix.)"""
+    if "route" not in scope:
+        return "unmatched"
+    path: str = scope["path"]
+    for name, value in scope.get("path_params", {}).items():
+        before, _, after = path.rpartition(str(value))
+        path = f"{before}{{{name}}}{after}"
+    return path
 
 
 class KeyCheck:

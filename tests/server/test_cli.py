@@ -1,0 +1,181 @@
+"""`python -m server` as a process: what it prints, how it ends, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.flags import environment_table
+from server.http_server import CLOSE_GRACE_S
+
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+TIMEOUT_S = 60
+LONG = {"prompt": "Hello", "max_tokens": 600, "ignore_eos": True, "stream": True}
+
+
+def start(*flags: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "server", *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"HF_HUB_OFFLINE": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*flags: str, **variables: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a start that is expected to end by itself."""
+    with start(*flags, **variables) as process:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, out, err
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def process(tiny_checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of the tiny model, perhaps still loading, and its URL."""
+    port = free_port()
+    started = start(
+        *("--model-id", str(tiny_checkpoint), "--port", str(port)),
+        *("--kv-cache-memory", "16MiB", "--max-model-len", "8192"),
+    )
+    yield started, f"http://127.0.0.1:{port}"
+    if started.poll() is None:
+        started.kill()
+    started.communicate()
+
+
+def wait_for(url: str, status: int = 200) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(url, timeout=5).status_code == status:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"{url} did not answer {status} within {TIMEOUT_S} s")
+
+
+def test_a_wrong_setting_stops_the_start_with_one_line() -> None:
+    code, out, err = run(MAX_MODEL_LEN="many")
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("prerope: MAX_MODEL_LEN=many is not allowed (flag --max-model-len).")
+    assert line.endswith("Allowed: integer, at least 1; default: unset")
+
+
+def test_an_unknown_flag_stops_the_start_with_one_line() -> None:
+    code, _, err = run("--prot", "80")
+    assert code == 2
+    assert err.splitlines() == ["prerope: there is no flag --prot; did you mean --port. See python -m server --help."]
+
+
+def test_a_taken_port_stops_the_start_with_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, err = run("--port", str(port))
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert f"PORT={port}" in err
+    assert "in use" in err
+
+
+def test_markdown_prints_the_table() -> None:
+    code, out, _ = run("--markdown")
+    assert code == 0
+    assert out.strip() == environment_table()
+
+
+def test_a_model_that_is_not_there_stops_the_start_without_a_traceback(tmp_path: Path) -> None:
+    code, _, err = run("--model-id", str(tmp_path / "none"), "--port", str(free_port()))
+    assert code == 1
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("prerope: MODEL_ID=")
+    assert "does not exist" in last
+
+
+def test_the_port_answers_while_the_model_loads_and_a_signal_then_ends_with_zero(
+    process: tuple[subprocess.Popen[str], str],
+) -> None:
+    server, url = process
+    wait_for(f"{url}/health")
+    server.send_signal(signal.SIGTERM)
+    server.communicate(timeout=30)
+    assert server.returncode == 0
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_running_stream_finish_and_the_process_ends_with_zero(
+    process: tuple[subprocess.Popen[str], str], sig: signal.Signals
+) -> None:
+    server, url = process
+    wait_for(f"{url}/ready")
+    with httpx.stream("POST", f"{url}/generate", json=LONG, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.send_signal(sig)
+        wait_for(f"{url}/ready", 503)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in rest[-2]
+    out, err = server.communicate(timeout=30)
+    assert server.returncode == 0
+    assert "Traceback" not in err
+    assert f"curl {url}/generate" in out
+    assert "Hello" not in err, "a prompt must not reach the log"
+
+
+def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], str]) -> None:
+    server, url = process
+    wait_for(f"{url}/ready")
+    with httpx.stream("POST", f"{url}/generate", json=LONG | {"max_tokens": 4000}, timeout=60) as stream:
+        lines = stream.iter_lines()  # kept: a generator that is dropped closes the stream
+        next(lines)
+        server.send_signal(signal.SIGINT)
+        wait_for(f"{url}/ready", 503)
+        began = time.monotonic()
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=30)
+    assert time.monotonic() - began < CLOSE_GRACE_S + 3
+
+
+def test_the_log_can_be_json(tiny_checkpoint: Path) -> None:
+    port = free_port()
+    with start(
+        *("--model-id", str(tiny_checkpoint), "--port", str(port), "--kv-cache-memory", "16MiB", "--api-key", "hush"),
+        LOG_FORMAT="json",
+        LOG_LEVEL="debug",
+    ) as server:
+        wait_for(f"http://127.0.0.1:{port}/ready")
+        reply = httpx.post(
+            f"http://127.0.0.1:{port}/generate",
+            json={"prompt": "Sesame", "max_tokens": 2},
+            headers={"Authorization": "Bearer hush", "x-request-id": "mine"},
+        )
+        assert reply.status_code == 200
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=30)
+    assert out == ""
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert any(line["event"] == "ready" and line["url"].endswith(str(port)) for line in lines)
+    assert any(line["event"] == "request" and line["request_id"] == "mine" and line["status"] == 200 for line in lines)
+    assert "Sesame" not in err
+    assert "hush" not in err

@@ -1,0 +1,288 @@
+"""What surrounds the endpoints: probes, metrics, keys, size limits, ids, and errors in one shape."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import server.service
+from server.engine.engine import Engine
+
+BODY = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def url(serve_module: Any, tiny_checkpoint: Path) -> str:
+    return str(
+        serve_module(
+            model_id=str(tiny_checkpoint),
+            api_key="one, two",
+            cors_allow_origin="https://page.example",
+            max_body_bytes="4KiB",
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=30, headers={"Authorization": "Bearer two"}) as client:
+        yield client
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error of a reply, which has this shape whatever went wrong."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return dict(error)
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# --- ready or not ---
+
+
+@pytest.fixture
+def loading_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Loading stops at its first step until the event is set."""
+    release = threading.Event()
+    resolve = server.service.resolve_checkpoint
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        release.wait(60)
+        return resolve(*args, **kwargs)
+
+    monkeypatch.setattr(server.service, "resolve_checkpoint", held)
+    yield release
+    release.set()
+
+
+def test_while_the_model_loads_the_process_is_healthy_and_not_ready(
+    serve: Any, tiny_checkpoint: Path, loading_held: threading.Event
+) -> None:
+    url = serve(model_id=str(tiny_checkpoint), wait=False)
+    with httpx.Client(base_url=url, timeout=30) as http:
+        assert http.get("/health").status_code == 200
+        response = http.get("/ready")
+        assert "loading" in error_of(response, 503)["message"]
+        assert int(response.headers["retry-after"]) > 0
+        assert "loading" in error_of(http.post("/generate", json=BODY), 503)["message"]
+        assert 'prerope:engine_ready{model_name="tiny-llama"} 0.0' in http.get("/metrics").text
+        loading_held.set()
+        serve.running(url).wait_until_ready()
+        assert http.get("/ready").json() == {"status": "ready", "model": "tiny-llama"}
+        assert http.post("/generate", json=BODY).status_code == 200
+
+
+def test_when_the_engine_dies_requests_fail_and_the_process_ends_for_its_supervisor(
+    serve: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = serve(model_id=str(tiny_checkpoint), log_level="error")
+    running = serve.running(url)
+
+    def broken(_: Engine) -> None:
+        raise RuntimeError("/secret/path: out of memory")
+
+    monkeypatch.setattr(Engine, "step", broken)
+    with httpx.Client(base_url=url, timeout=30) as http:
+        error = error_of(http.post("/generate", json=BODY), 500)
+        assert "secret" not in str(error)
+    eventually(lambda: running.http.failure is not None)
+    assert "out of memory" in str(running.http.failure)
+    with pytest.raises(server.service.EngineUnavailable, match="stopped"):
+        running.service.require_ready()
+    eventually(lambda: not running._thread.is_alive())
+
+
+def test_a_draining_server_is_not_ready_and_refuses_new_work(serve: Any, tiny_checkpoint: Path) -> None:
+    url = serve(model_id=str(tiny_checkpoint))
+    running = serve.running(url)
+    with (
+        httpx.Client(base_url=url, timeout=30) as http,
+        http.stream("POST", "/generate", json=BODY | {"max_tokens": 200, "ignore_eos": True, "stream": True}) as stream,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        running.http.handle_exit(15, None)
+        eventually(lambda: running.service.engine.state == "draining")
+        with httpx.Client(base_url=url, timeout=30) as other:
+            assert "shutting down" in error_of(other.get("/ready"), 503)["message"]
+            assert other.get("/health").status_code == 200
+            assert "shutting down" in error_of(other.post("/generate", json=BODY), 503)["message"]
+        rest = list(lines)
+    assert rest[-2:] == ["data: [DONE]", ""]
+    assert '"finish_reason":"length"' in rest[-4]
+    eventually(lambda: not running._thread.is_alive())
+    assert running.http.failure is None
+
+
+# --- metrics ---
+
+
+def samples(text: str) -> dict[str, float]:
+    pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def test_metrics_count_what_happened_under_vllms_names(http: httpx.Client) -> None:
+    label = '{model_name="tiny-llama"}'
+    before = samples(http.get("/metrics").text)
+    reply = http.post("/generate", json=BODY | {"ignore_eos": True, "max_tokens": 5}).json()
+    after = samples(http.get("/metrics").text)
+
+    def grew(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grew(f"vllm:generation_tokens_total{label}") == 5
+    assert grew(f"vllm:prompt_tokens_total{label}") == reply["usage"]["prompt_tokens"]
+    assert grew(f"vllm:time_to_first_token_seconds_count{label}") == 1
+    assert grew(f"vllm:inter_token_latency_seconds_count{label}") == 4
+    assert grew(f"vllm:e2e_request_latency_seconds_count{label}") == 1
+    assert grew('vllm:request_success_total{finished_reason="length",model_name="tiny-llama"}') == 1
+    assert grew('prerope:http_requests_total{handler="/generate",method="POST",status="200"}') == 1
+    assert after[f"vllm:num_requests_running{label}"] == 0
+    assert after[f"vllm:num_requests_waiting{label}"] == 0
+    assert after[f"vllm:kv_cache_usage_perc{label}"] == 0
+    for name in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions"):
+        assert f"vllm:{name}_total{label}" in after
+    assert any(name.startswith("prerope:position_method_info{") and 'method="' in name for name in after)
+    assert after["process_resident_memory_bytes"] > 0
+
+
+def test_routes_are_counted_by_their_template(http: httpx.Client) -> None:
+    http.get("/v1/models/tiny-llama")
+    http.get("/no/such/route")
+    found = [name for name in samples(http.get("/metrics").text) if name.startswith("prerope:http_requests_total")]
+    assert any('handler="/v1/models/{model}"' in name for name in found), found
+    assert any('handler="unmatched"' in name and 'status="404"' in name for name in found)
+
+
+# --- keys ---
+
+
+@pytest.mark.parametrize("header", [None, "Bearer three", "Bearer", "Basic two", "two", "Bearer öne"])
+def test_a_missing_or_wrong_key_is_refused(url: str, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header.encode()}
+    response = httpx.post(f"{url}/generate", json=BODY, headers=headers)
+    error = error_of(response, 401)
+    assert error["type"] == "authentication_error"
+    assert response.headers["www-authenticate"] == "Bearer"
+    for key in ("one", "two", "three"):
+        assert f"'{key}'" not in error["message"]
+
+
+@pytest.mark.parametrize("key", ["one", "two"])
+def test_each_of_several_keys_opens(url: str, key: str) -> None:
+    headers = {"Authorization": f"bearer {key}"}
+    assert httpx.post(f"{url}/generate", json=BODY, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/", "/docs", "/openapi.json"])
+def test_probes_and_pages_need_no_key(url: str, path: str) -> None:
+    assert httpx.get(url + path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/tokenize", "/generate", "/v1/chat/completions", "/nowhere", "//health"]
+)
+def test_everything_else_does(url: str, path: str) -> None:
+    assert httpx.get(url + path).status_code == 401
+
+
+# --- bodies ---
+
+
+def test_a_body_over_the_limit_is_refused_by_its_declared_length(http: httpx.Client) -> None:
+    error = error_of(http.post("/generate", json=BODY | {"prompt": "a" * 5000}), 413)
+    assert "4096" in error["message"]
+    assert "MAX_BODY_BYTES" in error["message"]
+
+
+def test_a_body_over_the_limit_is_refused_without_a_declared_length(http: httpx.Client) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b'{"prompt": "'
+        for _ in range(50):
+            yield b"a" * 100
+        yield b'"}'
+
+    response = http.post("/generate", content=chunks(), headers={"Content-Type": "application/json"})
+    assert "MAX_BODY_BYTES" in error_of(response, 413)["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        (b'{"prompt": ', "application/json", "not valid JSON"),
+        (b"", "application/json", "JSON object"),
+        (b"[1, 2]", "application/json", "JSON object"),
+        (b'"text"', "application/json", "JSON object"),
+        (b"prompt=hello", "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b'{"prompt": "\xff"}', "application/json", ""),
+        (b"[" * 2000, "application/json", ""),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_a_bad_request(
+    http: httpx.Client, content: bytes, kind: str, said: str
+) -> None:
+    response = http.post("/generate", content=content, headers={"Content-Type": kind})
+    assert said in error_of(response, 400)["message"]
+
+
+# --- ids, routes, origins ---
+
+
+def test_a_request_id_is_kept_if_well_formed_and_made_otherwise(http: httpx.Client) -> None:
+    assert http.get("/health", headers={"x-request-id": "my-id.1"}).headers["x-request-id"] == "my-id.1"
+    made = http.get("/health", headers={"x-request-id": "no spaces allowed"}).headers["x-request-id"]
+    assert made != "no spaces allowed"
+    assert len(made) == 32
+
+
+def test_unknown_routes_and_methods_have_the_same_shape(http: httpx.Client) -> None:
+    assert "/docs" in error_of(http.get("/no/such/route"), 404)["message"]
+    response = http.get("/generate")
+    assert "GET" in error_of(response, 405)["message"]
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_bug_shows_nothing_of_itself(http: httpx.Client, monkeypatch: pytest.MonkeyPatch, serve_module: Any) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("/secret/path and a prompt")
+
+    tokenizer = serve_module.running(str(http.base_url).rstrip("/")).service.tokenizer
+    monkeypatch.setattr(type(tokenizer), "encode", broken)
+    response = http.post("/generate", json=BODY)
+    assert error_of(response, 500)["message"] == "Internal server error."
+    assert response.headers["x-request-id"]
+
+
+def test_pages_of_an_allowed_origin_may_call(url: str, http: httpx.Client) -> None:
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type"
+    preflight = httpx.options(f"{url}/generate", headers=asked)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == "https://page.example"
+    refused = httpx.post(f"{url}/generate", json=BODY, headers={"Origin": "https://page.example"})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://page.example"
+    other = http.get("/health", headers={"Origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_the_page_comes_with_the_server(http: httpx.Client) -> None:
+    response = http.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "/generate" in response.text
+    assert "https://" not in response.text.replace("https://page.example", ""), "it must work without a network"
