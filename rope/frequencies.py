@@ -102,7 +102,8 @@ def ntk_mixed(dim: int, base: float, scale: float, beta: float = 0.625) -> Tenso
 def dynamic_ntk(dim: int, base: float, factor: float, length: int, train_length: int) -> Tensor:
     """Base b·(f·n/L − (f−1))^(D/(D−2)) with n = max(length, L) (emozilla 2023; transformers' `dynamic`)."""
     n = max(length, train_length)
-    return plain(dim, base * (factor * n / train_length - (factor - 1)) ** (dim / (dim - 2)))
+    # f·n/L − (f−1), written so that n = L gives exactly 1: rows inside the trained length are rope's, bit for bit.
+    return plain(dim, base * (1 + factor * (n / train_length - 1)) ** (dim / (dim - 2)))
 
 
 def yarn(
@@ -128,7 +129,7 @@ def yarn(
         high += 0.001  # as the reference code: a step instead of a division by zero
     keep = 1 - ((pairs(dim) - low) / (high - low)).clamp(0, 1)
     theta = plain(dim, base)
-    return theta / scale * (1 - keep) + theta * keep
+    return torch.lerp(theta / scale, theta, keep)  # exactly θ where s = 1
 
 
 def yarn_attention_factor(scale: float, mscale: float = 1.0) -> float:
