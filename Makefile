@@ -3,7 +3,7 @@
 #   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
 #   make check   format, lint, types, import direction, docs drift
-#   make bench   measure speed and quality; see bench/                  (ARGS=...)
+#   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -12,6 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
+
+BENCH ?= serving
+ifeq ($(BENCH),serving)
+BENCH_ARGS ?= --alone \
+	--url ours=http://127.0.0.1:8000/v1 --launch 'ours=$(BIN)/python -m server --port 8000' \
+	--url transformers=http://127.0.0.1:8001/v1 \
+	--launch 'transformers=$(BIN)/python -m bench.peers serve transformers --port 8001'
+endif
 
 # The first interpreter that is new enough; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -35,7 +43,7 @@ check: $(VENV)/.develop
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_docs.py
 
 bench: $(VENV)/.develop
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench.$(BENCH) $(BENCH_ARGS) $(ARGS)
 
 docs: $(VENV)/.serve
 	@$(BIN)/python -m server --markdown | $(BIN)/python -c "import re, pathlib, sys; \
