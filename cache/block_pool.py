@@ -66,7 +66,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)  # nothing to lose: reuse it first
 
     def remember(self, block: int, block_hash: bytes) -> None:
-        """The block, held and full, has this content from now on. An equal block that is known already stays the known one."""
+        """The block, held and full, has this content from now on; of equal blocks the first stays the known one."""
         assert self._ref_counts[block] > 0
         if self._hash_of[block] is None and block_hash not in self._block_of:
             self._hash_of[block] = block_hash

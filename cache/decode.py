@@ -20,7 +20,7 @@ from cache.native import library
 from rope.methods import PositionMethod, Reading
 
 TILE = 64
-ITEM_SEGMENTS = 16  # a work item reads about this many tiles, 1024 keys
+ITEM_SEGMENTS = 8  # a work item reads about this many tiles, 512 keys
 MAX_GROUP, MAX_DIM = 16, 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RAW = -1
@@ -48,14 +48,14 @@ class _Shape(ctypes.Structure):
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in "start stop turn table turns tables item_row item_begin item_end row_items blocks".split()
+        *((name, ctypes.c_void_p) for name in ("start", "stop", "turn", "table", "turns", "tables")),
+        *((name, ctypes.c_void_p) for name in ("item_row", "item_begin", "item_end", "row_items", "blocks")),
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """One step of one rotary group. `arrays` own the memory that `plan` points to; scale is c_i, [rows, 1, 1] or None."""
+    """One step of one rotary group. `arrays` own what `plan` points to; scale is c_i, [rows, 1, 1] or None."""
 
     plan: _Plan
     arrays: list[NDArray[np.int32] | NDArray[np.float32]]
@@ -79,7 +79,7 @@ def decode(
     key = ("decode", options.group, options.sliding_window)
     plan = metadata.plans.get(key)
     if plan is None:
-        plan = metadata.plans[key] = _plan(sequences, metadata.block_size, options)
+        plan = metadata.plans[key] = _plan(sequences, options)
     kernel = library()
     assert kernel is not None
     rows = query[plan.rows].float()
@@ -91,7 +91,7 @@ def decode(
         heads, keys.shape[2], dim, plan.rotary_dim, metadata.block_size, plan.max_blocks,
         DTYPES[keys.dtype], plan.interleaved, options.scale, options.softcap or 0.0,
     )  # fmt: skip
-    scratch = torch.empty(plan.num_items * heads * (dim + 2))
+    scratch = torch.empty(plan.num_items * heads * (3 * dim + 2))
     out = torch.empty_like(rows)
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     pointers = [
@@ -116,7 +116,7 @@ class _Builder:
     def add(self, method: PositionMethod | None, position: int, reach: int) -> int:
         """The segments of the row at `position` that reads `reach` keys back; returns how many they are."""
         low = max(0, position - reach + 1)
-        before = sum(part.shape[1] for part in self.segments)
+        before = len(self.segments)
         if method is None:
             self._part(low, position + 1, None, RAW)
         else:
@@ -125,7 +125,7 @@ class _Builder:
             if low < near:
                 self._far(reading, position, low, near)
             self._near(reading, position, near)
-        return sum(part.shape[1] for part in self.segments) - before
+        return sum(len(part[0]) for part in self.segments[before:])
 
     def _near(self, reading: Reading, position: int, low: int) -> None:
         bases = _bases(low, position + 1)
@@ -171,7 +171,7 @@ def _bases(low: int, stop: int) -> NDArray[np.int64]:
     return np.arange(low // TILE, -(-stop // TILE), dtype=np.int64) * TILE
 
 
-def _plan(sequences: Sequence[SequenceRows], block_size: int, options: AttentionOptions) -> DecodePlan:
+def _plan(sequences: Sequence[SequenceRows], options: AttentionOptions) -> DecodePlan:
     methods = [options.method(sequence) for sequence in sequences]
     rotary = next((method.rotary for method in methods if method is not None), None)
     builder = _Builder(rotary.dim if rotary else 0)

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).parent / "kernels" / "decode.c"
-FLAGS = (
-    "-O3 -march=native -fPIC -fopenmp -fno-math-errno -fassociative-math -fno-signed-zeros -fno-trapping-math "
-    "-freciprocal-math"
-).split()
+FLAGS = [
+    *("-O3", "-march=native", "-fPIC", "-fopenmp"),
+    *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-freciprocal-math"),
+]
 
 _library: ctypes.CDLL | None = None
 
@@ -74,6 +74,10 @@ def _fingerprint(compiler: str) -> str:
     h = hashlib.blake2b(SOURCE.read_bytes() + " ".join(FLAGS).encode(), digest_size=8)
     h.update(subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout)
     cpu = Path("/proc/cpuinfo")
-    flags = [line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))] if cpu.exists() else []
+    flags = (
+        [line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))]
+        if cpu.exists()
+        else []
+    )
     h.update(repr((platform.machine(), flags[:1])).encode())
     return h.hexdigest()

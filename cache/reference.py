@@ -73,7 +73,9 @@ def _scores(
     return torch.cat(parts, dim=1)
 
 
-def _read(query: Tensor, key: Tensor, distance: Tensor, i: Tensor, j: Tensor, reading: Reading, pairing: bool) -> Tensor:
+def _read(
+    query: Tensor, key: Tensor, distance: Tensor, i: Tensor, j: Tensor, reading: Reading, pairing: bool
+) -> Tensor:
     def product(query_angles: Tensor, key_angles: Tensor) -> Tensor:
         factor = reading.attention_factor
         rotated_query = rotate(query, table(query_angles, factor), interleaved=pairing)

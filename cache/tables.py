@@ -1,4 +1,4 @@
-"""cos|sin tables by position, kept across steps: a reading's table is worked out once and grows with the longest prompt."""
+"""cos|sin tables by position, kept across steps: worked out once a reading, grown with the longest prompt."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Positions: frequencies, rotations and the methods that say how a query reads raw keys. Knows torch, nothing else of ours."""
+"""Positions: frequencies, rotations, and the methods that say how a query reads raw keys. Knows torch only."""

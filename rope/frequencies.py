@@ -75,7 +75,8 @@ def pairs(dim: int) -> Tensor:
 
 def plain(dim: int, base: float) -> Tensor:
     """θ_m = b^(−2m/D) (Su 2021, arXiv 2104.09864)."""
-    return base ** (-2.0 * pairs(dim) / dim)
+    theta: Tensor = base ** (-2.0 * pairs(dim) / dim)
+    return theta
 
 
 def linear(dim: int, base: float, scale: float) -> Tensor:
@@ -116,7 +117,7 @@ def yarn(
     beta_slow: float = 1.0,
     truncate: bool = True,
 ) -> Tensor:
-    """θ/s·(1−γ) + θ·γ, γ a ramp over the pairs between β_fast and β_slow turns in L tokens (Peng 2023, arXiv 2309.00071)."""
+    """θ/s·(1−γ) + θ·γ, γ a ramp over the pairs between β_fast and β_slow turns in L (Peng 2023, arXiv 2309.00071)."""
 
     def pair_with(turns: float) -> float:
         return dim * math.log(train_length / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -148,9 +149,15 @@ def longrope_attention_factor(scale: float, train_length: int) -> float:
 
 
 def llama3(
-    dim: int, base: float, scale: float, train_length: int, *, low_freq_factor: float = 1.0, high_freq_factor: float = 4.0
+    dim: int,
+    base: float,
+    scale: float,
+    train_length: int,
+    *,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
 ) -> Tensor:
-    """θ where a pair turns more than `high_freq_factor` times in L, θ/s where fewer than `low_freq_factor`, blended between."""
+    """θ where a pair turns over `high_freq_factor` times in L, θ/s where under `low_freq_factor`, blended between."""
     theta = plain(dim, base)
     turns = train_length * theta / (2 * math.pi)
     keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)

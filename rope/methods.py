@@ -128,7 +128,7 @@ class PositionMethod:
         return self.rule.row_length != "static"
 
     def row_length(self, position: int) -> int:
-        """n(i) of row i = position: L inside the trained length, else the end of the row's bucket (or L+1, for a switch)."""
+        """n(i) of row i = position: L inside the trained length, else the end of its bucket (L+1 for a switch)."""
         trained = self.train_length
         if self.rule.row_length == "static" or position < trained:
             return trained
@@ -183,8 +183,8 @@ class PositionMethod:
         if window is None or window <= self.train_length // 2:
             return None
         return (
-            f"window (ROPE_WINDOW) {window} is more than half the trained length {self.train_length}: large distances "
-            f"are seen too rarely in training to read well; {self.train_length // 4} to {self.train_length // 2} is better"
+            f"window (ROPE_WINDOW) {window} is more than half the trained length {self.train_length}: large "
+            f"distances are seen too rarely in training; {self.train_length // 4} to {self.train_length // 2} is best"
         )
 
     def digest(self) -> bytes:
@@ -353,9 +353,7 @@ def _llama3(t: Target) -> Rule:
     config = t.rotary.parameters if trained_so else {}
     scale = float(t.option("factor", t.spec.factor or config.get("factor") or t.scale))
     low, high = float(config.get("low_freq_factor", 1.0)), float(config.get("high_freq_factor", 4.0))
-    theta = freq.llama3(
-        t.rotary.dim, t.rotary.base, scale, t.train_length, low_freq_factor=low, high_freq_factor=high
-    )
+    theta = freq.llama3(t.rotary.dim, t.rotary.base, scale, t.train_length, low_freq_factor=low, high_freq_factor=high)
     return _static({"factor": scale, "low_freq_factor": low, "high_freq_factor": high}, theta)
 
 

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from rope.frequencies import Rotary
 from rope.methods import UNBOUNDED, PositionMethod, native_length, resolve

@@ -15,6 +15,8 @@
 #define TILE 64
 #define MAX_GROUP 16
 #define MAX_DIM 256
+#define MAX_WIDE_GROUP 8
+#define MAX_WIDE 8 /* vectors of 16 dims */
 #define INLINE static inline __attribute__((always_inline))
 
 enum { FP32 = 0, BF16 = 1, FP16 = 2 };
@@ -50,24 +52,30 @@ INLINE float load1(const void *base, int64_t at, int dtype) {
 #endif
 }
 
-/* exp for x <= 0, 2 ulp: 2^n times a polynomial of the rest; vectorises where libm's does not. */
-INLINE float exp_neg(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = fmaf(n, -0.693145752f, x);
-    r = fmaf(n, -1.42860677e-6f, r);
-    float p = 1.98756915e-4f;
-    p = fmaf(p, r, 1.39819995e-3f);
-    p = fmaf(p, r, 8.33345190e-3f);
-    p = fmaf(p, r, 4.16657962e-2f);
-    p = fmaf(p, r, 1.66666655e-1f);
-    p = fmaf(p, r, 5.00000012e-1f);
-    p = fmaf(p * r, r, r) + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+
+INLINE v16 larger(v16 a, v16 b) {
+    i32x16 above = a > b;
+    return (v16)((above & (i32x16)a) | (~above & (i32x16)b));
 }
+
+/* exp for x <= 0 to about 2 ulp: 2^n times a polynomial of what is left. */
+INLINE v16 exp_neg16(v16 x) {
+    x = larger(x, (v16){} - 87.0f);
+    i32x16 whole = __builtin_convertvector(x * 1.44269504f - 0.5f, i32x16); /* towards zero: the nearest, for x <= 0 */
+    v16 n = __builtin_convertvector(whole, v16);
+    v16 r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    v16 p = ((((1.98756915e-4f * r + 1.39819995e-3f) * r + 8.33345190e-3f) * r + 4.16657962e-2f) * r + 1.66666655e-1f) * r +
+            5.00000012e-1f;
+    p = p * r * r + r + 1.0f;
+    i32x16 bits = (whole + 127) << 23;
+    return p * (v16)bits;
+}
+
+INLINE float exp_neg(float x) { return exp_neg16((v16){x})[0]; }
 
 /* Split a head into the first and second members of its pairs, then what does not rotate. */
 INLINE void unpair(const void *from, int64_t at, float *to, int dim, int rotary, int interleaved, int dtype) {
@@ -93,12 +101,14 @@ INLINE void turn(const float *from, float *to, const float *cos_sin, int dim, in
     for (int d = rotary; d < dim; d++) to[d] = from[d];
 }
 
-/* Scores of one KV head's keys of one segment: scores[g][c]. */
-INLINE void score(const float *query, const void *keys, const int64_t *at, const float *table, int count,
-                  float (*scores)[TILE], int group, int dim, int rotary, int interleaved, int dtype) {
+/* --- any shape: plain loops ----------------------------------------------------------------------------------------- */
+
+static void score_any(const float *query, const void *keys, const int64_t *at, const float *table, int count,
+                      float *scores, const Shape *shape) {
+    int dim = shape->head_dim, rotary = shape->rotary_dim, group = shape->num_query_heads / shape->num_kv_heads;
     float raw[MAX_DIM], key[MAX_DIM];
     for (int c = 0; c < count; c++) {
-        unpair(keys, at[c], raw, dim, rotary, interleaved, dtype);
+        unpair(keys, at[c], raw, dim, rotary, shape->interleaved, shape->dtype);
         const float *read = raw;
         if (table) {
             turn(raw, key, table + (int64_t)c * rotary, dim, rotary);
@@ -107,124 +117,233 @@ INLINE void score(const float *query, const void *keys, const int64_t *at, const
         for (int g = 0; g < group; g++) {
             float sum = 0.0f;
             for (int d = 0; d < dim; d++) sum += query[g * dim + d] * read[d];
-            scores[g][c] = sum;
+            scores[g * TILE + c] = sum;
         }
     }
 }
 
-INLINE void accumulate(float (*weights)[TILE], const void *values, const int64_t *at, int count, float *out, int group,
-                       int dim, int dtype) {
+static void accumulate_any(const float *weights, const void *values, const int64_t *at, int count, float *out,
+                           const Shape *shape) {
+    int dim = shape->head_dim, group = shape->num_query_heads / shape->num_kv_heads;
     float value[MAX_DIM];
     for (int c = 0; c < count; c++) {
-        for (int d = 0; d < dim; d++) value[d] = load1(values, at[c] + d, dtype);
-        for (int g = 0; g < group; g++) {
-            float w = weights[g][c];
-            for (int d = 0; d < dim; d++) out[g * dim + d] += w * value[d];
-        }
+        for (int d = 0; d < dim; d++) value[d] = load1(values, at[c] + d, shape->dtype);
+        for (int g = 0; g < group; g++)
+            for (int d = 0; d < dim; d++) out[g * dim + d] += weights[g * TILE + c] * value[d];
     }
 }
 
-/* One KV head of one item: its `group` query heads over the segments [begin, end). */
-INLINE void run(const Shape *shape, const Plan *plan, const float *query, const void *keys, const void *values,
-                int64_t item, int64_t head, float *out, float *maxima, float *sums, int group, int dim, int rotary,
-                int interleaved, int dtype) {
-    const int32_t *blocks = plan->blocks + plan->item_row[item] * shape->max_blocks;
-    float plain[MAX_GROUP * MAX_DIM], turned[MAX_GROUP * MAX_DIM], scores[MAX_GROUP][TILE];
-    int64_t at[TILE];
-    for (int g = 0; g < group; g++) {
-        unpair(query, (int64_t)g * dim, plain + g * dim, dim, rotary, interleaved, FP32);
-        maxima[g] = -1e30f;
-        sums[g] = 0.0f;
+/* --- whole vectors: D = 16·NV dims, all of them rotary in the half pairing, or none ---------------------------------- */
+
+INLINE v16 load16(const void *base, int64_t at, int dtype) {
+    if (dtype == FP32) return *(const v16 *)((const float *)base + at);
+    u32x16 bits = __builtin_convertvector(*(const u16x16 *)((const uint16_t *)base + at), u32x16) << 16;
+    return (v16)bits;
+}
+
+/* The sums of 16 vectors, as one vector: a butterfly of shuffles instead of 16 horizontal sums. */
+INLINE v16 sums16(v16 *p) {
+    const i32x16 even1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, one = even1 + 1;
+    const i32x16 even2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, two = even2 + 2;
+    const i32x16 even4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}, four = even4 + 4;
+    const i32x16 even8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, eight = even8 + 8;
+    for (int i = 0; i < 16; i += 2) p[i] = __builtin_shuffle(p[i], p[i + 1], even1) + __builtin_shuffle(p[i], p[i + 1], one);
+    for (int i = 0; i < 16; i += 4) p[i] = __builtin_shuffle(p[i], p[i + 2], even2) + __builtin_shuffle(p[i], p[i + 2], two);
+    for (int i = 0; i < 16; i += 8) p[i] = __builtin_shuffle(p[i], p[i + 4], even4) + __builtin_shuffle(p[i], p[i + 4], four);
+    return __builtin_shuffle(p[0], p[8], even8) + __builtin_shuffle(p[0], p[8], eight);
+}
+
+INLINE void score_wide(const float *query, const void *keys, const int64_t *at, const float *table, int count,
+                       float *scores, const int G, const int NV, const int dtype) {
+    for (int begin = 0; begin < count; begin += 16) {
+        v16 partial[MAX_WIDE_GROUP][16];
+        for (int i = 0; i < 16; i++) {
+            int c = begin + i < count ? begin + i : count - 1; /* the last key again where there are fewer than 16 */
+            v16 key[MAX_WIDE];
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; v++) key[v] = load16(keys, at[c] + 16 * v, dtype);
+            if (table) {
+                const v16 *cos_sin = (const v16 *)(table + (int64_t)c * 16 * NV);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV / 2; v++) {
+                    v16 a = key[v], b = key[v + NV / 2], cs = cos_sin[v], sn = cos_sin[v + NV / 2];
+                    key[v] = a * cs - b * sn;
+                    key[v + NV / 2] = b * cs + a * sn;
+                }
+            }
+#pragma GCC unroll 8
+            for (int g = 0; g < G; g++) {
+                v16 sum = *(const v16 *)(query + g * 16 * NV) * key[0];
+#pragma GCC unroll 8
+                for (int v = 1; v < NV; v++) sum += *(const v16 *)(query + g * 16 * NV + 16 * v) * key[v];
+                partial[g][i] = sum;
+            }
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) *(v16 *)(scores + g * TILE + begin) = sums16(partial[g]);
     }
-    memset(out, 0, sizeof(float) * group * dim);
-    int last_turn = -2;
-    for (int64_t s = plan->item_begin[item]; s < plan->item_end[item]; s++) {
-        if (plan->turn[s] != last_turn) {
-            last_turn = plan->turn[s];
-            for (int g = 0; g < group; g++) {
-                if (last_turn < 0) memcpy(turned + g * dim, plain + g * dim, sizeof(float) * dim);
-                else turn(plain + g * dim, turned + g * dim, plan->turns + (int64_t)last_turn * rotary, dim, rotary);
+}
+
+INLINE void accumulate_wide(const float *weights, const void *values, const int64_t *at, int count, float *out,
+                            const int G, const int NV, const int dtype) {
+    const int step = G > 4 ? 2 : 4; /* vectors of the output kept in registers at once: G·step of them */
+    for (int v0 = 0; v0 < NV; v0 += step) {
+        v16 sum[MAX_WIDE_GROUP][4];
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+            for (int v = 0; v < step; v++) sum[g][v] = *(const v16 *)(out + (g * NV + v0 + v) * 16);
+        for (int c = 0; c < count; c++) {
+            v16 value[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < step; v++) value[v] = load16(values, at[c] + 16 * (v0 + v), dtype);
+#pragma GCC unroll 8
+            for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+                for (int v = 0; v < step; v++) sum[g][v] += weights[g * TILE + c] * value[v];
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+            for (int v = 0; v < step; v++) *(v16 *)(out + (g * NV + v0 + v) * 16) = sum[g][v];
+    }
+}
+
+/* Stamps out score and accumulate for the shapes that models have; anything else takes the plain loops. */
+#define WIDE(F, ...) \
+    switch (group * 100 + dim) { \
+        case 164: F(__VA_ARGS__, 1, 4) return; \
+        case 264: F(__VA_ARGS__, 2, 4) return; \
+        case 364: F(__VA_ARGS__, 3, 4) return; \
+        case 464: F(__VA_ARGS__, 4, 4) return; \
+        case 228: F(__VA_ARGS__, 1, 8) return; \
+        case 328: F(__VA_ARGS__, 2, 8) return; \
+        case 428: F(__VA_ARGS__, 3, 8) return; \
+        case 528: F(__VA_ARGS__, 4, 8) return; \
+        case 728: F(__VA_ARGS__, 6, 8) return; \
+        case 828: F(__VA_ARGS__, 7, 8) return; \
+        case 928: F(__VA_ARGS__, 8, 8) return; \
+    }
+#define SCORE(T, G, NV) score_wide(query, keys, at, table, count, scores, G, NV, T);
+#define ACCUMULATE(T, G, NV) accumulate_wide(weights, values, at, count, out, G, NV, T);
+
+static void score(const float *query, const void *keys, const int64_t *at, const float *table, int count, float *scores,
+                  const Shape *shape) {
+    int group = shape->num_query_heads / shape->num_kv_heads, dim = shape->head_dim;
+    int whole = !shape->interleaved && (shape->rotary_dim == dim || shape->rotary_dim == 0);
+    if (whole && shape->dtype == BF16) WIDE(SCORE, BF16)
+    if (whole && shape->dtype == FP32) WIDE(SCORE, FP32)
+    score_any(query, keys, at, table, count, scores, shape);
+}
+
+static void accumulate(const float *weights, const void *values, const int64_t *at, int count, float *out,
+                       const Shape *shape) {
+    int group = shape->num_query_heads / shape->num_kv_heads, dim = shape->head_dim;
+    if (shape->dtype == BF16) WIDE(ACCUMULATE, BF16)
+    if (shape->dtype == FP32) WIDE(ACCUMULATE, FP32)
+    accumulate_any(weights, values, at, count, out, shape);
+}
+
+/* --- one item: all heads over the segments [begin, end) of a row ------------------------------------------------------ */
+
+/* scores [group, TILE] to weights in place; the running maxima and sums move on, and `out` fades by the same factor. */
+static void soften(float *scores, int count, float *out, float *maxima, float *sums, const Shape *shape) {
+    int dim = shape->head_dim, group = shape->num_query_heads / shape->num_kv_heads, wide = (count + 15) / 16;
+    for (int g = 0; g < group; g++) {
+        float *row = scores + g * TILE, best = maxima[g], sum = 0.0f;
+        v16 *x = (v16 *)row, most = (v16){} - 1e30f, total = {};
+        for (int c = 0; c < count; c++) row[c] *= shape->scale;
+        if (shape->softcap > 0.0f)
+            for (int c = 0; c < count; c++) row[c] = shape->softcap * tanhf(row[c] / shape->softcap);
+        for (int c = count; c < 16 * wide; c++) row[c] = -1e30f;
+        for (int v = 0; v < wide; v++) most = larger(x[v], most);
+        for (int lane = 0; lane < 16; lane++) best = most[lane] > best ? most[lane] : best;
+        for (int v = 0; v < wide; v++) {
+            x[v] = exp_neg16(x[v] - best);
+            total += x[v];
+        }
+        for (int lane = 0; lane < 16; lane++) sum += total[lane];
+        if (count < 16 * wide) { /* exp_neg16 does not go below e^-87: take the padding out exactly */
+            sum = 0.0f;
+            for (int c = 0; c < count; c++) sum += row[c];
+        }
+        float fade = exp_neg(maxima[g] - best);
+        maxima[g] = best;
+        sums[g] = sums[g] * fade + sum;
+        if (fade != 1.0f)
+            for (int d = 0; d < dim; d++) out[g * dim + d] *= fade;
+    }
+}
+
+static void run(const Shape *shape, const Plan *plan, int64_t item, const float *query, const void *keys,
+                const void *values, float *plain, float *turned, float *out, float *maxima, float *sums) {
+    int64_t heads = shape->num_query_heads, dim = shape->head_dim, rotary = shape->rotary_dim;
+    int64_t kv_heads = shape->num_kv_heads, group = heads / kv_heads;
+    const int32_t *blocks = plan->blocks + plan->item_row[item] * shape->max_blocks;
+    float scores[MAX_GROUP * TILE] __attribute__((aligned(64)));
+    int64_t slots[TILE], at[TILE];
+    for (int64_t h = 0; h < heads; h++) {
+        unpair(query, h * dim, plain + h * dim, dim, rotary, shape->interleaved, FP32);
+        maxima[h] = -1e30f;
+        sums[h] = 0.0f;
+    }
+    memset(out, 0, sizeof(float) * heads * dim);
+    for (int64_t s = plan->item_begin[item], last = -2; s < plan->item_end[item]; s++) {
+        if (plan->turn[s] != last) {
+            last = plan->turn[s];
+            for (int64_t h = 0; h < heads; h++) {
+                if (last < 0) memcpy(turned + h * dim, plain + h * dim, sizeof(float) * dim);
+                else turn(plain + h * dim, turned + h * dim, plan->turns + last * rotary, dim, rotary);
             }
         }
         int32_t start = plan->start[s];
         int count = plan->stop[s] - start;
-        for (int c = 0; c < count; c++) {
-            int64_t position = start + c;
-            int64_t slot = blocks[position / shape->block_size] * shape->block_size + position % shape->block_size;
-            at[c] = (slot * shape->num_kv_heads + head) * dim;
-        }
         const float *table = 0;
         if (plan->table[s] >= 0) table = plan->tables + ((int64_t)plan->table[s] * TILE + start % TILE) * rotary;
-        score(turned, keys, at, table, count, scores, group, dim, rotary, interleaved, dtype);
-        for (int g = 0; g < group; g++) {
-            float best = maxima[g];
-            for (int c = 0; c < count; c++) {
-                float x = scores[g][c] * shape->scale;
-                if (shape->softcap > 0.0f) x = shape->softcap * tanhf(x / shape->softcap);
-                scores[g][c] = x;
-                best = x > best ? x : best;
-            }
-            float fade = exp_neg(maxima[g] - best), sum = 0.0f;
-            for (int c = 0; c < count; c++) {
-                scores[g][c] = exp_neg(scores[g][c] - best);
-                sum += scores[g][c];
-            }
-            maxima[g] = best;
-            sums[g] = sums[g] * fade + sum;
-            if (fade != 1.0f)
-                for (int d = 0; d < dim; d++) out[g * dim + d] *= fade;
+        int64_t block = start / shape->block_size, offset = start % shape->block_size;
+        for (int c = 0; c < count; c++) {
+            slots[c] = blocks[block] * shape->block_size + offset;
+            if (++offset == shape->block_size) offset = 0, block++;
         }
-        accumulate(scores, values, at, count, out, group, dim, dtype);
+        int64_t row_bytes = kv_heads * dim * (shape->dtype == FP32 ? 4 : 2);
+        for (int c = 0; c < count; c++) /* values arrive while the keys are scored */
+            for (int64_t b = 0; b < row_bytes; b += 64) __builtin_prefetch((const char *)values + slots[c] * row_bytes + b);
+        for (int64_t head = 0; head < kv_heads; head++) {
+            for (int c = 0; c < count; c++) at[c] = (slots[c] * kv_heads + head) * dim;
+            float *to = out + head * group * dim;
+            score(turned + head * group * dim, keys, at, table, count, scores, shape);
+            soften(scores, count, to, maxima + head * group, sums + head * group, shape);
+            accumulate(scores, values, at, count, to, shape);
+        }
     }
-}
-
-#define CASE(G, D, T)                                                                                                  \
-    if (group == G && dim == D && rotary == D && !interleaved && dtype == T) {                                         \
-        run(shape, plan, query, keys, values, item, head, out, maxima, sums, G, D, D, 0, T);                           \
-        return;                                                                                                        \
-    }
-#define CASES(D) \
-    CASE(1, D, BF16) CASE(2, D, BF16) CASE(3, D, BF16) CASE(4, D, BF16) CASE(5, D, BF16) CASE(6, D, BF16) \
-    CASE(7, D, BF16) CASE(8, D, BF16) CASE(3, D, FP32) CASE(4, D, FP32)
-
-static void run_head(const Shape *shape, const Plan *plan, const float *query, const void *keys, const void *values,
-                     int64_t item, int64_t head, float *out, float *maxima, float *sums) {
-    int group = shape->num_query_heads / shape->num_kv_heads, dim = shape->head_dim, rotary = shape->rotary_dim;
-    int interleaved = shape->interleaved, dtype = shape->dtype;
-    CASES(64)
-    CASES(128)
-    run(shape, plan, query, keys, values, item, head, out, maxima, sums, group, dim, rotary, interleaved, dtype);
 }
 
 /* query, out: [rows, Hq, D] fp32. keys, values: [num_blocks, block_size, Hkv, D]. sinks: [Hq] or null.
- * scratch: [items, Hq, D + 2] fp32. */
+ * scratch: [items, Hq, 3·D + 2] fp32: partial results, the query as it is and as turned, maxima and sums. */
 void prerope_decode(const Shape *shape, const Plan *plan, int64_t rows, const float *query, const void *keys,
                     const void *values, const float *sinks, float *scratch, float *out) {
-    int64_t heads = shape->num_query_heads, kv_heads = shape->num_kv_heads, dim = shape->head_dim;
-    int64_t group = heads / kv_heads, items = plan->row_items[rows], stride = heads * (dim + 2);
-#pragma omp parallel for schedule(dynamic) collapse(2)
-    for (int64_t item = 0; item < items; item++)
-        for (int64_t head = 0; head < kv_heads; head++) {
-            float *partial = scratch + item * stride;
-            run_head(shape, plan, query + (plan->item_row[item] * heads + head * group) * dim, keys, values, item, head,
-                     partial + head * group * dim, partial + heads * dim + head * group,
-                     partial + heads * (dim + 1) + head * group);
-        }
-#pragma omp parallel for
+    int64_t heads = shape->num_query_heads, dim = shape->head_dim, items = plan->row_items[rows];
+    int64_t maxima = 3 * heads * dim, sums = maxima + heads, stride = sums + heads;
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t item = 0; item < items; item++) {
+        float *mine = scratch + item * stride;
+        run(shape, plan, item, query + plan->item_row[item] * heads * dim, keys, values, mine + heads * dim,
+            mine + 2 * heads * dim, mine, mine + maxima, mine + sums);
+    }
     for (int64_t row = 0; row < rows; row++)
         for (int64_t h = 0; h < heads; h++) {
             float best = sinks ? sinks[h] : -1e30f, sum = 0.0f, *to = out + (row * heads + h) * dim;
             int64_t begin = plan->row_items[row], end = plan->row_items[row + 1];
             for (int64_t item = begin; item < end; item++) {
-                float m = scratch[item * stride + heads * dim + h];
+                float m = scratch[item * stride + maxima + h];
                 best = m > best ? m : best;
             }
             if (sinks) sum = exp_neg(sinks[h] - best);
             for (int64_t d = 0; d < dim; d++) to[d] = 0.0f;
             for (int64_t item = begin; item < end; item++) {
                 const float *partial = scratch + item * stride;
-                float weight = exp_neg(partial[heads * dim + h] - best);
-                sum += weight * partial[heads * (dim + 1) + h];
+                float weight = exp_neg(partial[maxima + h] - best);
+                sum += weight * partial[sums + h];
                 for (int64_t d = 0; d < dim; d++) to[d] += weight * partial[h * dim + d];
             }
             for (int64_t d = 0; d < dim; d++) to[d] /= sum;

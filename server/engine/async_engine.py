@@ -2,7 +2,7 @@
 
 The loop never waits for a step and the thread never touches a loop object but through `call_soon_threadsafe`. The
 thread loads the engine, then drains its inbox and steps while there is work, and sleeps on the inbox when there is
-none. When a step raises, the engine is DEAD: every open request fails, and the process is for its supervisor to restart.
+none. When a step raises, the engine is DEAD: every open request fails, and a supervisor has to restart the process.
 """
 
 from __future__ import annotations
@@ -203,7 +203,9 @@ class AsyncEngine:
         self.state = EngineState.DEAD
         self.failure = failure
         for stream in self._streams.values():
-            stream.put(EngineFailure("the engine stopped after an error; the server needs a restart", code="engine_dead"))
+            stream.put(
+                EngineFailure("the engine stopped after an error; the server needs a restart", code="engine_dead")
+            )
         self._streams.clear()
         self._loaded.set()
         self._stopped.set()

@@ -61,7 +61,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot. Free blocks can be allocated now; cached ones among them still hold a known prefix. Counters are totals."""
+    """A snapshot; counters are totals. Free blocks can be allocated now; cached ones hold a known prefix."""
 
     num_running: int
     num_waiting: int
@@ -110,7 +110,9 @@ class Engine:
         self._prefill_tokens_per_s = 0.0
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: EngineConfig, report: Callable[[str], None] = lambda _: None) -> Engine:
+    def load(
+        cls, checkpoint: Checkpoint, config: EngineConfig, report: Callable[[str], None] = lambda _: None
+    ) -> Engine:
         """Weights, probe, cache. Raises ConfigurationError; `report` gets a line as each stage begins."""
         if config.max_num_seqs > config.max_batched_tokens:
             raise ConfigurationError(
@@ -180,8 +182,8 @@ class Engine:
         wanted = num_prompt + request.sampling.max_tokens
         if wanted > info.max_model_len:
             raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens and max_tokens is {request.sampling.max_tokens}, together {wanted}: "
-                f"the limit is {info.max_model_len}; shorten either, or raise MAX_MODEL_LEN",
+                f"the prompt has {num_prompt} tokens and max_tokens is {request.sampling.max_tokens}, together "
+                f"{wanted}: the limit is {info.max_model_len}; shorten either, or raise MAX_MODEL_LEN",
                 param="prompt" if num_prompt >= info.max_model_len else "max_tokens",
                 code="context_length_exceeded",
             )
@@ -280,7 +282,9 @@ class Engine:
         if not sequences:
             return []
         # Log-probabilities are of the raw logits: keep those rows, since sampling changes its own.
-        raw = {s.request_id: logits[i : i + 1].clone() for i, s in enumerate(sequences) if s.sampling.logprobs is not None}
+        raw = {
+            s.request_id: logits[i : i + 1].clone() for i, s in enumerate(sequences) if s.sampling.logprobs is not None
+        }
         tokens = sample(logits, sequences, self.info.eos_token_ids)
         outputs = []
         for sequence, token in zip(sequences, tokens, strict=True):
@@ -322,7 +326,9 @@ class Engine:
         prefilled = sum(count for _, count in plan if count > 1)
         if prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
             rate = prefilled / seconds
-            self._prefill_tokens_per_s += (rate - self._prefill_tokens_per_s) * (0.2 if self._prefill_tokens_per_s else 1)
+            self._prefill_tokens_per_s += (rate - self._prefill_tokens_per_s) * (
+                0.2 if self._prefill_tokens_per_s else 1
+            )
 
     def stats(self) -> EngineStats:
         scheduler, pool = self.scheduler, self.scheduler.cache.pool
@@ -352,9 +358,7 @@ def _bad_rope(message: str) -> InvalidRequest:
     return InvalidRequest(message, param="rope", code="bad_rope")
 
 
-def _resolve(
-    model: Model, spec: RopeSpec, max_model_len: int, error: Callable[[str], Exception]
-) -> ModelPositions:
+def _resolve(model: Model, spec: RopeSpec, max_model_len: int, error: Callable[[str], Exception]) -> ModelPositions:
     try:
         return resolve_model(spec, model.rotaries, max_model_len)
     except MethodError as reason:

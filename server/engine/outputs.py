@@ -25,7 +25,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds, of one finished request: in the queue, from first scheduling to first token, and from there to the end."""
+    """Seconds of one finished request: in the queue, then to the first token, then to the end."""
 
     queue_s: float
     prefill_s: float

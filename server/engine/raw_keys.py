@@ -10,12 +10,12 @@ some families drop keyword arguments on the way down.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,6 @@ from server.errors import ConfigurationError
 
 ATTENTION_NAME = "prerope"
 """Registered without a mask function on purpose: transformers then makes no mask, and causality is ours."""
-
-
-class AttentionHandler(Protocol):
-    """Called once a layer: query [T, Hq, D], key and value [T, Hkv, D], all raw → [T, Hq, Dv]."""
-
-    def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +40,9 @@ class AttentionCall:
     def options(self, group: str | None) -> AttentionOptions:
         return AttentionOptions(self.scale, group, self.sliding_window, self.softcap, self.sinks)
 
+
+AttentionHandler = Callable[[nn.Module, Tensor, Tensor, Tensor, AttentionCall], Tensor]
+"""Called once a layer: module, query [T, Hq, D], key and value [T, Hkv, D], all raw → [T, Hq, Dv]."""
 
 HANDLER: ContextVar[AttentionHandler] = ContextVar("attention_handler")
 
@@ -67,7 +62,8 @@ def raw_attention(
     """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] → [1, T, Hq, Dv]."""
     del attention_mask
     call = AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    rows = HANDLER.get()(module, *(x[0].transpose(0, 1) for x in (query, key, value)), call)
+    packed_query, packed_key, packed_value = (x[0].transpose(0, 1) for x in (query, key, value))
+    rows = HANDLER.get()(module, packed_query, packed_key, packed_value, call)
     return rows.unsqueeze(0), None
 
 
@@ -110,7 +106,7 @@ def _cos_sin(rotary: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor]:
     if isinstance(output, tuple) and len(output) == 2 and not output[0].is_complex():
         return output
     raise ConfigurationError(
-        f"{type(rotary).__name__} does not give cos and sin (complex rotation, for example): its keys cannot be kept raw"
+        f"{type(rotary).__name__} does not give cos and sin (a complex rotation?): its keys cannot be kept raw"
     )
 
 

@@ -38,7 +38,7 @@ def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> No
         ids, bias = zip(*sampling.logit_bias.items(), strict=True)
         row[list(ids)] += torch.tensor(bias, dtype=row.dtype, device=row.device)
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sequence.token_ids, device=row.device).unique()
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
         scores = row[seen]
         penalty = sampling.repetition_penalty
         row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)

@@ -79,7 +79,7 @@ class Scheduler:
                 plan.append(Scheduled(sequence, num_tokens))
 
     def _admit(self) -> None:
-        """Move waiting sequences into `running`, best rank first, until one does not fit: no one overtakes it for ever."""
+        """Move waiting sequences into `running`, best rank first, until one does not fit: none overtakes it."""
         spare = self.cache.pool.num_free - sum(
             self.cache.blocks_for(s.num_tokens) - len(s.block_table) for s in self.running.values()
         )

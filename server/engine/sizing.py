@@ -41,7 +41,7 @@ def size_cache(model: Model, config: EngineConfig) -> CacheSize:
     capacity = num_blocks * config.block_size
     if capacity < 1:
         raise ConfigurationError(
-            f"KV_CACHE_MEMORY: {available} bytes hold not even one block of {config.block_size} tokens, {one_block} bytes"
+            f"KV_CACHE_MEMORY: {available} bytes do not hold one block of {config.block_size} tokens, {one_block} bytes"
         )
     if config.max_model_len is not None and capacity < wanted:
         raise ConfigurationError(
