@@ -1,0 +1,66 @@
+"""Attention as the papers write it, in fp64 and with whole score matrices: the oracle of the reference path.
+
+Uses complex multiplication for rotations and nothing of `rope` or `cache`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def turned(x: Tensor, angles: Tensor, *, interleaved: bool) -> Tensor:
+    """x [T, H, head_dim] fp64 with its leading dims turned by angles [T, D/2]."""
+    half = angles.shape[-1]
+    first = x[..., 0 : 2 * half : 2] if interleaved else x[..., :half]
+    second = x[..., 1 : 2 * half : 2] if interleaved else x[..., half : 2 * half]
+    product = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    pair = (product.real, product.imag)
+    mixed = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat([mixed, x[..., 2 * half :]], dim=-1)
+
+
+def rotated(x: Tensor, positions: Tensor, dim: int, *, interleaved: bool, base: float = 10000.0) -> Tensor:
+    """Plain RoPE at these positions, integers or not."""
+    theta = base ** (-2 * torch.arange(dim // 2, dtype=torch.float64) / dim)
+    return turned(x, positions.double()[:, None] * theta, interleaved=interleaved)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, *, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """Causal softmax attention of the last rows: query [R, Hq, D], key and value [n, Hkv, D] → [R, Hq, D]."""
+    scores = product(query, key)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return weighted(scores, value, sinks)
+
+
+def two_matrices(query: Tensor, key: Tensor, value: Tensor, *, window: int, leak: float, start: int = 0) -> Tensor:
+    """ReRoPE (leak = ∞) and Leaky ReRoPE: one score matrix at true distances, one at w + (d − w)/k, picked by d < w."""
+    dim = query.shape[-1]
+    i, j = torch.arange(start, start + len(query)), torch.arange(len(key))
+    near = product(*(rotated(x, p, dim, interleaved=False) for x, p in ((query, i), (key, j))))
+    far_i, far_j = (i - window) / leak + window, j / leak
+    far = product(*(rotated(x, p, dim, interleaved=False) for x, p in ((query, far_i), (key, far_j))))
+    return weighted(torch.where(i[:, None] - j < window, near, far), value)
+
+
+def product(query: Tensor, key: Tensor) -> Tensor:
+    """[Hq, R, n], scaled; query heads share KV heads in runs."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(query.shape[-1])
+
+
+def weighted(scores: Tensor, value: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Causal softmax of scores [Hq, R, n] whose last row is the last key's; a sink takes part and gives nothing."""
+    heads, rows, length = scores.shape
+    causal = torch.ones(rows, length, dtype=torch.bool).tril(length - rows)
+    exponentials = scores.masked_fill(~causal, -math.inf).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.exp()[:, None, None]
+    value = value.repeat_interleave(heads // value.shape[1], dim=1)
+    return torch.einsum("hij,jhd->ihd", exponentials / total, value)
