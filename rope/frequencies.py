@@ -91,7 +91,7 @@ def ntk(dim: int, base: float, scale: float) -> Tensor:
 
 def ntk_fixed(dim: int, base: float, scale: float) -> Tensor:
     """(b·s)^(−2m/D) / s^(2/D) (Su, spaces.ac.cn 9706)."""
-    return plain(dim, base * scale) / scale ** (2.0 / dim)
+    return plain(dim, base * scale) / math.pow(scale, 2.0 / dim)
 
 
 def ntk_mixed(dim: int, base: float, scale: float, beta: float = 0.625) -> Tensor:

@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     )
     cache_dir: Path = Field(
         default_factory=default_cache_dir,
-        description="Where converted copies of GGUF models are kept",
+        description="Where converted copies of GGUF models and the built decode kernel are kept",
         json_schema_extra={"allowed": "a writable folder", "default": "$XDG_CACHE_HOME/prerope, else ~/.cache/prerope"},
     )
 
@@ -216,5 +216,6 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             max_queued_requests=self.max_queued_requests,
             max_queued_tokens=self.max_queued_tokens,
+            cache_dir=self.cache_dir,
             request_timeout_s=self.request_timeout_s,
         )
