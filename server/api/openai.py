@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ async def completions(body: CompletionRequest, request: Request, service: ReadyS
     arrived = time.perf_counter()
     check_model(service, body.model)
     head = Head.new("cmpl", "text_completion", service.model_name)
-    prompts = [await prompt_ids(service, prompt, param=_param(body, i)) for i, prompt in enumerate(body.prompt)]
+    prompts = await _prompts(service, body)
     generations = await admit(service, head.id, _choices(service, prompts, body), body, arrived=arrived)
     writer = _Writer(service, body, generations)
     if body.stream:
@@ -46,8 +47,13 @@ async def completions(body: CompletionRequest, request: Request, service: ReadyS
     return JSONResponse({**head.fields, "choices": choices, "usage": usage(generations, body.n)})
 
 
-def _param(body: CompletionRequest, index: int) -> str:
-    return "prompt" if len(body.prompt) == 1 else f"prompt[{index}]"
+async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
+    prompts = []
+    for index, prompt in enumerate(body.prompt):
+        param = "prompt" if len(body.prompt) == 1 else f"prompt[{index}]"
+        prompts.append(await prompt_ids(service, prompt, param=param))
+        await asyncio.sleep(0)  # a thousand short prompts are no reason to hold other streams up
+    return prompts
 
 
 def _choices(

@@ -17,6 +17,7 @@ from server.errors import InvalidRequest
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
+"""Prompts of a request; and prompts times choices."""
 
 IGNORED = frozenset(
     {
@@ -111,6 +112,12 @@ class CompletionRequest(OpenAIFields):
                 f"'best_of' is {self.best_of} and 'n' is {self.n}: ranking completions is not supported, "
                 "so best_of must equal n",
                 param="best_of",
+            )
+        if len(self.prompt) * self.n > MAX_PROMPTS:
+            raise InvalidRequest(
+                f"{len(self.prompt)} prompts of {self.n} choices each are {len(self.prompt) * self.n} completions; "
+                f"one request takes at most {MAX_PROMPTS}",
+                param="n",
             )
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("'max_tokens' is 0, which asks for nothing unless 'echo' is true", param="max_tokens")

@@ -74,6 +74,8 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (COMPLETIONS, {"prompt": ["a", ""]}, "prompt[1]", ["prompt[1]", "empty"]),
     (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", ["suffix", "not supported"]),
     (COMPLETIONS, {"prompt": "a", "best_of": 2}, "best_of", ["best_of", "2", "n"]),
+    (COMPLETIONS, {"prompt": ["a"] * 100, "n": 20}, "n", ["100 prompts", "2000", "1024"]),
+    (COMPLETIONS, {"prompt": ["a"] * 1025}, "prompt", ["1024", "1025"]),
     (COMPLETIONS, {"prompt": "a", "n": 0}, "n", ["n", "1", "0"]),
     (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens", ["echo"]),
     (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", ["stream"]),
@@ -196,3 +198,27 @@ def test_nulls_mean_the_default(http: httpx.Client) -> None:
     fields = ("temperature", "max_tokens", "stop", "seed", "rope", "logit_bias", "logprobs", "user", "suffix")
     response = http.post(COMPLETIONS, json={"prompt": "a", **dict.fromkeys(fields)})
     assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_full_queue(serve: Any, tiny_checkpoint: Path, stream: bool) -> None:
+    """More choices than the queue takes: 429 with Retry-After, and those that were in it already are aborted."""
+    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_requests=3)
+    stats = serve.running(url).service.engine.stats
+    with httpx.Client(base_url=url, timeout=60) as http:
+        body = {"prompt": "a", "n": 8, "max_tokens": 50, "ignore_eos": True, "stream": stream}
+        response = http.post(COMPLETIONS, json=body)
+        error = refusal(response, 429, "rate_limit_error")
+        assert "MAX_QUEUED_REQUESTS" in error["message"]
+        assert int(response.headers["retry-after"]) >= 1
+        assert http.post(COMPLETIONS, json={"prompt": "a", "n": 2, "max_tokens": 2}).status_code == 200
+        assert (stats().num_running, stats().num_waiting) == (0, 0)
+        assert stats().generation_tokens < 50 + 4, "none of the refused choices ran to its end"
+
+
+def test_queued_tokens_are_limited_too(serve: Any, tiny_checkpoint: Path) -> None:
+    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_tokens=200, max_model_len=512)
+    response = httpx.post(f"{url}{COMPLETIONS}", json={"prompt": [[1] * 90] * 4, "max_tokens": 1})
+    assert "MAX_QUEUED_TOKENS" in refusal(response, 429, "rate_limit_error")["message"]
+    alone = httpx.post(f"{url}{COMPLETIONS}", json={"prompt": [1] * 400, "max_tokens": 1}, timeout=60)
+    assert alone.status_code == 200, "a prompt larger than the limit runs when nothing else waits"

@@ -142,7 +142,7 @@ def test_leaving_a_stream_frees_its_blocks(http: httpx.Client, engine: AsyncEngi
     until(lambda: engine.stats().num_running == 0)
     stats = engine.stats()
     assert stats.num_free_blocks == stats.num_blocks
-    assert stats.num_steps - left_at <= 4, "the time to notice, and one step"
+    assert stats.num_steps - left_at <= 10, "one step, and what a busy machine takes to notice"
 
 
 @pytest.mark.usefixtures("slow")
@@ -174,7 +174,7 @@ def test_leaving_a_whole_reply_aborts_it(url: str, engine: AsyncEngine, n: int, 
             json={"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "n": n},
             timeout=httpx.Timeout(5, read=0.2),
         )
-    until(lambda: engine.stats().num_running == 0, seconds=1.0)  # to its end it would take 8 s
+    until(lambda: engine.stats().num_running == 0, seconds=3.0)  # to its end it would take 8 s
     stats = engine.stats()
     assert stats.num_free_blocks == stats.num_blocks
     assert 'status="499"' in http.get("/metrics").text
