@@ -6,3 +6,4 @@ Nothing here is imported by the product. Results are written under `bench/out/`,
 from pathlib import Path
 
 OUTPUT_FOLDER = Path(__file__).parent / "out"
+WIDTH = 160  # of tables that go to a file or a pipe; a terminal says its own

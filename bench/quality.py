@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from tqdm import tqdm
 
-from bench import OUTPUT_FOLDER
+from bench import OUTPUT_FOLDER, WIDTH
 from bench.documents import Document, TextTooShort, context, cut_documents, default_texts, file_text
 from bench.machine import describe_machine
 from bench.quality_report import Losses, QualityReport, print_table, save
@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> QualityRe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         report = run(options, lambda line: console.print(line, highlight=False))
     except (PreRopeError, TextTooShort) as error:

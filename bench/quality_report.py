@@ -44,9 +44,7 @@ class QualityReport:
         return statistics.fmean(differences), _deviation(differences)
 
     def headings(self) -> list[str]:
-        reference = f"Δ from {self.methods[0]} at {self.lengths[0]:,}"
-        losses = [f"loss at {length:,}" for length in self.lengths]
-        return ["method", *losses, *(f"{reference}: at {length:,}" for length in self.lengths)]
+        return ["method", *(f"loss at {n:,}" for n in self.lengths), *(f"Δ at {n:,}" for n in self.lengths)]
 
     def rows(self) -> list[list[str]]:
         return [
@@ -70,7 +68,8 @@ class QualityReport:
         return [
             f"{about['model']}, {about['dtype']}, trained on {about['train_length']:,} tokens. Loss in nats a token of "
             f"each document's last {about['last']:,} tokens, mean ± standard deviation over "
-            f"{len(about['documents'])} documents; Δ is taken document by document. Measured "
+            f"{len(about['documents'])} documents; Δ is the difference "
+            f"from {self.methods[0]} at {self.lengths[0]:,}, taken document by document. Measured "
             f"{about['date']} on {about['cpu']}.",
             "Documents: " + "; ".join(about["documents"]) + ".",
         ]
@@ -83,7 +82,7 @@ def _deviation(values: Sequence[float]) -> float:
 def print_table(report: QualityReport, console: Console) -> None:
     table = Table(header_style="bold")
     for i, heading in enumerate(report.headings()):
-        table.add_column(heading, justify="right" if i else "left")
+        table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
     for row in report.rows():
         table.add_row(*row)
     console.print(table)

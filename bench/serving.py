@@ -31,6 +31,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench import WIDTH
 from bench.client import Server, ServerUnusable
 from bench.counting import TokenCounter, local_counter, server_counter
 from bench.launch import launched, wait_until_ready
@@ -182,7 +183,7 @@ async def measure(options: argparse.Namespace, console: Console) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(__doc__, arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         report = asyncio.run(until_terminated(measure(options, console)))
     except ServerUnusable as error:

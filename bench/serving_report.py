@@ -63,9 +63,8 @@ class Report:
         return [point.label, name, *cells, *ratios]
 
     def headings(self) -> list[str]:
-        subject = self.names[0]
         columns = [heading for heading, _, _ in COLUMNS.values()]
-        compared = [f"{subject} × by {COLUMNS[key][0].split(',')[0]}" for key in COMPARED]
+        compared = [f"× {short_name(key)}" for key in COMPARED]
         return ["prompt × streams", "server", *columns, *(compared if len(self.names) > 1 else [])]
 
     def failures(self) -> list[str]:
@@ -88,7 +87,7 @@ class Report:
     def slowest(self) -> str:
         """The worst ratio of all, in words; empty where nothing was compared."""
         ratios = [
-            (ratio, peer, COLUMNS[key][0].split(",")[0], point)
+            (ratio, peer, short_name(key), point)
             for point in self.points
             for key in COMPARED
             for peer, ratio in self.ratios(key, point).items()
@@ -96,7 +95,16 @@ class Report:
         if not ratios:
             return ""
         ratio, peer, figure, point = min(ratios, key=lambda item: item[0])
-        return f"Worst ratio: {self.names[0]} is {ratio:.2f}× as fast as {peer} by {figure} at {point.label} streams."
+        ours = self.names[0]
+        return (
+            f"× is how many times as fast {ours} is as the server in that row. The least: {ratio:.2f}× {peer} by {figure} "
+            f"at {point.label} streams."
+        )
+
+
+def short_name(figure: str) -> str:
+    """A figure's heading without its unit."""
+    return COLUMNS[figure][0].split(",")[0]
 
 
 def _shown(value: float, form: str) -> str:
@@ -124,7 +132,7 @@ def print_table(report: Report, console: Console) -> None:
     headings = report.headings()
     table = Table(title=f"Medians of {report.about['rounds']} rounds", header_style="bold")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i < 2 else "right")
+        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i < 2)
     for row in report.rows():
         table.add_row(*row[: len(headings)], end_section=row[1] == report.names[-1])
     console.print(table)

@@ -90,7 +90,7 @@ def test_the_table_has_the_ratio_at_the_peer() -> None:
     ours, peer = report.rows()
     assert len(ours) == len(peer) == len(report.headings())
     assert peer[-3:] == ["3.00×"] * 3
-    assert "3.00× as fast as peer" in report.slowest()
+    assert "The least: 3.00× peer" in report.slowest()
     assert markdown(report).count("\n|") == 3
 
 
