@@ -15,7 +15,7 @@ from rich.table import Table
 
 Losses = dict[tuple[str, int], list[float]]  # (method, context length) → a loss a document, always in one order
 
-CROWDED = 1.5  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
+CROWDED = 1.0  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,8 +97,8 @@ class Report:
         ratio, peer, figure, point = min(ratios, key=lambda item: item[0])
         ours = self.names[0]
         return (
-            f"× is how many times as fast {ours} is as the server in that row. The least: {ratio:.2f}× {peer} by {figure} "
-            f"at {point.label} streams."
+            f"× is how many times as fast {ours} is as the server in that row. The least: {ratio:.2f}× {peer} "
+            f"by {figure} at {point.label} streams."
         )
 
 
@@ -200,7 +200,8 @@ def plot(report: Report, path: Path) -> None:
             bars = panel.bar([x + (i + 0.5) * width - 0.4 for x in range(len(found))], heights, width, label=name)
             panel.bar_label(bars, ["" if math.isnan(h) else format(h, form) for h in heights], fontsize=7, padding=1)
         panel.set_title(f"{heading} ({'less' if key in TIMES else 'more'} is better)", loc="left", fontsize=10)
-        panel.set_yscale("log")
+        if key != "time_per_token":  # the others span orders of magnitude
+            panel.set_yscale("log")
         panel.margins(y=0.2)
         panel.set_xticks(range(len(report.points)), [point.label for point in report.points])
         panel.spines[["top", "right"]].set_visible(False)
