@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +35,7 @@ class KVStorage:
         device: torch.device,
     ) -> None:
         def allocate(heads: int, dim: int) -> Tensor:
-            # Zeros, not empty: no path may ever read a NaN from a slot that was never written.
-            return torch.zeros(num_blocks, block_size, heads, dim, dtype=dtype, device=device)
+            return _zeros((num_blocks, block_size, heads, dim), dtype, device)
 
         self.keys = [allocate(layer.num_kv_heads, layer.key_dim) for layer in layers]
         self.values = [allocate(layer.num_kv_heads, layer.value_dim) for layer in layers]
@@ -44,6 +45,17 @@ class KVStorage:
         keys, values = self.keys[layer], self.values[layer]
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
         values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, not empty: no path may ever read a NaN from a slot that was never written.
+
+    On the CPU through numpy, whose zeros take no memory until they are written to: a start need not touch gigabytes.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:

@@ -171,11 +171,11 @@ class Engine:
         num_prompt, info = len(request.prompt_token_ids), self.info
         if num_prompt == 0:
             raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt", code="empty_prompt")
-        bad = next((i for i, t in enumerate(request.prompt_token_ids) if not 0 <= t < info.vocab_size), None)
-        if bad is not None:
+        low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
+        if low < 0 or high >= info.vocab_size:
             raise InvalidRequest(
-                f"token id {request.prompt_token_ids[bad]} at index {bad} of the prompt is outside the vocabulary: ids "
-                f"go from 0 to {info.vocab_size - 1}",
+                f"token id {low if low < 0 else high} in the prompt is outside the vocabulary: ids go from 0 to "
+                f"{info.vocab_size - 1}",
                 param="prompt",
                 code="bad_token_id",
             )
