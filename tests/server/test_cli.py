@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from server.http_server import CLOSE_GRACE_S
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 LONG = {"prompt": "Hello", "max_tokens": 600, "ignore_eos": True, "stream": True}
 
 
@@ -63,13 +64,12 @@ def process(tiny_checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]
 
 def wait_for(url: str, status: int = 200) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(url, timeout=5).status_code == status:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
+    with httpx.Client(timeout=5) as http:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if http.get(url).status_code == status:
+                    return
+            time.sleep(0.05)
     raise AssertionError(f"{url} did not answer {status} within {TIMEOUT_S} s")
 
 
