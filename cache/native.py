@@ -49,7 +49,7 @@ def prepare(directory: Path | None) -> str:
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         loaded = ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip().splitlines()[-1] if isinstance(error, subprocess.CalledProcessError) else error
+        reason = _first_error(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
         return f"the C decode kernel could not be built ({reason}): decode steps run in torch, slower"
     loaded.prerope_decode.restype = None
     _library = loaded
@@ -68,6 +68,11 @@ def _build(compiler: str, target: Path) -> None:
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(linked, target)
+
+
+def _first_error(stderr: str) -> str:
+    lines = stderr.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0])
 
 
 def _fingerprint(compiler: str) -> str:
