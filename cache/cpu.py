@@ -6,8 +6,8 @@ No score matrix is ever whole. For a run of rows [a, b) that share a reading, ke
         far: d ≥ w     │ band: both    │ near: d < w
 
 and only the band of b − a keys around a − w computes both products. Far keys of ReRoPE are read as they lie in the
-cache. Each band is cut into the rectangle that every row sees in full and two triangular edges. Single rows go through
-the C kernel of `cache.decode` where it could be built, and through the same code as chunks where not.
+cache. Each band is cut into a causal square, the rectangle that every row sees in full, and a lower edge. Single rows
+go through the C kernel of `cache.decode` where it could be built, and through the same code as chunks where not.
 """
 
 from __future__ import annotations
@@ -144,14 +144,15 @@ def _band(
     """
     last_row = first_row + query.shape[2] - 1
     begin, end = max(0, first_row - d_max + 1), last_row - d_min + 1  # keys that any row sees
-    full_begin, full_end = max(0, last_row - d_max + 1), first_row - d_min + 1  # keys that every row sees
-    if full_begin >= full_end:
+    full_begin = max(0, last_row - d_max + 1)  # from here on, every row sees all it may by causality
+    diagonal = first_row - d_min  # the last key that every row sees; the keys from it on are a causal square
+    if diagonal < full_begin:
         return _masked(query, key, value, first_row, d_min, d_max, begin, end, options)
-    partial = _flash(query, key, value, full_begin, full_end, None, options)
+    partial = _flash(query, key, value, diagonal, end, options, causal=True)
+    if full_begin < diagonal:
+        partial = _merge(partial, _flash(query, key, value, full_begin, diagonal, options))
     if begin < full_begin:
         partial = _merge(partial, _masked(query, key, value, first_row, d_min, d_max, begin, full_begin, options))
-    if full_end < end:
-        partial = _merge(partial, _masked(query, key, value, first_row, d_min, d_max, full_end, end, options))
     return partial
 
 
@@ -171,7 +172,7 @@ def _masked(
     distance = rows[:, None] - torch.arange(begin, end)
     visible = (distance >= d_min) & (distance < d_max)
     mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
-    partial = _flash(query, key, value, begin, end, mask, options)
+    partial = _flash(query, key, value, begin, end, options, mask=mask)
     blind = ~visible.any(-1)
     if not blind.any():
         return partial
@@ -179,16 +180,26 @@ def _masked(
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, begin: int, end: int, mask: Tensor | None, options: AttentionOptions
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    begin: int,
+    end: int,
+    options: AttentionOptions,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
 ) -> Partial:
-    """Keys [begin, end), all of them visible but for the additive mask [R, end − begin]."""
+    """Keys [begin, end): all of them, a causal square, or as the additive mask [R, keys] says."""
     shape = (query.shape[0], query.shape[1], end - begin, -1)
     key = key[begin:end].transpose(0, 1).unsqueeze(1).expand(shape)
     value = value[begin:end].transpose(0, 1).unsqueeze(1).expand(shape)
     if options.softcap is not None:
+        if causal:
+            mask = torch.full((end - begin, end - begin), float("-inf")).triu_(1)
         return _softcapped(query, key, value, mask, options.scale, options.softcap)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, attn_mask=mask, scale=options.scale
+        query, key, value, 0.0, causal, attn_mask=mask, scale=options.scale
     )
     return Partial(out.float(), lse)
 

@@ -13,6 +13,7 @@ from cache.attention import paged_attention
 from cache.storage import KVStorage
 from rope.model_positions import ModelPositions
 from server.engine.batch import Batch
+from server.engine.cpu_linear import fast_linears
 from server.engine.inspection import inspect_layers
 from server.engine.raw_keys import AttentionCall, RawKeyModel
 from server.errors import ConfigurationError
@@ -36,6 +37,8 @@ class Model:
         self.raw = RawKeyModel(transformers_model)
         self.layers, self.rotaries = inspect_layers(self.raw)
         self.raw.drop_rotation(layer.module for layer in self.layers)
+        for linear, forward in fast_linears(transformers_model):
+            self.raw.replace_forward(linear, forward)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
 
     @property

@@ -1,7 +1,7 @@
 """transformers' layers with raw q and k: the rotary step made an identity, the attention replaced by ours.
 
 transformers supplies config, weights and layers. Two things are swapped, *on this model object alone*: its rotary
-embeddings, for one that gives cos = 1 and sin = 0, and the forward of its attention modules, for a copy whose
+embeddings, for one that gives cos = 1 and sin = 0, and the forward of modules: attention gets a copy whose
 `apply_rotary_*` returns q and k as they are. No class, module or other model in the process changes.
 
 What reaches `raw_attention` is then handed to the handler that the context variable holds: a context variable, because
@@ -120,20 +120,24 @@ class RawKeyModel:
         self.model = model
         self.text_config: Any = model.config.get_text_config()
         self.identities = dict(_find_rotaries(model, self.family))
-        self._forwards: dict[nn.Module, MethodType] = {}
+        self._forwards: dict[nn.Module, Callable[..., Any]] = {}
         self._install()
 
     @property
     def family(self) -> str:
         return str(self.model.config.model_type)
 
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give one module of this model another forward, which `stock` takes back."""
+        self._forwards[module] = forward
+        module.forward = forward
+
     def drop_rotation(self, modules: Iterable[nn.Module]) -> None:
         """Take the rotary arithmetic out of these attention modules, where their forward allows it."""
         for module in modules:
             forward = _without_rotation(module)
             if forward is not None:
-                self._forwards[module] = forward
-                module.forward = forward
+                self.replace_forward(module, forward)
 
     @contextmanager
     def stock(self) -> Iterator[None]:
