@@ -6,14 +6,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
 
 from cache.attention import AttentionOptions, paged_attention
 from cache.cpu import cpu_attention
 from cache.reference import reference_attention
 from rope.methods import WINDOWED
+from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
 
 TOLERANCE = 1e-5
 
@@ -47,11 +47,11 @@ ROWS = st.tuples(st.integers(0, 600), st.one_of(st.just(1), st.integers(1, 40), 
     sliding_window=st.one_of(st.none(), st.integers(1, 80)),
     softcap=st.sampled_from([None, 2.0]),
     sinks=st.booleans(),
-    kernel=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(
+    kernel: bool,
     rows: list[tuple[int, int]],
     names: list[str],
     window: int,
@@ -63,7 +63,6 @@ def test_any_shape(
     sliding_window: int | None,
     softcap: float | None,
     sinks: bool,
-    kernel: bool,
     seed: int,
 ) -> None:
     """Ragged sequences side by side, each with a method of its own."""
@@ -92,7 +91,6 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_every_method_at_every_edge(name: str, kernel: bool) -> None:
     for logn in (False, True):
@@ -101,7 +99,6 @@ def test_every_method_at_every_edge(name: str, kernel: bool) -> None:
         assert difference(step, AttentionOptions(0.25, ""), kernel=kernel) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 @pytest.mark.parametrize("window", [1, 16, 32, 63])
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_sliding_window_beside_the_methods_own(name: str, window: int, kernel: bool) -> None:
@@ -113,7 +110,6 @@ def test_a_sliding_window_beside_the_methods_own(name: str, window: int, kernel:
         assert difference(step, AttentionOptions(0.25, "", reach), kernel=kernel) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 def test_a_layer_without_positions(kernel: bool) -> None:
     positions = one_group(method("rerope", rotary(16, 16), window=32, logn=True))
     step = paged(EDGES, [positions] * len(EDGES))
@@ -121,14 +117,12 @@ def test_a_layer_without_positions(kernel: bool) -> None:
         assert difference(step, AttentionOptions(0.25, None, reach), kernel=kernel) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 def test_a_soft_cap_over_several_tiles(kernel: bool) -> None:
     positions = one_group(method("leaky_rerope", rotary(16, 16), window=32))
     step = paged([(4500, 3), (4100, 1)], [positions] * 2)
     assert difference(step, AttentionOptions(0.25, "", softcap=3.0), kernel=kernel) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 @pytest.mark.parametrize("name", ["rope", "rerope", "dynamic_leaky"])
 def test_scores_of_very_different_size(name: str, kernel: bool) -> None:
     """Bands whose best scores are far apart merge without overflow: one key far away outweighs all others."""
@@ -138,7 +132,6 @@ def test_scores_of_very_different_size(name: str, kernel: bool) -> None:
     assert difference(step, AttentionOptions(0.25, ""), kernel=kernel) <= 1e-4
 
 
-@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("name", ["rope", "dynamic_ntk", "rerope", "leaky_rerope"])
 def test_low_precision_caches(name: str, dtype: torch.dtype, tolerance: float, kernel: bool) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from layouts import rotary
 
 from cache.manager import KVCacheManager
 from cache.prefix import PrefixHasher
 from rope.model_positions import resolve_model
 from rope.spec import RopeSpec
+from tests.cache.layouts import rotary
 
 BLOCK = 4
 ROPE = resolve_model(RopeSpec(method="rope"), {"": rotary(16, 16)}, None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import TRAINED, rotary
 
 from cache.prefix import PrefixHasher
 from rope.model_positions import ModelPositions, resolve_model
 from rope.spec import RopeSpec
+from tests.cache.layouts import TRAINED, rotary
 
 BLOCK = 16
 TOKENS = list(range(1000, 1000 + 20 * BLOCK))

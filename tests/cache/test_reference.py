@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import published_attention as naive
 import pytest
 import torch
-from layouts import METHOD_NAMES, TRAINED, Paged, contiguous, method, one_group, paged, rotary
 
 from cache.attention import AttentionOptions
 from cache.reference import reference_attention
+from tests.cache import published_attention as naive
+from tests.cache.layouts import METHOD_NAMES, TRAINED, Paged, contiguous, method, one_group, paged, rotary
 
 SCALE = 16**-0.5
 

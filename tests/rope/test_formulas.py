@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import published
 import pytest
 import torch
-from published import trained
 
 from rope import frequencies
 from rope.methods import METHODS, resolve
 from rope.spec import METHOD_NAMES, RopeSpec
+from tests.rope import published
+from tests.rope.published import trained
 
 SHAPES = [(64, 10000.0, 1024), (128, 500000.0, 8192), (16, 10000.0, 64), (80, 1e6, 4096), (32, 130.0, 2048)]
 SCALES = [1.0, 2.0, 4.0, 7.5, 32.0]

@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from published import trained
 
 from rope import frequencies
 from rope.methods import PositionMethod, resolve
 from rope.spec import RopeSpec
+from tests.rope.published import trained
 
 DYNAMIC = ("dynamic_linear", "dynamic_ntk", "dynamic_yarn", "dynamic_leaky")
 SHAPES = [(64, 10000.0, 1024), (128, 500000.0, 8192), (16, 1234.5, 300)]
@@ -124,7 +124,7 @@ def test_runs_cover_rows_once_and_give_each_its_own_reading(name: str, length: i
 
 
 def test_a_switch_has_two_runs_at_most() -> None:
-    from published import longrope_trained
+    from tests.rope.published import longrope_trained
 
     positional = resolve(RopeSpec(method="longrope"), longrope_trained())
     assert [(first, last) for first, last, _ in positional.runs(0, 5000)] == [(0, 64), (64, 5000)]

@@ -6,12 +6,12 @@ import json
 from itertools import combinations
 
 import pytest
-from published import longrope_trained, trained
 
 from rope.frequencies import Rotary
 from rope.methods import METHODS, WINDOWED, MethodError, PositionMethod, canonical_name, method_table, resolve
 from rope.model_positions import ModelPositions, resolve_model
 from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+from tests.rope.published import longrope_trained, trained
 
 
 def test_every_name_has_an_entry_and_every_entry_a_name() -> None:

@@ -1,0 +1,23 @@
+"""The C decode kernel, where the machine can build it."""
+
+from __future__ import annotations
+
+import pytest
+
+from cache.native import library, prepare
+
+
+@pytest.fixture(scope="session")
+def decode_kernel(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Skips where there is no C compiler: torch does the work of the kernel there."""
+    told = prepare(tmp_path_factory.mktemp("kernel"))
+    if library() is None:
+        pytest.skip(told)
+
+
+@pytest.fixture(params=["torch", "kernel"])
+def kernel(request: pytest.FixtureRequest) -> bool:
+    """Whether single rows go through the C kernel."""
+    if request.param == "kernel":
+        request.getfixturevalue("decode_kernel")
+    return bool(request.param == "kernel")
