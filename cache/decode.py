@@ -111,7 +111,7 @@ class _Builder:
         self.turns: list[Tensor] = []
         self.num_turns = 0
         self.tables: list[Tensor] = []
-        self._table_of: dict[tuple[int, bool], int] = {}
+        self._table_of: dict[tuple[int, bool, int], int] = {}
 
     def add(self, method: PositionMethod | None, position: int, reach: int) -> int:
         """The segments of the row at `position` that reads `reach` keys back; returns how many they are."""
@@ -139,10 +139,11 @@ class _Builder:
         if reading.far_keys_raw:
             self._part(low, stop, (angle, reading), RAW)
             return
-        bases = torch.from_numpy(_bases(low, stop)).double()
-        self._part(low, stop, (angle - bases[:, None] * reading.theta_far, reading), self._table(reading, far=True))
+        bases = _bases(low, stop)
+        tables = [self._table(reading, far=True, phase=int(base) % reading.group) for base in bases]
+        self._part(low, stop, (angle - reading.far_key_angles(torch.from_numpy(bases)), reading), tables)
 
-    def _part(self, low: int, stop: int, turn: tuple[Tensor, Reading] | None, table: int) -> None:
+    def _part(self, low: int, stop: int, turn: tuple[Tensor, Reading] | None, table: int | list[int]) -> None:
         bases = _bases(low, stop)
         starts, stops = np.maximum(bases, low), np.minimum(bases + TILE, stop)
         if turn is None:
@@ -153,14 +154,14 @@ class _Builder:
             factor = reading.attention_factor**2  # of q and of k, both on the query
             self.turns.append(torch.stack([angles.cos(), angles.sin()], dim=1) * factor)
             self.num_turns += len(angles)
-        self.segments.append(np.stack([starts, stops, turns, np.full(len(bases), table)]).astype(np.int32))
+        self.segments.append(np.stack([starts, stops, turns, np.broadcast_to(table, len(bases))]).astype(np.int32))
 
-    def _table(self, reading: Reading, *, far: bool) -> int:
-        key = (id(reading), far)
+    def _table(self, reading: Reading, *, far: bool, phase: int = 0) -> int:
+        """The angles of a tile's keys past its base's; `phase` is where in a group of far keys the tile begins."""
+        key = (id(reading), far, phase)
         if key not in self._table_of:
-            theta = reading.theta_far if far else reading.theta
-            assert theta is not None
-            angles = torch.arange(TILE, dtype=torch.float64)[:, None] * theta
+            places = torch.arange(phase, phase + TILE)
+            angles = reading.far_key_angles(places) if far else reading.near_angles(places)
             self._table_of[key] = len(self.tables)
             self.tables.append(torch.stack([angles.cos(), angles.sin()], dim=1))
         return self._table_of[key]

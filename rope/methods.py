@@ -5,9 +5,10 @@ Every method is one shape. Row i reads key j at distance d = i − j through
     score(i, j) = ⟨ R(near(i)) q_i · c_i , R(near(j)) k_j ⟩                    d < w, or no window
                   ⟨ R((i−w)·θ_far + w·θ) q_i · c_i , R(j·θ_far) k_j ⟩          d ≥ w
 
-so a method is a `Reading` (θ, θ_far, w, attention factor) for each row length, and the row scale c_i. Methods whose
-θ or slope depends on the length give *row i* the reading of *its own* row length, never that of the batch, the prompt
-or the chunk: that is what makes prefill, chunked prefill, decode, preemption and prefix-cache hits agree.
+so a method is a `Reading` (θ, θ_far, w, attention factor) for each row length, and the row scale c_i. Self-Extend rounds
+far positions down to groups. Methods whose θ or slope depends on the length give *row i* the reading of *its own* row
+length, never that of the batch, the prompt or the chunk: that is what makes prefill, chunked prefill, decode, preemption
+and prefix-cache hits agree.
 
 A new method is one function with `@method(...)` below and a test. It touches no scheduler and no kernel.
 """
@@ -34,7 +35,7 @@ ROW_LENGTH_BUCKET = 256
 DEFAULT_EXTENSION = 4.0
 """Target length ÷ trained length where neither ROPE_FACTOR nor MAX_MODEL_LEN says otherwise."""
 
-WINDOWED = ("rerope", "leaky_rerope", "dynamic_leaky")
+WINDOWED = ("rerope", "leaky_rerope", "self_extend", "dynamic_leaky")
 UNBOUNDED = 2**62
 
 
@@ -52,12 +53,14 @@ class Reading:
             and the keys stay raw.
         window: w; None reads every key at its exact distance.
         theta_far: [D/2] fp64, used where d ≥ w; zero reads far keys with no rotation at all.
+        group: G, tokens that share a far position: ⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋ (Self-Extend); 1 is every other method.
     """
 
     theta: Tensor
     attention_factor: float = 1.0
     window: int | None = None
     theta_far: Tensor | None = None
+    group: int = 1
 
     @property
     def far_keys_raw(self) -> bool:
@@ -71,17 +74,20 @@ class Reading:
         """[T] positions of queries → [T, D/2] fp64: (i−w)·θ_far + w·θ, which meets the near part at d = w."""
         assert self.window is not None
         assert self.theta_far is not None
+        if self.group > 1:
+            positions = positions // self.group + self.window - self.window // self.group
+            return positions.to(torch.float64)[:, None] * self.theta_far
         return (positions.to(torch.float64) - self.window)[:, None] * self.theta_far + self.window * self.theta
 
     def far_key_angles(self, positions: Tensor) -> Tensor:
         """[T] positions of keys → [T, D/2] fp64."""
         assert self.theta_far is not None
-        return positions.to(torch.float64)[:, None] * self.theta_far
+        return (positions // self.group).to(torch.float64)[:, None] * self.theta_far
 
     def digest(self) -> bytes:
         """Equal for equal readings, whatever the method that made them."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(self.theta.numpy().tobytes() + repr((self.attention_factor, self.window)).encode())
+        h.update(self.theta.numpy().tobytes() + repr((self.attention_factor, self.window, self.group)).encode())
         if self.theta_far is not None:
             h.update(self.theta_far.numpy().tobytes())
         return h.digest()
@@ -387,6 +393,22 @@ def _leaky_rerope(t: Target) -> Rule:
         raise MethodError(f"leak (ROPE_LEAK) is {leak}: it must be at least 1, the tokens that share a far position")
     reading = Reading(own.theta, own.attention_factor, window, own.theta / leak)
     return Rule({"window": window, "leak": leak}, lambda _n: reading)
+
+
+@method("self_extend", source="Jin 2024, arXiv 2401.01325", takes=("window", "group"))
+def _self_extend(t: Target) -> Rule:
+    """⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋ past the window: LongLM's grouped attention."""
+    own, window = _own_reading(t), _window(t)
+    group = t.spec.group
+    if group is None:  # the smallest that keeps every far distance of the target length inside L
+        group = max(1, math.ceil((t.scale * t.train_length - window) / (t.train_length - window)))
+    if group < 1:
+        raise MethodError(f"group (ROPE_GROUP) is {group}: it must be at least 1, the tokens that share a position")
+    parameters = {"window": window, "group": group}
+    if group == 1:
+        return Rule(parameters, lambda _n: own)
+    reading = Reading(own.theta, own.attention_factor, window, own.theta, group)
+    return Rule(parameters, lambda _n: reading)
 
 
 @method("dynamic_leaky", source="PreRoPE", takes=("window",))

@@ -21,6 +21,7 @@ METHOD_NAMES: tuple[str, ...] = (
     "proportional",
     "rerope",
     "leaky_rerope",
+    "self_extend",
     "dynamic_leaky",
 )
 """Every name that ROPE_METHOD takes, beside the aliases. `rope.methods` has one entry for each but the first two."""
