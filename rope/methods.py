@@ -5,10 +5,10 @@ Every method is one shape. Row i reads key j at distance d = i − j through
     score(i, j) = ⟨ R(near(i)) q_i · c_i , R(near(j)) k_j ⟩                    d < w, or no window
                   ⟨ R((i−w)·θ_far + w·θ) q_i · c_i , R(j·θ_far) k_j ⟩          d ≥ w
 
-so a method is a `Reading` (θ, θ_far, w, attention factor) for each row length, and the row scale c_i. Self-Extend rounds
-far positions down to groups. Methods whose θ or slope depends on the length give *row i* the reading of *its own* row
-length, never that of the batch, the prompt or the chunk: that is what makes prefill, chunked prefill, decode, preemption
-and prefix-cache hits agree.
+so a method is a `Reading` (θ, θ_far, w, attention factor) for each row length, and the row scale c_i. Self-Extend
+rounds far positions down to groups. Methods whose θ or slope depends on the length give *row i* the reading of *its own*
+row length, never that of the batch, the prompt or the chunk: that is what makes prefill, chunked prefill, decode,
+preemption and prefix-cache hits agree.
 
 A new method is one function with `@method(...)` below and a test. It touches no scheduler and no kernel.
 """
