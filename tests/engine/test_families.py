@@ -1,0 +1,94 @@
+"""Greedy output equals transformers' `generate`, token for token, for every family that is served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from server.engine.model import Model
+from server.engine.probe import TOLERANCE, probe
+from tests.engine.tiny_models import FAMILIES, YARN, assert_idle, generate, greedy, prompt_of, tiny, tiny_engine
+
+NUM_TOKENS = 16
+LENGTHS = (5, 33, 60, 100)
+
+
+def transformers_greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Before the model is taken over."""
+    generated = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        generated.append(output[0, len(prompt) :].tolist())
+    # Outputs that never vary would equal those of many wrong models too.
+    assert len({token for tokens in generated for token in tokens}) >= 6
+    return generated
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(family: str) -> None:
+    """Chunked prefill beside decodes; and again with so few blocks that a sequence is preempted."""
+    transformers_model = tiny(family)
+    prompts = [prompt_of(length, seed=length) for length in LENGTHS]
+    expected = transformers_greedy(transformers_model, prompts)
+    model = Model(transformers_model)
+    assert probe(model) <= TOLERANCE[torch.float32] / 100
+    engine = tiny_engine(model, max_batched_tokens=37, max_num_seqs=8)
+    assert generate(engine, prompts, greedy(NUM_TOKENS)) == expected
+    tight = tiny_engine(model, max_batched_tokens=64, max_num_seqs=8, num_blocks=16)
+    assert generate(tight, prompts, greedy(NUM_TOKENS)) == expected
+    assert tight.scheduler.num_preemptions > 0
+    for one in (engine, tight):
+        assert_idle(one)
+
+
+SHORT, LONG = [1 + 0.1 * m for m in range(8)], [1 + 0.8 * m for m in range(8)]
+ORIGINAL = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+# transformers gives all rows of a forward the frequencies of its longest row, so dynamic and longrope are compared
+# where that is consistent: inside the trained length. The others have one set of frequencies.
+CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "linear": ({"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, LENGTHS),
+    "yarn": (YARN, LENGTHS),
+    "yarn-attention-factor": (YARN | {"attention_factor": 1.3}, LENGTHS),
+    "llama3": (
+        ORIGINAL | {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        LENGTHS,
+    ),
+    "longrope": (ORIGINAL | {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}, (5, 33, 48)),
+    "dynamic": ({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, LENGTHS),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_frequencies_from_the_config(name: str) -> None:
+    parameters, lengths = CONFIGS[name]
+    transformers_model = tiny("llama", rope_parameters=parameters)
+    prompts = [prompt_of(length, seed=length) for length in lengths]
+    expected = transformers_greedy(transformers_model, prompts)
+    plain = tiny("llama")
+    if name != "dynamic":
+        assert transformers_greedy(plain, prompts) != expected, "the config's frequencies must show in the output"
+    model = Model(transformers_model)
+    probe(model)
+    assert generate(tiny_engine(model, max_batched_tokens=64), prompts, greedy(NUM_TOKENS)) == expected
+
+
+def test_longrope_past_the_trained_length_differs_from_transformers_in_early_rows_only() -> None:
+    """Rows 0 … L−1 keep the short factors whatever follows: a prompt's beginning reads as it did when it was short."""
+    parameters, _ = CONFIGS["longrope"]
+    model = Model(tiny("llama", rope_parameters=parameters))
+    engine = tiny_engine(model, max_batched_tokens=256, prefix_caching=True)
+    short, longer = prompt_of(64), prompt_of(64) + prompt_of(120, seed=1)
+    generate(engine, [short], greedy(1))
+    cached = generate(engine, [longer], greedy(8))
+    assert engine.stats().prefix_hit_tokens == 64
+    assert cached == generate(tiny_engine(model, max_batched_tokens=256), [longer], greedy(8))

@@ -1,0 +1,209 @@
+"""What is refused, by name and reason; what the probe would catch; and that no other model in the process changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache.attention import AttentionMetadata, AttentionOptions, paged_attention
+from server.engine import model as model_module
+from server.engine.model import Model
+from server.engine.probe import probe
+from server.errors import ConfigurationError
+from tests.engine.tiny_models import FAMILIES, prompt_of, tiny
+
+MLA = {
+    "first_k_dense_replace": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "reason"),
+    [
+        ("hunyuan_v1_dense", {}, "normalises queries and keys after the rotation"),
+        ("deepseek_v3", MLA, "multi-head latent attention"),
+        ("gpt2", {}, "no rotary embedding"),
+    ],
+)
+def test_a_family_that_cannot_be_served(family: str, config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{family}.*{reason}"):
+        Model(tiny(family, **config))
+
+
+def test_a_norm_after_the_rotation_is_found_without_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HunYuan, or any family like it, is caught by trying, not by its name."""
+    monkeypatch.setattr("server.engine.inspection._refusal", lambda _config: None)
+    with pytest.raises(ConfigurationError, match=r"hunyuan_v1_dense.*layers\.\d\.self_attn.*norm after the rotation"):
+        Model(tiny("hunyuan_v1_dense"))
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "dim", "interleaved"),
+    [
+        ("llama", [""] * 4, 16, False),
+        ("gpt_neox", [""] * 4, 4, False),
+        ("cohere", [""] * 4, 16, True),
+        ("glm", [""] * 4, 8, True),
+        ("smollm3", ["", None, "", None], 16, False),
+        ("gemma3_text", ["sliding_attention", "full_attention"] * 2, 16, False),
+    ],
+)
+def test_what_inspection_finds(family: str, groups: list[str | None], dim: int, interleaved: bool) -> None:
+    model = Model(tiny(family))
+    assert [layer.group for layer in model.layers] == groups
+    for rotary in model.rotaries.values():
+        assert (rotary.dim, rotary.interleaved) == (dim, interleaved)
+    heads = 4 if family in ("gpt_neox",) else 2
+    assert {layer.shape.num_kv_heads for layer in model.layers} == {heads}
+
+
+# --- the probe --------------------------------------------------------------------------------------------------------
+
+
+class Sabotage:
+    """Our attention with one layer's options changed: what a family that we misread would look like."""
+
+    def __init__(self, layer: int, **change: Any) -> None:
+        self.layer, self.change, self.calls = layer, change, 0
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
+    ) -> Tensor:
+        if self.calls % 4 == self.layer:
+            options = replace(options, **self.change)
+        self.calls += 1
+        return paged_attention(query, keys, values, metadata, options)
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "change"),
+    [
+        ("llama", 2, {"scale": 0.3}),
+        ("llama", 0, {"group": None}),
+        ("llama", 3, {"sliding_window": 6}),
+        ("mistral", 1, {"sliding_window": None}),
+        ("mistral", 1, {"sliding_window": 4}),  # one off: the probe shrinks the window to 5
+        ("gpt_oss", 1, {"sinks": None}),
+        ("smollm3", 1, {"group": ""}),
+        ("gemma3_text", 2, {"group": "full_attention"}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_the_probe_names_the_layer(
+    family: str, layer: int, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(tiny(family))
+    monkeypatch.setattr(model_module, "paged_attention", Sabotage(layer, **change))
+    with pytest.raises(ConfigurationError, match=rf"{family}.*layer model\.layers\.{layer}\.self_attn"):
+        probe(model)
+
+
+def test_the_probe_catches_a_soft_cap_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(tiny("gemma2", sharpness=4.0, attn_logit_softcapping=2.0))
+    assert probe(model) < 1e-5
+    monkeypatch.setattr(model_module, "paged_attention", Sabotage(3, softcap=None))
+    with pytest.raises(ConfigurationError, match=r"gemma2.*layer model\.layers\.3\.self_attn"):
+        probe(model)
+
+
+def test_the_probe_catches_the_wrong_pairing() -> None:
+    model = Model(tiny("cohere"))
+    assert probe(model) < 1e-5
+    model.rotaries[""] = replace(model.rotaries[""], interleaved=False)
+    with pytest.raises(ConfigurationError, match=r"cohere.*layer model\.layers\.0\.self_attn"):
+        probe(model)
+
+
+def test_the_probe_catches_wrong_frequencies() -> None:
+    model = Model(tiny("llama"))
+    model.rotaries[""] = replace(model.rotaries[""], base=20000.0)
+    with pytest.raises(ConfigurationError, match="llama"):
+        probe(model)
+
+
+def test_the_probe_catches_a_change_outside_attention() -> None:
+    """Logits are compared too: here the stock forward has a head of its own."""
+    model = Model(tiny("llama"))
+    stock, head = model.raw.stock, model.raw.model.lm_head
+
+    @contextmanager
+    def other_head() -> Iterator[None]:
+        with stock():
+            head.weight.data.neg_()
+            yield
+            head.weight.data.neg_()
+
+    model.raw.stock = other_head  # type: ignore[method-assign]
+    with pytest.raises(ConfigurationError, match=r"llama.*the logits differ"):
+        probe(model)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss", "gemma2"])
+def test_the_probe_leaves_sliding_windows_as_they_were(family: str) -> None:
+    model = Model(tiny(family))
+
+    def windows() -> list[int | None]:
+        owners = [model.raw.text_config, *(layer.module for layer in model.layers)]
+        return [getattr(owner, "sliding_window", None) for owner in owners]
+
+    before = windows()
+    assert 8 in before
+    probe(model)
+    assert windows() == before
+
+
+# --- nothing else changes ---------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([prompt_of(30)])
+
+
+@torch.inference_mode()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "cohere", "gpt_oss"])
+def test_stock_is_transformers_own(family: str) -> None:
+    transformers_model = tiny(family)
+    before = logits(transformers_model)
+    model = Model(transformers_model)
+    with model.raw.stock():
+        assert torch.equal(logits(transformers_model), before)
+    with pytest.raises(LookupError):  # outside, attention is ours and has no batch to read
+        logits(transformers_model)
+    with model.raw.stock():
+        assert torch.equal(logits(transformers_model), before)
+    assert probe(model) < 1e-5
+
+
+def test_stock_ends_even_when_it_is_left_by_an_error() -> None:
+    model = Model(tiny("llama"))
+    with pytest.raises(ZeroDivisionError), model.raw.stock():
+        raise ZeroDivisionError
+    assert probe(model) < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_another_model_of_the_same_class_is_untouched(family: str) -> None:
+    served, other = tiny(family), tiny(family, seed=1)
+    cls = type(served)
+    attention_forwards = {type(m): type(m).forward for m in served.modules() if hasattr(m, "layer_idx")}
+    before = logits(other)
+    probe(Model(served))
+    assert torch.equal(logits(other), before)
+    assert type(other) is cls
+    assert all(cls.forward is forward for cls, forward in attention_forwards.items())
+    late = tiny(family, seed=1)  # made after the other was taken over
+    assert torch.equal(logits(late), before)
