@@ -6,8 +6,8 @@ Every method is one shape. Row i reads key j at distance d = i − j through
                   ⟨ R((i−w)·θ_far + w·θ) q_i · c_i , R(j·θ_far) k_j ⟩          d ≥ w
 
 so a method is a `Reading` (θ, θ_far, w, attention factor) for each row length, and the row scale c_i. Self-Extend
-rounds far positions down to groups. Methods whose θ or slope depends on the length give *row i* the reading of *its own*
-row length, never that of the batch, the prompt or the chunk: that is what makes prefill, chunked prefill, decode,
+rounds far positions down to groups. Methods whose θ or slope depends on the length give *row i* the reading of *its
+own* row length, never that of the batch, the prompt or the chunk: that is what makes prefill, chunked prefill, decode,
 preemption and prefix-cache hits agree.
 
 A new method is one function with `@method(...)` below and a test. It touches no scheduler and no kernel.
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -401,7 +402,8 @@ def _self_extend(t: Target) -> Rule:
     own, window = _own_reading(t), _window(t)
     group = t.spec.group
     if group is None:  # the smallest that keeps every far distance of the target length inside L
-        group = max(1, math.ceil((t.scale * t.train_length - window) / (t.train_length - window)))
+        last = int(t.scale * t.train_length) - 1
+        group = next(g for g in count(1) if last // g + window - window // g < t.train_length)
     if group < 1:
         raise MethodError(f"group (ROPE_GROUP) is {group}: it must be at least 1, the tokens that share a position")
     parameters = {"window": window, "group": group}

@@ -48,6 +48,16 @@ def two_matrices(query: Tensor, key: Tensor, value: Tensor, *, window: int, leak
     return weighted(torch.where(i[:, None] - j < window, near, far), value)
 
 
+def grouped(query: Tensor, key: Tensor, value: Tensor, *, window: int, group: int) -> Tensor:
+    """Self-Extend (Jin 2024, algorithm 1): neighbours at true distances, the rest at floored positions, shifted."""
+    dim = query.shape[-1]
+    i, j = torch.arange(len(query)), torch.arange(len(key))
+    near = product(*(rotated(x, p, dim, interleaved=False) for x, p in ((query, i), (key, j))))
+    far_i, far_j = i // group + window - window // group, j // group
+    far = product(*(rotated(x, p, dim, interleaved=False) for x, p in ((query, far_i), (key, far_j))))
+    return weighted(torch.where(i[:, None] - j < window, near, far), value)
+
+
 def product(query: Tensor, key: Tensor) -> Tensor:
     """[Hq, R, n], scaled; query heads share KV heads in runs."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

@@ -34,6 +34,16 @@ def test_naive_two_matrix_definition(name: str, leak: float, window: int, length
     assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("length", [1, 65, 300])
+@pytest.mark.parametrize("window", [1, 16, 33])
+@pytest.mark.parametrize("group", [2, 3, 8])
+def test_naive_grouped_definition(group: int, window: int, length: int) -> None:
+    step = one_sequence("self_extend", length, window=window, group=group)
+    query, key, value = (x.double() for x in contiguous(step, 0))
+    expected = naive.grouped(query, key, value, window=window, group=group)
+    assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("window", [16, 32])
 def test_naive_definition_with_each_rows_own_slope(window: int) -> None:
     """dynamic_leaky row by row: k = max(1, (n − w)/(L − w)), n the row's length in runs of 256."""

@@ -256,7 +256,7 @@ def test_blocks_are_shared_with_rope(name: str, first: str, model: Model, varian
     outputs = run_all(engine, {"two": pair["two"]}, 200)
     if SPECS[name].method == "rope":
         shared = TRAINED if SPECS[name].logn else 192
-    elif SPECS[name].method in ("rerope", "leaky_rerope"):
+    elif SPECS[name].method in ("rerope", "leaky_rerope", "self_extend"):
         shared = WINDOW
     else:
         shared = TRAINED if SPECS[name].method.startswith("dynamic") else 0

@@ -63,6 +63,20 @@ def test_leaky_with_leak_one_is_rope() -> None:
     np.testing.assert_allclose(leaky.far_key_angles(positions), leaky.near_angles(positions), rtol=1e-15)
 
 
+def test_self_extend_with_groups_of_one_is_rope() -> None:
+    assert method("self_extend", group=1, window=100).digest() == method("rope").digest()
+
+
+def test_self_extends_default_group_keeps_far_distances_inside_the_trained_length() -> None:
+    """The farthest key of the target length, four times L here, sits inside L; a smaller group would not do."""
+    extended = method("self_extend", window=256)
+    group, last = extended.parameters["group"], torch.tensor([4 * 1024 - 1])
+    for size, inside in ((group, True), (group - 1, False)):
+        reading = method("self_extend", window=256, group=size).reading(1024)
+        distance = (reading.far_query_angles(last) - reading.far_key_angles(torch.tensor([0])))[0, 0] / reading.theta[0]
+        assert (float(distance) < 1024) is inside
+
+
 def test_leaky_with_an_infinite_leak_is_rerope() -> None:
     leaky = method("leaky_rerope", leak=1e15, window=100).reading(1024)
     rerope = method("rerope", window=100).reading(1024)

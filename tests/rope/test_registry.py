@@ -35,7 +35,7 @@ def test_the_names_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize("name", [entry.name for entry in method_table() if entry.name != "proportional"])
 def test_parameters_are_json_and_name_every_given_field(name: str) -> None:
-    given = {"factor": 6.0, "window": 9, "leak": 3.0}
+    given = {"factor": 6.0, "window": 9, "leak": 3.0, "group": 5}
     takes = {field: given[field] for field in METHODS[name].takes}
     method = resolve(RopeSpec(method=name, **takes), longrope_trained() if name == "longrope" else trained())
     parameters = json.loads(json.dumps(method.parameters))
