@@ -27,11 +27,14 @@ def rotary(head_dim: int, dim: int, *, interleaved: bool = False) -> Rotary:
     return Rotary(head_dim, dim, 10000.0, "default", TRAINED, 4 * TRAINED, parameters, interleaved)
 
 
-def method(name: str, embedding: Rotary, *, window: int | None = None, logn: bool = False) -> PositionMethod:
+def method(
+    name: str, embedding: Rotary, *, window: int | None = None, group: int | None = None, logn: bool = False
+) -> PositionMethod:
     spec = RopeSpec(
         method=name,
         window=window if name in WINDOWED else None,
         leak=3.0 if name == "leaky_rerope" else None,
+        group=group,
         factor=4.0 if "factor" in METHODS[name].takes else None,
         logn=logn,
     )
