@@ -1,0 +1,347 @@
+"""The scheduler and the cache's block tables alone: a scripted model that always says 'token 7'."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from cache.manager import KVCacheManager
+from cache.prefix import PrefixHasher
+from rope.frequencies import Rotary
+from rope.model_positions import resolve_model
+from rope.spec import RopeSpec
+from server.engine.sampling_params import SamplingParams
+from server.engine.scheduler import Scheduled, Scheduler, share
+from server.engine.sequence import EngineRequest, Sequence
+
+BLOCK = 16
+POSITIONS = resolve_model(RopeSpec(method="rerope"), {"": Rotary(16, 16, 1e4, "default", 64, 64)}, None)
+IDS = itertools.count()
+
+
+def sequence(prompt: list[int], max_tokens: int = 4, *, priority: int = 0, block_size: int = BLOCK) -> Sequence:
+    request = EngineRequest(str(next(IDS)), prompt, SamplingParams(max_tokens=max_tokens), priority=priority)
+    return Sequence(
+        request=request,
+        positions=POSITIONS,
+        hasher=PrefixHasher(block_size, POSITIONS, ""),
+        generator=None,
+        token_ids=list(prompt),
+        num_prompt_tokens=len(prompt),
+    )
+
+
+def unique(length: int) -> list[int]:
+    """A prompt that shares no prefix with any other."""
+    return [next(IDS)] * length
+
+
+class RecordingScheduler(Scheduler):
+    """Notes who was preempted in a step."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.preempted: set[str] = set()
+
+    def schedule(self) -> list[Scheduled]:
+        self.preempted = set()
+        return super().schedule()
+
+    def preempt(self, sequence: Sequence) -> None:
+        self.preempted.add(sequence.request_id)
+        super().preempt(sequence)
+
+
+class Script:
+    """A scheduler and what follows each of its steps. Checks what must hold of every step."""
+
+    def __init__(self, num_blocks: int, *, budget: int = 512, max_num_seqs: int = 64, block_size: int = BLOCK) -> None:
+        self.cache = KVCacheManager(num_blocks, block_size, prefix_caching=True)
+        self.scheduler = RecordingScheduler(self.cache, max_num_seqs=max_num_seqs, max_batched_tokens=budget)
+        self.budget = budget
+        self.steps = 0
+
+    def add(self, *sequences: Sequence) -> None:
+        for one in sequences:
+            self.scheduler.add(one)
+
+    def step(self) -> list[Scheduled]:
+        decoding = [s for s in self.scheduler.running.values() if s.decoding]
+        plan = self.scheduler.schedule()
+        self.steps += 1
+        self._check(plan, decoding)
+        for one, count in plan:
+            known = one.num_computed_tokens
+            one.num_computed_tokens += count
+            self.cache.remember(one, known)
+            if one.num_remaining_tokens == 0:
+                one.append(7)
+                if one.num_output_tokens >= one.sampling.max_tokens:
+                    self.scheduler.remove(one.request_id)
+        self.check_integrity()
+        return plan
+
+    def _check(self, plan: list[Scheduled], decoding: list[Sequence]) -> None:
+        running, preempted = self.scheduler.running, self.scheduler.preempted
+        assert sum(count for _, count in plan) <= self.budget
+        assert len({one.request_id for one, _ in plan}) == len(plan)
+        assert len(running) <= self.scheduler.max_num_seqs
+        for one, count in plan:
+            assert one.request_id in running, "scheduled, but preempted since"
+            assert 1 <= count <= one.num_remaining_tokens
+            assert len(one.block_table) * self.cache.block_size >= one.num_computed_tokens + count
+        scheduled = {one.request_id for one, _ in plan}
+        passed_over = {one.request_id for one in decoding} - scheduled - preempted
+        assert not passed_over, "a decode neither ran nor made room for another"
+
+    def check_integrity(self) -> None:
+        self.cache.check_integrity(self.scheduler.sequences)
+
+    def finish(self, max_steps: int = 2000) -> None:
+        """To the end, which must come; every block is free or cached then."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work():
+                break
+            self.step()
+        assert not self.scheduler.has_work(), "it does not come to an end"
+        self.check_integrity()
+        assert self.cache.pool.num_free == self.cache.pool.num_blocks
+
+
+def counts(plan: list[Scheduled]) -> dict[str, int]:
+    return {one.request_id: count for one, count in plan}
+
+
+# --- one budget for prefill and decode --------------------------------------------------------------------------------
+
+
+def test_a_short_prompt_is_not_stuck_behind_a_long_one() -> None:
+    """A 16k prompt prefills at budget 512: a stream gets a token every step, a newcomer its first within three."""
+    script = Script(2000)
+    stream, long = sequence(unique(50), max_tokens=1000), sequence(unique(16_000))
+    script.add(stream)
+    script.step()
+    script.add(long)
+    for _ in range(5):
+        script.step()
+    short = sequence(unique(100))
+    script.add(short)
+    for _ in range(3):
+        before = stream.num_output_tokens, long.num_computed_tokens
+        script.step()
+        assert stream.num_output_tokens == before[0] + 1
+        assert long.num_computed_tokens > before[1]
+        if short.num_output_tokens:
+            break
+    assert short.num_output_tokens >= 1
+    assert not long.decoding, "the long prompt is still being prefilled"
+    script.finish()
+
+
+def test_three_short_prompts_at_once_are_also_served_within_three_steps() -> None:
+    script = Script(2000)
+    long = sequence(unique(16_000))
+    script.add(long)
+    script.step()
+    shorts = [sequence(unique(200)) for _ in range(3)]
+    script.add(*shorts)
+    for _ in range(3):
+        script.step()
+    assert all(short.num_output_tokens for short in shorts)
+
+
+def test_the_oldest_prefill_is_not_starved_by_a_stream_of_short_ones() -> None:
+    script = Script(4000)
+    long = sequence(unique(4000))
+    script.add(long)
+    script.step()
+    steps = 0
+    while not long.num_output_tokens:
+        script.add(*(sequence(unique(300), max_tokens=1) for _ in range(2)))  # more than the budget, each step
+        before = long.num_computed_tokens
+        script.step()
+        steps += 1
+        assert long.num_computed_tokens - before >= 100 or long.num_output_tokens
+    assert steps <= 4000 // 100
+    script.finish()
+
+
+def test_the_whole_budget_is_used_while_there_is_work() -> None:
+    script = Script(1000, budget=64)
+    script.add(sequence(unique(500)), sequence(unique(10)), sequence(unique(300)))
+    plans = [sum(counts(script.step()).values()) for _ in range(12)]
+    assert plans == [64] * 12
+
+
+def test_share_gives_everyone_at_most_what_it_needs() -> None:
+    prefills = [sequence(unique(n)) for n in (1000, 30, 5, 400)]
+    granted = {one.num_prompt_tokens: tokens for one, tokens in share(prefills, 200)}
+    assert granted == {1000: 50, 30: 30, 5: 5, 400: 115}
+    assert sum(tokens for _, tokens in share(prefills, 1)) == 1
+    assert share([], 100) == []
+    urgent = sequence(unique(400), priority=-1)
+    assert dict(share([urgent, *prefills], 200)) == {urgent: 200}
+
+
+def test_decodes_come_first_and_take_one_token_each() -> None:
+    script = Script(1000, budget=8, max_num_seqs=8)
+    streams = [sequence(unique(1), max_tokens=50) for _ in range(6)]
+    script.add(*streams)
+    script.step()
+    script.add(sequence(unique(100)))
+    plan = script.step()
+    assert [count for _, count in plan] == [1] * 6 + [2]
+    assert [one for one, _ in plan[:6]] == streams
+
+
+# --- admission, priority, preemption ----------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_admitted_when_it_fits_beside_what_others_still_need() -> None:
+    script = Script(10)
+    first, second = sequence(unique(100)), sequence(unique(80))
+    script.add(first, second)
+    plan = script.step()
+    assert list(counts(plan)) == [first.request_id], "7 blocks and 5: together more than 10"
+    script.finish()
+    assert script.scheduler.num_preemptions == 0
+
+
+def test_no_one_overtakes_a_prompt_that_waits_for_room() -> None:
+    script = Script(10)
+    running, large, small = (sequence(unique(n), max_tokens=20) for n in (100, 120, 10))
+    script.add(running)
+    script.step()
+    script.add(large, small)
+    while not large.num_computed_tokens:
+        assert small.num_computed_tokens == 0
+        script.step()
+    script.finish()
+
+
+def test_at_most_max_num_seqs_run() -> None:
+    script = Script(100, max_num_seqs=3)
+    script.add(*(sequence(unique(5), max_tokens=3) for _ in range(10)))
+    script.step()
+    assert (len(script.scheduler.running), len(script.scheduler.waiting)) == (3, 7)
+    script.finish()
+
+
+def test_lower_priority_numbers_run_first_and_are_preempted_last() -> None:
+    script = Script(8, max_num_seqs=2)
+    late, urgent, normal = (sequence(unique(30), max_tokens=60, priority=p) for p in (5, -1, 0))
+    script.add(late, urgent, normal)
+    script.step()
+    assert set(script.scheduler.running) == {urgent.request_id, normal.request_id}
+    while not script.scheduler.num_preemptions:
+        script.step()
+    assert urgent.request_id in script.scheduler.running
+    assert normal.request_id in script.scheduler.waiting
+    script.finish()
+
+
+def test_the_latest_is_preempted_and_finds_its_blocks_again() -> None:
+    """The victim's cached blocks are reused only as far as the other grew; the rest is not computed twice."""
+    script = Script(12)
+    first, second = sequence(unique(80), max_tokens=40), sequence(unique(80), max_tokens=40)
+    script.add(first, second)
+    while not script.scheduler.num_preemptions:
+        script.step()
+    assert second.request_id in script.scheduler.waiting
+    assert (second.block_table, second.num_computed_tokens) == ([], 0)
+    output = second.token_ids[80:]
+    while second.request_id in script.scheduler.waiting:
+        script.step()
+    assert script.cache.hit_tokens > 0
+    script.finish()
+    assert second.token_ids[80 : 80 + len(output)] == output
+    assert len(second.token_ids) == 120
+
+
+def test_a_victim_that_was_scheduled_already_leaves_the_plan() -> None:
+    """Urgent prefill, less urgent decodes that the plan holds before it: `Script` checks each plan."""
+    script = Script(10, budget=512)
+    streams = [sequence(unique(30), max_tokens=100, priority=1) for _ in range(2)]
+    script.add(*streams)
+    for _ in range(20):
+        script.step()
+    script.add(sequence(unique(90), priority=0))
+    script.finish()
+
+
+def test_a_removed_sequence_leaves_nothing() -> None:
+    script = Script(100)
+    sequences = [sequence(unique(200)) for _ in range(5)]
+    script.add(*sequences)
+    script.step()
+    for one in sequences:
+        assert script.scheduler.remove(one.request_id) is one
+        script.check_integrity()
+    assert script.scheduler.remove("never heard of") is None
+    assert script.cache.pool.num_free == 100
+
+
+# --- any history ------------------------------------------------------------------------------------------------------
+
+
+class History(RuleBasedStateMachine):
+    """add, step, abort and preempt in any order, over a cache so small that sequences preempt each other."""
+
+    @initialize(budget=st.integers(4, 40), max_num_seqs=st.integers(1, 4), num_blocks=st.integers(8, 20))
+    def begin(self, budget: int, max_num_seqs: int, num_blocks: int) -> None:
+        self.script = Script(num_blocks, budget=budget, max_num_seqs=max_num_seqs, block_size=4)
+        self.limit = num_blocks * 4
+
+    @rule(
+        common=st.integers(0, 20),
+        own=st.integers(1, 12),
+        family=st.integers(0, 2),
+        max_tokens=st.integers(1, 8),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, common: int, own: int, family: int, max_tokens: int, priority: int) -> None:
+        prompt = [family] * common + unique(own)
+        room = max(1, min(len(prompt), self.limit - max_tokens))  # longer ones are refused before they get here
+        self.script.add(sequence(prompt[:room], max_tokens, priority=priority, block_size=4))
+
+    @rule()
+    def step(self) -> None:
+        self.script.step()
+
+    @precondition(lambda self: self.script.scheduler.has_work())
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        ids = [one.request_id for one in self.script.scheduler.sequences]
+        assert self.script.scheduler.remove(data.draw(st.sampled_from(ids))) is not None
+
+    @precondition(lambda self: self.script.scheduler.running)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        ids = list(self.script.scheduler.running)
+        self.script.scheduler.preempt(self.script.scheduler.running[data.draw(st.sampled_from(ids))])
+
+    @invariant()
+    def integrity(self) -> None:
+        if hasattr(self, "script"):
+            self.script.check_integrity()
+
+    def teardown(self) -> None:
+        if hasattr(self, "script"):
+            self.script.finish()
+
+
+TestHistory = History.TestCase
+TestHistory.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("num_blocks", [8, 9, 15])
+def test_a_crowd_in_a_tiny_cache_ends(num_blocks: int) -> None:
+    script = Script(num_blocks, budget=16, max_num_seqs=16, block_size=4)
+    script.add(*(sequence([1] * 8 + unique(5), max_tokens=12, block_size=4) for _ in range(30)))
+    script.finish(max_steps=5000)
+    assert script.scheduler.num_preemptions > 0
