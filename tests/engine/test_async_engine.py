@@ -1,0 +1,297 @@
+"""The engine on its own thread: refusals at the call, streams that end, aborts that free, and no hang when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from rope.spec import RopeSpec
+from server.engine.async_engine import AsyncEngine, EngineState
+from server.engine.engine import Engine
+from server.engine.model import Model
+from server.engine.outputs import FinishReason, TokenOutput
+from server.errors import ConfigurationError, EngineFailure, EngineUnavailable, InvalidRequest, QueueFull
+from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine, tokens_of
+
+TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(tiny("llama"))
+
+
+def go(scenario: Callable[[], Awaitable[None]]) -> None:
+    """Run one scenario; whatever hangs fails."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await scenario()
+
+    asyncio.run(limited())
+
+
+@asynccontextmanager
+async def served(load: Callable[[], Engine]) -> AsyncGenerator[AsyncEngine]:
+    engine = AsyncEngine(load)
+    engine.start()
+    await engine.wait_until_loaded()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown(0)
+        assert not engine._thread.is_alive()
+
+
+async def collect(stream: AsyncGenerator[TokenOutput, None]) -> list[TokenOutput]:
+    return [output async for output in stream]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110: what is waited for is a snapshot, and snapshots raise no event
+        await asyncio.sleep(0.002)
+
+
+def idle(engine: AsyncEngine) -> bool:
+    stats = engine.stats()
+    return stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == stats.num_blocks
+
+
+def test_streams_side_by_side(model: Model) -> None:
+    prompts = [prompt_of(length, seed=length) for length in (5, 80, 30)]
+    expected = generate(tiny_engine(model), prompts, greedy(10))
+
+    async def scenario() -> None:
+        async with served(lambda: tiny_engine(model)) as engine:
+            assert engine.state is EngineState.READY
+            streams = [engine.submit(request(str(i), prompt, greedy(10))) for i, prompt in enumerate(prompts)]
+            outputs = await asyncio.gather(*(collect(stream) for stream in streams))
+            assert [tokens_of(one) for one in outputs] == expected
+            assert [one[-1].finish_reason for one in outputs] == [FinishReason.LENGTH] * 3
+            await until(lambda: idle(engine))
+            with pytest.raises(StopAsyncIteration):
+                await anext(streams[0])
+
+    go(scenario)
+
+
+def test_refusals_are_raised_by_the_call_itself(model: Model) -> None:
+    async def scenario() -> None:
+        async with served(lambda: tiny_engine(model)) as engine:
+            with pytest.raises(InvalidRequest, match="no tokens"):
+                engine.submit(request("0", [], greedy(1)))
+            with pytest.raises(InvalidRequest, match="the limit is 256"):
+                engine.submit(request("0", prompt_of(256), greedy(1)))
+            with pytest.raises(InvalidRequest, match="unknown position method"):
+                engine.resolve_positions(RopeSpec(method="spiral"))
+            assert len(await collect(engine.submit(request("0", prompt_of(5), greedy(2))))) == 2
+
+    go(scenario)
+
+
+def test_the_queue_counts_what_the_thread_has_not_seen_yet(model: Model) -> None:
+    async def scenario() -> None:
+        async with served(lambda: tiny_engine(model, max_queued_requests=3, max_queued_tokens=100)) as engine:
+            streams = [engine.submit(request(str(i), prompt_of(10), greedy(2))) for i in range(3)]
+            with pytest.raises(QueueFull, match="MAX_QUEUED_REQUESTS is 3"):
+                engine.submit(request("refused", prompt_of(10), greedy(2)))
+            await asyncio.gather(*(collect(stream) for stream in streams))
+            await until(lambda: idle(engine))
+            stream = engine.submit(request("3", prompt_of(60), greedy(2)))
+            with pytest.raises(QueueFull, match="60 prompt tokens are waiting and 50 more"):
+                engine.submit(request("refused", prompt_of(50), greedy(2)))
+            await collect(stream)
+
+    go(scenario)
+
+
+@pytest.mark.parametrize("num_outputs", [0, 1, 3])
+def test_closing_a_stream_frees_its_blocks(model: Model, num_outputs: int) -> None:
+    """Never iterated, in mid-prefill (the first events are progress), and in mid-decode."""
+
+    async def scenario() -> None:
+        async with served(lambda: tiny_engine(model, max_batched_tokens=16, max_num_seqs=8)) as engine:
+            stream = engine.submit(request("0", prompt_of(30), greedy(200), report_progress=True))
+            for _ in range(num_outputs):
+                await anext(stream)
+            await stream.aclose()
+            await until(lambda: idle(engine) and not engine._unseen)
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+            assert engine.stats().generation_tokens < 200
+            assert len(await collect(engine.submit(request("1", prompt_of(5), greedy(2))))) == 2
+
+    go(scenario)
+
+
+def test_cancelling_the_reader_frees_its_blocks(model: Model) -> None:
+    async def scenario() -> None:
+        async with served(lambda: tiny_engine(model)) as engine:
+            reader = asyncio.create_task(collect(engine.submit(request("0", prompt_of(20), greedy(200)))))
+            await until(lambda: engine.stats().generation_tokens > 2)
+            reader.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reader
+            await until(lambda: idle(engine))
+            assert engine.stats().generation_tokens < 200
+
+    go(scenario)
+
+
+def test_shutdown_finishes_what_runs_and_refuses_the_rest(model: Model) -> None:
+    async def scenario() -> None:
+        async with served(lambda: tiny_engine(model)) as engine:
+            stream = engine.submit(request("0", prompt_of(20), greedy(60)))
+            reader = asyncio.create_task(collect(stream))
+            stopping = asyncio.create_task(engine.shutdown(TIMEOUT_S))
+            await asyncio.sleep(0)
+            assert engine.state is EngineState.DRAINING
+            with pytest.raises(EngineUnavailable, match="shutting down"):
+                engine.submit(request("late", prompt_of(5), greedy(2)))
+            await stopping
+            outputs = await reader
+            assert len(tokens_of(outputs)) == 60
+            assert outputs[-1].finish_reason is FinishReason.LENGTH
+            assert not engine._thread.is_alive()
+            assert_idle(engine.engine)
+
+    go(scenario)
+
+
+def test_shutdown_aborts_what_is_left_at_the_timeout(model: Model) -> None:
+    async def scenario() -> None:
+        async with served(lambda: slow_engine(model)) as engine:
+            readers = [
+                asyncio.create_task(collect(engine.submit(request(str(i), prompt_of(20), greedy(200)))))
+                for i in range(3)
+            ]
+            await until(lambda: engine.stats().generation_tokens > 0)
+            await engine.shutdown(0.05)
+            outputs = await asyncio.gather(*readers)
+            assert [one[-1].finish_reason for one in outputs] == [FinishReason.ABORT] * 3
+            assert all(len(tokens_of(one)) < 200 for one in outputs)
+            assert_idle(engine.engine)
+
+    go(scenario)
+
+
+def slow_engine(model: Model) -> Engine:
+    """Steps of at least 10 ms, so that 200 tokens outlast any timeout here."""
+    engine = tiny_engine(model)
+    step, pause = engine.step, threading.Event()
+
+    def slow_step() -> list[tuple[str, TokenOutput]]:
+        pause.wait(0.01)
+        return step()
+
+    engine.step = slow_step  # type: ignore[method-assign]
+    return engine
+
+
+def test_a_step_that_raises_fails_every_stream(model: Model) -> None:
+    async def scenario() -> None:
+        failing = tiny_engine(model)
+        step = failing.step
+
+        def explode() -> list[tuple[str, TokenOutput]]:
+            if failing.stats().num_steps == 3:
+                raise RuntimeError("out of luck")
+            return step()
+
+        failing.step = explode  # type: ignore[method-assign]
+        async with served(lambda: failing) as engine:
+            streams = [engine.submit(request(str(i), prompt_of(20), greedy(50))) for i in range(3)]
+            results = await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
+            assert [type(result) for result in results] == [EngineFailure] * 3
+            assert all("out of luck" not in str(result) for result in results), "a client is not shown the inside"
+            assert engine.state is EngineState.DEAD
+            assert str(engine.failure) == "out of luck"
+            with pytest.raises(EngineUnavailable, match="stopped after an error"):
+                engine.submit(request("late", prompt_of(5), greedy(2)))
+            await engine.wait_until_stopped()
+            await streams[0].aclose()
+
+    go(scenario)
+
+
+def test_a_load_that_fails() -> None:
+    def load() -> Engine:
+        raise ConfigurationError("MODEL_ID: no such thing")
+
+    async def scenario() -> None:
+        engine = AsyncEngine(load)
+        engine.start()
+        with pytest.raises(ConfigurationError, match="no such thing"):
+            await engine.wait_until_loaded()
+        assert engine.state is EngineState.DEAD
+        assert isinstance(engine.failure, ConfigurationError)
+        await engine.shutdown(1)
+        await engine.wait_until_stopped()
+
+    go(scenario)
+
+
+def test_before_it_is_loaded(model: Model) -> None:
+    allowed = threading.Event()
+
+    def load() -> Engine:
+        allowed.wait(TIMEOUT_S)
+        return tiny_engine(model)
+
+    async def scenario() -> None:
+        engine = AsyncEngine(load)
+        engine.start()
+        assert engine.state is EngineState.LOADING
+        for call in (
+            lambda: engine.submit(request("0", prompt_of(5), greedy(2))),
+            lambda: engine.info,
+            engine.stats,
+            lambda: engine.resolve_positions(RopeSpec()),
+        ):
+            with pytest.raises(EngineUnavailable, match="loading"):
+                call()
+        allowed.set()
+        await engine.wait_until_loaded()
+        assert len(await collect(engine.submit(request("0", prompt_of(5), greedy(2))))) == 2
+        await engine.shutdown(1)
+
+    go(scenario)
+
+
+def test_shutdown_while_loading_ends_once_loaded(model: Model) -> None:
+    allowed = threading.Event()
+
+    def load() -> Engine:
+        allowed.wait(TIMEOUT_S)
+        return tiny_engine(model)
+
+    async def scenario() -> None:
+        engine = AsyncEngine(load)
+        engine.start()
+        await engine.shutdown(1)
+        assert engine.state is EngineState.DRAINING
+        allowed.set()
+        await engine.wait_until_stopped()
+        assert engine.state is EngineState.DRAINING
+
+    go(scenario)
+
+
+def test_the_loop_is_free_while_the_engine_steps(model: Model) -> None:
+    """The loop turns many times within one slow step."""
+
+    async def scenario() -> None:
+        async with served(lambda: slow_engine(model)) as engine:
+            reader = asyncio.create_task(collect(engine.submit(request("0", prompt_of(20), greedy(10)))))
+            turns = 0
+            while not reader.done():
+                await asyncio.sleep(0)
+                turns += 1
+            assert turns > 50
+            assert len(tokens_of(await reader)) == 10
+
+    go(scenario)

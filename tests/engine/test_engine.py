@@ -1,0 +1,309 @@
+"""Requests through the engine: what is refused, how each ends, what outputs carry; and a storm that leaves nothing."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rope.spec import RopeSpec
+from server.checkpoint import Checkpoint
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.model import Model
+from server.engine.outputs import FinishReason, TokenOutput
+from server.engine.sampling_params import SamplingParams
+from server.engine.sizing import size_cache
+from server.errors import ConfigurationError, InvalidRequest, QueueFull
+from tests.engine.tiny_models import (
+    VOCABULARY,
+    assert_idle,
+    generate,
+    greedy,
+    prompt_of,
+    request,
+    run,
+    tiny,
+    tiny_engine,
+    tokens_of,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(tiny("llama", max_position_embeddings=64))
+
+
+@pytest.fixture
+def engine(model: Model) -> Engine:
+    return tiny_engine(model, max_batched_tokens=64)
+
+
+def only(engine: Engine, prompt: list[int], sampling: SamplingParams, **options: Any) -> list[TokenOutput]:
+    return run(engine, [request("0", prompt, sampling, **options)])["0"]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message", "param", "code"),
+    [
+        ([], 1, "no tokens", "prompt", "empty_prompt"),
+        ([5, VOCABULARY], 1, f"token id {VOCABULARY} .* 0 to {VOCABULARY - 1}", "prompt", "bad_token_id"),
+        ([-1], 1, "token id -1 .* outside the vocabulary", "prompt", "bad_token_id"),
+        ([5] * 256, 1, "256 tokens .* 257: the limit is 256.*MAX_MODEL_LEN", "prompt", "context_length_exceeded"),
+        ([5] * 200, 57, "200 tokens .* 257: the limit is 256", "max_tokens", "context_length_exceeded"),
+    ],
+)
+def test_what_can_never_run(
+    engine: Engine, prompt: list[int], max_tokens: int, message: str, param: str, code: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message) as refusal:
+        engine.add(request("0", prompt, greedy(max_tokens)))
+    assert (refusal.value.param, refusal.value.code) == (param, code)
+    assert_idle(engine)
+
+
+def test_the_longest_request_runs(engine: Engine) -> None:
+    outputs = only(engine, prompt_of(200), greedy(56))
+    assert len(tokens_of(outputs)) == 56
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_bad_method_of_a_request(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="unknown position method 'spiral'") as refusal:
+        engine.resolve_positions(RopeSpec(method="spiral"))
+    assert refusal.value.param == "rope"
+    with pytest.raises(InvalidRequest, match=r"ROPE_WINDOW\) is 64.*between 1 and 63"):
+        engine.resolve_positions(RopeSpec(method="rerope", window=64))
+    spec = RopeSpec(method="rerope", window=16)
+    assert engine.resolve_positions(spec) is engine.resolve_positions(replace(spec)), (
+        "one object, so that plans are shared"
+    )
+    assert engine.resolve_positions(RopeSpec(method="model")) is engine.info.positions
+
+
+def test_the_queue_limits(model: Model) -> None:
+    engine = tiny_engine(model, max_queued_requests=3, max_queued_tokens=100)
+    engine.check_queue(2, 50, 50)
+    engine.check_queue(0, 0, 250)  # alone it may wait, however long it is
+    with pytest.raises(QueueFull, match=r"3 requests are waiting and MAX_QUEUED_REQUESTS is 3") as refusal:
+        engine.check_queue(3, 30, 1)
+    assert refusal.value.retry_after_s >= 1
+    with pytest.raises(QueueFull, match=r"50 prompt tokens are waiting and 51 more .* MAX_QUEUED_TOKENS, 100"):
+        engine.check_queue(2, 50, 51)
+
+
+def test_more_sequences_than_tokens_in_a_step() -> None:
+    with pytest.raises(ConfigurationError, match=r"MAX_NUM_SEQS is 64.*MAX_BATCHED_TOKENS \(32\)"):
+        Engine.load(Checkpoint("nowhere", "nothing"), EngineConfig(max_num_seqs=64, max_batched_tokens=32))
+
+
+def test_the_cache_must_hold_the_longest_request(model: Model) -> None:
+    token_bytes = 4 * 2 * (16 + 16) * 4
+    room = EngineConfig(kv_cache_memory=100 * 16 * token_bytes, max_model_len=1600)
+    size = size_cache(model, room)
+    assert (size.num_blocks, size.max_model_len, size.num_bytes) == (100, 1600, 100 * 16 * token_bytes)
+    with pytest.raises(ConfigurationError, match=r"MAX_MODEL_LEN is 1601 .* holds 1600 .*KV_CACHE_MEMORY"):
+        size_cache(model, replace(room, max_model_len=1601))
+    with pytest.raises(ConfigurationError, match=r"KV_CACHE_MEMORY: 1000 bytes .* one block of 16 tokens, 16384 bytes"):
+        size_cache(model, replace(room, kv_cache_memory=1000, max_model_len=None))
+    derived = size_cache(model, replace(room, max_model_len=None, rope=RopeSpec(method="auto")))
+    assert derived.max_model_len == 4 * 64
+    with pytest.raises(ConfigurationError, match="unknown position method"):
+        size_cache(model, replace(room, max_model_len=None, rope=RopeSpec(method="spiral")))
+
+
+# --- ends -------------------------------------------------------------------------------------------------------------
+
+
+def test_ends(engine: Engine) -> None:
+    """length; a stop id; end of sequence; and either of them held off by min_tokens."""
+    prompt = prompt_of(20)
+    (tokens,) = generate(engine, [prompt], greedy(30))
+    # A token that comes again later, so that holding it off has somewhere to go.
+    stop = tokens[4]
+    first = tokens.index(stop)
+    outputs = only(engine, prompt, greedy(30, stop_token_ids=frozenset({stop})))
+    assert tokens_of(outputs) == tokens[: first + 1]
+    assert outputs[-1].finish_reason is FinishReason.STOP
+    assert [output.finish_reason for output in outputs[:-1]] == [None] * first
+
+    held = only(engine, prompt, greedy(30, stop_token_ids=frozenset({stop}), min_tokens=first + 3))
+    assert stop not in tokens_of(held)[: first + 3]
+    assert len(tokens_of(held)) >= first + 3
+
+    engine.info = replace(engine.info, eos_token_ids=frozenset({stop}))
+    assert tokens_of(only(engine, prompt, greedy(30, ignore_eos=False))) == tokens[: first + 1]
+    assert tokens_of(only(engine, prompt, greedy(30, ignore_eos=True))) == tokens
+
+
+def test_an_old_request_is_aborted(model: Model) -> None:
+    engine = tiny_engine(model, request_timeout_s=0.0, max_batched_tokens=16)
+    outputs = only(engine, prompt_of(100), greedy(5))
+    assert [output.finish_reason for output in outputs] == [FinishReason.ABORT]
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 8])
+def test_abort_frees_blocks_at_once(model: Model, num_steps: int) -> None:
+    """While it waits, in mid-prefill, in mid-decode."""
+    engine = tiny_engine(model, max_batched_tokens=32)
+    engine.add(request("0", prompt_of(100), greedy(50)))
+    for _ in range(num_steps):
+        engine.step()
+    output = engine.abort("0")
+    assert output is not None
+    assert output.finish_reason is FinishReason.ABORT
+    assert_idle(engine)
+    assert engine.abort("0") is None
+    assert engine.step() == []
+
+
+# --- what outputs carry -----------------------------------------------------------------------------------------------
+
+
+def test_progress_of_a_long_prefill(model: Model) -> None:
+    engine = tiny_engine(model, max_batched_tokens=32)
+    outputs = only(engine, prompt_of(100), greedy(2), report_progress=True)
+    assert [output.num_processed_tokens for output in outputs] == [32, 64, 96, 100, 100]
+    assert [len(output.token_ids) for output in outputs] == [0, 0, 0, 1, 1]
+    again = only(engine, prompt_of(100), greedy(2), report_progress=True)
+    assert [output.num_processed_tokens for output in again] == [100, 100]
+    assert {output.num_cached_tokens for output in again} == {96}
+
+
+def test_counts_and_timings(engine: Engine) -> None:
+    outputs = only(engine, prompt_of(40), greedy(7))
+    assert {output.num_prompt_tokens for output in outputs} == {40}
+    assert [output.timings is None for output in outputs] == [True] * 6 + [False]
+    timings = outputs[-1].timings
+    assert timings is not None
+    assert min(timings.queue_s, timings.prefill_s, timings.decode_s) >= 0
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.generation_tokens, stats.num_steps) == (40, 7, 7)
+    assert (stats.prefix_queried_tokens, stats.prefix_hit_tokens, stats.num_preemptions) == (40, 0, 0)
+    assert stats.num_cached_blocks == 2, "46 computed tokens fill two blocks of 16"
+
+
+def test_scoring_alone_generates_nothing(engine: Engine) -> None:
+    (output,) = only(engine, prompt_of(100), greedy(0, prompt_logprobs=0))
+    assert (output.token_ids, output.finish_reason) == ((), FinishReason.LENGTH)
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == 100
+    assert engine.stats().generation_tokens == 0
+
+
+def test_prompt_logprobs_come_once_and_survive_preemption(model: Model) -> None:
+    """Scored in chunks, thrown back in between, with a warm cache beside: each prompt token is scored exactly once."""
+    prompt, sampling = prompt_of(100), greedy(3, prompt_logprobs=2, logprobs=0)
+    plain = only(tiny_engine(model, max_batched_tokens=256), prompt, sampling)
+    engine = tiny_engine(model, max_batched_tokens=16)
+    only(engine, prompt, greedy(1))
+    engine.add(request("0", prompt, sampling))
+    outputs: list[TokenOutput] = []
+    steps = 0
+    while engine.has_work():
+        steps += 1
+        if steps in (3, 9):
+            engine.scheduler.preempt(engine.scheduler.running["0"])
+        outputs += [output for _, output in engine.step()]
+    assert engine.scheduler.num_preemptions == 2
+    assert [output.prompt_logprobs is not None for output in outputs] == [True, False, False]
+    assert tokens_of(outputs) == tokens_of(plain)
+    ours, theirs = outputs[0].prompt_logprobs, plain[0].prompt_logprobs
+    assert ours is not None
+    assert theirs is not None
+    assert [one and one.token_id for one in ours] == [None, *prompt[1:]] == [one and one.token_id for one in theirs]
+    for one, other in zip(ours[1:], theirs[1:], strict=True):
+        assert one is not None
+        assert other is not None
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_a_salt_keeps_prefixes_apart(engine: Engine) -> None:
+    prompt = prompt_of(40)
+    for salt, cached in (("a", 0), ("a", 32), ("b", 0), ("", 0), ("b", 32)):
+        assert only(engine, prompt, greedy(1), cache_salt=salt)[0].num_cached_tokens == cached
+
+
+def test_output_becomes_a_prefix(engine: Engine) -> None:
+    """The next turn of a chat begins with this turn's answer: its blocks are found as well."""
+    prompt = prompt_of(20)
+    (answer,) = generate(engine, [prompt], greedy(30))
+    outputs = only(engine, [*prompt, *answer, *prompt_of(10, seed=1)], greedy(5))
+    assert outputs[0].num_cached_tokens == 48
+    uncached = tiny_engine(engine.model, prefix_caching=False)
+    assert tokens_of(outputs) == tokens_of(only(uncached, [*prompt, *answer, *prompt_of(10, seed=1)], greedy(5)))
+
+
+# --- the storm --------------------------------------------------------------------------------------------------------
+
+METHODS = ("model", "rerope", "leaky_rerope", "dynamic_ntk", "dynamic_leaky", "dynamic_yarn")
+
+
+class Storm:
+    """200 requests with shared prefixes and methods of their own, added, aborted and preempted at random."""
+
+    def __init__(self, model: Model, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.engine = tiny_engine(
+            model, max_model_len=160, num_blocks=44, block_size=4, max_num_seqs=12, max_batched_tokens=48
+        )
+        self.requests = {str(i): self._request(str(i)) for i in range(200)}
+        self.outputs: dict[str, list[TokenOutput]] = {name: [] for name in self.requests}
+        self.aborted: set[str] = set()
+
+    def _request(self, name: str) -> Any:
+        draw = self.random
+        prefix = prompt_of(60, seed=draw.randrange(3))[: draw.choice([0, 8, 30, 60])]
+        prompt = prefix + prompt_of(draw.randint(1, 40), seed=draw.randrange(6))
+        spec = RopeSpec(method=draw.choice(METHODS))
+        return request(
+            name,
+            prompt,
+            greedy(draw.randint(1, 12)),
+            self.engine.resolve_positions(spec),
+            priority=draw.randint(-1, 1),
+            cache_salt=draw.choice(["", "", "tenant"]),
+        )
+
+    def run(self) -> None:
+        waiting = list(self.requests.values())
+        while waiting or self.engine.has_work():
+            for _ in range(self.random.randint(0, 4)):
+                if waiting:
+                    self.engine.add(waiting.pop())
+            self._disturb()
+            for name, output in self.engine.step():
+                self.outputs[name].append(output)
+            self.engine.check_integrity()
+
+    def _disturb(self) -> None:
+        scheduler = self.engine.scheduler
+        if self.random.random() < 0.15 and scheduler.has_work():
+            name = self.random.choice([one.request_id for one in scheduler.sequences])
+            assert self.engine.abort(name) is not None
+            self.aborted.add(name)
+        if self.random.random() < 0.1 and scheduler.running:
+            scheduler.preempt(self.random.choice(list(scheduler.running.values())))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_storm_leaves_nothing_and_disturbs_no_output(model: Model, seed: int) -> None:
+    storm = Storm(model, seed)
+    storm.run()
+    assert_idle(storm.engine)
+    stats = storm.engine.stats()
+    assert stats.num_preemptions > 20
+    assert stats.prefix_hit_tokens > 500
+    survivors = [name for name in storm.requests if name not in storm.aborted]
+    assert 20 < len(survivors) < 200
+    solo = tiny_engine(model, max_model_len=160, prefix_caching=False, max_batched_tokens=160)
+    for name in survivors:
+        outputs, one = storm.outputs[name], storm.requests[name]
+        assert outputs[-1].finish_reason is FinishReason.LENGTH
+        assert tokens_of(outputs) == tokens_of(run(solo, [one])[name]), name
