@@ -52,7 +52,8 @@ async def collect(stream: AsyncGenerator[TokenOutput, None]) -> list[TokenOutput
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110: what is waited for is a snapshot, and snapshots raise no event
+    # What is waited for is a snapshot of the engine's thread, and snapshots raise no event.
+    while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.002)
 
 
