@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import httpx
 
 from bench.client import Server
-from bench.neighbours import DISTURBED_CORES, CpuMeter, listener, quiet
+from bench.neighbours import DISTURBED_CORES, CpuMeter, listeners, quiet
 from bench.streams import Completion, StreamFailed
 
 PromptSource = Callable[[int], Sequence[str]]
@@ -76,12 +76,12 @@ RATES = ("output_rate", "total_rate")  # larger is better
 
 async def run_point(server: Server, prompts: Sequence[str], num_tokens: int) -> Run:
     """All prompts at once, one stream each. A stream that fails is reported, and the others still count."""
-    process = listener(server.url)
-    before = CpuMeter.read(process)
+    processes = listeners(server.url)
+    before = CpuMeter.read(processes)
     started = time.perf_counter()
     results = await asyncio.gather(*(server.complete(prompt, num_tokens) for prompt in prompts), return_exceptions=True)
     wall_s = time.perf_counter() - started
-    others = CpuMeter.read(process).others_since(before) if process else 0.0
+    others = CpuMeter.read(processes).others_since(before) if processes else 0.0
     failures = []
     for result in results:
         if isinstance(result, (StreamFailed, httpx.HTTPError)):

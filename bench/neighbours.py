@@ -7,9 +7,8 @@ so that a disturbed run can be repeated or at least be told from a clean one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -29,12 +28,12 @@ class CpuMeter:
     measured_s: float
 
     @classmethod
-    def read(cls, server: psutil.Process | None) -> CpuMeter:
-        """`server` with its descendants; None counts this process alone."""
+    def read(cls, server: Iterable[psutil.Process]) -> CpuMeter:
+        """`server`: its processes, counted with their descendants."""
         times = psutil.cpu_times()
         waiting = times.idle + getattr(times, "iowait", 0.0)
         guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user and nice already
-        members = [psutil.Process(), *_tree(server)]
+        members = {psutil.Process(), *(member for process in server for member in _tree(process))}
         return cls(time.perf_counter(), sum(times) - guest - waiting, sum(_cpu_seconds(member) for member in members))
 
     def others_since(self, before: CpuMeter) -> float:
@@ -44,38 +43,39 @@ class CpuMeter:
         return max(0.0, machine - measured) / max(1e-9, self.at - before.at)
 
 
-def listener(url: str) -> psutil.Process | None:
-    """The process on this machine that answers at `url`; None where it is elsewhere, or not to be seen."""
+def listeners(url: str) -> list[psutil.Process]:
+    """The processes on this machine that hold the port of `url`; none where it is elsewhere, or not to be seen.
+
+    A server's workers may have inherited its socket, and are then listed beside it.
+    """
     parts = urlsplit(url)
     if parts.hostname not in LOCAL_HOSTS:
-        return None
+        return []
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    with contextlib.suppress(psutil.AccessDenied, psutil.NoSuchProcess):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return psutil.Process(connection.pid)
-    return None
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return []
+    found = {c.pid for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == port and c.pid}
+    return [psutil.Process(pid) for pid in sorted(found) if psutil.pid_exists(pid)]
 
 
 async def quiet(deadline: float, sample_s: float = 0.5) -> bool:
     """Wait until others leave the machine alone; False where they did not before `deadline` (time.monotonic)."""
     while True:
-        before = CpuMeter.read(None)
+        before = CpuMeter.read(())
         await asyncio.sleep(sample_s)
-        if CpuMeter.read(None).others_since(before) <= DISTURBED_CORES:
+        if CpuMeter.read(()).others_since(before) <= DISTURBED_CORES:
             return True
         if time.monotonic() >= deadline:
             return False
 
 
-def _tree(process: psutil.Process | None) -> list[psutil.Process]:
-    if process is None:
-        return []
+def _tree(process: psutil.Process) -> list[psutil.Process]:
     try:
-        family = [process, *process.children(recursive=True)]
+        return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
-    return [member for member in family if member.pid != os.getpid()]
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

