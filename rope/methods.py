@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ DEFAULT_EXTENSION = 4.0
 
 WINDOWED = ("rerope", "leaky_rerope", "self_extend", "dynamic_leaky")
 UNBOUNDED = 2**62
+MAX_GROUP = 65536
 
 
 class MethodError(ValueError):
@@ -401,9 +401,8 @@ def _self_extend(t: Target) -> Rule:
     """⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋ past the window: LongLM's grouped attention."""
     own, window = _own_reading(t), _window(t)
     group = t.spec.group
-    if group is None:  # the smallest that keeps every far distance of the target length inside L
-        last = int(t.scale * t.train_length) - 1
-        group = next(g for g in count(1) if last // g + window - window // g < t.train_length)
+    if group is None:
+        group = _fitting_group(window, t)
     if group < 1:
         raise MethodError(f"group (ROPE_GROUP) is {group}: it must be at least 1, the tokens that share a position")
     parameters = {"window": window, "group": group}
@@ -411,6 +410,18 @@ def _self_extend(t: Target) -> Rule:
         return Rule(parameters, lambda _n: own)
     reading = Reading(own.theta, own.attention_factor, window, own.theta, group)
     return Rule(parameters, lambda _n: reading)
+
+
+def _fitting_group(window: int, t: Target) -> int:
+    """The smallest G that keeps every far distance of the target length inside L."""
+    last, trained = int(t.scale * t.train_length) - 1, t.train_length
+    for group in range(1, MAX_GROUP + 1):
+        if last // group + window - window // group < trained:
+            return group
+    raise MethodError(
+        f"self_extend: no group up to {MAX_GROUP} brings {last + 1} tokens inside the trained length {trained} past a "
+        f"window (ROPE_WINDOW) of {window}; use a smaller window or factor (ROPE_FACTOR)"
+    )
 
 
 @method("dynamic_leaky", source="PreRoPE", takes=("window",))

@@ -98,6 +98,18 @@ def test_far_angles_read_at_the_published_distance(name: str, window: int) -> No
             np.testing.assert_allclose(query - key, distance * theta, rtol=1e-11, atol=1e-9)
 
 
+@pytest.mark.parametrize(("window", "group"), [(1, 2), (256, 4), (300, 7), (512, 16)])
+def test_self_extend_reads_far_keys_in_groups(window: int, group: int) -> None:
+    """⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋."""
+    reading = resolve(RopeSpec(method="self_extend", window=window, group=group), trained(64, 1e4, 1024)).reading(1024)
+    theta = np.array(published.rope(64, 1e4))
+    for i in (window, 1023, 1024, 4095, 20_001):
+        query = reading.far_query_angles(torch.tensor([i]))[0].numpy()
+        np.testing.assert_allclose(query, (i // group + window - window // group) * theta, rtol=1e-12)
+        for j in {0, i - window, (i - window) // 2}:
+            np.testing.assert_allclose(reading.far_key_angles(torch.tensor([j]))[0], j // group * theta, rtol=1e-12)
+
+
 def test_rerope_reads_far_keys_with_no_rotation_at_all() -> None:
     assert resolve(RopeSpec(method="rerope"), trained()).reading(1024).far_keys_raw
     for name in ("leaky_rerope", "dynamic_leaky"):

@@ -71,6 +71,9 @@ def test_a_wide_window_is_warned_about(name: str) -> None:
         (RopeSpec(method="linear", factor=float("nan")), r"ROPE_FACTOR\) is nan"),
         (RopeSpec(method="leaky_rerope", leak=0.5), r"ROPE_LEAK\) is 0.5.*at least 1"),
         (RopeSpec(method="leaky_rerope", leak=float("nan")), r"ROPE_LEAK\) is nan"),
+        (RopeSpec(method="self_extend", group=0), r"ROPE_GROUP\) is 0.*at least 1"),
+        # Searched for without end, this would hang whoever resolves a request's method.
+        (RopeSpec(method="self_extend", window=1023, factor=1e6), r"no group up to 65536.*1024.*ROPE_WINDOW\) of 1023"),
         (RopeSpec(method="rope", train_length=1), r"ROPE_TRAIN_LENGTH\) is 1.*at least 2"),
         (RopeSpec(method="longrope"), r"long_factor.*yarn or dynamic_leaky"),
         (RopeSpec(method="proportional"), r"property of the trained model.*'default'.*use model"),
@@ -131,6 +134,8 @@ DISTINCT: dict[str, PositionMethod] = {
     "rerope 256+logn": method("rerope", window=256, logn=True),
     "leaky 256 8": method("leaky_rerope", window=256, leak=8.0),
     "leaky 256 9": method("leaky_rerope", window=256, leak=9.0),
+    "self_extend 256 4": method("self_extend", window=256, group=4),
+    "self_extend 256 5": method("self_extend", window=256, group=5),
     "dynamic_leaky 256": method("dynamic_leaky", window=256),
     "dynamic_leaky 300": method("dynamic_leaky", window=300),
     "another base": resolve(RopeSpec(method="rope"), trained(base=20000.0)),
@@ -174,6 +179,7 @@ def positions(resolved: PositionMethod) -> ModelPositions:
     [
         (RopeSpec(method="rerope", window=200), 200),
         (RopeSpec(method="leaky_rerope", window=200), 200),
+        (RopeSpec(method="self_extend", window=200, group=4), 200),
         (RopeSpec(method="dynamic_leaky", window=200), 1024),
         (RopeSpec(method="dynamic_ntk"), 1024),
         (RopeSpec(method="dynamic_linear"), 1024),
