@@ -1,8 +1,7 @@
-"""Requests through the engine: what is refused, how each ends, what outputs carry; and a storm that leaves nothing."""
+"""Requests through the engine: what is refused, how each ends, what outputs carry."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -238,72 +237,3 @@ def test_output_becomes_a_prefix(engine: Engine) -> None:
     assert outputs[0].num_cached_tokens == 48
     uncached = tiny_engine(engine.model, prefix_caching=False)
     assert tokens_of(outputs) == tokens_of(only(uncached, [*prompt, *answer, *prompt_of(10, seed=1)], greedy(5)))
-
-
-# --- the storm --------------------------------------------------------------------------------------------------------
-
-METHODS = ("model", "rerope", "leaky_rerope", "dynamic_ntk", "dynamic_leaky", "dynamic_yarn")
-
-
-class Storm:
-    """200 requests with shared prefixes and methods of their own, added, aborted and preempted at random."""
-
-    def __init__(self, model: Model, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.engine = tiny_engine(
-            model, max_model_len=160, num_blocks=44, block_size=4, max_num_seqs=12, max_batched_tokens=48
-        )
-        self.requests = {str(i): self._request(str(i)) for i in range(200)}
-        self.outputs: dict[str, list[TokenOutput]] = {name: [] for name in self.requests}
-        self.aborted: set[str] = set()
-
-    def _request(self, name: str) -> Any:
-        draw = self.random
-        prefix = prompt_of(60, seed=draw.randrange(3))[: draw.choice([0, 8, 30, 60])]
-        prompt = prefix + prompt_of(draw.randint(1, 40), seed=draw.randrange(6))
-        spec = RopeSpec(method=draw.choice(METHODS))
-        return request(
-            name,
-            prompt,
-            greedy(draw.randint(1, 12)),
-            self.engine.resolve_positions(spec),
-            priority=draw.randint(-1, 1),
-            cache_salt=draw.choice(["", "", "tenant"]),
-        )
-
-    def run(self) -> None:
-        waiting = list(self.requests.values())
-        while waiting or self.engine.has_work():
-            for _ in range(self.random.randint(0, 4)):
-                if waiting:
-                    self.engine.add(waiting.pop())
-            self._disturb()
-            for name, output in self.engine.step():
-                self.outputs[name].append(output)
-            self.engine.check_integrity()
-
-    def _disturb(self) -> None:
-        scheduler = self.engine.scheduler
-        if self.random.random() < 0.15 and scheduler.has_work():
-            name = self.random.choice([one.request_id for one in scheduler.sequences])
-            assert self.engine.abort(name) is not None
-            self.aborted.add(name)
-        if self.random.random() < 0.1 and scheduler.running:
-            scheduler.preempt(self.random.choice(list(scheduler.running.values())))
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_storm_leaves_nothing_and_disturbs_no_output(model: Model, seed: int) -> None:
-    storm = Storm(model, seed)
-    storm.run()
-    assert_idle(storm.engine)
-    stats = storm.engine.stats()
-    assert stats.num_preemptions > 20
-    assert stats.prefix_hit_tokens > 500
-    survivors = [name for name in storm.requests if name not in storm.aborted]
-    assert 20 < len(survivors) < 200
-    solo = tiny_engine(model, max_model_len=160, prefix_caching=False, max_batched_tokens=160)
-    for name in survivors:
-        outputs, one = storm.outputs[name], storm.requests[name]
-        assert outputs[-1].finish_reason is FinishReason.LENGTH
-        assert tokens_of(outputs) == tokens_of(run(solo, [one])[name]), name
