@@ -103,7 +103,9 @@ class Reader:
         request = EngineRequest(
             request_id=f"quality-{self._num_read}",
             prompt_token_ids=token_ids,
-            sampling=SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0),
+            sampling=SamplingParams(
+                max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=len(token_ids) - last
+            ),
             positions=self._engine.resolve_positions(spec),
             report_progress=True,
         )
@@ -180,7 +182,8 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> QualityRe
         dtype=options.dtype,
         device=options.device,
         max_model_len=options.lengths[-1],
-        max_num_seqs=1,
+        max_model_len=options.lengths[-1],
+        max_batched_tokens=2048,
         prefix_caching=False,
     )
     engine = Engine.load(checkpoint, config, report)

@@ -1,6 +1,6 @@
 """KVCacheManager: block tables. Decides which blocks hold which tokens of which sequence; touches no tensor.
 
-A sequence here is anything with `block_table`, `token_ids`, `num_computed_tokens` and `hasher` (see `Cacheable`).
+A sequence here is anything with a block table, token ids and a `PrefixHasher` (see `Cacheable`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ class Cacheable(Protocol):
     token_ids: list[int]
     num_computed_tokens: int
     hasher: PrefixHasher
+
+    @property
+    def num_reusable_tokens(self) -> int: ...
 
 
 class KVCacheManager:
@@ -40,8 +43,7 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def take_prefix(self, sequence: Cacheable) -> int:
-        """Start a sequence on the cached blocks of its beginning; returns their tokens. The last token is never reused:
-        its logits are wanted."""
+        """Start a sequence on the cached blocks of its beginning, as far as it may reuse them; returns their tokens."""
         assert not sequence.block_table
         blocks = self._cached_blocks(sequence)
         self.pool.share(blocks)
@@ -51,9 +53,9 @@ class KVCacheManager:
         self.hit_tokens += sequence.num_computed_tokens
         return sequence.num_computed_tokens
 
-    def blocks_to_admit(self, sequence: Cacheable, *, reuse: bool) -> int:
+    def blocks_to_admit(self, sequence: Cacheable) -> int:
         """Free blocks that computing all tokens known so far would use up, cached ones it would take back included."""
-        cached = self._cached_blocks(sequence) if reuse else []
+        cached = self._cached_blocks(sequence)
         held = sum(not self.pool.is_free(block) for block in cached)
         return self.blocks_for(len(sequence.token_ids)) - held
 
@@ -61,7 +63,7 @@ class KVCacheManager:
         if not self.prefix_caching:
             return []
         blocks = []
-        usable = (len(sequence.token_ids) - 1) // self.block_size
+        usable = sequence.num_reusable_tokens // self.block_size
         for block_hash in sequence.hasher.extend(sequence.token_ids)[:usable]:
             block = self.pool.find(block_hash)
             if block is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FEW_ROWS = 16
-MAX_WIDENED = 2**24  # weights; larger ones (an output head over every row of a prompt) stay as they are
+MAX_WIDENED = 2**25  # weights, 128 MiB of scratch; larger ones stay as they are
 COPY_SHARE = 0.25  # of free memory, for blocked copies
 
 Forward = Callable[[Tensor], Tensor]

@@ -236,8 +236,7 @@ class Engine:
         for sequence, count in plan:
             start = sequence.num_computed_tokens
             tokens = sequence.token_ids[start : start + count]
-            last = start + count == sequence.num_tokens
-            num_logits = count if sequence.wants_prompt_logprobs else int(last)
+            num_logits = _num_logits(sequence, count)
             chunks.append(Chunk(tokens, start, sequence.block_table, sequence.positions, num_logits))
         return self.model.forward(build_batch(chunks, self.config.block_size, self.model.device), self.storage)
 
@@ -249,9 +248,9 @@ class Engine:
         for sequence, count in plan:
             start = sequence.num_computed_tokens
             last = start + count == sequence.num_tokens
-            num_logits = count if sequence.wants_prompt_logprobs else int(last)
-            if sequence.wants_prompt_logprobs:
-                self._take_prompt_logprobs(sequence, start, logits[row : row + count])
+            num_logits = _num_logits(sequence, count)
+            if sequence.sampling.prompt_logprobs is not None:
+                _take_prompt_logprobs(sequence, start + count - num_logits, logits[row : row + num_logits])
             sequence.num_computed_tokens += count
             self.scheduler.cache.remember(sequence, start)
             self._prompt_tokens += max(0, min(start + count, sequence.num_prompt_tokens) - start)
@@ -264,19 +263,6 @@ class Engine:
             elif sequence.request.report_progress:
                 outputs.append((sequence.request_id, sequence.output()))
         return outputs + self._sample(logits[sampling_rows], sampled)
-
-    def _take_prompt_logprobs(self, sequence: Sequence, start: int, rows: Tensor) -> None:
-        """Row i's logits are of token i + 1; a token that was scored before a preemption is not scored again."""
-        num_top = sequence.sampling.prompt_logprobs
-        assert num_top is not None
-        if not sequence.prompt_logprobs:
-            sequence.prompt_logprobs.append(None)
-        first = len(sequence.prompt_logprobs)  # the next prompt token to be scored
-        stop = min(start + rows.shape[0] + 1, sequence.num_prompt_tokens)
-        for begin in range(first, stop, PROMPT_LOGPROB_ROWS):
-            end = min(begin + PROMPT_LOGPROB_ROWS, stop)
-            piece = rows[begin - 1 - start : end - 1 - start]
-            sequence.prompt_logprobs += logprobs(piece, sequence.token_ids[begin:end], num_top)
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[tuple[str, TokenOutput]]:
         if not sequences:
@@ -352,6 +338,27 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""
         self.scheduler.cache.check_integrity(self.scheduler.sequences)
+
+
+def _num_logits(sequence: Sequence, count: int) -> int:
+    """How many of the last rows of a chunk of `count` tokens want logits."""
+    start = sequence.num_computed_tokens
+    return start + count - min(max(start, sequence.first_scored_row), start + count)
+
+
+def _take_prompt_logprobs(sequence: Sequence, first_row: int, rows: Tensor) -> None:
+    """Score prompt tokens by logits [R, V] of the rows from `first_row` on: row i is of token i + 1."""
+    num_top = sequence.sampling.prompt_logprobs
+    assert num_top is not None
+    scored = sequence.prompt_logprobs
+    stop = min(first_row + rows.shape[0] + 1, sequence.num_prompt_tokens)
+    for begin in range(first_row + 1, stop, PROMPT_LOGPROB_ROWS):
+        scored += [None] * (begin - len(scored))  # the first token, and those that nobody asked for
+        end = min(begin + PROMPT_LOGPROB_ROWS, stop)
+        piece = rows[begin - 1 - first_row : end - 1 - first_row]
+        scored += logprobs(piece, sequence.token_ids[begin:end], num_top)
+    if sequence.num_prompt_tokens == 1 and not scored:
+        scored.append(None)
 
 
 def _bad_rope(message: str) -> InvalidRequest:

@@ -23,7 +23,8 @@ class SamplingParams:
         logit_bias: token id → added to its logit before anything else.
         seed: makes this request's draws reproducible, whatever else is in the batch.
         logprobs: None, or how many alternatives to return beside each sampled token (0 is the token alone).
-        prompt_logprobs: the same for every prompt token but the first; such a request reads no cached prefix.
+        prompt_logprobs: the same for every prompt token but the first, from token `prompt_logprobs_start` on; rows
+            that are scored are computed, not taken from the prefix cache.
     """
 
     max_tokens: int
@@ -41,6 +42,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
 
     @property
     def greedy(self) -> bool:

@@ -86,12 +86,10 @@ class Scheduler:
         for sequence in sorted(self.waiting.values(), key=lambda s: s.rank):
             if len(self.running) >= self.max_num_seqs:
                 return
-            reuse = not sequence.wants_prompt_logprobs
-            needed = self.cache.blocks_to_admit(sequence, reuse=reuse)
+            needed = self.cache.blocks_to_admit(sequence)
             if needed > spare:
                 return
-            if reuse:
-                self.cache.take_prefix(sequence)
+            self.cache.take_prefix(sequence)
             if sequence.scheduled_at is None:
                 sequence.scheduled_at = time.monotonic()
                 sequence.num_cached_tokens = sequence.num_computed_tokens

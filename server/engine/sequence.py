@@ -93,8 +93,17 @@ class Sequence:
         return (self.request.priority, self.arrived_at)
 
     @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+    def first_scored_row(self) -> int:
+        """The first row whose logits are wanted: that of the last known token, or one that scores a prompt token."""
+        if self.sampling.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens:
+            return self.num_tokens - 1
+        # Row i scores token i + 1. What was scored before a preemption is not scored again.
+        return max(self.sampling.prompt_logprobs_start, len(self.prompt_logprobs), 1) - 1
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Tokens at the beginning that a cached prefix may stand for: nobody wants their logits."""
+        return min(self.first_scored_row, self.num_tokens - 1)
 
     def append(self, token_id: int) -> None:
         """Take a sampled token in."""

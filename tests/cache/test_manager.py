@@ -24,6 +24,11 @@ class Tokens:
     hasher: PrefixHasher = field(default_factory=lambda: PrefixHasher(BLOCK, ROPE, ""))
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_scored_tokens: int = 1
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        return len(self.token_ids) - self.num_scored_tokens
 
 
 def manager(num_blocks: int = 8, *, prefix_caching: bool = True) -> KVCacheManager:
@@ -117,11 +122,12 @@ def test_blocks_to_admit_counts_what_would_leave_the_free_ones() -> None:
     cache = manager()
     finished(cache, 13)
     newcomer = Tokens(list(range(20)))
-    assert cache.blocks_to_admit(newcomer, reuse=True) == 5, "cached but free: taking them back uses them up"
+    assert cache.blocks_to_admit(newcomer) == 5, "cached but free: taking them back uses them up"
     holder = Tokens(list(range(13)))
     cache.take_prefix(holder)
-    assert cache.blocks_to_admit(newcomer, reuse=True) == 2, "held by another: sharing costs nothing"
-    assert cache.blocks_to_admit(newcomer, reuse=False) == 5
+    assert cache.blocks_to_admit(newcomer) == 2, "held by another: sharing costs nothing"
+    newcomer.num_scored_tokens = len(newcomer.token_ids)
+    assert cache.blocks_to_admit(newcomer) == 5, "nothing to share where every token is scored"
 
 
 def test_release_forgets_progress_and_keeps_content() -> None:
