@@ -182,7 +182,7 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> QualityRe
         dtype=options.dtype,
         device=options.device,
         max_model_len=options.lengths[-1],
-        max_model_len=options.lengths[-1],
+        max_num_seqs=1,
         max_batched_tokens=2048,
         prefix_caching=False,
     )
