@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rope.methods import PositionMethod
 from rope.model_positions import ModelPositions
+from rope.reading import PositionMethod
 
 
 @dataclass(frozen=True, slots=True)

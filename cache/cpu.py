@@ -20,7 +20,7 @@ from torch import Tensor
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
 from cache.decode import can_decode, decode
 from cache.tables import TableCache
-from rope.methods import UNBOUNDED, Reading
+from rope.reading import UNBOUNDED, Reading
 from rope.rotation import Table, rotate
 
 TABLES = TableCache()

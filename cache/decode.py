@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
 from cache.native import library
-from rope.methods import PositionMethod, Reading
+from rope.reading import PositionMethod, Reading
 
 TILE = 64
 ITEM_SEGMENTS = 8  # a work item reads about this many tiles, 512 keys

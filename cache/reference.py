@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
-from rope.methods import Reading
+from rope.reading import Reading
 from rope.rotation import rotate, table
 
 

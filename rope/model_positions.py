@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rope.frequencies import Rotary
-from rope.methods import UNBOUNDED, PositionMethod, native_length, resolve
+from rope.methods import native_length, resolve
+from rope.reading import UNBOUNDED, PositionMethod
 from rope.spec import RopeSpec
 
 FULL_ATTENTION = "full_attention"

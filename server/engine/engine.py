@@ -19,8 +19,8 @@ from cache.manager import KVCacheManager
 from cache.native import prepare
 from cache.prefix import PrefixHasher
 from cache.storage import KVStorage
-from rope.methods import MethodError
 from rope.model_positions import ModelPositions, resolve_model
+from rope.reading import MethodError
 from rope.spec import RopeSpec
 from server.engine.batch import Chunk, build_batch
 from server.engine.config import EngineConfig

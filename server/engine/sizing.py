@@ -8,8 +8,8 @@ import psutil
 import torch
 
 from cache.storage import block_bytes
-from rope.methods import MethodError
 from rope.model_positions import default_max_model_len, main_group
+from rope.reading import MethodError
 from server.engine.config import EngineConfig
 from server.engine.model import DTYPES, Model
 from server.errors import ConfigurationError

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cache.attention import AttentionMetadata, SequenceRows
 from rope.frequencies import Rotary
-from rope.methods import METHODS, WINDOWED, PositionMethod, resolve
+from rope.methods import METHODS, WINDOWED, resolve
 from rope.model_positions import ModelPositions
+from rope.reading import PositionMethod
 from rope.spec import RopeSpec
 
 TRAINED = 64

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from cache.storage import KVStorage
-from rope.methods import METHODS, PositionMethod
+from rope.methods import METHODS
 from rope.model_positions import ModelPositions, resolve_model
+from rope.reading import PositionMethod
 from rope.spec import RopeSpec
 from server.engine.batch import Chunk, build_batch
 from server.engine.engine import Engine

@@ -11,8 +11,9 @@ from transformers import CohereConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaCon
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rope.frequencies import Rotary
-from rope.methods import PositionMethod, resolve
+from rope.methods import resolve
 from rope.model_positions import default_max_model_len, resolve_model
+from rope.reading import PositionMethod
 from rope.spec import RopeSpec
 
 MODEL = RopeSpec(method="model")

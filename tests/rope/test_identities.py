@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rope import frequencies
-from rope.methods import PositionMethod, resolve
+from rope.methods import resolve
+from rope.reading import PositionMethod
 from rope.spec import RopeSpec
 from tests.rope.published import trained
 

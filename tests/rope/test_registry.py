@@ -8,8 +8,9 @@ from itertools import combinations
 import pytest
 
 from rope.frequencies import Rotary
-from rope.methods import METHODS, WINDOWED, MethodError, PositionMethod, canonical_name, method_table, resolve
+from rope.methods import METHODS, WINDOWED, canonical_name, method_table, resolve
 from rope.model_positions import ModelPositions, resolve_model
+from rope.reading import MethodError, PositionMethod
 from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from tests.rope.published import longrope_trained, trained
 
