@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from server.engine.outputs import FinishReason, Timings
 
 if TYPE_CHECKING:
-    from server.engine.engine import EngineStats, ModelInfo
+    from server.engine.info import EngineStats, ModelInfo
 
 LATENCY_BUCKETS = (
     0.001,

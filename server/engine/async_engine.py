@@ -19,7 +19,8 @@ from typing import Any
 
 from rope.model_positions import ModelPositions
 from rope.spec import RopeSpec
-from server.engine.engine import Engine, EngineStats, ModelInfo
+from server.engine.engine import Engine
+from server.engine.info import EngineStats, ModelInfo
 from server.engine.outputs import FinishReason, TokenOutput
 from server.engine.sequence import EngineRequest
 from server.errors import EngineFailure, EngineUnavailable, RequestError

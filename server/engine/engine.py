@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,10 +23,11 @@ from rope.reading import MethodError
 from rope.spec import RopeSpec
 from server.engine.batch import Chunk, build_batch
 from server.engine.config import EngineConfig
+from server.engine.info import EngineStats, ModelInfo
 from server.engine.model import Model, load_model
 from server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from server.engine.probe import probe
-from server.engine.sampler import logprobs, sample
+from server.engine.sampler import logprobs, sample, score_prompt
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import EngineRequest, Sequence
 from server.engine.sizing import CacheSize, size_cache
@@ -36,47 +36,11 @@ from server.errors import ConfigurationError, InvalidRequest, QueueFull
 if TYPE_CHECKING:
     from server.checkpoint import Checkpoint
 
-PROMPT_LOGPROB_ROWS = 256
-"""Rows of logits turned into prompt log-probabilities at once: memory is this times the vocabulary."""
 
 MAX_RESOLVED_SPECS = 256
 
 ASSUMED_PREFILL_RATE = 1000.0
 """Tokens a second for Retry-After, until a prefill has been measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What a caller may know of the loaded model. Lengths in tokens."""
-
-    max_model_len: int
-    train_length: int
-    vocab_size: int
-    num_cache_tokens: int
-    eos_token_ids: frozenset[int]
-    dtype: str
-    device: str
-    positions: ModelPositions
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A snapshot; counters are totals. Free blocks can be allocated now; cached ones hold a known prefix."""
-
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    num_blocks: int
-    num_free_blocks: int
-    num_cached_blocks: int
-    num_steps: int
-    num_preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_queried_tokens: int
-    prefix_hit_tokens: int
-    last_step_s: float
-    prefill_tokens_per_s: float
 
 
 class Engine:
@@ -236,7 +200,7 @@ class Engine:
         for sequence, count in plan:
             start = sequence.num_computed_tokens
             tokens = sequence.token_ids[start : start + count]
-            num_logits = _num_logits(sequence, count)
+            num_logits = sequence.num_logits(count)
             chunks.append(Chunk(tokens, start, sequence.block_table, sequence.positions, num_logits))
         return self.model.forward(build_batch(chunks, self.config.block_size, self.model.device), self.storage)
 
@@ -248,9 +212,9 @@ class Engine:
         for sequence, count in plan:
             start = sequence.num_computed_tokens
             last = start + count == sequence.num_tokens
-            num_logits = _num_logits(sequence, count)
+            num_logits = sequence.num_logits(count)
             if sequence.sampling.prompt_logprobs is not None:
-                _take_prompt_logprobs(sequence, start + count - num_logits, logits[row : row + num_logits])
+                score_prompt(sequence, start + count - num_logits, logits[row : row + num_logits])
             sequence.num_computed_tokens += count
             self.scheduler.cache.remember(sequence, start)
             self._prompt_tokens += max(0, min(start + count, sequence.num_prompt_tokens) - start)
@@ -338,27 +302,6 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""
         self.scheduler.cache.check_integrity(self.scheduler.sequences)
-
-
-def _num_logits(sequence: Sequence, count: int) -> int:
-    """How many of the last rows of a chunk of `count` tokens want logits."""
-    start = sequence.num_computed_tokens
-    return start + count - min(max(start, sequence.first_scored_row), start + count)
-
-
-def _take_prompt_logprobs(sequence: Sequence, first_row: int, rows: Tensor) -> None:
-    """Score prompt tokens by logits [R, V] of the rows from `first_row` on: row i is of token i + 1."""
-    num_top = sequence.sampling.prompt_logprobs
-    assert num_top is not None
-    scored = sequence.prompt_logprobs
-    stop = min(first_row + rows.shape[0] + 1, sequence.num_prompt_tokens)
-    for begin in range(first_row + 1, stop, PROMPT_LOGPROB_ROWS):
-        scored += [None] * (begin - len(scored))  # the first token, and those that nobody asked for
-        end = min(begin + PROMPT_LOGPROB_ROWS, stop)
-        piece = rows[begin - 1 - first_row : end - 1 - first_row]
-        scored += logprobs(piece, sequence.token_ids[begin:end], num_top)
-    if sequence.num_prompt_tokens == 1 and not scored:
-        scored.append(None)
 
 
 def _bad_rope(message: str) -> InvalidRequest:

@@ -19,6 +19,9 @@ from server.engine.sequence import Sequence
 NUCLEUS_CANDIDATES = 512
 """Top-p looks at this many tokens first and sorts the whole vocabulary only where they hold too little mass."""
 
+PROMPT_LOGPROB_ROWS = 256
+"""Rows of logits turned into prompt log-probabilities at once: memory is this times the vocabulary."""
+
 
 def sample(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> list[int]:
     """logits [N, V] fp32, one row a sequence; rows may be changed in place. Returns N token ids."""
@@ -97,3 +100,18 @@ def logprobs(rows: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogp
     top, ids = rows.topk(min(num_top, rows.shape[-1]), dim=-1)
     tops = [tuple(zip(i, t, strict=True)) for i, t in zip(ids.tolist(), (top - log_normaliser).tolist(), strict=True)]
     return [TokenLogprobs(t, lp, alts) for t, lp, alts in zip(token_ids, chosen[:, 0].tolist(), tops, strict=True)]
+
+
+def score_prompt(sequence: Sequence, first_row: int, rows: Tensor) -> None:
+    """Score prompt tokens by logits [R, V] of the rows from `first_row` on: row i is of token i + 1."""
+    num_top = sequence.sampling.prompt_logprobs
+    assert num_top is not None
+    scored = sequence.prompt_logprobs
+    stop = min(first_row + rows.shape[0] + 1, sequence.num_prompt_tokens)
+    for begin in range(first_row + 1, stop, PROMPT_LOGPROB_ROWS):
+        scored += [None] * (begin - len(scored))  # the first token, and those that nobody asked for
+        end = min(begin + PROMPT_LOGPROB_ROWS, stop)
+        piece = rows[begin - 1 - first_row : end - 1 - first_row]
+        scored += logprobs(piece, sequence.token_ids[begin:end], num_top)
+    if sequence.num_prompt_tokens == 1 and not scored:
+        scored.append(None)

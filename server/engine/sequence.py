@@ -100,6 +100,11 @@ class Sequence:
         # Row i scores token i + 1. What was scored before a preemption is not scored again.
         return max(self.sampling.prompt_logprobs_start, len(self.prompt_logprobs), 1) - 1
 
+    def num_logits(self, count: int) -> int:
+        """How many of the last rows of its next `count` tokens want logits."""
+        start = self.num_computed_tokens
+        return start + count - min(max(start, self.first_scored_row), start + count)
+
     @property
     def num_reusable_tokens(self) -> int:
         """Tokens at the beginning that a cached prefix may stand for: nobody wants their logits."""
