@@ -1,0 +1,42 @@
+"""The embedded model, in fp32 through HTTP: greedy output is transformers' `generate`, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from server.checkpoint import Checkpoint
+from tests.conftest import Servers
+
+PROMPTS = {
+    "sentence": "The capital of France is",
+    "code": "def fibonacci(n):\n    ",
+    "several chunks": "A list of planets and what is known of each. " * 30,
+}
+NUM_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Checkpoint) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(smollm2.source, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def http(serve_module: Servers) -> Iterator[httpx.Client]:
+    url = serve_module(dtype="float32", kv_cache_memory="256MiB", max_batched_tokens=128)
+    with httpx.Client(base_url=url, timeout=300) as client:
+        yield client
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_greedy_equals_transformers(name: str, http: httpx.Client, model: PreTrainedModel) -> None:
+    prompt_ids = http.post("/tokenize", json={"prompt": PROMPTS[name]}).json()["tokens"]
+    ids = torch.tensor([prompt_ids])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False)
+    body = {"prompt": PROMPTS[name], "temperature": 0, "max_tokens": NUM_TOKENS}
+    reply = http.post("/generate", json=body).json()
+    assert reply["token_ids"] == output[0, len(prompt_ids) :].tolist()
