@@ -170,6 +170,7 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
+        self._unseen.pop(request_id, None)  # the thread takes the abort right after the request: it never waits
         self._inbox.put(_Abort(request_id))
 
     async def shutdown(self, timeout_s: float) -> None:
