@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
 from cache.decode import can_decode, decode
-from cache.tables import TableCache
+from cache.tables import Part, TableCache
 from rope.reading import UNBOUNDED, Reading
 from rope.rotation import Table, rotate
 
@@ -122,9 +122,9 @@ def _read(
     return _merge(near, far)
 
 
-def _query_table(reading: Reading, part: str, start: int, stop: int) -> Table:
+def _query_table(reading: Reading, part: Part, start: int, stop: int) -> Table:
     """The attention factor of q and of k, both on the query: the keys stay as they are."""
-    rows = TABLES.rows(reading, "near" if part == "near" else "far_query", start, stop)
+    rows = TABLES.rows(reading, part, start, stop)
     factor = reading.attention_factor**2
     return rows if factor == 1.0 else Table(rows.cos * factor, rows.sin * factor)
 

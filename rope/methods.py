@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -351,7 +350,6 @@ def _check_values(spec: RopeSpec) -> None:
         raise MethodError(f"train_length (ROPE_TRAIN_LENGTH) is {spec.train_length}: it must be at least 2 tokens")
 
 
-@lru_cache(maxsize=1)
 def method_table() -> tuple[MethodEntry, ...]:
     """Every entry, in the order of `METHOD_NAMES`."""
     return tuple(METHODS[name] for name in METHOD_NAMES if name in METHODS)

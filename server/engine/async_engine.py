@@ -21,7 +21,7 @@ from rope.model_positions import ModelPositions
 from rope.spec import RopeSpec
 from server.engine.engine import Engine
 from server.engine.info import EngineStats, ModelInfo
-from server.engine.outputs import FinishReason, TokenOutput
+from server.engine.outputs import TokenOutput
 from server.engine.sequence import EngineRequest
 from server.errors import EngineFailure, EngineUnavailable, RequestError
 
@@ -269,6 +269,3 @@ def _add(engine: Engine, request: EngineRequest) -> list[_Delivery]:
 def _abort_all(engine: Engine) -> list[_Delivery]:
     ids = [sequence.request_id for sequence in engine.scheduler.sequences]
     return [(request_id, output) for request_id in ids if (output := engine.abort(request_id)) is not None]
-
-
-__all__ = ["AsyncEngine", "EngineState", "FinishReason", "OutputStream"]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from cache.attention import paged_attention
 from cache.storage import KVStorage
-from rope.model_positions import ModelPositions
+from rope.model_positions import ModelPositions, resolve_model
+from rope.spec import RopeSpec
 from server.engine.batch import Batch
 from server.engine.cpu_linear import fast_linears
 from server.engine.inspection import inspect_layers
@@ -110,7 +111,4 @@ def choose_device(name: str) -> torch.device:
 
 def own_positions(model: Model) -> ModelPositions:
     """The model as its config says: what the probe compares against transformers."""
-    from rope.model_positions import resolve_model
-    from rope.spec import RopeSpec
-
     return resolve_model(RopeSpec(method="model"), model.rotaries, None)
