@@ -1,0 +1,223 @@
+"""A soak of a minute against a real server process, and the rules of a soak against servers that break them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from bench.soak import errors_in, main
+from bench.soak_bad import bad_tasks
+from bench.soak_client import Outcome, Reply, check
+from bench.soak_plan import DECK, GENERATE, Library, LongPlan, MixedPlan, Task
+from bench.soak_verdicts import judge_blocks, judge_memory, judge_replies, judge_resources, trend
+from bench.soak_watch import Gauges, Resources, Sample
+from bench.streams import StreamFailed
+
+MEBIBYTE = 2**20
+LIBRARY = Library([f"word{i}" for i in range(3000)], list(range(5000)))
+
+
+# --- the whole thing --------------------------------------------------------------------------------------------------
+
+
+def test_a_minute_of_mixed_traffic_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The real server as a process of its own, prompts of 8k and 16k tokens included; the model is tiny."""
+    flags = ["--model-id", str(tiny_checkpoint), "--kv-cache-memory", "14MiB", "--long-pause", "2", "--clients", "4"]
+    code = main(["--seconds", "60", *flags, "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "soak.json").read_text())
+    failed = [verdict for verdict in report["verdicts"] if not verdict["held"]]
+    assert (code, failed) == (0, [])
+    kinds = {outcome["kind"] for outcome in report["outcomes"]}
+    assert {"short", "shared", "slow", "abort", "bad", "crowd", "8k", "16k"} <= kinds
+    statuses = {outcome["status"] for outcome in report["warm_up"] + report["outcomes"]}
+    assert {200, 400, 401, 404, 405, 413, 429} <= statuses
+    assert any(outcome["aborted"] for outcome in report["outcomes"])
+    cached = [sample["gauges"]["cached_blocks"] / sample["gauges"]["blocks"] for sample in report["samples"]]
+    assert max(cached) > 0.95, "the warm-up wrote to the whole cache"
+    assert "resident memory flat" in (tmp_path / "soak.md").read_text()
+    assert (tmp_path / "soak.png").stat().st_size > 10_000
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(tiny_checkpoint) in (p.info["cmdline"] or [])]
+    assert not left, "the server was stopped"
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(seed: int = 0, client: int = 0) -> MixedPlan:
+    return MixedPlan(LIBRARY, bad_tasks(1000, keyed=True), seed, client)
+
+
+def test_a_plan_is_the_same_for_a_seed_and_differs_between_clients() -> None:
+    first, again, other, reseeded = plan(), plan(), plan(client=1), plan(seed=1)
+    tasks = [first.next() for _ in range(60)]
+    assert tasks == [again.next() for _ in range(60)]
+    assert tasks != [other.next() for _ in range(60)]
+    assert tasks != [reseeded.next() for _ in range(60)]
+
+
+def test_a_plan_has_every_kind_in_every_round() -> None:
+    mixed = plan()
+    tasks = [mixed.next() for _ in range(210)]
+    for begin in range(0, 210, 21):
+        kinds = [task.kind for task in tasks[begin : begin + 21]]
+        assert {kind: kinds.count(kind) for kind in kinds} == DECK
+    assert {task.streams for task in tasks if task.kind == "short"} == {True, False}
+    assert len({task.path for task in tasks if task.kind == "short"}) == 3
+    assert len({task.detail for task in tasks if task.kind == "bad"}) == len(mixed.bad)
+
+
+def test_shared_prompts_share_their_beginning_among_clients_and_others_share_none() -> None:
+    shared = [plan(client=client).task("shared").body for client in range(12)]
+    beginnings = {tuple(body["prompt"][:600]) for body in shared if isinstance(body, dict)}
+    assert 1 < len(beginnings) <= 4
+    draw = random.Random(0)
+    assert len({tuple(LIBRARY.ids(draw, 16)[:16]) for _ in range(200)}) == 200
+
+
+def test_long_prompts_are_exact_and_the_longest_is_rare() -> None:
+    long = LongPlan(LIBRARY, [8192, 16384], seed=0, pause_s=1.0)
+    tasks = [long.next() for _ in range(9)]
+    assert sorted(task.kind for task in tasks) == ["16k"] * 3 + ["8k"] * 6
+    for task in tasks:
+        assert isinstance(task.body, dict)
+        assert len(task.body["prompt"]) == (8192 if task.kind == "8k" else 16384)
+
+
+# --- what a client checks ---------------------------------------------------------------------------------------------
+
+STREAMED = Task("short", GENERATE, {"prompt": "Hello", "stream": True})
+TOKEN = b'data: {"index": 0, "text": " a", "token_ids": [7]}\n\n'
+USAGE = b'data: {"finish_reason": "length", "usage": {"prompt_tokens": 1, "completion_tokens": 1}}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+def reply(body: bytes, status: int = 200, **headers: str) -> Reply:
+    return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, [(3.0, body)])
+
+
+def test_a_whole_stream_gives_its_times() -> None:
+    stream = check(STREAMED, reply(TOKEN + USAGE + DONE), 1.0)
+    assert stream is not None
+    assert stream.ttft == 2.0
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "message"),
+    [
+        (STREAMED, reply(TOKEN + USAGE), r"without \[DONE\]"),
+        (STREAMED, reply(TOKEN + DONE), "without a usage"),
+        (STREAMED, reply(USAGE + DONE), "no token"),
+        (STREAMED, reply(TOKEN + b'event: error\ndata: {"error": {"message": "gone"}}\n\n' + DONE), "gone"),
+        (STREAMED, reply(b'{"error": {"message": "no", "type": "x"}}', 500), "expected 200 or 429"),
+        (STREAMED, reply(b'{"error": {"message": "no", "type": "x"}}', 429, retry_after="0"), "Retry-After"),
+        (STREAMED, reply(b"<html>", 429, retry_after="2"), "Expecting value"),
+        (Task("short", GENERATE, {}), reply(b'{"usage": {"completion_tokens": 0}}'), "no token"),
+        (Task("bad", GENERATE, b"", frozenset({400})), reply(b"{}", 200), "expected 400"),
+        (Task("bad", GENERATE, b"", frozenset({400})), reply(b'{"error": {"message": "", "type": "x"}}', 400), "says"),
+    ],
+)
+def test_what_must_not_be_is_told(task: Task, given: Reply, message: str) -> None:
+    with pytest.raises((StreamFailed, ValueError, KeyError), match=message):
+        check(task, given, 0.0)
+
+
+def test_a_refusal_as_declared_is_fine() -> None:
+    assert check(STREAMED, reply(b'{"error": {"message": "full", "type": "x"}}', 429, retry_after="2"), 0.0) is None
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+IDLE = Gauges(0, 0, 100, 100, 60, 0, 0, 0, 0)
+
+
+def memory(growth: float, *, noise: float = 0.5, seconds: int = 1200, seed: int = 0) -> list[Sample]:
+    """A sample a second around 1000 MiB, growing by `growth` MiB a minute."""
+    random_ = np.random.default_rng(seed)
+    values = 1000 + growth * np.arange(seconds) / 60 + noise * random_.standard_normal(seconds)
+    return [Sample(float(at), IDLE, int(value * MEBIBYTE)) for at, value in enumerate(values)]
+
+
+def test_a_trend_is_least_squares_and_its_interval_holds_the_truth_as_often_as_it_says() -> None:
+    times = np.arange(400.0)
+    inside = 0
+    for seed in range(200):
+        values = 5 + 0.02 * times + np.random.default_rng(seed).standard_normal(400)
+        line = trend(list(times), list(values))
+        inside += line.low <= 0.02 <= line.high
+        windows = times.reshape(20, 20).mean(1), values.reshape(20, 20).mean(1)
+        assert line.slope == pytest.approx(np.polyfit(*windows, 1)[0])
+    assert 180 <= inside <= 198
+
+
+@pytest.mark.parametrize(
+    ("growth", "noise", "held"), [(0, 0.5, True), (-3, 0.5, True), (2, 0.5, False), (0, 400, False)]
+)
+def test_memory_is_flat_or_not(growth: float, noise: float, held: bool) -> None:
+    """2 MiB/min are 40 in 20 minutes, 4 %. With noise of 400 MiB nothing can be said, and that does not hold either."""
+    verdict, line = judge_memory(memory(growth, noise=noise))
+    assert verdict.held == held, verdict.finding
+    assert line is not None
+
+
+def test_too_few_samples_say_so() -> None:
+    verdict, line = judge_memory(memory(0)[:10])
+    assert (verdict.held, line) == (False, None)
+    assert "soak for longer" in verdict.finding
+
+
+def test_leaks_are_named() -> None:
+    before, after = Sample(0.0, IDLE, 1, Resources(9, 20, 5)), Sample(1.0, IDLE, 1, Resources(9, 21, 6))
+    assert [v.rule for v in judge_resources(before, after) if not v.held] == [
+        "no leaked socket",
+        "no leaked file descriptor",
+    ]
+    assert all(verdict.held for verdict in judge_resources(after, before))
+    assert judge_blocks(after).held
+    assert not judge_blocks(Sample(1.0, Gauges(0, 0, 100, 99, 60, 0, 0, 0, 0))).held
+    assert not judge_blocks(Sample(1.0, Gauges(1, 0, 100, 100, 60, 0, 0, 0, 0))).held
+
+
+def test_an_unanswered_request_a_problem_and_a_500_do_not_hold() -> None:
+    good = [Outcome("short", 0.0, 1.0, 200), Outcome("bad", 0.0, 1.0, 400), Outcome("abort", 0.0, 1.0, 0, aborted=True)]
+    fine = Sample(0.0, IDLE)
+    assert all(verdict.held for verdict in judge_replies(good, fine, 3))
+    assert not judge_replies(good, fine, 4)[0].held
+    wrong = [*good, Outcome("short", 0.0, 1.0, 500, problem="short at /generate: HTTP 500")]
+    (replies, _) = judge_replies(wrong, fine, 4)
+    assert not replies.held
+    assert "HTTP 500" in replies.finding
+    assert not judge_replies(good, Sample(0.0, Gauges(0, 0, 9, 9, 0, 2, 0, 0, 0)), 3)[1].held
+
+
+def test_errors_and_tracebacks_are_found_in_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text('{"level": "warning", "event": "w"}\n{"level": "error", "event": "boom"}\nTraceback (most recent\n')
+    assert errors_in(log) == ["boom ", "Traceback (most recent"]
+
+
+def test_a_server_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--url", "http://127.0.0.1:9", "--ready-timeout", "0.1", "--seconds", "30"]) == 1
+    assert "nothing ready" in capsys.readouterr().err
+
+
+def test_the_clients_errors_are_outcomes() -> None:
+    """A refused connection is a problem of the run, not an exception in it."""
+    from bench.soak_client import SoakClient
+
+    async def ask() -> Outcome:
+        client = SoakClient("http://127.0.0.1:9", None, 5.0)
+        outcome = await client.perform(Task("short", GENERATE, {"prompt": "Hello"}))
+        await client.http.aclose()
+        return outcome
+
+    outcome = asyncio.run(ask())
+    assert outcome.status == 0
+    assert outcome.problem.startswith("short at /generate: ConnectError")
+    assert issubclass(httpx.ConnectError, httpx.HTTPError)
