@@ -33,7 +33,7 @@ async def read_all(request: Request, generations: Sequence[Generation]) -> list[
             raise ClientGone("the client closed the connection before the reply was complete")
         return work.result()
     finally:
-        await _close([gone, *replies], generations)
+        await _close([gone, work, *replies], generations)
 
 
 @asynccontextmanager
@@ -83,7 +83,7 @@ async def _client_gone(request: Request) -> None:
         pass
 
 
-async def _close(tasks: Sequence[asyncio.Task[Any]], generations: Sequence[Generation]) -> None:
+async def _close(tasks: Sequence[asyncio.Future[Any]], generations: Sequence[Generation]) -> None:
     """Abort first: that waits for nothing, so it is done even where this task is being cancelled."""
     for generation in generations:
         await generation.aclose()
