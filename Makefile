@@ -4,6 +4,8 @@
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
 #   make check   format, lint, types, import direction, docs drift
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
+#   make docs    the settings in README.md and docker/compose.yaml, written from the code
+#   make lock    the packages of the docker images, resolved anew
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -25,7 +27,7 @@ endif
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help serve test check bench docs clean
+.PHONY: help serve test check bench docs lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -51,6 +53,25 @@ docs: $(VENV)/.serve
 	begin, end = '<!-- environment: begin -->', '<!-- environment: end -->'; \
 	head, rest = text.split(begin); tail = rest.split(end)[1]; \
 	path.write_text(head + begin + '\n' + sys.stdin.read() + end + tail, encoding='utf-8')"
+	@names="$$($(BIN)/python -m server --markdown | sed -nE 's/^\| `([A-Z_]+)`.*/  - \1/p' | \
+		grep -vxE '  - (HOST|PORT|CACHE_DIR|API_KEY_FILE)')" && \
+	awk -v names="$$names" '/# settings: end/ { skip = 0 } !skip { print } /# settings: begin/ { print names; skip = 1 }' \
+		docker/compose.yaml > docker/compose.yaml.new && mv docker/compose.yaml.new docker/compose.yaml
+
+# What the images install, with hashes. torch's CPU build has other hashes than the wheels of the package index, so the
+# cpu image takes the lock less CUDA, and torch by its version (docker/Dockerfile says from where).
+LOCKS := docker/locks
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --python-platform linux --python-version 3.11 --generate-hashes \
+	--no-annotate --custom-compile-command 'make lock'
+CUDA := triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+
+
+lock: | $(BIN)/python
+	$(PIP) install -r $(LOCKS)/build.in
+	$(COMPILE) $(LOCKS)/build.in -o $(LOCKS)/build.txt
+	$(COMPILE) --no-deps $(LOCKS)/model.in -o $(LOCKS)/model.txt
+	$(COMPILE) pyproject.toml -o $(LOCKS)/gpu.txt
+	sed -E '/^(torch|$(CUDA))==/,/[^\\]$$/d' $(LOCKS)/gpu.txt > $(LOCKS)/cpu.txt
+	sed -nE 's/^(torch==[^ ]+).*/\1/p' $(LOCKS)/gpu.txt > $(LOCKS)/cpu-torch.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

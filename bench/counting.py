@@ -31,7 +31,7 @@ def local_counter(folder: str) -> TokenCounter:
     """Counts with the tokenizer of a local model folder."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return TokenCounter(lambda text: len(tokenizer(text).input_ids), "the model folder's tokenizer")
 
 

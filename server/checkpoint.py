@@ -179,8 +179,11 @@ def _convert(file: Path, folder: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             local_files_only=True,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigurationError(f"transformers cannot read {file.name}: {reason}") from error

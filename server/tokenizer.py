@@ -54,6 +54,7 @@ class Tokenizer:
             hf = AutoTokenizer.from_pretrained(
                 checkpoint.source,
                 revision=checkpoint.revision,
+                trust_remote_code=False,
                 **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
             )
         except (OSError, ValueError, KeyError) as error:
@@ -269,7 +270,7 @@ def _eos_token_ids(checkpoint: Checkpoint, hf: Any) -> frozenset[int]:
     try:
         source = GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)
     except OSError:
-        source = AutoConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)
+        source = AutoConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision, trust_remote_code=False)
     named = getattr(source, "eos_token_id", None)
     ids = set(named if isinstance(named, list) else [named]) | {hf.eos_token_id}
     return frozenset(token_id for token_id in ids if token_id is not None)

@@ -76,28 +76,53 @@ class Model:
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device: str, report: Callable[[str], None]) -> Model:
-    """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong."""
+    """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong.
+
+    Only safetensors are read, and no code that comes with a checkpoint is run.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     chosen_device = choose_device(device)
     logging.disable_progress_bar()
     report(f"loading {checkpoint.name}")
-    options: dict[str, Any] = {"revision": checkpoint.revision} if checkpoint.revision else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.source,
             dtype=DTYPES.get(dtype, "auto"),
             attn_implementation="eager",
             trust_remote_code=False,
-            **options,
+            use_safetensors=True,
+            **_same_commit(checkpoint),
         )
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].replace(os.path.expanduser("~"), "~")
-        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {reason}") from error
+        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
     model.eval().to(chosen_device)
     report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
     return Model(model)
+
+
+def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:
+    """The revision to read the weights at: the commit that the config is of, for a hub id.
+
+    By a branch's name transformers would ask a public service to convert pickled weights, and load what it proposes.
+    """
+    from transformers.utils import cached_file, extract_commit_hash
+
+    given = {"revision": checkpoint.revision} if checkpoint.revision else {}
+    commit = extract_commit_hash(cached_file(checkpoint.source, "config.json", **given), None)
+    return {"revision": commit} if commit else given
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what transformers says, and the remedy where there are no weights that may be read."""
+    if "model.safetensors" in str(error):
+        return (
+            "no safetensors are found there (or, without a network, in the hub's cache). Weights in pickle files, such "
+            "as pytorch_model.bin, can run code when they are read, so they are refused; where you trust them, convert "
+            "them once with transformers' save_pretrained, or choose a REVISION that has model.safetensors"
+        )
+    return str(error).strip().splitlines()[0].replace(os.path.expanduser("~"), "~")
 
 
 def choose_device(name: str) -> torch.device:
