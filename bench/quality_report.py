@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +16,14 @@ from rich.table import Table
 Losses = dict[tuple[str, int], list[float]]  # (method, context length) → a loss a document, always in one order
 
 CROWDED = 1.0  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
+
+
+class Tabular(Protocol):
+    """What can be printed: the first column names a row."""
+
+    def headings(self) -> list[str]: ...
+    def rows(self) -> list[list[str]]: ...
+    def notes(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def print_table(report: QualityReport, console: Console) -> None:
+def print_table(report: Tabular, console: Console) -> None:
     table = Table(header_style="bold")
     for i, heading in enumerate(report.headings()):
         table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
@@ -90,7 +98,7 @@ def print_table(report: QualityReport, console: Console) -> None:
         console.print(note, highlight=False)
 
 
-def markdown(report: QualityReport) -> str:
+def markdown(report: Tabular) -> str:
     """A section for RESULTS.md."""
     headings = report.headings()
     lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
