@@ -12,7 +12,6 @@ parameters: `rerope:window=2048`, `yarn:factor=2`, `rerope:window=4096:logn`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from bench import OUTPUT_FOLDER, WIDTH
 from bench.documents import Document, TextTooShort, context, cut_documents, default_texts, file_text
 from bench.machine import describe_machine
 from bench.quality_report import Losses, QualityReport, print_table, save
-from rope.spec import METHOD_NAMES, RopeSpec
+from rope.spec import RopeSpec
 from server.checkpoint import resolve_checkpoint
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -37,7 +36,6 @@ from server.errors import PreRopeError
 from server.tokenizer import Tokenizer
 
 DEFAULT_METHODS = "rope,linear,ntk,yarn,rerope,leaky_rerope,dynamic_leaky"
-PARAMETERS = {"factor": float, "window": int, "leak": float, "group": int, "train_length": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +48,10 @@ class Method:
 
 def parse_method(text: str) -> Method:
     """NAME, or NAME:parameter=value:…:logn."""
-    name, *parameters = text.strip().split(":")
-    if name not in METHOD_NAMES:
-        raise argparse.ArgumentTypeError(f"{name!r} is no position method; there are {', '.join(METHOD_NAMES)}")
-    spec = RopeSpec(method=name)
-    for parameter in parameters:
-        key, _, value = parameter.partition("=")
-        if parameter == "logn":
-            spec = dataclasses.replace(spec, logn=True)
-            continue
-        try:
-            spec = dataclasses.replace(spec, **{key: PARAMETERS[key](value)})
-        except (KeyError, ValueError):
-            allowed = ", ".join(f"{name}=…" for name in PARAMETERS)
-            raise argparse.ArgumentTypeError(f"{parameter!r} in {text!r}: a method takes {allowed} and logn") from None
-    return Method(text.strip(), spec)
+    try:
+        return Method(text.strip(), RopeSpec.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_methods(text: str) -> list[Method]:

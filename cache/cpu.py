@@ -1,29 +1,33 @@
-"""The CPU path in torch: flash attention over pieces of a band, merged exactly by their log-sum-exp.
+"""The CPU path. Single rows and prefill chunks go through the C kernels of `cache.decode` and `cache.prefill`.
 
-No score matrix is ever whole. For a run of rows [a, b) that share a reading, keys fall into at most two bands,
+Where these could not be built, or the CPU has matrix tiles, chunks go through torch: flash attention over pieces of a
+band, merged exactly by their log-sum-exp. No score matrix is ever whole. Rows [a, b) of one run read each part of its
+keys as a band; with a window,
 
     j:  0 ─────────── a−w ──────────── a ──── b
         far: d ≥ w     │ band: both    │ near: d < w
 
 and only the band of b − a keys around a − w computes both products. Far keys of ReRoPE are read as they lie in the
-cache. Each band is cut into a causal square, the rectangle that every row sees in full, and a lower edge. Single rows
-go through the C kernel of `cache.decode` where it could be built, and through the same code as chunks where not.
+cache. Each band is cut into a causal square, the rectangle that every row sees in full, and a lower edge.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
 from cache.decode import can_decode, decode
-from cache.tables import Part, TableCache
-from rope.reading import UNBOUNDED, Reading
-from rope.rotation import Table, rotate
+from cache.prefill import can_prefill, prefill
+from cache.tables import key_table, query_table
+from rope.reading import UNBOUNDED, Part, Reading
+from rope.rotation import rotate
 
-TABLES = TableCache()
+Plans = dict[Hashable, Any]
 _SOFTCAP_TILE = 2048  # keys scored at once where a soft-cap rules the flash kernel out
 
 
@@ -44,21 +48,46 @@ def cpu_attention(
 ) -> Tensor:
     """See `cache.attention.paged_attention`."""
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-    dtype = compute_dtype(query.dtype)
     chunks = metadata.sequences
     if can_decode(query, keys) and (single := [s for s in chunks if s.count == 1]):
         chunks = [s for s in chunks if s.count > 1]
         rows, decoded = decode(query, keys, values, single, metadata, options)
         out[rows] = decoded.to(query.dtype)
+    fp32 = compute_dtype(query.dtype) == torch.float32
+    attend = prefill if fp32 and can_prefill(query, keys, values) else _prefill_in_torch
     for sequence in chunks:
         packed = slice(sequence.first, sequence.first + sequence.count)
-        first_key = 0
-        if options.sliding_window is not None:
-            first_key = max(0, sequence.start - options.sliding_window + 1)
-        key, value = (_gather(cache, sequence, first_key, metadata.block_size, dtype) for cache in (keys, values))
-        partial = _attend(query[packed].to(dtype), key, value, first_key, sequence, options)
-        out[packed] = _finish(partial, options).to(query.dtype)
+        out[packed] = attend(query[packed], keys, values, sequence, metadata, options).to(query.dtype)
     return out
+
+
+def _prefill_in_torch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sequence: SequenceRows,
+    metadata: AttentionMetadata,
+    options: AttentionOptions,
+) -> Tensor:
+    """As `cache.prefill.prefill`."""
+    dtype, first_key = compute_dtype(query.dtype), 0
+    if options.sliding_window is not None:
+        first_key = max(0, sequence.start - options.sliding_window + 1)
+    key, value = (_gather(cache, sequence, first_key, metadata.block_size, dtype) for cache in (keys, values))
+    partial = _attend(query.to(dtype), _Keys(key, value, first_key), sequence, options, metadata.plans)
+    return _finish(partial, options)
+
+
+class _Keys(NamedTuple):
+    """The rows of one sequence from position `first` on: key [n, Hkv, D] and value [n, Hkv, Dv], in token order."""
+
+    key: Tensor
+    value: Tensor
+    first: int
+
+    def between(self, low: int, high: int) -> _Keys:
+        rows = slice(low - self.first, high - self.first)
+        return _Keys(self.key[rows], self.value[rows], low)
 
 
 def _gather(cache: Tensor, sequence: SequenceRows, first_key: int, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -69,64 +98,45 @@ def _gather(cache: Tensor, sequence: SequenceRows, first_key: int, block_size: i
     return blocks[first_key - skip : sequence.length - skip].to(dtype)
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, first_key: int, sequence: SequenceRows, options: AttentionOptions
-) -> Partial:
-    """All rows of one sequence: query [R, Hq, D], key and value [n, Hkv, D] from position first_key."""
+def _attend(query: Tensor, keys: _Keys, sequence: SequenceRows, options: AttentionOptions, plans: Plans) -> Partial:
+    """All rows of one sequence: query [R, Hq, D]."""
     method = options.method(sequence)
     reach = UNBOUNDED if options.sliding_window is None else options.sliding_window
     if method is None:
-        return _band(_grouped(query, key), key, value, sequence.start - first_key, 0, reach, options)
+        return _band(query, keys, sequence.start, 0, reach, options)
     scale = method.query_scale(torch.arange(sequence.start, sequence.length))
     if scale is not None:
         query = query * scale[:, None, None].to(query.dtype)
-    parts = []
+    runs = []
     for start, stop, reading in method.runs(sequence.start, sequence.length):
         rows = query[start - sequence.start : stop - sequence.start]
-        seen = slice(0, stop - first_key)
-        parts.append(
-            _read(rows, key[seen], value[seen], start, first_key, reading, method.rotary.interleaved, reach, options)
-        )
-    if len(parts) == 1:
-        return parts[0]
-    return Partial(torch.cat([p.out for p in parts], dim=2), torch.cat([p.lse for p in parts], dim=2))
+        parts = []
+        for part in reading.parts:
+            low, high = part.keys(start, stop)
+            low = max(low, keys.first, start - reach + 1)
+            if low >= high:
+                continue
+            turned, seen = _turn(rows, keys.between(low, high), start, part, reading, method.rotary.interleaved, plans)
+            parts.append(_band(turned, seen, start, part.d_min, min(part.d_max, reach), options))
+        runs.append(reduce(_merge, parts))
+    return Partial(torch.cat([run.out for run in runs], dim=2), torch.cat([run.lse for run in runs], dim=2))
 
 
-def _read(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    start: int,
-    first_key: int,
-    reading: Reading,
-    interleaved: bool,
-    reach: int,
-    options: AttentionOptions,
-) -> Partial:
-    """Rows from position `start` under one reading: near part, far part where there is one, merged."""
-    stop = start + query.shape[0]
-    window = reach if reading.window is None else min(reading.window, reach)
-    low = max(first_key, start - window + 1)  # the first key that is near to any row
-    near_query = rotate(query, _query_table(reading, "near", start, stop), interleaved=interleaved)
-    near_key = rotate(key[low - first_key :], TABLES.rows(reading, "near", low, stop), interleaved=interleaved)
-    near = _band(_grouped(near_query, key), near_key, value[low - first_key :], start - low, 0, window, options)
-    if window >= reach or stop - 1 - window < first_key:
-        return near
-    far_stop = stop - window  # keys from here on are near to every row
-    far_query = rotate(query, _query_table(reading, "far_query", start, stop), interleaved=interleaved)
-    far_key = key[: far_stop - first_key]
-    if not reading.far_keys_raw:
-        far_key = rotate(far_key, TABLES.rows(reading, "far_key", first_key, far_stop), interleaved=interleaved)
-    far_value = value[: far_stop - first_key]
-    far = _band(_grouped(far_query, key), far_key, far_value, start - first_key, window, reach, options)
-    return _merge(near, far)
+def _turn(
+    query: Tensor, keys: _Keys, start: int, part: Part, reading: Reading, interleaved: bool, plans: Plans
+) -> tuple[Tensor, _Keys]:
+    """Queries of the rows from `start` on and the keys of one part, each at its angle; the tables are made once a step.
 
-
-def _query_table(reading: Reading, part: Part, start: int, stop: int) -> Table:
-    """The attention factor of q and of k, both on the query: the keys stay as they are."""
-    rows = TABLES.rows(reading, part, start, stop)
-    factor = reading.attention_factor**2
-    return rows if factor == 1.0 else Table(rows.cos * factor, rows.sin * factor)
+    The attention factors of q and of k are both on the query: the keys stay as they are.
+    """
+    stop, low, high = start + len(query), keys.first, keys.first + len(keys.key)
+    plan = (id(part), start, stop, low, high)
+    if plan not in plans:
+        plans[plan] = query_table(reading, part, start, stop, start), key_table(reading, part, low, high, start)
+    query_turns, key_turns = plans[plan]
+    if key_turns is not None:
+        keys = keys._replace(key=rotate(keys.key, key_turns, interleaved=interleaved))
+    return rotate(query, query_turns, interleaved=interleaved), keys
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
@@ -135,31 +145,35 @@ def _grouped(query: Tensor, key: Tensor) -> Tensor:
     return query.view(rows, key.shape[1], heads // key.shape[1], dim).permute(1, 2, 0, 3)
 
 
-def _band(
-    query: Tensor, key: Tensor, value: Tensor, first_row: int, d_min: int, d_max: int, options: AttentionOptions
-) -> Partial:
-    """Rows p = first_row, first_row + 1, … of query [Hkv, G, R, D] over the keys j with d_min ≤ p − j < d_max.
+def _band(query: Tensor, keys: _Keys, start: int, d_min: int, d_max: int, options: AttentionOptions) -> Partial:
+    """Rows at positions start, start + 1, … of query [R, Hq, D] over the keys with d_min ≤ i − j < d_max.
 
-    Positions count from the first of the keys [n, Hkv, D]. Rows that see no key get out 0 and lse −inf.
+    Rows that see no key get out 0 and lse −inf.
     """
-    last_row = first_row + query.shape[2] - 1
-    begin, end = max(0, first_row - d_max + 1), last_row - d_min + 1  # keys that any row sees
-    full_begin = max(0, last_row - d_max + 1)  # from here on, every row sees all it may by causality
+    grouped = _grouped(query, keys.key)
+    first_row = start - keys.first  # from here on, positions count from the first key
+    last_row = first_row + len(query) - 1
+    square_end = last_row - d_min + 1  # where causality ends the keys, if they reach as far
     diagonal = first_row - d_min  # the last key that every row sees; the keys from it on are a causal square
-    if diagonal < full_begin:
-        return _masked(query, key, value, first_row, d_min, d_max, begin, end, options)
-    partial = _flash(query, key, value, diagonal, end, options, causal=True)
-    if full_begin < diagonal:
-        partial = _merge(partial, _flash(query, key, value, full_begin, diagonal, options))
-    if begin < full_begin:
-        partial = _merge(partial, _masked(query, key, value, first_row, d_min, d_max, begin, full_begin, options))
-    return partial
+    end = min(len(keys.key), square_end)
+    full_begin = max(0, last_row - d_max + 1)  # from here on, every row sees all it may by causality
+    begin = max(0, first_row - d_max + 1)
+    if diagonal < full_begin or diagonal < end < square_end:
+        return _masked(grouped, keys, first_row, d_min, d_max, begin, end, options)
+    full_end = min(diagonal, end)
+    pieces = []
+    if diagonal < end:
+        pieces.append(_flash(grouped, keys, diagonal, end, options, causal=True))
+    if full_begin < full_end:
+        pieces.append(_flash(grouped, keys, full_begin, full_end, options))
+    if begin < min(full_begin, full_end):
+        pieces.append(_masked(grouped, keys, first_row, d_min, d_max, begin, min(full_begin, full_end), options))
+    return reduce(_merge, pieces)
 
 
 def _masked(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: _Keys,
     first_row: int,
     d_min: int,
     d_max: int,
@@ -172,7 +186,7 @@ def _masked(
     distance = rows[:, None] - torch.arange(begin, end)
     visible = (distance >= d_min) & (distance < d_max)
     mask = torch.zeros(visible.shape, dtype=query.dtype).masked_fill_(~visible, float("-inf"))
-    partial = _flash(query, key, value, begin, end, options, mask=mask)
+    partial = _flash(query, keys, begin, end, options, mask=mask)
     blind = ~visible.any(-1)
     if not blind.any():
         return partial
@@ -181,8 +195,7 @@ def _masked(
 
 def _flash(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    keys: _Keys,
     begin: int,
     end: int,
     options: AttentionOptions,
@@ -192,8 +205,8 @@ def _flash(
 ) -> Partial:
     """Keys [begin, end): all of them, a causal square, or as the additive mask [R, keys] says."""
     shape = (query.shape[0], query.shape[1], end - begin, -1)
-    key = key[begin:end].transpose(0, 1).unsqueeze(1).expand(shape)
-    value = value[begin:end].transpose(0, 1).unsqueeze(1).expand(shape)
+    key = keys.key[begin:end].transpose(0, 1).unsqueeze(1).expand(shape)
+    value = keys.value[begin:end].transpose(0, 1).unsqueeze(1).expand(shape)
     if options.softcap is not None:
         if causal:
             mask = torch.full((end - begin, end - begin), float("-inf")).triu_(1)

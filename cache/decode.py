@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
 from cache.native import library
-from rope.reading import PositionMethod, Reading
+from rope.reading import AngleMap, Part, PositionMethod, Reading
 
 TILE = 64
 ITEM_SEGMENTS = 8  # a work item reads about this many tiles, 512 keys
@@ -25,7 +26,7 @@ MAX_GROUP, MAX_DIM = 16, 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 RAW = -1
 
-Ints = NDArray[np.int32]
+Ints = NDArray[np.signedinteger[Any]]
 
 
 def can_decode(query: Tensor, keys: Tensor) -> bool:
@@ -103,7 +104,11 @@ def decode(
 
 
 class _Builder:
-    """Collects segments, turns and tables of a step."""
+    """Collects segments, turns and tables of a step.
+
+    A key at j = base + n of a tile is turned by κ(j) − κ(base), from a table that all tiles at the same place in κ's
+    cycle share; the query by φ(i) − κ(base), once a tile.
+    """
 
     def __init__(self, rotary_dim: int) -> None:
         self.rotary_dim = rotary_dim
@@ -111,60 +116,61 @@ class _Builder:
         self.turns: list[Tensor] = []
         self.num_turns = 0
         self.tables: list[Tensor] = []
-        self._table_of: dict[tuple[int, bool, int], int] = {}
+        self._table_of: dict[tuple[int, int], int] = {}
 
     def add(self, method: PositionMethod | None, position: int, reach: int) -> int:
         """The segments of the row at `position` that reads `reach` keys back; returns how many they are."""
-        low = max(0, position - reach + 1)
         before = len(self.segments)
         if method is None:
-            self._part(low, position + 1, None, RAW)
+            self._segments(max(0, position - reach + 1), position + 1, RAW, RAW)
         else:
-            reading = method.reading(method.row_length(position))
-            near = low if reading.window is None else max(low, position - reading.window + 1)
-            if low < near:
-                self._far(reading, position, low, near)
-            self._near(reading, position, near)
+            reading = method.reading_of(position)
+            for part in reading.parts:
+                low, stop = part.keys(position, position + 1)
+                low = max(low, position - reach + 1)
+                if low < stop:
+                    self._part(reading, part, position, low, stop)
         return sum(len(part[0]) for part in self.segments[before:])
 
-    def _near(self, reading: Reading, position: int, low: int) -> None:
-        bases = _bases(low, position + 1)
-        # (i − t0)·θ is small for near tiles whatever i is, and exact in fp64.
-        angles = torch.from_numpy(position - bases).double()[:, None] * reading.theta
-        self._part(low, position + 1, (angles, reading), self._table(reading, far=False))
-
-    def _far(self, reading: Reading, position: int, low: int, stop: int) -> None:
-        assert reading.theta_far is not None
-        angle = reading.far_query_angles(torch.tensor([position]))
-        if reading.far_keys_raw:
-            self._part(low, stop, (angle, reading), RAW)
+    def _part(self, reading: Reading, part: Part, position: int, low: int, stop: int) -> None:
+        angles = part.query.angles(torch.tensor([position]))
+        if part.key.still:
+            self._segments(low, stop, self._turn(angles, reading, None), RAW)
             return
         bases = _bases(low, stop)
-        tables = [self._table(reading, far=True, phase=int(base) % reading.group) for base in bases]
-        self._part(low, stop, (angle - reading.far_key_angles(torch.from_numpy(bases)), reading), tables)
+        angles = angles - part.key.angles(torch.from_numpy(bases))
+        turns = self._turn(angles, reading, torch.from_numpy(position - bases))
+        tables = [self._table(reading, part.key, int(base) % part.key.cycle) for base in bases]
+        self._segments(low, stop, turns + np.arange(len(bases)), tables)
 
-    def _part(self, low: int, stop: int, turn: tuple[Tensor, Reading] | None, table: int | list[int]) -> None:
+    def _segments(self, low: int, stop: int, turn: int | Ints, table: int | list[int]) -> None:
         bases = _bases(low, stop)
-        starts, stops = np.maximum(bases, low), np.minimum(bases + TILE, stop)
-        if turn is None:
-            turns = np.full(len(bases), RAW)
-        else:
-            angles, reading = turn
-            turns = self.num_turns + (np.arange(len(bases)) if len(angles) > 1 else np.zeros(len(bases)))
-            factor = reading.attention_factor**2  # of q and of k, both on the query
-            self.turns.append(torch.stack([angles.cos(), angles.sin()], dim=1) * factor)
-            self.num_turns += len(angles)
-        self.segments.append(np.stack([starts, stops, turns, np.broadcast_to(table, len(bases))]).astype(np.int32))
+        columns = np.maximum(bases, low), np.minimum(bases + TILE, stop), turn, table
+        self.segments.append(np.stack([np.broadcast_to(column, len(bases)) for column in columns]).astype(np.int32))
 
-    def _table(self, reading: Reading, *, far: bool, phase: int = 0) -> int:
-        """The angles of a tile's keys past its base's; `phase` is where in a group of far keys the tile begins."""
-        key = (id(reading), far, phase)
+    def _turn(self, angles: Tensor, reading: Reading, distance: Tensor | None) -> int:
+        """Queries at these angles [n, D/2]; returns the number of the first. Both attention factors are on them."""
+        first, factor = self.num_turns, reading.attention_factor**2
+        self.turns.append(_cos_sin(angles, reading, distance) * factor)
+        self.num_turns += len(angles)
+        return first
+
+    def _table(self, reading: Reading, angles: AngleMap, phase: int) -> int:
+        """The keys of a tile, from its base on; `phase` is where in its cycle the tile begins."""
+        key = (id(angles), phase)
         if key not in self._table_of:
-            places = torch.arange(phase, phase + TILE)
-            angles = reading.far_key_angles(places) if far else reading.near_angles(places)
+            places = angles.angles(torch.arange(phase, phase + TILE))
             self._table_of[key] = len(self.tables)
-            self.tables.append(torch.stack([angles.cos(), angles.sin()], dim=1))
+            self.tables.append(_cos_sin(places - places[:1], reading, -torch.arange(TILE)))
         return self._table_of[key]
+
+
+def _cos_sin(angles: Tensor, reading: Reading, distance: Tensor | None) -> Tensor:
+    """[n, 2, D/2], faded over [n] tokens where the reading fades."""
+    turned = torch.stack([angles.cos(), angles.sin()], dim=1)
+    if reading.decay is None or distance is None:
+        return turned
+    return turned * torch.exp(distance.double()[:, None] * reading.decay)[:, None]
 
 
 def _bases(low: int, stop: int) -> NDArray[np.int64]:

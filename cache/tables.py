@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rope.reading import Reading
+from rope.reading import AngleMap, Part, Reading
 from rope.rotation import Table, table
 
-Part = Literal["near", "far_query", "far_key"]
 _GRAIN = 4096
 
 
@@ -29,25 +28,22 @@ class _Kept(NamedTuple):
 class TableCache:
     """The most recently used tables, up to `max_bytes` of them and never fewer than one.
 
-    Readings that share a frequency vector share its table: dynamic_leaky's near part is the same in every bucket.
+    Maps that share a frequency vector share its table: dynamic_leaky's near part is the same in every bucket.
     """
 
     def __init__(self, max_bytes: int = 256 * 2**20) -> None:
         self._max_bytes = max_bytes
-        self._tables: OrderedDict[tuple[int, int], _Kept] = OrderedDict()  # (id of θ, group of positions)
+        self._tables: OrderedDict[tuple[int, int | None, int], _Kept] = OrderedDict()  # (id of θ, period, group)
 
-    def rows(self, reading: Reading, part: Part, start: int, stop: int) -> Table:
+    def rows(self, angles: AngleMap, start: int, stop: int) -> Table:
         """cos and sin [stop − start, D/2] fp32 for positions start … stop − 1."""
-        if part == "far_query":  # a few rows, and never asked for twice
-            return table(reading.far_query_angles(torch.arange(start, stop)))
-        theta = reading.theta if part == "near" else reading.theta_far
-        assert theta is not None
-        key = (id(theta), 1 if part == "near" else reading.group)
+        if angles.shift or angles.cap is not None or angles.offset is not None:  # queries': a few rows, once a step
+            return table(angles.angles(torch.arange(start, stop)))
+        key = (id(angles.theta), angles.period, angles.group)
         kept = self._tables.get(key)
         if kept is None or len(kept.table.cos) < stop:
             positions = torch.arange(-(-stop // _GRAIN) * _GRAIN)
-            angles = reading.near_angles(positions) if part == "near" else reading.far_key_angles(positions)
-            kept = self._tables[key] = _Kept(theta, table(angles))
+            kept = self._tables[key] = _Kept(angles.theta, table(angles.angles(positions)))
         self._tables.move_to_end(key)
         self._shrink()
         return kept.table.rows(start, stop)
@@ -57,3 +53,33 @@ class TableCache:
         excess = sum(kept.num_bytes for kept in self._tables.values()) - self._max_bytes
         while excess > 0 and len(self._tables) > 1:
             excess -= self._tables.popitem(last=False)[1].num_bytes
+
+
+TABLES = TableCache()
+
+
+def query_table(reading: Reading, part: Part, start: int, stop: int, origin: int) -> Table:
+    """For the queries at positions [start, stop), with the attention factors of q and of k: the keys stay as they are.
+
+    origin: the position from which queries and keys both fade; what counts is their product.
+    """
+    rows = TABLES.rows(part.query, start, stop)
+    if reading.attention_factor != 1.0:
+        rows = _times(rows, torch.tensor(reading.attention_factor**2))
+    if reading.decay is not None:
+        rows = _times(rows, torch.exp((torch.arange(start, stop) - origin).double()[:, None] * reading.decay))
+    return rows
+
+
+def key_table(reading: Reading, part: Part, low: int, high: int, origin: int) -> Table | None:
+    """For the keys [low, high); None where they are read as they lie."""
+    if part.key.still:
+        return None
+    rows = TABLES.rows(part.key, low, high)
+    if reading.decay is None:
+        return rows
+    return _times(rows, torch.exp((origin - torch.arange(low, high)).double()[:, None] * reading.decay))
+
+
+def _times(rows: Table, factor: Tensor) -> Table:
+    return Table(rows.cos * factor.float(), rows.sin * factor.float())

@@ -148,6 +148,11 @@ def longrope_attention_factor(scale: float, train_length: int) -> float:
     return 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(train_length))
 
 
+def xpos_decay(dim: int, scale_base: float) -> Tensor:
+    """ln ζ_m / scale_base a token, ζ_m = (2m + 0.4D)/(1.4D) (Sun 2022, arXiv 2212.10554): [D/2] ≤ 0."""
+    return ((2 * pairs(dim) + 0.4 * dim) / (1.4 * dim)).log() / scale_base
+
+
 def llama3(
     dim: int,
     base: float,

@@ -56,7 +56,7 @@ class ModelPositions:
         return {"method": method.name, **method.parameters, "train_length": method.train_length}
 
     def warnings(self) -> list[str]:
-        return [warning for method in self.methods.values() if (warning := method.warning())]
+        return [method.rule.warning for method in self.methods.values() if method.rule.warning]
 
 
 def resolve_model(spec: RopeSpec, rotaries: Mapping[str, Rotary], max_model_len: int | None) -> ModelPositions:

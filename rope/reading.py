@@ -1,13 +1,13 @@
-"""How rows read raw keys: a `Reading` for the rows of one length, a `PositionMethod` for all rows of a model.
+"""How rows read raw keys: a `Reading` for a run of rows, a `PositionMethod` for all rows of a model.
 
-Every method is one shape. Row i reads key j at distance d = i − j through
+Every method is one shape. The keys that row i reads fall into parts, by where they lie and how far away they are, and
+each part has one map from positions to angles for queries and one for keys:
 
-    score(i, j) = ⟨ R(near(i)) q_i · c_i , R(near(j)) k_j ⟩                    d < w, or no window
-                  ⟨ R((i−w)·θ_far + w·θ) q_i · c_i , R(j·θ_far) k_j ⟩          d ≥ w
+    score(i, j) = ⟨ R(φ(i)) q_i · c_i , R(κ(j)) k_j ⟩        with φ, κ of the part that j belongs to
 
-so a method is a `Reading` (θ, θ_far, w, attention factor) for each row length, and the row scale c_i. Self-Extend
-rounds far positions down to groups. Methods whose θ or slope depends on the length give *row i* the reading of *its
-own* row length, never that of the batch, the prompt or the chunk: that is what makes prefill, chunked prefill, decode,
+Plain RoPE has one part, ReRoPE two (near and far), dual-chunk attention three. Rows in a run share a `Reading`: all
+rows of a static method are one run; a method whose θ or slope depends on the length gives *row i* the reading of *its
+own* length, never that of the batch, the prompt or the chunk. That is what makes prefill, chunked prefill, decode,
 preemption and prefix-cache hits agree.
 """
 
@@ -35,66 +35,146 @@ class MethodError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
-    """How rows of one row length read keys.
+class AngleMap:
+    """Positions to angles: p ↦ min(⌊(p mod period)/group⌋ + shift, cap)·θ + offset.
 
     Attributes:
-        theta: [D/2] fp64, radians a token.
-        attention_factor: on the rotated dims of q and of k. It is applied to the query alone, squared: same score,
-            and the keys stay raw.
-        window: w; None reads every key at its exact distance.
-        theta_far: [D/2] fp64, used where d ≥ w; zero reads far keys with no rotation at all.
-        group: G, tokens that share a far position: ⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋ (Self-Extend); 1 is every other method.
+        theta: [D/2] fp64, radians a position.
+        period: None does not wrap.
+        group: tokens that share a position.
+        cap: the largest position; None has none.
+        offset: [D/2] fp64 radians; None is zero.
     """
 
     theta: Tensor
-    attention_factor: float = 1.0
-    window: int | None = None
-    theta_far: Tensor | None = None
+    period: int | None = None
     group: int = 1
+    shift: int = 0
+    cap: int | None = None
+    offset: Tensor | None = None
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """[T] integer positions → [T, D/2] fp64."""
+        if self.period is not None:
+            positions = positions % self.period
+        positions = positions // self.group + self.shift
+        if self.cap is not None:
+            positions = positions.clamp(max=self.cap)
+        angles = positions.to(torch.float64)[:, None] * self.theta
+        return angles if self.offset is None else angles + self.offset
 
     @property
-    def far_keys_raw(self) -> bool:
-        return self.theta_far is not None and not bool(self.theta_far.any())
+    def cycle(self) -> int:
+        """Positions this far apart (or a multiple of it) have the same place in their group and period."""
+        return math.lcm(self.period or 1, self.group)
 
-    def near_angles(self, positions: Tensor) -> Tensor:
-        """[T] integer positions of queries or keys → [T, D/2] fp64."""
-        return positions.to(torch.float64)[:, None] * self.theta
+    @property
+    def still(self) -> bool:
+        """Turns nothing: keys are read as they lie in the cache."""
+        return self.offset is None and not bool(self.theta.any())
 
-    def far_query_angles(self, positions: Tensor) -> Tensor:
-        """[T] positions of queries → [T, D/2] fp64: (i−w)·θ_far + w·θ, which meets the near part at d = w."""
-        assert self.window is not None
-        assert self.theta_far is not None
-        if self.group > 1:
-            positions = positions // self.group + self.window - self.window // self.group
-            return positions.to(torch.float64)[:, None] * self.theta_far
-        return (positions.to(torch.float64) - self.window)[:, None] * self.theta_far + self.window * self.theta
+    def digest(self) -> bytes:
+        h = hashlib.blake2b(repr((self.period, self.group, self.shift, self.cap)).encode(), digest_size=16)
+        h.update(self.theta.numpy().tobytes())
+        if self.offset is not None:
+            h.update(self.offset.numpy().tobytes())
+        return h.digest()
 
-    def far_key_angles(self, positions: Tensor) -> Tensor:
-        """[T] positions of keys → [T, D/2] fp64."""
-        assert self.theta_far is not None
-        return (positions // self.group).to(torch.float64)[:, None] * self.theta_far
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The keys first_key ≤ j < stop_key at distances d_min ≤ i − j < d_max, read through one pair of maps."""
+
+    query: AngleMap
+    key: AngleMap
+    first_key: int = 0
+    stop_key: int = UNBOUNDED
+    d_min: int = 0
+    d_max: int = UNBOUNDED
+
+    def keys(self, start: int, stop: int) -> tuple[int, int]:
+        """The keys [first, last + 1) that any of the rows [start, stop) reads; empty where first ≥ last + 1."""
+        return max(self.first_key, start - self.d_max + 1, 0), min(self.stop_key, stop - self.d_min)
+
+    def reads(self, i: Tensor, j: Tensor) -> Tensor:
+        """[R] rows and [n] keys → [R, n] bool."""
+        distance = i[:, None] - j[None, :]
+        return (distance >= self.d_min) & (distance < self.d_max) & (j >= self.first_key) & (j < self.stop_key)
+
+    def digest(self) -> bytes:
+        h = hashlib.blake2b(repr((self.first_key, self.stop_key, self.d_min, self.d_max)).encode(), digest_size=16)
+        h.update(self.query.digest() + self.key.digest())
+        return h.digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """How the rows of one run read keys.
+
+    Attributes:
+        parts: disjoint; keys of no part are not read. The first holds the nearest keys, which in the rows' first run
+            sit at their own positions.
+        attention_factor: on the rotated dims of q and of k. It is applied to the query alone, squared: same score,
+            and the keys stay raw.
+        decay: [D/2] fp64, ≤ 0: pair m's share of the score fades by exp(decay_m·d) (xPos); None does not fade.
+    """
+
+    parts: tuple[Part, ...]
+    attention_factor: float = 1.0
+    decay: Tensor | None = None
+
+    @property
+    def theta(self) -> Tensor:
+        """[D/2] fp64: of the nearest keys."""
+        return self.parts[0].key.theta
 
     def digest(self) -> bytes:
         """Equal for equal readings, whatever the method that made them."""
-        h = hashlib.blake2b(digest_size=16)
-        h.update(self.theta.numpy().tobytes() + repr((self.attention_factor, self.window, self.group)).encode())
-        if self.theta_far is not None:
-            h.update(self.theta_far.numpy().tobytes())
+        h = hashlib.blake2b(repr(self.attention_factor).encode(), digest_size=16)
+        for part in self.parts:
+            h.update(part.digest())
+        if self.decay is not None:
+            h.update(self.decay.numpy().tobytes())
         return h.digest()
+
+
+def plain_reading(theta: Tensor, attention_factor: float = 1.0, decay: Tensor | None = None) -> Reading:
+    """Every key at its exact distance."""
+    positions = AngleMap(theta)
+    return Reading((Part(positions, positions),), attention_factor, decay)
+
+
+def everywhere(_position: int) -> int:
+    """All rows are one run."""
+    return UNBOUNDED
+
+
+def switched(train_length: int) -> Callable[[int], int]:
+    """Rows inside the trained length, and the rest."""
+    return lambda position: train_length if position < train_length else UNBOUNDED
+
+
+def bucketed(train_length: int) -> Callable[[int], int]:
+    """Rows inside the trained length, then buckets: the end of row i's run is its row length n(i)."""
+    size = ROW_LENGTH_BUCKET
+    return lambda position: train_length if position < train_length else size * (position // size + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a method's function returns: its resolved parameters and its reading for each row length.
+    """What a method's function returns.
 
-    row_length says which lengths the reading depends on: "static" none, "switch" only whether it exceeds L,
-    "bucketed" the length in runs of `ROW_LENGTH_BUCKET`.
+    Attributes:
+        parameters: resolved, JSON-ready.
+        reading: of the run of rows that ends (exclusive) at the argument.
+        run_end: row → the end of its run.
+        warning: advice where the parameters are allowed but known to read badly.
     """
 
     parameters: dict[str, Any]
     reading: Callable[[int], Reading]
-    row_length: str = "static"
+    run_end: Callable[[int], int] = everywhere
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +185,6 @@ class PositionMethod:
         name: of the registry.
         rotary: the model's own embedding: dims and pairing.
         train_length: L.
-        parameters: resolved, JSON-ready.
         logn: c_i = max(1, ln(i+1)/ln L) instead of 1.
     """
 
@@ -118,41 +197,30 @@ class PositionMethod:
 
     @property
     def parameters(self) -> dict[str, Any]:
+        """Resolved, JSON-ready."""
         return self.rule.parameters | ({"logn": True} if self.logn else {})
 
-    @property
-    def length_dependent(self) -> bool:
-        return self.rule.row_length != "static"
+    def run_end(self, position: int) -> int:
+        """One past the last row of the run that this row is in; the row length n(i) of a length-dependent method."""
+        return self.rule.run_end(position)
 
-    def row_length(self, position: int) -> int:
-        """n(i) of row i = position: L inside the trained length, else the end of its bucket (L+1 for a switch)."""
-        trained = self.train_length
-        if self.rule.row_length == "static" or position < trained:
-            return trained
-        if self.rule.row_length == "switch":
-            return trained + 1
-        return ROW_LENGTH_BUCKET * math.ceil((position + 1) / ROW_LENGTH_BUCKET)
+    def reading(self, run_end: int) -> Reading:
+        """The reading of the rows whose run ends here; the same object each time."""
+        if run_end not in self._readings:
+            self._readings[run_end] = self.rule.reading(run_end)
+        return self._readings[run_end]
+
+    def reading_of(self, position: int) -> Reading:
+        return self.reading(self.run_end(position))
 
     def runs(self, start: int, stop: int) -> list[tuple[int, int, Reading]]:
         """Rows [start, stop) cut where the reading changes: [(first, last + 1, reading)]."""
-        if not self.length_dependent:
-            return [(start, stop, self.reading(self.train_length))]
         runs = []
         while start < stop:
-            length = self.row_length(start)
-            if length == self.train_length:
-                end = min(stop, self.train_length)
-            else:
-                end = stop if self.rule.row_length == "switch" else min(stop, length)
-            runs.append((start, end, self.reading(length)))
+            end = self.run_end(start)
+            runs.append((start, min(stop, end), self.reading(end)))
             start = end
         return runs
-
-    def reading(self, row_length: int) -> Reading:
-        """The reading of rows whose row length is this; the same object each time."""
-        if row_length not in self._readings:
-            self._readings[row_length] = self.rule.reading(row_length)
-        return self._readings[row_length]
 
     def query_scale(self, positions: Tensor) -> Tensor | None:
         """c_i for [T] positions, fp64; None where every c_i is 1."""
@@ -162,33 +230,19 @@ class PositionMethod:
 
     @property
     def plain_rows(self) -> int:
-        """Rows i < plain_rows read exactly as the windowless `reading(L)` would, so their K and V may be shared."""
-        reading = self.reading(self.train_length)
-        rows = UNBOUNDED if reading.window is None else reading.window
-        if self.length_dependent:
-            rows = self.train_length
+        """Rows i < plain_rows read exactly as the plain reading with this θ would, so their K and V may be shared."""
+        end = self.run_end(0)
+        rows = min(end, self.reading(end).parts[0].d_max)
         return min(rows, self.train_length) if self.logn else rows
 
     def plain_digest(self) -> bytes:
-        """Of the reading that the first `plain_rows` rows share with other methods."""
-        reading = self.reading(self.train_length)
-        return Reading(reading.theta, reading.attention_factor).digest()
-
-    def warning(self) -> str | None:
-        """Advice where the parameters are allowed but known to read badly."""
-        window = self.parameters.get("window")
-        if window is None or window <= self.train_length // 2:
-            return None
-        return (
-            f"window (ROPE_WINDOW) {window} is more than half the trained length {self.train_length}: large "
-            f"distances are seen too rarely in training; {self.train_length // 4} to {self.train_length // 2} is best"
-        )
+        """Of the plain reading that the first `plain_rows` rows share with other methods."""
+        first = self.reading_of(0)
+        return plain_reading(first.theta, first.attention_factor, first.decay).digest()
 
     def digest(self) -> bytes:
         """Of everything that can change K and V."""
         identity: list[Any] = [self.logn and self.train_length]
-        if self.length_dependent:
+        if self.run_end(0) < UNBOUNDED:
             identity += [self.name, self.train_length, sorted(self.rule.parameters.items())]
-        return hashlib.blake2b(
-            repr(identity).encode() + self.reading(self.train_length).digest(), digest_size=16
-        ).digest()
+        return hashlib.blake2b(repr(identity).encode() + self.reading_of(0).digest(), digest_size=16).digest()

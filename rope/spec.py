@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 METHOD_NAMES: tuple[str, ...] = (
     "auto",
@@ -13,20 +14,25 @@ METHOD_NAMES: tuple[str, ...] = (
     "ntk",
     "ntk_fixed",
     "ntk_mixed",
+    "ntk_by_parts",
     "dynamic_ntk",
     "yarn",
     "dynamic_yarn",
     "longrope",
     "llama3",
     "proportional",
+    "xpos",
     "rerope",
+    "jagged_rerope",
     "leaky_rerope",
-    "self_extend",
     "dynamic_leaky",
+    "self_extend",
+    "dual_chunk",
+    "streaming",
 )
 """Every name that ROPE_METHOD takes, beside the aliases. `rope.methods` has one entry for each but the first two."""
 
-ALIASES: dict[str, str] = {"offset": "rope", "pi": "linear", "leaky": "leaky_rerope"}
+ALIASES: dict[str, str] = {"offset": "rope", "pi": "linear", "leaky": "leaky_rerope", "dca": "dual_chunk"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +44,8 @@ class RopeSpec:
         factor: target length ÷ trained length (s), or dynamic_ntk's f.
         window: w, in tokens: keys nearer than this are read at their exact distance.
         leak: k, tokens past the window that count as one position (1/k is Leaky ReRoPE's slope).
-        group: tokens that share a far position (Self-Extend's G).
+        group: tokens that share a far position (Self-Extend's G), or that are near or far together (jagged ReRoPE's B).
+        sinks: the first tokens of a prompt, which every row reads (StreamingLLM's S).
         logn: scale row i's query by max(1, ln(i+1) / ln L).
         train_length: L, in tokens; None takes the model config's.
     """
@@ -48,5 +55,36 @@ class RopeSpec:
     window: int | None = None
     leak: float | None = None
     group: int | None = None
+    sinks: int | None = None
     logn: bool = False
     train_length: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> RopeSpec:
+        """NAME, or NAME:parameter=value:…:logn, as in `rerope:window=2048:logn`. ValueError says what is allowed."""
+        name, *parameters = text.strip().split(":")
+        if name not in METHOD_NAMES and name not in ALIASES:
+            raise ValueError(f"{name!r} is no position method; there are {', '.join(METHOD_NAMES)}")
+        fields: dict[str, Any] = {}
+        for parameter in parameters:
+            key, _, value = parameter.partition("=")
+            if parameter == "logn":
+                fields["logn"] = True
+                continue
+            try:
+                fields[key] = PARAMETERS[key](value)
+            except (KeyError, ValueError):
+                allowed = ", ".join(f"{name}=…" for name in PARAMETERS)
+                raise ValueError(f"{parameter!r} in {text!r}: a method takes {allowed} and logn") from None
+        return replace(cls(method=name), **fields)
+
+
+PARAMETERS: dict[str, type[int] | type[float]] = {
+    "factor": float,
+    "window": int,
+    "leak": float,
+    "group": int,
+    "sinks": int,
+    "train_length": int,
+}
+"""Fields of a `RopeSpec` that take a number."""

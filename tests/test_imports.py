@@ -81,8 +81,10 @@ def test_what_is_below_the_edge_knows_no_http_metrics_or_text(module: str) -> No
 
 @pytest.mark.parametrize("module", [module for module in MODULES if is_within(module, "rope", "cache")])
 def test_positions_and_cache_know_no_transformers(module: str) -> None:
-    for imported, _ in imports(MODULES[module]):
-        assert not is_within(imported, "transformers"), f"{module} imports {imported}"
+    for imported, at_import in imports(MODULES[module]):
+        # rope.show is a command; with --model it reads a config.
+        allowed = module == "rope.show" and not at_import
+        assert allowed or not is_within(imported, "transformers"), f"{module} imports {imported}"
 
 
 @pytest.mark.parametrize("module", ["server.settings", "server.errors", "rope.spec"])

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, mod
 from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from server.api.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, json_type, token_ids, unicode_text
 from server.api.messages import Message
+from server.api.structured import GenerateConstraints
 from server.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 16
@@ -21,8 +22,8 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 
-_TEXT_SCHEMA: dict[str, Any] = {"type": "string"}
 _IDS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {**_IDS_SCHEMA, "minItems": 1}]}
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -33,7 +34,7 @@ def _prompt(value: Any) -> str | list[int]:
     raise InvalidRequest(f"'prompt' must be text or a list of token ids, not {json_type(value)}", param="prompt")
 
 
-Prompt = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema({"anyOf": [_TEXT_SCHEMA, _IDS_SCHEMA]})]
+Prompt = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 """Text, or token ids as they are (no special tokens are added to ids)."""
 
 
@@ -84,13 +85,26 @@ def _bias(key: Any, bias: Any) -> float:
 LogitBias = Annotated[
     dict[int, float],
     PlainValidator(_logit_bias),
-    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
+        }
+    ),
 ]
-Stop = Annotated[list[str], BeforeValidator(_stop)]
+_STOP_STRING: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+Stop = Annotated[
+    list[str],
+    BeforeValidator(_stop),
+    WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}),
+]
 StopTokenIds = Annotated[
     list[int],
     Field(max_length=MAX_STOP_TOKEN_IDS),
     BeforeValidator(lambda value: token_ids(value, "stop_token_ids")),
+    WithJsonSchema({**_IDS_SCHEMA, "maxItems": MAX_STOP_TOKEN_IDS}),
 ]
 
 
@@ -104,6 +118,7 @@ class RopeFields(RequestBody):
     window: int | None = Field(None, ge=1, le=INT32_MAX)
     leak: float | None = Field(None, ge=1, le=65536)
     group: int | None = Field(None, ge=1, le=65536)
+    sinks: int | None = Field(None, ge=0, le=65536)
     logn: bool = False
     train_length: int | None = Field(None, ge=1, le=INT32_MAX)
 
@@ -123,6 +138,7 @@ class RopeFields(RequestBody):
             window=self.window,
             leak=self.leak,
             group=self.group,
+            sinks=self.sinks,
             logn=self.logn,
             train_length=self.train_length,
         )
@@ -148,10 +164,13 @@ class SamplingFields(RequestBody):
     stream: bool = False
     cache_salt: Text = Field("", max_length=256, description="Prefixes are shared within one salt only.")
     priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX, description="Lower runs first.")
+    timeout_s: float | None = Field(
+        None, gt=0, le=INT32_MAX, description="Seconds until it is aborted; REQUEST_TIMEOUT_S holds beside it."
+    )
     rope: RopeFields | None = None
 
 
-class GenerateRequest(SamplingFields):
+class GenerateRequest(SamplingFields, GenerateConstraints):
     """POST /generate."""
 
     prompt: Prompt

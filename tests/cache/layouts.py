@@ -9,12 +9,14 @@ from torch import Tensor
 
 from cache.attention import AttentionMetadata, SequenceRows
 from rope.frequencies import Rotary
-from rope.methods import METHODS, WINDOWED, resolve
+from rope.methods import resolve
 from rope.model_positions import ModelPositions
 from rope.reading import PositionMethod
+from rope.registry import METHODS
 from rope.spec import RopeSpec
 
 TRAINED = 64
+WINDOWED = [name for name, entry in METHODS.items() if entry.windowed]
 METHOD_NAMES = [name for name in METHODS if name != "proportional"]
 
 
@@ -35,6 +37,7 @@ def method(
         method=name,
         window=window if name in WINDOWED else None,
         leak=3.0 if name == "leaky_rerope" else None,
+        sinks=1 if name == "streaming" else None,
         group=group,
         factor=4.0 if "factor" in METHODS[name].takes else None,
         logn=logn,

@@ -58,6 +58,46 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, *, window: int, group: in
     return weighted(torch.where(i[:, None] - j < window, near, far), value)
 
 
+def dual_chunk(query: Tensor, key: Tensor, value: Tensor, *, window: int, length: int) -> Tensor:
+    """Dual chunk attention (An 2024): chunks of s = L − w, three query positions, one key position j mod s."""
+    size, last = length - window, length - 1
+    scores = torch.empty(query.shape[1], len(query), len(key), dtype=query.dtype)
+    turned = rotated(key, torch.arange(len(key)) % size, query.shape[-1], interleaved=False)
+    for i in range(len(query)):
+        for j_chunk in range(i // size + 1):
+            apart = i // size - j_chunk
+            position = (i % size, min(i % size + size, last), last)[min(apart, 2)]
+            row = rotated(query[i : i + 1], torch.tensor([position]), query.shape[-1], interleaved=False)
+            keys = slice(j_chunk * size, (j_chunk + 1) * size)
+            scores[:, i : i + 1, keys] = product(row, turned[keys])
+    return weighted(scores, value)
+
+
+def streaming(query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: int) -> Tensor:
+    """StreamingLLM (Xiao 2023, §3.2): each row has a cache of the first tokens and the last ones, numbered as they lie
+    in that cache."""
+    rows = []
+    for i in range(len(query)):
+        kept = [j for j in range(i + 1) if j < sinks or i - j < window]
+        at = torch.arange(len(kept))
+        row = rotated(query[i : i + 1], at[-1:], query.shape[-1], interleaved=False)
+        rows.append(attend(row, rotated(key[kept], at, query.shape[-1], interleaved=False), value[kept]))
+    return torch.cat(rows)
+
+
+def xpos(query: Tensor, key: Tensor, value: Tensor, *, scale_base: float = 512.0) -> Tensor:
+    """xPos (Sun 2022, eq. 11): Re Σ_m q_m·conj(k_m)·exp(iθ_m d)·ζ_m^(d / 512), all pairs of tokens one by one."""
+    dim = query.shape[-1]
+    m = torch.arange(dim // 2, dtype=torch.float64)
+    theta, zeta = 10000.0 ** (-2 * m / dim), (2 * m + 0.4 * dim) / (1.4 * dim)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    q, k = (torch.complex(x[..., : dim // 2], x[..., dim // 2 :]) for x in (query, key))
+    d = (torch.arange(len(query))[:, None] - torch.arange(len(key))).clamp(min=0).double()[..., None]
+    kernel = torch.polar(zeta ** (d / scale_base), theta * d)
+    scores = torch.einsum("ihm,jhm,ijm->hij", q, k.conj(), kernel).real / math.sqrt(dim)
+    return weighted(scores, value)
+
+
 def product(query: Tensor, key: Tensor) -> Tensor:
     """[Hq, R, n], scaled; query heads share KV heads in runs."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from cache.attention import AttentionOptions, paged_attention
 from cache.cpu import cpu_attention
 from cache.reference import reference_attention
-from rope.methods import WINDOWED
-from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
+from tests.cache.layouts import METHOD_NAMES, WINDOWED, Paged, method, one_group, paged, rotary
 
 TOLERANCE = 1e-5
 
@@ -26,7 +25,7 @@ def difference(step: Paged, options: AttentionOptions, *, kernel: bool) -> float
     if kernel:
         actual = cpu_attention(*arguments)
     else:
-        with patch("cache.cpu.can_decode", return_value=False):
+        with patch("cache.cpu.can_decode", return_value=False), patch("cache.cpu.can_prefill", return_value=False):
             actual = cpu_attention(*arguments)
     assert actual.dtype == step.query.dtype
     return float((actual.float() - expected.float()).abs().max())  # NaN fails every comparison

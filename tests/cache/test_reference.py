@@ -9,6 +9,7 @@ import torch
 
 from cache.attention import AttentionOptions
 from cache.reference import reference_attention
+from rope.scores import method_scores
 from tests.cache import published_attention as naive
 from tests.cache.layouts import METHOD_NAMES, TRAINED, Paged, contiguous, method, one_group, paged, rotary
 
@@ -42,6 +43,43 @@ def test_naive_grouped_definition(group: int, window: int, length: int) -> None:
     query, key, value = (x.double() for x in contiguous(step, 0))
     expected = naive.grouped(query, key, value, window=window, group=group)
     assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 47, 65, 300])
+@pytest.mark.parametrize("window", [1, 16, 33])
+def test_naive_dual_chunk_definition(window: int, length: int) -> None:
+    step = one_sequence("dual_chunk", length, window=window)
+    query, key, value = (x.double() for x in contiguous(step, 0))
+    expected = naive.dual_chunk(query, key, value, window=window, length=TRAINED)
+    assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 18, 300])
+@pytest.mark.parametrize("window", [1, 16, 63])
+def test_naive_streaming_definition(window: int, length: int) -> None:
+    step = one_sequence("streaming", length, window=window)
+    query, key, value = (x.double() for x in contiguous(step, 0))
+    expected = naive.streaming(query, key, value, window=window, sinks=1)
+    assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 65, 300])
+def test_naive_xpos_definition(length: int) -> None:
+    step = one_sequence("xpos", length)
+    query, key, value = (x.double() for x in contiguous(step, 0))
+    assert (reference(step, AttentionOptions(SCALE, "")) - naive.xpos(query, key, value)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("start", [100_000, 1_000_000])
+def test_xpos_far_out(start: int) -> None:
+    """A million tokens on, scores are finite and those of the same distances at the beginning."""
+    xpos = method("xpos", rotary(16, 16))
+    query, key = torch.randn(2, 40, 1, 16, generator=torch.Generator().manual_seed(0))
+    beginning = method_scores(query, key, xpos)
+    key = torch.cat([torch.randn(start, 1, 16), key])
+    far = method_scores(query, key, xpos, start=start)
+    assert far[..., :start].isfinite().all()
+    torch.testing.assert_close(far[..., start:], beginning, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [16, 32])

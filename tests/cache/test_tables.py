@@ -11,7 +11,7 @@ from tests.cache.layouts import method, rotary
 
 
 def near(reading: Reading, start: int, stop: int) -> torch.Tensor:
-    return table(reading.near_angles(torch.arange(start, stop))).cos
+    return table(reading.parts[0].key.angles(torch.arange(start, stop))).cos
 
 
 def test_rows_after_growth_and_after_being_forgotten() -> None:
@@ -20,16 +20,16 @@ def test_rows_after_growth_and_after_being_forgotten() -> None:
     tables = TableCache(max_bytes=1)  # room for the newest alone
     for start, stop in ((0, 10), (4000, 4200), (5, 9)):
         for reading in readings:
-            assert torch.equal(tables.rows(reading, "near", start, stop).cos, near(reading, start, stop))
-            far = table(reading.far_key_angles(torch.arange(start, stop)))
-            assert torch.equal(tables.rows(reading, "far_key", start, stop).sin, far.sin)
+            assert torch.equal(tables.rows(reading.parts[0].key, start, stop).cos, near(reading, start, stop))
+            far = table(reading.parts[1].key.angles(torch.arange(start, stop)))
+            assert torch.equal(tables.rows(reading.parts[1].key, start, stop).sin, far.sin)
             assert len(tables._tables) == 1
 
 
 def test_readings_with_the_same_frequencies_share_a_table() -> None:
     leaky = method("dynamic_leaky", rotary(16, 16), window=16)
     tables = TableCache()
-    first, second = (tables.rows(leaky.reading(n), "near", 0, 8).cos for n in (256, 512))
+    first, second = (tables.rows(leaky.reading(n).parts[0].key, 0, 8).cos for n in (256, 512))
     assert first.data_ptr() == second.data_ptr()
 
 
@@ -37,6 +37,6 @@ def test_groups_of_far_positions_have_tables_of_their_own() -> None:
     extended = method("self_extend", rotary(16, 16), window=16, group=3)
     reading = extended.reading(64)
     tables = TableCache()
-    far = tables.rows(reading, "far_key", 0, 30).cos
+    far = tables.rows(reading.parts[1].key, 0, 30).cos
     assert torch.equal(far, table(torch.arange(30)[:, None] // 3 * reading.theta).cos)
-    assert torch.equal(tables.rows(reading, "near", 0, 30).cos, near(reading, 0, 30))
+    assert torch.equal(tables.rows(reading.parts[0].key, 0, 30).cos, near(reading, 0, 30))

@@ -83,6 +83,7 @@ STATIC: dict[str, Callable[[int, float, float, int], list[float]]] = {
     "ntk": lambda D, b, s, _L: ntk(D, b, s),
     "ntk_fixed": lambda D, b, s, _L: ntk_fixed(D, b, s),
     "ntk_mixed": lambda D, b, s, _L: ntk_mixed(D, b, s),
+    "ntk_by_parts": yarn,
     "yarn": yarn,
     "llama3": llama3,
 }

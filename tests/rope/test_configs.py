@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rope.frequencies import Rotary
 from rope.methods import resolve
 from rope.model_positions import default_max_model_len, resolve_model
-from rope.reading import PositionMethod
+from rope.reading import UNBOUNDED, PositionMethod
 from rope.spec import RopeSpec
 
 MODEL = RopeSpec(method="model")
@@ -66,15 +66,15 @@ def test_static_types(name: str) -> None:
     config = llama(CONFIGS[name])
     method = resolve(MODEL, Rotary.from_config(config))
     assert_same(method, method.train_length, config, CONFIGS[name]["rope_type"])
-    assert not method.length_dependent
+    assert method.run_end(0) == UNBOUNDED
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("longrope")])
 def test_longrope_short_and_long(name: str) -> None:
     config = llama(CONFIGS[name])
     method = resolve(MODEL, Rotary.from_config(config))
-    assert_same(method, method.row_length(1023), config, "longrope", seq_len=1024)
-    assert_same(method, method.row_length(1024), config, "longrope", seq_len=1025)
+    assert_same(method, method.run_end(1023), config, "longrope", seq_len=1024)
+    assert_same(method, method.run_end(1024), config, "longrope", seq_len=1025)
 
 
 @pytest.mark.parametrize("row_length", [8192, 8448, 16384])
@@ -82,7 +82,7 @@ def test_dynamic_at_one_length(row_length: int) -> None:
     config = llama({"rope_type": "dynamic", "factor": 2.0})
     method = resolve(MODEL, Rotary.from_config(config))
     assert method.name == "dynamic_ntk"
-    assert method.row_length(row_length - 1) == row_length
+    assert method.run_end(row_length - 1) == row_length
     assert_same(method, row_length, config, "dynamic", seq_len=row_length)
 
 

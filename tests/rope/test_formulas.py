@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from rope import frequencies
-from rope.methods import METHODS, resolve
-from rope.spec import METHOD_NAMES, RopeSpec
+from rope.methods import resolve
+from rope.reading import UNBOUNDED
+from rope.registry import METHODS
+from rope.spec import RopeSpec
 from tests.rope import published
 from tests.rope.published import trained
 
@@ -30,7 +32,7 @@ def assert_close(actual: torch.Tensor, expected: list[float]) -> None:
 def test_theta_of_a_static_method(name: str, dim: int, base: float, length: int, scale: float) -> None:
     method = resolve(RopeSpec(method=name, factor=scale), trained(dim, base, length))
     assert_close(method.reading(length).theta, published.STATIC[name](dim, base, scale, length))
-    assert not method.length_dependent
+    assert method.run_end(0) == UNBOUNDED
     expected = published.yarn_factor(scale) if name == "yarn" else 1.0
     assert method.reading(length).attention_factor == pytest.approx(expected, rel=1e-12)
 
@@ -41,7 +43,7 @@ def test_theta_of_a_dynamic_method_follows_the_row(name: str, dim: int, base: fl
     method = resolve(RopeSpec(method=name), trained(dim, base, length))
     for i in (0, length - 1, length, length + 255, length + 256, 3 * length + 17, 16 * length):
         n = published.row_length(i, length)
-        reading = method.reading(method.row_length(i))
+        reading = method.reading(method.run_end(i))
         assert_close(reading.theta, published.DYNAMIC[name](dim, base, n, length))
         expected = published.yarn_factor(n / length) if name == "dynamic_yarn" else 1.0
         assert reading.attention_factor == pytest.approx(expected, rel=1e-12)
@@ -57,7 +59,7 @@ def test_longrope_changes_factors_past_the_trained_length_only() -> None:
     method = resolve(RopeSpec(method="longrope"), rotary)
     short, long = rotary.parameters["short_factor"], rotary.parameters["long_factor"]
     for position, extension in ((0, short), (63, short), (64, long), (511, long), (100_000, long)):
-        reading = method.reading(method.row_length(position))
+        reading = method.reading(method.run_end(position))
         assert_close(reading.theta, published.longrope(16, 10000.0, extension))
         assert reading.attention_factor == pytest.approx(math.sqrt(1 + math.log(8) / math.log(64)), rel=1e-12)
 
@@ -70,13 +72,13 @@ def test_proportional_leaves_the_tail_unrotated(dim: int, base: float) -> None:
     assert not theta[rotating:].any()
 
 
-@pytest.mark.parametrize("name", [n for n in METHOD_NAMES if n in METHODS and n not in ("longrope", "proportional")])
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"longrope", "proportional", "dual_chunk"}))
 def test_near_angles_are_position_times_theta(name: str) -> None:
     method = resolve(RopeSpec(method=name), trained(64, 1e4, 1024), 8192)
-    reading = method.reading(method.row_length(5000))
+    reading = method.reading(method.run_end(5000))
     positions = [0, 1, 1023, 5000, FAR_POSITION]
     expected = [[p * t for t in reading.theta.tolist()] for p in positions]
-    np.testing.assert_allclose(reading.near_angles(torch.tensor(positions)).numpy(), expected, rtol=1e-14)
+    np.testing.assert_allclose(reading.parts[0].key.angles(torch.tensor(positions)).numpy(), expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize("window", [1, 100, 256, 512, 1023])
@@ -89,11 +91,11 @@ def test_far_angles_read_at_the_published_distance(name: str, window: int) -> No
     theta = np.array(published.rope(64, 1e4))
     for i in (length, 1500, 4095, 20_000):
         n = published.row_length(i, length)
-        reading = method.reading(method.row_length(i))
-        assert reading.window == window
+        reading = method.reading(method.run_end(i))
+        assert reading.parts[1].d_min == window
         for d in (window, window + 1, (window + i) // 2, i):
-            query = reading.far_query_angles(torch.tensor([i]))[0].numpy()
-            key = reading.far_key_angles(torch.tensor([i - d]))[0].numpy()
+            query = reading.parts[1].query.angles(torch.tensor([i]))[0].numpy()
+            key = reading.parts[1].key.angles(torch.tensor([i - d]))[0].numpy()
             distance = published.far_position(name, d, w=window, L=length, n=n, k=leak)
             np.testing.assert_allclose(query - key, distance * theta, rtol=1e-11, atol=1e-9)
 
@@ -104,16 +106,18 @@ def test_self_extend_reads_far_keys_in_groups(window: int, group: int) -> None:
     reading = resolve(RopeSpec(method="self_extend", window=window, group=group), trained(64, 1e4, 1024)).reading(1024)
     theta = np.array(published.rope(64, 1e4))
     for i in (window, 1023, 1024, 4095, 20_001):
-        query = reading.far_query_angles(torch.tensor([i]))[0].numpy()
+        query = reading.parts[1].query.angles(torch.tensor([i]))[0].numpy()
         np.testing.assert_allclose(query, (i // group + window - window // group) * theta, rtol=1e-12)
         for j in {0, i - window, (i - window) // 2}:
-            np.testing.assert_allclose(reading.far_key_angles(torch.tensor([j]))[0], j // group * theta, rtol=1e-12)
+            np.testing.assert_allclose(
+                reading.parts[1].key.angles(torch.tensor([j]))[0], j // group * theta, rtol=1e-12
+            )
 
 
 def test_rerope_reads_far_keys_with_no_rotation_at_all() -> None:
-    assert resolve(RopeSpec(method="rerope"), trained()).reading(1024).far_keys_raw
+    assert resolve(RopeSpec(method="rerope"), trained()).reading(1024).parts[1].key.still
     for name in ("leaky_rerope", "dynamic_leaky"):
-        assert not resolve(RopeSpec(method=name), trained()).reading(4096).far_keys_raw
+        assert not resolve(RopeSpec(method=name), trained()).reading(4096).parts[1].key.still
 
 
 @pytest.mark.parametrize("length", [512, 8192])

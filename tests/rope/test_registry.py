@@ -8,11 +8,14 @@ from itertools import combinations
 import pytest
 
 from rope.frequencies import Rotary
-from rope.methods import METHODS, WINDOWED, canonical_name, method_table, resolve
+from rope.methods import canonical_name, method_table, resolve
 from rope.model_positions import ModelPositions, resolve_model
 from rope.reading import MethodError, PositionMethod
+from rope.registry import METHODS
 from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from tests.rope.published import longrope_trained, trained
+
+WINDOWED = [name for name, entry in METHODS.items() if entry.windowed and name != "streaming"]
 
 
 def test_every_name_has_an_entry_and_every_entry_a_name() -> None:
@@ -26,7 +29,8 @@ def test_every_name_has_an_entry_and_every_entry_a_name() -> None:
 
 def test_the_names_that_were_asked_for() -> None:
     asked = "rope linear dynamic_linear ntk ntk_fixed ntk_mixed dynamic_ntk yarn dynamic_yarn longrope llama3 rerope"
-    assert {*asked.split(), "leaky_rerope", "dynamic_leaky", "model", "auto"} <= set(METHOD_NAMES)
+    asked += " leaky_rerope jagged_rerope dynamic_leaky self_extend dual_chunk streaming xpos proportional ntk_by_parts"
+    assert {*asked.split(), "model", "auto"} <= set(METHOD_NAMES)
     assert ALIASES["offset"] == "rope"
     for alias, name in ALIASES.items():
         assert canonical_name(alias) == name
@@ -36,7 +40,7 @@ def test_the_names_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize("name", [entry.name for entry in method_table() if entry.name != "proportional"])
 def test_parameters_are_json_and_name_every_given_field(name: str) -> None:
-    given = {"factor": 6.0, "window": 9, "leak": 3.0, "group": 5}
+    given = {"factor": 6.0, "window": 9, "leak": 3.0, "group": 5, "sinks": 2}
     takes = {field: given[field] for field in METHODS[name].takes}
     method = resolve(RopeSpec(method=name, **takes), longrope_trained() if name == "longrope" else trained())
     parameters = json.loads(json.dumps(method.parameters))
@@ -57,10 +61,10 @@ def test_a_window_outside_its_limits(name: str, window: int) -> None:
 
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_wide_window_is_warned_about(name: str) -> None:
-    warning = resolve(RopeSpec(method=name, window=513), trained(length=1024)).warning()
+    warning = resolve(RopeSpec(method=name, window=513), trained(length=1024)).rule.warning
     assert warning is not None
     assert all(part in warning for part in ("ROPE_WINDOW", "513", "1024", "256 to 512"))
-    assert resolve(RopeSpec(method=name, window=512), trained(length=1024)).warning() is None
+    assert resolve(RopeSpec(method=name, window=512), trained(length=1024)).rule.warning is None
     assert resolve(RopeSpec(method=name), trained(length=1024)).parameters["window"] == 256
 
 
@@ -94,6 +98,30 @@ def test_an_unknown_rope_type_is_refused_by_name() -> None:
     rotary = Rotary(64, 64, 1e4, "spiral", 1024, 1024, {})
     with pytest.raises(MethodError, match=r"'spiral'.*default, linear, dynamic, yarn"):
         resolve(RopeSpec(method="model"), rotary)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            RopeSpec(method="streaming", window=1021),
+            r"ROPE_WINDOW\) is 1021.*4 sinks \(ROPE_SINKS\).*between 1 and 1020",
+        ),
+        (RopeSpec(method="streaming", window=0), r"ROPE_WINDOW\) is 0"),
+        (RopeSpec(method="streaming", sinks=1024), r"ROPE_SINKS\) is 1024.*between 0 and 1023"),
+        (RopeSpec(method="jagged_rerope", window=1000, group=25), r"ROPE_GROUP\) is 25.*at most 24"),
+        (RopeSpec(method="jagged_rerope", group=0), r"ROPE_GROUP\) is 0.*at least 1"),
+    ],
+)
+def test_parameters_of_one_method(spec: RopeSpec, message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        resolve(spec, trained(length=1024))
+
+
+def test_streaming_takes_all_of_the_trained_length() -> None:
+    assert method("streaming").parameters == {"window": 1020, "sinks": 4}
+    assert method("streaming", sinks=0).parameters == {"window": 1024, "sinks": 0}
+    assert method("streaming").rule.warning is None
 
 
 def test_auto() -> None:
@@ -137,6 +165,15 @@ DISTINCT: dict[str, PositionMethod] = {
     "leaky 256 9": method("leaky_rerope", window=256, leak=9.0),
     "self_extend 256 4": method("self_extend", window=256, group=4),
     "self_extend 256 5": method("self_extend", window=256, group=5),
+    "xpos": method("xpos"),
+    "ntk_by_parts": method("ntk_by_parts", factor=4.0),
+    "jagged 256 32": method("jagged_rerope", window=256, group=32),
+    "jagged 256 64": method("jagged_rerope", window=256, group=64),
+    "dual_chunk 256": method("dual_chunk", window=256),
+    "dual_chunk 300": method("dual_chunk", window=300),
+    "streaming 256": method("streaming", window=256),
+    "streaming 300": method("streaming", window=300),
+    "streaming 256 8": method("streaming", window=256, sinks=8),
     "dynamic_leaky 256": method("dynamic_leaky", window=256),
     "dynamic_leaky 300": method("dynamic_leaky", window=300),
     "another base": resolve(RopeSpec(method="rope"), trained(base=20000.0)),
@@ -181,6 +218,9 @@ def positions(resolved: PositionMethod) -> ModelPositions:
         (RopeSpec(method="rerope", window=200), 200),
         (RopeSpec(method="leaky_rerope", window=200), 200),
         (RopeSpec(method="self_extend", window=200, group=4), 200),
+        (RopeSpec(method="jagged_rerope", window=200, group=16), 215),
+        (RopeSpec(method="dual_chunk", window=200), 824),
+        (RopeSpec(method="streaming", window=200, sinks=4), 204),
         (RopeSpec(method="dynamic_leaky", window=200), 1024),
         (RopeSpec(method="dynamic_ntk"), 1024),
         (RopeSpec(method="dynamic_linear"), 1024),
@@ -198,8 +238,8 @@ def test_rows_that_are_ropes(spec: RopeSpec, rows: int) -> None:
     assert resolved.block_seed(rows + 1) != plain.block_seed(rows + 1)
 
 
-@pytest.mark.parametrize("name", ["linear", "ntk", "ntk_fixed", "ntk_mixed", "yarn", "llama3"])
+@pytest.mark.parametrize("name", ["linear", "ntk", "ntk_fixed", "ntk_mixed", "ntk_by_parts", "yarn", "llama3", "xpos"])
 def test_static_frequencies_share_nothing_with_rope(name: str) -> None:
-    resolved = resolve_model(RopeSpec(method=name, factor=4.0), {"": trained()}, None)
+    resolved = resolve_model(RopeSpec(method=name, factor=4.0 if name != "xpos" else None), {"": trained()}, None)
     plain = resolve_model(RopeSpec(method="rope"), {"": trained()}, None)
     assert resolved.block_seed(16) != plain.block_seed(16)
