@@ -8,18 +8,12 @@
  * Work items are runs of segments of one row, so that few long rows use every thread; their partial results are merged
  * in a fixed order, so that the result does not depend on the number of threads.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
 #define TILE 64
 #define MAX_GROUP 16
-#define MAX_DIM 256
 #define MAX_WIDE_GROUP 8
 #define MAX_WIDE 8 /* vectors of 16 dims */
-#define INLINE static inline __attribute__((always_inline))
-
-enum { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 typedef struct {
     int64_t num_query_heads, num_kv_heads, head_dim, rotary_dim, block_size, max_blocks;
@@ -37,69 +31,7 @@ typedef struct {
     const int32_t *blocks;                      /* [rows, max_blocks] */
 } Plan;
 
-INLINE float load1(const void *base, int64_t at, int dtype) {
-    if (dtype == FP32) return ((const float *)base)[at];
-    if (dtype == BF16) {
-        uint32_t bits = (uint32_t)((const uint16_t *)base)[at] << 16;
-        float value;
-        memcpy(&value, &bits, 4);
-        return value;
-    }
-#ifdef __FLT16_MAX__
-    return (float)((const _Float16 *)base)[at];
-#else
-    return 0.0f;
-#endif
-}
-
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-
-INLINE v16 larger(v16 a, v16 b) {
-    i32x16 above = a > b;
-    return (v16)((above & (i32x16)a) | (~above & (i32x16)b));
-}
-
-/* exp for x <= 0 to about 2 ulp: 2^n times a polynomial of what is left. */
-INLINE v16 exp_neg16(v16 x) {
-    x = larger(x, (v16){} - 87.0f);
-    i32x16 whole = __builtin_convertvector(x * 1.44269504f - 0.5f, i32x16); /* towards zero: the nearest, for x <= 0 */
-    v16 n = __builtin_convertvector(whole, v16);
-    v16 r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    v16 p = ((((1.98756915e-4f * r + 1.39819995e-3f) * r + 8.33345190e-3f) * r + 4.16657962e-2f) * r + 1.66666655e-1f) * r +
-            5.00000012e-1f;
-    p = p * r * r + r + 1.0f;
-    i32x16 bits = (whole + 127) << 23;
-    return p * (v16)bits;
-}
-
 INLINE float exp_neg(float x) { return exp_neg16((v16){x})[0]; }
-
-/* Split a head into the first and second members of its pairs, then what does not rotate. */
-INLINE void unpair(const void *from, int64_t at, float *to, int dim, int rotary, int interleaved, int dtype) {
-    if (interleaved) {
-        for (int m = 0; m < rotary / 2; m++) {
-            to[m] = load1(from, at + 2 * m, dtype);
-            to[rotary / 2 + m] = load1(from, at + 2 * m + 1, dtype);
-        }
-        for (int d = rotary; d < dim; d++) to[d] = load1(from, at + d, dtype);
-    } else {
-        for (int d = 0; d < dim; d++) to[d] = load1(from, at + d, dtype);
-    }
-}
-
-INLINE void turn(const float *from, float *to, const float *cos_sin, int dim, int rotary) {
-    int half = rotary / 2;
-    const float *c = cos_sin, *s = cos_sin + half;
-    for (int m = 0; m < half; m++) {
-        float a = from[m], b = from[half + m];
-        to[m] = a * c[m] - b * s[m];
-        to[half + m] = b * c[m] + a * s[m];
-    }
-    for (int d = rotary; d < dim; d++) to[d] = from[d];
-}
 
 /* --- any shape: plain loops ----------------------------------------------------------------------------------------- */
 
@@ -111,7 +43,8 @@ static void score_any(const float *query, const void *keys, const int64_t *at, c
         unpair(keys, at[c], raw, dim, rotary, shape->interleaved, shape->dtype);
         const float *read = raw;
         if (table) {
-            turn(raw, key, table + (int64_t)c * rotary, dim, rotary);
+            const float *cos_sin = table + (int64_t)c * rotary;
+            turn(raw, key, cos_sin, cos_sin + rotary / 2, dim, rotary);
             read = key;
         }
         for (int g = 0; g < group; g++) {
@@ -141,18 +74,6 @@ INLINE v16 load16(const void *base, int64_t at, int dtype) {
     return (v16)bits;
 }
 
-/* The sums of 16 vectors, as one vector: a butterfly of shuffles instead of 16 horizontal sums. */
-INLINE v16 sums16(v16 *p) {
-    const i32x16 even1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, one = even1 + 1;
-    const i32x16 even2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, two = even2 + 2;
-    const i32x16 even4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27}, four = even4 + 4;
-    const i32x16 even8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, eight = even8 + 8;
-    for (int i = 0; i < 16; i += 2) p[i] = __builtin_shuffle(p[i], p[i + 1], even1) + __builtin_shuffle(p[i], p[i + 1], one);
-    for (int i = 0; i < 16; i += 4) p[i] = __builtin_shuffle(p[i], p[i + 2], even2) + __builtin_shuffle(p[i], p[i + 2], two);
-    for (int i = 0; i < 16; i += 8) p[i] = __builtin_shuffle(p[i], p[i + 4], even4) + __builtin_shuffle(p[i], p[i + 4], four);
-    return __builtin_shuffle(p[0], p[8], even8) + __builtin_shuffle(p[0], p[8], eight);
-}
-
 INLINE void score_wide(const float *query, const void *keys, const int64_t *at, const float *table, int count,
                        float *scores, const int G, const int NV, const int dtype) {
     for (int begin = 0; begin < count; begin += 16) {
@@ -180,7 +101,7 @@ INLINE void score_wide(const float *query, const void *keys, const int64_t *at, 
             }
         }
 #pragma GCC unroll 8
-        for (int g = 0; g < G; g++) *(v16 *)(scores + g * TILE + begin) = sums16(partial[g]);
+        for (int g = 0; g < G; g++) *(v16 *)(scores + g * TILE + begin) = fold16(partial[g], 0);
     }
 }
 
@@ -251,11 +172,11 @@ static void soften(float *scores, int count, float *out, float *maxima, float *s
     int dim = shape->head_dim, group = shape->num_query_heads / shape->num_kv_heads, wide = (count + 15) / 16;
     for (int g = 0; g < group; g++) {
         float *row = scores + g * TILE, best = maxima[g], sum = 0.0f;
-        v16 *x = (v16 *)row, most = (v16){} - 1e30f, total = {};
+        v16 *x = (v16 *)row, most = (v16){} + LOWEST, total = {};
         for (int c = 0; c < count; c++) row[c] *= shape->scale;
         if (shape->softcap > 0.0f)
             for (int c = 0; c < count; c++) row[c] = shape->softcap * tanhf(row[c] / shape->softcap);
-        for (int c = count; c < 16 * wide; c++) row[c] = -1e30f;
+        for (int c = count; c < 16 * wide; c++) row[c] = LOWEST;
         for (int v = 0; v < wide; v++) most = larger(x[v], most);
         for (int lane = 0; lane < 16; lane++) best = most[lane] > best ? most[lane] : best;
         for (int v = 0; v < wide; v++) {
@@ -284,16 +205,17 @@ static void run(const Shape *shape, const Plan *plan, int64_t item, const float 
     int64_t slots[TILE], at[TILE];
     for (int64_t h = 0; h < heads; h++) {
         unpair(query, h * dim, plain + h * dim, dim, rotary, shape->interleaved, FP32);
-        maxima[h] = -1e30f;
+        maxima[h] = LOWEST;
         sums[h] = 0.0f;
     }
     memset(out, 0, sizeof(float) * heads * dim);
     for (int64_t s = plan->item_begin[item], last = -2; s < plan->item_end[item]; s++) {
         if (plan->turn[s] != last) {
             last = plan->turn[s];
+            const float *cos_sin = plan->turns + last * rotary;
             for (int64_t h = 0; h < heads; h++) {
                 if (last < 0) memcpy(turned + h * dim, plain + h * dim, sizeof(float) * dim);
-                else turn(plain + h * dim, turned + h * dim, plan->turns + last * rotary, dim, rotary);
+                else turn(plain + h * dim, turned + h * dim, cos_sin, cos_sin + rotary / 2, dim, rotary);
             }
         }
         int32_t start = plan->start[s];
@@ -332,7 +254,7 @@ void prerope_decode(const Shape *shape, const Plan *plan, int64_t rows, const fl
     }
     for (int64_t row = 0; row < rows; row++)
         for (int64_t h = 0; h < heads; h++) {
-            float best = sinks ? sinks[h] : -1e30f, sum = 0.0f, *to = out + (row * heads + h) * dim;
+            float best = sinks ? sinks[h] : LOWEST, sum = 0.0f, *to = out + (row * heads + h) * dim;
             int64_t begin = plan->row_items[row], end = plan->row_items[row + 1];
             for (int64_t item = begin; item < end; item++) {
                 float m = scratch[item * stride + maxima + h];
