@@ -184,7 +184,7 @@ def _bars(panel: Any, report: ExtrapolationReport, labels: Sequence[str]) -> Non
     panel.invert_yaxis()
     panel.set_xlabel("token accuracy, %")
     panel.set_title(f"trained on {report.train_length} tokens, read at {report.train_length * EXTENSION:,}", loc="left")
-    panel.legend(frameon=False, loc="lower right")
+    panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.09), ncols=3)
 
 
 def _lines(panel: Any, report: ExtrapolationReport, labels: Sequence[str], text: str) -> None:
