@@ -3,7 +3,9 @@
 #   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
 #   make check   format, lint, types, import direction, docs drift
+#   make docs    the environment table and the page of position methods, from the code
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
+#   make soak    twenty minutes of mixed traffic: does anything leak    (ARGS="--minutes 3")
 #   make docs    the settings in README.md and docker/compose.yaml, written from the code
 #   make lock    the packages of the docker images, resolved anew
 
@@ -27,7 +29,7 @@ endif
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help serve test check bench docs lock clean
+.PHONY: help serve test check bench soak docs lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,7 +49,11 @@ check: $(VENV)/.develop
 bench: $(VENV)/.develop
 	$(BIN)/python -m bench.$(BENCH) $(BENCH_ARGS) $(ARGS)
 
-docs: $(VENV)/.serve
+soak: $(VENV)/.develop
+	$(BIN)/python -m bench.soak $(ARGS)
+
+docs: $(VENV)/.develop
+	$(BIN)/python -m rope.show --docs
 	@$(BIN)/python -m server --markdown | $(BIN)/python -c "import re, pathlib, sys; \
 	path = pathlib.Path('README.md'); text = path.read_text(encoding='utf-8'); \
 	begin, end = '<!-- environment: begin -->', '<!-- environment: end -->'; \

@@ -48,11 +48,30 @@ def _keys(value: SecretStr) -> SecretStr:
     return value
 
 
+def read_key_file(path: Path) -> tuple[str, ...]:
+    """The keys of a file: one a line, blank lines and lines that begin with # left out. OSError or ValueError."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError("no key")
+    return keys
+
+
+def _key_file(value: Path) -> Path:
+    try:
+        read_key_file(value)
+    except OSError as error:  # pydantic reports ValueError only
+        raise ValueError("unreadable") from error
+    return value
+
+
 Device = Annotated[str, BeforeValidator(_lower), AfterValidator(_device)]
 Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method)]
 ApiKeys = Annotated[SecretStr, AfterValidator(_keys)]
+KeyFile = Annotated[Path, AfterValidator(_key_file)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_lower)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
+PrefixSharing = Annotated[Literal["key", "all"], BeforeValidator(_lower)]
 LogFormat = Annotated[Literal["text", "json"], BeforeValidator(_lower)]
 
 MEBIBYTE = 2**20
@@ -98,6 +117,18 @@ class Settings(BaseSettings):
         description="Keys of which a request must carry one (Authorization: Bearer KEY); unset: no key is asked for",
         json_schema_extra={"allowed": "one key, or several separated by commas"},
     )
+    api_key_file: KeyFile | None = Field(
+        default=None,
+        description="More keys, from a file that is read again within a second of a change; while it cannot be read "
+        "or holds none, its last keys go on",
+        json_schema_extra={"allowed": "a readable file with one key a line; lines that begin with # are comments"},
+    )
+    max_seqs_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        description="Sequences (prompts times choices; any other POST is one) that requests with one key may have at "
+        "once, each until its reply has ended, before a 429; unset: any number. Not without keys",
+    )
     cors_allow_origin: str | None = Field(
         default=None,
         description="Origins whose pages may call the API from a browser",
@@ -105,6 +136,13 @@ class Settings(BaseSettings):
     )
     max_body_bytes: ByteSize = Field(
         default=ByteSize(16 * MEBIBYTE), ge=1024, description="Largest request body; a larger one gets a 413"
+    )
+    client_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a client may leave the server waiting, with the next piece of its body or with its "
+        "reply unread, before its connection is cut",
     )
 
     # Positions
@@ -133,7 +171,14 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="leaky_rerope: tokens past the window that count as one position",
     )
-    rope_group: int | None = Field(default=None, ge=1, description="self_extend: tokens that share a far position")
+    rope_group: int | None = Field(
+        default=None,
+        ge=1,
+        description="self_extend: tokens that share a far position; jagged_rerope: tokens that are near or far together",
+    )
+    rope_sinks: int | None = Field(
+        default=None, ge=0, description="streaming: tokens at the beginning of a prompt that every row reads"
+    )
     rope_logn: bool = Field(default=False, description="Scale row i's query by max(1, ln(i+1) ÷ ln(trained length))")
     rope_train_length: int | None = Field(
         default=None, ge=2, description="Trained length in tokens; unset: as the model's config says"
@@ -159,12 +204,22 @@ class Settings(BaseSettings):
     prefix_caching: bool = Field(
         default=True, description="Reuse the blocks of earlier prompts with the same beginning"
     )
-    max_queued_requests: int = Field(default=1024, ge=1, description="Waiting requests before a 429")
+    prefix_sharing: PrefixSharing = Field(
+        default="key",
+        description="Who may reuse whose prefixes. key: requests with the same API key, so that nobody can time or "
+        "count what others sent; all: everybody. Without keys all do; a request's cache_salt separates further",
+    )
+    max_queued_requests: int = Field(
+        default=1024, ge=1, description="Waiting sequences (prompts times choices) before a 429"
+    )
     max_queued_tokens: int = Field(
         default=4_000_000, ge=1, description="Prompt tokens of waiting requests before a 429"
     )
     request_timeout_s: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Seconds after which a request is aborted; unset: never"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a request is aborted, and the longest `timeout_s` of a request; unset: never",
     )
     shutdown_timeout_s: float = Field(
         default=25.0,
@@ -179,9 +234,14 @@ class Settings(BaseSettings):
 
     @property
     def api_keys(self) -> tuple[str, ...]:
-        """The accepted keys; empty asks for none."""
+        """The accepted keys of API_KEY; those of API_KEY_FILE, which may change, are not among them."""
         value = self.api_key.get_secret_value() if self.api_key else ""
         return tuple(key.strip() for key in value.split(",") if key.strip())
+
+    @property
+    def asks_for_key(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self.api_keys) or self.api_key_file is not None
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
@@ -195,6 +255,7 @@ class Settings(BaseSettings):
             window=self.rope_window,
             leak=self.rope_leak,
             group=self.rope_group,
+            sinks=self.rope_sinks,
             logn=self.rope_logn,
             train_length=self.rope_train_length,
         )
