@@ -47,6 +47,7 @@ from bench.fairness_policy import POLICIES, most_steps
 from bench.fairness_report import FairnessReport, print_report, save
 from bench.launch import launched
 from bench.machine import describe_machine
+from bench.serving import until_terminated
 from bench.soak_plan import read_library
 from bench.streams import StreamFailed
 
@@ -146,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     try:
         with Progress(*columns, console=console) as progress:
-            report = asyncio.run(measure(options, progress))
+            report = asyncio.run(until_terminated(measure(options, progress)))
     except (ServerUnusable, StreamFailed, httpx.HTTPError) as error:
         print(f"bench.fairness: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("bench.fairness: interrupted, nothing written", file=sys.stderr)
         return 130
     print_report(report, console)

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from rich.console import Console
@@ -40,6 +40,8 @@ from bench.measure import Point, Run, run_point, undisturbed_run
 from bench.prompts import PromptWriter
 from bench.serving_options import parse_arguments
 from bench.serving_report import Report, one_line, print_table, save
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -144,7 +146,7 @@ class _Alive(AsyncExitStack):
         return self
 
 
-async def until_terminated(work: Coroutine[Any, Any, Report]) -> Report:
+async def until_terminated(work: Coroutine[Any, Any, Result]) -> Result:
     """Await `work`; SIGTERM cancels it, as Ctrl-C does, so that no launched server is left behind."""
     task = asyncio.ensure_future(work)
     with contextlib.suppress(NotImplementedError):  # no signal handlers on this system's event loop

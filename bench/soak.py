@@ -38,6 +38,7 @@ from bench.client import Server, ServerUnusable
 from bench.launch import launched, wait_until_ready
 from bench.machine import describe_machine
 from bench.neighbours import listeners
+from bench.serving import until_terminated
 from bench.soak_bad import bad_tasks
 from bench.soak_client import SoakClient
 from bench.soak_options import parse_arguments
@@ -239,11 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(__doc__, arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
-        report = asyncio.run(run(options, console))
+        report = asyncio.run(until_terminated(run(options, console)))
     except ServerUnusable as error:
         print(f"bench.soak: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("bench.soak: interrupted, nothing written", file=sys.stderr)
         return 130
     print_report(report, console)

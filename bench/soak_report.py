@@ -25,7 +25,10 @@ ORDER = ("short", "shared", "crowd", "slow", "abort", "bad")  # long ones come a
 
 @dataclass(frozen=True, slots=True)
 class SoakReport:
-    """One soak. `warm_up` and `outcomes` are what came before and after its end, `samples` all; traffic ran from `begin` to `end` seconds."""
+    """One soak. `warm_up` and `outcomes` are what came before and after its end, `samples` are all of both.
+
+    Traffic ran from `begin` to `end` seconds.
+    """
 
     about: Mapping[str, Any]
     warm_up: Sequence[Outcome]
