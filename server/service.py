@@ -15,6 +15,7 @@ from fastapi import Request
 from server.checkpoint import checkpoint_name, resolve_checkpoint
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.errors import EngineUnavailable
+from server.grammars import Grammars
 from server.metrics import EngineSnapshot, Metrics
 from server.settings import Settings
 
@@ -38,6 +39,7 @@ class Service:
     model_name: str = field(init=False)
     engine: AsyncEngine = field(init=False)
     metrics: Metrics = field(init=False)
+    grammars: Grammars = field(init=False)
     stage: str = "starting"
     _tokenizer: Tokenizer | None = None
     _started: float = field(default_factory=time.monotonic)
@@ -46,6 +48,7 @@ class Service:
         self.model_name = checkpoint_name(self.settings.model_id)
         self.engine = AsyncEngine(self._load)
         self.metrics = Metrics(self.model_name, self._snapshot)
+        self.grammars = Grammars(lambda: self.tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,11 @@ class Tokenizer:
         return cls(hf, _eos_token_ids(checkpoint, hf))
 
     @property
+    def hf(self) -> Any:
+        """transformers' tokenizer itself, for libraries that read it."""
+        return self._hf
+
+    @property
     def vocab_size(self) -> int:
         return len(self._hf)
 
@@ -78,6 +83,17 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._hf.chat_template)
+
+    def template_text(self, *, with_tools: bool) -> str:
+        """The source of the chat template; some models have one of its own for chats with tools."""
+        if not self.has_chat_template:
+            return ""
+        return str(self._hf.get_chat_template(tools=[{}] if with_tools else None))
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_ids else None
 
     def template_names(self, role: str) -> bool:
         """Whether the chat template names a role; one that names none writes whatever role it is given."""
@@ -187,11 +203,17 @@ class TextStream:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown_special_ids: frozenset[int] = frozenset(),
+        may_stop: Callable[[str], bool] | None = None,
     ) -> None:
+        """shown_special_ids: special tokens that are text all the same. may_stop: whether a stop string may end the
+        text before it, which is the argument."""
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skip = tokenizer.special_ids - shown_special_ids if skip_special_tokens else frozenset[int]()
+        self._may_stop = may_stop
+        self._released = ""  # kept for `may_stop` alone
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._previous: int | None = None
         self._held = ""
@@ -235,15 +257,27 @@ class TextStream:
             return buffer[: end if self._include_stop else start]
         safe = len(buffer) - self._possible_stop(buffer)
         self._held = buffer[safe:]
+        if self._may_stop is not None:
+            self._released += buffer[:safe]
         return buffer[:safe]
 
     def _first_stop(self, buffer: str) -> tuple[int, int] | None:
         """(start, end) of the stop string that ends first."""
+        if self._may_stop is not None:
+            return self._first_allowed_stop(buffer, self._may_stop)
         found = [(start + len(stop), start) for stop in self._stop if (start := buffer.find(stop)) >= 0]
         if not found:
             return None
         end, start = min(found)
         return start, end
+
+    def _first_allowed_stop(self, buffer: str, may_stop: Callable[[str], bool]) -> tuple[int, int] | None:
+        """The same among the stop strings that may end the text before them."""
+        pairs = ((stop, start) for stop in self._stop for start in range(len(buffer)))
+        for end, start in sorted((start + len(stop), start) for stop, start in pairs if buffer.startswith(stop, start)):
+            if may_stop(self._released + buffer[:start]):
+                return start, end
+        return None
 
     def _possible_stop(self, buffer: str) -> int:
         """Length of the longest end of the buffer that begins a stop string."""

@@ -10,7 +10,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from server.errors import InvalidRequest
 
@@ -47,11 +49,12 @@ class RequestBody(BaseModel):
     def _check_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        known = cls._names()
         given: dict[str, Any] = {}
         for name, value in data.items():
             if value is None or name in cls.ignored:
                 continue
-            if name in cls.model_fields:
+            if name in known:
                 given[name] = value
             elif name not in cls.unsupported:
                 raise cls._unknown(name)
@@ -64,15 +67,41 @@ class RequestBody(BaseModel):
         return given
 
     @classmethod
+    def _names(cls) -> list[str]:
+        """The fields, as clients write them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
     def _unknown(cls, name: object) -> InvalidRequest:
-        shown = str(name)[:MAX_SHOWN]
-        near = difflib.get_close_matches(shown, cls.model_fields, n=1)
-        hint = (
-            f"did you mean '{cls.path}{near[0]}'?" if near else f"known fields: {', '.join(sorted(cls.model_fields))}"
-        )
+        shown, known = str(name)[:MAX_SHOWN], cls._names()
+        near = difflib.get_close_matches(shown, known, n=1)
+        hint = f"did you mean '{cls.path}{near[0]}'?" if near else f"known fields: {', '.join(sorted(known))}"
         return InvalidRequest(
             f"unknown field '{cls.path}{shown}'; {hint}", param=cls.path + shown, code="unknown_field"
         )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The document says what `_check_names` does: null is the default, and some names more may ask for nothing."""
+        schema = handler(core_schema)
+        body = handler.resolve_ref_schema(schema)
+        required = body.get("required", [])
+        properties = {
+            name: field if name in required else _nullable(field) for name, field in body.get("properties", {}).items()
+        }
+        properties |= {name: {"description": "Accepted and ignored."} for name in sorted(cls.ignored)}
+        for name, refusal in cls.unsupported.items():
+            properties[name] = {"enum": [None, *refusal.harmless], "description": f"Not supported: {refusal.reason}."}
+        body["properties"] = properties
+        return schema
+
+
+def _nullable(field: JsonSchemaValue) -> JsonSchemaValue:
+    """The schema of a field that may also be null; what is said about the field stays outside."""
+    if {"type": "null"} in field.get("anyOf", []):
+        return field
+    said = {name: field[name] for name in ("title", "description", "default") if name in field}
+    return {"anyOf": [{k: v for k, v in field.items() if k not in said}, {"type": "null"}], **said}
 
 
 def unicode_text(value: Any, param: str) -> str:

@@ -18,6 +18,7 @@ from server.api.reading import in_turn, read_all
 from server.api.ready import ReadyService
 from server.api.schemas import GenerateRequest
 from server.api.sse import event_stream
+from server.api.structured import compiled
 from server.engine.outputs import FinishReason
 from server.service import Service
 
@@ -33,7 +34,8 @@ async def generate(body: GenerateRequest, request: Request, service: ReadyServic
     reply_id = new_id("gen")
     ids = await prompt_ids(service, body.prompt)
     max_tokens = max_tokens_that_fit(service, len(ids), body.max_tokens, DEFAULT_MAX_TOKENS)
-    sampling = sampling_params(service, body, max_tokens, logprobs=body.logprobs)
+    grammar = await compiled(service, body.wanted_grammar())
+    sampling = sampling_params(service, body, max_tokens, logprobs=body.logprobs, grammar=grammar)
     report_progress = body.stream and body.return_progress
     generations = await admit(
         service, reply_id, [(ids, sampling)], body, arrived=arrived, report_progress=report_progress

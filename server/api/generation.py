@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from server.api.transcript import Token, Transcript
 from server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from server.engine.sequence import EngineRequest
+from server.grammars import CompiledGrammar
 from server.metrics import Metrics
 from server.service import Service
 
@@ -71,13 +72,22 @@ class Generation:
         rope: the position method, resolved.
     """
 
-    def __init__(self, service: Service, request: EngineRequest, stop: Sequence[str], arrived: float) -> None:
-        """arrived: `time.perf_counter()` when the HTTP request came."""
+    def __init__(
+        self,
+        service: Service,
+        request: EngineRequest,
+        stop: Sequence[str],
+        arrived: float,
+        shown_special_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """arrived: `time.perf_counter()` when the HTTP request came. shown_special_ids: see `TextStream`."""
         self.prompt_token_ids = request.prompt_token_ids
         self.rope = (request.positions or service.engine.info.positions).describe()
         self.usage = Usage(prompt_tokens=len(request.prompt_token_ids))
         self.timings: Timings | None = None
-        self._transcript = Transcript(service.tokenizer, stop)
+        grammar = request.sampling.grammar
+        may_stop = grammar.prefix().complete if stop and isinstance(grammar, CompiledGrammar) else None
+        self._transcript = Transcript(service.tokenizer, stop, shown_special_ids, may_stop)
         self._stopwatch = _Stopwatch(service.metrics, arrived)
         self._outputs = service.engine.submit(request)
         self._ended = False

@@ -1,25 +1,23 @@
-"""Chat messages as clients write them, brought to the one shape that chat templates take: role and text.
+"""Chat messages as clients write them, brought to the one shape that chat templates take: role, text and tool calls.
 
-Tool calls and pictures are refused by name. To serve tools, add the `tool` role and `tool_calls` here, and hand the
-request's tools to the template in `openai_chat`.
+Pictures are refused by name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from server.api.body import MAX_SHOWN, Refusal, RequestBody, Text, json_type, unicode_text
 from server.errors import InvalidRequest
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def _role(value: Any) -> Any:
-    if value in ("tool", "function"):
-        raise InvalidRequest(f"messages of role '{value}' are not supported: tools are not", param="messages")
     if value not in ROLES:
         shown = f"'{value[:MAX_SHOWN]}'" if isinstance(value, str) else json_type(value)
         raise InvalidRequest(f"a message's 'role' is one of {', '.join(ROLES)}, not {shown}", param="messages")
@@ -45,7 +43,6 @@ def _part(part: Any, param: str) -> str:
     return unicode_text(part.get("text"), f"{param}.text")
 
 
-_TOOLS = Refusal("tools are not", harmless=([], {}))
 _AUDIO = Refusal("this server reads and writes text only")
 
 _CONTENT_SCHEMA: dict[str, Any] = {
@@ -53,10 +50,47 @@ _CONTENT_SCHEMA: dict[str, Any] = {
         {"type": "string"},
         {
             "type": "array",
-            "items": {"type": "object", "properties": {"type": {"const": "text"}, "text": {"type": "string"}}},
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+                "additionalProperties": False,
+            },
         },
     ]
 }
+
+
+class CalledFunction(RequestBody):
+    """A function and its arguments: the text of a JSON object, as the model wrote it."""
+
+    path: ClassVar[str] = "messages.tool_calls.function."
+
+    name: Text = Field(max_length=64)
+    arguments: Text
+
+    def parsed(self) -> dict[str, Any]:
+        """Chat templates write the arguments themselves and want them as an object."""
+        try:
+            arguments = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise InvalidRequest(
+                "'messages.tool_calls.function.arguments' must be the text of a JSON object", param="messages"
+            )
+        return arguments
+
+
+class ToolCall(RequestBody):
+    """A call that the assistant made earlier."""
+
+    path: ClassVar[str] = "messages.tool_calls."
+    ignored: ClassVar[frozenset[str]] = frozenset({"index"})  # of a stream's delta
+
+    id: Text | None = Field(None, max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class Message(RequestBody):
@@ -65,22 +99,51 @@ class Message(RequestBody):
     path: ClassVar[str] = "messages."
     ignored: ClassVar[frozenset[str]] = frozenset({"annotations"})
     unsupported: ClassVar[dict[str, Refusal]] = {
-        "tool_calls": _TOOLS,
-        "tool_call_id": _TOOLS,
-        "function_call": _TOOLS,
+        "function_call": Refusal("use 'tool_calls'"),
         "audio": _AUDIO,
         "refusal": Refusal("put the words of a refusal into 'content'"),
     }
 
-    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_role)]
+    role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Annotated[str, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
     name: Text | None = Field(None, max_length=64)
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = Field(None, max_length=256)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
+
+    @model_validator(mode="after")
+    def _roles_of_tool_fields(self) -> Message:
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise InvalidRequest(f"'messages.{name}' is of messages of role '{role}' only", param="messages")
+        return self
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.content) + sum(len(call.function.arguments) for call in self.tool_calls or ())
 
 
 def as_template_input(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:
-    """What `Tokenizer.apply_chat_template` takes. A template without developers is told as the system."""
-    dumped = [message.model_dump(exclude_none=True) for message in messages]
-    if not knows_developer:
-        for message in dumped:
-            message["role"] = "system" if message["role"] == "developer" else message["role"]
-    return dumped
+    """What `Tokenizer.render_chat` takes. A template without developers is told as the system."""
+    rendered = []
+    for message in messages:
+        dumped = message.model_dump(exclude_none=True, exclude={"tool_calls"})
+        if message.role == "developer" and not knows_developer:
+            dumped["role"] = "system"
+        if message.tool_calls:
+            dumped["tool_calls"] = [
+                {**call.model_dump(exclude_none=True), "function": _called(call.function)}
+                for call in message.tool_calls
+            ]
+        rendered.append(dumped)
+    return rendered
+
+
+def _called(function: CalledFunction) -> dict[str, Any]:
+    return {"name": function.name, "arguments": function.parsed()}

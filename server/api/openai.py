@@ -20,7 +20,9 @@ from server.api.prompts import check_model, prompt_ids
 from server.api.reading import in_turn, read_all
 from server.api.ready import ReadyService
 from server.api.sse import event_stream
+from server.api.structured import compiled
 from server.engine.sampling_params import SamplingParams
+from server.grammars import CompiledGrammar
 from server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -37,7 +39,8 @@ async def completions(body: CompletionRequest, request: Request, service: ReadyS
     check_model(service, body.model)
     head = Head.new("cmpl", "text_completion", service.model_name)
     prompts = await _prompts(service, body)
-    generations = await admit(service, head.id, _choices(service, prompts, body), body, arrived=arrived)
+    grammar = await compiled(service, body.wanted_grammar())
+    generations = await admit(service, head.id, _choices(service, prompts, body, grammar), body, arrived=arrived)
     writer = _Writer(service, body, generations)
     if body.stream:
         return event_stream(_chunks(head, writer))
@@ -57,7 +60,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]
 
 
 def _choices(
-    service: Service, prompts: Sequence[list[int]], body: CompletionRequest
+    service: Service, prompts: Sequence[list[int]], body: CompletionRequest, grammar: CompiledGrammar | None
 ) -> list[tuple[list[int], SamplingParams]]:
     """Prompt and parameters of each choice, in the order of their index."""
     prompt_logprobs = None
@@ -68,7 +71,13 @@ def _choices(
         max_tokens = max_tokens_that_fit(service, len(ids), body.max_tokens, DEFAULT_MAX_TOKENS)
         for index in range(body.n):
             sampling = sampling_params(
-                service, body, max_tokens, index=index, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
+                service,
+                body,
+                max_tokens,
+                index=index,
+                logprobs=body.logprobs,
+                prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
             )
             choices.append((ids, sampling))
     return choices

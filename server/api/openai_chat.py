@@ -1,8 +1,4 @@
-"""POST /v1/chat/completions.
-
-Free text only. Where the rest would go: tools are handed to the chat template here and parsed out of a reply in
-`_Writer`; a response format becomes a grammar among the sampling parameters.
-"""
+"""POST /v1/chat/completions: free text, constrained text (`structured`) and tool calls (`tools`, `tool_calls`)."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.admission import admit, max_tokens_that_fit, sampling_params
-from server.api.generation import Generation, Reply
+from server.api.generation import Generation, Piece, Reply
 from server.api.logprobs import chat_logprobs
 from server.api.openai_replies import Head, usage
 from server.api.openai_schemas import ChatRequest
@@ -22,8 +18,12 @@ from server.api.prompts import chat_ids, check_model
 from server.api.reading import in_turn, read_all
 from server.api.ready import ReadyService
 from server.api.sse import event_stream
+from server.api.structured import compiled
+from server.api.tool_calls import TextReader, ToolCallReader, joined
+from server.api.tools import ToolUse
 from server.api.transcript import Token
-from server.engine.outputs import FinishReason
+from server.errors import InvalidRequest
+from server.grammars import GrammarText
 from server.service import Service
 
 router = APIRouter()
@@ -34,58 +34,106 @@ async def chat_completions(body: ChatRequest, request: Request, service: ReadySe
     """OpenAI's chat completions: the model's chat template writes the prompt."""
     arrived = time.perf_counter()
     check_model(service, body.model)
+    use = ToolUse.of(service.tokenizer, body)
+    grammar = await compiled(service, _wanted_grammar(body, use))
     ids = await chat_ids(
         service,
         body.messages,
+        tools=() if use is None else use.for_template,
         add_generation_prompt=body.add_generation_prompt,
         template_kwargs=body.chat_template_kwargs,
     )
     max_tokens = max_tokens_that_fit(service, len(ids), body.num_asked)
     choices = [
-        (ids, sampling_params(service, body, max_tokens, index=index, logprobs=body.num_logprobs))
+        (ids, sampling_params(service, body, max_tokens, index=index, logprobs=body.num_logprobs, grammar=grammar))
         for index in range(body.n)
     ]
     head = Head.new("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", service.model_name)
-    generations = await admit(service, head.id, choices, body, arrived=arrived)
+    shown = frozenset[int]() if use is None else frozenset(use.marks.values())
+    generations = await admit(service, head.id, choices, body, arrived=arrived, shown_special_ids=shown)
+    writer = _Writer(service, body, use)
     if body.stream:
-        return event_stream(_chunks(service, head, generations, body))
+        return event_stream(_chunks(head, generations, writer))
     replies = await read_all(request, generations)
-    printed = [_choice(service, index, reply, body) for index, reply in enumerate(replies)]
+    printed = [writer.choice(index, reply) for index, reply in enumerate(replies)]
     return JSONResponse({**head.fields, "choices": printed, "usage": usage(generations, body.n)})
 
 
-def _choice(service: Service, index: int, reply: Reply, body: ChatRequest) -> dict[str, Any]:
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": reply.text, "refusal": None},
-        "logprobs": _logprobs(service, reply.tokens, body),
-        "finish_reason": reply.finish_reason,
-    }
+def _wanted_grammar(body: ChatRequest, use: ToolUse | None) -> GrammarText | None:
+    """What constrains the reply: a format of its text, or that it calls a tool."""
+    wanted = body.wanted_grammar()
+    if use is None:
+        return wanted
+    if wanted is not None:
+        raise InvalidRequest(
+            f"'{wanted.param}' constrains the reply's text and 'tools' lets the reply be a call: give one of them, or "
+            "tool_choice 'none'",
+            param=wanted.param,
+        )
+    return use.grammar
 
 
-def _logprobs(service: Service, tokens: Sequence[Token], body: ChatRequest) -> dict[str, Any] | None:
-    return None if body.num_logprobs is None else chat_logprobs(service.tokenizer, tokens, body.num_logprobs)
+class _Writer:
+    """Prints replies and pieces as choices."""
+
+    def __init__(self, service: Service, body: ChatRequest, use: ToolUse | None) -> None:
+        self.body = body
+        self._tokenizer = service.tokenizer
+        self._use = use
+        self._readers: dict[int, TextReader | ToolCallReader] = {}  # choice → the reader of its stream
+
+    def choice(self, index: int, reply: Reply) -> dict[str, Any]:
+        """A whole reply."""
+        reader = self._reader()
+        message = joined([*reader.push(reply.text), *reader.finish()])
+        return {
+            "index": index,
+            "message": {"role": "assistant", "refusal": None, **message},
+            "logprobs": self._logprobs(reply.tokens),
+            "finish_reason": reader.finish_reason(reply.finish_reason),
+        }
+
+    def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
+        """What a piece adds to a choice of a stream; its log-probabilities go with the first delta."""
+        reader = self._readers.setdefault(index, self._reader())
+        deltas = reader.push(piece.text)
+        if piece.finish_reason is not None:
+            deltas += reader.finish()
+        if piece.tokens and not deltas:
+            deltas = [{"content": ""}]
+        logprobs = [self._logprobs(piece.tokens), *(self._logprobs(()) for _ in deltas[1:])]
+        parts = [delta_part(index, delta, scored) for delta, scored in zip(deltas, logprobs, strict=False)]
+        if piece.finish_reason is not None:
+            parts.append(delta_part(index, {}, reason=reader.finish_reason(piece.finish_reason)))
+        return parts
+
+    def _reader(self) -> TextReader | ToolCallReader:
+        use = self._use
+        return TextReader() if use is None else ToolCallReader(use.form, use.names, parallel=use.parallel)
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        num_alternatives = self.body.num_logprobs
+        return None if num_alternatives is None else chat_logprobs(self._tokenizer, tokens, num_alternatives)
+
+
+def delta_part(
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+) -> dict[str, Any]:
+    """A choice of a chunk."""
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
 async def _chunks(
-    service: Service, head: Head, generations: Sequence[Generation], body: ChatRequest
+    head: Head, generations: Sequence[Generation], writer: _Writer
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """For each choice a chunk with the role, its text as it comes, and one with the finish reason; then the usage."""
+    """For each choice a chunk with the role, its deltas as they come, one with the finish reason; then the usage."""
+    body = writer.body
     fields = head.chunk_fields(body.include_usage)
-
-    def chunk(
-        index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: FinishReason | None = None
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**fields, "choices": [choice]}
-
     async with in_turn(generations) as pieces:
         for index in range(len(generations)):
-            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+            yield {**fields, "choices": [delta_part(index, {"role": "assistant", "content": "", "refusal": None})]}
         async for index, piece in pieces:
-            if piece.text or piece.tokens:
-                yield chunk(index, {"content": piece.text}, _logprobs(service, piece.tokens, body))
-            if piece.finish_reason is not None:
-                yield chunk(index, {}, reason=piece.finish_reason)
+            for part in writer.parts(index, piece):
+                yield {**fields, "choices": [part]}
     if body.include_usage:
         yield {**fields, "choices": [], "usage": usage(generations, body.n)}

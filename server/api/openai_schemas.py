@@ -10,9 +10,11 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
-from server.api.body import INT32_MAX, MAX_SHOWN, Refusal, RequestBody, Text, json_type, token_ids, unicode_text
+from server.api.body import INT32_MAX, Refusal, RequestBody, Text, json_type, token_ids, unicode_text
 from server.api.messages import Message
 from server.api.schemas import MAX_LOGPROBS, SamplingFields
+from server.api.structured import OpenAIConstraints
+from server.api.tools import ToolFields
 from server.errors import InvalidRequest
 
 MAX_CHOICES = 128
@@ -30,7 +32,6 @@ IGNORED = frozenset(
         "prompt_cache_retention",
         "prompt_cache_options",
         "prediction",  # a hint that makes the same reply come sooner
-        "parallel_tool_calls",  # says how tools are called, and tools are refused
     }
 )
 
@@ -44,7 +45,7 @@ class StreamOptions(RequestBody):
     include_usage: bool = False
 
 
-class OpenAIFields(SamplingFields):
+class OpenAIFields(SamplingFields, OpenAIConstraints):
     """What both OpenAI endpoints share."""
 
     ignored: ClassVar[frozenset[str]] = IGNORED
@@ -82,13 +83,14 @@ def _prompts(value: Any) -> list[str | list[int]]:
     return [read(prompt, f"prompt[{index}]") for index, prompt in enumerate(value)]
 
 
-_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPTS_SCHEMA: dict[str, Any] = {
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
+        _TEXT,
+        {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_PROMPTS},
         _IDS,
-        {"type": "array", "items": _IDS},
+        {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
     ]
 }
 
@@ -124,48 +126,18 @@ class CompletionRequest(OpenAIFields):
         return self
 
 
-class ResponseFormat(RequestBody):
-    """`{"type": "text"}`. A constrained format would become a grammar of SamplingParams; there is none yet."""
-
-    path: ClassVar[str] = "response_format."
-    unsupported: ClassVar[dict[str, Refusal]] = {"json_schema": Refusal("replies are free text")}
-
-    type: str
-
-    @model_validator(mode="after")
-    def _text_only(self) -> ResponseFormat:
-        if self.type != "text":
-            raise InvalidRequest(
-                f"'response_format.type' is '{self.type[:MAX_SHOWN]}'; only 'text' is supported",
-                param="response_format",
-                code="unsupported_field",
-            )
-        return self
-
-
-_TOOLS = Refusal("describe the tools in a message instead", harmless=([], "none"))
-_GRAMMAR = Refusal("replies are free text; only response_format {'type': 'text'} is")
-
-
-class ChatRequest(OpenAIFields):
+class ChatRequest(OpenAIFields, ToolFields):
     """POST /v1/chat/completions."""
 
     unsupported: ClassVar[dict[str, Refusal]] = {
-        "tools": _TOOLS,
-        "tool_choice": _TOOLS,
-        "functions": _TOOLS,
-        "function_call": _TOOLS,
+        "functions": Refusal("use 'tools'", harmless=([],)),
+        "function_call": Refusal("use 'tool_choice'", harmless=("none",)),
         "modalities": Refusal("this server reads and writes text only", harmless=(["text"],)),
         "audio": Refusal("this server reads and writes text only"),
         "moderation": Refusal("no moderation model runs here"),
         "web_search_options": Refusal("the server reaches no web"),
         "reasoning_effort": Refusal("use 'chat_template_kwargs' for what the model's template offers"),
         "verbosity": Refusal("ask for it in a message"),
-        "guided_json": _GRAMMAR,
-        "guided_regex": _GRAMMAR,
-        "guided_choice": _GRAMMAR,
-        "guided_grammar": _GRAMMAR,
-        "structured_outputs": _GRAMMAR,
     }
 
     messages: list[Message] = Field(min_length=1)
@@ -173,7 +145,6 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
 

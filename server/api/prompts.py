@@ -54,12 +54,14 @@ async def chat_ids(
     service: Service,
     messages: Sequence[Message],
     *,
+    tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = True,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids of a chat, through the model's template."""
-    num_chars = sum(len(message.content) for message in messages)
+    """Token ids of a chat, through the model's template, which is told of `tools`."""
+    num_chars = sum(message.num_chars for message in messages)
     _check_characters(service, num_chars, "messages")
+    _check_tool_messages(service, messages)
     kwargs = dict(template_kwargs or {})
     reserved = sorted(kwargs.keys() & TEMPLATE_ARGUMENTS)
     if reserved:
@@ -68,11 +70,29 @@ async def chat_ids(
             param="chat_template_kwargs",
         )
     rendered = as_template_input(messages, knows_developer=service.tokenizer.template_names("developer"))
-    apply = service.tokenizer.apply_chat_template
-    ids = await _off_loop(num_chars, lambda: apply(rendered, add_generation_prompt=add_generation_prompt, **kwargs))
+    tokenizer = service.tokenizer
+
+    def encode() -> list[int]:
+        told = [dict(tool) for tool in tools]
+        text = tokenizer.render_chat(rendered, tools=told, add_generation_prompt=add_generation_prompt, **kwargs)
+        _check_characters(service, len(text), "messages")  # a template may write more than it was given
+        return tokenizer.encode(text, add_special_tokens=False)  # it writes the special tokens itself
+
+    ids = await _off_loop(INLINE_CHARS + 1 if tools else num_chars, encode)
     if not ids:
         raise InvalidRequest("'messages' come to no token at all through the chat template", param="messages")
     return ids
+
+
+def _check_tool_messages(service: Service, messages: Sequence[Message]) -> None:
+    """A template that knows no tools would leave calls out, and write answers as it likes."""
+    names = service.tokenizer.template_names
+    for what, given in (("tool_calls", "'tool_calls'"), ("tool", "messages of role 'tool'")):
+        used = any(message.tool_calls if what == "tool_calls" else message.role == "tool" for message in messages)
+        if used and not names(what):
+            raise InvalidRequest(
+                f"{given} are not supported: the model's chat template knows no tools", param="messages"
+            )
 
 
 def check_token_ids(service: Service, ids: Sequence[int], param: str) -> None:

@@ -11,7 +11,7 @@ The concatenation of what is released is the same whether it is read piece by pi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from server.engine.outputs import TokenLogprobs
@@ -30,10 +30,17 @@ class Token:
 class Transcript:
     """Turns token ids into released text and tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._text = TextStream(tokenizer, stop)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        shown_special_ids: frozenset[int] = frozenset(),
+        may_stop: Callable[[str], bool] | None = None,
+    ) -> None:
+        """The last two are `TextStream`'s."""
+        self._text = TextStream(tokenizer, stop, shown_special_ids=shown_special_ids, may_stop=may_stop)
         # Without stop strings nothing can be cut, and the text itself tells where tokens start.
-        self._uncut = TextStream(tokenizer) if stop else None
+        self._uncut = TextStream(tokenizer, shown_special_ids=shown_special_ids) if stop else None
         self._num_uncut = 0
         self._num_released = 0
         self._held: deque[Token] = deque()

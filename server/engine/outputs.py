@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from server.errors import RequestError
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended. `stop`: end-of-sequence or a stop id; `length`: max_tokens or the model's length."""
@@ -43,6 +45,7 @@ class TokenOutput:
         num_prompt_tokens, num_cached_tokens, num_processed_tokens: the prompt, how much of it came from the
             prefix cache, and how much is computed so far (cached included).
         finish_reason: set on the last event; `timings` with it.
+        failure: on the last event of a request that failed alone; its caller gets the error.
     """
 
     token_ids: tuple[int, ...]
@@ -53,3 +56,4 @@ class TokenOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
+    failure: RequestError | None = None

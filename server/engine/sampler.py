@@ -1,6 +1,7 @@
 """From logits to tokens: one row a sequence, each with its own parameters and its own random stream.
 
-Order, as in transformers: logit bias, penalties, forbidden ends; then temperature, top-k, top-p, min-p; then the draw.
+Order, as in transformers: logit bias, penalties, forbidden ends, the grammar's mask; then temperature, top-k, top-p,
+min-p; then the draw.
 A draw takes one uniform number from the sequence's own generator and inverts the distribution, so a seeded request
 gives the same tokens whatever else is in the batch. Log-probabilities are of the raw logits, before any of this.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence as Rows
 import torch
 from torch import Tensor
 
+from server.engine.grammar import constrain
 from server.engine.outputs import TokenLogprobs
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence
@@ -27,6 +29,7 @@ def sample(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[i
     """logits [N, V] fp32, one row a sequence; rows may be changed in place. Returns N token ids."""
     for row, sequence in zip(logits, sequences, strict=True):
         adjust(row, sequence, eos_token_ids)
+    constrain(logits, sequences, eos_token_ids)
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     for index, sequence in enumerate(sequences):
         if not sequence.sampling.greedy:
@@ -35,7 +38,7 @@ def sample(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[i
 
 
 def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
-    """Bias, penalties and forbidden ends, in place on one row [V]."""
+    """Bias, penalties and forbidden ends, in place on one row [V]; under a grammar, ends are the grammar's matter."""
     sampling = sequence.sampling
     if sampling.logit_bias:
         ids, bias = zip(*sampling.logit_bias.items(), strict=True)
@@ -49,7 +52,7 @@ def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> No
         output = list(sequence.output_counts)
         counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
         row[output] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-    if sequence.num_output_tokens < sampling.min_tokens:
+    if sequence.matcher is None and sequence.num_output_tokens < sampling.min_tokens:
         ends = sampling.stop_token_ids | eos_token_ids
         row[[end for end in ends if end < row.shape[0]]] = float("-inf")
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from server.engine.grammar import Grammar
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -25,6 +27,7 @@ class SamplingParams:
         logprobs: None, or how many alternatives to return beside each sampled token (0 is the token alone).
         prompt_logprobs: the same for every prompt token but the first, from token `prompt_logprobs_start` on; rows
             that are scored are computed, not taken from the prefix cache.
+        grammar: what the output has to match; see `server.engine.grammar` for how it meets the rest.
     """
 
     max_tokens: int
@@ -43,6 +46,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     prompt_logprobs_start: int = 0
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence as TokenIds
@@ -11,8 +12,10 @@ import torch
 
 from cache.prefix import PrefixHasher
 from rope.model_positions import ModelPositions
+from server.engine.grammar import Matcher
 from server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from server.engine.sampling_params import SamplingParams
+from server.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class EngineRequest:
         cache_salt: prefixes are shared only among requests with the same salt.
         priority: lower runs first.
         report_progress: also yield an output, without tokens, after each prefill chunk.
+        deadline: when it is aborted, in seconds of `time.monotonic()`.
     """
 
     request_id: str
@@ -33,6 +37,7 @@ class EngineRequest:
     cache_salt: str = ""
     priority: int = 0
     report_progress: bool = False
+    deadline: float = math.inf
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +49,8 @@ class Sequence:
         num_computed_tokens: how many of them have K and V in the cache; 0 again after a preemption.
         block_table: blocks of the cache, in order.
         output_counts: how often each token was generated, for penalties.
+        matcher: how far the output has come in its grammar, where it has one.
+        deadline: the request's, or the deployment's where that comes first.
     """
 
     request: EngineRequest
@@ -52,6 +59,8 @@ class Sequence:
     generator: torch.Generator | None
     token_ids: list[int]
     num_prompt_tokens: int
+    matcher: Matcher | None = None
+    deadline: float = math.inf
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -123,6 +132,7 @@ class Sequence:
         *,
         logprobs: tuple[TokenLogprobs, ...] | None = None,
         finish_reason: FinishReason | None = None,
+        failure: RequestError | None = None,
     ) -> TokenOutput:
         """An event for this request's caller; prompt log-probabilities go with the first one that has them whole."""
         prompt_logprobs = None
@@ -138,6 +148,7 @@ class Sequence:
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             timings=self._timings() if finish_reason else None,
+            failure=failure,
         )
 
     def _timings(self) -> Timings:

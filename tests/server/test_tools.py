@@ -1,0 +1,444 @@
+"""Tool calls: the reader on texts as models write them, and the server through the official client.
+
+The embedded model's template takes no tools, so the servers here have templates of their own, in the shape of published
+ones. Their model is random: what it must call is held by the grammar, and what it may call is tested on the reader.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai import OpenAI
+
+from server.api.generation import Piece
+from server.api.openai_chat import _Writer
+from server.api.openai_schemas import ChatRequest
+from server.api.tool_calls import ToolCallReader, joined
+from server.api.tools import HERMES, LLAMA, MISTRAL, SMOLLM2, ToolFormat, ToolUse, format_of
+from server.checkpoint import Checkpoint
+from server.engine.outputs import FinishReason
+from server.tokenizer import Tokenizer
+
+MODEL = "tiny-tools"
+MESSAGES: list[Any] = [{"role": "user", "content": "How warm is it in Paris?"}]
+
+HERMES_TEMPLATE = """{%- if tools %}<|im_start|>system
+Functions: {{ tools | tojson }}. Write calls as
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+MISTRAL_TEMPLATE = """{%- if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{%- for m in messages %}{{ m.role }}: {{ m.content }}
+{% for c in m.tool_calls or [] %}[TOOL_CALLS][{{ c.function | tojson }}]{% endfor %}{% endfor %}"""
+UNREAD_TEMPLATE = "{{ tools }}<tool_call><function=x>{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def function(name: str, schema: dict[str, Any] | None) -> Any:
+    return {"type": "function", "function": {"name": name, "description": f"Does {name}.", "parameters": schema}}
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 8},
+        "unit": {"$ref": "#/$defs/unit"},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+    "$defs": {"unit": {"enum": ["°C", "°F"]}},
+}
+TIME = {"type": "object", "properties": {"zone": {"enum": ["utc", "cet"]}}, "additionalProperties": False}
+TOOLS = [function("get_weather", WEATHER), function("get-time", TIME), function("now", None)]
+SCHEMAS: dict[str, Any] = {"get_weather": WEATHER, "get-time": TIME, "now": {"maxProperties": 0}}
+
+# --- the reader ---
+
+NAMES = ["get_weather", "now"]
+ARGUMENTS = '{"city": "a } \\" ] b", "deep": [{"x": [1]}]}'
+OTHER = '{"city": "Rom 🙂"}'
+
+
+def call_text(arguments: str = ARGUMENTS, name: str = "get_weather", key: str = "arguments") -> str:
+    return f'{{"name": "{name}", "{key}": {arguments}}}'
+
+
+Expected = tuple[str | None, list[tuple[str, str]]]
+TEXTS: list[tuple[ToolFormat, str, Expected]] = [
+    (HERMES, "Just text.", ("Just text.", [])),
+    (HERMES, " text \n", (" text \n", [])),
+    (HERMES, f"<tool_call>\n{call_text()}\n</tool_call>", (None, [("get_weather", ARGUMENTS)])),
+    (
+        HERMES,
+        f"Let me see. \n\n<tool_call>{call_text()}</tool_call>\n<tool_call>\n{call_text(OTHER)}\n</tool_call>\n",
+        ("Let me see.", [("get_weather", ARGUMENTS), ("get_weather", OTHER)]),
+    ),
+    (HERMES, f"<tool_call>\n{call_text()}\n</tool_call> Done.", (" Done.", [("get_weather", ARGUMENTS)])),
+    (HERMES, "a <tool_ca b", ("a <tool_ca b", [])),
+    (HERMES, "a <tool_ca", ("a <tool_ca", [])),
+    (HERMES, f"x <tool_call>\n{call_text(name='other')}\n</tool_call>", None),
+    (HERMES, "x <tool_call>\n{'name': 'now'}\n</tool_call> y", None),
+    (HERMES, "x <tool_call>now</tool_call> y", None),
+    (HERMES, '<tool_call>{"name": "now", "argu', None),
+    (HERMES, '<tool_call>\n{"arguments": {"a": 1}, "name": "now"}\n</tool_call>', (None, [("now", '{"a": 1}')])),
+    (
+        HERMES,
+        '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        (None, [("now", '{"a": 1}')]),
+    ),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "cut', (None, [("now", '{"a": "cut')])),
+    (
+        HERMES,
+        '<tool_call>{"name": "now", "arguments": {}, "id": "x}"}</tool_call>',
+        (None, [("now", "{}")]),
+    ),
+    (
+        SMOLLM2,
+        f"<tool_call>[{call_text()}, {call_text(OTHER)}]</tool_call>",
+        (None, [("get_weather", ARGUMENTS), ("get_weather", OTHER)]),
+    ),
+    (
+        MISTRAL,
+        f"[TOOL_CALLS] [{call_text()}, {call_text(OTHER)}]",
+        (None, [("get_weather", ARGUMENTS), ("get_weather", OTHER)]),
+    ),
+    (MISTRAL, "[TOOL] [1]", ("[TOOL] [1]", [])),
+    (LLAMA, call_text(key="parameters"), (None, [("get_weather", ARGUMENTS)])),
+    (
+        LLAMA,
+        "\n" + call_text(key="parameters") + "; " + call_text(OTHER),
+        (None, [("get_weather", ARGUMENTS), ("get_weather", OTHER)]),
+    ),
+    (LLAMA, '{"type": "function", "name": "now", "parameters": {}}', (None, [("now", "{}")])),
+    (LLAMA, '{"type": "function", "function": {"name": "now", "parameters": {}}}', (None, [("now", "{}")])),
+    (LLAMA, '{"answer": {"name": "now"}} and more', None),
+    (LLAMA, '{"name": "Bob", "parameters": {}} is text', None),
+    (LLAMA, "{} is text", None),
+    (LLAMA, "It is warm. " + call_text(), None),
+    (LLAMA, "", ("", [])),
+]
+
+
+def read(form: ToolFormat, pieces: list[str], **options: Any) -> Expected:
+    reader = ToolCallReader(form, NAMES, **options)
+    deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
+    message = joined(deltas)
+    calls = message.get("tool_calls", [])
+    assert reader.num_calls == len(calls)
+    assert len({call["id"] for call in calls}) == len(calls)
+    return message["content"], [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
+@pytest.mark.parametrize(("form", "text", "expected"), TEXTS, ids=lambda value: str(value)[:50])
+def test_calls_in_texts(form: ToolFormat, text: str, expected: Expected | None) -> None:
+    """Whole, and one character at a time. None: it is text, all of it."""
+    for pieces in ([text], list(text)):
+        assert read(form, pieces) == (expected or (text, []))
+
+
+@given(st.sampled_from(TEXTS), st.data())
+def test_how_a_text_is_cut_changes_nothing(case: Any, data: st.DataObject) -> None:
+    form, text, _ = case
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert read(form, pieces) == read(form, [text])
+
+
+@given(
+    st.sampled_from([HERMES, SMOLLM2, MISTRAL, LLAMA]), st.text(alphabet='<tool_call>/[]{}":, \nnamegumts', max_size=60)
+)
+def test_any_text_is_read(form: ToolFormat, text: str) -> None:
+    """Nothing that a model writes is an error, and text without calls is left as it is."""
+    content, calls = read(form, list(text))
+    if not calls:
+        assert content == text
+
+
+def test_arguments_stream_as_they_are_written() -> None:
+    reader = ToolCallReader(HERMES, NAMES)
+    assert reader.push('<tool_call>\n{"name": "now", "arg') == []
+    assert reader.push('uments": ') == []
+    start, first = (delta["tool_calls"][0] for delta in reader.push('{"a": '))
+    assert start["function"] == {"name": "now", "arguments": ""}
+    assert first == {"index": 0, "function": {"arguments": '{"a": '}}
+    assert reader.push("[1, 2")[0]["tool_calls"] == [{"index": 0, "function": {"arguments": "[1, 2"}}]
+
+
+def test_one_call_where_calls_may_not_be_parallel() -> None:
+    text = f"<tool_call>\n{call_text()}\n</tool_call>\n<tool_call>\n{call_text(OTHER)}\n</tool_call>"
+    assert read(HERMES, [text], parallel=False) == (None, [("get_weather", ARGUMENTS)])
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [
+        (HERMES_TEMPLATE, HERMES),
+        (MISTRAL_TEMPLATE, MISTRAL),
+        (UNREAD_TEMPLATE, None),
+        ('{{- \'<tool_call>\\n{"name": "\' }}{{ tool_call.name }}', HERMES),
+        ('<tool_call>[\n{"name": "func_name1", "arguments": {}}]</tool_call>', SMOLLM2),
+        ('Respond in the format {"name": function name, "parameters": dictionary}.', LLAMA),
+        ("[TOOL_CALLS]name[ARGS]{}", None),
+        ("{% for tool in tools %}{{ tool }}{% endfor %}", None),
+    ],
+)
+def test_the_format_is_the_templates(template: str, form: ToolFormat | None) -> None:
+    assert format_of(template) == form
+
+
+# --- the server ---
+
+
+def with_template(source: Path, folder: Path, template: str, **renamed: str) -> Path:
+    """A copy of a checkpoint with another chat template, and tokens of its tokenizer renamed."""
+    shutil.copytree(source, folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        text = path.read_text(encoding="utf-8")
+        for old, new in renamed.items():
+            text = text.replace(f"<{old}>", new)
+        path.write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_template(tiny_checkpoint, tmp_path_factory.mktemp("tools") / MODEL, HERMES_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def url(serve_module: Any, checkpoint: Path) -> str:
+    return str(serve_module(model_id=str(checkpoint), rope_method="rope", max_model_len=2048))
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def checked(message: Any) -> list[str]:
+    """Names of the calls; their arguments must be valid."""
+    for call in message.tool_calls or []:
+        assert call.type == "function"
+        arguments = json.loads(call.function.arguments)
+        jsonschema.Draft202012Validator(SCHEMAS[call.function.name]).validate(arguments)
+    return [call.function.name for call in message.tool_calls or []]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_a_required_call_always_parses(client: OpenAI, temperature: float) -> None:
+    reply = client.chat.completions.create(
+        model=MODEL,
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice="required",
+        temperature=temperature,
+        seed=3,
+        n=4,
+        max_tokens=200,
+        parallel_tool_calls=False,
+    )
+    for choice in reply.choices:
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        assert len(checked(choice.message)) == 1
+
+
+def test_several_calls_may_be_required(client: OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, tools=TOOLS[2:], tool_choice="required", seed=1, n=4, max_tokens=600
+    )
+    counts = [len(checked(choice.message)) for choice in reply.choices]
+    assert all(choice.finish_reason == "tool_calls" for choice in reply.choices)
+    assert max(counts) > 1
+
+
+@pytest.mark.parametrize("name", ["get_weather", "get-time", "now"])
+def test_a_named_function_is_called(client: OpenAI, name: str) -> None:
+    choice: Any = {"type": "function", "function": {"name": name}}
+    options: dict[str, Any] = {
+        "model": MODEL,
+        "messages": MESSAGES,
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "seed": 2,
+        "max_tokens": 200,
+        "stop": ["}", '"'],
+    }
+    whole = client.chat.completions.create(**options).choices[0]
+    assert checked(whole.message) == [name]
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or []]
+    assert [part.function.name for part in parts if part.id] == [name]
+    assert parts[0].type == "function"
+    streamed = "".join(part.function.arguments or "" for part in parts)
+    assert whole.message.tool_calls is not None
+    assert streamed == whole.message.tool_calls[0].function.arguments
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
+    assert chunks[-1].finish_reason == whole.finish_reason == "tool_calls"
+
+
+def test_auto_leaves_text_free(client: OpenAI) -> None:
+    """A model that calls nothing answers, with the tools in its prompt; with `none` they are not even there."""
+    options: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
+    plain, none, auto = (
+        client.chat.completions.create(**options, **more)
+        for more in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": TOOLS})
+    )
+    assert none.choices[0].message == plain.choices[0].message
+    assert auto.usage is not None
+    assert plain.usage is not None
+    assert auto.usage.prompt_tokens > plain.usage.prompt_tokens + 100
+    streamed = client.chat.completions.create(**options, tools=TOOLS, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert text == auto.choices[0].message.content
+
+
+def test_pieces_of_a_stream(checkpoint: Path) -> None:
+    """What an auto reply that calls a function sends, chunk by chunk."""
+    tokenizer = Tokenizer.load(Checkpoint(str(checkpoint), MODEL))
+    body = ChatRequest.model_validate({"messages": MESSAGES, "tools": TOOLS, "stream": True})
+    service: Any = SimpleNamespace(tokenizer=tokenizer)
+    writer = _Writer(service, body, ToolUse.of(tokenizer, body))
+    texts = ["Well. ", "<tool_", 'call>\n{"name": "now",', ' "arguments": {', "}}\n</tool", "_call>"]
+    parts = [part for text in texts for part in writer.parts(0, Piece(text))]
+    parts += writer.parts(0, Piece("", finish_reason=FinishReason.STOP))
+    calls = [part["delta"]["tool_calls"][0] for part in parts if "tool_calls" in part["delta"]]
+    assert [part["delta"].get("content") for part in parts if "content" in part["delta"]] == ["Well."]
+    assert calls[0]["function"] == {"name": "now", "arguments": ""}
+    assert [call["function"]["arguments"] for call in calls[1:]] == ["{", "}"]
+    assert parts[-1]["finish_reason"] == "tool_calls"
+    assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
+
+
+def test_a_conversation_with_calls(client: OpenAI, url: str) -> None:
+    """The reply goes back as it came, with the function's answer; the template writes both."""
+    reply = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=200
+    )
+    message = reply.choices[0].message
+    assert message.tool_calls is not None
+    call: Any = message.tool_calls[0]
+    answer = {"role": "tool", "tool_call_id": call.id, "content": "21 °C"}
+    history: list[Any] = [*MESSAGES, message, answer]
+    assert client.chat.completions.create(model=MODEL, messages=history, tools=TOOLS, max_tokens=4).choices
+    sent = [*MESSAGES, message.model_dump(exclude_none=True), answer]
+    ids = httpx.post(f"{url}/tokenize", json={"messages": sent}).json()["tokens"]
+    text = httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+    arguments = json.dumps(json.loads(call.function.arguments), ensure_ascii=False)
+    written = f'<tool_call>\n{{"name": "{call.function.name}", "arguments": {arguments}}}\n</tool_call><|im_end|>'
+    assert text.endswith(f"{written}\n<|im_start|>user\n21 °C<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Mistral's mark is one token, which text leaves out: the grammar asks for it by id, and the reader sees it."""
+    folder = with_template(tiny_checkpoint, tmp_path / MODEL, MISTRAL_TEMPLATE, repo_name="[TOOL_CALLS]")
+    tokenizer = Tokenizer.load(Checkpoint(str(folder), MODEL))
+    mark = tokenizer.special_id("[TOOL_CALLS]")
+    assert mark is not None
+    url = serve(model_id=str(folder), rope_method="rope", max_model_len=2048)
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        reply = client.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            tools=TOOLS,
+            tool_choice="required",
+            seed=1,
+            max_tokens=400,
+            logprobs=True,
+            parallel_tool_calls=False,
+        )
+    choice = reply.choices[0]
+    assert len(checked(choice.message)) == 1
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    assert len(choice.message.tool_calls[0].id) == 9
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert choice.logprobs.content[0].token == "[TOOL_CALLS]"
+
+
+# --- refusals ---
+
+BAD: list[tuple[dict[str, Any], str, list[str]]] = [
+    ({"tools": [{"type": "function"}]}, "tools.0.function", ["function"]),
+    ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools.0.type", ["function"]),
+    ({"tools": [function("a b", None)]}, "tools.0.function.name", ["name"]),
+    ({"tools": [function("f", {"type": "string"})]}, "tools.0.function.parameters", ["object"]),
+    ({"tools": [function("f", None), function("f", None)]}, "tools", ["two functions", "'f'"]),
+    ({"tools": [function(f"f{i}", None) for i in range(129)]}, "tools", ["128"]),
+    ({"tool_choice": "required"}, "tool_choice", ["needs 'tools'"]),
+    ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice", ["'required'"]),
+    (
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
+        "tool_choice",
+        ["'other'", "'tools' does not hold"],
+    ),
+    ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", ["tools", "give one"]),
+    (
+        {"tools": [function("f", {"properties": {"x": {"type": "wizard"}}})], "tool_choice": "required"},
+        "tools",
+        ["wizard"],
+    ),
+    ({"functions": [{"name": "f"}]}, "functions", ["use 'tools'"]),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+            ]
+        },
+        "messages",
+        ["tool_calls", "assistant"],
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]}]},
+        "messages",
+        ["arguments", "JSON object"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "words"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_tools(url: str, body: dict[str, Any], param: str, words: list[str]) -> None:
+    response = httpx.post(f"{url}/v1/chat/completions", json={"messages": MESSAGES, **body})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    for word in words:
+        assert word in error["message"], error["message"]
+
+
+def test_templates_without_tools(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The embedded model's, and one whose calls are written in a way that is not read here."""
+    calls = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
+    history = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": calls}]
+    folder = with_template(tiny_checkpoint, tmp_path / MODEL, UNREAD_TEMPLATE)
+    for path, reason in ((tiny_checkpoint, "chat template takes none"), (folder, "format that is not read")):
+        url = serve(model_id=str(path), max_model_len=256)
+        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError, match=reason) as refused:
+                client.chat.completions.create(model=path.name, messages=MESSAGES, tools=TOOLS)
+            assert refused.value.param == "tools"
+            with pytest.raises(openai.BadRequestError, match="knows no tools"):
+                client.chat.completions.create(model=path.name, messages=history, max_tokens=4)  # type: ignore[arg-type]
+            ignored: dict[str, Any] = {"tools": TOOLS, "tool_choice": "none", "max_tokens": 2}
+            assert client.chat.completions.create(model=path.name, messages=MESSAGES, **ignored).choices
