@@ -12,7 +12,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.api import generate, health, openai, tokenize
 from server.api.error_replies import install_error_handlers
-from server.api.middleware import BodyLimit, KeyCheck, RequestContext
+from server.api.keys import KeyRing
+from server.api.lease import Allowance, HoldLease
+from server.api.middleware import BodyLimit, ClientTimeout, KeyCheck, RequestContext
 from server.service import Service
 from server.settings import Settings
 
@@ -30,7 +32,9 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     # The last added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(KeyCheck, keys=settings.api_keys)
+    app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)
+    app.add_middleware(HoldLease, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
+    app.add_middleware(KeyCheck, keys=KeyRing(settings.api_keys, settings.api_key_file))
     app.add_middleware(RequestContext, metrics=service.metrics)
     if settings.cors_origins:
         app.add_middleware(

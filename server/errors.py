@@ -2,14 +2,18 @@
 
     PreRopeError
     ├── ConfigurationError      a setting or a model that cannot be served: the start stops
+    ├── OutOfMemory             the engine's, while loading or in a step: the process ends
     └── RequestError            one request is refused or fails; the server goes on
         ├── InvalidRequest      400
         ├── Unauthorized        401
         ├── ModelNotFound       404
+        ├── BodyTimeout         408: the rest of the body did not come
         ├── BodyTooLarge        413
         ├── QueueFull           429, with Retry-After
+        │   └── KeyBusy         429: one key has as many sequences as it may
         ├── ClientGone          499: nobody is left to read the reply
         ├── EngineUnavailable   503: loading, draining or dead
+        ├── DeadlineExceeded    504: the request's time was over before its first token
         └── EngineFailure       500: the step that served this request failed
 
 A message names the thing, the limit, the value given and the remedy, and never a path or a prompt.
@@ -26,6 +30,10 @@ class PreRopeError(Exception):
 
 class ConfigurationError(PreRopeError):
     """The deployment cannot work as configured; the message says which setting or model, and what is allowed."""
+
+
+class OutOfMemory(PreRopeError):
+    """The engine could not allocate what it needed; the message says which settings need less."""
 
 
 class RequestError(PreRopeError):
@@ -62,6 +70,13 @@ class ModelNotFound(RequestError):
     type = "not_found_error"
 
 
+class BodyTimeout(RequestError):
+    """The client began a body and sent no more of it."""
+
+    status = 408
+    type = "timeout_error"
+
+
 class BodyTooLarge(RequestError):
     """The request body exceeds the limit in bytes."""
 
@@ -80,8 +95,15 @@ class QueueFull(RequestError):
         self.retry_after_s = retry_after_s
 
 
+class KeyBusy(QueueFull):
+    """One API key has as many sequences at once as it may."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, code="key_busy")
+
+
 class ClientGone(RequestError):
-    """The client closed the connection before its reply was complete."""
+    """The client closed the connection before its reply was complete, or stopped reading it."""
 
     status = 499
     type = "client_closed_request"
@@ -92,6 +114,13 @@ class EngineUnavailable(RequestError):
 
     status = 503
     type = "service_unavailable_error"
+
+
+class DeadlineExceeded(RequestError):
+    """`timeout_s` or REQUEST_TIMEOUT_S was over before the first token. (Later, a reply ends with `abort`.)"""
+
+    status = 504
+    type = "timeout_error"
 
 
 class EngineFailure(RequestError):

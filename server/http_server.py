@@ -11,7 +11,9 @@ from types import FrameType
 import structlog
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from server.api.middleware import ABORT
 from server.errors import ConfigurationError
 from server.log import LEVELS
 from server.service import Service
@@ -21,6 +23,14 @@ log = structlog.get_logger(__name__)
 CLOSE_GRACE_S = 5
 """Seconds that connections get to close once the engine is done: all replies are complete or aborted by then."""
 EXAMPLE_BODY = """{"prompt": "The capital of France is", "max_tokens": 16}"""
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which also lets the app drop it: a client that does not read cannot be waited for."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, ABORT: transport.abort}
 
 
 class DrainingServer(uvicorn.Server):
@@ -33,6 +43,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 log_config=None,
                 log_level=max(LEVELS["warning"], LEVELS[service.settings.log_level]),
                 access_log=False,
@@ -49,6 +60,7 @@ class DrainingServer(uvicorn.Server):
     async def run_until_done(self, listener: socket.socket) -> None:
         """Serve until a signal has been obeyed or the engine has failed."""
         self._loop = asyncio.get_running_loop()
+        _give_up_on_silence(listener, self._service.settings.client_timeout_s)
         watcher = asyncio.create_task(self._watch())
         await self.serve(sockets=[listener])
         watcher.cancel()
@@ -102,9 +114,15 @@ class DrainingServer(uvicorn.Server):
             seconds=round(service.seconds_up, 1),
         )
         if service.settings.log_format == "text":
-            key = " -H 'Authorization: Bearer KEY'" if service.settings.api_keys else ""
+            key = " -H 'Authorization: Bearer KEY'" if service.settings.asks_for_key else ""
             print(
                 f"\n  {service.model_name} is served at {self._url} (a page to try it, and /docs). From a shell:\n\n"
                 f"  curl {self._url}/generate{key} -H 'Content-Type: application/json' -d '{EXAMPLE_BODY}'\n",
                 flush=True,
             )
+
+
+def _give_up_on_silence(listener: socket.socket, seconds: float) -> None:
+    """Let the kernel drop connections (they inherit this) whose client leaves a reply unread that is complete here."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(seconds * 1000)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 
 import structlog
 
@@ -15,6 +16,9 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 NOISY = {"httpx": logging.WARNING, "httpcore": logging.WARNING, "sse_starlette": logging.INFO, "asyncio": logging.INFO}
 """Libraries whose debug lines show bodies, or only their own workings."""
+
+
+TRACED_FRAMES = 8
 
 
 def configure_logging(level: str, log_format: str) -> None:
@@ -48,10 +52,20 @@ def configure_logging(level: str, log_format: str) -> None:
         logging.getLogger(name).setLevel(max(least, LEVELS[level]))
 
 
+def trace(error: BaseException) -> list[str]:
+    """Where an error arose, innermost last, without its words: a tokenizer's or a template's may quote a prompt."""
+    innermost = traceback.extract_tb(error.__traceback__)[-TRACED_FRAMES:]
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in innermost]
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return [*(trace(cause) if cause is not None else ()), *frames, type(error).__name__]
+
+
 def _renderers(log_format: str) -> list[structlog.types.Processor]:
+    """Exceptions are printed without local variables, which both libraries show by default: they may hold a prompt."""
     if log_format == "json":
-        return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
-    plain = structlog.dev.plain_traceback  # the default also prints local variables, which may hold a prompt
+        frames = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        return [structlog.processors.ExceptionRenderer(frames), structlog.processors.JSONRenderer()]
+    plain = structlog.dev.plain_traceback
     return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=plain)]
 
 

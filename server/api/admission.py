@@ -5,16 +5,20 @@ Either all sequences of a request are submitted or none: a refusal in the middle
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
 from collections.abc import Sequence
 
 from rope.model_positions import ModelPositions
 from server.api.generation import Generation
+from server.api.lease import current_lease
 from server.api.prompts import check_token_ids
 from server.api.schemas import RopeFields, SamplingFields
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import EngineRequest
 from server.errors import InvalidRequest
+from server.grammars import CompiledGrammar
 from server.service import Service
 
 SEEDS = 2**63
@@ -70,6 +74,7 @@ def sampling_params(
     index: int = 0,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    grammar: CompiledGrammar | None = None,
 ) -> SamplingParams:
     """The engine's parameters of one choice; the choices of one request draw from seeds of their own."""
     if fields.min_tokens > max_tokens:
@@ -95,7 +100,13 @@ def sampling_params(
         seed=None if fields.seed is None else (fields.seed + index) % SEEDS,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
+
+
+def prefix_salt(service: Service, tenant: str, cache_salt: str) -> str:
+    """Within which prefixes are shared: the key's and the request's own. `tenant` is a digest, of one length."""
+    return f"{tenant}{cache_salt}" if service.settings.prefix_sharing == "key" else cache_salt
 
 
 async def admit(
@@ -106,9 +117,16 @@ async def admit(
     *,
     arrived: float,
     report_progress: bool = False,
+    shown_special_ids: frozenset[int] = frozenset(),
 ) -> list[Generation]:
-    """Submit one sequence for each pair of prompt and parameters."""
+    """Submit one sequence for each pair of prompt and parameters. `arrived` is of `time.perf_counter()`."""
     positions = positions_of(service, fields.rope)
+    service.engine.check_queue(sum(len(token_ids) for token_ids, _ in prompts), len(prompts))
+    lease = current_lease()
+    lease.hold(len(prompts))
+    deadline = math.inf
+    if fields.timeout_s is not None:
+        deadline = time.monotonic() - (time.perf_counter() - arrived) + fields.timeout_s
     generations: list[Generation] = []
     try:
         for index, (token_ids, sampling) in enumerate(prompts):
@@ -117,11 +135,13 @@ async def admit(
                 prompt_token_ids=token_ids,
                 sampling=sampling,
                 positions=positions,
-                cache_salt=fields.cache_salt,
+                cache_salt=prefix_salt(service, lease.tenant, fields.cache_salt),
                 priority=fields.priority,
                 report_progress=report_progress,
+                deadline=deadline,
             )
-            generations.append(Generation(service, request, fields.stop, arrived))
+            generations.append(Generation(service, request, fields.stop, arrived, shown_special_ids))
+            lease.close_at_end(generations[-1])
     except BaseException:
         for generation in generations:
             await generation.aclose()

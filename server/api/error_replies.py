@@ -14,15 +14,33 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from server.errors import EngineFailure, EngineUnavailable, InvalidRequest, QueueFull, RequestError, Unauthorized
+from server.errors import (
+    BodyTimeout,
+    ClientGone,
+    EngineFailure,
+    EngineUnavailable,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+    Unauthorized,
+)
 
 log = structlog.get_logger(__name__)
 
 RETRY_LOADING_S = 5
 SHOWN_CHARS = 40
-SILENT_FIELDS = frozenset({"prompt", "messages", "tokens", "cache_salt"})
-"""Fields whose values are never repeated."""
+SILENT_FIELDS = frozenset({"prompt", "messages", "tokens"})
+"""Fields whose values are never repeated, numbers included: they are token ids. Text is never repeated at all."""
+
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def known_method(method: str) -> str:
+    """A method of HTTP by its name; a client may send any word."""
+    return method if method in METHODS else "another method"
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -38,6 +56,8 @@ def error_response(error: RequestError) -> JSONResponse:
         headers["Retry-After"] = str(RETRY_LOADING_S)
     elif isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, BodyTimeout):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
@@ -74,9 +94,11 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, RequestError):  # FastAPI wraps what is raised while a body is read
         return error_response(error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return error_response(ClientGone("the client closed the connection before its request was complete"))
     messages = {
         404: "There is no such route; /docs lists them.",
-        405: f"This route does not take {request.method}; /docs lists the methods.",
+        405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",
     }
     message = messages.get(error.status_code, str(error.detail))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
@@ -103,9 +125,9 @@ def _first_invalid(errors: Sequence[Any]) -> InvalidRequest:
 
 
 def _shown(field: str, error: Mapping[str, Any]) -> str:
-    """The value, where it is short and no part of a prompt."""
+    """The value, where it is a short number: text may be a prompt, a stop string or a key in the wrong place."""
     value = error.get("input")
-    if field in SILENT_FIELDS or error["type"] == "missing" or not isinstance(value, bool | int | float | str):
+    if field in SILENT_FIELDS or error["type"] == "missing" or not isinstance(value, bool | int | float):
         return ""
     text = repr(value)
     return f" (given: {text})" if len(text) <= SHOWN_CHARS else ""

@@ -1,24 +1,27 @@
-"""What happens to every HTTP request before and after its endpoint: an id, the key, the size limit, a log line.
+"""What happens to every HTTP request before and after its endpoint: an id, the key, limits, a log line.
 
-    CORS → RequestContext (id, log, metric, last resort for errors) → KeyCheck → BodyLimit → routes
+    CORS → RequestContext (id, log, metric, last resort for errors) → KeyCheck → HoldLease (`lease`) → ClientTimeout
+         → BodyLimit → routes
 
 Plain ASGI, so that streams pass through unbuffered.
 """
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.error_replies import error_response, internal_error
-from server.errors import BodyTooLarge, RequestError, Unauthorized
+from server.api.error_replies import error_response, internal_error, known_method
+from server.api.keys import KeyRing
+from server.errors import BodyTimeout, BodyTooLarge, ClientGone, RequestError, Unauthorized
+from server.log import trace
 from server.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -27,6 +30,9 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/docs", "/docs/oa
 """Routes that ask for no key: probes, scrapers, and pages that hold no data of anybody's."""
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Routes that are called every few seconds; they are logged as debug lines."""
+
+ABORT = "abort_connection"
+"""In the scope's state: a function that drops the connection with what is not yet sent (`server.http_server`)."""
 
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
@@ -63,19 +69,19 @@ class RequestContext:
         try:
             await self.app(scope, receive, send)
         except RequestError as error:  # from the middleware below; those of endpoints are answered there
-            if not unanswered():
-                raise
-            await error_response(error)(scope, receive, send)
-        except Exception:
-            log.exception("request failed")
+            if unanswered():
+                await error_response(error)(scope, receive, send)
+        except Exception as error:
+            log.error("request failed", trace=trace(error))
             if unanswered():
                 await error_response(internal_error())(scope, receive, send)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         handler = _template(scope)
-        self.metrics.count_http(scope["method"], handler, status)
+        method = known_method(scope["method"])
+        self.metrics.count_http(method, handler, status)
         write = log.debug if scope["path"] in QUIET_PATHS else log.info
-        write("request", method=scope["method"], path=handler, status=status, seconds=round(seconds, 3))
+        write("request", method=method, path=handler, status=status, seconds=round(seconds, 3))
 
 
 def _template(scope: Scope) -> str:
@@ -84,26 +90,78 @@ def _template(scope: Scope) -> str:
         return "unmatched"
     path: str = scope["path"]
     for name, value in scope.get("path_params", {}).items():
-        before, _, after = path.rpartition(str(value))
-        path = f"{before}{{{name}}}{after}"
+        if str(value):
+            before, _, after = path.rpartition(str(value))
+            path = f"{before}{{{name}}}{after}"
     return path
 
 
 class KeyCheck:
-    """Refuses requests without one of the keys; compares in constant time."""
+    """Refuses requests without one of the keys; notes in the scope whose key it is, as `tenant`."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self.app = app
-        self._keys = [key.encode() for key in keys]
+        self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and self.keys.asks and scope["path"] not in OPEN_PATHS:
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]  # all of them, always
-            if scheme.lower() != "bearer" or not any(matches):
+            tenant = self.keys.tenant(given.strip().encode("latin-1"))  # the bytes as they came
+            if scheme.lower() != "bearer" or tenant is None:
                 problem = "The API key is wrong." if given else "An API key is needed."
                 raise Unauthorized(f"{problem} Send the header Authorization: Bearer KEY.", code="invalid_api_key")
+            scope["tenant"] = tenant
         await self.app(scope, receive, send)
+
+
+class ClientTimeout:
+    """Cuts a client that lets the server wait: that sends no more of its body, or reads no more of its reply."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self.app = app
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body_is_read = False
+
+        async def receive_in_time() -> Message:
+            nonlocal body_is_read
+            if body_is_read:  # what comes now is the client's leaving, whenever that is
+                return await receive()
+            try:
+                async with asyncio.timeout(self.seconds):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTimeout(
+                    f"No more of the body came for {self.seconds:g} s (CLIENT_TIMEOUT_S); send it again.",
+                    code="body_timeout",
+                ) from None
+            body_is_read = not message.get("more_body", False)
+            return message
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.seconds):
+                    await send(message)
+            except TimeoutError:
+                log.info("client dropped: it read nothing", seconds=self.seconds)
+                await _abort(scope)
+                raise ClientGone(
+                    f"the client read nothing for {self.seconds:g} s (CLIENT_TIMEOUT_S)", code="client_stalled"
+                ) from None
+
+        await self.app(scope, receive_in_time, send_in_time)
+
+
+async def _abort(scope: Scope) -> None:
+    """Drop the connection: to close it would wait for a client that does not read."""
+    abort = scope.get("state", {}).get(ABORT)
+    if abort is not None:
+        abort()
+        await asyncio.sleep(0)  # the server notes the loss in its next turn, before the app returns to it
 
 
 class BodyLimit:

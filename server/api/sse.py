@@ -22,6 +22,7 @@ from sse_starlette.sse import AppStatus
 
 from server.api.error_replies import error_body, internal_error
 from server.errors import RequestError
+from server.log import trace
 
 log = structlog.get_logger(__name__)
 
@@ -51,8 +52,8 @@ async def _frames(source: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, No
             log.warning("stream failed", status=error.status, code=error.code)
             yield _error_frame(error)
             return
-        except Exception:
-            log.exception("stream failed")
+        except Exception as error:
+            log.error("stream failed", trace=trace(error))
             yield _error_frame(internal_error())
             return
         yield b"data: [DONE]\n\n"

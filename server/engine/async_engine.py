@@ -3,6 +3,8 @@
 The loop never waits for a step and the thread never touches a loop object but through `call_soon_threadsafe`. The
 thread loads the engine, then drains its inbox and steps while there is work, and sleeps on the inbox when there is
 none. When a step raises, the engine is DEAD: every open request fails, and a supervisor has to restart the process.
+Nothing here waits for ever: a reader that does not read is cut off, and a step that does not end is left to itself when
+the server shuts down.
 """
 
 from __future__ import annotations
@@ -11,19 +13,24 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
 from typing import Any
+
+import torch
 
 from rope.model_positions import ModelPositions
 from rope.spec import RopeSpec
 from server.engine.engine import Engine
-from server.engine.info import EngineStats, ModelInfo
+from server.engine.info import Backlog, EngineStats, ModelInfo
+from server.engine.output_stream import OutputStream
 from server.engine.outputs import TokenOutput
 from server.engine.sequence import EngineRequest
-from server.errors import EngineFailure, EngineUnavailable, RequestError
+from server.errors import EngineFailure, EngineUnavailable, OutOfMemory, RequestError
+
+STEP_GRACE_S = 2.0
+"""Seconds past the drain's deadline that a running step gets to end; then the thread is given up."""
 
 
 class EngineState(StrEnum):
@@ -49,46 +56,6 @@ _Command = EngineRequest | _Abort | _Drain
 _Delivery = tuple[str, TokenOutput | RequestError]
 
 
-class OutputStream(AsyncGenerator[TokenOutput, None]):
-    """The outputs of one request. Closing it early, started or not, aborts the request within a step."""
-
-    def __init__(self, abort: Callable[[], None]) -> None:
-        self._abort = abort
-        self._items: asyncio.Queue[TokenOutput | RequestError] = asyncio.Queue()
-        self._ended = False
-
-    def put(self, item: TokenOutput | RequestError) -> None:
-        self._items.put_nowait(item)
-
-    async def asend(self, _value: None) -> TokenOutput:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            item = await self._items.get()
-        except asyncio.CancelledError:
-            self._close()
-            raise
-        if isinstance(item, RequestError):
-            self._ended = True
-            raise item
-        self._ended = item.finish_reason is not None
-        return item
-
-    async def athrow(
-        self, typ: Any, val: BaseException | object = None, _tb: TracebackType | None = None
-    ) -> TokenOutput:
-        self._close()
-        raise val if isinstance(val, BaseException) else typ
-
-    async def aclose(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._abort()
-
-
 class AsyncEngine:
     """One engine, loaded and stepped by a thread of its own. All methods are called on the event loop.
 
@@ -107,6 +74,7 @@ class AsyncEngine:
         self._stats: EngineStats | None = None
         self._loaded = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._left = False  # the thread hangs in a step; nobody waits for it
         self.state = EngineState.LOADING
         self.failure: BaseException | None = None
 
@@ -154,12 +122,7 @@ class AsyncEngine:
         if self.state is EngineState.DRAINING:
             raise EngineUnavailable("the server is shutting down and takes no new requests", code="draining")
         engine.check(request)
-        stats = self.stats()
-        engine.check_queue(
-            stats.num_waiting + len(self._unseen),
-            stats.num_waiting_tokens + sum(self._unseen.values()),
-            len(request.prompt_token_ids),
-        )
+        engine.check_queue(self._backlog(), len(request.prompt_token_ids))
         request_id = request.request_id
         assert request_id not in self._streams, "request ids are unique"
         stream = OutputStream(lambda: self._abort(request_id))
@@ -168,18 +131,45 @@ class AsyncEngine:
         self._inbox.put(request)
         return stream
 
+    def check_queue(self, num_prompt_tokens: int, num_sequences: int) -> None:
+        """Whether there is room for all sequences of a request; see `Engine.check_queue`."""
+        self.engine.check_queue(self._backlog(), num_prompt_tokens, num_sequences)
+
+    def retry_after_s(self) -> int:
+        """Seconds until what is here now is read, for those who are refused."""
+        return 1 if self._engine is None else self._engine.retry_after_s(self._backlog())
+
+    def _backlog(self) -> Backlog:
+        stats = self.stats()
+        return Backlog(
+            stats.num_waiting + len(self._unseen),
+            stats.num_waiting_tokens + sum(self._unseen.values()),
+            stats.num_running_tokens,
+        )
+
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
         self._unseen.pop(request_id, None)  # the thread takes the abort right after the request: it never waits
         self._inbox.put(_Abort(request_id))
 
     async def shutdown(self, timeout_s: float) -> None:
-        """Refuse new work, finish what runs, abort what is left after `timeout_s`, and end the thread."""
+        """Refuse new work, finish what runs, abort what is left after `timeout_s`, and end the thread.
+
+        A step that is not over `STEP_GRACE_S` later is not waited for: what is open fails, and the thread is left.
+        """
         if self.state in (EngineState.READY, EngineState.LOADING):
             self.state = EngineState.DRAINING
         self._inbox.put(_Drain(time.monotonic() + timeout_s))
-        if self._thread.is_alive() and self._engine is not None:
-            await self._stopped.wait()
+        if not self._thread.is_alive() or self._engine is None:
+            return
+        try:
+            async with asyncio.timeout(timeout_s + STEP_GRACE_S):
+                await self._stopped.wait()
+        except TimeoutError:
+            self._fail_streams(_shut_down())
+            self._stopped.set()
+            self._left = True
+        if not self._left:
             await asyncio.to_thread(self._thread.join)
 
     def _deliver(self, stats: EngineStats, taken: list[str], deliveries: list[_Delivery]) -> None:
@@ -190,9 +180,11 @@ class AsyncEngine:
             stream = self._streams.get(request_id)
             if stream is None:
                 continue
-            stream.put(item)
+            if isinstance(item, TokenOutput) and item.failure is not None:
+                item = item.failure
             if isinstance(item, RequestError) or item.finish_reason is not None:
                 del self._streams[request_id]
+            stream.put(item)
 
     def _set_ready(self, engine: Engine) -> None:
         self._engine = engine
@@ -204,13 +196,18 @@ class AsyncEngine:
     def _die(self, failure: BaseException) -> None:
         self.state = EngineState.DEAD
         self.failure = failure
-        for stream in self._streams.values():
-            stream.put(
-                EngineFailure("the engine stopped after an error; the server needs a restart", code="engine_dead")
-            )
-        self._streams.clear()
+        reason, code = "stopped after an error", "engine_dead"
+        if isinstance(failure, OutOfMemory):
+            reason, code = "ran out of memory and stopped", "out_of_memory"
+        self._fail_streams(EngineFailure(f"the engine {reason}; the server needs a restart", code=code))
         self._loaded.set()
         self._stopped.set()
+
+    def _fail_streams(self, error: RequestError) -> None:
+        for stream in self._streams.values():
+            stream.put(error)
+        self._streams.clear()
+        self._unseen.clear()
 
     # --- on the engine thread ---
 
@@ -220,7 +217,7 @@ class AsyncEngine:
             self._post(self._set_ready, engine)
             self._serve(engine)
         except BaseException as failure:  # whatever it was, nobody else would hear of it
-            self._post(self._die, failure)
+            self._post(self._die, _explained(failure))
         else:
             self._post(self._stopped.set)
 
@@ -242,7 +239,7 @@ class AsyncEngine:
                     taken.append(command.request_id)
                     deliveries += _add(engine, command)
             if deadline is not None and time.monotonic() >= deadline:
-                deliveries += _abort_all(engine)
+                deliveries += engine.abort_all(_shut_down())
             if engine.has_work():
                 deliveries += engine.step()
             self._post(self._deliver, engine.stats(), taken, deliveries)
@@ -266,6 +263,18 @@ def _add(engine: Engine, request: EngineRequest) -> list[_Delivery]:
     return []
 
 
-def _abort_all(engine: Engine) -> list[_Delivery]:
-    ids = [sequence.request_id for sequence in engine.scheduler.sequences]
-    return [(request_id, output) for request_id in ids if (output := engine.abort(request_id)) is not None]
+def _shut_down() -> EngineUnavailable:
+    return EngineUnavailable("the server shut down before the reply was complete; send it again", code="draining")
+
+
+def _explained(failure: BaseException) -> BaseException:
+    """Want of memory by its name and with its remedy; anything else as it is."""
+    by_type = isinstance(failure, MemoryError | torch.OutOfMemoryError)
+    if not by_type and "can't allocate memory" not in str(failure):  # torch's CPU allocator raises a RuntimeError
+        return failure
+    explained = OutOfMemory(
+        "the engine ran out of memory: lower KV_CACHE_MEMORY, MAX_BATCHED_TOKENS or MAX_NUM_SEQS, "
+        "or serve a smaller model"
+    )
+    explained.__cause__ = failure
+    return explained

@@ -7,6 +7,7 @@ Knows token ids only: text, HTTP and metrics are the caller's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,24 +24,22 @@ from rope.reading import MethodError
 from rope.spec import RopeSpec
 from server.engine.batch import Chunk, build_batch
 from server.engine.config import EngineConfig
-from server.engine.info import EngineStats, ModelInfo
+from server.engine.info import Backlog, EngineStats, ModelInfo
 from server.engine.model import Model, load_model
 from server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from server.engine.probe import probe
+from server.engine.refusals import check_fits, check_room, retry_after_s, too_late
 from server.engine.sampler import logprobs, sample, score_prompt
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import EngineRequest, Sequence
 from server.engine.sizing import CacheSize, size_cache
-from server.errors import ConfigurationError, InvalidRequest, QueueFull
+from server.errors import ConfigurationError, InvalidRequest, RequestError
 
 if TYPE_CHECKING:
     from server.checkpoint import Checkpoint
 
 
 MAX_RESOLVED_SPECS = 256
-
-ASSUMED_PREFILL_RATE = 1000.0
-"""Tokens a second for Retry-After, until a prefill has been measured."""
 
 
 class Engine:
@@ -116,7 +115,7 @@ class Engine:
         self.check(request)
         sampling = request.sampling
         positions = request.positions or self.info.positions
-        generator = None
+        generator, timeout = None, self.config.request_timeout_s
         if sampling.seed is not None:
             generator = torch.Generator().manual_seed(sampling.seed % 2**64)
         self.scheduler.add(
@@ -127,50 +126,31 @@ class Engine:
                 generator=generator,
                 token_ids=list(request.prompt_token_ids),
                 num_prompt_tokens=len(request.prompt_token_ids),
+                matcher=None if sampling.grammar is None else sampling.grammar.matcher(),
+                deadline=min(request.deadline, math.inf if timeout is None else time.monotonic() + timeout),
             )
         )
 
     def check(self, request: EngineRequest) -> None:
         """InvalidRequest for what can never run. Reads nothing that a step changes, so any thread may call it."""
-        num_prompt, info = len(request.prompt_token_ids), self.info
-        if num_prompt == 0:
-            raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt", code="empty_prompt")
-        low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
-        if low < 0 or high >= info.vocab_size:
-            raise InvalidRequest(
-                f"token id {low if low < 0 else high} in the prompt is outside the vocabulary: ids go from 0 to "
-                f"{info.vocab_size - 1}",
-                param="prompt",
-                code="bad_token_id",
-            )
-        wanted = num_prompt + request.sampling.max_tokens
-        if wanted > info.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens and max_tokens is {request.sampling.max_tokens}, together "
-                f"{wanted}: the limit is {info.max_model_len}; shorten either, or raise MAX_MODEL_LEN",
-                param="prompt" if num_prompt >= info.max_model_len else "max_tokens",
-                code="context_length_exceeded",
-            )
+        check_fits(request, self.info)
 
-    def check_queue(self, num_waiting: int, num_waiting_tokens: int, num_prompt_tokens: int) -> None:
-        """QueueFull where one more prompt would pass the limits; reads nothing that a step changes but the rate."""
-        config = self.config
-        if num_waiting >= config.max_queued_requests:
-            reason = f"{num_waiting} requests are waiting and MAX_QUEUED_REQUESTS is {config.max_queued_requests}"
-        elif num_waiting and num_waiting_tokens + num_prompt_tokens > config.max_queued_tokens:
-            reason = (
-                f"{num_waiting_tokens} prompt tokens are waiting and {num_prompt_tokens} more would pass "
-                f"MAX_QUEUED_TOKENS, {config.max_queued_tokens}"
-            )
-        else:
-            return
-        seconds = max(1, round(num_waiting_tokens / (self._prefill_tokens_per_s or ASSUMED_PREFILL_RATE)))
-        raise QueueFull(f"the queue is full: {reason}; try again in about {seconds} s", retry_after_s=seconds)
+    def check_queue(self, backlog: Backlog, num_prompt_tokens: int, num_sequences: int = 1) -> None:
+        """Room for a request's sequences; see `refusals.check_room`. Reads nothing that a step changes but the rate."""
+        check_room(self.config, backlog, num_prompt_tokens, num_sequences, self._prefill_tokens_per_s)
+
+    def retry_after_s(self, backlog: Backlog) -> int:
+        """Seconds until what waits and what runs is read, at the measured prefill rate; at least 1."""
+        return retry_after_s(backlog, self._prefill_tokens_per_s)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """Forget a request and release its blocks now; its last output, or None where there is no such request."""
         sequence = self.scheduler.remove(request_id)
         return sequence.output(finish_reason=FinishReason.ABORT) if sequence else None
+
+    def abort_all(self, reason: RequestError) -> list[tuple[str, TokenOutput]]:
+        """Abort everything: what has generated something ends with that, and the rest fails with `reason`."""
+        return [(sequence.request_id, self._cut(sequence, reason)) for sequence in self.scheduler.sequences]
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -189,11 +169,13 @@ class Engine:
         return outputs
 
     def _abort_expired(self, now: float) -> list[tuple[str, TokenOutput]]:
-        timeout = self.config.request_timeout_s
-        if timeout is None:
-            return []
-        expired = [s.request_id for s in self.scheduler.sequences if now - s.arrived_at > timeout]
-        return [(request_id, output) for request_id in expired if (output := self.abort(request_id))]
+        expired = [sequence for sequence in self.scheduler.sequences if now >= sequence.deadline]
+        return [(sequence.request_id, self._cut(sequence, too_late(sequence, now))) for sequence in expired]
+
+    def _cut(self, sequence: Sequence, reason: RequestError) -> TokenOutput:
+        self.scheduler.remove(sequence.request_id)
+        failure = None if sequence.num_output_tokens else reason
+        return sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
 
     def _forward(self, plan: list[Scheduled]) -> Tensor:
         chunks = []
@@ -240,6 +222,9 @@ class Engine:
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.append(token)
             self._generation_tokens += 1
+            if failure := self._follow(sequence, token):
+                outputs.append(failure)
+                continue
             num_top = sequence.sampling.logprobs
             scored = None if num_top is None else tuple(logprobs(raw[sequence.request_id], [token], num_top))
             reason = self._finish_reason(sequence, token)
@@ -249,8 +234,25 @@ class Engine:
                 outputs.append(self._finish(sequence, (token,), scored, reason))
         return outputs
 
+    def _follow(self, sequence: Sequence, token: int) -> tuple[str, TokenOutput] | None:
+        """Advance the grammar; the request's last output where the grammar cannot go on."""
+        matcher = sequence.matcher
+        if matcher is None:
+            return None
+        if token not in self.info.eos_token_ids:
+            matcher.accept(token)
+        if not matcher.failure:
+            return None
+        self.scheduler.remove(sequence.request_id)
+        failure = InvalidRequest(
+            f"the output cannot follow its grammar any further: {matcher.failure}", code="grammar_failed"
+        )
+        return sequence.request_id, sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
+
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         sampling = sequence.sampling
+        if sequence.matcher is not None and (token in self.info.eos_token_ids or sequence.matcher.finished):
+            return FinishReason.STOP
         ends = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | self.info.eos_token_ids
         if token in ends and sequence.num_output_tokens >= sampling.min_tokens:
             return FinishReason.STOP
@@ -284,6 +286,7 @@ class Engine:
         scheduler, pool = self.scheduler, self.scheduler.cache.pool
         return EngineStats(
             num_running=len(scheduler.running),
+            num_running_tokens=sum(s.num_remaining_tokens for s in scheduler.running.values()),
             num_waiting=len(scheduler.waiting),
             num_waiting_tokens=sum(s.num_remaining_tokens for s in scheduler.waiting.values()),
             num_blocks=pool.num_blocks,

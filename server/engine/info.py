@@ -22,10 +22,23 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is before a new request: waiting sequences, and tokens still to be computed of them and of running ones."""
+
+    num_waiting: int
+    num_waiting_tokens: int
+    num_running_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot; counters are totals. Free blocks can be allocated now; cached ones hold a known prefix."""
+    """A snapshot; counters are totals. Free blocks can be allocated now; cached ones hold a known prefix.
+
+    num_running_tokens and num_waiting_tokens are those whose K and V are still to be computed.
+    """
 
     num_running: int
+    num_running_tokens: int
     num_waiting: int
     num_waiting_tokens: int
     num_blocks: int

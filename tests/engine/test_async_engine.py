@@ -6,15 +6,17 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from rope.spec import RopeSpec
+from server.engine import async_engine, output_stream
 from server.engine.async_engine import AsyncEngine, EngineState
 from server.engine.engine import Engine
 from server.engine.model import Model
 from server.engine.outputs import FinishReason, TokenOutput
-from server.errors import ConfigurationError, EngineFailure, EngineUnavailable, InvalidRequest, QueueFull
+from server.errors import ClientGone, ConfigurationError, EngineFailure, EngineUnavailable, InvalidRequest, QueueFull
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine, tokens_of
 
 TIMEOUT_S = 60
@@ -98,7 +100,7 @@ def test_the_queue_counts_what_the_thread_has_not_seen_yet(model: Model) -> None
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model, max_queued_requests=3, max_queued_tokens=100)) as engine:
             streams = [engine.submit(request(str(i), prompt_of(10), greedy(2))) for i in range(3)]
-            with pytest.raises(QueueFull, match="MAX_QUEUED_REQUESTS is 3"):
+            with pytest.raises(QueueFull, match="MAX_QUEUED_REQUESTS, 3"):
                 engine.submit(request("refused", prompt_of(10), greedy(2)))
             await asyncio.gather(*(collect(stream) for stream in streams))
             await until(lambda: idle(engine))
@@ -180,9 +182,9 @@ def test_shutdown_aborts_what_is_left_at_the_timeout(model: Model) -> None:
     go(scenario)
 
 
-def slow_engine(model: Model) -> Engine:
+def slow_engine(model: Model, **config: Any) -> Engine:
     """Steps of at least 10 ms, so that 200 tokens outlast any timeout here."""
-    engine = tiny_engine(model)
+    engine = tiny_engine(model, **config)
     step, pause = engine.step, threading.Event()
 
     def slow_step() -> list[tuple[str, TokenOutput]]:
@@ -294,5 +296,69 @@ def test_the_loop_is_free_while_the_engine_steps(model: Model) -> None:
                 turns += 1
             assert turns > 50
             assert len(tokens_of(await reader)) == 10
+
+    go(scenario)
+
+
+def test_a_reader_that_does_not_read_is_cut_off(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it may still read is bounded, and ends with an error; its blocks are free and others go on."""
+    monkeypatch.setattr(output_stream, "MAX_UNREAD", 8)
+
+    async def scenario() -> None:
+        async with served(lambda: tiny_engine(model)) as engine:
+            unread = engine.submit(request("unread", prompt_of(20), greedy(200)))
+            assert len(tokens_of(await collect(engine.submit(request("read", prompt_of(20), greedy(100)))))) == 100
+            await until(lambda: idle(engine))
+            assert unread._items.qsize() == 8 + 2
+            for _ in range(9):
+                assert (await anext(unread)).token_ids
+            with pytest.raises(ClientGone, match="8 outputs were not read"):
+                await anext(unread)
+            assert engine.stats().generation_tokens < 200
+
+    go(scenario)
+
+
+def test_a_step_that_never_ends_is_left_at_shutdown(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_engine, "STEP_GRACE_S", 0.1)
+    released = threading.Event()
+
+    async def scenario() -> None:
+        stuck = tiny_engine(model)
+        step = stuck.step
+
+        def hang() -> list[tuple[str, TokenOutput]]:
+            if stuck.stats().num_steps == 3:
+                released.wait(TIMEOUT_S)
+            return step()
+
+        stuck.step = hang  # type: ignore[method-assign]
+        engine = AsyncEngine(lambda: stuck)
+        engine.start()
+        await engine.wait_until_loaded()
+        stream = engine.submit(request("0", prompt_of(20), greedy(50)))
+        await anext(stream)
+        for _ in range(2):  # the second time there is nothing to wait for
+            await engine.shutdown(0.1)
+        with pytest.raises(EngineUnavailable, match="shut down"):
+            await collect(stream)
+        assert engine._thread.is_alive()
+        released.set()
+        await asyncio.to_thread(engine._thread.join)
+
+    go(scenario)
+
+
+def test_what_has_no_token_at_the_drains_end_fails(model: Model) -> None:
+    async def scenario() -> None:
+        async with served(lambda: slow_engine(model, max_num_seqs=1)) as engine:
+            first = asyncio.create_task(collect(engine.submit(request("0", prompt_of(20), greedy(200)))))
+            waiting = engine.submit(request("1", prompt_of(20), greedy(200)))
+            await until(lambda: engine.stats().generation_tokens > 0)
+            await engine.shutdown(0.05)
+            assert (await first)[-1].finish_reason is FinishReason.ABORT
+            with pytest.raises(EngineUnavailable, match="shut down before the reply was complete"):
+                await collect(waiting)
+            assert_idle(engine.engine)
 
     go(scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,12 @@ from rope.spec import RopeSpec
 from server.checkpoint import Checkpoint
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.info import Backlog
 from server.engine.model import Model
 from server.engine.outputs import FinishReason, TokenOutput
 from server.engine.sampling_params import SamplingParams
 from server.engine.sizing import size_cache
-from server.errors import ConfigurationError, InvalidRequest, QueueFull
+from server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
 from tests.engine.tiny_models import (
     VOCABULARY,
     assert_idle,
@@ -87,13 +89,35 @@ def test_a_bad_method_of_a_request(engine: Engine) -> None:
 
 def test_the_queue_limits(model: Model) -> None:
     engine = tiny_engine(model, max_queued_requests=3, max_queued_tokens=100)
-    engine.check_queue(2, 50, 50)
-    engine.check_queue(0, 0, 250)  # alone it may wait, however long it is
-    with pytest.raises(QueueFull, match=r"3 requests are waiting and MAX_QUEUED_REQUESTS is 3") as refusal:
-        engine.check_queue(3, 30, 1)
+    engine.check_queue(Backlog(2, 50), 50)
+    engine.check_queue(Backlog(0, 0), 250)  # alone it may wait, however long it is
+    with pytest.raises(
+        QueueFull, match=r"3 requests are waiting and 1 more would pass MAX_QUEUED_REQUESTS, 3"
+    ) as refusal:
+        engine.check_queue(Backlog(3, 30), 1)
     assert refusal.value.retry_after_s >= 1
     with pytest.raises(QueueFull, match=r"50 prompt tokens are waiting and 51 more .* MAX_QUEUED_TOKENS, 100"):
-        engine.check_queue(2, 50, 51)
+        engine.check_queue(Backlog(2, 50), 51)
+
+
+def test_what_the_cache_cannot_hold_is_refused_at_once(model: Model) -> None:
+    engine = tiny_engine(model, num_blocks=4)
+    for prompt, max_tokens, param in ((40, 25, "max_tokens"), (64, 1, "prompt")):
+        with pytest.raises(
+            InvalidRequest, match=rf"{prompt} tokens.* {prompt + max_tokens}: the cache holds 64.*KV_CACHE_MEMORY"
+        ) as refusal:
+            engine.add(request("0", prompt_of(prompt), greedy(max_tokens)))
+        assert refusal.value.param == param
+    assert len(tokens_of(only(engine, prompt_of(40), greedy(24)))) == 24
+
+
+def test_running_and_waiting_tokens_are_those_still_to_be_computed(model: Model) -> None:
+    engine = tiny_engine(model, max_batched_tokens=32, max_num_seqs=1)
+    engine.add(request("0", prompt_of(100), greedy(5)))
+    engine.add(request("1", prompt_of(70), greedy(5)))
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_running_tokens, stats.num_waiting_tokens) == (68, 70)
 
 
 def test_more_sequences_than_tokens_in_a_step() -> None:
@@ -142,8 +166,32 @@ def test_ends(engine: Engine) -> None:
 
 def test_an_old_request_is_aborted(model: Model) -> None:
     engine = tiny_engine(model, request_timeout_s=0.0, max_batched_tokens=16)
-    outputs = only(engine, prompt_of(100), greedy(5))
-    assert [output.finish_reason for output in outputs] == [FinishReason.ABORT]
+    (output,) = only(engine, prompt_of(100), greedy(5))
+    assert output.finish_reason is FinishReason.ABORT
+    assert isinstance(output.failure, DeadlineExceeded), "it has no token to show"
+    assert "0 of 100 prompt tokens" in str(output.failure)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(("num_steps", "begun"), [(2, False), (8, True)])
+def test_a_deadline_of_its_own_ends_one_request_and_no_other(model: Model, num_steps: int, begun: bool) -> None:
+    """In mid-prefill with an error, in mid-decode with what it has."""
+    engine = tiny_engine(model, max_batched_tokens=32)
+    engine.add(request("late", prompt_of(100), greedy(50), deadline=time.monotonic() + 3600))
+    engine.add(request("other", prompt_of(100, seed=1), greedy(20)))
+    for _ in range(num_steps):
+        engine.step()
+    (late, _) = engine.scheduler.sequences
+    late.deadline = time.monotonic()
+    outputs: dict[str, list[TokenOutput]] = {"late": [], "other": []}
+    while engine.has_work():
+        for request_id, output in engine.step():
+            outputs[request_id].append(output)
+        engine.check_integrity()
+    (end,) = outputs["late"]
+    assert end.finish_reason is FinishReason.ABORT
+    assert isinstance(end.failure, DeadlineExceeded) is not begun
+    assert outputs["other"][-1].finish_reason is FinishReason.LENGTH
     assert_idle(engine)
 
 

@@ -25,9 +25,9 @@ TIMEOUT_S = 180
 LONG = {"prompt": "Hello", "max_tokens": 600, "ignore_eos": True, "stream": True}
 
 
-def start(*flags: str, **variables: str) -> subprocess.Popen[str]:
+def start(*flags: str, module: str = "server", **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "server", *flags],
+        [sys.executable, "-m", module, *flags],
         cwd=ROOT,
         env=ENVIRONMENT | {"HF_HUB_OFFLINE": "1"} | variables,
         stdout=subprocess.PIPE,

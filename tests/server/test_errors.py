@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from tests.faults import Faults
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +89,9 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages", ["tool", "not supported"]),
     (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", ["content"]),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", ["image_url", "text"]),
-    (CHAT, {**USER, "tools": [{"type": "function"}]}, "tools", ["tools", "not supported"]),
-    (CHAT, {**USER, "tool_choice": "auto"}, "tool_choice", ["tool_choice", "not supported"]),
-    (CHAT, {**USER, "response_format": {"type": "json_object"}}, "response_format", ["json_object", "'text'"]),
+    (CHAT, {**USER, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", ["chat template takes none"]),
+    (CHAT, {**USER, "tool_choice": "auto"}, "tool_choice", ["tool_choice", "tools"]),
+    (CHAT, {**USER, "response_format": {"type": "yaml"}}, "response_format", ["yaml", "json_schema"]),
     (CHAT, {**USER, "top_logprobs": 2}, "top_logprobs", ["logprobs"]),
     (CHAT, {**USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs", ["20", "21"]),
     (CHAT, {**USER, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens", ["max_completion_tokens", "2", "3"]),
@@ -211,26 +214,30 @@ def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_full_queue(serve: Any, tiny_checkpoint: Path, stream: bool) -> None:
-    """More choices than the queue takes: 429 with Retry-After, and those that were in it already are aborted."""
-    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_requests=3)
-    stats = serve.running(url).service.engine.stats
-    with httpx.Client(base_url=url, timeout=60) as http:
-        body = {"prompt": "a", "n": 8, "max_tokens": 50, "ignore_eos": True, "stream": stream}
-        response = http.post(COMPLETIONS, json=body)
+    """More choices than the queue takes beside what waits: 429 with Retry-After, and none of them is begun."""
+    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_requests=8)
+    engine = serve.running(url).service.engine
+    forward = Faults(engine.engine).forward
+    forward.hold()
+    with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(http.post, COMPLETIONS, json={"prompt": "a", "n": 4, "max_tokens": 2})
+        assert eventually(lambda: len(engine._streams) == 4)
+        response = http.post(COMPLETIONS, json={"prompt": "a", "n": 5, "max_tokens": 50, "stream": stream})
         error = refusal(response, 429, "rate_limit_error")
-        assert "MAX_QUEUED_REQUESTS" in error["message"]
+        assert "4 requests are waiting and 5 more would pass MAX_QUEUED_REQUESTS, 8" in error["message"]
         assert int(response.headers["retry-after"]) >= 1
-        # The engine's thread hears of the aborts with its next step; a client would wait for retry-after seconds.
-        assert eventually(
-            lambda: http.post(COMPLETIONS, json={"prompt": "a", "n": 2, "max_tokens": 2}).status_code == 200
-        )
-        assert (stats().num_running, stats().num_waiting) == (0, 0)
-        assert stats().generation_tokens < 50 + 4, "none of the refused choices ran to its end"
+        assert len(engine._streams) == 4
+        forward.release()
+        assert waiting.result().status_code == 200
+        assert http.post(COMPLETIONS, json={"prompt": "a", "n": 5, "max_tokens": 2}).status_code == 200
+        assert engine.stats().generation_tokens <= 9 * 2, "none of the refused choices ran"
 
 
 def test_queued_tokens_are_limited_too(serve: Any, tiny_checkpoint: Path) -> None:
     url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_tokens=200, max_model_len=512)
     response = httpx.post(f"{url}{COMPLETIONS}", json={"prompt": [[1] * 90] * 4, "max_tokens": 1})
-    assert "MAX_QUEUED_TOKENS" in refusal(response, 429, "rate_limit_error")["message"]
+    error = refusal(response, 400, "invalid_request_error")  # to wait would not help
+    for word in ("4 sequences", "360 prompt tokens", "200 tokens", "MAX_QUEUED_TOKENS"):
+        assert word in error["message"]
     alone = httpx.post(f"{url}{COMPLETIONS}", json={"prompt": [1] * 400, "max_tokens": 1}, timeout=60)
     assert alone.status_code == 200, "a prompt larger than the limit runs when nothing else waits"
