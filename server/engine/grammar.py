@@ -56,9 +56,6 @@ class Grammar(Protocol):
         """A new one, at the beginning."""
 
 
-_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
-
-
 def constrain(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> None:
     """Put −inf where a sequence's grammar forbids the token; logits [N, V], one row a sequence, in place.
 
@@ -68,9 +65,9 @@ def constrain(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozense
     if not rows:
         return
     size = logits.shape[1]
-    packed = torch.from_numpy(np.stack([allowed(sequences[row], size, eos_token_ids) for row in rows]))
-    bits = packed.to(logits.device)[:, :, None] & _BITS.to(logits.device)
-    for row, forbidden in zip(rows, bits.eq(0).flatten(1)[:, :size], strict=True):
+    packed = np.stack([allowed(sequences[row], size, eos_token_ids) for row in rows])
+    bits = np.unpackbits(~packed, axis=1, count=size, bitorder="little").view(np.bool_)
+    for row, forbidden in zip(rows, torch.from_numpy(bits).to(logits.device), strict=True):
         logits[row].masked_fill_(forbidden, float("-inf"))
 
 
