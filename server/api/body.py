@@ -100,7 +100,7 @@ def _nullable(field: JsonSchemaValue) -> JsonSchemaValue:
     """The schema of a field that may also be null; what is said about the field stays outside."""
     if {"type": "null"} in field.get("anyOf", []):
         return field
-    said = {name: field[name] for name in ("title", "description", "default") if name in field}
+    said: JsonSchemaValue = {name: field[name] for name in ("title", "description", "default") if name in field}
     return {"anyOf": [{k: v for k, v in field.items() if k not in said}, {"type": "null"}], **said}
 
 
