@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from server.api import generate, health, openai, tokenize
+from server.api.document import install_document
 from server.api.error_replies import install_error_handlers
 from server.api.keys import KeyRing
 from server.api.lease import Allowance, HoldLease
@@ -30,6 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router)
     app.add_api_route("/", _playground, response_class=HTMLResponse, include_in_schema=False)
     install_error_handlers(app)
+    install_document(app, needs_key=bool(settings.api_keys or settings.api_key_file))
     # The last added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)

@@ -113,7 +113,9 @@ class RopeFields(RequestBody):
 
     path: ClassVar[str] = "rope."
 
-    method: str = Field(description=f"One of {', '.join(METHOD_NAMES)}.")
+    method: str = Field(
+        description=f"One of {', '.join(METHOD_NAMES)}.", json_schema_extra={"enum": [*METHOD_NAMES, *ALIASES]}
+    )
     factor: float | None = Field(None, ge=1, le=65536)
     window: int | None = Field(None, ge=1, le=INT32_MAX)
     leak: float | None = Field(None, ge=1, le=65536)
