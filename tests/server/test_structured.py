@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import jsonschema
@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
+from pydantic import BaseModel, Field
 
 from server.checkpoint import Checkpoint
 from server.grammars import MAX_COMPILED, MAX_GRAMMAR_CHARS, Grammars, GrammarText
@@ -74,6 +75,15 @@ def http(url: str) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="module")
 def tokenizer(tiny_checkpoint: Path) -> Tokenizer:
     return Tokenizer.load(Checkpoint(str(tiny_checkpoint), MODEL))
+
+
+class Street(BaseModel):
+    number: int = Field(ge=1, le=99)
+
+
+class Town(BaseModel):
+    kind: Literal["port", "spa"]
+    streets: list[Street] = Field(min_length=2, max_length=2)
 
 
 def city(text: str | None) -> Any:
@@ -236,6 +246,15 @@ def test_a_stop_string_does_not_break_a_reply(client: OpenAI, stream: bool) -> N
     assert re.fullmatch("x[ab]{2}(cd){20}", incomplete), "no text before a c is complete"
     complete = text(seed=3, max_tokens=60, extra_body={"guided_regex": "x[ab]{2}((cd){20})?", "min_tokens": 9})
     assert re.fullmatch("x[ab]{2}", complete), "the text before the first c is"
+
+
+def test_the_clients_own_parser(client: OpenAI) -> None:
+    """A pydantic model as the format, as the client writes it."""
+    reply = client.chat.completions.parse(model=MODEL, messages=MESSAGES, response_format=Town, max_tokens=ROOM, seed=1)
+    town = reply.choices[0].message.parsed
+    assert town is not None
+    assert town.kind in ("port", "spa")
+    assert len(town.streets) == 2
 
 
 def test_max_tokens_cuts(client: OpenAI) -> None:
