@@ -8,7 +8,8 @@ The format is read off the template's own text, not off the model's name:
     Llama 3.1               {"name": …, "parameters": …}                                as the whole reply
 
 Under tool_choice `required` or a named function the reply follows a grammar made of the functions' parameter schemas,
-so that it always parses. Under `auto` it is free text, and `tool_calls` finds the calls in it.
+so that it always parses. Under `auto` it is free text, and `tool_calls` finds the calls in it; where a function is
+`strict`, what follows a mark has to be a call (Llama's format has no mark, and there `strict` is without effect).
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ def _schema_of_object(value: Any) -> Any:
 class Function(RequestBody):
     """A function that the model may call. Without `parameters` it takes none.
 
-    `strict` asks for arguments that follow the schema; they do where a call is required, whatever it says.
+    `strict` asks for arguments that follow the schema under `auto`, too; where a call is required they always do.
     """
 
     path: ClassVar[str] = "tools.function."
-    ignored: ClassVar[frozenset[str]] = frozenset({"strict"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: Text | None = None
     parameters: Annotated[dict[str, Any], BeforeValidator(_schema_of_object)] | None = None
+    strict: bool = False
 
     @property
     def schema_text(self) -> str:
@@ -216,9 +217,11 @@ def special_marks(tokenizer: Tokenizer, form: ToolFormat) -> dict[str, int]:
 def call_grammar(
     tools: Sequence[Tool], choice: ToolChoice, form: ToolFormat, marks: dict[str, int], *, parallel: bool
 ) -> GrammarText:
-    """Replies that are calls and nothing else; a named function is called once."""
+    """Replies that are calls and nothing else; a named function is called once. Under `auto`: text in which what
+    follows the mark is a call."""
     functions = [tool.function for tool in tools if choice.name in (None, tool.function.name)]
     more = MAX_PARALLEL_CALLS - 1 if parallel and choice.name is None else 0
+    free = choice.mode == "auto"
 
     def mark(text: str) -> str:
         return f"<[{marks[text]}]>" if text in marks else quoted(text) if text else ""
@@ -226,12 +229,16 @@ def call_grammar(
     calls = "call" if form.between is None or not more else f"call ({quoted(form.between)} call){{0,{more}}}"
     opening, closing = (quoted(text) if text else "" for text in (form.opening, form.closing))
     sections = f'section ("\\n" section){{0,{more}}}' if form.repeats and more else "section"
+    begin = "text_and_mark" if free else mark(form.begin)
     lines = [
         "%llguidance {}",
-        f"start: {sections}",
-        f"section: {mark(form.begin)} {opening} {calls} {closing} {mark(form.end)}",
+        f"start: section{{0,{more + 1 if form.repeats else 1}}} TEXT" if free else f"start: {sections}",
+        f"section: {begin} {opening} {calls} {closing} {mark(form.end)}",
         "call: " + " | ".join(f"call_{index}" for index in range(len(functions))),
     ]
+    if free:
+        lazy = "" if form.begin in marks else "[lazy]"  # text ends where the mark does
+        lines += [r"TEXT: /(.|\n)*/", f"text_and_mark{lazy}: TEXT {mark(form.begin)}"]
     for index, function in enumerate(functions):
         head = quoted(f'{{"name": "{function.name}", "{form.key}": ')
         lines += [f'call_{index}: {head} arguments_{index} "}}"', f"arguments_{index}: %json {function.schema_text}"]
@@ -256,8 +263,9 @@ class ToolUse:
             return None
         form = tool_format(tokenizer)
         marks = special_marks(tokenizer, form)
-        grammar = None
-        if choice is not None and choice.mode == "required":
+        grammar, choice = None, choice or ToolChoice("auto")
+        strict = any(tool.function.strict for tool in tools) and form.begin != ""
+        if choice.mode == "required" or strict:
             grammar = call_grammar(tools, choice, form, marks, parallel=body.parallel_tool_calls)
         return cls(tools, form, marks, body.parallel_tool_calls, grammar)
 
@@ -267,4 +275,4 @@ class ToolUse:
 
     @property
     def for_template(self) -> list[dict[str, Any]]:
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]

@@ -367,6 +367,17 @@ def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_pa
             logprobs=True,
             parallel_tool_calls=False,
         )
+        free = client.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            tools=[{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS],
+            seed=1,
+            n=3,
+            max_tokens=100,
+            logit_bias={str(mark): 100},
+        )
+    for one in free.choices:
+        assert len(checked(one.message)) == 1, "the model is made to write the mark, and the rest follows"
     choice = reply.choices[0]
     assert len(checked(choice.message)) == 1
     assert choice.finish_reason == "tool_calls"
