@@ -22,6 +22,7 @@ import httpx
 import pytest
 import torch
 
+import server.api.generate
 from server.api.transcript import Transcript
 from server.engine.async_engine import AsyncEngine
 from server.tokenizer import Tokenizer
@@ -159,6 +160,22 @@ def test_an_error_of_the_detokenizer(
         assert response.status_code == 500
     assert "Internal server error." in response.text
     assert "words of the reply" not in response.text
+
+
+def test_a_reply_that_fails_before_it_begins(
+    http: httpx.Client, engine: AsyncEngine, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream is never read, so nothing in it could close the generation that waits behind it."""
+
+    def broken(_: object) -> None:
+        raise RuntimeError("no stream today")
+
+    monkeypatch.setattr(server.api.generate, "event_stream", broken)
+    faults.forward.slow_down(0.01)
+    before = engine.stats().generation_tokens
+    assert http.post(GENERATE, json=BODY | {"stream": True, "max_tokens": 400}).status_code == 500
+    until(lambda: is_clean(engine))
+    assert engine.stats().generation_tokens - before < 100
 
 
 # --- slow steps and a full cache --------------------------------------------------------------------------------------
@@ -441,32 +458,37 @@ def process(checkpoint: Path, fault: str, **variables: str) -> Iterator[tuple[su
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"), [("raise", "a fault of the test"), ("exit", "SystemExit"), ("memory", "ran out of memory")]
+    ("fault", "said", "log_format"),
+    [("raise", "a fault of the test", "json"), ("exit", "SystemExit", "text"), ("memory", "ran out of memory", "json")],
 )
-def test_a_dead_engine_ends_the_process_with_an_error(tiny_checkpoint: Path, fault: str, said: str) -> None:
-    with process(tiny_checkpoint, fault) as (server, url):
+def test_a_dead_engine_ends_the_process_with_an_error(
+    tiny_checkpoint: Path, fault: str, said: str, log_format: str
+) -> None:
+    with process(tiny_checkpoint, fault, LOG_FORMAT=log_format) as (served, url):
         response = httpx.post(url + GENERATE, json=BODY | {"prompt": "Sesame"}, timeout=60)
         assert response.status_code == 500
-        out, err = server.communicate(timeout=30)
-        assert server.returncode == 1
+        out, err = served.communicate(timeout=30)
+        assert served.returncode == 1
         assert "the engine died" in err
         assert said in err
         assert "Sesame" not in out + err
+        assert "faulty_server.py" in err, "where it failed"
+        assert "locals" not in err, "variables may hold what was sent"
 
 
 def test_a_step_that_never_ends_does_not_keep_the_process(tiny_checkpoint: Path) -> None:
     """The request that hangs in it gets an error once SHUTDOWN_TIMEOUT_S is over."""
-    with process(tiny_checkpoint, "hang", SHUTDOWN_TIMEOUT_S="1") as (server, url), ThreadPoolExecutor(1) as pool:
+    with process(tiny_checkpoint, "hang", SHUTDOWN_TIMEOUT_S="1") as (served, url), ThreadPoolExecutor(1) as pool:
         reply = pool.submit(httpx.post, url + GENERATE, json=BODY, timeout=60)
         until(lambda: "generation_tokens_total" in httpx.get(f"{url}/metrics").text)
         time.sleep(0.5)
         began = time.monotonic()
-        server.send_signal(signal.SIGTERM)
+        served.send_signal(signal.SIGTERM)
         wait_for(f"{url}/ready", 503)
         assert reply.result().status_code == 503
         assert "shut down" in reply.result().json()["error"]["message"]
-        server.communicate(timeout=30)
-        assert server.returncode == 0
+        served.communicate(timeout=30)
+        assert served.returncode == 0
         assert time.monotonic() - began < 1 + 2 + 5 + 3  # its time, the step's, the connections', a busy machine's
 
 
@@ -475,13 +497,13 @@ ENDLESS = {"prompt": "Hello", "max_tokens": 8000, "ignore_eos": True, "stream": 
 
 def test_what_outlasts_the_drain_ends_with_what_it_has(tiny_checkpoint: Path) -> None:
     with (
-        process(tiny_checkpoint, "quote", SHUTDOWN_TIMEOUT_S="1") as (server, url),
+        process(tiny_checkpoint, "quote", SHUTDOWN_TIMEOUT_S="1") as (served, url),
         httpx.stream("POST", url + GENERATE, json=ENDLESS, timeout=60) as stream,
     ):
         lines = stream.iter_lines()
         next(lines)
         began = time.monotonic()
-        server.send_signal(signal.SIGTERM)
+        served.send_signal(signal.SIGTERM)
         wait_for(f"{url}/ready", 503)
         refused = httpx.post(url + GENERATE, json=BODY)
         assert refused.status_code == 503
@@ -489,22 +511,22 @@ def test_what_outlasts_the_drain_ends_with_what_it_has(tiny_checkpoint: Path) ->
         rest = [line for line in lines if line]
         assert '"finish_reason":"abort"' in rest[-2]
         assert rest[-1] == "data: [DONE]"
-        server.communicate(timeout=30)
-        assert server.returncode == 0
+        served.communicate(timeout=30)
+        assert served.returncode == 0
         assert 0.9 < time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_waits_for_nobody(tiny_checkpoint: Path, sig: signal.Signals) -> None:
     with (
-        process(tiny_checkpoint, "quote") as (server, url),
+        process(tiny_checkpoint, "quote") as (served, url),
         httpx.stream("POST", url + GENERATE, json=ENDLESS, timeout=60) as stream,
     ):
         lines = stream.iter_lines()  # kept: a generator that is dropped closes the stream
         next(lines)
-        server.send_signal(sig)
+        served.send_signal(sig)
         wait_for(f"{url}/ready", 503)
         began = time.monotonic()
-        server.send_signal(sig)
-        server.communicate(timeout=30)
+        served.send_signal(sig)
+        served.communicate(timeout=30)
         assert time.monotonic() - began < 3
