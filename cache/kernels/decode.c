@@ -68,12 +68,6 @@ static void accumulate_any(const float *weights, const void *values, const int64
 
 /* --- whole vectors: D = 16·NV dims, all of them rotary in the half pairing, or none ---------------------------------- */
 
-INLINE v16 load16(const void *base, int64_t at, int dtype) {
-    if (dtype == FP32) return *(const v16 *)((const float *)base + at);
-    u32x16 bits = __builtin_convertvector(*(const u16x16 *)((const uint16_t *)base + at), u32x16) << 16;
-    return (v16)bits;
-}
-
 INLINE void score_wide(const float *query, const void *keys, const int64_t *at, const float *table, int count,
                        float *scores, const int G, const int NV, const int dtype) {
     for (int begin = 0; begin < count; begin += 16) {

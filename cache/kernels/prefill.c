@@ -44,11 +44,19 @@ typedef struct {
     const int32_t *blocks;                 /* [blocks of the sequence] */
 } Plan;
 
-/* Of a kv head, the running results of all its row tiles, and the packed keys and values of the span. */
+/* Of a kv head, the running results of all its row tiles. */
 typedef struct {
     float *out, *sums, *maxima; /* [state rows, padded value dim], [state rows, 16], [state rows] */
-    float *keys, *values;       /* [SPAN / KEYS, D, KEYS], panels of [SPAN, 16·n] */
-} Head;
+} State;
+
+typedef struct {
+    float *keys, *values; /* [SPAN / KEYS, D, KEYS], panels of [SPAN, 16·n] */
+} Packed;
+
+/* What all threads work on together: a span of a pass's keys, of one kv head. */
+typedef struct {
+    int64_t pass, head, begin, end;
+} Unit;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -104,31 +112,41 @@ static __attribute__((noinline)) void accumulate(const float *weights, int64_t c
 
 /* --- packing: a tile of KEYS keys and their values ------------------------------------------------------------------- */
 
-INLINE void pack_as(const Shape *shape, const Plan *plan, int64_t pass, int64_t head, int64_t first, int64_t in_span,
-                    const void *keys, const void *values, const Head *to, const int dtype) {
+INLINE void pack_as(const Shape *shape, const Plan *plan, const Unit *unit, int64_t in_span, const void *keys,
+                    const void *values, const Packed *to, const int dtype) {
     int64_t dim = shape->head_dim, value_dim = shape->value_dim, half = shape->rotary_dim / 2;
-    float raw[MAX_DIM], heads[16][MAX_DIM] __attribute__((aligned(64))) = {}, value[MAX_DIM] = {};
+    int64_t low = plan->low[unit->pass], high = plan->high[unit->pass];
+    const float *cos = plan->key_cos[unit->pass], *sin = plan->key_sin[unit->pass];
+    int64_t slot = 0, offset = shape->block_size;
+    float raw[MAX_DIM], heads[16][MAX_DIM] __attribute__((aligned(64))) = {};
     float *tile = to->keys + in_span * dim;
     for (int64_t n = 0; n < KEYS; n++) {
-        int64_t j = first + n, read = j >= plan->low[pass] && j < plan->high[pass];
+        int64_t j = unit->begin + in_span + n, read = j >= low && j < high;
         float *key = heads[n % 16];
         if (read) {
-            int64_t slot = plan->blocks[j / shape->block_size] * shape->block_size + j % shape->block_size;
-            int64_t at = (slot * shape->kv_heads + head) * dim, row = (j - plan->low[pass]) * half;
-            const float *cos = plan->key_cos[pass], *sin = plan->key_sin[pass];
-            unpair(keys, at, cos ? raw : key, dim, shape->rotary_dim, shape->interleaved, dtype);
+            if (offset >= shape->block_size) {
+                offset = j % shape->block_size;
+                slot = plan->blocks[j / shape->block_size] * shape->block_size + offset;
+            }
+            int64_t row = (j - low) * half;
+            unpair(keys, (slot * shape->kv_heads + unit->head) * dim, cos ? raw : key, dim, shape->rotary_dim,
+                   shape->interleaved, dtype);
             if (cos) turn(raw, key, cos + row, sin + row, dim, shape->rotary_dim);
-            at = (slot * shape->kv_heads + head) * value_dim;
-            for (int64_t d = 0; d < value_dim; d++) value[d] = load1(values, at + d, dtype);
-        } else { /* weighed with 0: anything finite */
+        } else {
             memset(key, 0, sizeof(float) * dim);
-            memset(value, 0, sizeof(float) * value_dim);
         }
         for (int64_t v = 0, width; v < vectors(value_dim); v += width) {
             width = panel(vectors(value_dim) - v);
-            for (int64_t w = 0; w < width; w++)
-                *(v16 *)(to->values + 16 * (v * SPAN + (in_span + n) * width + w)) = *(v16 *)(value + 16 * (v + w));
+            for (int64_t w = v; w < v + width; w++) {
+                v16 value = {}; /* of keys that are not read too: weighed with 0, anything finite will do */
+                int64_t left = value_dim - 16 * w, at = (slot * shape->kv_heads + unit->head) * value_dim + 16 * w;
+                if (read && left >= 16) value = load16(values, at, dtype);
+                else if (read)
+                    for (int64_t lane = 0; lane < left; lane++) value[lane] = load1(values, at + lane, dtype);
+                *(v16 *)(to->values + 16 * (v * SPAN + (in_span + n) * width + w - v)) = value;
+            }
         }
+        if (read) slot++, offset++;
         if (n % 16 < 15) continue;
         for (int64_t d = 0; d < dim; d += 16) {
             v16 square[16];
@@ -140,11 +158,11 @@ INLINE void pack_as(const Shape *shape, const Plan *plan, int64_t pass, int64_t 
     }
 }
 
-static void pack(const Shape *shape, const Plan *plan, int64_t pass, int64_t head, int64_t first, int64_t in_span,
-                 const void *keys, const void *values, const Head *to) {
-    if (shape->dtype == BF16) pack_as(shape, plan, pass, head, first, in_span, keys, values, to, BF16);
-    else if (shape->dtype == FP16) pack_as(shape, plan, pass, head, first, in_span, keys, values, to, FP16);
-    else pack_as(shape, plan, pass, head, first, in_span, keys, values, to, FP32);
+static void pack(const Shape *shape, const Plan *plan, const Unit *unit, int64_t in_span, const void *keys,
+                 const void *values, const Packed *to) {
+    if (shape->dtype == BF16) pack_as(shape, plan, unit, in_span, keys, values, to, BF16);
+    else if (shape->dtype == FP16) pack_as(shape, plan, unit, in_span, keys, values, to, FP16);
+    else pack_as(shape, plan, unit, in_span, keys, values, to, FP32);
 }
 
 /* --- one row tile of one kv head -------------------------------------------------------------------------------------- */
@@ -231,19 +249,20 @@ static __attribute__((noinline)) void soften(Tile *tile, int64_t rows, float sof
     }
 }
 
-/* Tile t of a head through one read of the keys packed of [begin, end). */
-static void attend(const Shape *shape, const Plan *plan, int64_t t, int64_t read, int64_t begin, int64_t end,
-                   int64_t head, const void *query, const Head *state) {
+/* Tile t through one read of a unit's keys. */
+static void attend(const Shape *shape, const Plan *plan, int64_t t, int64_t read, const Unit *unit, const void *query,
+                   const Packed *packed, const State *state) {
     int64_t dim = shape->head_dim, padded = 16 * vectors(shape->value_dim);
     int64_t first_row = plan->tile_state[t], rows = plan->tile_state[t + 1] - first_row;
     int64_t low = most(plan->first_key[read], shape->start + plan->tile_first[t] - plan->d_max[read] + 1);
     int64_t high = least(plan->stop_key[read], shape->start + plan->tile_stop[t] - plan->d_min[read]);
-    low = most(low, begin), high = least(high, end);
+    low = most(low, unit->begin), high = least(high, unit->end);
     if (low >= high) return;
     Tile tile;
-    turn_queries(shape, plan, t, read, head, query, &tile);
+    turn_queries(shape, plan, t, read, unit->head, query, &tile);
     memcpy(tile.maxima, state->maxima + first_row, sizeof(float) * rows);
     for (int64_t block = low / BLOCK * BLOCK; block < high; block += BLOCK) {
+        int64_t in_span = block - unit->begin;
         for (int64_t r = 0; r < rows; r++) {
             tile.from[r] = least(most(tile.low[r] - block, 0), BLOCK);
             tile.to[r] = most(least(tile.high[r] - block, BLOCK), tile.from[r]);
@@ -251,12 +270,12 @@ static void attend(const Shape *shape, const Plan *plan, int64_t t, int64_t read
         for (int64_t k = 0; k < BLOCK; k += KEYS)
             for (int64_t r = 0; r < rows; r += ROWS)
                 if (tile.from[r] < k + KEYS && tile.to[r + ROWS - 1] > k)
-                    score(tile.query + r * dim, dim, state->keys + (block - begin + k) * dim, tile.scores + r * BLOCK + k);
+                    score(tile.query + r * dim, dim, packed->keys + (in_span + k) * dim, tile.scores + r * BLOCK + k);
         soften(&tile, rows, shape->softcap, state->sums + first_row * 16);
         for (int64_t r = 0; r < rows; r += ROWS) {
             int64_t from = tile.from[r], to = tile.to[r + ROWS - 1];
             if (from < to)
-                accumulate(tile.scores + r * BLOCK + from, to - from, state->values, block - begin + from, tile.fades + r,
+                accumulate(tile.scores + r * BLOCK + from, to - from, packed->values, in_span + from, tile.fades + r,
                            state->out + (first_row + r) * padded, padded);
         }
     }
@@ -264,7 +283,7 @@ static void attend(const Shape *shape, const Plan *plan, int64_t t, int64_t read
 }
 
 /* Sums divide, after a sink has taken its share. */
-static void finish(const Shape *shape, const Plan *plan, int64_t t, int64_t head, const float *sinks, const Head *state,
+static void finish(const Shape *shape, const Plan *plan, int64_t t, int64_t head, const float *sinks, const State *state,
                    float *out) {
     int64_t dim = shape->value_dim, padded = 16 * vectors(dim), group = shape->query_heads / shape->kv_heads;
     int64_t s = plan->tile_state[t];
@@ -285,19 +304,44 @@ static void finish(const Shape *shape, const Plan *plan, int64_t t, int64_t head
 
 static int64_t state_rows(const Plan *plan) { return (plan->tile_state[plan->num_tiles] + 15) / 16 * 16; }
 
-static int64_t head_floats(const Shape *shape, const Plan *plan) {
-    int64_t padded = 16 * vectors(shape->value_dim);
-    return state_rows(plan) * (padded + 17) + SPAN * (16 * vectors(shape->head_dim) + padded);
+static int64_t state_floats(const Shape *shape, const Plan *plan) {
+    return state_rows(plan) * (16 * vectors(shape->value_dim) + 17);
 }
 
-static Head head_of(const Shape *shape, const Plan *plan, float *scratch, int64_t head) {
-    int64_t padded = 16 * vectors(shape->value_dim), rows = state_rows(plan);
-    float *out = scratch + head * head_floats(shape, plan), *keys = out + rows * (padded + 17);
-    return (Head){out, out + rows * padded, out + rows * (padded + 16), keys, keys + SPAN * shape->head_dim};
+static int64_t packed_floats(const Shape *shape) {
+    return SPAN * 16 * (vectors(shape->head_dim) + vectors(shape->value_dim));
+}
+
+static State state_of(const Shape *shape, const Plan *plan, float *scratch, int64_t head) {
+    float *out = scratch + 2 * packed_floats(shape) + head * state_floats(shape, plan);
+    float *sums = out + state_rows(plan) * 16 * vectors(shape->value_dim);
+    return (State){out, sums, sums + state_rows(plan) * 16};
+}
+
+static Packed packed_at(const Shape *shape, float *scratch, int64_t unit) {
+    float *keys = scratch + unit % 2 * packed_floats(shape);
+    return (Packed){keys, keys + SPAN * 16 * vectors(shape->head_dim)};
 }
 
 int64_t prerope_prefill_scratch(const Shape *shape, const Plan *plan) {
-    return shape->kv_heads * head_floats(shape, plan);
+    return 2 * packed_floats(shape) + shape->kv_heads * state_floats(shape, plan);
+}
+
+/* The unit with this number; pass is num_passes where there are no more. */
+static Unit unit_at(const Shape *shape, const Plan *plan, int64_t number) {
+    Unit unit = {0};
+    for (; unit.pass < plan->num_passes; unit.pass++) {
+        int64_t first = plan->low[unit.pass] / BLOCK * BLOCK, high = plan->high[unit.pass];
+        int64_t units = (high - first + SPAN - 1) / SPAN * shape->kv_heads;
+        if (number < units) {
+            unit.head = number % shape->kv_heads;
+            unit.begin = first + number / shape->kv_heads * SPAN;
+            unit.end = least(unit.begin + SPAN, high);
+            break;
+        }
+        number -= units;
+    }
+    return unit;
 }
 
 /* query: [rows, Hq, D]. keys, values: [num_blocks, block_size, Hkv, D or Dv]. sinks: [Hq] fp32 or null.
@@ -307,33 +351,32 @@ void prerope_prefill(const Shape *shape, const Plan *plan, const void *query, co
     int64_t heads = shape->kv_heads, tiles = plan->num_tiles;
 #pragma omp parallel
     {
-#pragma omp for
+#pragma omp for schedule(static) nowait
         for (int64_t head = 0; head < heads; head++) {
-            Head state = head_of(shape, plan, scratch, head);
+            State state = state_of(shape, plan, scratch, head);
             memset(state.out, 0, (state.maxima - state.out) * sizeof(float));
-            for (float *to = state.maxima; to < state.keys; to++) *to = LOWEST;
+            for (int64_t r = 0; r < state_rows(plan); r++) state.maxima[r] = LOWEST;
         }
-        for (int64_t pass = 0; pass < plan->num_passes; pass++) {
-            int64_t high = plan->high[pass];
-            for (int64_t begin = plan->low[pass] / BLOCK * BLOCK; begin < high; begin += SPAN) {
-                int64_t end = least(begin + SPAN, high), packs = (end - begin + KEYS - 1) / KEYS;
-#pragma omp for schedule(static)
-                for (int64_t n = 0; n < heads * packs; n++) {
-                    Head state = head_of(shape, plan, scratch, n / packs);
-                    pack(shape, plan, pass, n / packs, begin + n % packs * KEYS, n % packs * KEYS, keys, values, &state);
-                }
-#pragma omp for schedule(dynamic)
-                for (int64_t n = 0; n < heads * tiles; n++) {
-                    int64_t head = n / tiles, t = tiles - 1 - n % tiles, at = pass * plan->num_runs + plan->tile_run[t];
-                    Head state = head_of(shape, plan, scratch, head);
+        Unit now = {.pass = -1}, next = unit_at(shape, plan, 0);
+        for (int64_t number = 0; now.pass < plan->num_passes; number++, now = next, next = unit_at(shape, plan, number)) {
+            if (now.pass >= 0) {
+                Packed packed = packed_at(shape, scratch, number - 1);
+                State state = state_of(shape, plan, scratch, now.head);
+#pragma omp for schedule(dynamic) nowait
+                for (int64_t n = 0; n < tiles; n++) {
+                    int64_t t = tiles - 1 - n, at = now.pass * plan->num_runs + plan->tile_run[t];
                     for (int64_t read = plan->reads[at]; read < plan->reads[at + 1]; read++)
-                        attend(shape, plan, t, read, begin, end, head, query, &state);
+                        attend(shape, plan, t, read, &now, query, &packed, &state);
                 }
             }
+            Packed packed = packed_at(shape, scratch, number);
+            int64_t packs = next.pass < plan->num_passes ? (next.end - next.begin + KEYS - 1) / KEYS : 0;
+#pragma omp for schedule(dynamic)
+            for (int64_t n = 0; n < packs; n++) pack(shape, plan, &next, n * KEYS, keys, values, &packed);
         }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < heads * tiles; n++) {
-            Head state = head_of(shape, plan, scratch, n / tiles);
+            State state = state_of(shape, plan, scratch, n / tiles);
             finish(shape, plan, n % tiles, n / tiles, sinks, &state, out);
         }
     }

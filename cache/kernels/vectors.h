@@ -83,26 +83,39 @@ INLINE float load1(const void *base, int64_t at, int dtype) {
 #endif
 }
 
-/* Split a head into the first and second members of its pairs, then what does not rotate. */
-INLINE void unpair(const void *from, int64_t at, float *to, int dim, int rotary, int interleaved, int dtype) {
-    if (interleaved) {
-        for (int m = 0; m < rotary / 2; m++) {
-            to[m] = load1(from, at + 2 * m, dtype);
-            to[rotary / 2 + m] = load1(from, at + 2 * m + 1, dtype);
-        }
-        for (int d = rotary; d < dim; d++) to[d] = load1(from, at + d, dtype);
-    } else {
-        for (int d = 0; d < dim; d++) to[d] = load1(from, at + d, dtype);
+/* 16 members of a head. */
+INLINE v16 load16(const void *base, int64_t at, int dtype) {
+    if (dtype == FP32) return *(const v16 *)((const float *)base + at);
+    if (dtype == BF16) {
+        u32x16 bits = __builtin_convertvector(*(const u16x16 *)((const uint16_t *)base + at), u32x16) << 16;
+        return (v16)bits;
     }
+    v16 value;
+    for (int lane = 0; lane < 16; lane++) value[lane] = load1(base, at + lane, dtype);
+    return value;
 }
 
-/* Turn an unpaired head by an angle a pair, in place or not. */
+/* Split a head into the first and second members of its pairs, then what does not rotate. */
+INLINE void unpair(const void *from, int64_t at, float *to, int dim, int rotary, int interleaved, int dtype) {
+    int d = 0;
+    if (interleaved)
+        for (; d < rotary; d++) to[d / 2 + d % 2 * (rotary / 2)] = load1(from, at + d, dtype);
+    for (; d + 16 <= dim; d += 16) *(v16 *)(to + d) = load16(from, at + d, dtype);
+    for (; d < dim; d++) to[d] = load1(from, at + d, dtype);
+}
+
+/* Turn an unpaired head by an angle a pair. */
 INLINE void turn(const float *from, float *to, const float *cos, const float *sin, int dim, int rotary) {
-    int half = rotary / 2;
-    for (int m = 0; m < half; m++) {
-        float a = from[m], b = from[half + m];
-        to[m] = a * cos[m] - b * sin[m];
-        to[half + m] = b * cos[m] + a * sin[m];
+    int half = rotary / 2, m = 0;
+    for (; m + 16 <= half; m += 16) {
+        v16 a = *(const v16 *)(from + m), b = *(const v16 *)(from + half + m);
+        v16 c = *(const v16 *)(cos + m), s = *(const v16 *)(sin + m);
+        *(v16 *)(to + m) = a * c - b * s;
+        *(v16 *)(to + half + m) = b * c + a * s;
     }
-    for (int d = rotary; d < dim; d++) to[d] = from[d];
+    for (; m < half; m++) {
+        to[m] = from[m] * cos[m] - from[half + m] * sin[m];
+        to[half + m] = from[half + m] * cos[m] + from[m] * sin[m];
+    }
+    if (rotary < dim) memcpy(to + rotary, from + rotary, sizeof(float) * (dim - rotary));
 }
