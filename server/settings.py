@@ -174,7 +174,8 @@ class Settings(BaseSettings):
     rope_group: int | None = Field(
         default=None,
         ge=1,
-        description="self_extend: tokens that share a far position; jagged_rerope: tokens that are near or far together",
+        description="self_extend: tokens that share a far position; jagged_rerope: tokens that are near or far "
+        "together",
     )
     rope_sinks: int | None = Field(
         default=None, ge=0, description="streaming: tokens at the beginning of a prompt that every row reads"
