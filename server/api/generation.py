@@ -126,6 +126,8 @@ class Generation:
         if reason is not None:
             rest, rest_tokens = self._transcript.finish()
             text, tokens = text + rest, tokens + rest_tokens
+            if self._transcript.stopped:  # what was held back may complete a stop string as it ends
+                reason = FinishReason.STOP
         progress = None
         if not output.token_ids and reason is None:
             progress = Progress(output.num_prompt_tokens, output.num_cached_tokens, output.num_processed_tokens)

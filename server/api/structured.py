@@ -77,7 +77,7 @@ class ResponseFormat(RequestBody):
 
     path: ClassVar[str] = "response_format."
 
-    type: str
+    type: str = Field(json_schema_extra={"enum": ["text", "json_object", "json_schema"]})
     json_schema: JsonSchemaFormat | None = None
 
     @model_validator(mode="after")

@@ -292,3 +292,16 @@ def test_streamed_replies_equal_whole_ones(
     for index, (text, _) in free.items():
         found = first_stop(text, stops)
         assert stopped[index] == ((text, "length") if found is None else (text[: found[0]], "stop"))
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_a_stop_string_that_the_end_completes(
+    http: httpx.Client, kinds: dict[str, tuple[Tokenizer, bool]], path: str
+) -> None:
+    """Half a character becomes U+FFFD when no more tokens come; whoever stops there is told that it was a stop."""
+    tokenizer, _ = kinds["byte-level"]
+    half = next(token_id for token_id in range(300) if tokenizer.token_bytes(token_id) == b"\xe2")
+    body = {**ENDPOINTS[path]("Go on"), "logit_bias": {str(half): 100}, "temperature": 0, "max_tokens": 1}
+    assert set(whole_reply(http, path, body).values()) == {("\ufffd", "length")}
+    for reply in (whole_reply, streamed_reply):
+        assert set(reply(http, path, {**body, "stop": ["\ufffd"]}).values()) == {("", "stop")}
