@@ -24,7 +24,7 @@ def name(content: int) -> bytes:
 class PoolMachine(RuleBasedStateMachine):
     """Tables are what sequences hold; `known` is content → block; `freed` is block → when it was last let go."""
 
-    @initialize(num_blocks=st.integers(2, 9))
+    @initialize(num_blocks=st.integers(2, 6))
     def begin(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
         self.tables: list[list[int]] = []
@@ -36,7 +36,7 @@ class PoolMachine(RuleBasedStateMachine):
     def holders(self, block: int) -> int:
         return sum(table.count(block) for table in self.tables)
 
-    @rule(count=st.integers(1, 5))
+    @rule(count=st.integers(1, 3))
     def allocate(self, count: int) -> None:
         count = min(count, len(self.freed))
         before = dict(self.freed)
@@ -84,7 +84,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.freed[block] = next(self.clock)
 
     @precondition(lambda self: any(self.tables))
-    @rule(data=st.data(), content=st.integers(0, CONTENTS - 1), count=st.integers(1, 5))
+    @rule(data=st.data(), content=st.integers(0, CONTENTS - 1), count=st.integers(1, 3))
     def write_and_remember(self, data: st.DataObject, content: int, count: int) -> None:
         for block in data.draw(st.sampled_from([table for table in self.tables if table]))[:count]:
             written = self.written.setdefault(block, content)  # a full block is written once
@@ -116,4 +116,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = budget(120, stateful_step_count=40)
+TestPool.settings = budget(150, stateful_step_count=40)
