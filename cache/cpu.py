@@ -49,7 +49,7 @@ def cpu_attention(
     """See `cache.attention.paged_attention`."""
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     chunks = metadata.sequences
-    if can_decode(query, keys) and (single := [s for s in chunks if s.count == 1]):
+    if keys.shape == values.shape and can_decode(query, keys) and (single := [s for s in chunks if s.count == 1]):
         chunks = [s for s in chunks if s.count > 1]
         rows, decoded = decode(query, keys, values, single, metadata, options)
         out[rows] = decoded.to(query.dtype)

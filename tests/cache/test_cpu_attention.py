@@ -1,4 +1,4 @@
-"""The CPU path, the torch bands and the decode kernel alike, against the reference, over shapes and methods."""
+"""The CPU path, the torch bands and the C kernels alike, against the reference, over shapes and methods."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from cache.attention import AttentionOptions, paged_attention
+from cache.attention import AttentionOptions
 from cache.cpu import cpu_attention
 from cache.reference import reference_attention
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, Paged, method, one_group, paged, rotary
@@ -17,16 +18,19 @@ from tests.cache.layouts import METHOD_NAMES, WINDOWED, Paged, method, one_group
 TOLERANCE = 1e-5
 
 
-def difference(step: Paged, options: AttentionOptions, *, kernel: bool) -> float:
-    """Largest, between the CPU path and the reference; `kernel=False` keeps single rows in torch too."""
+def attend(step: Paged, options: AttentionOptions, *, kernel: bool) -> Tensor:
+    """The CPU path; `kernel=False` keeps it in torch."""
     arguments = (step.query, step.keys, step.values, step.metadata, options)
-    expected = reference_attention(*arguments)
-    step.metadata.plans.clear()
     if kernel:
-        actual = cpu_attention(*arguments)
-    else:
-        with patch("cache.cpu.can_decode", return_value=False), patch("cache.cpu.can_prefill", return_value=False):
-            actual = cpu_attention(*arguments)
+        return cpu_attention(*arguments)
+    with patch("cache.cpu.can_decode", return_value=False), patch("cache.cpu.can_prefill", return_value=False):
+        return cpu_attention(*arguments)
+
+
+def difference(step: Paged, options: AttentionOptions, *, kernel: bool) -> float:
+    """Largest, between the CPU path and the reference."""
+    expected = reference_attention(step.query, step.keys, step.values, step.metadata, options)
+    actual = attend(step, options, kernel=kernel)
     assert actual.dtype == step.query.dtype
     return float((actual.float() - expected.float()).abs().max())  # NaN fails every comparison
 
@@ -141,29 +145,27 @@ def test_low_precision_caches(name: str, dtype: torch.dtype, tolerance: float, k
 
 
 @pytest.mark.parametrize("count", [1, 2, 100])
-def test_nothing_beyond_a_row_is_read(count: int) -> None:
+def test_nothing_beyond_a_row_is_read(count: int, kernel: bool) -> None:
     """Later tokens and rubbish in the last block's tail change nothing."""
     positions = one_group(method("rerope", rotary(16, 16), window=32))
     step = paged([(150, count)], [positions])
     options = AttentionOptions(0.25, "")
-    before = paged_attention(step.query, step.keys, step.values, step.metadata, options)
+    before = attend(step, options, kernel=kernel)
     table = step.metadata.sequences[0].block_table
     used = torch.zeros(step.keys.shape[:2], dtype=torch.bool)
     used.view(-1)[(table[:, None] * 16 + torch.arange(16)).flatten()[: 150 + count]] = True
     for cache in (step.keys, step.values):
-        cache[~used] = 1e30
-    step.metadata.plans.clear()
-    assert torch.equal(before, paged_attention(step.query, step.keys, step.values, step.metadata, options))
+        cache[~used] = torch.nan
+    assert torch.equal(before, attend(step, options, kernel=kernel))
 
 
 @example(start=0, count=1)
 @given(start=st.integers(0, 700), count=st.integers(1, 100))
-@settings(max_examples=15, deadline=None)
-def test_plans_are_shared_by_layers_of_a_step(start: int, count: int) -> None:
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_plans_are_shared_by_layers_of_a_step(kernel: bool, start: int, count: int) -> None:
     """The same metadata serves layers of other options: nothing that a layer asked for may stick."""
     positions = one_group(method("rerope", rotary(16, 16), window=32))
     step = paged([(start, count), (start, 1)], [positions] * 2)
-    arguments = (step.query, step.keys, step.values, step.metadata)
     for options in (
         AttentionOptions(0.25, ""),
         AttentionOptions(0.25, "", 9),
@@ -171,5 +173,4 @@ def test_plans_are_shared_by_layers_of_a_step(start: int, count: int) -> None:
         AttentionOptions(0.5, "", None, 2.0, torch.ones(4)),
         AttentionOptions(0.25, ""),
     ):
-        actual = cpu_attention(*arguments, options)
-        assert (actual - reference_attention(*arguments, options)).abs().max() <= TOLERANCE
+        assert difference(step, options, kernel=kernel) <= TOLERANCE

@@ -1,0 +1,106 @@
+"""The C prefill kernel: the shapes it packs, and results that depend on nothing but a row and its keys."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
+from cache.prefill import can_prefill, prefill
+from cache.reference import reference_attention
+from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
+
+pytestmark = pytest.mark.usefixtures("decode_kernel")
+
+TOLERANCE = 1e-5
+
+
+def through_kernel(step: Paged, options: AttentionOptions) -> Tensor:
+    """[T, Hq, Dv] fp32, single rows too."""
+    assert can_prefill(step.query, step.keys, step.values)
+    parts = [
+        prefill(step.query[s.first : s.first + s.count], step.keys, step.values, s, step.metadata, options)
+        for s in step.metadata.sequences
+    ]
+    return torch.cat(parts)
+
+
+def difference(step: Paged, options: AttentionOptions) -> float:
+    expected = reference_attention(step.query, step.keys, step.values, step.metadata, options)
+    return float((through_kernel(step, options) - expected.float()).abs().max())
+
+
+def cut(step: Paged, at: Sequence[int]) -> Paged:
+    """The one sequence of a step in chunks that end at these rows."""
+    (whole,) = step.metadata.sequences
+    edges = [0, *at, whole.count]
+    chunks = [
+        SequenceRows(a, b - a, whole.start + a, whole.block_table, whole.positions)
+        for a, b in itertools.pairwise(edges)
+    ]
+    metadata = AttentionMetadata(chunks, step.metadata.slot_mapping, step.metadata.block_size)
+    return Paged(step.query, step.keys, step.values, metadata)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "dim"), [(2, 2), (20, 6), (64, 64), (64, 32), (80, 80), (96, 72), (112, 112), (128, 128), (256, 64)]
+)
+def test_head_dims(head_dim: int, dim: int, interleaved: bool) -> None:
+    positions = one_group(method("leaky_rerope", rotary(head_dim, dim, interleaved=interleaved), window=32))
+    step = paged([(100, 70), (0, 9), (63, 1)], [positions] * 3, head_dim=head_dim)
+    assert difference(step, AttentionOptions(head_dim**-0.5, "")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (7, 1), (16, 1), (71, 1), (96, 1), (10, 5)])
+def test_groups_of_query_heads(heads: tuple[int, int]) -> None:
+    positions = one_group(method("rerope", rotary(16, 16), window=32))
+    step = paged([(100, 70), (0, 9), (63, 1)], [positions] * 3, heads=heads[0], kv_heads=heads[1])
+    assert difference(step, AttentionOptions(0.25, "", sinks=torch.linspace(-2, 2, heads[0]))) <= TOLERANCE
+
+
+def test_values_narrower_and_wider_than_keys() -> None:
+    positions = one_group(method("rope", rotary(16, 16)))
+    for value_dim in (8, 40, 112):
+        step = paged([(100, 70), (0, 9)], [positions] * 2)
+        values = torch.randn(*step.values.shape[:3], value_dim)
+        assert difference(Paged(step.query, step.keys, values, step.metadata), AttentionOptions(0.25, "")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["rope", "rerope", "dynamic_leaky", "dual_chunk", "streaming"])
+def test_contexts_of_several_spans(name: str) -> None:
+    """More keys than are packed at once, and sinks, soft-cap and sliding window over all of them."""
+    positions = one_group(method(name, rotary(64, 64), window=32))
+    step = paged([(2500, 130), (1021, 7), (1000, 50)], [positions] * 3, head_dim=64)
+    for options in (
+        AttentionOptions(0.125, ""),
+        AttentionOptions(0.125, "", 1500, 30.0, torch.tensor([-1.0, 0.0, 3.0, 9.0])),
+    ):
+        assert difference(step, options) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name != "xpos"])  # xPos fades from a chunk's start
+def test_a_row_does_not_depend_on_its_chunk(name: str) -> None:
+    """To the bit, so that a prompt's chunks, which depend on what else is served, cannot change what it is answered."""
+    positions = one_group(method(name, rotary(16, 16), window=32, logn=True))
+    step = paged([(40, 600)], [positions])
+    options = AttentionOptions(0.25, "", 500, sinks=torch.ones(4))
+    whole = through_kernel(step, options)
+    for at in ([1, 2, 90, 353], [24, 216, 472], [599]):
+        assert torch.equal(through_kernel(cut(step, at), options), whole)
+
+
+def test_a_row_does_not_depend_on_the_number_of_threads() -> None:
+    positions = one_group(method("dynamic_leaky", rotary(64, 64), window=32))
+    step = paged([(1100, 400)], [positions], head_dim=64)
+    one = through_kernel(step, AttentionOptions(0.125, ""))
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        try:
+            assert torch.equal(through_kernel(step, AttentionOptions(0.125, "")), one)
+        finally:
+            torch.set_num_threads(1)
