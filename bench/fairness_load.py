@@ -53,7 +53,7 @@ class Load:
     options: argparse.Namespace
     draw: random.Random
     latencies: Latencies = field(default_factory=Latencies)
-    streaming: asyncio.Event = field(default_factory=asyncio.Event)
+    _streaming: asyncio.Event = field(default_factory=asyncio.Event)
     _began: float = field(default_factory=time.perf_counter)
 
     async def run(self) -> Latencies:
@@ -62,8 +62,11 @@ class Load:
         Raises:
             StreamFailed, httpx.HTTPError: of any of the requests.
         """
-        tasks = [asyncio.create_task(self._long_prompts()) for _ in range(self.options.in_flight)]
-        tasks += [asyncio.create_task(self.stream()), asyncio.create_task(self._shorts())]
+        stream = await self.start_stream()
+        self._began = time.perf_counter()
+        self.latencies.gaps.clear()
+        tasks = [stream, *(asyncio.create_task(self._long_prompts()) for _ in range(self.options.in_flight))]
+        tasks.append(asyncio.create_task(self._shorts()))
         done, _ = await asyncio.wait(tasks, timeout=self.options.seconds, return_when=asyncio.FIRST_EXCEPTION)
         for task in tasks:
             task.cancel()
@@ -77,15 +80,22 @@ class Load:
             await self.ask(self.options.long_tokens, 1)
             self.latencies.num_long += 1
 
-    async def stream(self) -> None:
-        """Stream for ever, and note the time between tokens."""
+    async def start_stream(self) -> asyncio.Task[None]:
+        """A task that streams for ever and notes the time between tokens; returns once there are some, or it failed."""
+        task = asyncio.create_task(self._stream())
+        begun = asyncio.create_task(self._streaming.wait())
+        await asyncio.wait((task, begun), return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
+        return task
+
+    async def _stream(self) -> None:
         while True:
             last: float | None = None
             async for at, event in self.events(self.options.short_tokens, STREAM_OUTPUT):
                 if event.get("token_ids"):
                     if last is not None:
                         self.latencies.gaps.append((last - self._began, at - last))
-                        self.streaming.set()
+                        self._streaming.set()
                     last = at
 
     async def _shorts(self) -> None:
@@ -103,23 +113,21 @@ class Load:
             await asyncio.gather(*shorts, return_exceptions=True)
 
     async def _short(self) -> None:
-        started = time.perf_counter()
+        started, answered = time.perf_counter(), False
         try:
-            ttft = await self.ask(self.options.short_tokens, SHORT_OUTPUT)
+            async for at, event in self.events(self.options.short_tokens, SHORT_OUTPUT):
+                if event.get("token_ids") and not answered:
+                    answered = True
+                    self.latencies.ttfts.append((started - self._began, at - started))
         except asyncio.CancelledError:
-            self.latencies.unanswered.append((started - self._began, time.perf_counter() - started))
+            if not answered:
+                self.latencies.unanswered.append((started - self._began, time.perf_counter() - started))
             raise
-        self.latencies.ttfts.append((started - self._began, ttft))
 
-    async def ask(self, num_tokens: int, max_tokens: int) -> float:
-        """TTFT of one streamed request, read to its end."""
-        started, first = time.perf_counter(), None
-        async for at, event in self.events(num_tokens, max_tokens):
-            if first is None and event.get("token_ids"):
-                first = at - started
-        if first is None:
-            raise StreamFailed("the stream carried no token")
-        return first
+    async def ask(self, num_tokens: int, max_tokens: int) -> None:
+        """One request, read to its end."""
+        async for _ in self.events(num_tokens, max_tokens):
+            pass
 
     async def events(
         self, num_tokens: int, max_tokens: int, **more: Any
@@ -155,9 +163,8 @@ async def slowest_chunk(load: Load) -> float:
     Raises:
         ServerUnusable: the prompt is too short to be read in several chunks.
     """
-    stream = asyncio.create_task(load.stream())
+    stream = await load.start_stream()
     try:
-        await load.streaming.wait()
         events = load.events(load.options.long_tokens, 1, return_progress=True)
         times = [at async for at, event in events if "progress" in event]
     finally:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bench.fairness_load import Latencies
 from bench.measure import percentile
+from bench.soak_report import log_axis
 
 JUDGED = 99
 PERCENTS = (50, JUDGED, 100)
@@ -161,6 +162,7 @@ def plot(report: FairnessReport, path: Path) -> None:
         _dots(panels[0], overdue, color, f"{NAMES[policy]}, no answer yet", marker="^", facecolors="none")
     _panel(panels[1], report, "between two tokens of the running stream, s", "gaps", report.gap_bound)
     panels[0].legend(frameon=False, fontsize=8, loc="upper left", ncols=4)
+    panels[0].margins(y=0.25)
     panels[1].set_xlabel("seconds of load")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -172,7 +174,7 @@ def _panel(panel: Any, report: FairnessReport, title: str, name: str, bound: flo
     panel.axhline(bound, color="0.4", linewidth=1, linestyle="--")
     panel.annotate(f"bound {bound:.2f} s", (1, bound), (-2, 3), xycoords=("axes fraction", "data"),
                    textcoords="offset points", ha="right", color="0.4", fontsize=8)  # fmt: skip
-    panel.set_yscale("log")
+    log_axis(panel)
     panel.set_title(title, loc="left", fontsize=10)
     panel.spines[["top", "right"]].set_visible(False)
 

@@ -230,7 +230,7 @@ async def run(options: argparse.Namespace, console: Console) -> SoakReport:
     ]
     line = None
     if options.url is None:
-        verdict, line = judge_memory(under_traffic)
+        verdict, line = judge_memory(under_traffic, before, after)
         verdicts += [verdict, judge_log(errors_in(log))]
     warm_up, outcomes = client.outcomes[:num_before], client.outcomes[num_before:]
     return SoakReport(about, warm_up, outcomes, watch.samples, begin, end, verdicts, line)

@@ -174,7 +174,7 @@ def _plot_memory(panel: Any, report: SoakReport) -> None:
         ends = [(line.mean + sign * line.slope * line.seconds / 2) / MEBIBYTE for sign in (-1, 1)]
         panel.plot([0, minutes], ends, color="C3", linewidth=1.5, linestyle="--", label="least squares")
         panel.legend(frameon=False, loc="lower right", fontsize=8)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, 1.2 * max([rss for _, rss in seen], default=1.0))
     panel.set_title("resident memory of the server, MiB", loc="left", fontsize=10)
 
 
@@ -189,10 +189,21 @@ def _plot_latency(panel: Any, report: SoakReport, title: str, *, gaps: bool) -> 
         if dots:
             xs = [_minutes(report, at) for at, _ in dots]
             panel.scatter(xs, [value for _, value in dots], s=14, color=f"C{i}", label=kind, alpha=0.8, linewidths=0)
-    panel.set_yscale("log")
+    log_axis(panel)
+    panel.margins(y=0.25)
     panel.set_title(title, loc="left", fontsize=10)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(frameon=False, ncols=5, fontsize=8, loc="upper left")
+
+
+def log_axis(panel: Any) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter("{x:g}")
 
 
 def _plot_cache(panel: Any, report: SoakReport) -> None:

@@ -71,8 +71,8 @@ def trend(times: Sequence[float], values: Sequence[float]) -> Trend:
     return Trend(slope, slope - half, slope + half, y_mean, seconds)
 
 
-def judge_memory(samples: Sequence[Sample]) -> tuple[Verdict, Trend | None]:
-    """Of the samples taken under traffic, after the warm-up."""
+def judge_memory(samples: Sequence[Sample], before: Sample, after: Sample) -> tuple[Verdict, Trend | None]:
+    """Of the samples taken under traffic, after the warm-up; `before` and `after` it, idle, are told beside it."""
     rule = f"resident memory flat: the slope's upper end adds less than {MEMORY_SHARE:.0%} over the run"
     known = [(sample.at, float(sample.rss)) for sample in samples if sample.rss is not None]
     try:
@@ -82,7 +82,8 @@ def judge_memory(samples: Sequence[Sample]) -> tuple[Verdict, Trend | None]:
     slope, low, high = (60 * value / MEBIBYTE for value in (line.slope, line.low, line.high))
     finding = (
         f"{line.mean / MEBIBYTE:,.0f} MiB; slope {slope:+.2f} MiB/min, 95 % interval {low:+.2f} to {high:+.2f}; "
-        f"its upper end adds {line.share(line.high):+.1%} over {line.seconds / 60:.1f} min"
+        f"its upper end adds {line.share(line.high):+.1%} over {line.seconds / 60:.1f} min; "
+        f"idle: {(before.rss or 0) / MEBIBYTE:,.0f} MiB before and {(after.rss or 0) / MEBIBYTE:,.0f} after"
     )
     return Verdict(rule, line.share(line.high) < MEMORY_SHARE, finding), line
 

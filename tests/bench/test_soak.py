@@ -161,13 +161,15 @@ def test_a_trend_is_least_squares_and_its_interval_holds_the_truth_as_often_as_i
 )
 def test_memory_is_flat_or_not(growth: float, noise: float, held: bool) -> None:
     """2 MiB/min are 40 in 20 minutes, 4 %. With noise of 400 MiB nothing can be said, and that does not hold either."""
-    verdict, line = judge_memory(memory(growth, noise=noise))
+    samples = memory(growth, noise=noise)
+    verdict, line = judge_memory(samples, samples[0], samples[-1])
     assert verdict.held == held, verdict.finding
     assert line is not None
 
 
 def test_too_few_samples_say_so() -> None:
-    verdict, line = judge_memory(memory(0)[:10])
+    samples = memory(0)[:10]
+    verdict, line = judge_memory(samples, samples[0], samples[-1])
     assert (verdict.held, line) == (False, None)
     assert "soak for longer" in verdict.finding
 
