@@ -7,6 +7,10 @@ length these are the same tokens: a longer context only adds earlier text, so a 
 one that breaks past the trained length loses more. Methods are what a deployment with MAX_MODEL_LEN at the longest
 length would serve: methods with a factor keep that factor at the shorter lengths too. A method may bring its
 parameters: `rerope:window=2048`, `yarn:factor=2`, `rerope:window=4096:logn`.
+
+    python -m bench.quality --calibrate --text mine.txt --lengths 16384 --documents 4
+
+searches for the method and window that read a text best, and prints the settings.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
 
 from bench import OUTPUT_FOLDER, WIDTH
+from bench.calibration import Calibration, calibrate, environment, label, num_readings
 from bench.documents import Document, TextTooShort, context, cut_documents, default_texts, file_text
 from bench.machine import describe_machine
 from bench.quality_report import Losses, QualityReport, print_table, save
@@ -108,22 +114,48 @@ class Reader:
         return mean_loss(logprobs, last)
 
 
-def measure(
-    engine: Engine, documents: Sequence[Document], beginning: Sequence[int], options: argparse.Namespace
-) -> Losses:
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A loaded model and the documents that it is to read; `beginning` is what its tokenizer puts before any text."""
+
+    engine: Engine
+    documents: Sequence[Document]
+    beginning: Sequence[int]
+    about: dict[str, Any]
+
+
+def measure(subject: Subject, options: argparse.Namespace) -> QualityReport:
     """`{(method, length): [a loss a document]}`. Documents go outermost, so that an early stop compares equals."""
-    reader = Reader(engine)
+    reader = Reader(subject.engine)
     losses: Losses = {(m.label, length): [] for m in options.methods for length in options.lengths}
-    total = len(documents) * len(options.methods) * sum(options.lengths)
+    total = len(subject.documents) * len(options.methods) * sum(options.lengths)
     with tqdm(total=total, unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
-        for document in documents:
+        for document in subject.documents:
             for length in options.lengths:
-                token_ids = context(document, length, beginning)
+                token_ids = context(document, length, subject.beginning)
                 for method in options.methods:
                     bar.set_description(f"{method.label} at {length:,}")
                     loss = reader.loss(token_ids, method.spec, options.last, bar.update)
                     losses[method.label, length].append(loss)
-    return losses
+    resolved = {method.label: subject.engine.resolve_positions(method.spec).describe() for method in options.methods}
+    about = subject.about | {"methods": resolved}
+    return QualityReport([method.label for method in options.methods], options.lengths, losses, about)
+
+
+def search(subject: Subject, options: argparse.Namespace) -> Calibration:
+    """`bench.calibration` at the longest length: on the first half of the documents, held against the second."""
+    reader, length = Reader(subject.engine), options.lengths[-1]
+    numbers = range(len(subject.documents))
+    searched, held_out = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+    total = num_readings(len(searched), len(held_out)) * length
+    with tqdm(total=total, unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
+
+        def loss(spec: RopeSpec, number: int) -> float:
+            bar.set_description(f"{label(spec)}, document {number + 1}")
+            token_ids = context(subject.documents[number], length, subject.beginning)
+            return reader.loss(token_ids, spec, options.last, bar.update)
+
+        return calibrate(loss, searched, held_out, subject.engine.info.train_length)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -143,24 +175,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="consecutive pieces of the text, each of the longest length; default: 3",
     )
     add("--last", type=int, default=1024, help="tokens at a document's end whose loss counts; default: 1024")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="search for the best method on half of the documents, at the longest length, and print its settings",
+    )
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default: auto")
     add("--device", default="auto", help="default: auto")
     add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for JSON, markdown and plot; default: bench/out")
     options = parser.parse_args(arguments)
     if not 1 <= options.last < options.lengths[0]:
         parser.error(f"--last {options.last}: must be at least 1 and below the shortest length, {options.lengths[0]}")
-    if options.documents < 1:
-        parser.error(f"--documents {options.documents}: must be at least 1")
+    least = 2 if options.calibrate else 1
+    if options.documents < least:
+        parser.error(f"--documents {options.documents}: must be at least {least}")
     if missing := [path.name for path in options.text or () if not path.is_file()]:
         parser.error(f"--text: no such file: {', '.join(missing)}")
     return options
 
 
-def run(options: argparse.Namespace, report: Callable[[str], None]) -> QualityReport:
-    """Load, read everything, and return what was found."""
+def load(options: argparse.Namespace, report: Callable[[str], None]) -> Subject:
+    """The model and the documents, ready to be read."""
     checkpoint = resolve_checkpoint(options.model, options.revision, report)
     tokenizer = Tokenizer.load(checkpoint)
-    beginning = tokenizer.encode("")  # what the model's own tokenizer puts before any text
     texts = iter([file_text(path) for path in options.text]) if options.text else default_texts()
     documents = cut_documents(
         texts, lambda text: tokenizer.encode(text, add_special_tokens=False), options.documents, options.lengths[-1]
@@ -174,27 +211,30 @@ def run(options: argparse.Namespace, report: Callable[[str], None]) -> QualityRe
         prefix_caching=False,
     )
     engine = Engine.load(checkpoint, config, report)
-    resolved = {method.label: engine.resolve_positions(method.spec).describe() for method in options.methods}
     about = describe_machine() | {
         "model": checkpoint.name,
         "dtype": engine.info.dtype,
         "train_length": engine.info.train_length,
         "last": options.last,
         "documents": [document.name for document in documents],
-        "methods": resolved,
     }
-    losses = measure(engine, documents, beginning, options)
-    return QualityReport([method.label for method in options.methods], options.lengths, losses, about)
+    return Subject(engine, documents, tokenizer.encode(""), about)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
-        report = run(options, lambda line: console.print(line, highlight=False))
+        subject = load(options, lambda line: console.print(line, highlight=False))
     except (PreRopeError, TextTooShort) as error:
         print(f"bench.quality: {error}", file=sys.stderr)
         return 1
+    if options.calibrate:
+        calibration = search(subject, options)
+        print_table(calibration, console)
+        console.print("\n".join(environment(calibration.recommended)), highlight=False)
+        return 0
+    report = measure(subject, options)
     print_table(report, console)
     for path in save(report, options.out):
         console.print(f"wrote {path.name} in {options.out.name}/", highlight=False)
