@@ -44,7 +44,16 @@ from bench.soak_client import SoakClient
 from bench.soak_options import parse_arguments
 from bench.soak_plan import GENERATE, LongPlan, MixedPlan, Task, length_name, read_library
 from bench.soak_report import SoakReport, print_report, save
-from bench.soak_verdicts import judge_blocks, judge_log, judge_memory, judge_replies, judge_resources, judge_watch
+from bench.soak_verdicts import (
+    Trend,
+    Verdict,
+    judge_blocks,
+    judge_log,
+    judge_memory,
+    judge_replies,
+    judge_resources,
+    judge_watch,
+)
 from bench.soak_watch import Sample, Watch
 
 SPARE_TOKENS = 256  # of MAX_MODEL_LEN beside the longest prompt
@@ -221,19 +230,26 @@ async def run(options: argparse.Namespace, console: Console) -> SoakReport:
                 after = await watch.settle(before.resources)
             finally:
                 await client.http.aclose()
+    warm_up, outcomes = client.outcomes[:num_before], client.outcomes[num_before:]
     under_traffic = [sample for sample in watch.samples if begin < sample.at <= min(end, begin + options.seconds)]
+    verdicts, line = judge(soak, before, after, under_traffic, None if options.url is not None else log)
+    return SoakReport(about, warm_up, outcomes, watch.samples, begin, end, verdicts, line)
+
+
+def judge(
+    soak: Soak, before: Sample, after: Sample, under_traffic: Sequence[Sample], log: Path | None
+) -> tuple[list[Verdict], Trend | None]:
+    """Every rule; those of the process and its log where there is a log, that is, where the server was started here."""
     verdicts = [
         judge_blocks(after),
         *judge_resources(before, after),
-        *judge_replies(client.outcomes, after, soak.started),
-        judge_watch(watch.failures, len(under_traffic)),
+        *judge_replies(soak.client.outcomes, after, soak.started),
+        judge_watch(soak.watch.failures, len(under_traffic)),
     ]
-    line = None
-    if options.url is None:
-        verdict, line = judge_memory(under_traffic, before, after)
-        verdicts += [verdict, judge_log(errors_in(log))]
-    warm_up, outcomes = client.outcomes[:num_before], client.outcomes[num_before:]
-    return SoakReport(about, warm_up, outcomes, watch.samples, begin, end, verdicts, line)
+    if log is None:
+        return verdicts, None
+    memory, line = judge_memory(under_traffic, before, after)
+    return [*verdicts, memory, judge_log(errors_in(log))], line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

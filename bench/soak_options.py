@@ -8,8 +8,11 @@ from pathlib import Path
 
 from bench import OUTPUT_FOLDER
 from bench.serving_options import numbers
+from bench.soak_plan import ABORTED_TOKENS, MANY_TOKENS
 
 LEAST_SECONDS = 25.0  # a sample a second into the windows of `soak_verdicts.trend`
+
+LEAST_LONGEST = max(ABORTED_TOKENS) + MANY_TOKENS
 
 
 def parse_arguments(description: str | None, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,6 +40,8 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     options.seconds = options.seconds or 60 * options.minutes
     if options.seconds < LEAST_SECONDS:
         parser.error(f"--seconds {options.seconds:g}: at least {LEAST_SECONDS:g} are needed to fit a slope to")
+    if max(options.long_tokens) < LEAST_LONGEST:
+        parser.error(f"--long-tokens: the longest must have at least {LEAST_LONGEST} tokens, as aborted requests may")
     if options.clients < 1:
         parser.error(f"--clients {options.clients}: at least 1 is needed")
     if options.url is not None:
