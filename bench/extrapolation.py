@@ -51,7 +51,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(1024, 4, 128, 4, 128, steps=1600, batch=16, rows=16, at_once=1),
+    "small": Size(1024, 4, 128, 4, 128, steps=1400, batch=16, rows=16, at_once=1),
     "large": Size(2048, 6, 384, 6, 512, steps=1500, batch=48, rows=16, at_once=16),
 }
 

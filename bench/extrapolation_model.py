@@ -1,8 +1,8 @@
 """The small causal transformer of the extrapolation tables, and the two ways in which its attention is read.
 
-Pre-norm blocks, RMS norms, ReLU² feed-forward, no biases. The model hands raw queries and keys to an *attention* it is
-given: `TrainedAttention` is what the model was trained with, at any length; `MethodAttention` reads the same raw
-queries and keys through a position method of `rope`, as the server would.
+Pre-norm blocks, RMS norms, smeared keys, ReLU² feed-forward, no biases. The model hands raw queries and keys to an
+*attention* it is given: `TrainedAttention` is what the model was trained with, at any length; `MethodAttention` reads
+the same raw queries and keys through a position method of `rope`, as the server would.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import pad, relu, rms_norm, scaled_dot_product_attention
 
 from rope.frequencies import Rotary, plain
 from rope.reading import PositionMethod
@@ -67,12 +67,17 @@ class Block(nn.Module):
         self.layer, self.heads = layer, shape.heads
         width = shape.width
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.smear = nn.Parameter(torch.zeros(shape.heads))
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
         normed = rms_norm(x, x.shape[-1:])
         by_head = (*x.shape[:-1], self.heads, -1)
         query, key, value = (part(normed).view(by_head) for part in (self.query, self.key, self.value))
+        # A head's key is its own and the one before, mixed (Olsson 2022, arXiv 2209.11895, smeared keys): without that,
+        # trainings as short as these end before copying is learned, and repeated text reads like any other.
+        before = pad(key, (0, 0, 0, 0, 1, 0))[:, :-1]
+        key = torch.lerp(before, key, self.smear.sigmoid()[:, None])
         x = x + self.out(attention(self.layer, query, key, value).flatten(-2))
         fed: Tensor = self.down(relu(self.up(rms_norm(x, x.shape[-1:]))).square())
         return x + fed
@@ -90,7 +95,7 @@ class Model(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             # What writes to the residual stream starts at zero, and so does the head: the first loss is ln(vocabulary).
-            zero = name.endswith(("out.weight", "down.weight", "head.weight"))
+            zero = name.endswith(("out.weight", "down.weight", "head.weight", "smear"))
             nn.init.normal_(parameter, std=0.0 if zero else shape.width**-0.5, generator=generator)
 
     def forward(self, token_ids: Tensor, attention: Attention) -> Tensor:

@@ -92,13 +92,13 @@ def shown(values: Sequence[float]) -> str:
 def notes(report: ExtrapolationReport) -> list[str]:
     about, n = report.about, report.train_length
     counting = [seed["baselines"] for seed in report.seeds if "baselines" in seed]
+    size = f"{about['layers']} layers, width {about['width']}, {about['heads']} heads, {about['vocabulary']:,} tokens"
     lines = [
         f"Token accuracy in %, mean ± standard deviation over seeds {', '.join(map(str, about['seeds']))}. Models of "
-        f"{about['parameters']:,} parameters ({about['layers']} layers, width {about['width']}, {about['heads']} "
-        f"heads, {about['vocabulary']:,} tokens), trained from scratch: {about['steps']:,} steps of {about['batch']} × "
-        f"{n} tokens of the Python standard library. Tested on {about['rows']} pieces of held-out files, each "
-        f"{n * EXTENSION:,} tokens long, or its first {n} tokens {EXTENSION} times. The trained length is measured on "
-        f"the tokens of the not repeated text, in pieces of {n}. Run on {about['machine']}.",
+        f"{about['parameters']:,} parameters ({size}, smeared keys), trained from scratch on {about['steps']:,} steps "
+        f"of {about['batch']} × {n} tokens of the Python standard library. Tested on {about['rows']} pieces of "
+        f"held-out files, each {n * EXTENSION:,} tokens long, or its first {n} tokens {EXTENSION} times. The trained "
+        f"length is measured on the tokens of the not repeated text, in pieces of {n}. Run on {about['machine']}.",
         f"log n: query i times ln(i+1)/ln {n} in training and test; log n†: times max(1, ln(i+1)/ln {n}) at test time "
         f"only. Factor {EXTENSION} where a method takes one. ReRoPE-w{n} is read with a declared trained length of "
         f"{n + 1} (its log n† with ln {n + 1}), as a window of the trained length is refused otherwise. HFWA: windows "

@@ -31,7 +31,7 @@ SAVE_EVERY = 100  # steps
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Muon for the matrices of the blocks, AdamW for embedding and head; warm-up, then a straight line to zero."""
+    """Muon for the matrices of the blocks, AdamW for the rest; warm-up, then a straight line to zero."""
 
     steps: int
     batch: int
@@ -125,9 +125,15 @@ def train_step(
     return loss.detach()
 
 
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon trains it."""
+    return name.startswith("blocks.") and parameter.ndim == 2
+
+
 def make_optimizers(model: Model, recipe: Recipe) -> list[Optimizer]:
-    matrices = [parameter for name, parameter in model.named_parameters() if name.startswith("blocks.")]
-    rest = [parameter for name, parameter in model.named_parameters() if not name.startswith("blocks.")]
+    named = list(model.named_parameters())
+    matrices = [parameter for name, parameter in named if _is_matrix(name, parameter)]
+    rest = [parameter for name, parameter in named if not _is_matrix(name, parameter)]
     muon = Muon([{"params": matrices, "initial_lr": recipe.matrix_rate}], weight_decay=0.0)
     adamw = AdamW([{"params": rest, "initial_lr": recipe.vector_rate}], betas=(0.9, 0.95), weight_decay=0.0)
     return [muon, adamw]
@@ -170,7 +176,7 @@ def restore(model: Model, optimizers: list[Optimizer], path: Path) -> int:
     for name, tensor in tensors.items():
         if name.startswith("state/"):
             _, parameter, key = name.split("/")
-            owner = optimizers[0 if parameter.startswith("blocks.") else 1]
+            owner = optimizers[0 if _is_matrix(parameter, parameters[parameter]) else 1]
             # AdamW counts its steps on the CPU.
             owner.state[parameters[parameter]][key] = tensor if key == "step" else tensor.to(device)
     return step

@@ -108,6 +108,25 @@ def test_a_method_reads_what_was_trained() -> None:
     torch.testing.assert_close(read, formula, atol=1e-5, rtol=1e-5)
 
 
+def test_a_key_is_mixed_with_the_one_before_it_and_with_none_after() -> None:
+    shape, seen = shape_of("plain", layers=1), {}
+    model = Model(shape, 0)
+    block = model.get_submodule("blocks.0")
+    block.load_state_dict(block.state_dict() | {"smear": torch.tensor([0.0, 2.0])})
+
+    def attention(_layer: int, _query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen["key"] = key[0]
+        return value
+
+    token_ids = torch.arange(6)
+    model(token_ids[None], attention)
+    rows = torch.nn.functional.normalize(model.embedding.weight[token_ids].double(), dim=-1)
+    keys = (rows * shape.width**0.5 @ block.key.weight.T.double()).view(6, 2, 16)
+    for head, own in ((0, 0.5), (1, 1 / (1 + math.exp(-2.0)))):
+        expected = own * keys[:, head] + (1 - own) * torch.cat([torch.zeros(1, 16), keys[:-1, head]])
+        torch.testing.assert_close(seen["key"][:, head].double(), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_hfwa_windows_see_at_most_three_quarters_of_the_trained_length() -> None:
     for layers, length in itertools.product((2, 3, 4, 6), (16, 128, 512)):
         window = shape_of("hfwa", layers=layers, train_length=length).hfwa_window
