@@ -1,0 +1,33 @@
+"""bench.attention: what it counts as work, and the file it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import attention
+from cache.native import library, prepare
+
+
+def test_work_is_counted_by_visible_pairs() -> None:
+    model = attention.MODELS["smollm2"]
+    step = attention.make_step(model, model.method("rope"), 5, 100)
+    visible = sum(row + 1 for row in range(95, 100))
+    assert step.flops == visible * 9 * 64 * 4
+    (sequence,) = step.metadata.sequences
+    assert (sequence.start, sequence.length) == (95, 100)
+
+
+def test_speeds_are_told_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path)
+    if library() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(attention, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(attention, "LEAST_RUNS", 1)
+    asked = ["--models", "smollm2", "--methods", "rerope", "--chunks", "8", "--contexts", "64", "128"]
+    assert attention.main([*asked, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "attention.json").read_text())
+    assert [(s["chunk"], s["context"]) for s in found["speeds"]] == [(8, 64), (8, 128)]
+    assert all(s["kernel"] > 0 and s["torch"] > 0 for s in found["speeds"])
