@@ -4,14 +4,16 @@
  * it turns once, for all runs. A *read* says which of a pass's keys the rows of one run see, and by what their queries
  * are turned; every row sees one stretch of keys a read. One softmax runs on through all reads of a row.
  *
- *     pass: pack SPAN keys, turned, as [D, KEYS] tiles, values as [SPAN, 16·n] panels      (parallel: head, tile)
- *           rows in tiles of about TILE_ROWS: scores of BLOCK keys, weights, values        (parallel: head, row tile)
+ *     unit: SPAN keys of a pass and one KV head: keys turned and packed as [D, KEYS] tiles, values as [SPAN, 16·n] panels
+ *     tile: TILE_ROWS rows × heads of its group: scores of BLOCK keys, weights, values; all tiles read the unit from L2
  *
- * Both products are one loop: ROWS × 16·WIDE sums in registers. Tiles lie on multiples of KEYS of the position axis, so
- * a row's result does not depend on where its chunk began, nor on the number of threads. fp32 arithmetic.
+ * Threads share a unit's tiles, and pack the next unit where no tile is left. Both products are one loop, with
+ * ROWS × 16·WIDE sums in registers. Blocks of keys lie on multiples of BLOCK of the position axis, so a row's result
+ * depends neither on where its chunk began nor on the number of threads. fp32 arithmetic.
  */
 #include "vectors.h"
 
+#define APART static __attribute__((noinline)) /* inlined together, the loops would lack registers */
 #define KEYS 64
 #define BLOCK 128
 #define SPAN 1024
@@ -88,13 +90,14 @@ INLINE void multiply(const float *a, int64_t a_stride, const float *b, int64_t b
         for (int v = 0; v < n; v++) *(v16 *)(c + r * c_stride + 16 * v) = sum[r][v];
 }
 
-static __attribute__((noinline)) void score(const float *query, int64_t dim, const float *keys, float *scores) {
-    for (int v = 0; v < KEYS / 16; v += WIDE) multiply(query, dim, keys + 16 * v, KEYS, dim, 0, scores + 16 * v, BLOCK, WIDE);
+APART void score(const float *query, int64_t dim, const float *keys, float *scores) {
+    for (int v = 0; v < KEYS / 16; v += WIDE)
+        multiply(query, dim, keys + 16 * v, KEYS, dim, 0, scores + 16 * v, BLOCK, WIDE);
 }
 
 /* values: from the first key of `weights` on, in the first panel; panels are SPAN keys long. */
-static __attribute__((noinline)) void accumulate(const float *weights, int64_t count, const float *values, int64_t first, const float *fades,
-                       float *out, int64_t dim) {
+APART void accumulate(const float *weights, int64_t count, const float *values, int64_t first, const float *fades,
+                      float *out, int64_t dim) {
     for (int64_t v = 0, n; v < dim / 16; v += n) {
         n = panel(dim / 16 - v);
         const float *from = values + 16 * (v * SPAN + first * n);
@@ -175,8 +178,8 @@ typedef struct {
 } __attribute__((aligned(64))) Tile;
 
 /* Queries turned, and multiplied by all that multiplies scores, so that these are powers of two's exponents. */
-static __attribute__((noinline)) void turn_queries(const Shape *shape, const Plan *plan, int64_t t, int64_t read, int64_t head, const void *query,
-                         Tile *tile) {
+APART void turn_queries(const Shape *shape, const Plan *plan, int64_t t, int64_t read, int64_t head, const void *query,
+                        Tile *tile) {
     int64_t dim = shape->head_dim, group = shape->query_heads / shape->kv_heads, half = shape->rotary_dim / 2, r = 0;
     int64_t rows = plan->tile_state[t + 1] - plan->tile_state[t];
     float unit = shape->scale * (shape->softcap > 0.0f ? 1.0f / shape->softcap : LOG2_E), raw[MAX_DIM];
@@ -216,7 +219,7 @@ INLINE i32x16 seen(const Tile *tile, int64_t row, int v) {
 }
 
 /* Scores to weights in place; the running maxima and sums move on, and `fades` is what earlier results fade by. */
-static __attribute__((noinline)) void soften(Tile *tile, int64_t rows, float softcap, float *sums) {
+APART void soften(Tile *tile, int64_t rows, float softcap, float *sums) {
     for (int64_t begin = 0; begin < rows; begin += 16) {
         v16 best[16];
         int64_t count = least(16, rows - begin);
