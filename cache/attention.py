@@ -85,6 +85,10 @@ def paged_attention(
         from cache.cpu import cpu_attention
 
         return cpu_attention(query, keys, values, metadata, options)
+    if query.device.type == "cuda":
+        from cache.cuda import cuda_attention
+
+        return cuda_attention(query, keys, values, metadata, options)
     from cache.reference import reference_attention
 
     return reference_attention(query, keys, values, metadata, options)

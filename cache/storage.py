@@ -45,8 +45,13 @@ class KVStorage:
     def store(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Write key [T, Hkv, D] and value [T, Hkv, Dv] of packed rows to their slots [T]."""
         keys, values = self.keys[layer], self.values[layer]
+        if keys.device.type == "cuda":
+            from cache.cuda import cuda_store
+
+            return cuda_store(key, value, keys, values, slot_mapping)
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
         values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
+        return None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+# Read when Triton is imported, by whatever comes first. On a GPU its kernels are compiled.
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("DEVICE", "cpu").startswith("cuda") else "1")
 
 import asyncio
 import socket

@@ -1,0 +1,41 @@
+"""The GPU path: dispatch to the kernels. What they need beside the tensors is planned once a step (`cache.cuda_plan`).
+
+Nothing here waits for the device. With tensors on the CPU it runs under Triton's interpreter: so it is tested.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cache.attention import AttentionMetadata, AttentionOptions
+from cache.cuda_plan import make_plan
+
+
+def cuda_attention(
+    query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
+) -> Tensor:
+    """See `cache.attention.paged_attention`."""
+    from cache.kernels.decode import config as decode_config
+    from cache.kernels.decode import decode
+    from cache.kernels.prefill import config as prefill_config
+    from cache.kernels.prefill import prefill
+
+    out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+    group = query.shape[1] // keys.shape[2]
+    for single, config, attend in ((True, decode_config, decode), (False, prefill_config, prefill)):
+        if any((sequence.count == 1) == single for sequence in metadata.sequences):
+            chosen = config(group, keys.shape[3], keys.dtype)
+            rows = 1 if single else chosen.block_m // group
+            shape = (rows, chosen.block_n, query.shape[0], keys.shape[3])
+            key = ("cuda", single, shape, options.group, options.sliding_window)
+            if key not in metadata.plans:
+                metadata.plans[key] = make_plan(metadata, single, shape, options, query.device)
+            attend(query, keys, values, metadata.plans[key], options, out)
+    return out
+
+
+def cuda_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+    """See `cache.storage.KVStorage.store`."""
+    from cache.kernels.store import store
+
+    store(key, value, keys, values, slot_mapping)

@@ -1,0 +1,97 @@
+"""How kernels are launched: tile sizes, and the arguments that decode and prefill have in common."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+LEAST = 16  # the smallest side of a product
+
+
+def padded(size):
+    """Lanes for `size` dims: a power of two that a product takes."""
+    return max(LEAST, triton.next_power_of_2(size))
+
+
+def interpreted():
+    """Whether kernels run on the CPU, in Triton's interpreter. It reads bf16 products wrongly: they are fp32 there."""
+    return triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """block_m: rows × query heads; block_n: keys. Chosen by a function, not by trying: a start must not wait for it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def constants(query, keys, values, plan, options, config):
+    """Everything that kernels are compiled for; each takes what it names."""
+    kv_heads, dim, value_dim = keys.shape[2], keys.shape[3], values.shape[3]
+    dtype = torch.float32 if interpreted() else keys.dtype
+    return {
+        "GROUP": query.shape[1] // kv_heads,
+        "KV_HEADS": kv_heads,
+        "DIM": dim,
+        "VALUE_DIM": value_dim,
+        "ROTARY": plan.rotary_dim,
+        "INTERLEAVED": plan.interleaved,
+        "BLOCK_SIZE": keys.shape[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "HALF": padded(plan.rotary_dim // 2),
+        "REST": padded(dim - plan.rotary_dim) if dim > plan.rotary_dim else 0,
+        "DIMS": padded(dim),
+        "VALUES": padded(value_dim),
+        "GROUPED": plan.grouped,
+        "DECAY": plan.fades,
+        "SOFTCAP": options.softcap is not None,
+        "SINKS": options.sinks is not None,
+        "DTYPE": DTYPES[dtype],
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "STAGES": config.num_stages,
+    }
+
+
+def launch(kernel, grid, arguments, constants, num_warps=4):
+    """With those of the arguments and constants that the kernel has parameters for."""
+    everything = arguments | constants
+    kernel[grid](**{name: everything[name] for name in kernel.arg_names}, num_warps=num_warps)
+
+
+def arguments(query, keys, values, plan, options, out):
+    """The tensors and numbers of one layer by the names of the kernels' parameters."""
+    assert query.stride(2) == 1, "a head's dims lie side by side"
+    assert query.stride(1) == query.shape[2], "heads lie side by side"
+    assert keys.is_contiguous(), "the cache is contiguous"
+    assert values.is_contiguous(), "the cache is contiguous"
+    return {
+        "query": query,
+        "keys": keys,
+        "values": values,
+        "out": out,
+        "sinks": out if options.sinks is None else options.sinks,
+        "tiles": plan.tiles,
+        "reads": plan.reads,
+        "spans": plan.spans,
+        "turns": plan.turns,
+        "base_turns": plan.base_turns,
+        "key_turns": plan.key_turns,
+        "decay": plan.decay,
+        "row_scale": plan.row_scale,
+        "blocks": plan.blocks,
+        "query_stride": query.stride(0),
+        "table_rows": plan.base_turns.shape[1],
+        "max_blocks": plan.blocks.shape[1],
+        "num_rows": len(query),
+        "num_tiles": len(plan.tiles),
+        "num_parts": plan.num_parts,
+        "num_spans": len(plan.spans),
+        "scale": options.scale,
+        "softcap": options.softcap or 1.0,
+    }

@@ -1,0 +1,161 @@
+"""Decode and prefill kernels against the reference: shapes, methods, edges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from cache.attention import AttentionOptions
+from cache.cuda import cuda_attention
+from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, paged, rotary
+from tests.kernels.steps import TOLERANCE, difference
+
+# Trained length 64, window 32, tiles of 32 keys and buckets of 256 rows: a row on each side of every edge.
+DECODED = [(position, 1) for position in (0, 31, 32, 33, 63, 64, 257)]
+CHUNKS = [(0, 40), (250, 12)]
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_every_method(name: str) -> None:
+    """Decoded rows and chunks side by side; dynamic methods' last chunk lies in two runs."""
+    positions = one_group(method(name, rotary(16, 16), window=32, logn=True))
+    step = paged(DECODED + CHUNKS, [positions] * len(DECODED + CHUNKS), heads=4, kv_heads=1)
+    assert difference(step, AttentionOptions(0.25, "")) <= TOLERANCE
+
+
+ROWS = st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 15, 33]))
+
+
+@given(
+    rows=st.lists(ROWS, min_size=1, max_size=3),
+    names=st.lists(st.sampled_from(METHOD_NAMES), min_size=3, max_size=3),
+    window=st.sampled_from([1, 31, 32, 33, 63]),
+    logn=st.booleans(),
+    interleaved=st.booleans(),
+    dim=st.sampled_from([4, 16, 24]),
+    heads=st.sampled_from([(1, 1), (6, 2), (8, 1)]),
+    block_size=st.sampled_from([1, 8, 16]),
+    sliding_window=st.one_of(st.none(), st.integers(1, 80)),
+    softcap=st.sampled_from([None, 2.0]),
+    sinks=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+def test_any_shape(
+    rows: list[tuple[int, int]],
+    names: list[str],
+    window: int,
+    logn: bool,
+    interleaved: bool,
+    dim: int,
+    heads: tuple[int, int],
+    block_size: int,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    seed: int,
+) -> None:
+    """Ragged sequences side by side, each with a method of its own."""
+    embedding = rotary(24, dim, interleaved=interleaved)
+    positions = [one_group(method(name, embedding, window=window, logn=logn)) for name in names]
+    step = paged(rows, positions, heads=heads[0], kv_heads=heads[1], head_dim=24, block_size=block_size, seed=seed)
+    sink = torch.linspace(-1, 2, heads[0]) if sinks else None
+    assert difference(step, AttentionOptions(24**-0.5, "", sliding_window, softcap, sink)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["rerope", "dual_chunk", "streaming"])
+def test_a_sliding_window_beside_the_methods_own(name: str) -> None:
+    """w − 1, w and w + 1: the far part is empty, is just empty, and has one key a row."""
+    assert name in WINDOWED
+    rows = [(31, 1), (33, 1), (100, 1), (90, 40)]
+    positions = one_group(method(name, rotary(16, 16), window=32))
+    for reach in (1, 31, 32, 33):
+        step = paged(rows, [positions] * len(rows), heads=2, kv_heads=1, seed=reach)
+        assert difference(step, AttentionOptions(0.25, "", reach)) <= TOLERANCE
+
+
+def test_a_layer_without_positions() -> None:
+    positions = one_group(method("rerope", rotary(16, 16), window=32, logn=True))
+    step = paged([(70, 1), (40, 30)], [positions] * 2, heads=2, kv_heads=1)
+    for reach in (None, 9):
+        assert difference(step, AttentionOptions(0.25, None, reach)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("head_dim", "dim"), [(64, 64), (80, 80), (80, 32), (96, 96), (128, 64), (256, 256)])
+def test_head_dims(head_dim: int, dim: int) -> None:
+    positions = one_group(method("leaky_rerope", rotary(head_dim, dim), window=32))
+    step = paged([(50, 1), (40, 9)], [positions] * 2, heads=3, kv_heads=1, head_dim=head_dim)
+    assert difference(step, AttentionOptions(head_dim**-0.5, "")) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("name", ["yarn", "leaky_rerope", "xpos"])
+def test_low_precision_caches(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    positions = one_group(method(name, rotary(16, 16), window=32))
+    step = paged([(100, 1), (70, 40)], [positions] * 2, heads=2, kv_heads=1, dtype=dtype)
+    assert difference(step, AttentionOptions(0.25, "")) <= tolerance
+
+
+def test_scores_of_very_different_size() -> None:
+    """One key far away outweighs all others: items of a row, and parts of a tile, merge without overflow."""
+    positions = one_group(method("rerope", rotary(16, 16), window=32))
+    step = paged([(200, 1), (150, 5)], [positions] * 2, heads=2, kv_heads=1)
+    step.query.mul_(30)
+    assert difference(step, AttentionOptions(0.25, "")) <= 1e-4
+
+
+def test_nothing_beyond_a_row_is_read() -> None:
+    """Neither rubbish in the last block's tail nor what other sequences' blocks hold; not even as NaN times zero."""
+    positions = one_group(method("rerope", rotary(16, 16), window=32))
+    step = paged([(70, 1), (37, 5)], [positions] * 2, heads=2, kv_heads=1)
+    options = AttentionOptions(0.25, "")
+    before = cuda_attention(step.query, step.keys, step.values, step.metadata, options)
+    used = torch.zeros(step.keys.shape[:2], dtype=torch.bool)
+    for sequence in step.metadata.sequences:
+        slots = (sequence.block_table[:, None] * 16 + torch.arange(16)).flatten()
+        used.view(-1)[slots[: sequence.length]] = True
+    for cache in (step.keys, step.values):
+        cache[~used] = float("nan")
+    assert torch.equal(before, cuda_attention(step.query, step.keys, step.values, step.metadata, options))
+
+
+def test_plans_are_shared_by_layers_of_a_step() -> None:
+    """The same metadata serves layers of other options and shapes: nothing that a layer asked for may stick."""
+    positions = one_group(method("rerope", rotary(16, 16), window=32))
+    step = paged([(60, 1), (33, 9)], [positions] * 2, heads=4, kv_heads=2)
+    options = AttentionOptions(0.25, "")
+    for changed in (
+        options,
+        replace(options, sliding_window=9),
+        replace(options, group=None),
+        replace(options, softcap=2.0, sinks=torch.ones(4)),
+        options,
+    ):
+        assert difference(step, changed) <= TOLERANCE
+
+
+def test_heads_in_passes_of_bounded_scratch() -> None:
+    positions = one_group(method("dynamic_leaky", rotary(16, 16), window=32))
+    step = paged([(60, 30)], [positions], heads=3, kv_heads=3)
+    with patch("cache.kernels.prefill.SCRATCH_BYTES", 2 * 90 * 16 * 4 * 2):
+        assert difference(step, AttentionOptions(0.25, "")) <= TOLERANCE
+
+
+def test_a_query_that_is_a_view_of_merged_projections() -> None:
+    positions = one_group(method("rope", rotary(16, 16)))
+    step = paged([(20, 1), (3, 7)], [positions] * 2, heads=2, kv_heads=1)
+    merged = torch.randn(8, 4, 16)
+    assert difference(replace(step, query=merged[:, :2]), AttentionOptions(0.25, "")) <= TOLERANCE
+
+
+def test_tables_outlive_growth_and_forgetting() -> None:
+    """More maps and longer sequences than fit at first: steps before and after read alike."""
+    positions = [one_group(method("dynamic_ntk", rotary(16, 16))) for _ in range(12)]
+    for rows in ([(300 + 256 * n, 1) for n in range(6)], [(2100 + 256 * n, 1) for n in range(12)], [(300, 1)]):
+        step = paged(rows, positions, heads=1, kv_heads=1)
+        assert difference(step, AttentionOptions(0.25, "", sliding_window=20)) <= TOLERANCE
