@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     )
     cache_dir: Path = Field(
         default_factory=default_cache_dir,
-        description="Where converted copies of GGUF models and the built decode kernel are kept",
+        description="Where converted copies of GGUF models and the built C kernels are kept",
         json_schema_extra={"allowed": "a writable folder", "default": "$XDG_CACHE_HOME/prerope, else ~/.cache/prerope"},
     )
 
