@@ -83,7 +83,11 @@ def paged_attention(
     """
     if query.device.type == "cpu":
         from cache.cpu import cpu_attention
+        from cache.decode import decode_step
 
+        decoded = decode_step(query, keys, values, metadata, options)
+        if decoded is not None:
+            return decoded
         return cpu_attention(query, keys, values, metadata, options)
     if query.device.type == "cuda":
         from cache.cuda import cuda_attention

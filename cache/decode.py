@@ -67,6 +67,25 @@ class DecodePlan:
     interleaved: bool
     scale: Tensor | None
 
+    @property
+    def num_rows(self) -> int:
+        return self.rows.shape[0]
+
+
+def decode_step(
+    query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
+) -> Tensor | None:
+    """A step of single rows only, as in `paged_attention`; None where there are others, or no kernel."""
+    key = ("decode", options.group, options.sliding_window)
+    plan = metadata.plans.get(key)
+    if plan is None:
+        if any(sequence.count > 1 for sequence in metadata.sequences):
+            return None
+        plan = metadata.plans[key] = _plan(metadata.sequences, options)
+    if plan.num_rows != query.shape[0] or keys.shape != values.shape or not can_decode(query, keys):
+        return None
+    return _run(plan, query.float(), keys, values, metadata.block_size, options).to(query.dtype)
+
 
 def decode(
     query: Tensor,
@@ -81,15 +100,21 @@ def decode(
     plan = metadata.plans.get(key)
     if plan is None:
         plan = metadata.plans[key] = _plan(sequences, options)
+    return plan.rows, _run(plan, query[plan.rows].float(), keys, values, metadata.block_size, options)
+
+
+def _run(
+    plan: DecodePlan, rows: Tensor, keys: Tensor, values: Tensor, block_size: int, options: AttentionOptions
+) -> Tensor:
+    """query rows [R, Hq, D] fp32 → out, the same shape."""
     kernel = library()
     assert kernel is not None
-    rows = query[plan.rows].float()
     if plan.scale is not None:
         rows = rows * plan.scale
     rows = rows.contiguous()
     heads, dim = rows.shape[1], rows.shape[2]
     shape = _Shape(
-        heads, keys.shape[2], dim, plan.rotary_dim, metadata.block_size, plan.max_blocks,
+        heads, keys.shape[2], dim, plan.rotary_dim, block_size, plan.max_blocks,
         DTYPES[keys.dtype], plan.interleaved, options.scale, options.softcap or 0.0,
     )  # fmt: skip
     scratch = torch.empty(plan.num_items * heads * (3 * dim + 2))
@@ -99,8 +124,8 @@ def decode(
         None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
         for tensor in (rows, keys, values, sinks, scratch, out)
     ]
-    kernel.prerope_decode(ctypes.byref(shape), ctypes.byref(plan.plan), ctypes.c_int64(len(rows)), *pointers)
-    return plan.rows, out
+    kernel.prerope_decode(ctypes.byref(shape), ctypes.byref(plan.plan), ctypes.c_int64(rows.shape[0]), *pointers)
+    return out
 
 
 class _Builder:

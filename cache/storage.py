@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from cache.native import library
 
 CACHE_LINE = 64
 
@@ -49,9 +52,24 @@ class KVStorage:
             from cache.cuda import cuda_store
 
             return cuda_store(key, value, keys, values, slot_mapping)
+        if native_store(key, value, keys, values, slot_mapping):
+            return None
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
         values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
         return None
+
+
+def native_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> bool:
+    """`KVStorage.store` by the C kernel; False where there is none or a tensor is not as it copies them."""
+    kernels, copies = library(), (key, value, slot_mapping)
+    if kernels is None or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in copies):
+        return False
+    if key.dtype != keys.dtype or value.dtype != values.dtype:
+        return False
+    row_bytes = (math.prod(tensor.shape[1:]) * tensor.itemsize for tensor in (key, value))
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (keys, values, key, value, slot_mapping))
+    kernels.prerope_store(*pointers, ctypes.c_int64(key.shape[0]), *map(ctypes.c_int64, row_bytes))
+    return True
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrix products of low-precision weights on the CPU, faster than torch's default for the rows that serving has.
+"""Matrix products of low-precision weights on the CPU where the C kernels cannot be had, faster than torch's default.
 
 Few rows (decode steps) are bound by reading the weights: oneDNN reads a blocked copy of them about 1.5 times faster
 than the plain layout. Many rows (prefill chunks) are bound by arithmetic: on CPUs without matrix tiles (AMX) a bf16
@@ -8,7 +8,7 @@ percent. fp32 models are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import psutil
 import torch
@@ -34,9 +34,13 @@ class _Scratch:
         return self._buffer[: weight.numel()].view(weight.shape).copy_(weight)
 
 
-def fast_linears(model: nn.Module) -> Iterator[tuple[nn.Linear, Forward]]:
+def fast_linears(model: nn.Module, except_for: Container[nn.Module] = ()) -> Iterator[tuple[nn.Linear, Forward]]:
     """(module, a forward that computes the same) for the linear layers of a low-precision model on the CPU."""
-    linears = [module for module in model.modules() if type(module) is nn.Linear and _low_precision(module.weight)]
+    linears = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and _low_precision(module.weight) and module not in except_for
+    ]
     if not linears or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     num_bytes = sum(linear.weight.nbytes for linear in linears)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,8 @@ from cache.storage import KVStorage
 from rope.model_positions import ModelPositions, resolve_model
 from rope.spec import RopeSpec
 from server.engine.batch import Batch
-from server.engine.cpu_linear import fast_linears
+from server.engine.cpu_layers import plain_layers
+from server.engine.cpu_modules import fast_modules
 from server.engine.inspection import inspect_layers
 from server.engine.raw_keys import AttentionCall, RawKeyModel
 from server.errors import ConfigurationError
@@ -38,9 +39,14 @@ class Model:
         self.raw = RawKeyModel(transformers_model)
         self.layers, self.rotaries = inspect_layers(self.raw)
         self.raw.drop_rotation(layer.module for layer in self.layers)
-        for linear, forward in fast_linears(transformers_model):
-            self.raw.replace_forward(linear, forward)
+        if self.device.type == "cpu":
+            for find in (fast_modules, self._plain_layers):
+                for module, forward in list(find(self.raw)):
+                    self.raw.replace_forward(module, forward)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
+
+    def _plain_layers(self, raw: RawKeyModel) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        return plain_layers(raw, [layer.module for layer in self.layers])
 
     @property
     def dtype(self) -> torch.dtype:

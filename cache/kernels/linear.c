@@ -1,0 +1,252 @@
+/* Products of bf16 activations and bf16 weights as they lie in the checkpoint, fp32 arithmetic, and what stands between
+ * them in a layer: RMS norm and SiLU gate. Every result is rounded to bf16 where torch's modules round it.
+ *
+ * Few rows are bound by reading the weights: they are streamed once, 32 members of a weight row at a time. Many rows are
+ * bound by arithmetic: a panel of 48 weight rows is widened and transposed into L2, and tiles of 8 rows run over it. An
+ * output is summed in an order that depends on neither the other rows nor the number of threads.
+ */
+#include <stddef.h>
+
+#include "vectors.h"
+
+#define BLOCK 16 /* weight rows of a unit of work of few rows */
+#define PANEL 48
+#define TILE 8
+#define LEAST_ROWS 128 /* of many rows, a unit of work */
+
+typedef struct {
+    const uint16_t *weight; /* [features, in] */
+    const uint16_t *bias;   /* [features] or null */
+    uint16_t *out;          /* [rows, features] */
+    int64_t features;
+} Part;
+
+typedef struct {
+    int64_t rows, in, num_parts, threads;
+    const uint16_t *x; /* [rows, in] */
+    const Part *parts; /* products of the same x */
+} Linear;
+
+int omp_get_thread_num(void);
+
+INLINE u32x16 pairs_at(const uint16_t *from) { return *(const u32x16 *)from; }
+INLINE v16 even(u32x16 pairs) { return (v16)(pairs << 16); }
+INLINE v16 odd(u32x16 pairs) { return (v16)(pairs & 0xffff0000u); }
+
+/* To the nearest bf16, ties to even. */
+INLINE u16x16 narrow16(v16 x) {
+    u32x16 bits = (u32x16)x, nan = (u32x16)(x != x);
+    u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), u16x16);
+}
+INLINE v16 widen16(u16x16 x) { return (v16)(__builtin_convertvector(x, u32x16) << 16); }
+INLINE v16 round16(v16 x) { return widen16(narrow16(x)); }
+INLINE float widen(uint16_t x) { return load1(&x, 0, BF16); }
+
+/* The part that unit `number` falls into, when each part has ceil(features / size) of them; number becomes the part's own. */
+INLINE const Part *part_of(const Linear *linear, int64_t size, int64_t *number) {
+    const Part *part = linear->parts;
+    for (int64_t units; *number >= (units = (part->features + size - 1) / size); part++) *number -= units;
+    return part;
+}
+
+static int64_t num_units(const Linear *linear, int64_t size) {
+    int64_t units = 0;
+    for (int64_t p = 0; p < linear->num_parts; p++) units += (linear->parts[p].features + size - 1) / size;
+    return units;
+}
+
+/* --- few rows --------------------------------------------------------------------------------------------------------- */
+
+/* x [R, in] widened, even members of every 32 before odd ones, against 16/R weight rows: sums [R, 16/R]. */
+INLINE v16 dots(const float *x, const uint16_t *weight, int64_t in, const int R) {
+    const int C = 16 / R;
+    v16 sum[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sum[i] = (v16){};
+    for (int64_t k = 0; k < in; k += 32) {
+        v16 low[8], high[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            low[r] = *(const v16 *)(x + r * in + k);
+            high[r] = *(const v16 *)(x + r * in + k + 16);
+        }
+#pragma GCC unroll 16
+        for (int c = 0; c < C; c++) {
+            u32x16 pairs = pairs_at(weight + c * in + k);
+            v16 first = even(pairs), second = odd(pairs);
+            __builtin_prefetch(weight + (c + C) * in + k);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) sum[r * C + c] += first * low[r];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) sum[r * C + c] += second * high[r];
+        }
+    }
+    return fold16(sum, 0);
+}
+
+INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const float *x, const int R) {
+    const int C = 16 / R;
+    for (int64_t row = 0; row < linear->rows; row += R)
+        for (int64_t n = first; n < first + BLOCK; n += C) {
+            v16 sums = dots(x + row * linear->in, part->weight + n * linear->in, linear->in, R);
+            for (int c = 0; c < C && part->bias; c++)
+                for (int r = 0; r < R; r++) sums[r * C + c] += widen(part->bias[n + c]);
+            u16x16 out = narrow16(sums);
+            for (int r = 0; r < R && row + r < linear->rows; r++)
+                memcpy(part->out + (row + r) * part->features + n, (uint16_t *)&out + r * C, sizeof(uint16_t) * C);
+        }
+}
+
+static void few(const Linear *linear, float *x) {
+    int64_t in = linear->in, rows = linear->rows, together = rows > 4 ? 8 : rows > 2 ? 4 : rows;
+    for (int64_t i = 0; i < rows * in; i += 32) {
+        *(v16 *)(x + i) = even(pairs_at(linear->x + i));
+        *(v16 *)(x + i + 16) = odd(pairs_at(linear->x + i));
+    }
+    memset(x + rows * in, 0, sizeof(float) * ((rows + together - 1) / together * together - rows) * in);
+    int64_t units = num_units(linear, BLOCK);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(linear->threads)
+    for (int64_t unit = 0; unit < units; unit++) {
+        int64_t number = unit;
+        const Part *part = part_of(linear, BLOCK, &number);
+        /* The last block starts early where features are no multiple of it: some are worked out twice. */
+        int64_t first = number * BLOCK + BLOCK <= part->features ? number * BLOCK : part->features - BLOCK;
+        switch (together) {
+            case 1: block_of(linear, part, first, x, 1); break;
+            case 2: block_of(linear, part, first, x, 2); break;
+            case 4: block_of(linear, part, first, x, 4); break;
+            default: block_of(linear, part, first, x, 8);
+        }
+    }
+}
+
+/* --- many rows -------------------------------------------------------------------------------------------------------- */
+
+/* Weight rows [first, first + 48) to panel [in, 48], fp32; zeros past the last. */
+static void pack(const Part *part, int64_t first, int64_t in, float *panel) {
+    for (int64_t n = 0; n < PANEL; n += 16)
+        for (int64_t k = 0; k < in; k += 32) {
+            v16 pairs[16];
+            for (int c = 0; c < 16; c++) {
+                int64_t at = first + n + c;
+                pairs[c] = at < part->features ? (v16)pairs_at(part->weight + at * in + k) : (v16){};
+            }
+            transpose16(pairs);
+            for (int i = 0; i < 16; i++) {
+                *(v16 *)(panel + (k + 2 * i) * PANEL + n) = even((u32x16)pairs[i]);
+                *(v16 *)(panel + (k + 2 * i + 1) * PANEL + n) = odd((u32x16)pairs[i]);
+            }
+        }
+}
+
+/* x [8, in] against a panel; `count` columns and `rows` rows of the result are written. */
+static void tile(const float *x, const float *panel, int64_t in, const Part *part, int64_t first, int64_t row,
+                 int64_t rows) {
+    v16 sum[TILE][PANEL / 16];
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE; r++)
+#pragma GCC unroll 3
+        for (int v = 0; v < PANEL / 16; v++) sum[r][v] = (v16){};
+    for (int64_t k = 0; k < in; k++) {
+        const v16 *at = (const v16 *)(panel + k * PANEL);
+        v16 a = at[0], b = at[1], c = at[2];
+        for (int v = 0; v < PANEL / 16; v++) __builtin_prefetch(at + v + 16 * PANEL / 16);
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE; r++) {
+            float value = x[r * in + k];
+            sum[r][0] += a * value;
+            sum[r][1] += b * value;
+            sum[r][2] += c * value;
+        }
+    }
+    for (int v = 0; v < PANEL / 16; v++) {
+        int64_t n = first + 16 * v, count = part->features - n < 16 ? part->features - n : 16;
+        v16 bias = {};
+        for (int64_t c = 0; c < count && part->bias; c++) bias[c] = widen(part->bias[n + c]);
+        for (int64_t r = 0; r < rows && count > 0; r++) {
+            u16x16 out = narrow16(sum[r][v] + bias);
+            memcpy(part->out + (row + r) * part->features + n, &out, sizeof(uint16_t) * count);
+        }
+    }
+}
+
+static void many(const Linear *linear, float *scratch) {
+    int64_t in = linear->in, rows = linear->rows, padded = (rows + TILE - 1) / TILE * TILE;
+    int64_t panels = num_units(linear, PANEL), cuts = 4 * linear->threads / panels + 1;
+    int64_t most = (rows + LEAST_ROWS - 1) / LEAST_ROWS;
+    cuts = cuts < most ? cuts : most;
+    int64_t step = (padded / TILE + cuts - 1) / cuts * TILE;
+    float *x = scratch, *panel = scratch + padded * in;
+#pragma omp parallel num_threads(linear->threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * in; i += 16) *(v16 *)(x + i) = load16(linear->x, i, BF16);
+#pragma omp for schedule(static)
+        for (int64_t i = rows * in; i < padded * in; i += 16) *(v16 *)(x + i) = (v16){};
+        float *mine = panel + omp_get_thread_num() * PANEL * in;
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < panels * cuts; unit++) {
+            int64_t number = unit / cuts, begin = unit % cuts * step, end = begin + step < rows ? begin + step : rows;
+            const Part *part = part_of(linear, PANEL, &number);
+            if (begin < end) pack(part, number * PANEL, in, mine);
+            for (int64_t row = begin; row < end; row += TILE)
+                tile(x + row * in, mine, in, part, number * PANEL, row, end - row < TILE ? end - row : TILE);
+        }
+    }
+}
+
+/* Floats of scratch that `prerope_linear` wants for this many rows. */
+int64_t prerope_linear_scratch(int64_t rows, int64_t in, int64_t threads, int64_t few_rows) {
+    int64_t padded = (rows + TILE - 1) / TILE * TILE * in;
+    return rows <= few_rows ? padded : padded + threads * PANEL * in;
+}
+
+/* in: a multiple of 32; features: at least 16. */
+void prerope_linear(const Linear *linear, int64_t few_rows, float *scratch) {
+    if (linear->rows <= few_rows) few(linear, scratch);
+    else many(linear, scratch);
+}
+
+/* --- between products ------------------------------------------------------------------------------------------------- */
+
+/* gate, up [n] → gate: silu(gate)·up, each rounded. n: a multiple of 16. */
+void prerope_silu_mul(uint16_t *gate, const uint16_t *up, int64_t n) {
+#pragma omp parallel for schedule(static) if (n > 65536)
+    for (int64_t i = 0; i < n; i += 16) {
+        v16 x = load16(gate, i, BF16), small = larger(x, -x);
+        v16 e = exp_neg16(-small); /* of −|x|, so that nothing overflows */
+        i32x16 negative = x < 0.0f;
+        v16 top = (v16)((negative & (i32x16)e) | (~negative & (i32x16)((v16){} + 1.0f)));
+        *(u16x16 *)(gate + i) = narrow16(round16(x * top / (1.0f + e)) * load16(up, i, BF16));
+    }
+}
+
+/* x [rows, n] → out: x/√(mean x² + eps), rounded, times weight, rounded; with `add_one` times 1 + weight, rounded once. */
+void prerope_rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t rows, int64_t n, float eps,
+                      int64_t add_one) {
+#pragma omp parallel for schedule(static) if (rows * n > 65536)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint16_t *from = x + row * n;
+        v16 sum = {};
+        for (int64_t i = 0; i < n; i += 16) {
+            v16 value = load16(from, i, BF16);
+            sum += value * value;
+        }
+        float total = 0.0f;
+        for (int lane = 0; lane < 16; lane++) total += sum[lane];
+        float factor = 1.0f / sqrtf(total / n + eps);
+        for (int64_t i = 0; i < n; i += 16) {
+            v16 value = load16(from, i, BF16) * factor, w = load16(weight, i, BF16);
+            value = add_one ? value * (1.0f + w) : round16(value) * w;
+            *(u16x16 *)(out + row * n + i) = narrow16(value);
+        }
+    }
+}
+
+/* x → second(silu(gate x)·(up x)), where gate and up are the parts of `first` and second->x is where gate's result is. */
+void prerope_gated(const Linear *first, const Linear *second, int64_t few_rows, float *scratch) {
+    prerope_linear(first, few_rows, scratch);
+    prerope_silu_mul(first->parts[0].out, first->parts[1].out, first->rows * first->parts[0].features);
+    prerope_linear(second, few_rows, scratch);
+}

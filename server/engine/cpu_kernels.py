@@ -1,0 +1,161 @@
+"""The C kernels of cache/kernels/linear.c as calls on tensors: bf16 products, the gated MLP, the RMS norm.
+
+They read the weights where transformers put them, so the weights must not move afterwards. Scratch is shared and
+pointers are kept in place from call to call: one thread at a time, as a `Model` has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cache.native import library
+
+FEW_ROWS = 16
+"""Up to this many rows the weights are streamed; above, they are widened into panels."""
+
+MULTIPLE, LEAST_FEATURES = 32, 16
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "bias", "out")), ("features", ctypes.c_int64)]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "num_parts", "threads")),
+        ("x", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+    ]
+
+
+def can_multiply(linear: nn.Module) -> bool:
+    """Whether `Products` takes this module."""
+    if type(linear) is not nn.Linear or library() is None or not _bf16(linear.weight):
+        return False
+    fits = linear.in_features % MULTIPLE == 0 and linear.out_features >= LEAST_FEATURES
+    return fits and (linear.bias is None or _bf16(linear.bias))
+
+
+def _bf16(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+
+
+class _Scratch:
+    """One fp32 buffer for all layers."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+        self.pointer = ctypes.c_void_p(0)
+        self._wanted: dict[tuple[int, int, int], int] = {}  # rows, inputs, threads → floats
+
+    def fit(self, plan: _Linear, inputs: int) -> ctypes.c_void_p:
+        """Room for this plan, and for as many rows of `inputs` members."""
+        key = (plan.rows, inputs, plan.threads)
+        if key not in self._wanted:
+            self._wanted[key] = _kernels().prerope_linear_scratch(*map(ctypes.c_int64, (*key, FEW_ROWS)))
+        if self._buffer.numel() < self._wanted[key]:
+            self._buffer = torch.empty(self._wanted[key])
+            self.pointer = ctypes.c_void_p(self._buffer.data_ptr())
+        return self.pointer
+
+
+_scratch = _Scratch()
+_FEW = ctypes.c_int64(FEW_ROWS)
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    assert kernels is not None
+    return kernels
+
+
+class Products:
+    """Linear layers that read the same input, in one call. Each must pass `can_multiply`; bf16 in and out."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.inputs = linears[0].in_features
+        assert all(can_multiply(linear) and linear.in_features == self.inputs for linear in linears)
+        self._weights = [
+            (linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in linears
+        ]
+        self.features = [linear.out_features for linear in linears]
+        self._parts = (_Part * len(linears))(
+            *(
+                _Part(weight.data_ptr(), None if bias is None else bias.data_ptr(), None, len(weight))
+                for weight, bias in self._weights
+            )
+        )
+        self.plan = _Linear(0, self.inputs, len(linears), 1, None, ctypes.addressof(self._parts))
+        self._reference = ctypes.byref(self.plan)
+
+    def aim(self, x: Tensor) -> list[Tensor]:
+        """Point the plan at x [..., in], contiguous, and at new outputs [..., features], which are returned."""
+        shape = x.shape[:-1]
+        self.plan.x = x.data_ptr()
+        self.plan.rows = x.numel() // self.inputs
+        self.plan.threads = torch.get_num_threads()  # of this thread: OpenMP's own default may be another
+        outs = []
+        for part, features in zip(self._parts, self.features, strict=True):
+            out = x.new_empty((*shape, features))
+            part.out = out.data_ptr()
+            outs.append(out)
+        return outs
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., in] → one [..., features] a linear."""
+        x = x.contiguous()
+        outs = self.aim(x)
+        _kernels().prerope_linear(self._reference, _FEW, _scratch.fit(self.plan, self.inputs))
+        return outs
+
+
+class GatedProducts:
+    """x → down(silu(gate x)·(up x)) in one call."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
+        assert gate.out_features == up.out_features == down.in_features
+        self._first, self._second = Products([gate, up]), Products([down])
+        self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
+        self._most_inputs = max(gate.in_features, down.in_features)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        x = x.contiguous()
+        gated, _up = self._first.aim(x)
+        (out,) = self._second.aim(gated)
+        scratch = _scratch.fit(self._first.plan, self._most_inputs)
+        _kernels().prerope_gated(*self._references, _FEW, scratch)
+        return out
+
+
+class RMSNorm:
+    """x/√(mean x² + eps)·weight, rounded to bf16 before the weight; with `add_one`, ·(1 + weight) and rounded once."""
+
+    def __init__(self, weight: Tensor, eps: float, *, add_one: bool) -> None:
+        assert can_normalise(weight)
+        self._weight = weight.detach()
+        self._width = len(weight)
+        self._pointer = ctypes.c_void_p(self._weight.data_ptr())
+        self._options = ctypes.c_int64(self._width), ctypes.c_float(eps), ctypes.c_int64(add_one)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., width] → the same shape."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        _kernels().prerope_rms_norm(
+            ctypes.c_void_p(x.data_ptr()),
+            self._pointer,
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(x.numel() // self._width),
+            *self._options,
+        )
+        return out
+
+
+def can_normalise(weight: Tensor) -> bool:
+    """Whether `RMSNorm` takes this weight."""
+    return library() is not None and _bf16(weight) and weight.dim() == 1 and len(weight) % 16 == 0

@@ -1,0 +1,42 @@
+"""A step of single rows alone takes a shorter way, to the same result; a step with chunks does not take it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cache.attention import AttentionOptions, paged_attention
+from cache.decode import decode_step
+from cache.reference import reference_attention
+from tests.cache.layouts import METHOD_NAMES, method, one_group, paged, rotary
+
+OPTIONS = [
+    AttentionOptions(0.25, ""),
+    AttentionOptions(0.25, "", 7, 20.0, torch.randn(4)),
+    AttentionOptions(0.25, None),
+]
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_single_rows(name: str, options: AttentionOptions) -> None:
+    """Sequences with methods of their own, query scale included."""
+    own = [one_group(method(each, rotary(16, 16), logn=True)) for each in (name, "rope", name)]
+    step = paged([(0, 1), (200, 1), (130, 1)], own)
+    arguments = (step.query, step.keys, step.values, step.metadata, options)
+    expected = reference_attention(*arguments)
+    ours = decode_step(*arguments)
+    assert ours is not None
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert torch.equal(paged_attention(*arguments), ours)
+
+
+@pytest.mark.usefixtures("decode_kernel")
+def test_chunks_are_not_for_it() -> None:
+    positions = one_group(method("rope", rotary(16, 16)))
+    step = paged([(5, 1), (20, 3), (0, 1)], [positions] * 3)
+    arguments = (step.query, step.keys, step.values, step.metadata, OPTIONS[0])
+    for _ in range(2):  # before the plan of the single rows is kept, and after
+        assert decode_step(*arguments) is None
+        torch.testing.assert_close(paged_attention(*arguments), reference_attention(*arguments), rtol=0, atol=1e-5)

@@ -1,0 +1,151 @@
+"""The C products, gate and norm against torch in fp64 or module by module; and which modules are given them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cache.native import library
+from server.engine.cpu_kernels import FEW_ROWS, Products, RMSNorm, can_multiply
+from server.engine.cpu_modules import Siblings, fast_modules
+from server.engine.model import Model
+from server.engine.probe import TOLERANCE, probe
+from server.engine.raw_keys import RawKeyModel
+from tests.engine.tiny_models import tiny
+
+ROWS = (1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 100, 300)
+
+
+@pytest.fixture(autouse=True)
+def needs_kernels(decode_kernel: str) -> None:
+    if library() is None:
+        pytest.skip(decode_kernel)
+
+
+def linear(features: int, inputs: int, *, bias: bool = False) -> nn.Linear:
+    return nn.Linear(inputs, features, bias=bias).bfloat16().requires_grad_(False)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+def exact(x: Tensor, module: nn.Linear) -> Tensor:
+    bias = 0.0 if module.bias is None else module.bias.double()
+    return x.double() @ module.weight.double().T + bias
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("inputs", [32, 192])
+def test_products_are_exact_to_one_rounding(rows: int, inputs: int) -> None:
+    """Feature counts that fill blocks and panels and that do not, with a bias and without, in one call."""
+    linears = [linear(n, inputs, bias=n % 2 == 1) for n in (48, 16, 17, 61, 200)]
+    x = random(rows, inputs)
+    for out, module in zip(Products(linears)(x), linears, strict=True):
+        expected = exact(x, module)
+        assert out.dtype == torch.bfloat16
+        assert ((out.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-5).all()
+
+
+@pytest.mark.parametrize("rows", [9, 300])
+def test_rows_do_not_depend_on_each_other_or_on_threads(rows: int) -> None:
+    """Within the few and within the many; and from three threads, as from one."""
+    products, x = Products([linear(100, 64)]), random(rows, 64)
+    (together,) = products(x)
+    least = 1 if rows <= FEW_ROWS else FEW_ROWS + 1
+    (first,) = products(x[:least].contiguous())
+    assert torch.equal(first, together[:least])
+    torch.set_num_threads(3)
+    try:
+        (threaded,) = products(x)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(threaded, together)
+
+
+def test_not_a_number_stays_one() -> None:
+    x = random(2, 32)
+    x[1, 3] = torch.nan
+    (out,) = Products([linear(16, 32)])(x)
+    assert out[1].isnan().all()
+    assert not out[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(40, 32).bfloat16(),
+        nn.Linear(32, 8).bfloat16(),
+        nn.Linear(32, 32),
+        nn.Linear(32, 32).half(),
+        nn.Identity(),
+    ],
+)
+def test_what_the_kernels_do_not_take(module: nn.Module) -> None:
+    assert not can_multiply(module)
+
+
+def test_siblings_compute_for_their_own_input() -> None:
+    """In any order, again, and with another tensor in between."""
+    linears = [linear(16, 32), linear(24, 32)]
+    first, second = (forward for _, forward in Siblings(linears).forwards())
+    x, y = random(3, 32), random(4, 32)
+    for forward, module, given in (
+        (first, linears[0], x),
+        (second, linears[1], y),
+        (second, linears[1], x),
+        (second, linears[1], x),
+        (first, linears[0], x),
+        (first, linears[0], y),
+    ):
+        torch.testing.assert_close(forward(given), exact(given, module).bfloat16(), rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("add_one", [False, True])
+def test_rms_norm_rounds_as_transformers(add_one: bool) -> None:
+    x, weight, eps = random(5, 64) * 3, random(64), 1e-5
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    expected = (normal * (1 + weight.float())).bfloat16() if add_one else weight * normal.bfloat16()
+    ours = RMSNorm(weight, eps, add_one=add_one)(x)
+    assert (ours == expected).float().mean() > 0.99
+    torch.testing.assert_close(ours, expected, rtol=2**-7, atol=0)
+
+
+def replaced(family: str, **config: Any) -> dict[str, str]:
+    """Type of module → type of the forward that a bf16 model of this family gets."""
+    raw = RawKeyModel(tiny(family, **config).bfloat16())
+    return {type(module).__name__: type(forward).__name__ for module, forward in fast_modules(raw)}
+
+
+def test_which_modules_are_replaced() -> None:
+    llama = replaced("llama")
+    assert llama == {"LlamaMLP": "GatedProducts", "LlamaRMSNorm": "RMSNorm", "Linear": "function"}
+    gemma = replaced("gemma2")
+    assert gemma["Gemma2RMSNorm"] == "RMSNorm"
+    assert "Gemma2MLP" not in gemma, "its activation is not SiLU"
+    assert "LlamaMLP" not in replaced("llama", hidden_act="gelu_pytorch_tanh")
+    assert "CohereLayerNorm" not in replaced("cohere")
+
+
+def shapes_found(family: str, **config: Any) -> set[str]:
+    """The short forwards that a model of this family gets, in fp32."""
+    model = Model(tiny(family, **config))
+    forwards = (vars(module).get("forward") for module in model.raw.model.modules())
+    return {type(forward).__name__ for forward in forwards} & {"PlainAttention", "PlainLayer"}
+
+
+def test_short_forwards_only_where_the_shape_is_theirs() -> None:
+    assert shapes_found("llama") == shapes_found("qwen2") == {"PlainAttention", "PlainLayer"}
+    assert shapes_found("mistral") == {"PlainLayer"}, "its window is on the attention module"
+    assert shapes_found("qwen3") == {"PlainLayer"}, "it normalises queries and keys"
+    assert shapes_found("granite", residual_multiplier=0.5, attention_multiplier=0.25) == {"PlainAttention"}
+    assert shapes_found("olmo2") == shapes_found("gemma2") == set(), "norms behind attention and MLP"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "olmo2"])
+def test_families_in_bf16_pass_the_probe(family: str) -> None:
+    assert probe(Model(tiny(family, sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
