@@ -40,10 +40,10 @@ SPAN_SIZE = tl.constexpr(len(SPAN_FIELDS))
 def config(group: int, head_dim: int, dtype: torch.dtype) -> Config:
     """The accumulator takes BLOCK_M·D/32/warps registers a thread, which bounds the rows of a tile."""
     if dtype == torch.float32:
-        return Config(block_m=max(32, padded(group)), block_n=32, num_warps=4 if head_dim <= 128 else 8, num_stages=2)
+        return Config(block_m=max(32 if head_dim <= 128 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
     if head_dim <= 128:
         return Config(block_m=128, block_n=64, num_warps=8, num_stages=3)
-    return Config(block_m=max(64, padded(group)), block_n=64, num_warps=8, num_stages=2)
+    return Config(block_m=max(64, padded(group)), block_n=32, num_warps=8, num_stages=2)
 
 
 @triton.jit(do_not_specialize=VARIES)

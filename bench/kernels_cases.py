@@ -1,0 +1,148 @@
+"""What bench.kernels measures: models, steps, and the work that any exact kernel must do.
+
+Bytes of decode are one read of K and V of the keys that are read, FLOPs of prefill 4·D a visible (row, key, query
+head): work done twice or on masked keys counts as time and not as work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
+from rope.frequencies import Rotary
+from rope.methods import resolve
+from rope.model_positions import ModelPositions
+from rope.scores import method_scores
+from rope.spec import RopeSpec
+
+RAW = "raw"
+"""The same kernel on a layer without positions: nothing is rotated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The shape of a model's attention. Methods that differ from rope do so past train_length or its quarter."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    base: float
+    train_length: int
+
+    def positions(self, name: str) -> ModelPositions:
+        dim = self.head_dim
+        rotary = Rotary(dim, dim, self.base, "default", self.train_length, self.train_length)
+        spec = RopeSpec(method="rope" if name == RAW else name, factor=4.0 if name == "yarn" else None)
+        return ModelPositions({"": resolve(spec, rotary)}, "")
+
+    def key_bytes(self, dtype: torch.dtype) -> int:
+        """Of K and V of one token."""
+        return 2 * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which cases: (batch, context) of decode, rows of prefill, and the sequences of the check of correctness."""
+
+    models: dict[str, Model]
+    methods: tuple[str, ...]
+    decode: tuple[tuple[int, int], ...]
+    prefill: tuple[int, ...]
+    checked: tuple[tuple[int, int], ...]  # (start, count) of sequences
+    block_size: int
+    most_bytes: int  # of keys and values; larger cases are left out
+
+
+FULL = Plan(
+    models={
+        "llama-3-8b": Model(32, 8, 128, 500_000.0, 8192),
+        "smollm2-135m": Model(9, 3, 64, 100_000.0, 8192),
+    },
+    methods=("rope", "rerope", "yarn", "dynamic_leaky"),
+    decode=tuple((batch, context) for batch in (1, 8, 32) for context in (4096, 32768, 131072)),
+    prefill=(2048, 8192, 32768, 65536),
+    checked=((9000, 1), (700, 1), (0, 1), (8100, 300), (0, 130)),
+    block_size=16,
+    most_bytes=20 * 10**9,
+)
+TOY = replace(
+    FULL,
+    models={"toy": Model(4, 2, 16, 10_000.0, 64)},
+    decode=((2, 96),),
+    prefill=(96,),
+    checked=((100, 1), (0, 1), (60, 20)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Arguments of `paged_attention`."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    metadata: AttentionMetadata
+    options: AttentionOptions
+
+    def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
+        """query [B, Hq, R, D], keys and values [B, Hkv, n, D] in token order: of sequences that are alike."""
+        sequences = self.metadata.sequences
+        tables = torch.stack([sequence.block_table for sequence in sequences])
+        length = sequences[0].length
+        key, value = (cache[tables].flatten(1, 2)[:, :length].transpose(1, 2) for cache in (self.keys, self.values))
+        query = self.query.view(len(sequences), -1, *self.query.shape[1:]).transpose(1, 2)
+        return query.contiguous(), key.contiguous(), value.contiguous()
+
+
+def make_step(
+    model: Model, method: str, rows: list[tuple[int, int]], block_size: int, dtype: torch.dtype, device: torch.device
+) -> Step:
+    """Sequences of (start, count), their blocks scattered over the cache."""
+    positions = model.positions(method)
+    needed = [-(-(start + count) // block_size) for start, count in rows]
+    tables = torch.split(torch.randperm(sum(needed)).to(device), needed)
+    first, sequences = 0, []
+    for (start, count), table in zip(rows, tables, strict=True):
+        sequences.append(SequenceRows(first, count, start, table, positions))
+        first += count
+    shape = (sum(needed), block_size, model.kv_heads, model.head_dim)
+    keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
+    query = torch.randn(first, model.query_heads, model.head_dim, dtype=dtype, device=device)
+    metadata = AttentionMetadata(sequences, torch.zeros(0, dtype=torch.int64), block_size)
+    return Step(query, keys, values, metadata, AttentionOptions(model.head_dim**-0.5, None if method == RAW else ""))
+
+
+def decode_steps(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, int, int]]:
+    """(model, batch, context) that fit."""
+    for name, model in plan.models.items():
+        for batch, context in plan.decode:
+            if batch * context * model.key_bytes(dtype) <= plan.most_bytes:
+                yield name, batch, context
+
+
+def prefill_flops(model: Model, rows: int) -> float:
+    """Of a whole prompt."""
+    return 4.0 * model.head_dim * model.query_heads * rows * (rows + 1) / 2
+
+
+def low_precision(step: Step) -> Tensor:
+    """Attention as a plain torch program does it in the step's dtype: the error that a kernel may make twice."""
+    out = torch.empty_like(step.query)
+    for sequence in step.metadata.sequences:
+        rows = slice(sequence.first, sequence.first + sequence.count)
+        key, value = (
+            cache[sequence.block_table].flatten(0, 1)[: sequence.length].repeat_interleave(
+                step.query.shape[1] // cache.shape[2], dim=1
+            )
+            for cache in (step.keys, step.values)
+        )  # fmt: skip
+        method = step.options.method(sequence)
+        assert method is not None
+        scores = method_scores(step.query[rows], key, method, sequence.start) * step.options.scale
+        weights = scores.float().softmax(-1).to(value.dtype)
+        out[rows] = torch.einsum("hij,jhd->ihd", weights, value)
+    return out

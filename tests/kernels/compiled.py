@@ -1,0 +1,110 @@
+"""Compiles every shipped configuration for a GPU that need not be there, and prints what each takes, a JSON line each.
+
+    python -m tests.kernels.compiled 80 90
+
+A process of its own: kernels are compiled or interpreted, as was decided when Triton was imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cache.kernels import decode, prefill, store
+from cache.kernels.launch import Config, constants
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+CACHES = {"query", "keys", "values", "out", "sinks", "turned_queries", "scratch", "key", "value"}
+INTS = {"tiles", "reads", "spans", "blocks", "first_item", "tiles_per_item", "slots"}
+FLOATS = {"turns", "base_turns", "key_turns", "decay", "row_scale", "partial", "stats"}
+ALIGNED = CACHES | FLOATS | INTS - {"tiles_per_item"} | {"query_stride", "key_stride", "value_stride"}
+
+HALF = torch.bfloat16
+# (head dim, rotary dim, query heads of a KV head, dtype, what else is asked for)
+SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
+    (64, 64, 3, HALF, {}),
+    (80, 32, 1, HALF, {}),
+    (96, 96, 1, HALF, {}),
+    (128, 128, 4, HALF, {}),
+    (256, 256, 2, HALF, {}),
+    (128, 128, 4, torch.float16, {"softcap": 30.0, "sinks": True}),
+    (128, 64, 16, HALF, {"interleaved": True, "grouped": True, "fades": True}),
+    (64, 64, 3, torch.float32, {}),
+    (128, 128, 4, torch.float32, {}),
+    (256, 256, 2, torch.float32, {}),
+]
+
+
+def kernels() -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
+    for dim, rotary, group, dtype, asked in SHAPES:
+        query, cache = torch.empty(1, 8 * group, dim, device="meta"), torch.empty(4, 16, 8, dim, device="meta")
+        off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None}
+        plan = SimpleNamespace(rotary_dim=rotary, **(off | asked))
+        for module in (decode, prefill):
+            config = module.config(group, dim, dtype)
+            fixed = constants(query, cache.to(dtype), cache, plan, plan, config)
+            fixed |= {"ROWS": 32, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES, "MERGED": decode.MERGED}
+            main = (decode.decode_kernel,) if module is decode else (prefill.prefill_kernel,)
+            side = Config(config.block_m, config.block_n, 4, config.num_stages)  # as `launch` does by default
+            others = (decode.schedule_kernel, decode.merge_kernel) if module is decode else (
+                prefill.turn_queries_kernel, prefill.turn_keys_kernel,
+            )  # fmt: skip
+            yield from ((kernel, config, fixed, dtype) for kernel in main)
+            yield from ((kernel, side, fixed, dtype) for kernel in others)
+    yield store.store_kernel, Config(0, 0, 4, 3), {"KEY_SIZE": 192, "VALUE_SIZE": 192, "LANES": store.LANES}, HALF
+
+
+def compiled(kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dtype, arch: int) -> dict[str, Any]:
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in fixed else "fp32" if name in ("scale", "softcap") else "i32"
+        kind = TYPES[dtype] if name in CACHES else "*i32" if name in INTS else "*fp32" if name in FLOATS else kind
+        signature[name] = kind
+        if name in ALIGNED:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    own = {name: value for name, value in fixed.items() if name in signature}
+    source = ASTSource(kernel, signature, constexprs=own, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": config.num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
+    assert found, told
+    registers, stack, local = map(int, found.groups())
+    return {"registers": registers, "spilled": stack + local, "shared": binary.metadata.shared}
+
+
+def main(archs: list[int]) -> None:
+    seen = set()
+    for arch, (kernel, config, fixed, dtype) in itertools.product(archs, kernels()):
+        own = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+        named = {
+            "arch": arch,
+            "kernel": kernel.__name__,
+            "dtype": str(dtype),
+            "dim": own.get("DIM"),
+            "config": str(config),
+        }
+        key = (*named.values(), str(own))
+        if key not in seen:
+            seen.add(key)
+            print(json.dumps(named | compiled(kernel, config, fixed, dtype, arch)), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])

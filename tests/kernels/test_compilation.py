@@ -1,0 +1,31 @@
+"""Every shipped configuration compiles for a GPU that need not be there, and no kernel spills registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # most that a program may take
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler runs on Linux only")
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_no_kernel_spills(arch: int, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled", str(arch)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) > 40
+    assert {kernel["dim"] for kernel in found} >= {64, 80, 96, 128, 256}
+    assert [kernel for kernel in found if kernel["spilled"]] == []
+    assert [kernel for kernel in found if kernel["shared"] > SHARED_MEMORY[arch]] == []
