@@ -11,7 +11,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rope.reading import AngleMap
@@ -130,3 +132,20 @@ def on_device(angles: AngleMap, device: torch.device) -> AngleMap:
 def cos_sin(angles: Tensor) -> Tensor:
     """[n, D/2] fp64 → [n, 2, D/2] fp32."""
     return torch.stack([angles.cos(), angles.sin()], dim=1).float()
+
+
+def places_of(angles: AngleMap, first: int, stop: int) -> NDArray[np.int64]:
+    """Positions within the map: what it multiplies θ by."""
+    positions = np.arange(first, stop, dtype=np.int64)
+    if angles.period is not None:
+        positions %= angles.period
+    positions = positions // angles.group + angles.shift
+    return positions if angles.cap is None else np.minimum(positions, angles.cap)
+
+
+def send(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """To the device, from pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

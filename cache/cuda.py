@@ -5,6 +5,9 @@ Nothing here waits for the device. With tensors on the CPU it runs under Triton'
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions
@@ -30,7 +33,8 @@ def cuda_attention(
             key = ("cuda", single, shape, options.group, options.sliding_window)
             if key not in metadata.plans:
                 metadata.plans[key] = make_plan(metadata, single, shape, options, query.device)
-            attend(query, keys, values, metadata.plans[key], options, out)
+            with _on(query.device):
+                attend(query, keys, values, metadata.plans[key], options, out)
     return out
 
 
@@ -38,4 +42,10 @@ def cuda_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_ma
     """See `cache.storage.KVStorage.store`."""
     from cache.kernels.store import store
 
-    store(key, value, keys, values, slot_mapping)
+    with _on(keys.device):
+        store(key, value, keys, values, slot_mapping)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -7,8 +7,10 @@ chosen on the device: with its plan copied into tensors that stay, the step can 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cache.angle_tables import LONGEST, KeyTables, QueryAngles
+from cache.angle_tables import LONGEST, KeyTables, QueryAngles, places_of, send
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
 from rope.reading import AngleMap, Part, Reading
 
@@ -223,20 +225,20 @@ def make_plan(
         if run.scale is not None:
             scale[run.packed + run.first : run.packed + run.stop] = run.scale
     return CudaPlan(
-        tiles=_send(_row_tiles(runs, rows_of_tile), device),
-        reads=_send(reads, device),
+        tiles=send(_row_tiles(runs, rows_of_tile), device),
+        reads=send(reads, device),
         num_parts=num_parts,
         turns=_turns(builder, queries, device),
         base_turns=tables.base_turns,
         key_turns=tables.key_turns,
         decay=tables.decay,
-        row_scale=_send(scale, device),
+        row_scale=send(scale, device),
         blocks=_blocks(metadata),
         rotary_dim=rotary_dim,
         interleaved=rotary is not None and rotary.interleaved,
         grouped=any(angles.group > 1 for angles, _ in builder.key_maps.values()),
         fades=any(decay is not None for _, decay in builder.key_maps.values()),
-        spans=_send(spans, device),
+        spans=send(spans, device),
         scratch_rows=scratch_rows,
         key_programs=key_programs,
     )
@@ -246,8 +248,7 @@ def _runs(number: int, sequence: SequenceRows, options: AttentionOptions, rotary
     method, start = options.method(sequence), sequence.start
     packed = sequence.first - start
     if method is None:
-        still = AngleMap(_zeros(rotary_dim // 2))
-        reading = Reading((Part(still, still),))
+        reading = _still(rotary_dim // 2)
         return [_Run(number, packed, start, sequence.length, [(reading.parts[0], reading)], None)]
     scale = method.query_scale(torch.arange(start, sequence.length))
     runs = []
@@ -256,21 +257,17 @@ def _runs(number: int, sequence: SequenceRows, options: AttentionOptions, rotary
         for first in range(begin, end, most):
             stop = min(first + most, end)
             own = None if scale is None else scale[first - start : stop - start].numpy()
-            parts = [(part, reading) for part in reading.parts if _reads_any(part, first, stop)]
+            seen = [part for part in reading.parts if operator.lt(*part.keys(first, stop))]
+            parts = [(part, reading) for part in seen]
             runs.append(_Run(number, packed, first, stop, parts, own))
     return runs
 
 
-_ZEROS: dict[int, Tensor] = {}
-
-
-def _zeros(pairs: int) -> Tensor:
-    return _ZEROS.setdefault(pairs, torch.zeros(pairs, dtype=torch.float64))
-
-
-def _reads_any(part: Part, first: int, stop: int) -> bool:
-    low, high = part.keys(first, stop)
-    return low < high
+@cache
+def _still(pairs: int) -> Reading:
+    """Every key as it lies in the cache. The same object each time, so that its angles keep their slot."""
+    still = AngleMap(torch.zeros(pairs, dtype=torch.float64))
+    return Reading((Part(still, still),))
 
 
 def _row_tiles(runs: Sequence[_Run], rows: int) -> Ints:
@@ -283,24 +280,15 @@ def _row_tiles(runs: Sequence[_Run], rows: int) -> Ints:
     return np.array(sorted(tiles, key=lambda tile: -tile[2]), dtype=np.int32)
 
 
-def _places(angles: AngleMap, first: int, stop: int) -> NDArray[np.int64]:
-    """Positions within the map: what it multiplies θ by."""
-    positions = np.arange(first, stop, dtype=np.int64)
-    if angles.period is not None:
-        positions %= angles.period
-    positions = positions // angles.group + angles.shift
-    return positions if angles.cap is None else np.minimum(positions, angles.cap)
-
-
 def _turns(builder: _Builder, queries: QueryAngles, device: torch.device) -> Tensor:
     """[n, 2, D/2]: all query rows of all parts, in one go on the device."""
     slots = queries.find(builder.query_maps)
     reads = [read for read in builder.reads if read is not None]
     counts = [read.run.stop - read.run.first for read in reads]
-    places = np.concatenate([_places(read.part.query, read.run.first, read.run.stop) for read in reads])
+    places = np.concatenate([places_of(read.part.query, read.run.first, read.run.stop) for read in reads])
     factors = np.array([read.reading.attention_factor**2 for read in reads], dtype=np.float32)
-    sent = _send(np.stack([places, np.repeat([slots[id(read.part.query)] for read in reads], counts)]), device)
-    return queries.turns(sent[0], sent[1], _send(np.repeat(factors, counts), device))
+    sent = send(np.stack([places, np.repeat([slots[id(read.part.query)] for read in reads], counts)]), device)
+    return queries.turns(sent[0], sent[1], send(np.repeat(factors, counts), device))
 
 
 def _blocks(metadata: AttentionMetadata) -> Tensor:
@@ -310,11 +298,3 @@ def _blocks(metadata: AttentionMetadata) -> Tensor:
         tables = [sequence.block_table for sequence in metadata.sequences]
         blocks = metadata.plans["cuda blocks"] = pad_sequence(tables, batch_first=True).int()
     return blocks
-
-
-def _send(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """To the device, from pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

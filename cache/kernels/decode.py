@@ -75,7 +75,7 @@ def schedule_kernel(
 def read_tiles(
     first_tile, stop_tile, first, second, rest, position, acc, high, total,
     keys, values, blocks, base_turns, key_turns, decay,
-    first_key, stop_key, d_min, d_max, period, cycle_tiles, group, softcap,
+    first_key, stop_key, period, cycle_tiles, group, softcap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, VALUES: tl.constexpr,
@@ -120,10 +120,7 @@ def read_tiles(
             scores = tl.dot(rest, tl.trans(key_rest.to(DTYPE)), acc=scores, input_precision=PRECISION)
         if SOFTCAP:
             scores = capped(scores, softcap)
-        # One row's tile has few scores: masking them all is cheaper than a second loop.
-        distance = position - j
-        visible = (distance >= d_min) & (distance < d_max) & inside
-        scores = tl.where(visible[None, :], scores, float("-inf"))
+        scores = tl.where(inside[None, :], scores, float("-inf"))
         value = tl.load(
             values + slot[:, None] * VALUE_STRIDE + value_dims[None, :],
             mask=inside[:, None] & (value_dims < VALUE_DIM)[None, :],
@@ -196,7 +193,7 @@ def attend(
                 still_stop if rotated else first_tile, stop_tile if rotated else still_stop,
                 first, second, rest, position, acc, high, total,
                 keys, values, blocks, base_table, key_table, fades,
-                first_key, stop_key, d_min, d_max, period, cycle_tiles, group, softcap,
+                first_key, stop_key, period, cycle_tiles, group, softcap,
                 DIM, VALUE_DIM, ROTARY, INTERLEAVED, KV_HEADS * DIM, KV_HEADS * VALUE_DIM, BLOCK_SIZE,
                 BLOCK_N, HALF, REST, VALUES, rotated == 1, GROUPED, DECAY, SOFTCAP, DTYPE, PRECISION, STAGES,
             )  # fmt: skip
