@@ -36,11 +36,14 @@ MERGED = 16  # items that a merge loads at once
 
 
 def config(group: int, head_dim: int, dtype: torch.dtype) -> Config:
-    """16 rows are the least that a product takes. A tile's angles stay in registers, 64·D of them over 8 warps."""
-    block_n = 64 if head_dim <= 128 else 32
-    if dtype == torch.float32:
-        block_n //= 2
-    return Config(block_m=max(16, padded(group)), block_n=block_n, num_warps=8, num_stages=3 if head_dim <= 128 else 2)
+    """16 rows are the least that a product takes. A tile's angles stay in registers, 64·D of them over all warps."""
+    block_n, wide = 64 if head_dim <= 128 else 32, dtype == torch.float32
+    return Config(
+        block_m=max(16, padded(group)),
+        block_n=block_n // 2 if wide else block_n,
+        num_warps=4 if head_dim <= 64 and not wide else 8,
+        num_stages=3 if head_dim <= 128 else 2,
+    )
 
 
 @triton.jit(do_not_specialize=VARIES)
