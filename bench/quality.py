@@ -194,7 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
-def load(options: argparse.Namespace, report: Callable[[str], None]) -> Subject:
+def load_subject(options: argparse.Namespace, report: Callable[[str], None]) -> Subject:
     """The model and the documents, ready to be read."""
     checkpoint = resolve_checkpoint(options.model, options.revision, report)
     tokenizer = Tokenizer.load(checkpoint)
@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
-        subject = load(options, lambda line: console.print(line, highlight=False))
+        subject = load_subject(options, lambda line: console.print(line, highlight=False))
     except (PreRopeError, TextTooShort) as error:
         print(f"bench.quality: {error}", file=sys.stderr)
         return 1

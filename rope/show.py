@@ -103,10 +103,10 @@ def describe(method: PositionMethod, length: int) -> str:
     facts: dict[str, Any] = {"method": method.name, "train_length": method.train_length} | method.parameters
     facts["attention_factor"] = round(last.attention_factor, 6)
     facts["farthest distance seen"] = round(float(_farthest(method, length)), 1)
-    facts["rows that read as plain rope"] = "all" if method.plain_rows >= UNBOUNDED else method.plain_rows
+    facts["rows that read plainly"] = "all" if method.plain_rows >= UNBOUNDED else method.plain_rows
     facts["slowest wavelength"] = round(float((2 * torch.pi / last.theta[last.theta > 0]).max()), 1)
     return "\n".join(
-        f"{name:30} {value if isinstance(value, str) else json.dumps(value)}" for name, value in facts.items()
+        f"{name:24} {value if isinstance(value, str) else json.dumps(value)}" for name, value in facts.items()
     )
 
 

@@ -204,6 +204,7 @@ int64_t prerope_linear_scratch(int64_t rows, int64_t in, int64_t threads, int64_
 
 /* in: a multiple of 32; features: at least 16. */
 void prerope_linear(const Linear *linear, int64_t few_rows, float *scratch) {
+    if (linear->rows == 0) return; /* lm_head in a step that only reads */
     if (linear->rows <= few_rows) few(linear, scratch);
     else many(linear, scratch);
 }

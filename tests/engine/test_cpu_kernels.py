@@ -16,7 +16,7 @@ from server.engine.probe import TOLERANCE, probe
 from server.engine.raw_keys import RawKeyModel
 from tests.engine.tiny_models import tiny
 
-ROWS = (1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 100, 300)
+ROWS = (0, 1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 100, 300)
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +149,9 @@ def test_short_forwards_only_where_the_shape_is_theirs() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "olmo2"])
 def test_families_in_bf16_pass_the_probe(family: str) -> None:
     assert probe(Model(tiny(family, sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_without_the_kernels_torch_does_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.cpu_kernels.library", lambda: None)
+    assert replaced("llama") == {"Linear": "function"}
+    assert probe(Model(tiny("llama", sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
