@@ -38,7 +38,7 @@ serve: $(VENV)/.serve
 	@exec $(BIN)/python -m server $(ARGS)
 
 test: $(VENV)/.develop
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(VENV)/.develop
 	$(BIN)/ruff format --check .
