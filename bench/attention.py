@@ -25,38 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import describe_machine
+from bench.shapes import SHAPES, AttentionShape
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows, paged_attention
 from cache.native import library, prepare
-from rope.frequencies import Rotary
-from rope.methods import resolve
 from rope.model_positions import ModelPositions
 from rope.reading import PositionMethod
-from rope.spec import RopeSpec
 
 BLOCK_SIZE = 16
 LEAST_SECONDS, LEAST_RUNS = 1.0, 3
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The shape of a model's attention; train_length is where windowed methods start to differ from rope."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    base: float
-    train_length: int
-
-    def method(self, name: str) -> PositionMethod:
-        dim = self.head_dim
-        rotary = Rotary(dim, dim, self.base, "default", self.train_length, self.train_length)
-        return resolve(RopeSpec(method=name), rotary)
-
-
-MODELS = {
-    "smollm2": Model(9, 3, 64, 100_000.0, 8192),
-    "llama-3-8b": Model(32, 8, 128, 500_000.0, 8192),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +62,7 @@ class Step:
         paged_attention(self.query, self.keys, self.values, self.metadata, options)
 
 
-def make_step(model: Model, method: PositionMethod, chunk: int, length: int) -> Step:
+def make_step(model: AttentionShape, method: PositionMethod, chunk: int, length: int) -> Step:
     blocks = -(-length // BLOCK_SIZE)
     keys, values = torch.randn(2, blocks, BLOCK_SIZE, model.kv_heads, model.head_dim).bfloat16()
     query = torch.randn(chunk, model.query_heads, model.head_dim).bfloat16()
@@ -117,7 +93,7 @@ def only_torch() -> Iterator[None]:
 def measure(options: argparse.Namespace, say: Callable[[str], None]) -> list[Speed]:
     speeds = []
     for name in options.models:
-        model = MODELS[name]
+        model = SHAPES[name]
         for method in options.methods:
             resolved = model.method(method)
             for chunk in options.chunks:
@@ -146,7 +122,7 @@ def print_table(speeds: Sequence[Speed], threads: int, console: Console) -> None
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.attention", description="Speed of prefill attention on the CPU.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--methods", nargs="+", default=["rope", "rerope", "dynamic_leaky"])
     parser.add_argument("--chunks", nargs="+", type=int, default=[512, 2048], help="rows of a chunk")
     parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 8192, 16384, 32768], help="tokens to its end")

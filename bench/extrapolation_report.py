@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from bench.extrapolation_rows import EXTENSION, SU_TRAIN_LENGTH, SU_TRAINED, Row, tables
-from bench.quality_report import markdown, print_table, spaced
+from bench.quality_report import spaced
+from bench.report import markdown, print_table, write
 
 LINES = ("Baseline", "PI-RoPE", "NTK-RoPE-mixed", "YaRN", "ReRoPE-w{half}", "dynamic_leaky-w{half}", "HFWA")
 BARS = (
@@ -134,13 +135,9 @@ def as_json(report: ExtrapolationReport) -> dict[str, Any]:
 
 def save(report: ExtrapolationReport, folder: Path) -> list[Path]:
     """Write extrapolation.json, extrapolation.md and extrapolation.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"extrapolation.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(as_json(report), indent=1) + "\n")
     parts = [*(markdown(section) for section in report.sections()), *(note + "\n" for note in notes(report))]
-    paths[1].write_text("\n".join(part.rstrip("\n") + "\n" for part in parts))
-    plot(report, paths[2])
-    return paths
+    text = "\n".join(part.rstrip("\n") + "\n" for part in parts)
+    return write("extrapolation", folder, as_json(report), text, partial(plot, report))
 
 
 def plot(report: ExtrapolationReport, path: Path) -> None:

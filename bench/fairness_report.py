@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bench.fairness_load import Latencies
 from bench.measure import percentile
+from bench.report import write
 from bench.soak_report import log_axis
 
 JUDGED = 99
@@ -139,12 +140,7 @@ def as_json(report: FairnessReport) -> dict[str, Any]:
 
 def save(report: FairnessReport, folder: Path) -> list[Path]:
     """Write fairness.json, fairness.md and fairness.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"fairness.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(as_json(report), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    plot(report, paths[2])
-    return paths
+    return write("fairness", folder, as_json(report), markdown(report), partial(plot, report))
 
 
 def plot(report: FairnessReport, path: Path) -> None:

@@ -12,43 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bench.shapes import SHAPES, AttentionShape
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
-from rope.frequencies import Rotary
-from rope.methods import resolve
 from rope.model_positions import ModelPositions
 from rope.scores import method_scores
-from rope.spec import RopeSpec
 
 RAW = "raw"
 """The same kernel on a layer without positions: nothing is rotated."""
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """The shape of a model's attention. Methods that differ from rope do so past train_length or its quarter."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    base: float
-    train_length: int
-
-    def positions(self, name: str) -> ModelPositions:
-        dim = self.head_dim
-        rotary = Rotary(dim, dim, self.base, "default", self.train_length, self.train_length)
-        spec = RopeSpec(method="rope" if name == RAW else name, factor=4.0 if name == "yarn" else None)
-        return ModelPositions({"": resolve(spec, rotary)}, "")
-
-    def key_bytes(self, dtype: torch.dtype) -> int:
-        """Of K and V of one token."""
-        return 2 * self.kv_heads * self.head_dim * dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Which cases: (batch, context) of decode, rows of prefill, and the sequences of the check of correctness."""
 
-    models: dict[str, Model]
+    models: dict[str, AttentionShape]
     methods: tuple[str, ...]
     decode: tuple[tuple[int, int], ...]
     prefill: tuple[int, ...]
@@ -58,10 +35,7 @@ class Plan:
 
 
 FULL = Plan(
-    models={
-        "llama-3-8b": Model(32, 8, 128, 500_000.0, 8192),
-        "smollm2-135m": Model(9, 3, 64, 100_000.0, 8192),
-    },
+    models=SHAPES,
     methods=("rope", "rerope", "yarn", "dynamic_leaky"),
     decode=tuple((batch, context) for batch in (1, 8, 32) for context in (4096, 32768, 131072)),
     prefill=(2048, 8192, 32768, 65536),
@@ -71,7 +45,7 @@ FULL = Plan(
 )
 TOY = replace(
     FULL,
-    models={"toy": Model(4, 2, 16, 10_000.0, 64)},
+    models={"toy": AttentionShape(4, 2, 16, 10_000.0, 64)},
     decode=((2, 96),),
     prefill=(96,),
     checked=((100, 1), (0, 1), (60, 20)),
@@ -99,10 +73,15 @@ class Step:
 
 
 def make_step(
-    model: Model, method: str, rows: list[tuple[int, int]], block_size: int, dtype: torch.dtype, device: torch.device
+    model: AttentionShape,
+    method: str,
+    rows: list[tuple[int, int]],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Step:
     """Sequences of (start, count), their blocks scattered over the cache."""
-    positions = model.positions(method)
+    positions = ModelPositions({"": model.method("rope" if method == RAW else method)}, "")
     needed = [-(-(start + count) // block_size) for start, count in rows]
     tables = torch.split(torch.randperm(sum(needed)).to(device), needed)
     first, sequences = 0, []
@@ -124,7 +103,7 @@ def decode_steps(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, int, int
                 yield name, batch, context
 
 
-def prefill_flops(model: Model, rows: int) -> float:
+def prefill_flops(model: AttentionShape, rows: int) -> float:
     """Of a whole prompt."""
     return 4.0 * model.head_dim * model.query_heads * rows * (rows + 1) / 2
 

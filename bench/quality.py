@@ -30,7 +30,8 @@ from bench import OUTPUT_FOLDER, WIDTH
 from bench.calibration import Calibration, calibrate, environment, label, num_readings
 from bench.documents import Document, TextTooShort, context, cut_documents, default_texts, file_text
 from bench.machine import describe_machine
-from bench.quality_report import Losses, QualityReport, print_table, save
+from bench.quality_report import Losses, QualityReport, save
+from bench.report import print_table
 from rope.spec import RopeSpec
 from server.checkpoint import resolve_checkpoint
 from server.engine.config import EngineConfig

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from bench.report import markdown, write
 
 Losses = dict[tuple[str, int], list[float]]  # (method, context length) → a loss a document, always in one order
 
 CROWDED = 1.0  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
-
-
-class Tabular(Protocol):
-    """What can be printed: the first column names a row."""
-
-    def headings(self) -> list[str]: ...
-    def rows(self) -> list[list[str]]: ...
-    def notes(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,25 +78,6 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def print_table(report: Tabular, console: Console) -> None:
-    table = Table(header_style="bold")
-    for i, heading in enumerate(report.headings()):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=not i)
-    for row in report.rows():
-        table.add_row(*row)
-    console.print(table)
-    for note in report.notes():
-        console.print(note, highlight=False)
-
-
-def markdown(report: Tabular) -> str:
-    """A section for RESULTS.md."""
-    headings = report.headings()
-    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(report.notes()) + "\n"
-
-
 def as_json(report: QualityReport) -> dict[str, Any]:
     results = [
         {"method": method, "length": length, "losses": list(report.losses[method, length])}
@@ -117,12 +89,7 @@ def as_json(report: QualityReport) -> dict[str, Any]:
 
 def save(report: QualityReport, folder: Path) -> list[Path]:
     """Write quality.json, quality.md and quality.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"quality.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(as_json(report), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    plot(report, paths[2])
-    return paths
+    return write("quality", folder, as_json(report), markdown(report), partial(plot, report))
 
 
 def plot(report: QualityReport, path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from bench.measure import TIMES, Figures, Point, Run, run_figures, speedup, summarise
 from bench.neighbours import DISTURBED_CORES
+from bench.report import write
 
 Runs = Mapping[tuple[str, Point], Sequence[Run]]
 
@@ -174,12 +175,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def save(report: Report, folder: Path) -> list[Path]:
     """Write serving.json, serving.md and serving.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"serving.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(as_json(report), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    plot(report, paths[2])
-    return paths
+    return write("serving", folder, as_json(report), markdown(report), partial(plot, report))
 
 
 def plot(report: Report, path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import percentile
+from bench.report import write
 from bench.soak_client import Outcome
 from bench.soak_verdicts import MEBIBYTE, Trend, Verdict
 from bench.soak_watch import Sample
@@ -137,12 +138,7 @@ def as_json(report: SoakReport) -> dict[str, Any]:
 
 def save(report: SoakReport, folder: Path) -> list[Path]:
     """Write soak.json, soak.md and soak.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"soak.{suffix}" for suffix in ("json", "md", "png")]
-    paths[0].write_text(json.dumps(as_json(report), indent=1) + "\n")
-    paths[1].write_text(markdown(report))
-    plot(report, paths[2])
-    return paths
+    return write("soak", folder, as_json(report), markdown(report), partial(plot, report))
 
 
 def plot(report: SoakReport, path: Path) -> None:

@@ -12,7 +12,7 @@ from cache.native import library, prepare
 
 
 def test_work_is_counted_by_visible_pairs() -> None:
-    model = attention.MODELS["smollm2"]
+    model = attention.SHAPES["smollm2"]
     step = attention.make_step(model, model.method("rope"), 5, 100)
     visible = sum(row + 1 for row in range(95, 100))
     assert step.flops == visible * 9 * 64 * 4

@@ -19,7 +19,8 @@ from bench.documents import (
     reference_text,
 )
 from bench.quality import mean_loss, parse_arguments, parse_lengths, parse_method
-from bench.quality_report import QualityReport, markdown, save, spaced
+from bench.quality_report import QualityReport, save, spaced
+from bench.report import markdown
 from server.engine.outputs import TokenLogprobs
 
 
