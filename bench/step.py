@@ -186,7 +186,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load(options: argparse.Namespace, say: Callable[[str], None]) -> Engine:
+def load_engine(options: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     config = EngineConfig(
         dtype=options.dtype,
         device=options.device,
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
     console = Console()
-    engine = load(options, lambda line: console.print(line, highlight=False))
+    engine = load_engine(options, lambda line: console.print(line, highlight=False))
     found = {}
     for rows in options.rows:
         steps = decode_steps(engine, rows, options.context, options.steps)
