@@ -3,10 +3,9 @@
 #   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
 #   make check   format, lint, types, import direction, docs drift
-#   make docs    the environment table and the page of position methods, from the code
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
 #   make soak    twenty minutes of mixed traffic: does anything leak    (ARGS="--minutes 3")
-#   make docs    the settings in README.md and docker/compose.yaml, written from the code
+#   make docs    the settings in README.md and docker/compose.yaml and the page of methods, written from the code
 #   make lock    the packages of the docker images, resolved anew
 
 SHELL := /bin/bash

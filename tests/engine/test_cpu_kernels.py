@@ -155,3 +155,19 @@ def test_without_the_kernels_torch_does_their_work(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("server.engine.cpu_kernels.library", lambda: None)
     assert replaced("llama") == {"Linear": "function"}
     assert probe(Model(tiny("llama", sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_with_matrix_tiles_many_rows_go_to_torch_and_few_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    layers, calls = [linear(48, 64, bias=True), linear(32, 64)], []
+    multiply = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(1) or multiply(*args))
+    for rows, expected_calls in ((FEW_ROWS, 0), (FEW_ROWS + 1, len(layers))):
+        x = random(rows, 64)
+        calls.clear()
+        outs = Products(layers)(x)
+        assert len(calls) == expected_calls
+        for out, module in zip(outs, layers, strict=True):
+            expected = exact(x, module)
+            assert ((out.double() - expected).abs() <= expected.abs() * 2**-7 + 1e-4).all()
+    assert probe(Model(tiny("llama", sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
