@@ -112,8 +112,8 @@ def _attend(query: Tensor, keys: _Keys, sequence: SequenceRows, options: Attenti
         rows = query[start - sequence.start : stop - sequence.start]
         parts = []
         for part in reading.parts:
-            low, high = part.keys(start, stop)
-            low = max(low, keys.first, start - reach + 1)
+            low, high = part.keys(start, stop, reach)
+            low = max(low, keys.first)
             if low >= high:
                 continue
             turned, seen = _turn(rows, keys.between(low, high), start, part, reading, method.rotary.interleaved, plans)

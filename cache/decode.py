@@ -151,8 +151,7 @@ class _Builder:
         else:
             reading = method.reading_of(position)
             for part in reading.parts:
-                low, stop = part.keys(position, position + 1)
-                low = max(low, position - reach + 1)
+                low, stop = part.keys(position, position + 1, reach)
                 if low < stop:
                     self._part(reading, part, position, low, stop)
         return sum(len(part[0]) for part in self.segments[before:])

@@ -169,8 +169,7 @@ def _passes(sequence: SequenceRows, options: AttentionOptions) -> tuple[list[tup
     for run, (first, stop, reading) in enumerate(method.runs(start, sequence.length)):
         runs.append((first - start, stop - start))
         for part in reading.parts:
-            low, high = part.keys(first, stop)
-            low = max(low, first - reach + 1)
+            low, high = part.keys(first, stop, reach)
             if low >= high:
                 continue
             own = passes.setdefault(None if part.key.still else part.key, _Pass(low, high, part, reading))

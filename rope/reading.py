@@ -92,9 +92,12 @@ class Part:
     d_min: int = 0
     d_max: int = UNBOUNDED
 
-    def keys(self, start: int, stop: int) -> tuple[int, int]:
-        """The keys [first, last + 1) that any of the rows [start, stop) reads; empty where first ≥ last + 1."""
-        return max(self.first_key, start - self.d_max + 1, 0), min(self.stop_key, stop - self.d_min)
+    def keys(self, start: int, stop: int, reach: int = UNBOUNDED) -> tuple[int, int]:
+        """The keys [first, last + 1) that any of the rows [start, stop) reads; empty where first ≥ last + 1.
+
+        reach: rows read keys with i − j < reach only, a layer's sliding window.
+        """
+        return max(self.first_key, start - min(self.d_max, reach) + 1, 0), min(self.stop_key, stop - self.d_min)
 
     def reads(self, i: Tensor, j: Tensor) -> Tensor:
         """[R] rows and [n] keys → [R, n] bool."""
