@@ -87,8 +87,10 @@ def cut_documents(
 
 
 def context(document: Document, num_tokens: int, beginning: Sequence[int] = ()) -> list[int]:
-    """The document's last tokens, `num_tokens` with the model's own `beginning` (a start token, or nothing).
+    """The document's first tokens, `num_tokens` with the model's own `beginning` (a start token, or nothing)."""
+    return [*beginning, *document.token_ids[: num_tokens - len(beginning)]]
 
-    Its end stays where it is: a longer context only adds earlier text.
-    """
-    return [*beginning, *document.token_ids[len(document.token_ids) - num_tokens + len(beginning) :]]
+
+def ending_at(token_ids: Sequence[int], stop: int, num_tokens: int, beginning: Sequence[int] = ()) -> list[int]:
+    """The `num_tokens` tokens of a context that end at `stop`, the first of them replaced by the `beginning`."""
+    return [*beginning, *token_ids[stop - num_tokens + len(beginning) : stop]]

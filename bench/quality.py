@@ -2,11 +2,15 @@
 
     python -m bench.quality --methods rope,linear,ntk,yarn,rerope,leaky_rerope,dynamic_leaky --lengths 8192,16384
 
-The loss is the mean negative log-probability (nats a token) of a document's last `--last` tokens. At every context
-length these are the same tokens: a longer context only adds earlier text, so a method that can use it loses less, and
-one that breaks past the trained length loses more. Methods are what a deployment with MAX_MODEL_LEN at the longest
-length would serve: methods with a factor keep that factor at the shorter lengths too. A method may bring its
-parameters: `rerope:window=2048`, `yarn:factor=2`, `rerope:window=4096:logn`.
+The loss is the mean negative log-probability (nats a token) of the `--last` tokens that end at each length. A method
+reads a document once, at the longest length: no row depends on what follows it, so the first 8192 rows are what a
+prompt of 8192 tokens would give. Each length has its own tokens, and text differs far more than methods do; the figure
+to compare by is Δ, the distance from plain rope on the same tokens with no more context than the model was trained on.
+A method that can use the longer context is below zero, one that breaks past the trained length far above.
+
+Methods are what a deployment with MAX_MODEL_LEN at the longest length would serve: methods with a factor keep that
+factor at the shorter lengths too. A method may bring its parameters: `rerope:window=2048`, `yarn:factor=2`,
+`rerope:window=4096:logn`. Every reading is kept in the output folder, so an interrupted run resumes.
 
     python -m bench.quality --calibrate --text mine.txt --lengths 16384 --documents 4
 
@@ -28,9 +32,10 @@ from tqdm import tqdm
 
 from bench import OUTPUT_FOLDER, WIDTH
 from bench.calibration import Calibration, calibrate, environment, label, num_readings
-from bench.documents import Document, TextTooShort, context, cut_documents, default_texts, file_text
+from bench.documents import Document, TextTooShort, context, cut_documents, default_texts, ending_at, file_text
 from bench.machine import describe_machine
-from bench.quality_report import Losses, QualityReport, save
+from bench.quality_report import REFERENCE, Losses, QualityReport, save
+from bench.readings import Readings, reading_key
 from bench.report import print_table
 from rope.spec import RopeSpec
 from server.checkpoint import resolve_checkpoint
@@ -76,43 +81,62 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
-def mean_loss(prompt_logprobs: Sequence[TokenLogprobs | None], last: int) -> float:
-    """Mean negative log-probability of the last `last` tokens; the first token of a prompt has none."""
-    known = [entry.logprob for entry in prompt_logprobs if entry is not None]
-    if not 1 <= last <= len(known):
-        raise ValueError(f"log-probabilities of {last} tokens are wanted, the prompt has {len(known)}")
-    return -statistics.fmean(known[-last:])
+def mean_loss(prompt_logprobs: Sequence[TokenLogprobs | None], stop: int, last: int) -> float:
+    """Mean negative log-probability of the `last` tokens before position `stop`; a prompt's first token has none."""
+    known = [entry.logprob for entry in prompt_logprobs[max(0, stop - last) : stop] if entry is not None]
+    if len(known) < last or not last:
+        raise ValueError(f"log-probabilities of {last} tokens before {stop} are wanted, there are {len(known)}")
+    return -statistics.fmean(known)
 
 
 class Reader:
     """Reads one context at a time through a real engine."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, subject: Subject, last: int, kept: Readings | None = None) -> None:
+        self._subject = subject
+        self._last = last
+        self._kept = kept
         self._num_read = 0
 
-    def loss(self, token_ids: Sequence[int], spec: RopeSpec, last: int, advance: Callable[[int], object]) -> float:
-        """The loss of the last `last` tokens; `advance` hears of every token as it is computed."""
+    def losses(
+        self, token_ids: Sequence[int], spec: RopeSpec, stops: Sequence[int], advance: Callable[[int], object]
+    ) -> list[float]:
+        """The loss of the last tokens before each of `stops`, ascending; `advance` hears of every token computed."""
+        about = {name: self._subject.about[name] for name in ("model", "dtype")} | {"stops": list(stops)}
+        about |= {"last": self._last, "positions": self._subject.engine.resolve_positions(spec).describe()}
+        key = reading_key(about, token_ids)
+        if self._kept and (found := self._kept.get(key)):
+            advance(len(token_ids))
+            return found
+        logprobs = self._read(token_ids, spec, stops[0] - self._last, advance)
+        losses = [mean_loss(logprobs, stop, self._last) for stop in stops]
+        if self._kept:
+            self._kept.add(key, losses, about)
+        return losses
+
+    def _read(
+        self, token_ids: Sequence[int], spec: RopeSpec, start: int, advance: Callable[[int], object]
+    ) -> Sequence[TokenLogprobs | None]:
+        """Log-probabilities of the tokens from `start` on; None before."""
+        engine = self._subject.engine
         self._num_read += 1
         request = EngineRequest(
             request_id=f"quality-{self._num_read}",
             prompt_token_ids=token_ids,
-            sampling=SamplingParams(
-                max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=len(token_ids) - last
-            ),
-            positions=self._engine.resolve_positions(spec),
+            sampling=SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0, prompt_logprobs_start=start),
+            positions=engine.resolve_positions(spec),
             report_progress=True,
         )
-        self._engine.add(request)
+        engine.add(request)
         processed, logprobs = 0, None
-        while self._engine.has_work():
-            for _request_id, output in self._engine.step():
+        while engine.has_work():
+            for _request_id, output in engine.step():
                 advance(max(0, output.num_processed_tokens - processed))
                 processed = max(processed, output.num_processed_tokens)
                 logprobs = output.prompt_logprobs or logprobs
         if logprobs is None:
             raise RuntimeError("the engine finished a request without the prompt log-probabilities that it asked for")
-        return mean_loss(logprobs, last)
+        return logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,25 +151,30 @@ class Subject:
 
 def measure(subject: Subject, options: argparse.Namespace) -> QualityReport:
     """`{(method, length): [a loss a document]}`. Documents go outermost, so that an early stop compares equals."""
-    reader = Reader(subject.engine)
-    losses: Losses = {(m.label, length): [] for m in options.methods for length in options.lengths}
-    total = len(subject.documents) * len(options.methods) * sum(options.lengths)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
+    reader = Reader(subject, options.last, Readings(options.out))
+    lengths, trained = options.lengths, subject.engine.info.train_length
+    names = [REFERENCE, *(method.label for method in options.methods)]
+    losses: Losses = {(name, length): [] for name in names for length in lengths}
+    tokens_each = len(options.methods) * lengths[-1] + sum(min(length, trained) for length in lengths)
+    with tqdm(total=len(subject.documents) * tokens_each, unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
         for document in subject.documents:
-            for length in options.lengths:
-                token_ids = context(document, length, subject.beginning)
-                for method in options.methods:
-                    bar.set_description(f"{method.label} at {length:,}")
-                    loss = reader.loss(token_ids, method.spec, options.last, bar.update)
+            token_ids = context(document, lengths[-1], subject.beginning)
+            for method in options.methods:
+                bar.set_description(method.label)
+                found = reader.losses(token_ids, method.spec, lengths, bar.update)
+                for length, loss in zip(lengths, found, strict=True):
                     losses[method.label, length].append(loss)
+            for length in lengths:
+                bar.set_description(f"{REFERENCE} at {length:,}")
+                known = ending_at(token_ids, length, min(length, trained), subject.beginning)
+                losses[REFERENCE, length] += reader.losses(known, RopeSpec(method="rope"), [len(known)], bar.update)
     resolved = {method.label: subject.engine.resolve_positions(method.spec).describe() for method in options.methods}
-    about = subject.about | {"methods": resolved}
-    return QualityReport([method.label for method in options.methods], options.lengths, losses, about)
+    return QualityReport(names, lengths, losses, subject.about | {"methods": resolved})
 
 
 def search(subject: Subject, options: argparse.Namespace) -> Calibration:
     """`bench.calibration` at the longest length: on the first half of the documents, held against the second."""
-    reader, length = Reader(subject.engine), options.lengths[-1]
+    reader, length = Reader(subject, options.last), options.lengths[-1]
     numbers = range(len(subject.documents))
     searched, held_out = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
     total = num_readings(len(searched), len(held_out)) * length
@@ -154,7 +183,7 @@ def search(subject: Subject, options: argparse.Namespace) -> Calibration:
         def loss(spec: RopeSpec, number: int) -> float:
             bar.set_description(f"{label(spec)}, document {number + 1}")
             token_ids = context(subject.documents[number], length, subject.beginning)
-            return reader.loss(token_ids, spec, options.last, bar.update)
+            return reader.losses(token_ids, spec, [length], bar.update)[0]
 
         return calibrate(loss, searched, held_out, subject.engine.info.train_length)
 
@@ -175,7 +204,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=3,
         help="consecutive pieces of the text, each of the longest length; default: 3",
     )
-    add("--last", type=int, default=1024, help="tokens at a document's end whose loss counts; default: 1024")
+    add("--last", type=int, default=1024, help="tokens before each length whose loss counts; default: 1024")
     add(
         "--calibrate",
         action="store_true",
@@ -227,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
         subject = load_subject(options, lambda line: console.print(line, highlight=False))
+        for method in options.methods:  # refused now, or hours later
+            subject.engine.resolve_positions(method.spec)
     except (PreRopeError, TextTooShort) as error:
         print(f"bench.quality: {error}", file=sys.stderr)
         return 1

@@ -14,12 +14,15 @@ from bench.report import markdown, write
 
 Losses = dict[tuple[str, int], list[float]]  # (method, context length) → a loss a document, always in one order
 
-CROWDED = 1.0  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
+REFERENCE = "rope, trained length"
+"""The row that all others are compared with: rope with no more context than the model was trained on."""
+
+CROWDED = 0.5  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
 
 
 @dataclass(frozen=True, slots=True)
 class QualityReport:
-    """Losses in nats a token. The reference is the first method at the shortest length."""
+    """Losses in nats a token. `REFERENCE` is the first of the methods."""
 
     methods: Sequence[str]
     lengths: Sequence[int]
@@ -34,11 +37,11 @@ class QualityReport:
         return _deviation(self.losses[method, length])
 
     def difference(self, method: str, length: int) -> tuple[float, float]:
-        """From the reference on the same documents: mean and standard deviation of the differences.
+        """From the reference on the same tokens: mean and standard deviation of the differences.
 
         Documents differ far more than methods do, so this is the figure to compare methods by.
         """
-        reference = self.losses[self.methods[0], self.lengths[0]]
+        reference = self.losses[REFERENCE, length]
         differences = [ours - theirs for ours, theirs in zip(self.losses[method, length], reference, strict=True)]
         return statistics.fmean(differences), _deviation(differences)
 
@@ -56,22 +59,31 @@ class QualityReport:
         ]
 
     def _loss(self, method: str, length: int) -> str:
-        return f"{self.mean(method, length):.3f} ± {self.spread(method, length):.3f}"
+        return _with_spread(f"{self.mean(method, length):.3f}", self.spread(method, length), self._alone)
 
     def _difference(self, method: str, length: int) -> str:
         mean, spread = self.difference(method, length)
-        return f"{mean:+.3f} ± {spread:.3f}"
+        return _with_spread(f"{mean:+.3f}", spread, self._alone)
+
+    @property
+    def _alone(self) -> bool:
+        return len(self.about["documents"]) == 1
 
     def notes(self) -> list[str]:
-        about = self.about
+        about, documents = self.about, len(self.about["documents"])
+        spread = f", mean ± standard deviation over {documents} documents" if documents > 1 else ""
         return [
             f"{about['model']}, {about['dtype']}, trained on {about['train_length']:,} tokens. Loss in nats a token of "
-            f"each document's last {about['last']:,} tokens, mean ± standard deviation over "
-            f"{len(about['documents'])} documents; Δ is the difference "
-            f"from {self.methods[0]} at {self.lengths[0]:,}, taken document by document. Measured "
+            f"the {about['last']:,} tokens that end at each length{spread}; Δ is the difference from rope on the same "
+            f"tokens with at most {about['train_length']:,} tokens of context. Measured "
             f"{about['date']} on {about['cpu']}.",
             "Documents: " + "; ".join(about["documents"]) + ".",
         ]
+
+
+def _with_spread(mean: str, spread: float, alone: bool) -> str:
+    """One document has no spread to show."""
+    return mean if alone else f"{mean} ± {spread:.3f}"
 
 
 def _deviation(values: Sequence[float]) -> float:
@@ -93,27 +105,26 @@ def save(report: QualityReport, folder: Path) -> list[Path]:
 
 
 def plot(report: QualityReport, path: Path) -> None:
-    """Loss against context length: a line a method, named at its right end."""
+    """Distance from the reference against context length: a line a method, named at its right end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panel = pyplot.subplots(figsize=(8.5, 5.5), layout="constrained")
-    floor = report.mean(report.methods[0], report.lengths[0])
-    ceiling = floor + CROWDED
+    figure, panel = pyplot.subplots(figsize=(9, 6.5), layout="constrained")
+    methods = [method for method in report.methods if method != REFERENCE]
+    lines = {method: [report.difference(method, length)[0] for length in report.lengths] for method in methods}
     ends = []
-    for i, method in enumerate(report.methods):
-        means = [report.mean(method, length) for length in report.lengths]
+    for i, (method, line) in enumerate(lines.items()):
         colour = f"C{i % 10}"
-        panel.plot(report.lengths, means, marker="o", color=colour, linestyle="-" if i < 10 else "--")
-        above = f" ({means[-1]:.2f}, above the plot)" if means[-1] > ceiling else f" {means[-1]:.3f}"
-        ends.append((min(means[-1], ceiling), f"{method}{above}", colour))
-    everything = [min(report.mean(m, n), ceiling) for m in report.methods for n in report.lengths]
+        panel.plot(report.lengths, line, marker="o", markersize=4, color=colour, linestyle="-" if i < 10 else "--")
+        above = f" ({line[-1]:+.2f}, above the plot)" if line[-1] > CROWDED else f" {line[-1]:+.3f}"
+        ends.append((min(line[-1], CROWDED), f"{method}{above}", colour))
+    everything = [min(value, CROWDED) for line in lines.values() for value in line]
     margin = 0.08 * (max(everything) - min(everything)) or 0.1
     low, high = min(everything) - margin, max(everything) + margin
     panel.set_ylim(low, high)
-    heights = spaced([height for height, _, _ in ends], 0.045 * (high - low))
+    heights = spaced([height for height, _, _ in ends], 0.035 * (high - low))
     for height, (_, label, colour) in zip(heights, ends, strict=True):
         panel.annotate(
             label,
@@ -122,7 +133,7 @@ def plot(report: QualityReport, path: Path) -> None:
             textcoords="offset points",
             color=colour,
             va="center",
-            fontsize=9,
+            fontsize=8,
         )
     _dress(panel, report)
     figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -140,8 +151,9 @@ def _dress(panel: Any, report: QualityReport) -> None:
     panel.set_xticks(report.lengths, [f"{length:,}" for length in report.lengths])
     panel.minorticks_off()
     panel.set_xlabel("tokens of context")
-    panel.set_ylabel("loss, nats a token")
-    panel.set_title(f"{report.about['model']}: loss of the same last {report.about['last']:,} tokens", loc="left")
+    panel.set_ylabel("loss minus that of rope with the trained context, nats a token")
+    panel.set_title(f"{report.about['model']}: {report.about['last']:,} tokens at the end of each context", loc="left")
+    panel.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     panel.spines[["top", "right"]].set_visible(False)
 
 

@@ -16,10 +16,12 @@ from bench.documents import (
     cut_documents,
     default_texts,
     docstring_text,
+    ending_at,
     reference_text,
 )
 from bench.quality import mean_loss, parse_arguments, parse_lengths, parse_method
-from bench.quality_report import QualityReport, save, spaced
+from bench.quality_report import REFERENCE, QualityReport, save, spaced
+from bench.readings import Readings, reading_key
 from bench.report import markdown
 from server.engine.outputs import TokenLogprobs
 
@@ -28,22 +30,33 @@ def logprobs(*values: float) -> list[TokenLogprobs | None]:
     return [None, *(TokenLogprobs(0, value) for value in values)]
 
 
-def test_the_loss_is_of_the_last_tokens_only() -> None:
-    assert mean_loss(logprobs(-100.0, -1.0, -3.0), 2) == 2.0
-    assert mean_loss(logprobs(-6.0, -1.0, -2.0), 3) == 3.0
+def test_the_loss_is_of_the_tokens_before_a_position() -> None:
+    assert mean_loss(logprobs(-100.0, -1.0, -3.0), 4, 2) == 2.0
+    assert mean_loss(logprobs(-6.0, -1.0, -2.0), 4, 3) == 3.0
+    assert mean_loss(logprobs(-6.0, -1.0, -2.0), 3, 1) == 1.0
 
 
-@pytest.mark.parametrize("last", [4, 5])
-def test_a_loss_of_tokens_that_have_none_is_refused(last: int) -> None:
-    with pytest.raises(ValueError, match=f"{last} tokens are wanted, the prompt has 3"):
-        mean_loss(logprobs(-1.0, -2.0, -3.0), last)
+@pytest.mark.parametrize(("stop", "last"), [(4, 4), (4, 5), (2, 2), (9, 8)])
+def test_a_loss_of_tokens_that_have_none_is_refused(stop: int, last: int) -> None:
+    with pytest.raises(ValueError, match=f"{last} tokens before {stop} are wanted"):
+        mean_loss(logprobs(-1.0, -2.0, -3.0), stop, last)
 
 
-def test_every_context_ends_with_the_same_tokens() -> None:
+def test_a_context_is_the_beginning_of_a_document_and_the_reference_reads_its_end() -> None:
     document = Document("numbers", tuple(range(100)))
-    assert context(document, 10) == list(range(90, 100))
-    assert context(document, 100) == list(range(100))
-    assert context(document, 10, beginning=[-1]) == [-1, *range(91, 100)]
+    assert context(document, 10) == list(range(10))
+    assert context(document, 10, beginning=[-1]) == [-1, *range(9)]
+    assert ending_at(range(100), 50, 10) == list(range(40, 50))
+    assert ending_at([-1, *range(99)], 50, 10, beginning=[-1]) == [-1, *range(40, 49)]
+
+
+def test_readings_are_kept_between_runs_and_known_by_what_they_read(tmp_path: Path) -> None:
+    key = reading_key({"positions": "rope"}, [1, 2])
+    assert key != reading_key({"positions": "yarn"}, [1, 2]) != reading_key({"positions": "yarn"}, [1, 3])
+    assert Readings(tmp_path).get(key) is None
+    beside = Readings(tmp_path)
+    Readings(tmp_path).add(key, [1.5, 2.5], {"last": 4})
+    assert beside.get(key) == Readings(tmp_path).get(key) == [1.5, 2.5]
 
 
 def characters(text: str) -> list[int]:
@@ -111,13 +124,18 @@ def report_of(losses: dict[tuple[str, int], list[float]]) -> QualityReport:
 
 def test_differences_are_taken_document_by_document(tmp_path: Path) -> None:
     report = report_of(
-        {("rope", 8): [1.0, 3.0], ("rope", 16): [7.0, 9.0], ("yarn", 8): [1.0, 3.0], ("yarn", 16): [1.1, 3.3]}
+        {
+            (REFERENCE, 8): [1.0, 3.0],
+            (REFERENCE, 16): [2.0, 4.0],
+            ("yarn", 8): [1.0, 3.0],
+            ("yarn", 16): [2.1, 4.3],
+        }
     )
     mean, spread = report.difference("yarn", 16)
     assert mean == pytest.approx(0.2)
     assert spread == pytest.approx(math.sqrt(0.02))
     assert report.spread("yarn", 16) > 1
-    assert "| yarn | 2.000 ± 1.414 | 2.200 ± 1.556 |" in markdown(report)
+    assert "| yarn | 2.000 ± 1.414 | 3.200 ± 1.556 | +0.000 ± 0.000 | +0.200 ± 0.141 |" in markdown(report)
     assert all(path.stat().st_size > 0 for path in save(report, tmp_path))
 
 
