@@ -39,7 +39,9 @@ def can_decode(query: Tensor, keys: Tensor) -> bool:
     )
 
 
-class _Shape(ctypes.Structure):
+class DecodeShape(ctypes.Structure):
+    """`Shape` of kernels/parts.h."""
+
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("query_heads", "kv_heads", "head_dim", "rotary_dim", "block_size")),
         *((name, ctypes.c_int64) for name in ("max_blocks", "dtype", "interleaved")),
@@ -47,7 +49,9 @@ class _Shape(ctypes.Structure):
     ]
 
 
-class _Plan(ctypes.Structure):
+class KernelPlan(ctypes.Structure):
+    """`Plan` of kernels/parts.h."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("start", "stop", "turn", "table", "turns", "tables")),
         *((name, ctypes.c_void_p) for name in ("item_row", "item_begin", "item_end", "row_items", "blocks")),
@@ -58,7 +62,7 @@ class _Plan(ctypes.Structure):
 class DecodePlan:
     """One step of one rotary group. `arrays` own what `plan` points to; scale is c_i, [rows, 1, 1] or None."""
 
-    plan: _Plan
+    plan: KernelPlan
     arrays: list[NDArray[np.int32] | NDArray[np.float32]]
     rows: Tensor
     num_items: int
@@ -71,20 +75,39 @@ class DecodePlan:
     def num_rows(self) -> int:
         return self.rows.shape[0]
 
+    def shape(self, query_heads: int, keys: Tensor, options: AttentionOptions) -> DecodeShape:
+        """For the kernel; keys [num_blocks, block_size, Hkv, D]."""
+        return DecodeShape(
+            query_heads, keys.shape[2], keys.shape[3], self.rotary_dim, keys.shape[1], self.max_blocks,
+            DTYPES[keys.dtype], self.interleaved, options.scale, options.softcap or 0.0,
+        )  # fmt: skip
+
+    def scratch(self, query_heads: int, head_dim: int) -> Tensor:
+        """What the kernel wants, fp32."""
+        return torch.empty(self.num_items * query_heads * (3 * head_dim + 2))
+
+
+def plan_step(metadata: AttentionMetadata, options: AttentionOptions) -> DecodePlan | None:
+    """The plan of a step of single rows only, for all layers with these options; None where there are other rows."""
+    key = ("decode", options.group, options.sliding_window)
+    plan: DecodePlan | None = metadata.plans.get(key)
+    if plan is None:
+        if any(sequence.count > 1 for sequence in metadata.sequences):
+            return None
+        plan = metadata.plans[key] = _plan(metadata.sequences, options)
+    return plan
+
 
 def decode_step(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor | None:
     """A step of single rows only, as in `paged_attention`; None where there are others, or no kernel."""
-    key = ("decode", options.group, options.sliding_window)
-    plan = metadata.plans.get(key)
+    plan = plan_step(metadata, options)
     if plan is None:
-        if any(sequence.count > 1 for sequence in metadata.sequences):
-            return None
-        plan = metadata.plans[key] = _plan(metadata.sequences, options)
+        return None
     if plan.num_rows != query.shape[0] or keys.shape != values.shape or not can_decode(query, keys):
         return None
-    return _run(plan, query.float(), keys, values, metadata.block_size, options).to(query.dtype)
+    return _run(plan, query.float(), keys, values, options).to(query.dtype)
 
 
 def decode(
@@ -100,24 +123,17 @@ def decode(
     plan = metadata.plans.get(key)
     if plan is None:
         plan = metadata.plans[key] = _plan(sequences, options)
-    return plan.rows, _run(plan, query[plan.rows].float(), keys, values, metadata.block_size, options)
+    return plan.rows, _run(plan, query[plan.rows].float(), keys, values, options)
 
 
-def _run(
-    plan: DecodePlan, rows: Tensor, keys: Tensor, values: Tensor, block_size: int, options: AttentionOptions
-) -> Tensor:
+def _run(plan: DecodePlan, rows: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
     """query rows [R, Hq, D] fp32 → out, the same shape."""
     kernel = library()
     assert kernel is not None
     if plan.scale is not None:
         rows = rows * plan.scale
     rows = rows.contiguous()
-    heads, dim = rows.shape[1], rows.shape[2]
-    shape = _Shape(
-        heads, keys.shape[2], dim, plan.rotary_dim, block_size, plan.max_blocks,
-        DTYPES[keys.dtype], plan.interleaved, options.scale, options.softcap or 0.0,
-    )  # fmt: skip
-    scratch = torch.empty(plan.num_items * heads * (3 * dim + 2))
+    shape, scratch = plan.shape(rows.shape[1], keys, options), plan.scratch(rows.shape[1], rows.shape[2])
     out = torch.empty_like(rows)
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     pointers = [
@@ -228,7 +244,7 @@ def _plan(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Decod
         blocks,
     ]
     return DecodePlan(
-        plan=_Plan(*(array.ctypes.data for array in arrays)),
+        plan=KernelPlan(*(array.ctypes.data for array in arrays)),
         arrays=arrays,
         rows=torch.tensor([sequence.first for sequence in sequences]),
         num_items=len(item_row),

@@ -51,7 +51,7 @@ def prepare(directory: Path | None) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = _first_error(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
         return f"the C kernels could not be built ({reason}): attention runs in torch, slower"
-    for name in ("decode", "prefill", "linear", "gated", "rms_norm", "store"):
+    for name in ("decode", "prefill", "linear", "gated", "rms_norm", "store", "layers"):
         getattr(loaded, f"prerope_{name}").restype = None
     loaded.prerope_prefill_scratch.restype = loaded.prerope_linear_scratch.restype = ctypes.c_int64
     _library = loaded

@@ -8,28 +8,13 @@
  * Work items are runs of segments of one row, so that few long rows use every thread; their partial results are merged
  * in a fixed order, so that the result does not depend on the number of threads.
  */
+#include "parts.h"
 #include "vectors.h"
 
 #define TILE 64
 #define MAX_GROUP 16
 #define MAX_WIDE_GROUP 8
 #define MAX_WIDE 8 /* vectors of 16 dims */
-
-typedef struct {
-    int64_t num_query_heads, num_kv_heads, head_dim, rotary_dim, block_size, max_blocks;
-    int64_t dtype;       /* of keys and values */
-    int64_t interleaved; /* pairs are (2m, 2m+1) */
-    float scale, softcap; /* softcap 0: off */
-} Shape;
-
-typedef struct {
-    const int32_t *start, *stop, *turn, *table; /* [segments]: positions [start, stop), rows of turns, of tables */
-    const float *turns;                         /* [turns, 2, rotary_dim/2]: cos, sin */
-    const float *tables;                        /* [tables, TILE, 2, rotary_dim/2] */
-    const int32_t *item_row, *item_begin, *item_end; /* [items]: row, segments [begin, end) */
-    const int32_t *row_items;                   /* [rows + 1]: items of each row */
-    const int32_t *blocks;                      /* [rows, max_blocks] */
-} Plan;
 
 INLINE float exp_neg(float x) { return exp_neg16((v16){x})[0]; }
 
@@ -234,34 +219,46 @@ static void run(const Shape *shape, const Plan *plan, int64_t item, const float 
     }
 }
 
+/* Floats of scratch of one item: its partial result, the query as it is and as turned, maxima and sums. */
+INLINE int64_t stride_of(const Shape *shape) { return shape->num_query_heads * (3 * shape->head_dim + 2); }
+
+void decode_items(const Shape *shape, const Plan *plan, int64_t rows, const float *query, const void *keys,
+                  const void *values, float *scratch) {
+    int64_t heads = shape->num_query_heads, size = heads * shape->head_dim, items = plan->row_items[rows];
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < items; item++) {
+        float *mine = scratch + item * stride_of(shape), *maxima = mine + 3 * size;
+        run(shape, plan, item, query + plan->item_row[item] * size, keys, values, mine + size, mine + 2 * size, mine,
+            maxima, maxima + heads);
+    }
+}
+
+void decode_merge(const Shape *shape, const Plan *plan, int64_t row, const float *sinks, const float *scratch, float *out) {
+    int64_t heads = shape->num_query_heads, dim = shape->head_dim, stride = stride_of(shape);
+    int64_t maxima = 3 * heads * dim, sums = maxima + heads, begin = plan->row_items[row], end = plan->row_items[row + 1];
+    for (int64_t h = 0; h < heads; h++) {
+        float best = sinks ? sinks[h] : LOWEST, sum = 0.0f, *to = out + (row * heads + h) * dim;
+        for (int64_t item = begin; item < end; item++) {
+            float m = scratch[item * stride + maxima + h];
+            best = m > best ? m : best;
+        }
+        if (sinks) sum = exp_neg(sinks[h] - best);
+        for (int64_t d = 0; d < dim; d++) to[d] = 0.0f;
+        for (int64_t item = begin; item < end; item++) {
+            const float *partial = scratch + item * stride;
+            float weight = exp_neg(partial[maxima + h] - best);
+            sum += weight * partial[sums + h];
+            for (int64_t d = 0; d < dim; d++) to[d] += weight * partial[h * dim + d];
+        }
+        for (int64_t d = 0; d < dim; d++) to[d] /= sum;
+    }
+}
+
 /* query, out: [rows, Hq, D] fp32. keys, values: [num_blocks, block_size, Hkv, D]. sinks: [Hq] or null.
- * scratch: [items, Hq, 3·D + 2] fp32: partial results, the query as it is and as turned, maxima and sums. */
+ * scratch: [items, Hq, 3·D + 2] fp32. */
 void prerope_decode(const Shape *shape, const Plan *plan, int64_t rows, const float *query, const void *keys,
                     const void *values, const float *sinks, float *scratch, float *out) {
-    int64_t heads = shape->num_query_heads, dim = shape->head_dim, items = plan->row_items[rows];
-    int64_t maxima = 3 * heads * dim, sums = maxima + heads, stride = sums + heads;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t item = 0; item < items; item++) {
-        float *mine = scratch + item * stride;
-        run(shape, plan, item, query + plan->item_row[item] * heads * dim, keys, values, mine + heads * dim,
-            mine + 2 * heads * dim, mine, mine + maxima, mine + sums);
-    }
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t h = 0; h < heads; h++) {
-            float best = sinks ? sinks[h] : LOWEST, sum = 0.0f, *to = out + (row * heads + h) * dim;
-            int64_t begin = plan->row_items[row], end = plan->row_items[row + 1];
-            for (int64_t item = begin; item < end; item++) {
-                float m = scratch[item * stride + maxima + h];
-                best = m > best ? m : best;
-            }
-            if (sinks) sum = exp_neg(sinks[h] - best);
-            for (int64_t d = 0; d < dim; d++) to[d] = 0.0f;
-            for (int64_t item = begin; item < end; item++) {
-                const float *partial = scratch + item * stride;
-                float weight = exp_neg(partial[maxima + h] - best);
-                sum += weight * partial[sums + h];
-                for (int64_t d = 0; d < dim; d++) to[d] += weight * partial[h * dim + d];
-            }
-            for (int64_t d = 0; d < dim; d++) to[d] /= sum;
-        }
+#pragma omp parallel
+    decode_items(shape, plan, rows, query, keys, values, scratch);
+    for (int64_t row = 0; row < rows; row++) decode_merge(shape, plan, row, sinks, scratch, out);
 }

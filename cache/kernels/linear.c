@@ -7,25 +7,13 @@
  */
 #include <stddef.h>
 
+#include "parts.h"
 #include "vectors.h"
 
 #define BLOCK 16 /* weight rows of a unit of work of few rows */
 #define PANEL 48
 #define TILE 8
 #define LEAST_ROWS 128 /* of many rows, a unit of work */
-
-typedef struct {
-    const uint16_t *weight; /* [features, in] */
-    const uint16_t *bias;   /* [features] or null */
-    uint16_t *out;          /* [rows, features] */
-    int64_t features;
-} Part;
-
-typedef struct {
-    int64_t rows, in, num_parts, threads;
-    const uint16_t *x; /* [rows, in] */
-    const Part *parts; /* products of the same x */
-} Linear;
 
 int omp_get_thread_num(void);
 
@@ -98,15 +86,18 @@ INLINE void block_of(const Linear *linear, const Part *part, int64_t first, cons
         }
 }
 
-static void few(const Linear *linear, float *x) {
-    int64_t in = linear->in, rows = linear->rows, together = rows > 4 ? 8 : rows > 2 ? 4 : rows;
-    for (int64_t i = 0; i < rows * in; i += 32) {
-        *(v16 *)(x + i) = even(pairs_at(linear->x + i));
-        *(v16 *)(x + i + 16) = odd(pairs_at(linear->x + i));
+INLINE int64_t rows_together(int64_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
+
+void linear_widen(const uint16_t *from, float *to, int64_t in) {
+    for (int64_t i = 0; i < in; i += 32) {
+        *(v16 *)(to + i) = even(pairs_at(from + i));
+        *(v16 *)(to + i + 16) = odd(pairs_at(from + i));
     }
-    memset(x + rows * in, 0, sizeof(float) * ((rows + together - 1) / together * together - rows) * in);
-    int64_t units = num_units(linear, BLOCK);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(linear->threads)
+}
+
+void linear_few(const Linear *linear, const float *x) {
+    int64_t units = num_units(linear, BLOCK), together = rows_together(linear->rows);
+#pragma omp for schedule(dynamic, 4)
     for (int64_t unit = 0; unit < units; unit++) {
         int64_t number = unit;
         const Part *part = part_of(linear, BLOCK, &number);
@@ -119,6 +110,14 @@ static void few(const Linear *linear, float *x) {
             default: block_of(linear, part, first, x, 8);
         }
     }
+}
+
+static void few(const Linear *linear, float *x) {
+    int64_t in = linear->in, rows = linear->rows, together = rows_together(rows);
+    for (int64_t row = 0; row < rows; row++) linear_widen(linear->x + row * in, x + row * in, in);
+    memset(x + rows * in, 0, sizeof(float) * ((rows + together - 1) / together * together - rows) * in);
+#pragma omp parallel num_threads(linear->threads)
+    linear_few(linear, x);
 }
 
 /* --- many rows -------------------------------------------------------------------------------------------------------- */
@@ -212,8 +211,7 @@ void prerope_linear(const Linear *linear, int64_t few_rows, float *scratch) {
 /* --- between products ------------------------------------------------------------------------------------------------- */
 
 /* gate, up [n] → gate: silu(gate)·up, each rounded. n: a multiple of 16. */
-void prerope_silu_mul(uint16_t *gate, const uint16_t *up, int64_t n) {
-#pragma omp parallel for schedule(static) if (n > 65536)
+void silu_mul(uint16_t *gate, const uint16_t *up, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) {
         v16 x = load16(gate, i, BF16), small = larger(x, -x);
         v16 e = exp_neg16(-small); /* of −|x|, so that nothing overflows */
@@ -223,31 +221,44 @@ void prerope_silu_mul(uint16_t *gate, const uint16_t *up, int64_t n) {
     }
 }
 
-/* x [rows, n] → out: x/√(mean x² + eps), rounded, times weight, rounded; with `add_one` times 1 + weight, rounded once. */
+/* x [n] → out: x/√(mean x² + eps), rounded, times weight, rounded; with `add_one` times 1 + weight, rounded once. */
+void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t n, float eps, int64_t add_one) {
+    v16 sum = {};
+    for (int64_t i = 0; i < n; i += 16) {
+        v16 value = load16(x, i, BF16);
+        sum += value * value;
+    }
+    float total = 0.0f;
+    for (int lane = 0; lane < 16; lane++) total += sum[lane];
+    float factor = 1.0f / sqrtf(total / n + eps);
+    for (int64_t i = 0; i < n; i += 16) {
+        v16 value = load16(x, i, BF16) * factor, w = load16(weight, i, BF16);
+        value = add_one ? value * (1.0f + w) : round16(value) * w;
+        *(u16x16 *)(out + i) = narrow16(value);
+    }
+}
+
+/* n: a multiple of 16, as below. */
+void add_rows(uint16_t *to, const uint16_t *from, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) *(u16x16 *)(to + i) = narrow16(load16(to, i, BF16) + load16(from, i, BF16));
+}
+
+void narrow_row(const float *from, uint16_t *to, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) *(u16x16 *)(to + i) = narrow16(*(const v16 *)(from + i));
+}
+
+/* x, out: [rows, n] */
 void prerope_rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t rows, int64_t n, float eps,
                       int64_t add_one) {
 #pragma omp parallel for schedule(static) if (rows * n > 65536)
-    for (int64_t row = 0; row < rows; row++) {
-        const uint16_t *from = x + row * n;
-        v16 sum = {};
-        for (int64_t i = 0; i < n; i += 16) {
-            v16 value = load16(from, i, BF16);
-            sum += value * value;
-        }
-        float total = 0.0f;
-        for (int lane = 0; lane < 16; lane++) total += sum[lane];
-        float factor = 1.0f / sqrtf(total / n + eps);
-        for (int64_t i = 0; i < n; i += 16) {
-            v16 value = load16(from, i, BF16) * factor, w = load16(weight, i, BF16);
-            value = add_one ? value * (1.0f + w) : round16(value) * w;
-            *(u16x16 *)(out + row * n + i) = narrow16(value);
-        }
-    }
+    for (int64_t row = 0; row < rows; row++) rms_norm(x + row * n, weight, out + row * n, n, eps, add_one);
 }
 
 /* x → second(silu(gate x)·(up x)), where gate and up are the parts of `first` and second->x is where gate's result is. */
 void prerope_gated(const Linear *first, const Linear *second, int64_t few_rows, float *scratch) {
     prerope_linear(first, few_rows, scratch);
-    prerope_silu_mul(first->parts[0].out, first->parts[1].out, first->rows * first->parts[0].features);
+    int64_t rows = first->rows, n = first->parts[0].features;
+#pragma omp parallel for schedule(static) if (rows * n > 65536)
+    for (int64_t row = 0; row < rows; row++) silu_mul(first->parts[0].out + row * n, first->parts[1].out + row * n, n);
     prerope_linear(second, few_rows, scratch);
 }

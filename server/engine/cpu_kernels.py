@@ -21,11 +21,15 @@ FEW_ROWS = 16
 MULTIPLE, LEAST_FEATURES = 32, 16
 
 
-class _Part(ctypes.Structure):
+class KernelPart(ctypes.Structure):
+    """`Part` of kernels/parts.h."""
+
     _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "bias", "out")), ("features", ctypes.c_int64)]
 
 
-class _Linear(ctypes.Structure):
+class KernelLinear(ctypes.Structure):
+    """`Linear` of kernels/parts.h."""
+
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "num_parts", "threads")),
         ("x", ctypes.c_void_p),
@@ -58,7 +62,7 @@ class _Scratch:
         self.pointer = ctypes.c_void_p(0)
         self._wanted: dict[tuple[int, int, int], int] = {}  # rows, inputs, threads → floats
 
-    def fit(self, plan: _Linear, inputs: int) -> ctypes.c_void_p:
+    def fit(self, plan: KernelLinear, inputs: int) -> ctypes.c_void_p:
         """Room for this plan, and for as many rows of `inputs` members."""
         key = (plan.rows, inputs, plan.threads)
         if key not in self._wanted:
@@ -89,14 +93,19 @@ class Products:
             (linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in linears
         ]
         self.features = [linear.out_features for linear in linears]
-        self._parts = (_Part * len(linears))(
+        self._parts = (KernelPart * len(linears))(
             *(
-                _Part(weight.data_ptr(), None if bias is None else bias.data_ptr(), None, len(weight))
+                KernelPart(weight.data_ptr(), None if bias is None else bias.data_ptr(), None, len(weight))
                 for weight, bias in self._weights
             )
         )
-        self.plan = _Linear(0, self.inputs, len(linears), 1, None, ctypes.addressof(self._parts))
+        self.plan = KernelLinear(0, self.inputs, len(linears), 1, None, ctypes.addressof(self._parts))
         self._reference = ctypes.byref(self.plan)
+
+    def point(self, outs: Sequence[Tensor]) -> None:
+        """Results go to these tensors [rows, features], until the next call."""
+        for part, out in zip(self._parts, outs, strict=True):
+            part.out = out.data_ptr()
 
     def aim(self, x: Tensor) -> list[Tensor]:
         """Point the plan at x [..., in], contiguous, and at new outputs [..., features], which are returned."""
@@ -126,6 +135,7 @@ class GatedProducts:
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
         assert gate.out_features == up.out_features == down.in_features
+        self.linears = (gate, up, down)
         self._first, self._second = Products([gate, up]), Products([down])
         self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
         self._most_inputs = max(gate.in_features, down.in_features)
@@ -148,9 +158,9 @@ class RMSNorm:
 
     def __init__(self, weight: Tensor, eps: float, *, add_one: bool) -> None:
         assert can_normalise(weight)
-        self._weight = weight.detach()
+        self.weight, self.eps, self.add_one = weight.detach(), eps, add_one
         self._width = len(weight)
-        self._pointer = ctypes.c_void_p(self._weight.data_ptr())
+        self._pointer = ctypes.c_void_p(self.weight.data_ptr())
         self._options = ctypes.c_int64(self._width), ctypes.c_float(eps), ctypes.c_int64(add_one)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ the short forward; anything else keeps transformers' own:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import Any
 
 import torch
@@ -43,41 +43,37 @@ class Recorded:
 class PlainAttention:
     """The forward of an attention module of the shape above."""
 
-    def __init__(self, module: nn.Module, parts: tuple[nn.Module, ...], head_dim: int, call: AttentionCall) -> None:
-        self._module, self._head_dim, self._call = module, head_dim, call
-        self._query, self._key, self._value, self._output = parts
+    def __init__(self, module: nn.Module, parts: tuple[nn.Linear, ...], head_dim: int, call: AttentionCall) -> None:
+        self.module, self.head_dim, self.call = module, head_dim, call
+        self.inputs, self.output = parts[:3], parts[3]
 
     def __call__(self, hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
         """hidden_states [1, T, hidden] → the same shape."""
-        heads = (hidden_states.shape[1], -1, self._head_dim)
-        query, key, value = (part.forward(hidden_states).view(heads) for part in (self._query, self._key, self._value))
-        rows = HANDLER.get()(self._module, query, key, value, self._call)
-        return self._output.forward(rows.view(1, heads[0], -1)), None
+        heads = (hidden_states.shape[1], -1, self.head_dim)
+        query, key, value = (part.forward(hidden_states).view(heads) for part in self.inputs)
+        rows = HANDLER.get()(self.module, query, key, value, self.call)
+        return self.output.forward(rows.view(1, heads[0], -1)), None
 
 
 class PlainLayer:
     """The forward of a decoder layer of the shape above. Attention is called as a module, so that its hooks run."""
 
     def __init__(self, attention: nn.Module, norms: tuple[nn.Module, nn.Module], mlp: nn.Module) -> None:
-        self._attention, self._mlp = attention, mlp
-        self._before_attention, self._before_mlp = norms
+        self.attention, self.mlp = attention, mlp
+        self.before_attention, self.before_mlp = norms
 
     def __call__(self, hidden_states: Tensor, *_arguments: Any, **options: Any) -> Tensor:
         """hidden_states [1, T, hidden] → the same shape."""
-        normal = self._before_attention.forward(hidden_states)
-        hidden: Tensor = hidden_states + self._attention(hidden_states=normal, **options)[0]
-        result: Tensor = hidden + self._mlp.forward(self._before_mlp.forward(hidden))
+        normal = self.before_attention.forward(hidden_states)
+        hidden: Tensor = hidden_states + self.attention(hidden_states=normal, **options)[0]
+        result: Tensor = hidden + self.mlp.forward(self.before_mlp.forward(hidden))
         return result
 
 
 def plain_layers(raw: RawKeyModel, attentions: list[nn.Module]) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """(module, forward) for these attention modules and their parents, where the short forward gives the same."""
-    parents = {child: parent for parent in raw.model.modules() for child in parent.children()}
-    layers = [parents[attention] for attention in attentions]
-    recorded = Recorded()
-    ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
-    with torch.inference_mode(), _watched([*attentions, *layers], recorded):
-        raw.forward(ids, torch.arange(len(ids)), torch.tensor([0]), recorded.attend)
+    layers = layers_of(raw, attentions)
+    recorded = _recorded(raw, [*attentions, *layers])
     for attention, layer in zip(attentions, layers, strict=True):
         forward = _as_plain_attention(attention, recorded)
         if forward is not None:
@@ -87,8 +83,28 @@ def plain_layers(raw: RawKeyModel, attentions: list[nn.Module]) -> Iterator[tupl
             yield layer, whole
 
 
+def layers_of(raw: RawKeyModel, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that hold these."""
+    parents = {child: parent for parent in raw.model.modules() for child in parent.children()}
+    return [parents[attention] for attention in attentions]
+
+
+def chained(raw: RawKeyModel, layers: Sequence[nn.Module]) -> bool:
+    """Whether each layer gets what the one before it leaves, unchanged."""
+    recorded = _recorded(raw, layers)
+    return all(torch.equal(recorded.left[one], recorded.entered[following]) for one, following in pairwise(layers))
+
+
+def _recorded(raw: RawKeyModel, modules: Sequence[nn.Module]) -> Recorded:
+    recorded = Recorded()
+    ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
+    with torch.inference_mode(), _watched(modules, recorded):
+        raw.forward(ids, torch.arange(len(ids)), torch.tensor([0]), recorded.attend)
+    return recorded
+
+
 @contextmanager
-def _watched(modules: list[nn.Module], recorded: Recorded) -> Iterator[None]:
+def _watched(modules: Sequence[nn.Module], recorded: Recorded) -> Iterator[None]:
     def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
         recorded.entered[module] = options["hidden_states"] if "hidden_states" in options else arguments[0]
         recorded.left[module] = output

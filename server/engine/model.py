@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,9 @@ from cache.storage import KVStorage
 from rope.model_positions import ModelPositions, resolve_model
 from rope.spec import RopeSpec
 from server.engine.batch import Batch
-from server.engine.cpu_layers import plain_layers
+from server.engine.cpu_layers import layers_of, plain_layers
 from server.engine.cpu_modules import fast_modules
+from server.engine.cpu_stack import Stack, find_stack
 from server.engine.inspection import inspect_layers
 from server.engine.raw_keys import AttentionCall, RawKeyModel
 from server.errors import ConfigurationError
@@ -43,10 +45,19 @@ class Model:
             for find in (fast_modules, self._plain_layers):
                 for module, forward in list(find(self.raw)):
                     self.raw.replace_forward(module, forward)
+        self._stack = self._find_stack() if self.device.type == "cpu" else None
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
 
     def _plain_layers(self, raw: RawKeyModel) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         return plain_layers(raw, [layer.module for layer in self.layers])
+
+    def _find_stack(self) -> Stack | None:
+        modules = layers_of(self.raw, [layer.module for layer in self.layers])
+        stack = find_stack(self.raw, modules, [layer.group for layer in self.layers])
+        if stack is not None:
+            for module, forward in list(stack.forwards(modules)):
+                self.raw.replace_forward(module, forward)
+        return stack
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +89,8 @@ class Model:
             options = call.options(self.layers[place].group)
             return paged_attention(query, storage.keys[place], storage.values[place], batch.metadata, options)
 
-        return self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend).float()
+        with self._stack.step(batch.metadata, storage) if self._stack else nullcontext():
+            return self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend).float()
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device: str, report: Callable[[str], None]) -> Model:

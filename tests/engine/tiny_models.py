@@ -84,12 +84,18 @@ def tiny(family: str, *, seed: int = 0, sharpness: float = 2.0, **config: Any) -
 
 
 def tiny_engine(
-    model: Model, spec: RopeSpec | None = None, *, max_model_len: int = 256, num_blocks: int = 100, **config: Any
+    model: Model,
+    spec: RopeSpec | None = None,
+    *,
+    max_model_len: int = 256,
+    num_blocks: int = 100,
+    cache_dtype: torch.dtype = torch.float32,
+    **config: Any,
 ) -> Engine:
     """An engine of `num_blocks` blocks, which are 16 tokens each unless `block_size` says otherwise."""
     settings = EngineConfig(rope=spec or RopeSpec(method="model"), max_model_len=max_model_len, **config)
     positions = resolve_model(settings.rope, model.rotaries, max_model_len)
-    return Engine(model, settings, positions, CacheSize(num_blocks, 0, torch.float32, max_model_len))
+    return Engine(model, settings, positions, CacheSize(num_blocks, 0, cache_dtype, max_model_len))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

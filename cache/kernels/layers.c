@@ -1,0 +1,102 @@
+/* A step of few rows, one a sequence, through decoder layers of the common shape, in one parallel region:
+ *
+ *     h += output(attention(query, key, value of norm h));   h += down(silu(gate)·up of norm h)
+ *
+ * Called one by one these products wait for each other's callers longer than for the weights of a small model. Each
+ * result is rounded to bf16 where the calls would round it, so that it is theirs to the bit.
+ */
+#include "parts.h"
+#include "vectors.h"
+
+typedef struct {
+    const uint16_t *weight;
+    double eps;
+    int64_t add_one;
+} Norm;
+
+typedef struct {
+    Norm before_attention, before_mlp;
+    Linear query_key_value, output, gate_up, down; /* parts point to buffers that all layers share */
+    char *keys, *values;                           /* [slots, Hkv, D] bf16: this layer's cache */
+    const Shape *shape;
+    const Plan *plan;
+    const float *scales; /* [rows] on the query, or null */
+} Layer;
+
+typedef struct {
+    int64_t rows, hidden, threads;
+    uint16_t *h;          /* [rows, hidden], in place */
+    const int64_t *slots; /* [rows]: where the rows' K and V go */
+    uint16_t *row;        /* [rows, widest input]: what a product reads */
+    float *x;             /* [rows padded to 8, widest input]: the same, widened */
+    float *query, *out;   /* [rows, Hq, D] */
+    float *scratch;       /* as in prerope_decode */
+} Step;
+
+INLINE void multiply(Linear linear, const Step *step) {
+    linear.rows = step->rows;
+    linear_few(&linear, step->x);
+}
+
+/* h += added, where there is any, and its norm to x. */
+static void enter(const Step *step, const uint16_t *added, const Norm *norm) {
+    int64_t n = step->hidden;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < step->rows; r++) {
+        uint16_t *h = step->h + r * n, *to = step->row + r * n;
+        if (added) add_rows(h, added + r * n, n);
+        if (!norm) continue;
+        rms_norm(h, norm->weight, to, n, (float)norm->eps, norm->add_one);
+        linear_widen(to, step->x + r * n, n);
+    }
+}
+
+static void attend(const Step *step, const Layer *layer) {
+    const Shape *shape = layer->shape;
+    const Part *parts = layer->query_key_value.parts;
+    int64_t query = shape->num_query_heads * shape->head_dim, key = shape->num_kv_heads * shape->head_dim;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < step->rows; r++) {
+        float scale = layer->scales ? layer->scales[r] : 1.0f;
+        memcpy(layer->keys + step->slots[r] * key * 2, parts[1].out + r * key, key * 2);
+        memcpy(layer->values + step->slots[r] * key * 2, parts[2].out + r * key, key * 2);
+        for (int64_t i = 0; i < query; i += 16)
+            *(v16 *)(step->query + r * query + i) = load16(parts[0].out, r * query + i, BF16) * scale;
+    }
+    decode_items(shape, layer->plan, step->rows, step->query, layer->keys, layer->values, step->scratch);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < step->rows; r++) {
+        decode_merge(shape, layer->plan, r, 0, step->scratch, step->out);
+        narrow_row(step->out + r * query, step->row + r * query, query);
+        linear_widen(step->row + r * query, step->x + r * query, query);
+    }
+}
+
+static void gate(const Step *step, const Part *parts) {
+    int64_t n = parts->features;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < step->rows; r++) {
+        silu_mul(parts[0].out + r * n, parts[1].out + r * n, n);
+        linear_widen(parts[0].out + r * n, step->x + r * n, n);
+    }
+}
+
+/* Inputs and features: multiples of 32. */
+void prerope_layers(const Layer *layers, int64_t num_layers, const Step *step) {
+#pragma omp parallel num_threads(step->threads)
+    {
+        const uint16_t *added = 0;
+        for (const Layer *layer = layers; layer < layers + num_layers; layer++) {
+            enter(step, added, &layer->before_attention);
+            multiply(layer->query_key_value, step);
+            attend(step, layer);
+            multiply(layer->output, step);
+            enter(step, layer->output.parts->out, &layer->before_mlp);
+            multiply(layer->gate_up, step);
+            gate(step, layer->gate_up.parts);
+            multiply(layer->down, step);
+            added = layer->down.parts->out;
+        }
+        enter(step, added, 0);
+    }
+}

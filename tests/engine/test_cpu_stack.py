@@ -1,0 +1,104 @@
+"""All layers in one call give, to the bit, what they give one by one; and which models and steps are given to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cache.native import library
+from rope.spec import RopeSpec
+from server.engine.cpu_kernels import FEW_ROWS
+from server.engine.cpu_stack import Stack
+from server.engine.model import Model
+from server.engine.outputs import TokenLogprobs
+from tests.engine.tiny_models import greedy, prompt_of, request, run, tiny, tiny_engine
+
+Scored = list[tuple[TokenLogprobs, ...]]
+
+METHODS = ("rope", "dynamic_leaky", "rerope:window=24", "yarn:factor=4:logn", "streaming:window=24", "xpos")
+
+
+@pytest.fixture(autouse=True)
+def needs_kernels(decode_kernel: str) -> None:
+    if library() is None:
+        pytest.skip(decode_kernel)
+
+
+def decoded(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], list[torch.Tensor]]:
+    """`rows` sequences of different lengths, 12 tokens each with log-probabilities; and the keys as they lie then."""
+    spec, room = RopeSpec.parse(method), 16 * rows
+    engine = tiny_engine(model, spec, num_blocks=room, cache_dtype=torch.bfloat16, max_num_seqs=rows)
+    lengths = [5 + 37 * n % 90 for n in range(rows)]
+    requests = [request(f"{n}", prompt_of(length, n), greedy(12, logprobs=3)) for n, length in enumerate(lengths)]
+    outputs = {name: [output.logprobs or () for output in found] for name, found in run(engine, requests).items()}
+    return outputs, [keys.clone() for keys in engine.storage.keys]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every step that a stack has run, from now on."""
+    steps: list[int] = []
+    real = Stack._run
+
+    def counting(self: Stack, hidden: torch.Tensor, metadata: Any) -> torch.Tensor:
+        steps.append(len(metadata.sequences))
+        return real(self, hidden, metadata)
+
+    monkeypatch.setattr(Stack, "_run", counting)
+    return steps
+
+
+def bf16(family: str, **config: Any) -> Model:
+    return Model(tiny(family, **config).bfloat16())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 9, FEW_ROWS])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3"])
+def test_the_same_bits_as_layer_by_layer(family: str, rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, method = bf16(family), METHODS[rows % len(METHODS)]
+    expected = decoded_without_stack(model, rows, method)
+    steps = counted(monkeypatch)
+    torch.set_num_threads(threads)
+    try:
+        outputs, keys = decoded(model, rows, method)
+    finally:
+        torch.set_num_threads(1)
+    assert steps
+    assert set(steps) <= set(range(1, rows + 1))
+    assert outputs == expected[0]
+    assert all(map(torch.equal, keys, expected[1]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_way_of_reading(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bf16("llama", max_position_embeddings=64)
+    expected = decoded_without_stack(model, 4, method)
+    steps = counted(monkeypatch)
+    assert decoded(model, 4, method)[0] == expected[0]
+    assert steps
+
+
+def decoded_without_stack(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], list[torch.Tensor]]:
+    stack, model._stack = model._stack, None
+    try:
+        return decoded(model, rows, method)
+    finally:
+        model._stack = stack
+
+
+def test_chunks_and_many_rows_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = counted(monkeypatch)
+    decoded(bf16("llama"), FEW_ROWS + 1, "rope")
+    assert steps
+    assert max(steps) <= FEW_ROWS
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "olmo2", "mixtral", "phi3"])
+def test_other_shapes_of_layers_have_none(family: str) -> None:
+    assert bf16(family)._stack is None
+
+
+def test_fp32_has_none() -> None:
+    assert Model(tiny("llama"))._stack is None
