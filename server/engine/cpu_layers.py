@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise, permutations
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Recorded:
     left: dict[nn.Module, Any] = field(default_factory=dict)
     calls: dict[nn.Module, AttentionCall] = field(default_factory=dict)
     queries: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    logit_rows: Tensor = field(default_factory=lambda: torch.tensor([0]))
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """An attention handler: every row sees its own value alone."""
@@ -73,7 +75,7 @@ class PlainLayer:
 def plain_layers(raw: RawKeyModel, attentions: list[nn.Module]) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """(module, forward) for these attention modules and their parents, where the short forward gives the same."""
     layers = layers_of(raw, attentions)
-    recorded = _recorded(raw, [*attentions, *layers])
+    recorded = record(raw, [*attentions, *layers])
     for attention, layer in zip(attentions, layers, strict=True):
         forward = _as_plain_attention(attention, recorded)
         if forward is not None:
@@ -89,17 +91,12 @@ def layers_of(raw: RawKeyModel, attentions: Sequence[nn.Module]) -> list[nn.Modu
     return [parents[attention] for attention in attentions]
 
 
-def chained(raw: RawKeyModel, layers: Sequence[nn.Module]) -> bool:
-    """Whether each layer gets what the one before it leaves, unchanged."""
-    recorded = _recorded(raw, layers)
-    return all(torch.equal(recorded.left[one], recorded.entered[following]) for one, following in pairwise(layers))
-
-
-def _recorded(raw: RawKeyModel, modules: Sequence[nn.Module]) -> Recorded:
+def record(raw: RawKeyModel, modules: Sequence[nn.Module]) -> Recorded:
+    """A forward of the probe prompt."""
     recorded = Recorded()
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
     with torch.inference_mode(), _watched(modules, recorded):
-        raw.forward(ids, torch.arange(len(ids)), torch.tensor([0]), recorded.attend)
+        recorded.logits = raw.forward(ids, torch.arange(len(ids)), recorded.logit_rows, recorded.attend)
     return recorded
 
 

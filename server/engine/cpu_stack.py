@@ -1,27 +1,28 @@
-"""All decoder layers in one call, for decode steps of few rows: kernels/layers.c.
+"""A decode step of few rows in a handful of calls: all decoder layers are one, kernels/layers.c.
 
 A product of a small model takes 15 to 100 µs, and the way to the next one through Python as long. Where every layer
-has the short forward of `cpu_layers`, with the norms, products and gate of `cpu_kernels`, the first layer's forward
-does them all, to the same bit, and the others hand on what they get. Other steps and models run layer by layer.
+has the short forward of `cpu_layers`, with the norms, products and gate of `cpu_kernels`, and nothing but an embedding,
+a norm and a linear layer stands around them, such a step does without transformers' forward and gives its logits to
+the bit. Other steps and models run layer by layer.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from cache.attention import AttentionMetadata, AttentionOptions
+from cache.attention import AttentionMetadata
 from cache.decode import DecodePlan, DecodeShape, plan_step
 from cache.native import library
 from cache.storage import KVStorage
+from server.engine.batch import Batch
 from server.engine.cpu_kernels import FEW_ROWS, MULTIPLE, GatedProducts, KernelLinear, Products, RMSNorm, can_multiply
-from server.engine.cpu_layers import PlainAttention, PlainLayer, chained
+from server.engine.cpu_layers import PlainAttention, PlainLayer, record
 from server.engine.raw_keys import RawKeyModel
 
 
@@ -57,13 +58,25 @@ class _Parts:
         return tuple(width for products in self.products for width in (products.inputs, *products.features))
 
 
-class Stack:
-    """The layers of one model, outermost first, and the rotary group of each. One thread at a time."""
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """token ids → embedding → the layers → norm → head → logits."""
 
-    def __init__(self, layers: Sequence[_Parts], groups: Sequence[str | None]) -> None:
+    embedding: Callable[[Tensor], Tensor]
+    norm: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+
+
+class Stack:
+    """The layers of one model, first to last, with the rotary group of each, and what is around them. Not thread-safe."""
+
+    def __init__(self, layers: Sequence[_Parts], groups: Sequence[str | None], around: _Around) -> None:
         first, widest = layers[0], max(products.inputs for products in layers[0].products)
+        self._around = around
         self._parts = layers
-        self._options = [part.attention.call.options(group) for part, group in zip(layers, groups, strict=True)]
+        asked = [part.attention.call.options(group) for part, group in zip(layers, groups, strict=True)]
+        self._options = list(dict.fromkeys(asked))
+        self._asks = [self._options.index(options) for options in asked]  # layer → which of them
         self._hidden = first.products[0].inputs
         self._head_dim = first.attention.head_dim
         self._query_heads = first.products[0].features[0] // self._head_dim
@@ -73,8 +86,8 @@ class Stack:
         self._query, self._out = (_rows(self._query_heads * self._head_dim, torch.float32) for _ in range(2))
         self._layers = (_Layer * len(layers))(*map(self._as_struct, layers))
         self._storage: KVStorage | None = None
-        self._metadata: AttentionMetadata | None = None
-        self._plans: dict[AttentionOptions, tuple[DecodePlan, DecodeShape]] = {}
+        self._plans: list[DecodePlan] = []
+        self._shapes: list[DecodeShape] = []
 
     def _as_struct(self, part: _Parts) -> _Layer:
         for products, outs in zip(part.products, self._outs, strict=True):
@@ -82,62 +95,45 @@ class Stack:
         norms = (_Norm(norm.weight.data_ptr(), norm.eps, norm.add_one) for norm in part.norms)
         return _Layer(*norms, *(products.plan for products in part.products))
 
-    def forwards(self, modules: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-        """(layer, forward) for the layers' modules."""
-        for place, module in enumerate(modules):
-            yield module, self._forward(place, module.forward)
-
-    def _forward(self, place: int, alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
-            if self._metadata is None:
-                return alone(hidden_states, *arguments, **options)
-            return hidden_states if place else self._run(hidden_states, self._metadata)
-
-        return forward
-
-    @contextmanager
-    def step(self, metadata: AttentionMetadata, storage: KVStorage) -> Iterator[None]:
-        """Inside, a forward of this step runs all layers at once, if the step is one that they can."""
-        self._metadata = metadata if self._prepare(metadata, storage) else None
-        try:
-            yield
-        finally:
-            self._metadata = None
+    def logits(self, batch: Batch, storage: KVStorage) -> Tensor | None:
+        """[N, V] of the batch's `logit_rows`, K and V stored; None where the step is not one of few single rows."""
+        if not self._prepare(batch.metadata, storage):
+            return None
+        hidden = self.run(self._around.embedding(batch.input_ids), batch.metadata)
+        return self._around.head(self._around.norm(hidden[batch.logit_rows]))
 
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
         if len(metadata.sequences) > FEW_ROWS or len(metadata.slot_mapping) != len(metadata.sequences):
             return False
         if storage.keys[0].dtype != torch.bfloat16:
             return False
-        self._plans.clear()
-        for options, keys in zip(self._options, storage.keys, strict=True):
-            if options not in self._plans:
-                plan = plan_step(metadata, options)
-                if plan is None:
-                    return False
-                self._plans[options] = (plan, plan.shape(self._query_heads, keys, options))
+        plans = [plan_step(metadata, options) for options in self._options]
+        self._plans = [plan for plan in plans if plan is not None]
+        if len(self._plans) < len(plans):
+            return False
+        self._shapes = [
+            plan.shape(self._query_heads, storage.keys[0], options)
+            for plan, options in zip(self._plans, self._options, strict=True)
+        ]
         if storage is not self._storage:
             self._storage = storage
             for layer, keys, values in zip(self._layers, storage.keys, storage.values, strict=True):
                 layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-        for layer, options in zip(self._layers, self._options, strict=True):
-            plan, shape = self._plans[options]
-            layer.plan, layer.shape = ctypes.addressof(plan.plan), ctypes.addressof(shape)
+        for layer, asks in zip(self._layers, self._asks, strict=True):
+            plan = self._plans[asks]
+            layer.plan, layer.shape = ctypes.addressof(plan.plan), ctypes.addressof(self._shapes[asks])
             layer.scales = None if plan.scale is None else plan.scale.data_ptr()
         return True
 
-    def _run(self, hidden_states: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """hidden_states [1, T, hidden] → what leaves the last layer."""
-        kernels, h = library(), hidden_states.clone(memory_format=torch.contiguous_format)
+    def run(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """hidden [T, hidden], contiguous → what leaves the last layer, in place."""
+        kernels = library()
         assert kernels is not None
-        plans = [plan for plan, _ in self._plans.values()]
-        scratch = max(plans, key=lambda plan: plan.num_items).scratch(self._query_heads, self._head_dim)
-        tensors = (h, metadata.slot_mapping, self._row, self._x, self._query, self._out, scratch)
-        step = _Step(
-            len(metadata.sequences), self._hidden, torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors)
-        )
+        scratch = max(self._plans, key=lambda plan: plan.num_items).scratch(self._query_heads, self._head_dim)
+        tensors = (hidden, metadata.slot_mapping, self._row, self._x, self._query, self._out, scratch)
+        step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors))
         kernels.prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
-        return h
+        return hidden
 
 
 def _rows(width: int, dtype: torch.dtype) -> Tensor:
@@ -145,12 +141,27 @@ def _rows(width: int, dtype: torch.dtype) -> Tensor:
 
 
 def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[str | None]) -> Stack | None:
-    """A stack of these decoder layers, given with the rotary group of each; None where one of them is not as above."""
+    """A stack of these decoder layers, given with the rotary group of each; None where something is not as above."""
     parts = [_parts(module) for module in modules]
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({part.widths for part in known}) != 1 or not chained(raw, modules):
+    if len(known) < len(parts) or len({part.widths for part in known}) != 1:
         return None
-    return Stack(known, groups)
+    around = _around(raw, modules)
+    return Stack(known, groups, around) if around else None
+
+
+def _around(raw: RawKeyModel, layers: Sequence[nn.Module]) -> _Around | None:
+    """By a trial run: each must get what the one before it leaves, unchanged."""
+    embedding, head = raw.model.get_input_embeddings(), raw.model.get_output_embeddings()
+    norms = [module for module in raw.model.modules() if isinstance(module.forward, RMSNorm)]
+    ran = record(raw, [embedding, *layers, *norms, head])
+    for norm in (norm for norm in norms if norm in ran.entered):
+        path = [embedding, *layers, norm]
+        handed_on = all(torch.equal(ran.left[one], ran.entered[following]) for one, following in pairwise(path))
+        read = torch.equal(ran.left[norm][0, ran.logit_rows], ran.entered[head][0])
+        if handed_on and read and torch.equal(ran.left[head][0], ran.logits):
+            return _Around(embedding.forward, norm.forward, head.forward)
+    return None
 
 
 def _parts(module: nn.Module) -> _Parts | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from server.engine.cpu_layers import layers_of, plain_layers
 from server.engine.cpu_modules import fast_modules
 from server.engine.cpu_stack import Stack, find_stack
 from server.engine.inspection import inspect_layers
+from server.engine.quantization import Quantization, check_quantization, quantize
 from server.engine.raw_keys import AttentionCall, RawKeyModel
 from server.errors import ConfigurationError
 
@@ -35,6 +35,7 @@ class Model:
         layers: attention layers in order, with shapes and rotary groups.
         rotaries: rotary group → the embedding as trained.
         eos_token_ids: from the model's generation config.
+        stack: what runs decode steps of few rows on the CPU, where the model has the shape for it.
     """
 
     def __init__(self, transformers_model: Any) -> None:
@@ -45,7 +46,7 @@ class Model:
             for find in (fast_modules, self._plain_layers):
                 for module, forward in list(find(self.raw)):
                     self.raw.replace_forward(module, forward)
-        self._stack = self._find_stack() if self.device.type == "cpu" else None
+        self.stack = self._find_stack() if self.device.type == "cpu" else None
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
 
     def _plain_layers(self, raw: RawKeyModel) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -53,11 +54,7 @@ class Model:
 
     def _find_stack(self) -> Stack | None:
         modules = layers_of(self.raw, [layer.module for layer in self.layers])
-        stack = find_stack(self.raw, modules, [layer.group for layer in self.layers])
-        if stack is not None:
-            for module, forward in list(stack.forwards(modules)):
-                self.raw.replace_forward(module, forward)
-        return stack
+        return find_stack(self.raw, modules, [layer.group for layer in self.layers])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,11 +86,19 @@ class Model:
             options = call.options(self.layers[place].group)
             return paged_attention(query, storage.keys[place], storage.values[place], batch.metadata, options)
 
-        with self._stack.step(batch.metadata, storage) if self._stack else nullcontext():
-            return self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend).float()
+        logits = None if self.stack is None else self.stack.logits(batch, storage)
+        if logits is None:
+            logits = self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend)
+        return logits.float()
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, device: str, report: Callable[[str], None]) -> Model:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str,
+    report: Callable[[str], None],
+    quantization: Quantization = "none",
+) -> Model:
     """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong.
 
     Only safetensors are read, and no code that comes with a checkpoint is run.
@@ -102,6 +107,7 @@ def load_model(checkpoint: Checkpoint, dtype: str, device: str, report: Callable
     from transformers.utils import logging
 
     chosen_device = choose_device(device)
+    check_quantization(quantization, chosen_device)
     logging.disable_progress_bar()
     report(f"loading {checkpoint.name}")
     try:
@@ -116,6 +122,8 @@ def load_model(checkpoint: Checkpoint, dtype: str, device: str, report: Callable
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
     model.eval().to(chosen_device)
+    if quantization != "none":
+        report(quantize(model))
     report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
     return Model(model)
 

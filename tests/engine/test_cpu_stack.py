@@ -39,13 +39,13 @@ def decoded(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], li
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every step that a stack has run, from now on."""
     steps: list[int] = []
-    real = Stack._run
+    real = Stack.run
 
     def counting(self: Stack, hidden: torch.Tensor, metadata: Any) -> torch.Tensor:
         steps.append(len(metadata.sequences))
         return real(self, hidden, metadata)
 
-    monkeypatch.setattr(Stack, "_run", counting)
+    monkeypatch.setattr(Stack, "run", counting)
     return steps
 
 
@@ -81,11 +81,11 @@ def test_every_way_of_reading(method: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def decoded_without_stack(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], list[torch.Tensor]]:
-    stack, model._stack = model._stack, None
+    stack, model.stack = model.stack, None
     try:
         return decoded(model, rows, method)
     finally:
-        model._stack = stack
+        model.stack = stack
 
 
 def test_chunks_and_many_rows_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +97,21 @@ def test_chunks_and_many_rows_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "olmo2", "mixtral", "phi3"])
 def test_other_shapes_of_layers_have_none(family: str) -> None:
-    assert bf16(family)._stack is None
+    assert bf16(family).stack is None
+
+
+@pytest.mark.parametrize("scaled", ["embedding_multiplier", "logits_scaling"])
+def test_models_with_more_around_the_layers_have_none(scaled: str) -> None:
+    """Granite with all its multipliers at 1 is Llama."""
+    plain = {
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 0.25,
+    }
+    assert bf16("granite", **plain).stack is not None
+    assert bf16("granite", **plain | {scaled: 2.0}).stack is None
 
 
 def test_fp32_has_none() -> None:
-    assert Model(tiny("llama"))._stack is None
+    assert Model(tiny("llama")).stack is None
