@@ -4,6 +4,7 @@
 
 The engine runs as it is served; calls are timed from outside, by wrapping them on this one engine:
 
+    stack       all decoder layers in one call: decode steps of few rows on the CPU, in place of the next four
     linears     matrix products, and what is done in one call with them (the gate of an MLP)
     norms       modules called …Norm
     attention   the method's reading of the cache
@@ -46,7 +47,7 @@ from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import EngineRequest
 from server.settings import default_cache_dir
 
-PARTS = ("linears", "norms", "attention", "store", "lm_head", "layers", "sampling", "scheduling")
+PARTS = ("stack", "linears", "norms", "attention", "store", "lm_head", "layers", "sampling", "scheduling")
 WARM_STEPS = 3
 Times = dict[str, float]
 
@@ -104,6 +105,8 @@ def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
         for part, owner, attribute in (("store", engine.storage, "store"), ("layers", model, "forward")):
             timed = stopwatch.timed(part, getattr(owner, attribute))
             stack.enter_context(patch.object(owner, attribute, timed))
+        if model.stack is not None:
+            stack.enter_context(patch.object(model.stack, "run", stopwatch.timed("stack", model.stack.run)))
         for module in model.raw.model.modules():
             found = part_of(engine, module)
             if found is not None:
@@ -176,6 +179,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a folder or a hub id; the embedded model when left out")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--weights", choices=["none", "int8"], default="none", help="WEIGHT_QUANTIZATION")
     parser.add_argument("--method", default="auto", help="position method")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8], help="sequences in a decode step")
     parser.add_argument("--context", type=int, default=128, help="prompt tokens before a decode step")
@@ -190,6 +194,7 @@ def load_engine(options: argparse.Namespace, say: Callable[[str], None]) -> Engi
     config = EngineConfig(
         dtype=options.dtype,
         device=options.device,
+        weight_quantization=options.weights,
         rope=RopeSpec(method=options.method),
         max_num_seqs=max(options.rows),
         max_batched_tokens=max(512, options.chunk, *options.rows),
@@ -213,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = chunk_steps(engine, options.chunk, max(4, options.steps // 10))
         found[f"prefill, {options.chunk} rows"] = measure(engine, steps, options.threads)
     threads = f"{options.threads} thread{'s'[: options.threads != 1]}"
-    print_table(f"One step, ms, {threads}, {engine.info.dtype} on {engine.info.device}", found, console)
+    weights = "" if options.weights == "none" else f" with {options.weights} weights"
+    print_table(f"One step, ms, {threads}, {engine.info.dtype}{weights} on {engine.info.device}", found, console)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "model")}
     report = {"machine": describe_machine(), "options": settings, "ms": found}

@@ -9,7 +9,7 @@ the bit. Other steps and models run layer by layer.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -62,13 +62,13 @@ class _Parts:
 class _Around:
     """token ids → embedding → the layers → norm → head → logits."""
 
-    embedding: Callable[[Tensor], Tensor]
-    norm: Callable[[Tensor], Tensor]
-    head: Callable[[Tensor], Tensor]
+    embedding: nn.Module
+    norm: nn.Module
+    head: nn.Module
 
 
 class Stack:
-    """The layers of one model, first to last, with the rotary group of each, and what is around them. Not thread-safe."""
+    """The layers of one model, first to last, the rotary group of each, and what is around them. For one thread."""
 
     def __init__(self, layers: Sequence[_Parts], groups: Sequence[str | None], around: _Around) -> None:
         first, widest = layers[0], max(products.inputs for products in layers[0].products)
@@ -99,8 +99,10 @@ class Stack:
         """[N, V] of the batch's `logit_rows`, K and V stored; None where the step is not one of few single rows."""
         if not self._prepare(batch.metadata, storage):
             return None
-        hidden = self.run(self._around.embedding(batch.input_ids), batch.metadata)
-        return self._around.head(self._around.norm(hidden[batch.logit_rows]))
+        around = self._around
+        hidden = self.run(around.embedding.forward(batch.input_ids), batch.metadata)
+        logits: Tensor = around.head.forward(around.norm.forward(hidden[batch.logit_rows]))
+        return logits
 
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
         if len(metadata.sequences) > FEW_ROWS or len(metadata.slot_mapping) != len(metadata.sequences):
@@ -160,7 +162,7 @@ def _around(raw: RawKeyModel, layers: Sequence[nn.Module]) -> _Around | None:
         handed_on = all(torch.equal(ran.left[one], ran.entered[following]) for one, following in pairwise(path))
         read = torch.equal(ran.left[norm][0, ran.logit_rows], ran.entered[head][0])
         if handed_on and read and torch.equal(ran.left[head][0], ran.logits):
-            return _Around(embedding.forward, norm.forward, head.forward)
+            return _Around(embedding, norm, head)
     return None
 
 
