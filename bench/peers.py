@@ -11,6 +11,7 @@ Options after `--` go to the peer itself.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -58,10 +59,10 @@ def vllm_command(environment: Path, model: Path, port: int) -> list[str]:
 
 
 def llama_cpp_command(environment: Path, model: Path, port: int) -> list[str]:
-    """Eight slots share the context, each as long as the model was trained for at most. The program takes a few
+    """Eight slots share the context, 16,384 tokens each, or fewer where the model is shorter. The program takes a few
     options itself and hands on what follows `--`."""
     program, gguf = environment / "bin" / "llama-cpp-server", gguf_path(environment, model)
-    options = ["--ctx-size", "65536", "--parallel", "8", "--alias", model.name]
+    options = ["--ctx-size", "131072", "--parallel", "8", "--alias", model.name]
     return [str(program), "--model", str(gguf), "--host", "127.0.0.1", "--port", str(port), "--", *options]
 
 
@@ -85,6 +86,21 @@ def convert_to_gguf(environment: Path, model: Path) -> None:
     python = str(environment / "bin" / "python")
     _run([python, str(converter), str(model), "--outtype", "bf16", "--outfile", str(partial)])
     partial.rename(target)
+
+
+def longer(model: Path, max_len: int) -> Path:
+    """A copy of a model folder, the weights linked, that says it takes `max_len` positions.
+
+    No peer serves a prompt past the length in the config. Time does not depend on whether the text makes sense.
+    """
+    copy = PEERS_FOLDER / "models" / f"{model.resolve().name}-{max_len}"
+    copy.mkdir(parents=True, exist_ok=True)
+    for file in model.iterdir():
+        if file.name != "config.json" and not (copy / file.name).exists():
+            (copy / file.name).symlink_to(file.resolve())
+    config = json.loads((model / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": max_len}))
+    return copy
 
 
 PEERS: Mapping[str, Peer] = {
@@ -151,13 +167,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=("install", "serve"))
     parser.add_argument("peer", choices=tuple(PEERS))
     parser.add_argument("--model", type=Path, help="a folder of safetensors; default: the embedded model")
+    parser.add_argument("--max-len", type=int, help="positions; default: as many as the model was trained for")
     parser.add_argument("--port", type=int, default=8001, help="on 127.0.0.1; default: 8001")
     options = parser.parse_args(own)
     try:
         if options.action == "install":
             install(options.peer)
         else:
-            serve(options.peer, options.model or _default_model(), options.port, extra)
+            model = options.model or _default_model()
+            serve(options.peer, longer(model, options.max_len) if options.max_len else model, options.port, extra)
     except subprocess.CalledProcessError as error:
         print(
             f"bench.peers: {options.peer}: a command ended with status {error.returncode}, see above", file=sys.stderr

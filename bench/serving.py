@@ -155,7 +155,6 @@ async def until_terminated(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 async def measure(options: argparse.Namespace, console: Console) -> Report:
-    points = [Point(length, streams) for length in options.prompt_tokens for streams in options.streams]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -175,12 +174,12 @@ async def measure(options: argparse.Namespace, console: Console) -> Report:
             "seed": options.seed,
         }
         with Progress(*columns, console=console) as progress:
-            progress.add_task("starting", total=options.rounds * len(points) * len(servers))
-            measurement = Measurement(servers, points, options, progress)
+            progress.add_task("starting", total=options.rounds * len(options.points) * len(servers))
+            measurement = Measurement(servers, options.points, options, progress)
             await (measurement.alone() if options.alone else measurement.interleaved())
         about["dialects"] = {server.name: server.dialect for server in servers}
         about["prompts_counted_by"] = measurement.counted_by
-        return Report([server.name for server in servers], points, dict(measurement.runs), about)
+        return Report([server.name for server in servers], options.points, dict(measurement.runs), about)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import OUTPUT_FOLDER
+from bench.measure import Point
 
 
 def named(value: str) -> tuple[str, str]:
@@ -25,6 +26,18 @@ def numbers(value: str) -> list[int]:
         found = []
     if not found or min(found) < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is not a list of whole numbers above 0, like 128,2048")
+    return found
+
+
+def points(value: str) -> list[Point]:
+    """TOKENSxSTREAMS, separated by commas."""
+    pairs = [part.partition("x") for part in value.split(",")]
+    try:
+        found = [Point(int(tokens), int(streams)) for tokens, _, streams in pairs]
+    except ValueError:
+        found = []
+    if not found or min(min(point.prompt_tokens, point.num_streams) for point in found) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a list like 128x8,7000x1: tokens of a prompt x streams")
     return found
 
 
@@ -47,6 +60,7 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     add("--api-key", type=named, action="append", default=[], metavar="NAME=KEY")
     add("--prompt-tokens", type=numbers, default=[128, 2048, 7000], metavar="N,N", help="default: 128,2048,7000")
     add("--streams", type=numbers, default=[1, 8], metavar="N,N", help="requests at once; default: 1,8")
+    add("--points", type=points, metavar="NxM,NxM", help="these alone, in place of all prompt tokens x all streams")
     add("--output-tokens", type=int, default=64, help="tokens generated a request; default: 64")
     add("--rounds", type=int, default=3, help="figures are medians of these; default: 3")
     add("--tokenizer", metavar="FOLDER", help="a model folder to count with; default: /tokenize, or reported usage")
@@ -63,6 +77,8 @@ def parse_arguments(description: str | None, arguments: Sequence[str] | None = N
     add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for JSON, markdown and plot; default: bench/out")
     options = parser.parse_args(arguments)
     _check(parser, options)
+    if options.points is None:
+        options.points = [Point(length, streams) for length in options.prompt_tokens for streams in options.streams]
     return options
 
 
