@@ -14,8 +14,15 @@ import structlog
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
-NOISY = {"httpx": logging.WARNING, "httpcore": logging.WARNING, "sse_starlette": logging.INFO, "asyncio": logging.INFO}
-"""Libraries whose debug lines show bodies, or only their own workings."""
+NOISY = {
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "sse_starlette": logging.INFO,
+    "asyncio": logging.INFO,
+    "torchao": logging.ERROR,
+    "torch.utils._pytree": logging.ERROR,
+}
+"""Libraries whose debug lines show bodies, or only their own workings (torchao warns of code for other machines)."""
 
 
 TRACED_FRAMES = 8

@@ -72,6 +72,7 @@ KeyFile = Annotated[Path, AfterValidator(_key_file)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_lower)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 PrefixSharing = Annotated[Literal["key", "all"], BeforeValidator(_lower)]
+WeightQuantization = Annotated[Literal["none", "int8"], BeforeValidator(_lower)]
 LogFormat = Annotated[Literal["text", "json"], BeforeValidator(_lower)]
 
 MEBIBYTE = 2**20
@@ -98,6 +99,11 @@ class Settings(BaseSettings):
         default="auto",
         description="Where the model runs; auto: the first GPU, else the CPU",
         json_schema_extra={"allowed": "auto, cpu, cuda or cuda:N"},
+    )
+    weight_quantization: WeightQuantization = Field(
+        default="none",
+        description="Of linear layers, the output head left out. int8: half the bytes of bfloat16, with a scale for each "
+        "output; on the CPU, with torchao installed",
     )
     cache_dir: Path = Field(
         default_factory=default_cache_dir,
@@ -268,6 +274,7 @@ class Settings(BaseSettings):
         return EngineConfig(
             dtype=self.dtype,
             device=self.device,
+            weight_quantization=self.weight_quantization,
             rope=self.rope_spec(),
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,

@@ -38,8 +38,8 @@ INLINE void multiply(Linear linear, const Step *step) {
     linear_few(&linear, step->x);
 }
 
-/* h += added, where there is any, and its norm to x. */
-static void enter(const Step *step, const uint16_t *added, const Norm *norm) {
+/* h += added, where there is any, and its norm to x, for the product that reads it. */
+static void enter(const Step *step, const uint16_t *added, const Norm *norm, const Linear *next) {
     int64_t n = step->hidden;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < step->rows; r++) {
@@ -47,7 +47,7 @@ static void enter(const Step *step, const uint16_t *added, const Norm *norm) {
         if (added) add_rows(h, added + r * n, n);
         if (!norm) continue;
         rms_norm(h, norm->weight, to, n, (float)norm->eps, norm->add_one);
-        linear_widen(to, step->x + r * n, n);
+        linear_widen(next, to, step->x + r * n);
     }
 }
 
@@ -68,16 +68,17 @@ static void attend(const Step *step, const Layer *layer) {
     for (int64_t r = 0; r < step->rows; r++) {
         decode_merge(shape, layer->plan, r, 0, step->scratch, step->out);
         narrow_row(step->out + r * query, step->row + r * query, query);
-        linear_widen(step->row + r * query, step->x + r * query, query);
+        linear_widen(&layer->output, step->row + r * query, step->x + r * query);
     }
 }
 
-static void gate(const Step *step, const Part *parts) {
+static void gate(const Step *step, const Layer *layer) {
+    const Part *parts = layer->gate_up.parts;
     int64_t n = parts->features;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < step->rows; r++) {
         silu_mul(parts[0].out + r * n, parts[1].out + r * n, n);
-        linear_widen(parts[0].out + r * n, step->x + r * n, n);
+        linear_widen(&layer->down, parts[0].out + r * n, step->x + r * n);
     }
 }
 
@@ -87,16 +88,16 @@ void prerope_layers(const Layer *layers, int64_t num_layers, const Step *step) {
     {
         const uint16_t *added = 0;
         for (const Layer *layer = layers; layer < layers + num_layers; layer++) {
-            enter(step, added, &layer->before_attention);
+            enter(step, added, &layer->before_attention, &layer->query_key_value);
             multiply(layer->query_key_value, step);
             attend(step, layer);
             multiply(layer->output, step);
-            enter(step, layer->output.parts->out, &layer->before_mlp);
+            enter(step, layer->output.parts->out, &layer->before_mlp, &layer->gate_up);
             multiply(layer->gate_up, step);
-            gate(step, layer->gate_up.parts);
+            gate(step, layer);
             multiply(layer->down, step);
             added = layer->down.parts->out;
         }
-        enter(step, added, 0);
+        enter(step, added, 0, 0);
     }
 }

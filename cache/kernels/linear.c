@@ -1,5 +1,6 @@
-/* Products of bf16 activations and bf16 weights as they lie in the checkpoint, fp32 arithmetic, and what stands between
- * them in a layer: RMS norm and SiLU gate. Every result is rounded to bf16 where torch's modules round it.
+/* Products of bf16 activations and weights, bf16 as they lie in the checkpoint or int8 with a scale a row, fp32 arithmetic,
+ * and what stands between them in a layer: RMS norm and SiLU gate. Every result is rounded to bf16 where torch's modules
+ * round it. An int8 member is exact in fp32, and its row's scale multiplies the finished sum.
  *
  * Few rows are bound by reading the weights: they are streamed once, 32 members of a weight row at a time. Many rows are
  * bound by arithmetic: a panel of 48 weight rows is widened and transposed into L2, and tiles of 8 rows run over it. An
@@ -20,6 +21,14 @@ int omp_get_thread_num(void);
 INLINE u32x16 pairs_at(const uint16_t *from) { return *(const u32x16 *)from; }
 INLINE v16 even(u32x16 pairs) { return (v16)(pairs << 16); }
 INLINE v16 odd(u32x16 pairs) { return (v16)(pairs & 0xffff0000u); }
+INLINE v16 bytes_at(const int8_t *from) {
+#ifdef __AVX512F__
+    i32x16 wide = (i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#else
+    i32x16 wide = __builtin_convertvector(__builtin_convertvector(*(const i8x16 *)from, i16x16), i32x16);
+#endif
+    return __builtin_convertvector(wide, v16);
+}
 
 /* To the nearest bf16, ties to even. */
 INLINE u16x16 narrow16(v16 x) {
@@ -46,9 +55,11 @@ static int64_t num_units(const Linear *linear, int64_t size) {
 
 /* --- few rows --------------------------------------------------------------------------------------------------------- */
 
-/* x [R, in] widened, even members of every 32 before odd ones, against 16/R weight rows: sums [R, 16/R]. */
-INLINE v16 dots(const float *x, const uint16_t *weight, int64_t in, const int R) {
+/* x [R, in] as `linear_widen` leaves it, against weight rows n, n + 1, … of 16/R: sums [R, 16/R]. */
+INLINE v16 dots(const float *x, const Part *part, int64_t n, int64_t in, const int R, const int int8) {
     const int C = 16 / R;
+    const uint16_t *weight = (const uint16_t *)part->weight + n * in;
+    const int8_t *bytes = (const int8_t *)part->weight + n * in;
     v16 sum[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) sum[i] = (v16){};
@@ -61,9 +72,15 @@ INLINE v16 dots(const float *x, const uint16_t *weight, int64_t in, const int R)
         }
 #pragma GCC unroll 16
         for (int c = 0; c < C; c++) {
-            u32x16 pairs = pairs_at(weight + c * in + k);
-            v16 first = even(pairs), second = odd(pairs);
-            __builtin_prefetch(weight + (c + C) * in + k);
+            v16 first, second;
+            if (int8) {
+                first = bytes_at(bytes + c * in + k), second = bytes_at(bytes + c * in + k + 16);
+                __builtin_prefetch(bytes + (c + C) * in + k);
+            } else {
+                u32x16 pairs = pairs_at(weight + c * in + k);
+                first = even(pairs), second = odd(pairs);
+                __builtin_prefetch(weight + (c + C) * in + k);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) sum[r * C + c] += first * low[r];
 #pragma GCC unroll 8
@@ -73,11 +90,13 @@ INLINE v16 dots(const float *x, const uint16_t *weight, int64_t in, const int R)
     return fold16(sum, 0);
 }
 
-INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const float *x, const int R) {
+INLINE void rows_of(const Linear *linear, const Part *part, int64_t first, const float *x, const int R, const int int8) {
     const int C = 16 / R;
     for (int64_t row = 0; row < linear->rows; row += R)
         for (int64_t n = first; n < first + BLOCK; n += C) {
-            v16 sums = dots(x + row * linear->in, part->weight + n * linear->in, linear->in, R);
+            v16 sums = dots(x + row * linear->in, part, n, linear->in, R, int8);
+            for (int c = 0; c < C && int8; c++)
+                for (int r = 0; r < R; r++) sums[r * C + c] *= part->scales[n + c];
             for (int c = 0; c < C && part->bias; c++)
                 for (int r = 0; r < R; r++) sums[r * C + c] += widen(part->bias[n + c]);
             u16x16 out = narrow16(sums);
@@ -86,12 +105,19 @@ INLINE void block_of(const Linear *linear, const Part *part, int64_t first, cons
         }
 }
 
+INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const float *x, const int R) {
+    if (part->scales) rows_of(linear, part, first, x, R, 1);
+    else rows_of(linear, part, first, x, R, 0);
+}
+
 INLINE int64_t rows_together(int64_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
-void linear_widen(const uint16_t *from, float *to, int64_t in) {
-    for (int64_t i = 0; i < in; i += 32) {
-        *(v16 *)(to + i) = even(pairs_at(from + i));
-        *(v16 *)(to + i + 16) = odd(pairs_at(from + i));
+/* In the order that `dots` takes members of the weights in: of every 32, for bf16, the even ones before the odd ones. */
+void linear_widen(const Linear *linear, const uint16_t *from, float *to) {
+    int int8 = linear->parts->scales != 0;
+    for (int64_t i = 0; i < linear->in; i += 32) {
+        *(v16 *)(to + i) = int8 ? load16(from, i, BF16) : even(pairs_at(from + i));
+        *(v16 *)(to + i + 16) = int8 ? load16(from, i + 16, BF16) : odd(pairs_at(from + i));
     }
 }
 
@@ -114,7 +140,7 @@ void linear_few(const Linear *linear, const float *x) {
 
 static void few(const Linear *linear, float *x) {
     int64_t in = linear->in, rows = linear->rows, together = rows_together(rows);
-    for (int64_t row = 0; row < rows; row++) linear_widen(linear->x + row * in, x + row * in, in);
+    for (int64_t row = 0; row < rows; row++) linear_widen(linear, linear->x + row * in, x + row * in);
     memset(x + rows * in, 0, sizeof(float) * ((rows + together - 1) / together * together - rows) * in);
 #pragma omp parallel num_threads(linear->threads)
     linear_few(linear, x);
@@ -122,21 +148,38 @@ static void few(const Linear *linear, float *x) {
 
 /* --- many rows -------------------------------------------------------------------------------------------------------- */
 
-/* Weight rows [first, first + 48) to panel [in, 48], fp32; zeros past the last. */
-static void pack(const Part *part, int64_t first, int64_t in, float *panel) {
+/* 32 members of a weight row as pairs: bf16, or int8 whose sign reaches across the pair. */
+INLINE u32x16 weight_pairs(const Part *part, int64_t at, const int int8) {
+    if (int8) return (u32x16)__builtin_convertvector(*(const i16x16 *)((const int8_t *)part->weight + at), i32x16);
+    return pairs_at((const uint16_t *)part->weight + at);
+}
+INLINE v16 even_of(u32x16 pairs, const int int8) {
+    return int8 ? __builtin_convertvector((i32x16)(pairs << 24) >> 24, v16) : even(pairs);
+}
+INLINE v16 odd_of(u32x16 pairs, const int int8) {
+    return int8 ? __builtin_convertvector((i32x16)pairs >> 8, v16) : odd(pairs);
+}
+
+/* Weight rows [first, first + 48) to panel [in, 48], fp32, without scales; zeros past the last. */
+INLINE void pack_kind(const Part *part, int64_t first, int64_t in, float *panel, const int int8) {
     for (int64_t n = 0; n < PANEL; n += 16)
         for (int64_t k = 0; k < in; k += 32) {
             v16 pairs[16];
             for (int c = 0; c < 16; c++) {
                 int64_t at = first + n + c;
-                pairs[c] = at < part->features ? (v16)pairs_at(part->weight + at * in + k) : (v16){};
+                pairs[c] = at < part->features ? (v16)weight_pairs(part, at * in + k, int8) : (v16){};
             }
             transpose16(pairs);
             for (int i = 0; i < 16; i++) {
-                *(v16 *)(panel + (k + 2 * i) * PANEL + n) = even((u32x16)pairs[i]);
-                *(v16 *)(panel + (k + 2 * i + 1) * PANEL + n) = odd((u32x16)pairs[i]);
+                *(v16 *)(panel + (k + 2 * i) * PANEL + n) = even_of((u32x16)pairs[i], int8);
+                *(v16 *)(panel + (k + 2 * i + 1) * PANEL + n) = odd_of((u32x16)pairs[i], int8);
             }
         }
+}
+
+static void pack(const Part *part, int64_t first, int64_t in, float *panel) {
+    if (part->scales) pack_kind(part, first, in, panel, 1);
+    else pack_kind(part, first, in, panel, 0);
 }
 
 /* x [8, in] against a panel; `count` columns and `rows` rows of the result are written. */
@@ -161,10 +204,11 @@ static void tile(const float *x, const float *panel, int64_t in, const Part *par
     }
     for (int v = 0; v < PANEL / 16; v++) {
         int64_t n = first + 16 * v, count = part->features - n < 16 ? part->features - n : 16;
-        v16 bias = {};
+        v16 bias = {}, scale = (v16){} + 1.0f;
         for (int64_t c = 0; c < count && part->bias; c++) bias[c] = widen(part->bias[n + c]);
+        for (int64_t c = 0; c < count && part->scales; c++) scale[c] = part->scales[n + c];
         for (int64_t r = 0; r < rows && count > 0; r++) {
-            u16x16 out = narrow16(sum[r][v] + bias);
+            u16x16 out = narrow16(sum[r][v] * scale + bias);
             memcpy(part->out + (row + r) * part->features + n, &out, sizeof(uint16_t) * count);
         }
     }

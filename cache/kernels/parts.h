@@ -5,7 +5,8 @@
 /* --- linear.c --- */
 
 typedef struct {
-    const uint16_t *weight; /* [features, in] */
+    const void *weight;     /* [features, in], bf16, or int8 where there are scales: all parts of a product alike */
+    const float *scales;    /* [features] or null: what a row of int8 is multiplied by */
     const uint16_t *bias;   /* [features] or null */
     uint16_t *out;          /* [rows, features] */
     int64_t features;
@@ -17,8 +18,8 @@ typedef struct {
     const Part *parts; /* products of the same x */
 } Linear;
 
-void linear_widen(const uint16_t *from, float *to, int64_t in); /* a row, as `linear_few` reads it */
-void linear_few(const Linear *linear, const float *x);          /* a loop: few rows, x widened and padded to 8 */
+void linear_widen(const Linear *linear, const uint16_t *from, float *to); /* a row, as `linear_few` reads it */
+void linear_few(const Linear *linear, const float *x);                    /* a loop: few rows, x widened and padded to 8 */
 void silu_mul(uint16_t *gate, const uint16_t *up, int64_t n);
 void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t n, float eps, int64_t add_one);
 void add_rows(uint16_t *to, const uint16_t *from, int64_t n); /* to += from, rounded */

@@ -17,6 +17,8 @@ typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef int16_t i16x16 __attribute__((vector_size(32), aligned(2)));
+typedef int8_t i8x16 __attribute__((vector_size(16), aligned(1)));
 
 INLINE v16 larger(v16 a, v16 b) {
 #ifdef __AVX512F__

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rope.spec import RopeSpec
+
+Quantization = Literal["none", "int8"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +18,7 @@ class EngineConfig:
     Attributes:
         dtype: of weights and activations: auto, bfloat16, float16 or float32.
         device: auto, cpu, cuda or cuda:N.
+        weight_quantization: none, or int8: linear layers hold int8 weights, on the CPU.
         rope: the position method that requests get unless they choose their own.
         max_model_len: tokens of prompt and output together; None derives it from the method and the cache.
         max_num_seqs: sequences in one step at most.
@@ -30,6 +34,7 @@ class EngineConfig:
 
     dtype: str = "auto"
     device: str = "auto"
+    weight_quantization: Quantization = "none"
     rope: RopeSpec = field(default_factory=RopeSpec)
     max_model_len: int | None = None
     max_num_seqs: int = 64

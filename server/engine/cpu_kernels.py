@@ -1,7 +1,8 @@
-"""The C kernels of cache/kernels/linear.c as calls on tensors: bf16 products, the gated MLP, the RMS norm.
+"""The C kernels of cache/kernels/linear.c as calls on tensors: products, the gated MLP, the RMS norm.
 
-They read the weights where transformers put them, so the weights must not move afterwards. Scratch is shared and
-pointers are kept in place from call to call: one thread at a time, as a `Model` has it.
+Activations are bf16; weights are bf16, or int8 with a scale a row. They are read where transformers or torchao put
+them, so they must not move afterwards. Scratch is shared and pointers are kept in place from call to call: one thread
+at a time, as a `Model` has it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cache.native import library
+from server.engine.quantization import int8_rows, is_quantized
 
 FEW_ROWS = 16
 """Up to this many rows the weights are streamed; above, they are widened into panels."""
@@ -24,7 +26,10 @@ MULTIPLE, LEAST_FEATURES = 32, 16
 class KernelPart(ctypes.Structure):
     """`Part` of kernels/parts.h."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "bias", "out")), ("features", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias", "out")),
+        ("features", ctypes.c_int64),
+    ]
 
 
 class KernelLinear(ctypes.Structure):
@@ -39,7 +44,10 @@ class KernelLinear(ctypes.Structure):
 
 def can_multiply(linear: nn.Module) -> bool:
     """Whether `Products` takes this module."""
-    if type(linear) is not nn.Linear or library() is None or not _bf16(linear.weight):
+    if type(linear) is not nn.Linear or library() is None:
+        return False
+    weight = linear.weight
+    if weight.dtype != torch.bfloat16 or not (_bf16(weight) or int8_rows(weight)):
         return False
     fits = linear.in_features % MULTIPLE == 0 and linear.out_features >= LEAST_FEATURES
     return fits and (linear.bias is None or _bf16(linear.bias))
@@ -51,7 +59,19 @@ def torch_multiplies(x: Tensor) -> bool:
 
 
 def _bf16(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+    plain = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+    return plain and not is_quantized(tensor)
+
+
+def _constant(weight: Tensor) -> Tensor:
+    """The same without a gradient, which torchao's weights never have; nor can they be detached in inference mode."""
+    return weight if is_quantized(weight) else weight.detach()
+
+
+def _part(weight: Tensor, bias: Tensor | None) -> KernelPart:
+    data, scales = int8_rows(weight) or (weight, None)
+    scales_at, bias_at = (None if tensor is None else tensor.data_ptr() for tensor in (scales, bias))
+    return KernelPart(data.data_ptr(), scales_at, bias_at, None, len(data))
 
 
 class _Scratch:
@@ -84,21 +104,20 @@ def _kernels() -> ctypes.CDLL:
 
 
 class Products:
-    """Linear layers that read the same input, in one call. Each must pass `can_multiply`; bf16 in and out."""
+    """Linear layers that read the same input, in one call. Each must pass `can_multiply`; bf16 in and out.
+
+    Either all of them have bf16 weights or all int8.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.inputs = linears[0].in_features
         assert all(can_multiply(linear) and linear.in_features == self.inputs for linear in linears)
+        assert len({is_quantized(linear.weight) for linear in linears}) == 1
         self._weights = [
-            (linear.weight.detach(), None if linear.bias is None else linear.bias.detach()) for linear in linears
+            (_constant(linear.weight), None if linear.bias is None else linear.bias.detach()) for linear in linears
         ]
         self.features = [linear.out_features for linear in linears]
-        self._parts = (KernelPart * len(linears))(
-            *(
-                KernelPart(weight.data_ptr(), None if bias is None else bias.data_ptr(), None, len(weight))
-                for weight, bias in self._weights
-            )
-        )
+        self._parts = (KernelPart * len(linears))(*(_part(weight, bias) for weight, bias in self._weights))
         self.plan = KernelLinear(0, self.inputs, len(linears), 1, None, ctypes.addressof(self._parts))
         self._reference = ctypes.byref(self.plan)
 

@@ -3,7 +3,7 @@
 Few rows (decode steps) are bound by reading the weights: oneDNN reads a blocked copy of them about 1.5 times faster
 than the plain layout. Many rows (prefill chunks) are bound by arithmetic: on CPUs without matrix tiles (AMX) a bf16
 product runs at about half the rate of an fp32 one, so weights are widened into a scratch buffer first, for a few
-percent. fp32 models are left alone.
+percent. fp32 models are left alone, and so are int8 weights, whose products are torchao's own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from server.engine.quantization import is_quantized
 
 FEW_ROWS = 16
 MAX_WIDENED = 2**25  # weights, 128 MiB of scratch; larger ones stay as they are
@@ -52,7 +54,8 @@ def fast_linears(model: nn.Module, except_for: Container[nn.Module] = ()) -> Ite
 
 
 def _low_precision(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+    plain = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+    return plain and not is_quantized(weight)
 
 
 def _forward(linear: nn.Linear, scratch: _Scratch | None, *, block: bool) -> Forward:

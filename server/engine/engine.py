@@ -83,7 +83,7 @@ class Engine:
                 f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
             )
         report(prepare(config.cache_dir))
-        model = load_model(checkpoint, config.dtype, config.device, report)
+        model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization)
         report("checking the model against transformers' own forward")
         error = probe(model)
         report(f"the check passed: relative difference {error:.1e}")

@@ -14,11 +14,12 @@ from cache.storage import KVStorage
 from rope.model_positions import ModelPositions, resolve_model
 from rope.spec import RopeSpec
 from server.engine.batch import Batch
+from server.engine.config import Quantization
 from server.engine.cpu_layers import layers_of, plain_layers
 from server.engine.cpu_modules import fast_modules
 from server.engine.cpu_stack import Stack, find_stack
 from server.engine.inspection import inspect_layers
-from server.engine.quantization import Quantization, check_quantization, quantize
+from server.engine.quantization import check_quantization, quantize
 from server.engine.raw_keys import AttentionCall, RawKeyModel
 from server.errors import ConfigurationError
 
