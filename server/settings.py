@@ -102,8 +102,8 @@ class Settings(BaseSettings):
     )
     weight_quantization: WeightQuantization = Field(
         default="none",
-        description="Of linear layers, the output head left out. int8: half the bytes of bfloat16, with a scale for each "
-        "output; on the CPU, with torchao installed",
+        description="Of linear layers, the output head left out. int8: half the bytes of bfloat16, with a scale for "
+        "each output; on the CPU, with torchao installed",
     )
     cache_dir: Path = Field(
         default_factory=default_cache_dir,

@@ -54,6 +54,7 @@ def test_switches(flags: list[str], value: bool) -> None:
 def test_names_are_taken_in_any_case() -> None:
     settings = load_settings(["--rope-method", "YaRN", "--log-level", "INFO", "--device", "CUDA:1"])
     assert (settings.rope_method, settings.log_level, settings.device) == ("yarn", "info", "cuda:1")
+    assert load_settings(["--weight-quantization", "INT8"]).engine_config().weight_quantization == "int8"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_names_are_taken_in_any_case() -> None:
         ("ROPE_FACTOR", "inf", "at least 1"),
         ("DTYPE", "int4", "auto, bfloat16, float16 or float32"),
         ("DEVICE", "tpu", "auto, cpu, cuda or cuda:N"),
+        ("WEIGHT_QUANTIZATION", "int4", "none or int8"),
         ("KV_CACHE_MEMORY", "lots", "4GiB"),
         ("KV_CACHE_MEMORY", "1000", "at least 1MiB"),
         ("PREFIX_CACHING", "perhaps", "true or false"),
