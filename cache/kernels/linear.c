@@ -12,6 +12,8 @@
 #include "vectors.h"
 
 #define BLOCK 16 /* weight rows of a unit of work of few rows */
+#define BESIDE 4  /* of them are streamed side by side: 16, and 1, were slower */
+#define AHEAD 4096 /* bytes before its use that a weight is asked for */
 #define PANEL 48
 #define TILE 8
 #define LEAST_ROWS 128 /* of many rows, a unit of work */
@@ -57,37 +59,43 @@ static int64_t num_units(const Linear *linear, int64_t size) {
 
 /* x [R, in] as `linear_widen` leaves it, against weight rows n, n + 1, … of 16/R: sums [R, 16/R]. */
 INLINE v16 dots(const float *x, const Part *part, int64_t n, int64_t in, const int R, const int int8) {
-    const int C = 16 / R;
-    const uint16_t *weight = (const uint16_t *)part->weight + n * in;
-    const int8_t *bytes = (const int8_t *)part->weight + n * in;
-    v16 sum[16];
+    const int C = 16 / R, beside = C < BESIDE ? C : BESIDE;
+    v16 all[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sum[i] = (v16){};
-    for (int64_t k = 0; k < in; k += 32) {
-        v16 low[8], high[8];
+    for (int begin = 0; begin < C; begin += beside) {
+        v16 sum[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < R * beside; i++) sum[i] = (v16){};
+        for (int64_t k = 0; k < in; k += 32) {
+            v16 low[8], high[8];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            low[r] = *(const v16 *)(x + r * in + k);
-            high[r] = *(const v16 *)(x + r * in + k + 16);
-        }
-#pragma GCC unroll 16
-        for (int c = 0; c < C; c++) {
-            v16 first, second;
-            if (int8) {
-                first = bytes_at(bytes + c * in + k), second = bytes_at(bytes + c * in + k + 16);
-                __builtin_prefetch(bytes + (c + C) * in + k);
-            } else {
-                u32x16 pairs = pairs_at(weight + c * in + k);
-                first = even(pairs), second = odd(pairs);
-                __builtin_prefetch(weight + (c + C) * in + k);
+            for (int r = 0; r < R; r++) {
+                low[r] = *(const v16 *)(x + r * in + k);
+                high[r] = *(const v16 *)(x + r * in + k + 16);
             }
+#pragma GCC unroll 4
+            for (int c = 0; c < beside; c++) {
+                const char *at = (const char *)part->weight + ((n + begin + c) * in + k) * (int8 ? 1 : 2);
+                __builtin_prefetch(at + AHEAD);
+                v16 first, second;
+                if (int8) {
+                    first = bytes_at((const int8_t *)at), second = bytes_at((const int8_t *)at + 16);
+                } else {
+                    u32x16 pairs = pairs_at((const uint16_t *)at);
+                    first = even(pairs), second = odd(pairs);
+                }
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) sum[r * C + c] += first * low[r];
+                for (int r = 0; r < R; r++) sum[r * beside + c] += first * low[r];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) sum[r * C + c] += second * high[r];
+                for (int r = 0; r < R; r++) sum[r * beside + c] += second * high[r];
+            }
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < beside; c++) all[r * C + begin + c] = sum[r * beside + c];
     }
-    return fold16(sum, 0);
+    return fold16(all, 0);
 }
 
 INLINE void rows_of(const Linear *linear, const Part *part, int64_t first, const float *x, const int R, const int int8) {
@@ -123,7 +131,7 @@ void linear_widen(const Linear *linear, const uint16_t *from, float *to) {
 
 void linear_few(const Linear *linear, const float *x) {
     int64_t units = num_units(linear, BLOCK), together = rows_together(linear->rows);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(guided, 2) /* long stretches of weights, and short ones to end together */
     for (int64_t unit = 0; unit < units; unit++) {
         int64_t number = unit;
         const Part *part = part_of(linear, BLOCK, &number);
