@@ -62,15 +62,19 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """A weight that `quantize` made: (data [features, in] int8, scales [features] fp32), contiguous; else None.
+    """A weight as `quantize` makes it: (data [features, in] int8, scales [features] fp32), contiguous; else None.
 
-    The weight is data·scales[:, None]: torchao's symmetric quantisation leaves its zero points at zero.
+    The weight is data·scales[:, None] and nothing else happens in its product: torchao's tensors can also have zero
+    points, and quantise or scale the activations.
     """
-    data, scales = getattr(weight, "qdata", None), getattr(weight, "scale", None)
+    data, scales, zero_points = (getattr(weight, name, None) for name in ("qdata", "scale", "zero_point"))
     if data is None or scales is None or data.dtype != torch.int8 or scales.dtype != torch.float32:
         return None
+    if any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "act_pre_scale")):
+        return None
+    symmetric = zero_points is None or not zero_points.any()
     fits = data.device.type == "cpu" and data.is_contiguous() and scales.shape == (len(data), 1)
-    return (data, scales.view(-1)) if fits else None
+    return (data, scales.view(-1)) if symmetric and fits else None
 
 
 def _num_bytes(model: nn.Module) -> int:

@@ -108,6 +108,20 @@ def test_linear_layers_are_quantised_and_nothing_else() -> None:
     assert int8_rows(untied.lm_head.weight) is None
 
 
+def test_what_is_more_than_rows_and_scales_is_left_to_torchao() -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    module = linear(16, 32)
+    quantize_(module, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    assert module.weight.qdata.dtype == torch.int8
+    assert int8_rows(module.weight) is None
+    assert not can_multiply(module)
+    (shifted,) = quantized(linear(16, 32))
+    assert int8_rows(shifted.weight) is not None
+    shifted.weight.zero_point[3] = 1
+    assert int8_rows(shifted.weight) is None
+
+
 # --- products ---
 
 
