@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from tqdm import tqdm
@@ -39,7 +39,7 @@ from bench.readings import Readings, reading_key
 from bench.report import print_table
 from rope.spec import RopeSpec
 from server.checkpoint import resolve_checkpoint
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, Quantization
 from server.engine.engine import Engine
 from server.engine.outputs import TokenLogprobs
 from server.engine.sampling_params import SamplingParams
@@ -211,6 +211,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="search for the best method on half of the documents, at the longest length, and print its settings",
     )
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default: auto")
+    add("--weight-quantization", choices=get_args(Quantization), default="none", help="default: none")
     add("--device", default="auto", help="default: auto")
     add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for JSON, markdown and plot; default: bench/out")
     options = parser.parse_args(arguments)
@@ -235,6 +236,7 @@ def load_subject(options: argparse.Namespace, report: Callable[[str], None]) -> 
     config = EngineConfig(
         dtype=options.dtype,
         device=options.device,
+        weight_quantization=options.weight_quantization,
         max_model_len=options.lengths[-1],
         max_num_seqs=1,
         max_batched_tokens=2048,
@@ -243,7 +245,7 @@ def load_subject(options: argparse.Namespace, report: Callable[[str], None]) -> 
     engine = Engine.load(checkpoint, config, report)
     about = describe_machine() | {
         "model": checkpoint.name,
-        "dtype": engine.info.dtype,
+        "dtype": engine.info.dtype if options.weight_quantization == "none" else f"{engine.info.dtype}, int8 weights",
         "train_length": engine.info.train_length,
         "last": options.last,
         "documents": [document.name for document in documents],
