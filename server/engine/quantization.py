@@ -7,6 +7,7 @@ straight into the logits. Norms, embeddings, and experts that are no linear laye
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def quantize(model: Any) -> str:
     before = _num_bytes(model)
     linears = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
     _quantize(model, {id(linear) for linear in linears})
+    _release_memory(model)
     after = _num_bytes(model)
     return f"{len(linears)} linear layers in int8: weights of {before / 2**20:.0f} MiB are {after / 2**20:.0f} MiB"
 
@@ -54,6 +56,19 @@ def _quantize(model: nn.Module, chosen: set[int]) -> None:
 
     # set_inductor_config would change torch's compiler for the whole process.
     quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), lambda module, _name: id(module) in chosen)
+
+
+def _release_memory(model: nn.Module) -> None:
+    """Let go of the checkpoint's file, which stays mapped as long as one tensor lies in it, and of freed memory.
+
+    glibc keeps what torchao worked with: for a small model, as much as its weights.
+    """
+    for parameter in model.parameters():
+        if int8_rows(parameter) is None:
+            parameter.data = parameter.data.clone()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def is_quantized(weight: Tensor) -> bool:

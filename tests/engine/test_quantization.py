@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from cache.native import library
 from server.checkpoint import Checkpoint
@@ -106,6 +107,18 @@ def test_linear_layers_are_quantised_and_nothing_else() -> None:
         assert torch.equal(model.get_parameter(name), value)
     untied = int8_model("llama")
     assert int8_rows(untied.lm_head.weight) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_the_bf16_weights_are_let_go(tmp_path: Path) -> None:
+    """Also in the file's pages: one tensor that lies there would keep all of it."""
+    tiny("llama").bfloat16().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    before = model.model.embed_tokens.weight.clone()
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    quantize(model)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(model.model.embed_tokens.weight, before)
 
 
 def test_what_is_more_than_rows_and_scales_is_left_to_torchao() -> None:
