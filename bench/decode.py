@@ -9,6 +9,7 @@ the reply are not timed: they know nothing of the context.
 
 Machines are noisy, so cells are measured in rounds, methods of one context beside each other and in another order each
 round, and methods are compared within a round: a ratio is the median of the rounds' ratios, not a ratio of medians.
+A served process also sets GOMP_SPINCOUNT (`server.settings.SPIN_COUNT`): set it in the shell to measure with it.
 """
 
 from __future__ import annotations

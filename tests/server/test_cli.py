@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -12,12 +13,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import pytest
 
+from server import __main__ as entry
 from server.flags import environment_table
 from server.http_server import CLOSE_GRACE_S
+from server.settings import SPIN_COUNT, Settings
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
@@ -110,6 +114,35 @@ def test_a_model_that_is_not_there_stops_the_start_without_a_traceback(tmp_path:
     last = err.splitlines()[-1]
     assert last.startswith("prerope: MODEL_ID=")
     assert "does not exist" in last
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_soon_sleep_and_what_was_imported_is_not_looked_through_for_garbage(
+    given: dict[str, str], seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def create_app(_settings: Settings) -> NoReturn:
+        raise Reached
+
+    monkeypatch.setattr("server.app.create_app", create_app)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    try:
+        with socket.socket() as listener, pytest.raises(Reached):
+            entry._serve(Settings(), listener)
+        assert os.environ.get("GOMP_SPINCOUNT") == seen
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
 
 
 def test_the_port_answers_while_the_model_loads_and_a_signal_then_ends_with_zero(
