@@ -31,7 +31,7 @@ from bench import OUTPUT_FOLDER, WIDTH
 from bench.decode_report import DecodeReport, Rounds, save
 from bench.machine import describe_machine
 from bench.quality import parse_lengths, parse_methods
-from bench.report import print_table
+from bench.report import publish
 from cache.storage import KVStorage
 from rope.model_positions import ModelPositions
 from server.checkpoint import checkpoint_name, resolve_checkpoint
@@ -174,9 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about |= {name: getattr(options, name) for name in ("rows", "rounds", "steps", "threads")}
     about |= {"train_length": engine.info.train_length, "cache_bytes_per_token": token_bytes}
     report = DecodeReport([method.label for method in options.methods], options.contexts, found, about)
-    print_table(report, console)
-    for path in save(report, options.out):
-        console.print(f"wrote {path.name} in {options.out.name}/", highlight=False)
+    publish(report, save, options.out, console)
     return 0
 
 

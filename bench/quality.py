@@ -36,7 +36,7 @@ from bench.documents import Document, TextTooShort, context, cut_documents, defa
 from bench.machine import describe_machine
 from bench.quality_report import REFERENCE, Losses, QualityReport, save
 from bench.readings import Readings, reading_key
-from bench.report import print_table
+from bench.report import print_table, publish
 from rope.spec import RopeSpec
 from server.checkpoint import resolve_checkpoint
 from server.engine.config import EngineConfig, Quantization
@@ -269,9 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("\n".join(environment(calibration.recommended)), highlight=False)
         return 0
     report = measure(subject, options)
-    print_table(report, console)
-    for path in save(report, options.out):
-        console.print(f"wrote {path.name} in {options.out.name}/", highlight=False)
+    publish(report, save, options.out, console)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,9 @@ class Tabular(Protocol):
     def notes(self) -> list[str]: ...
 
 
+Shown = TypeVar("Shown", bound=Tabular)
+
+
 def print_table(report: Tabular, console: Console) -> None:
     table = Table(header_style="bold")
     for i, heading in enumerate(report.headings()):
@@ -28,6 +31,13 @@ def print_table(report: Tabular, console: Console) -> None:
     console.print(table)
     for note in report.notes():
         console.print(note, highlight=False)
+
+
+def publish(report: Shown, save: Callable[[Shown, Path], list[Path]], folder: Path, console: Console) -> None:
+    """Print the table, write the files and say which."""
+    print_table(report, console)
+    for path in save(report, folder):
+        console.print(f"wrote {path.name} in {folder.name}/", highlight=False)
 
 
 def markdown(report: Tabular) -> str:

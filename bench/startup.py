@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from bench import OUTPUT_FOLDER, WIDTH
 from bench.machine import describe_machine
-from bench.report import print_table
+from bench.report import publish
 from bench.startup_report import FIRST_TOKEN, Memory, Start, StartupReport, save
 from bench.streams import read_completion
 
@@ -211,9 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.startup: {error}", file=sys.stderr)
         return 1
     report = StartupReport(starts[left_out:], about)
-    print_table(report, console)
-    for path in save(report, options.out):
-        console.print(f"wrote {path.name} in {options.out.name}/", highlight=False)
+    publish(report, save, options.out, console)
     return 0
 
 

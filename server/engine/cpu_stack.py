@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cache.attention import AttentionMetadata
-from cache.decode import DecodePlan, DecodeShape, plan_step
+from cache.decode import DecodePlan, DecodeShape, can_decode, plan_step
 from cache.native import library
 from cache.storage import KVStorage
 from server.engine.batch import Batch
@@ -83,7 +83,8 @@ class Stack:
         features = [products.features for products in first.products]
         self._outs = [[_rows(width, torch.bfloat16) for width in widths] for widths in features]
         self._row, self._x = _rows(widest, torch.bfloat16), _rows(widest, torch.float32)
-        self._query, self._out = (_rows(self._query_heads * self._head_dim, torch.float32) for _ in range(2))
+        heads = (-1, self._query_heads, self._head_dim)
+        self._query, self._out = (_rows(features[0][0], torch.float32).view(heads) for _ in range(2))
         self._layers = (_Layer * len(layers))(*map(self._as_struct, layers))
         self._storage: KVStorage | None = None
         self._plans: list[DecodePlan] = []
@@ -107,7 +108,7 @@ class Stack:
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
         if len(metadata.sequences) > FEW_ROWS or len(metadata.slot_mapping) != len(metadata.sequences):
             return False
-        if storage.keys[0].dtype != torch.bfloat16:
+        if storage.keys[0].dtype != torch.bfloat16 or not can_decode(self._query, storage.keys[0]):
             return False
         plans = [plan_step(metadata, options) for options in self._options]
         self._plans = [plan for plan in plans if plan is not None]

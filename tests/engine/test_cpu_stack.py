@@ -95,6 +95,16 @@ def test_chunks_and_many_rows_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch)
     assert max(steps) <= FEW_ROWS
 
 
+def test_heads_that_the_decode_kernel_does_not_take_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers hold 16 query heads a KV head; here there are 20."""
+    model = bf16("llama", hidden_size=160, num_attention_heads=20, num_key_value_heads=1, head_dim=32)
+    assert model.stack is not None
+    steps = counted(monkeypatch)
+    outputs, _ = decoded(model, 2, "rope")
+    assert not steps
+    assert outputs == decoded_without_stack(model, 2, "rope")[0]
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "olmo2", "mixtral", "phi3"])
 def test_other_shapes_of_layers_have_none(family: str) -> None:
     assert bf16(family).stack is None
