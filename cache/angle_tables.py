@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache.transfer import send
 from rope.reading import AngleMap
 
 Held = TypeVar("Held")
@@ -94,7 +95,7 @@ class KeyTables:
         steps = torch.arange(self._tile, device=self._device, dtype=torch.float64)
         self.base_turns[slot, :tiles] = cos_sin(own.angles(bases))
         self.key_turns[slot] = cos_sin(steps[:, None] * own.theta)
-        self.decay[slot] = 0.0 if decay is None else decay.to(self._device, torch.float32)
+        self.decay[slot] = 0.0 if decay is None else send(decay.float(), self._device)
 
 
 class QueryAngles:
@@ -120,13 +121,13 @@ class QueryAngles:
         self.offset = torch.zeros_like(self.theta)
 
     def _fill(self, slot: int, angles: AngleMap) -> None:
-        self.theta[slot] = angles.theta.to(self._device)
-        self.offset[slot] = 0.0 if angles.offset is None else angles.offset.to(self._device)
+        self.theta[slot] = send(angles.theta, self._device)
+        self.offset[slot] = 0.0 if angles.offset is None else send(angles.offset, self._device)
 
 
 def on_device(angles: AngleMap, device: torch.device) -> AngleMap:
-    offset = None if angles.offset is None else angles.offset.to(device)
-    return replace(angles, theta=angles.theta.to(device), offset=offset)
+    offset = None if angles.offset is None else send(angles.offset, device)
+    return replace(angles, theta=send(angles.theta, device), offset=offset)
 
 
 def cos_sin(angles: Tensor) -> Tensor:
@@ -141,11 +142,3 @@ def places_of(angles: AngleMap, first: int, stop: int) -> NDArray[np.int64]:
         positions %= angles.period
     positions = positions // angles.group + angles.shift
     return positions if angles.cap is None else np.minimum(positions, angles.cap)
-
-
-def send(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """To the device, from pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cache.angle_tables import LONGEST, KeyTables, QueryAngles, places_of, send
+from cache.angle_tables import LONGEST, KeyTables, QueryAngles, places_of
 from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
+from cache.transfer import send
 from rope.reading import AngleMap, Part, Reading
 
 Ints = NDArray[np.int32]
