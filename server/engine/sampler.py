@@ -68,10 +68,15 @@ def draw(row: Tensor, sampling: SamplingParams, generator: torch.Generator | Non
     if sampling.min_p > 0.0:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0.0)
     cumulative = probabilities.cumsum(-1)
-    point = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1].cpu()
-    place = int(torch.searchsorted(cumulative, point.to(cumulative.device), right=True))
+    point = uniform(generator) * float(cumulative[-1])
+    place = int(torch.searchsorted(cumulative, point, right=True))
     place = min(place, int(probabilities.nonzero()[-1]))  # rounding at the very end of the distribution
     return place if candidates is None else int(candidates[place])
+
+
+def uniform(generator: torch.Generator | None) -> float:
+    """The one number in [0, 1) that a draw takes, fp64, from the sequence's own stream; None: the process's."""
+    return float(torch.rand((), dtype=torch.float64, generator=generator))
 
 
 def _candidates(scaled: Tensor, sampling: SamplingParams) -> tuple[Tensor | None, Tensor]:
