@@ -7,7 +7,7 @@ map of a length-dependent method costs rows for a tile's n keys and for every n-
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from typing import Generic, TypeVar
 
@@ -19,38 +19,60 @@ from torch import Tensor
 from cache.transfer import send
 from rope.reading import AngleMap
 
-Held = TypeVar("Held")
+Held = TypeVar("Held", bound=Hashable)
+
+KeyMap = tuple[AngleMap, Tensor | None]
+"""Of keys, and how fast pairs fade; both are told apart by identity."""
 
 LONGEST = 2**30
 """Positions and distances are int32 in kernels; nothing is longer."""
 
 
 class Slots(Generic[Held]):
-    """Rows of preallocated tensors by key, least recently used first to go. What a key stands for is held with it."""
+    """Rows of preallocated tensors by what they are made from, least recently used first to go.
+
+    What one step looked up stays until the next: where there is no room for all of it, new tensors are made.
+    """
 
     def __init__(self, allocate: Callable[[int], None], fill: Callable[[int, Held], None]) -> None:
         self._allocate, self._fill = allocate, fill
+        self._held: OrderedDict[Held, int] = OrderedDict()
+        self._step: object = None
+        self._used = set[Held]()  # in this step
         self._capacity = 0
-        self._held: OrderedDict[Hashable, tuple[int, Held]] = OrderedDict()
+        self.version = 0  # of the tensors
 
-    def forget(self) -> None:
+    def reserve(self, count: int) -> None:
+        """Room for so many at once. Tensors that are too small are made anew, and all slots with them."""
+        if count > self._capacity:
+            self._capacity = max(8, 1 << (count - 1).bit_length())
+            self.clear()
+
+    def clear(self) -> None:
+        """Make the tensors anew."""
         self._held.clear()
-        self._capacity = 0
+        self._used.clear()
+        self.version += 1
+        self._allocate(self._capacity)
 
-    def find(self, wanted: Mapping[Hashable, Held]) -> dict[Hashable, int]:
-        """The slot of each key, all filled."""
-        if len(wanted) > self._capacity:
-            self.forget()
-            self._capacity = max(8, 1 << (2 * len(wanted) - 1).bit_length())
-            self._allocate(self._capacity)
-        for key in wanted.keys() & self._held.keys():
-            self._held.move_to_end(key)
-        for key in wanted.keys() - self._held.keys():
+    def find(self, wanted: Iterable[Held], step: object) -> dict[Held, int]:
+        """The slot of each, all filled."""
+        if step is not self._step:
+            self._step = step
+            self._used.clear()
+        wanted = set(wanted)
+        needed = len(self._used | wanted)
+        if needed > self._capacity:
+            self.reserve(2 * needed)
+        self._used |= wanted
+        for held in wanted & self._held.keys():
+            self._held.move_to_end(held)
+        for held in wanted - self._held.keys():
             full = len(self._held) == self._capacity
-            slot = self._held.popitem(last=False)[1][0] if full else len(self._held)
-            self._held[key] = slot, wanted[key]
-            self._fill(slot, wanted[key])
-        return {key: self._held[key][0] for key in wanted}
+            slot = self._held.popitem(last=False)[1] if full else len(self._held)
+            self._held[held] = slot
+            self._fill(slot, held)
+        return {held: self._held[held] for held in wanted}
 
 
 class KeyTables:
@@ -69,16 +91,25 @@ class KeyTables:
     def __init__(self, pairs: int, tile: int, device: torch.device) -> None:
         self._pairs, self._tile, self._device = pairs, tile, device
         self._rows = 64
-        self._slots = Slots[tuple[AngleMap, Tensor | None]](self._allocate, self._fill)
-        self._slots.find({(): (AngleMap(torch.zeros(pairs, dtype=torch.float64)), None)})  # never without tensors
+        self._slots = Slots[KeyMap](self._allocate, self._fill)
+        self._slots.reserve(1)  # never without tensors
 
-    def find(self, wanted: Mapping[Hashable, tuple[AngleMap, Tensor | None]], length: int) -> dict[Hashable, int]:
-        """The slots of maps and decays; length: keys of the longest sequence."""
+    def find(self, wanted: Iterable[KeyMap], length: int, step: object) -> dict[KeyMap, int]:
+        """Their slots; length: keys of the longest sequence."""
+        self.reserve(1, length)
+        return self._slots.find(wanted, step)
+
+    def reserve(self, count: int, length: int) -> None:
+        """Room for so many maps at once, of so many keys."""
         rows = -(-length // self._tile)
         if rows > self._rows:
             self._rows = 1 << (rows - 1).bit_length()
-            self._slots.forget()
-        return self._slots.find(wanted)
+            self._slots.clear()
+        self._slots.reserve(count)
+
+    @property
+    def version(self) -> int:
+        return self._slots.version
 
     def _allocate(self, capacity: int) -> None:
         """New tensors, not resized ones: a step that still runs keeps those that it was planned with."""
@@ -86,7 +117,7 @@ class KeyTables:
         self.key_turns = torch.zeros(capacity, self._tile, 2, self._pairs, device=self._device)
         self.decay = torch.zeros(capacity, self._pairs, device=self._device)
 
-    def _fill(self, slot: int, held: tuple[AngleMap, Tensor | None]) -> None:
+    def _fill(self, slot: int, held: KeyMap) -> None:
         angles, decay = held
         assert angles.cap is None, "a key map has no cap"
         own = on_device(angles, self._device)
@@ -108,8 +139,15 @@ class QueryAngles:
         self._pairs, self._device = pairs, device
         self._slots = Slots[AngleMap](self._allocate, self._fill)
 
-    def find(self, wanted: Mapping[Hashable, AngleMap]) -> dict[Hashable, int]:
-        return self._slots.find(wanted)
+    def find(self, wanted: Iterable[AngleMap], step: object) -> dict[AngleMap, int]:
+        return self._slots.find(wanted, step)
+
+    def reserve(self, count: int) -> None:
+        self._slots.reserve(count)
+
+    @property
+    def version(self) -> int:
+        return self._slots.version
 
     def turns(self, places: Tensor, slots: Tensor, factors: Tensor) -> Tensor:
         """[N] positions within the maps, slots and factors fp32 → [N, 2, D/2] fp32."""
@@ -135,10 +173,9 @@ def cos_sin(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=1).float()
 
 
-def places_of(angles: AngleMap, first: int, stop: int) -> NDArray[np.int64]:
+def places_of(angles: AngleMap, positions: NDArray[np.int32]) -> NDArray[np.int32]:
     """Positions within the map: what it multiplies θ by."""
-    positions = np.arange(first, stop, dtype=np.int64)
     if angles.period is not None:
-        positions %= angles.period
+        positions = positions % angles.period
     positions = positions // angles.group + angles.shift
     return positions if angles.cap is None else np.minimum(positions, angles.cap)

@@ -20,7 +20,7 @@ from rope.reading import PositionMethod
 class SequenceRows:
     """The rows of one sequence in a step: `count` of them from packed row `first`, at positions `start`, `start` + 1, …
 
-    block_table: [blocks] int64: where positions 0 … start + count − 1 live.
+    block_table: [blocks] int64, on the host whatever the device: where positions 0 … start + count − 1 live.
     """
 
     first: int
@@ -49,6 +49,11 @@ class AttentionMetadata:
     slot_mapping: Tensor
     block_size: int
     plans: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return sum(sequence.count for sequence in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)

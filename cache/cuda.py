@@ -1,4 +1,5 @@
-"""The GPU path: dispatch to the kernels. What they need beside the tensors is planned once a step (`cache.cuda_plan`).
+"""The GPU path: dispatch to the kernels. What they need beside the tensors is planned once a step (`cache.cuda_plan`):
+`cuda_rows` for sequences with a single row, `cuda_chunks` for the others.
 
 Nothing here waits for the device. With tensors on the CPU it runs under Triton's interpreter: so it is tested.
 """
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from cache.attention import AttentionMetadata, AttentionOptions
-from cache.cuda_plan import make_plan
+from cache.cuda_chunks import plan_chunks
+from cache.cuda_plan import PlanKey
+from cache.cuda_rows import plan_rows
 
 
 def cuda_attention(
@@ -24,15 +27,15 @@ def cuda_attention(
     from cache.kernels.prefill import prefill
 
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-    group = query.shape[1] // keys.shape[2]
+    kv_heads, head_dim = keys.shape[2:]
+    group = query.shape[1] // kv_heads
     for single, config, attend in ((True, decode_config, decode), (False, prefill_config, prefill)):
         if any((sequence.count == 1) == single for sequence in metadata.sequences):
-            chosen = config(group, keys.shape[3], keys.dtype)
+            chosen = config(group, head_dim, keys.dtype)
             rows = 1 if single else chosen.block_m // group
-            shape = (rows, chosen.block_n, query.shape[0], keys.shape[3])
-            key = ("cuda", single, shape, options.group, options.sliding_window)
+            key = PlanKey(single, rows, chosen.block_n, kv_heads, head_dim, options.group, options.sliding_window)
             if key not in metadata.plans:
-                metadata.plans[key] = make_plan(metadata, single, shape, options, query.device)
+                metadata.plans[key] = (plan_rows if single else plan_chunks)(metadata, key, query.device)
             with _on(query.device):
                 attend(query, keys, values, metadata.plans[key], options, out)
     return out

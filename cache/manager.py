@@ -8,14 +8,37 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cache.block_pool import BlockPool
 from cache.prefix import PrefixHasher
+
+
+class BlockTable(list[int]):
+    """Blocks of one sequence, in order. It only grows: a sequence that lets go of its blocks gets a new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._array = np.empty(8, dtype=np.int64)
+        self._num_copied = 0
+
+    def head(self, count: int) -> NDArray[np.int64]:
+        """The first `count` as a view of an array that is extended, not made anew: what was given never changes."""
+        if count > self._num_copied:
+            if len(self) > len(self._array):
+                copied = self._array[: self._num_copied]
+                self._array = np.empty(2 * len(self), dtype=np.int64)
+                self._array[: self._num_copied] = copied
+            self._array[self._num_copied : len(self)] = self[self._num_copied :]
+            self._num_copied = len(self)
+        return self._array[:count]
 
 
 class Cacheable(Protocol):
     """What the cache needs of a sequence."""
 
-    block_table: list[int]
+    block_table: BlockTable
     token_ids: list[int]
     num_computed_tokens: int
     hasher: PrefixHasher
@@ -80,19 +103,19 @@ class KVCacheManager:
             sequence.block_table.extend(self.pool.allocate(missing))
         return True
 
-    def remember(self, sequence: Cacheable, num_known_tokens: int) -> None:
-        """Make the full computed blocks of a sequence findable; those of the first `num_known_tokens` are already."""
-        known, full = num_known_tokens // self.block_size, sequence.num_computed_tokens // self.block_size
-        if not self.prefix_caching or known == full:
+    def remember(self, sequence: Cacheable, start: int, stop: int) -> None:
+        """Make findable what tokens `start` … `stop` − 1 filled: they are known and computed, as are all before them."""
+        first, full = start // self.block_size, stop // self.block_size
+        if not self.prefix_caching or first == full:
             return
-        hashes = sequence.hasher.extend(sequence.token_ids)
-        for block, block_hash in zip(sequence.block_table[known:full], hashes[known:full], strict=True):
+        hashes = sequence.hasher.extend(sequence.token_ids, stop)
+        for block, block_hash in zip(sequence.block_table[first:full], hashes[first:full], strict=True):
             self.pool.remember(block, block_hash)
 
     def release(self, sequence: Cacheable) -> None:
         """Let go of all blocks of a sequence; what they cached stays findable until they are reused."""
         self.pool.release(sequence.block_table)
-        sequence.block_table.clear()
+        sequence.block_table = BlockTable()
         sequence.num_computed_tokens = 0
 
     def check_integrity(self, sequences: Iterable[Cacheable]) -> None:

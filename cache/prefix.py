@@ -24,10 +24,13 @@ class PrefixHasher:
         self._root = hashlib.blake2b(salt.encode(), digest_size=16).digest()
         self.hashes: list[bytes] = []
 
-    def extend(self, token_ids: Sequence[int]) -> list[bytes]:
-        """Hashes of all full blocks of `token_ids`, which begins with the tokens of the last call."""
+    def extend(self, token_ids: Sequence[int], num_known: int | None = None) -> list[bytes]:
+        """Hashes of all full blocks of `token_ids`, which begins with the tokens of the last call.
+
+        num_known: only so many of them are known yet; None is all.
+        """
         size = self._block_size
-        for index in range(len(self.hashes), len(token_ids) // size):
+        for index in range(len(self.hashes), (len(token_ids) if num_known is None else num_known) // size):
             end = (index + 1) * size
             h = hashlib.blake2b(self.hashes[-1] if self.hashes else self._root, digest_size=16)
             h.update(array("q", token_ids[index * size : end]).tobytes())

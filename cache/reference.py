@@ -19,8 +19,8 @@ def reference_attention(
     out = torch.empty(query.shape[0], query.shape[1], values.shape[-1], dtype=query.dtype, device=query.device)
     for sequence in metadata.sequences:
         rows = slice(sequence.first, sequence.first + sequence.count)
-        key = keys[sequence.block_table].flatten(0, 1)[: sequence.length].float()
-        value = values[sequence.block_table].flatten(0, 1)[: sequence.length].float()
+        blocks = sequence.block_table.to(keys.device)
+        key, value = (cache[blocks].flatten(0, 1)[: sequence.length].float() for cache in (keys, values))
         out[rows] = _sequence(query[rows].float(), key, value, sequence, options).to(query.dtype)
     return out
 
