@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def describe_machine() -> dict[str, Any]:
@@ -26,3 +29,14 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """The card, where there is one, and the versions that decide what runs on it."""
+    found = {"torch": torch.__version__}
+    for name in ("triton", "transformers"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"} | found

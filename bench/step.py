@@ -1,230 +1,76 @@
-"""Where the time of one engine step goes: decode steps of 1 and 8 rows, and one prefill chunk, by parts, in ms.
+"""One engine step. Where its time goes, or, of a known shape with random weights, how far it is from memory's floor.
 
-    python -m bench.step --threads 1 --rows 1 8 --chunk 512
+    python -m bench.step --threads 1 --rows 1 8 --chunk 512         # by parts (bench.step_parts)
+    python -m bench.step --shape llama-3-8b --contexts 32768 131072 # beside the floor (bench.step_floor), on a GPU
+    python -m bench.step --shape toy --device cpu                   # proves the program, measures nothing
 
-The engine runs as it is served; calls are timed from outside, by wrapping them on this one engine:
-
-    stack       all decoder layers in one call: decode steps of few rows on the CPU, in place of the next four
-    linears     matrix products, and what is done in one call with them (the gate of an MLP)
-    norms       modules called …Norm
-    attention   the method's reading of the cache
-    store       this step's keys and values into the cache
-    lm_head     logits of the rows that sample
-    layers      what is left of the model's forward: residual sums, views, transformers' Python
-    sampling    from logits to tokens
-    scheduling  what is left of the step: the plan, the batch as tensors, outputs
-
-Medians over --steps steps of a whole step's time and of each part. With one thread on a CPU, time is the thread's CPU
-time, which a busy neighbour lengthens less than wall time; on a GPU the device is waited for at each border, so the sum
-of the parts is more than a step that is left alone.
+Nothing is downloaded for a shape, and no weight is written to a disk.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import nn
 
-from bench.machine import describe_machine
-from rope.spec import RopeSpec
-from server.checkpoint import resolve_checkpoint
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest
-from server.settings import default_cache_dir
+from bench import OUTPUT_FOLDER, WIDTH
+from bench.shapes import MODELS
 
-PARTS = ("stack", "linears", "norms", "attention", "store", "lm_head", "layers", "sampling", "scheduling")
-WARM_STEPS = 3
-Times = dict[str, float]
-
-
-class Stopwatch:
-    """Seconds by part, of calls that may nest: a part's time is less what the parts inside it took."""
-
-    def __init__(self, device: torch.device, threads: int) -> None:
-        self._device = device
-        self._clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
-        self._inside = [0.0]
-        self.taken: Times = defaultdict(float)
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return self._clock()
-
-    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, timed."""
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            self._inside.append(0.0)
-            began = self.now()
-            try:
-                return call(*arguments, **options)
-            finally:
-                whole = self.now() - began
-                self.taken[part] += whole - self._inside.pop()
-                self._inside[-1] += whole
-
-        return timed
-
-
-def part_of(engine: Engine, module: nn.Module) -> str | None:
-    """The part that a module's forward is timed as; None: with what is around it."""
-    if module is engine.model.raw.model.get_output_embeddings():
-        return "lm_head"
-    if type(module).__name__.endswith("Norm"):
-        return "norms"
-    attends = module in {layer.module for layer in engine.model.layers}
-    replaced = "forward" in vars(module) and not attends
-    return "linears" if isinstance(module, nn.Linear) or replaced else None
-
-
-@contextmanager
-def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
-    """Inside, every part of this engine's steps is timed."""
-    model, calls = engine.model, [("sampling", "server.engine.engine.sample")]
-    calls.append(("attention", "server.engine.model.paged_attention"))
-    with ExitStack() as stack:
-        for part, name in calls:
-            module, _, function = name.rpartition(".")
-            stack.enter_context(patch(name, stopwatch.timed(part, getattr(sys.modules[module], function))))
-        for part, owner, attribute in (("store", engine.storage, "store"), ("layers", model, "forward")):
-            timed = stopwatch.timed(part, getattr(owner, attribute))
-            stack.enter_context(patch.object(owner, attribute, timed))
-        if model.stack is not None:
-            stack.enter_context(patch.object(model.stack, "run", stopwatch.timed("stack", model.stack.run)))
-        for module in model.raw.model.modules():
-            found = part_of(engine, module)
-            if found is not None:
-                stack.enter_context(patch.object(module, "forward", stopwatch.timed(found, module.forward)))
-        stack.enter_context(patch.object(engine, "step", stopwatch.timed("scheduling", engine.step)))
-        yield
-
-
-def add(engine: Engine, row: int, prompt_tokens: int, max_tokens: int) -> None:
-    """A greedy request of random tokens."""
-    prompt = torch.randint(0, engine.info.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(row))
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    engine.add(EngineRequest(f"row {row}", prompt.tolist(), sampling))
-
-
-def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterator[None]:
-    """Yields before each decode step of `rows` sequences, past the first few."""
-    for row in range(rows):
-        add(engine, row, context, WARM_STEPS + steps + rows + 8)
-    while any(not sequence.decoding for sequence in engine.scheduler.sequences):
-        engine.step()
-    for step in range(WARM_STEPS + steps):
-        if step >= WARM_STEPS:
-            yield
-        else:
-            engine.step()
-    for row in range(rows):
-        engine.abort(f"row {row}")
-
-
-def chunk_steps(engine: Engine, rows: int, steps: int) -> Iterator[None]:
-    """Yields before each step of one prompt of `rows` tokens, past the first."""
-    for step in range(1 + steps):
-        add(engine, step, rows, 1)
-        if step == 0:
-            engine.step()
-        else:
-            yield
-
-
-def measure(engine: Engine, steps: Iterator[None], threads: int) -> dict[str, float]:
-    """Median ms of a step and of its parts; steps are measured whole and by parts in turn."""
-    wholes, parts = [], []
-    for number, _ in enumerate(steps):
-        stopwatch = Stopwatch(engine.model.device, threads)
-        if number % 2:
-            with watched(engine, stopwatch):
-                engine.step()
-            parts.append(dict(stopwatch.taken))
-        else:
-            began = stopwatch.now()
-            engine.step()
-            wholes.append(stopwatch.now() - began)
-    found = {part: statistics.median(taken.get(part, 0.0) for taken in parts) for part in PARTS}
-    return {"step": 1e3 * statistics.median(wholes)} | {part: 1e3 * seconds for part, seconds in found.items()}
-
-
-def print_table(title: str, found: dict[str, dict[str, float]], console: Console) -> None:
-    table = Table(title=title)
-    table.add_column("part")
-    for name in found:
-        table.add_column(name, justify="right")
-    for part in ("step", *PARTS):
-        table.add_row(part, *(f"{times[part]:.2f}" for times in found.values()), end_section=part == "step")
-    console.print(table)
+TOY = {"rows": [1, 2], "contexts": [48, 96], "prompt": 96, "budget": 48, "steps": 3, "rounds": 2}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.step", description="Where the time of one engine step goes.")
-    parser.add_argument("--model", help="a folder or a hub id; the embedded model when left out")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--weights", choices=["none", "int8"], default="none", help="WEIGHT_QUANTIZATION")
-    parser.add_argument("--method", default="auto", help="position method")
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8], help="sequences in a decode step")
-    parser.add_argument("--context", type=int, default=128, help="prompt tokens before a decode step")
-    parser.add_argument("--chunk", type=int, default=512, help="rows of the prefill chunk; 0 leaves it out")
-    parser.add_argument("--steps", type=int, default=40, help="decode steps; a tenth of that are prefill chunks")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="folder for step.json")
-    return parser.parse_args(arguments)
-
-
-def load_engine(options: argparse.Namespace, say: Callable[[str], None]) -> Engine:
-    config = EngineConfig(
-        dtype=options.dtype,
-        device=options.device,
-        weight_quantization=options.weights,
-        rope=RopeSpec(method=options.method),
-        max_num_seqs=max(options.rows),
-        max_batched_tokens=max(512, options.chunk, *options.rows),
-        kv_cache_memory=2**29,
-        prefix_caching=False,
-        cache_dir=default_cache_dir(),
-    )
-    return Engine.load(resolve_checkpoint(options.model, None, say), config, say)
+    add = parser.add_argument
+    add("--dtype", default="auto")
+    add("--device", default="auto")
+    add("--rows", nargs="+", type=int, default=[1, 8], help="sequences in a decode step")
+    add("--steps", type=int, default=40, help="decode steps; a tenth of that are prefill chunks")
+    add("--threads", type=int, default=torch.get_num_threads())
+    add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for step.json")
+    add = parser.add_argument_group("by parts").add_argument
+    add("--model", help="a folder or a hub id; the embedded model when left out")
+    add("--weights", choices=["none", "int8"], default="none", help="WEIGHT_QUANTIZATION")
+    add("--method", default="auto", help="position method")
+    add("--context", type=int, default=128, help="prompt tokens before a decode step")
+    add("--chunk", type=int, default=512, help="rows of the prefill chunk; 0 leaves it out")
+    add = parser.add_argument_group("beside the floor").add_argument
+    add("--shape", choices=list(MODELS), help="random weights of this shape, in bfloat16 unless --dtype says otherwise")
+    add("--methods", nargs="+", default=["rope", "rerope", "dynamic_leaky"], help="compared with the first")
+    add("--contexts", nargs="+", type=int, default=[32768, 131072], help="tokens in the cache before a decode step")
+    add("--prompt", type=int, default=32768, help="tokens of the prompt that is prefilled; 0 leaves it out")
+    add("--budget", type=int, default=2048, help="MAX_BATCHED_TOKENS")
+    add("--rounds", type=int, default=3, help="each measures every case once")
+    add("--minutes", type=float, default=3.5, help="no case begins after these")
+    if parser.parse_args(arguments).shape == "toy":
+        parser.set_defaults(**TOY)
+    options = parser.parse_args(arguments)
+    for name in ("rows", "contexts", "steps", "rounds", "budget"):
+        least = min(given) if isinstance(given := getattr(options, name), list) else given
+        if least < 1:
+            parser.error(f"--{name} {least}: must be at least 1")
+    if len(set(options.methods)) < len(options.methods):
+        parser.error(f"--methods {' '.join(options.methods)}: each once")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    console = Console()
-    engine = load_engine(options, lambda line: console.print(line, highlight=False))
-    found = {}
-    for rows in options.rows:
-        steps = decode_steps(engine, rows, options.context, options.steps)
-        found[f"decode, {rows} row{'s'[: rows != 1]}"] = measure(engine, steps, options.threads)
-    if options.chunk:
-        steps = chunk_steps(engine, options.chunk, max(4, options.steps // 10))
-        found[f"prefill, {options.chunk} rows"] = measure(engine, steps, options.threads)
-    threads = f"{options.threads} thread{'s'[: options.threads != 1]}"
-    weights = "" if options.weights == "none" else f" with {options.weights} weights"
-    print_table(f"One step, ms, {threads}, {engine.info.dtype}{weights} on {engine.info.device}", found, console)
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "model")}
-    report = {"machine": describe_machine(), "options": settings, "ms": found}
-    (options.out / "step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    # Imported as asked for: the floor needs torch and transformers only, and nothing of the HTTP server.
+    if options.shape is None:
+        from bench import step_parts
+
+        step_parts.run(options, console)
+        return 0
+    from bench import step_floor
+
+    return step_floor.run(options, console)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""How calls are timed on one device, and the two rates that set its limits: of copies and of matrix products."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+REPEATS = 15
+FLUSHED_BYTES = 256 * 2**20  # more than any L2 cache holds
+COPIED_BYTES = 2**30
+MATRIX = 8192
+
+
+class Clock:
+    """Times calls on one device. On a CPU a call is timed once: that proves a program and measures nothing."""
+
+    def __init__(self, device: torch.device, repeats: int = REPEATS) -> None:
+        self.device, self._repeats = device, repeats
+        self._on_gpu = device.type == "cuda"
+        self._flushed = torch.zeros(FLUSHED_BYTES // 4 if self._on_gpu else 0, device=device)
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """The median of one call, captured in a CUDA graph and replayed with the L2 cache flushed before."""
+        call()  # compiles, and plans the step
+        if not self._on_gpu:
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        self._replay(graph)  # the first replay uploads the graph
+        return statistics.median(self._replay(graph) for _ in range(self._repeats))
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._flushed.sum()  # read, not written: changed lines would be written back while the call runs
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def copy_rate(clock: Clock) -> float:
+    """Bytes read and written a second."""
+    size = COPIED_BYTES if clock.device.type == "cuda" else 2**20
+    source = torch.ones(size, dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * size / clock.seconds(lambda: target.copy_(source))
+
+
+def matmul_rate(clock: Clock, dtype: torch.dtype) -> float:
+    """FLOPs a second of a square product."""
+    size = MATRIX if clock.device.type == "cuda" else 64
+    one, other = (torch.randn(size, size, dtype=dtype, device=clock.device) for _ in range(2))
+    return 2 * size**3 / clock.seconds(lambda: one @ other)

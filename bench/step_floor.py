@@ -1,0 +1,216 @@
+"""Decode steps and prefill of a known shape with random weights, beside the floor that memory sets.
+
+    floor = (bytes of the weights that a step reads + K and V of its rows) ÷ the copy bandwidth measured here
+
+The engine is loaded and stepped as it is served, the probe against transformers included: only, the weights are not
+read but drawn, in memory and on the device, for a folder that holds a config and nothing else. Contexts are not
+prefilled: every slot of the cache gets random keys and values, and the cache is told that its blocks hold a request's
+prompt, so that the request finds its prefix there, computes its last block and decodes.
+
+Rounds take the methods of a case one after the other, and a ratio of two methods is the median of the rounds' ratios:
+what slows a round slows both. A step's time is the median of steps that end when their tokens are on the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+
+from bench.kernels_clock import Clock, copy_rate
+from bench.machine import describe_device, describe_machine
+from bench.report import print_table
+from bench.shapes import MODELS, ModelShape
+from bench.step_report import FloorReport, save
+from bench.targets import TargetTable
+from rope.spec import RopeSpec
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.model import choose_device
+from server.engine.sampling_params import SamplingParams
+from server.engine.sequence import EngineRequest
+
+WARM_STEPS = 8
+"""Kernels are compiled, graphs captured and caches warm after these."""
+BLOCK_SIZE = 16
+
+
+class Floor:
+    """One engine, and what its steps take. Seconds a decode step, and tokens a second of prefill, a value a round."""
+
+    def __init__(self, engine: Engine, methods: Sequence[str], steps: int) -> None:
+        self.engine, self._steps = engine, steps
+        self._positions = {name: engine.resolve_positions(RopeSpec(method=name)) for name in methods}
+        self._numbers = itertools.count()
+        scatter(engine)
+        fill(engine)
+
+    def fits(self, rows: int, context: int) -> bool:
+        return rows * blocks_of(context, self._steps) <= self.engine.scheduler.cache.pool.num_blocks
+
+    def decode(self, method: str, rows: int, context: int) -> float:
+        """Median seconds of a step of `rows` sequences with `context` tokens each."""
+        engine, steps = self.engine, WARM_STEPS + self._steps + rows + 8
+        names = [self._add(method, context, steps, known=True) for _ in range(rows)]
+        while any(not sequence.decoding for sequence in engine.scheduler.sequences):
+            engine.step()
+        taken = [_seconds(engine.step) for _ in range(WARM_STEPS + self._steps)]
+        for name in names:
+            engine.abort(name)
+        return statistics.median(taken[WARM_STEPS:])
+
+    def prefill(self, method: str, tokens: int) -> float:
+        """Tokens a second, from the first chunk to the first token."""
+        self._add(method, tokens, 1, known=False)
+        began = time.perf_counter()
+        while self.engine.has_work():
+            self.engine.step()
+        return tokens / (time.perf_counter() - began)
+
+    def _add(self, method: str, tokens: int, max_tokens: int, *, known: bool) -> str:
+        """Queue a prompt of random tokens that no other shares; known: it is in the cache but for its last block."""
+        number = next(self._numbers)
+        generator = torch.Generator().manual_seed(number)
+        prompt = torch.randint(0, self.engine.info.vocab_size, (tokens,), generator=generator).tolist()
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        positions, name = self._positions[method], f"request {number}"
+        self.engine.add(EngineRequest(name, prompt, sampling, positions, cache_salt=name))
+        if known:
+            pretend(self.engine, name)
+        return name
+
+
+def pretend(engine: Engine, request_id: str) -> None:
+    """Let the cache believe that it holds the full blocks of a waiting request's prompt."""
+    sequence, pool = engine.scheduler.waiting[request_id], engine.scheduler.cache.pool
+    hashes = sequence.hasher.extend(sequence.token_ids)
+    blocks = pool.allocate(len(hashes))
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        pool.remember(block, block_hash)
+    pool.release(blocks)
+
+
+def scatter(engine: Engine) -> None:
+    """Free blocks are taken in no order from now on, as after a day's traffic."""
+    pool = engine.scheduler.cache.pool
+    blocks = pool.allocate(pool.num_free)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).tolist()
+    pool.release([blocks[place] for place in order])
+
+
+def fill(engine: Engine) -> None:
+    """Random keys and values in every slot."""
+    for tensor in (*engine.storage.keys, *engine.storage.values):
+        tensor.normal_()
+
+
+def blocks_of(context: int, steps: int) -> int:
+    """That one row takes until its last step."""
+    return -(-tokens_of(context, steps) // BLOCK_SIZE)
+
+
+def tokens_of(context: int, steps: int) -> int:
+    return context + WARM_STEPS + steps + 64
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def load_engine(shape: ModelShape, options: argparse.Namespace, say: Callable[[str], None]) -> Engine:
+    """As a checkpoint of that shape is served, with prefix caching and the cache sized by the engine."""
+    config, device = shape.config(), choose_device(options.device)
+    longest = max(*options.contexts, options.prompt)
+
+    def draw(_source: object, *, dtype: Any, attn_implementation: str, **_reading: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+
+    settings = EngineConfig(
+        dtype="bfloat16" if options.dtype == "auto" else options.dtype,
+        device=str(device),
+        rope=RopeSpec(method=options.methods[0]),
+        max_model_len=tokens_of(longest, options.steps),
+        max_num_seqs=max(options.rows),
+        max_batched_tokens=max(options.budget, BLOCK_SIZE * max(options.rows)),
+        block_size=BLOCK_SIZE,
+        prefix_caching=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        checkpoint: Any = SimpleNamespace(source=folder, name=options.shape, revision=None, gguf_file=None)
+        with patch("transformers.AutoModelForCausalLM.from_pretrained", draw):
+            return Engine.load(checkpoint, settings, say)
+
+
+def cells(options: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
+    """(method, rows, context) of all rounds; prefill has 0 rows. Methods take turns at being first."""
+    cases = [(rows, context) for context in options.contexts for rows in options.rows]
+    cases += [(0, options.prompt)] if options.prompt else []
+    for number in range(options.rounds):
+        for rows, context in cases:
+            for method in options.methods[:: -1 if number % 2 else 1]:
+                yield method, rows, context
+
+
+def measure(floor: Floor, report: FloorReport, cell: tuple[str, int, int], until: float) -> str:
+    """One cell into the report; a line that says what it gave, or why it was left out."""
+    method, rows, context = cell
+    case = f"decode {rows} x {context:,} {method}" if rows else f"prefill {context:,} {method}"
+    if time.monotonic() > until:
+        report.left_out.setdefault(case, "the time was up")
+    elif rows and not floor.fits(rows, context):
+        report.left_out[case] = f"the cache holds {floor.engine.info.num_cache_tokens:,} tokens"
+    elif rows:
+        seconds = floor.decode(method, rows, context)
+        report.decode.setdefault(cell, []).append(seconds)
+        return f"{case}: {seconds * 1e3:.3f} ms, {seconds / report.floor(rows, context):.2f} of the floor"
+    else:
+        rate = floor.prefill(method, context)
+        report.prefill.setdefault(method, []).append(rate)
+        return f"{case}: {rate:,.0f} tokens a second"
+    return f"{case}: left out, {report.left_out[case]}"
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Measure, print tables and targets, leave step.json and step.md in --out. 1: the engine failed."""
+    until = time.monotonic() + 60 * options.minutes
+    shape, device = MODELS[options.shape], choose_device(options.device)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    copied = copy_rate(Clock(device))  # before the engine takes the memory
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    engine = load_engine(shape, options, say)
+    dtype = engine.model.dtype
+    about = describe_machine() | describe_device(device) | {"shape": options.shape, "dtype": engine.info.dtype}
+    about |= {name: getattr(options, name) for name in ("steps", "rounds", "budget", "prompt")}
+    about |= {"num_cache_tokens": engine.info.num_cache_tokens, "copy_bytes_per_s": copied}
+    report = FloorReport(options.methods, shape.read_bytes(dtype), shape.token_bytes(dtype), about)
+    try:
+        floor = Floor(engine, options.methods, options.steps)
+        for cell in cells(options):
+            say(measure(floor, report, cell, until))
+            save(report, options.out)
+    except Exception as error:  # what was measured before is told all the same
+        report.failures["engine"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        say(f"failed: {report.failures['engine']}")
+        save(report, options.out)
+    print_table(report, console)
+    print_table(TargetTable(report.targets()), console)
+    return 1 if report.failures else 0

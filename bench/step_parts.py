@@ -1,0 +1,206 @@
+"""Where the time of one engine step goes: decode steps of 1 and 8 rows, and one prefill chunk, by parts, in ms.
+
+The engine runs as it is served; calls are timed from outside, by wrapping them on this one engine:
+
+    stack       all decoder layers in one call: decode steps of few rows on the CPU, in place of the next four
+    linears     matrix products, and what is done in one call with them (the gate of an MLP)
+    norms       modules called …Norm
+    attention   the method's reading of the cache
+    store       this step's keys and values into the cache
+    lm_head     logits of the rows that sample
+    layers      what is left of the model's forward: residual sums, views, transformers' Python
+    sampling    from logits to tokens
+    scheduling  what is left of the step: the plan, the batch as tensors, outputs
+
+Medians over --steps steps of a whole step's time and of each part. With one thread on a CPU, time is the thread's CPU
+time, which a busy neighbour lengthens less than wall time; on a GPU the device is waited for at each border, so the sum
+of the parts is more than a step that is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from bench.machine import describe_machine
+from rope.spec import RopeSpec
+from server.checkpoint import resolve_checkpoint
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.sampling_params import SamplingParams
+from server.engine.sequence import EngineRequest
+from server.settings import default_cache_dir
+
+PARTS = ("stack", "linears", "norms", "attention", "store", "lm_head", "layers", "sampling", "scheduling")
+TOLD = ("dtype", "device", "rows", "steps", "threads", "weights", "method", "context", "chunk")
+WARM_STEPS = 3
+Times = dict[str, float]
+
+
+class Stopwatch:
+    """Seconds by part, of calls that may nest: a part's time is less what the parts inside it took."""
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self._device = device
+        self._clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
+        self._inside = [0.0]
+        self.taken: Times = defaultdict(float)
+
+    def now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return self._clock()
+
+    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            self._inside.append(0.0)
+            began = self.now()
+            try:
+                return call(*arguments, **options)
+            finally:
+                whole = self.now() - began
+                self.taken[part] += whole - self._inside.pop()
+                self._inside[-1] += whole
+
+        return timed
+
+
+def part_of(engine: Engine, module: nn.Module) -> str | None:
+    """The part that a module's forward is timed as; None: with what is around it."""
+    if module is engine.model.raw.model.get_output_embeddings():
+        return "lm_head"
+    if type(module).__name__.endswith("Norm"):
+        return "norms"
+    attends = module in {layer.module for layer in engine.model.layers}
+    replaced = "forward" in vars(module) and not attends
+    return "linears" if isinstance(module, nn.Linear) or replaced else None
+
+
+@contextmanager
+def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
+    """Inside, every part of this engine's steps is timed."""
+    model, calls = engine.model, [("sampling", "server.engine.engine.sample")]
+    calls.append(("attention", "server.engine.model.paged_attention"))
+    with ExitStack() as stack:
+        for part, name in calls:
+            module, _, function = name.rpartition(".")
+            stack.enter_context(patch(name, stopwatch.timed(part, getattr(sys.modules[module], function))))
+        for part, owner, attribute in (("store", engine.storage, "store"), ("layers", model, "forward")):
+            timed = stopwatch.timed(part, getattr(owner, attribute))
+            stack.enter_context(patch.object(owner, attribute, timed))
+        if model.stack is not None:
+            stack.enter_context(patch.object(model.stack, "run", stopwatch.timed("stack", model.stack.run)))
+        for module in model.raw.model.modules():
+            found = part_of(engine, module)
+            if found is not None:
+                stack.enter_context(patch.object(module, "forward", stopwatch.timed(found, module.forward)))
+        stack.enter_context(patch.object(engine, "step", stopwatch.timed("scheduling", engine.step)))
+        yield
+
+
+def add(engine: Engine, row: int, prompt_tokens: int, max_tokens: int) -> None:
+    """A greedy request of random tokens."""
+    prompt = torch.randint(0, engine.info.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(row))
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    engine.add(EngineRequest(f"row {row}", prompt.tolist(), sampling))
+
+
+def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterator[None]:
+    """Yields before each decode step of `rows` sequences, past the first few."""
+    for row in range(rows):
+        add(engine, row, context, WARM_STEPS + steps + rows + 8)
+    while any(not sequence.decoding for sequence in engine.scheduler.sequences):
+        engine.step()
+    for step in range(WARM_STEPS + steps):
+        if step >= WARM_STEPS:
+            yield
+        else:
+            engine.step()
+    for row in range(rows):
+        engine.abort(f"row {row}")
+
+
+def chunk_steps(engine: Engine, rows: int, steps: int) -> Iterator[None]:
+    """Yields before each step of one prompt of `rows` tokens, past the first."""
+    for step in range(1 + steps):
+        add(engine, step, rows, 1)
+        if step == 0:
+            engine.step()
+        else:
+            yield
+
+
+def measure(engine: Engine, steps: Iterator[None], threads: int) -> dict[str, float]:
+    """Median ms of a step and of its parts; steps are measured whole and by parts in turn."""
+    wholes, parts = [], []
+    for number, _ in enumerate(steps):
+        stopwatch = Stopwatch(engine.model.device, threads)
+        if number % 2:
+            with watched(engine, stopwatch):
+                engine.step()
+            parts.append(dict(stopwatch.taken))
+        else:
+            began = stopwatch.now()
+            engine.step()
+            wholes.append(stopwatch.now() - began)
+    found = {part: statistics.median(taken.get(part, 0.0) for taken in parts) for part in PARTS}
+    return {"step": 1e3 * statistics.median(wholes)} | {part: 1e3 * seconds for part, seconds in found.items()}
+
+
+def print_table(title: str, found: dict[str, dict[str, float]], console: Console) -> None:
+    table = Table(title=title)
+    table.add_column("part")
+    for name in found:
+        table.add_column(name, justify="right")
+    for part in ("step", *PARTS):
+        table.add_row(part, *(f"{times[part]:.2f}" for times in found.values()), end_section=part == "step")
+    console.print(table)
+
+
+def load_engine(options: argparse.Namespace, say: Callable[[str], None]) -> Engine:
+    config = EngineConfig(
+        dtype=options.dtype,
+        device=options.device,
+        weight_quantization=options.weights,
+        rope=RopeSpec(method=options.method),
+        max_num_seqs=max(options.rows),
+        max_batched_tokens=max(512, options.chunk, *options.rows),
+        kv_cache_memory=2**29,
+        prefix_caching=False,
+        cache_dir=default_cache_dir(),
+    )
+    return Engine.load(resolve_checkpoint(options.model, None, say), config, say)
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """Measure, print the table and leave step.json in --out."""
+    engine = load_engine(options, lambda line: console.print(line, highlight=False))
+    found = {}
+    for rows in options.rows:
+        steps = decode_steps(engine, rows, options.context, options.steps)
+        found[f"decode, {rows} row{'s'[: rows != 1]}"] = measure(engine, steps, options.threads)
+    if options.chunk:
+        steps = chunk_steps(engine, options.chunk, max(4, options.steps // 10))
+        found[f"prefill, {options.chunk} rows"] = measure(engine, steps, options.threads)
+    threads = f"{options.threads} thread{'s'[: options.threads != 1]}"
+    weights = "" if options.weights == "none" else f" with {options.weights} weights"
+    print_table(f"One step, ms, {threads}, {engine.info.dtype}{weights} on {engine.info.device}", found, console)
+    options.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(options, name) for name in TOLD}
+    report = {"machine": describe_machine(), "options": settings, "ms": found}
+    (options.out / "step.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
