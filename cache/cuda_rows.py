@@ -34,6 +34,8 @@ from cache.cuda_plan import (
 from cache.transfer import send
 from rope.reading import AngleMap, Part, PositionMethod, Reading
 
+FoundSlots = tuple[dict[KeyMap, int], dict[AngleMap, int]]
+
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
@@ -110,8 +112,15 @@ class SingleRows:
     scale: NDArray[np.float64]
     step: object
 
-    def fill(self, layout: RowLayout, device: torch.device) -> Ints:
-        """The buffer of this layout, on the host. The device's tables get what these rows turn by."""
+    def find(self, tables: Tables) -> FoundSlots:
+        """Where the tables hold what keys and queries of these rows turn by: they do from now on."""
+        parts = [(part, reading.decay) for reading, _ in self.readings for part in reading.parts]
+        keys = [(part.key, decay) for part, decay in parts if not part.key.still or decay is not None]
+        found = tables.keys.find(keys, int(self.positions.max()) + 1, self.step)
+        return found, tables.queries.find([part.query for part, _ in parts], self.step)
+
+    def fill(self, layout: RowLayout, found: FoundSlots) -> Ints:
+        """The buffer of this layout, on the host."""
         buffer, views = layout.buffer.host()
         count, shape = len(self.positions), (layout.rows, layout.num_parts)
         positions = np.zeros(layout.rows, dtype=np.int32)
@@ -122,7 +131,7 @@ class SingleRows:
         tiles[:count, 0], tiles[:count, 1] = self.numbers, self.packed
         reads, places, slots, factors = (views[name] for name in ("reads", "places", "slots", "factors"))
         reads[:] = NO_READ
-        key_slots, query_slots = self._slots(layout.tables(device))
+        key_slots, query_slots = found
         for reading, own in self.readings:
             for number, part in enumerate(reading.parts):
                 reads[own, number] = _record(layout.key, part, key_slots.get((part.key, reading.decay)))
@@ -134,13 +143,6 @@ class SingleRows:
         views["row_scale"][:] = 1.0
         views["row_scale"][self.packed] = self.scale
         return buffer
-
-    def _slots(self, tables: Tables) -> tuple[dict[KeyMap, int], dict[AngleMap, int]]:
-        """Of keys that turn or fade, and of queries."""
-        parts = [(part, reading.decay) for reading, _ in self.readings for part in reading.parts]
-        keys = [(part.key, decay) for part, decay in parts if not part.key.still or decay is not None]
-        found = tables.keys.find(keys, int(self.positions.max()) + 1, self.step)
-        return found, tables.queries.find([part.query for part, _ in parts], self.step)
 
 
 def _record(key: PlanKey, part: Part, slot: int | None) -> tuple[int, ...]:
@@ -170,7 +172,7 @@ def single_rows(metadata: AttentionMetadata, key: PlanKey) -> SingleRows:
         key=key,
         rows=len(numbers),
         packed_rows=metadata.num_rows,
-        num_parts=max(len(reading.parts) for reading in rows_of),
+        num_parts=max(1 if method is None else method.num_parts for method in set(methods)),
         rotary_dim=rotary_dim,
         interleaved=rotary is not None and rotary.interleaved,
         grouped=any(angles.group > 1 for angles, _ in turning),
@@ -200,5 +202,6 @@ def _scale(methods: Sequence[PositionMethod | None], positions: Ints) -> NDArray
 def plan_rows(metadata: AttentionMetadata, key: PlanKey, device: torch.device) -> CudaPlan:
     """Of the sequences with a single row, in a step that no graph is for."""
     rows = single_rows(metadata, key)
-    buffer = send(rows.fill(rows.layout, device), device)
+    found = rows.find(rows.layout.tables(device))
+    buffer = send(rows.fill(rows.layout, found), device)
     return rows.layout.plan(buffer, sent_block_tables(metadata, device))

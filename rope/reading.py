@@ -225,6 +225,11 @@ class PositionMethod:
             start = end
         return runs
 
+    @property
+    def num_parts(self) -> int:
+        """Parts of a reading far past the trained length, where no method has more anywhere."""
+        return len(self.reading_of(16 * self.train_length).parts)
+
     def query_scale(self, positions: Tensor) -> Tensor | None:
         """c_i for [T] positions, fp64; None where every c_i is 1."""
         if not self.logn:
