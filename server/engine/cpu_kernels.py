@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cache.native import library
+from server.engine.cpu_linear import fast_linears
+from server.engine.modules import Kernels
 from server.engine.quantization import int8_rows, is_quantized
 
 FEW_ROWS = 16
@@ -199,3 +201,10 @@ class RMSNorm:
 def can_normalise(weight: Tensor) -> bool:
     """Whether `RMSNorm` takes this weight."""
     return library() is not None and _bf16(weight) and weight.dim() == 1 and len(weight) % 16 == 0
+
+
+def _norms(weight: Tensor, eps: float) -> list[RMSNorm]:
+    return [RMSNorm(weight, eps, add_one=add_one) for add_one in (False, True)] if can_normalise(weight) else []
+
+
+KERNELS = Kernels(can_multiply, Products, GatedProducts, _norms, fast_linears)

@@ -1,7 +1,7 @@
 """A decode step of few rows in a handful of calls: all decoder layers are one, kernels/layers.c.
 
 A product of a small model takes 15 to 100 µs, and the way to the next one through Python as long. Where every layer
-has the short forward of `cpu_layers`, with the norms, products and gate of `cpu_kernels`, and nothing but an embedding,
+has the short forward of `layers`, with the norms, products and gate of `cpu_kernels`, and nothing but an embedding,
 a norm and a linear layer stands around them, such a step does without transformers' forward and gives its logits to
 the bit. Other steps and models run layer by layer.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from cache.native import library
 from cache.storage import KVStorage
 from server.engine.batch import Batch
 from server.engine.cpu_kernels import FEW_ROWS, MULTIPLE, GatedProducts, KernelLinear, Products, RMSNorm, can_multiply
-from server.engine.cpu_layers import PlainAttention, PlainLayer, record
-from server.engine.raw_keys import RawKeyModel
+from server.engine.layers import Around, PlainAttention, PlainLayer, around
+from server.engine.raw_keys import AttentionHandler, RawKeyModel
 
 
 class _Norm(ctypes.Structure):
@@ -58,21 +57,12 @@ class _Parts:
         return tuple(width for products in self.products for width in (products.inputs, *products.features))
 
 
-@dataclass(frozen=True, slots=True)
-class _Around:
-    """token ids → embedding → the layers → norm → head → logits."""
-
-    embedding: nn.Module
-    norm: nn.Module
-    head: nn.Module
-
-
 class Stack:
     """The layers of one model, first to last, the rotary group of each, and what is around them. For one thread."""
 
-    def __init__(self, layers: Sequence[_Parts], groups: Sequence[str | None], around: _Around) -> None:
+    def __init__(self, layers: Sequence[_Parts], groups: Sequence[str | None], ends: Around) -> None:
         first, widest = layers[0], max(products.inputs for products in layers[0].products)
-        self._around = around
+        self._ends = ends
         self._parts = layers
         asked = [part.attention.call.options(group) for part, group in zip(layers, groups, strict=True)]
         self._options = list(dict.fromkeys(asked))
@@ -96,13 +86,14 @@ class Stack:
         norms = (_Norm(norm.weight.data_ptr(), norm.eps, norm.add_one) for norm in part.norms)
         return _Layer(*norms, *(products.plan for products in part.products))
 
-    def logits(self, batch: Batch, storage: KVStorage) -> Tensor | None:
+    def logits(self, batch: Batch, storage: KVStorage, attend: AttentionHandler) -> Tensor | None:
         """[N, V] of the batch's `logit_rows`, K and V stored; None where the step is not one of few single rows."""
+        del attend  # it is part of the call
         if not self._prepare(batch.metadata, storage):
             return None
-        around = self._around
-        hidden = self.run(around.embedding.forward(batch.input_ids), batch.metadata)
-        logits: Tensor = around.head.forward(around.norm.forward(hidden[batch.logit_rows]))
+        ends = self._ends
+        hidden = self.run(ends.embedding.forward(batch.input_ids), batch.metadata)
+        logits: Tensor = ends.head.forward(ends.norm.forward(hidden[batch.logit_rows]))
         return logits
 
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
@@ -149,22 +140,8 @@ def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[
     known = [part for part in parts if part is not None]
     if len(known) < len(parts) or len({part.widths for part in known}) != 1:
         return None
-    around = _around(raw, modules)
-    return Stack(known, groups, around) if around else None
-
-
-def _around(raw: RawKeyModel, layers: Sequence[nn.Module]) -> _Around | None:
-    """By a trial run: each must get what the one before it leaves, unchanged."""
-    embedding, head = raw.model.get_input_embeddings(), raw.model.get_output_embeddings()
-    norms = [module for module in raw.model.modules() if isinstance(module.forward, RMSNorm)]
-    ran = record(raw, [embedding, *layers, *norms, head])
-    for norm in (norm for norm in norms if norm in ran.entered):
-        path = [embedding, *layers, norm]
-        handed_on = all(torch.equal(ran.left[one], ran.entered[following]) for one, following in pairwise(path))
-        read = torch.equal(ran.left[norm][0, ran.logit_rows], ran.entered[head][0])
-        if handed_on and read and torch.equal(ran.left[head][0], ran.logits):
-            return _Around(embedding, norm, head)
-    return None
+    ends = around(raw, modules, RMSNorm)
+    return Stack(known, groups, ends) if ends else None
 
 
 def _parts(module: nn.Module) -> _Parts | None:
@@ -172,6 +149,8 @@ def _parts(module: nn.Module) -> _Parts | None:
     if not isinstance(layer, PlainLayer) or not isinstance(layer.attention.forward, PlainAttention):
         return None
     attention, before_attention, before_mlp = layer.attention.forward, layer.before_attention, layer.before_mlp
+    if attention.head_norms:
+        return None
     norms, gated = (before_attention.forward, before_mlp.forward), layer.mlp.forward
     if not isinstance(gated, GatedProducts) or not isinstance(norms[0], RMSNorm) or not isinstance(norms[1], RMSNorm):
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,12 +15,12 @@ from cache.attention import paged_attention
 from cache.storage import KVStorage
 from rope.model_positions import ModelPositions, resolve_model
 from rope.spec import RopeSpec
+from server.engine import cpu_kernels, cpu_stack, cuda_kernels, cuda_stack
 from server.engine.batch import Batch
 from server.engine.config import Quantization
-from server.engine.cpu_layers import layers_of, plain_layers
-from server.engine.cpu_modules import fast_modules
-from server.engine.cpu_stack import Stack, find_stack
 from server.engine.inspection import inspect_layers
+from server.engine.layers import Stack, layers_of, plain_layers
+from server.engine.modules import Kernels, fast_modules
 from server.engine.quantization import check_quantization, quantize
 from server.engine.raw_keys import AttentionCall, RawKeyModel
 from server.errors import ConfigurationError
@@ -29,6 +31,21 @@ if TYPE_CHECKING:
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a device has in place of transformers' modules, and of its whole forward."""
+
+    kernels: Kernels
+    find_stack: Callable[[RawKeyModel, Sequence[nn.Module], Sequence[str | None]], Stack | None]
+
+
+BACKENDS = {
+    "cpu": Backend(cpu_kernels.KERNELS, cpu_stack.find_stack),
+    "cuda": Backend(cuda_kernels.KERNELS, cuda_stack.find_stack),
+}
+"""By type of device. On any other, transformers' modules run as they are."""
+
+
 class Model:
     """Runs batches. Not thread-safe: one engine thread owns it.
 
@@ -36,26 +53,37 @@ class Model:
         layers: attention layers in order, with shapes and rotary groups.
         rotaries: rotary group → the embedding as trained.
         eos_token_ids: from the model's generation config.
-        stack: what runs decode steps of few rows on the CPU, where the model has the shape for it.
+        stack: runs whole steps, where the model has the shape for it: of few rows on the CPU, any on CUDA.
     """
 
-    def __init__(self, transformers_model: Any) -> None:
+    def __init__(self, transformers_model: Any, backend: Backend | None = None) -> None:
+        """backend: that of the model's device, unless another is given."""
         self.raw = RawKeyModel(transformers_model)
         self.layers, self.rotaries = inspect_layers(self.raw)
         self.raw.drop_rotation(layer.module for layer in self.layers)
-        if self.device.type == "cpu":
-            for find in (fast_modules, self._plain_layers):
-                for module, forward in list(find(self.raw)):
-                    self.raw.replace_forward(module, forward)
-        self.stack = self._find_stack() if self.device.type == "cpu" else None
+        backend = backend or BACKENDS.get(self.device.type)
+        self.stack = None if backend is None else self._hasten(backend)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
 
-    def _plain_layers(self, raw: RawKeyModel) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        return plain_layers(raw, [layer.module for layer in self.layers])
+    def _hasten(self, backend: Backend) -> Stack | None:
+        """Give modules the forwards of their device; the stack, if the whole has one."""
+        attentions = [layer.module for layer in self.layers]
+        for module, forward in list(fast_modules(self.raw, backend.kernels)):
+            self.raw.replace_forward(module, forward)
+        for module, forward in list(plain_layers(self.raw, attentions)):
+            self.raw.replace_forward(module, forward)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # merged weights have left holes, which are the cache's from now on
+        return backend.find_stack(self.raw, layers_of(self.raw, attentions), [layer.group for layer in self.layers])
 
-    def _find_stack(self) -> Stack | None:
-        modules = layers_of(self.raw, [layer.module for layer in self.layers])
-        return find_stack(self.raw, modules, [layer.group for layer in self.layers])
+    @contextmanager
+    def layer_by_layer(self) -> Iterator[None]:
+        """Inside, no stack runs: hooks see what enters and leaves each module."""
+        stack, self.stack = self.stack, None
+        try:
+            yield
+        finally:
+            self.stack = stack
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +115,7 @@ class Model:
             options = call.options(self.layers[place].group)
             return paged_attention(query, storage.keys[place], storage.values[place], batch.metadata, options)
 
-        logits = None if self.stack is None else self.stack.logits(batch, storage)
+        logits = None if self.stack is None else self.stack.logits(batch, storage, attend)
         if logits is None:
             logits = self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend)
         return logits.float()

@@ -42,7 +42,8 @@ def probe(model: Model) -> float:
     """The largest relative difference found; ConfigurationError, naming model type and layer, where it is too large."""
     with _short_window(model):
         stock = _stock(model)
-        ours = _ours(model, stock)
+        with model.layer_by_layer():
+            ours = _ours(model, stock)
         free = _ours(model, None)
     tolerance = TOLERANCE[model.dtype]
     worst = 0.0

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cache.native import library
-from server.engine.cpu_kernels import FEW_ROWS, Products, RMSNorm, can_multiply
-from server.engine.cpu_modules import Siblings, fast_modules
+from server.engine.cpu_kernels import FEW_ROWS, KERNELS, Products, RMSNorm, can_multiply
 from server.engine.model import Model
+from server.engine.modules import Siblings, fast_modules
 from server.engine.probe import TOLERANCE, probe
 from server.engine.raw_keys import RawKeyModel
 from tests.engine.tiny_models import tiny
@@ -91,7 +91,7 @@ def test_what_the_kernels_do_not_take(module: nn.Module) -> None:
 def test_siblings_compute_for_their_own_input() -> None:
     """In any order, again, and with another tensor in between."""
     linears = [linear(16, 32), linear(24, 32)]
-    first, second = (forward for _, forward in Siblings(linears).forwards())
+    first, second = (forward for _, forward in Siblings(linears, KERNELS).forwards())
     x, y = random(3, 32), random(4, 32)
     for forward, module, given in (
         (first, linears[0], x),
@@ -118,7 +118,7 @@ def test_rms_norm_rounds_as_transformers(add_one: bool) -> None:
 def replaced(family: str, **config: Any) -> dict[str, str]:
     """Type of module → type of the forward that a bf16 model of this family gets."""
     raw = RawKeyModel(tiny(family, **config).bfloat16())
-    return {type(module).__name__: type(forward).__name__ for module, forward in fast_modules(raw)}
+    return {type(module).__name__: type(forward).__name__ for module, forward in fast_modules(raw, KERNELS)}
 
 
 def test_which_modules_are_replaced() -> None:
@@ -141,7 +141,8 @@ def shapes_found(family: str, **config: Any) -> set[str]:
 def test_short_forwards_only_where_the_shape_is_theirs() -> None:
     assert shapes_found("llama") == shapes_found("qwen2") == {"PlainAttention", "PlainLayer"}
     assert shapes_found("mistral") == {"PlainLayer"}, "its window is on the attention module"
-    assert shapes_found("qwen3") == {"PlainLayer"}, "it normalises queries and keys"
+    assert shapes_found("qwen3") == {"PlainAttention", "PlainLayer"}, "it normalises each head of queries and keys"
+    assert "PlainAttention" not in shapes_found("olmo2"), "it normalises all heads together"
     assert shapes_found("granite", residual_multiplier=0.5, attention_multiplier=0.25) == {"PlainAttention"}
     assert shapes_found("olmo2") == shapes_found("gemma2") == set(), "norms behind attention and MLP"
 

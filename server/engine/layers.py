@@ -3,8 +3,10 @@
 A trial run records what enters and leaves them. A module that has the parts and gives the same results from them gets
 the short forward; anything else keeps transformers' own:
 
-    attention   q, k and v from three linear layers, one more behind; nothing between, no window, sinks or soft-cap
+    attention   q, k and v from three linear layers, one more behind; between them nothing, or a norm of each head of q
+                and of k; no window, sinks or soft-cap
     layer       h = x + attention(norm x);  h + mlp(norm h)
+    around      token ids → embedding → the layers → norm → head → logits
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import permutations
-from typing import Any
+from itertools import pairwise, permutations
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from cache.storage import KVStorage
+from server.engine.batch import Batch
 from server.engine.inspection import probe_ids
-from server.engine.raw_keys import HANDLER, AttentionCall, RawKeyModel
+from server.engine.raw_keys import HANDLER, AttentionCall, AttentionHandler, RawKeyModel
 
 TOLERANCE = 1e-2
 """Relative, rms: rounding of two ways to the same result."""
@@ -43,18 +47,31 @@ class Recorded:
 
 
 class PlainAttention:
-    """The forward of an attention module of the shape above."""
+    """The forward of an attention module of the shape above. head_norms: of q and of k, or none."""
 
-    def __init__(self, module: nn.Module, parts: tuple[nn.Linear, ...], head_dim: int, call: AttentionCall) -> None:
-        self.module, self.head_dim, self.call = module, head_dim, call
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: tuple[nn.Linear, ...],
+        head_dim: int,
+        call: AttentionCall,
+        head_norms: tuple[nn.Module, ...] = (),
+    ) -> None:
+        self.module, self.head_dim, self.call, self.head_norms = module, head_dim, call, head_norms
         self.inputs, self.output = parts[:3], parts[3]
 
     def __call__(self, hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
         """hidden_states [1, T, hidden] → the same shape."""
-        heads = (hidden_states.shape[1], -1, self.head_dim)
-        query, key, value = (part.forward(hidden_states).view(heads) for part in self.inputs)
+        query, key, value = self.heads([part.forward(hidden_states) for part in self.inputs])
         rows = HANDLER.get()(self.module, query, key, value, self.call)
-        return self.output.forward(rows.view(1, heads[0], -1)), None
+        return self.output.forward(rows.view(1, len(rows), -1)), None
+
+    def heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        """q, k and v, [..., T, features] each → raw, [T, heads, head_dim]."""
+        heads = [rows.view(rows.shape[-2], -1, self.head_dim) for rows in projected]
+        for place, norm in enumerate(self.head_norms):
+            heads[place] = norm.forward(heads[place])
+        return heads
 
 
 class PlainLayer:
@@ -93,10 +110,11 @@ def layers_of(raw: RawKeyModel, attentions: Sequence[nn.Module]) -> list[nn.Modu
 
 def record(raw: RawKeyModel, modules: Sequence[nn.Module]) -> Recorded:
     """A forward of the probe prompt."""
-    recorded = Recorded()
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
+    positions = torch.arange(len(ids), device=ids.device)
+    recorded = Recorded(logit_rows=torch.tensor([0], device=ids.device))
     with torch.inference_mode(), _watched(modules, recorded):
-        recorded.logits = raw.forward(ids, torch.arange(len(ids)), recorded.logit_rows, recorded.attend)
+        recorded.logits = raw.forward(ids, positions, recorded.logit_rows, recorded.attend)
     return recorded
 
 
@@ -121,20 +139,26 @@ def _as_plain_attention(module: nn.Module, recorded: Recorded) -> PlainAttention
     special = call.sliding_window is not None or call.softcap is not None or call.sinks is not None
     if len(parts) != 4 or special or not isinstance(left, tuple) or len(left) != 2:
         return None
-    expected = recorded.queries[module]
-    head_dim = expected[0].shape[-1]
+    head_dim = recorded.queries[module][0].shape[-1]
     for chosen in permutations(parts):
         if any(part.in_features != x.shape[-1] for part in chosen[:3]):
             continue
-        given = [part.forward(x).view(x.shape[1], -1, head_dim) for part in chosen[:3]]
-        if all(same(ours, theirs) for ours, theirs in zip(given, expected, strict=True)):
-            forward = PlainAttention(module, chosen, head_dim, call)
-            token = HANDLER.set(Recorded().attend)
-            try:
-                return forward if same(forward(x)[0], left[0]) else None
-            finally:
-                HANDLER.reset(token)
+        projected = [part.forward(x) for part in chosen[:3]]
+        for norms in _head_norms(module, head_dim):
+            forward = PlainAttention(module, chosen, head_dim, call, norms)
+            if all(map(same, forward.heads(projected), recorded.queries[module])):
+                token = HANDLER.set(Recorded().attend)
+                try:
+                    return forward if same(forward(x)[0], left[0]) else None
+                finally:
+                    HANDLER.reset(token)
     return None
+
+
+def _head_norms(module: nn.Module, head_dim: int) -> list[tuple[nn.Module, ...]]:
+    """None; and, where there are two modules of a weight of a head's width, these as norms of q and k or of k and q."""
+    norms = [child for child in module.children() if [p.shape for p in child.parameters()] == [(head_dim,)]]
+    return [(), *permutations(norms, 2)] if len(norms) == 2 else [()]
 
 
 @torch.inference_mode()
@@ -156,6 +180,43 @@ def _as_plain_layer(layer: nn.Module, attention: nn.Module, recorded: Recorded) 
         if agree:
             return PlainLayer(attention, (first, second), mlp)
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """token ids → embedding → the layers → norm → head → logits."""
+
+    embedding: nn.Module
+    norm: nn.Module
+    head: nn.Module
+
+
+def around(raw: RawKeyModel, layers: Sequence[nn.Module], norm_type: type) -> Around | None:
+    """What stands around these layers, with a norm of this type; None if it is anything else.
+
+    By a trial run: each must get what the one before it leaves, unchanged.
+    """
+    embedding, head = raw.model.get_input_embeddings(), raw.model.get_output_embeddings()
+    norms = [module for module in raw.model.modules() if isinstance(module.forward, norm_type)]
+    ran = record(raw, [embedding, *layers, *norms, head])
+    for norm in (norm for norm in norms if norm in ran.entered):
+        path = [embedding, *layers, norm]
+        handed_on = all(torch.equal(ran.left[one], ran.entered[following]) for one, following in pairwise(path))
+        read = torch.equal(ran.left[norm][0, ran.logit_rows], ran.entered[head][0])
+        if handed_on and read and torch.equal(ran.left[head][0], ran.logits):
+            return Around(embedding, norm, head)
+    return None
+
+
+class Stack(Protocol):
+    """Runs whole steps of one model, first token id to last logit, without transformers' forward."""
+
+    def logits(self, batch: Batch, storage: KVStorage, attend: AttentionHandler) -> Tensor | None:
+        """[N, V] of the batch's `logit_rows`, K and V stored; None for a step that it does not take."""
+
+    @property
+    def run(self) -> Callable[..., Tensor]:
+        """The layers: from what was embedded to what leaves the last one, or the norm behind it."""
 
 
 def same(ours: Any, expected: Tensor) -> bool:
