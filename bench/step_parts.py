@@ -94,7 +94,7 @@ def part_of(engine: Engine, module: nn.Module) -> str | None:
 @contextmanager
 def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
     """Inside, every part of this engine's steps is timed."""
-    model, calls = engine.model, [("sampling", "server.engine.engine.sample")]
+    model, calls = engine.model, [("sampling", "server.engine.step.choose")]
     calls.append(("attention", "server.engine.model.paged_attention"))
     with ExitStack() as stack:
         for part, name in calls:

@@ -103,8 +103,9 @@ class KVCacheManager:
             sequence.block_table.extend(self.pool.allocate(missing))
         return True
 
-    def remember(self, sequence: Cacheable, start: int, stop: int) -> None:
-        """Make findable what tokens `start` … `stop` − 1 filled: they are known and computed, as are all before them."""
+    def remember(self, sequence: Cacheable, start: int, stop: int | None = None) -> None:
+        """Make findable the blocks that tokens `start` … `stop` − 1 filled, computed and known; None: all computed."""
+        stop = sequence.num_computed_tokens if stop is None else stop
         first, full = start // self.block_size, stop // self.block_size
         if not self.prefix_caching or first == full:
             return

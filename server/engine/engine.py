@@ -1,6 +1,11 @@
 """The engine: requests in, tokens out, one `step()` at a time. Synchronous and single-threaded.
 
-    add → waiting → schedule() → [(sequence, num_new_tokens)] → Batch → Model.forward → sample → TokenOutput
+    add → waiting → schedule() → [(sequence, num_new_tokens)] → launch: Batch → Model.forward → sample
+                                                                collect: tokens → TokenOutput
+
+Where steps overlap, a step is launched before the tokens of the one before it are collected: the device has its next
+work while the host reads, tells and schedules. What the device does not know yet of a step it takes from the step
+before; sequences whose next token takes more than that (`Sequence.chosen_on_host`) are collected at once.
 
 Knows token ids only: text, HTTP and metrics are the caller's.
 """
@@ -22,17 +27,18 @@ from cache.storage import KVStorage
 from rope.model_positions import ModelPositions, resolve_model
 from rope.reading import MethodError
 from rope.spec import RopeSpec
-from server.engine.batch import Chunk, build_batch
+from server.engine.batch import build_batch
 from server.engine.config import EngineConfig
+from server.engine.endings import finish_reason, follow_grammar
 from server.engine.info import Backlog, EngineStats, ModelInfo
 from server.engine.model import Model, load_model
 from server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from server.engine.probe import probe
 from server.engine.refusals import check_fits, check_room, retry_after_s, too_late
-from server.engine.sampler import logprobs, sample, score_prompt
 from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import EngineRequest, Sequence
 from server.engine.sizing import CacheSize, size_cache
+from server.engine.step import Share, Step, finish_launch
 from server.errors import ConfigurationError, InvalidRequest, RequestError
 
 if TYPE_CHECKING:
@@ -65,11 +71,16 @@ class Engine:
             device=str(model.device),
             positions=positions,
         )
+        on_gpu = model.device.type == "cuda"
+        self._overlap = on_gpu if config.overlap is None else config.overlap
+        self._sample_on_device = on_gpu or self._overlap
+        self._in_flight: Step | None = None
         self._positions: dict[RopeSpec, ModelPositions] = {}
         self._num_steps = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._last_step_s = 0.0
+        self._collected_at = 0.0
         self._prefill_tokens_per_s = 0.0
 
     @classmethod
@@ -153,19 +164,22 @@ class Engine:
         return [(sequence.request_id, self._cut(sequence, reason)) for sequence in self.scheduler.sequences]
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        """Whether `step` has something to do: sequences, or a step that is still to be collected."""
+        return self.scheduler.has_work() or self._in_flight is not None
 
     # --- the step ---
 
     def step(self) -> list[tuple[str, TokenOutput]]:
-        """Run one step; (request id, output) of every request that has news."""
+        """Launch a step and collect it, or the one before it; (request id, output) of every request that has news."""
         began = time.monotonic()
         outputs = self._abort_expired(began)
-        plan = self.scheduler.schedule()
-        if plan:
-            logits = self._forward(plan)
-            outputs += self._update(plan, logits)
-        self._measure(plan, time.monotonic() - began)
+        before, plan = self._in_flight, self.scheduler.schedule()
+        self._in_flight = self._launch(plan, before, began) if plan else None
+        if before is not None:
+            outputs += self._collect(before)
+        if self._in_flight is not None and not (self._overlap and self._in_flight.may_stay):
+            now, self._in_flight = self._in_flight, None
+            outputs += self._collect(now)
         return outputs
 
     def _abort_expired(self, now: float) -> list[tuple[str, TokenOutput]]:
@@ -174,90 +188,57 @@ class Engine:
 
     def _cut(self, sequence: Sequence, reason: RequestError) -> TokenOutput:
         self.scheduler.remove(sequence.request_id)
-        failure = None if sequence.num_output_tokens else reason
+        failure = None if sequence.num_generated_tokens else reason
         return sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
 
-    def _forward(self, plan: list[Scheduled]) -> Tensor:
-        chunks = []
-        for sequence, count in plan:
-            start = sequence.num_computed_tokens
-            tokens = sequence.token_ids[start : start + count]
-            num_logits = sequence.num_logits(count)
-            chunks.append(Chunk(tokens, start, sequence.block_table, sequence.positions, num_logits))
-        return self.model.forward(build_batch(chunks, self.config.block_size, self.model.device), self.storage)
+    @torch.inference_mode()
+    def _launch(self, plan: list[Scheduled], before: Step | None, began: float) -> Step:
+        shares = [Share.of(scheduled) for scheduled in plan]
+        logits = self._forward(shares, None if before is None else before.arrival.tokens)
+        on_device, ends = self._sample_on_device, self.info.eos_token_ids
+        return finish_launch(shares, logits, ends, on_device=on_device, began=began)
 
-    def _update(self, plan: list[Scheduled], logits: Tensor) -> list[tuple[str, TokenOutput]]:
+    def _forward(self, shares: list[Share], sampled: Tensor | None) -> Tensor:
+        """Logits of the shares' rows; `sampled` are the tokens of the step in flight, if there is one."""
+        block_size = self.config.block_size
+        chunks = [share.chunk(block_size) for share in shares]
+        return self.model.forward(build_batch(chunks, block_size, self.model.device, sampled), self.storage)
+
+    def _collect(self, step: Step) -> list[tuple[str, TokenOutput]]:
+        """What a step's tokens mean for its sequences, those left out that have finished or gone since its launch."""
         outputs: list[tuple[str, TokenOutput]] = []
-        sampling_rows: list[int] = []
-        sampled: list[Sequence] = []
-        row = 0
-        for sequence, count in plan:
-            start = sequence.num_computed_tokens
-            last = start + count == sequence.num_tokens
-            num_logits = sequence.num_logits(count)
-            if sequence.sampling.prompt_logprobs is not None:
-                score_prompt(sequence, start + count - num_logits, logits[row : row + num_logits])
-            sequence.num_computed_tokens += count
-            self.scheduler.cache.remember(sequence, start)
-            self._prompt_tokens += max(0, min(start + count, sequence.num_prompt_tokens) - start)
-            row += num_logits
-            if last and sequence.sampling.max_tokens > sequence.num_output_tokens:
-                sampling_rows.append(row - 1)
-                sampled.append(sequence)
-            elif last:
+        tokens = iter(step.arrival.wait())
+        for share in step.shares:
+            sequence = share.sequence
+            token = next(tokens) if share.samples else None
+            read = min(share.stop, sequence.num_prompt_tokens)
+            self._prompt_tokens += max(0, read - share.start)
+            if not self.scheduler.holds(sequence):
+                continue
+            sequence.num_processed_tokens = read
+            if share.cached:
+                self.scheduler.cache.remember(sequence, share.start, share.stop)
+            if token is not None:
+                outputs.append(self._take(sequence, token, step.scored.get(sequence)))
+            elif share.stop == sequence.num_tokens:
                 outputs.append(self._finish(sequence, (), None, FinishReason.LENGTH))
             elif sequence.request.report_progress:
                 outputs.append((sequence.request_id, sequence.output()))
-        return outputs + self._sample(logits[sampling_rows], sampled)
-
-    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> list[tuple[str, TokenOutput]]:
-        if not sequences:
-            return []
-        # Log-probabilities are of the raw logits: keep those rows, since sampling changes its own.
-        raw = {
-            s.request_id: logits[i : i + 1].clone() for i, s in enumerate(sequences) if s.sampling.logprobs is not None
-        }
-        tokens = sample(logits, sequences, self.info.eos_token_ids)
-        outputs = []
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.append(token)
-            self._generation_tokens += 1
-            if failure := self._follow(sequence, token):
-                outputs.append(failure)
-                continue
-            num_top = sequence.sampling.logprobs
-            scored = None if num_top is None else tuple(logprobs(raw[sequence.request_id], [token], num_top))
-            reason = self._finish_reason(sequence, token)
-            if reason is None:
-                outputs.append((sequence.request_id, sequence.output((token,), logprobs=scored)))
-            else:
-                outputs.append(self._finish(sequence, (token,), scored, reason))
+        self._measure(step)
         return outputs
 
-    def _follow(self, sequence: Sequence, token: int) -> tuple[str, TokenOutput] | None:
-        """Advance the grammar; the request's last output where the grammar cannot go on."""
-        matcher = sequence.matcher
-        if matcher is None:
-            return None
-        if token not in self.info.eos_token_ids:
-            matcher.accept(token)
-        if not matcher.failure:
-            return None
-        self.scheduler.remove(sequence.request_id)
-        failure = InvalidRequest(
-            f"the output cannot follow its grammar any further: {matcher.failure}", code="grammar_failed"
-        )
-        return sequence.request_id, sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        sampling = sequence.sampling
-        if sequence.matcher is not None and (token in self.info.eos_token_ids or sequence.matcher.finished):
-            return FinishReason.STOP
-        ends = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | self.info.eos_token_ids
-        if token in ends and sequence.num_output_tokens >= sampling.min_tokens:
-            return FinishReason.STOP
-        full = sequence.num_output_tokens >= sampling.max_tokens or sequence.num_tokens >= self.info.max_model_len
-        return FinishReason.LENGTH if full else None
+    def _take(self, sequence: Sequence, token: int, scored: TokenLogprobs | None) -> tuple[str, TokenOutput]:
+        """A sampled token, and whether the sequence ends with it."""
+        sequence.append(token)
+        self._generation_tokens += 1
+        if failure := follow_grammar(sequence, token, self.info.eos_token_ids):
+            self.scheduler.remove(sequence.request_id)
+            return sequence.request_id, sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
+        told = None if scored is None else (scored,)
+        reason = finish_reason(sequence, token, self.info.eos_token_ids)
+        if reason is not None:
+            return self._finish(sequence, (token,), told, reason)
+        return sequence.request_id, sequence.output((token,), logprobs=told)
 
     def _finish(
         self,
@@ -272,10 +253,14 @@ class Engine:
 
     # --- what callers watch ---
 
-    def _measure(self, plan: list[Scheduled], seconds: float) -> None:
+    def _measure(self, step: Step) -> None:
+        """Where steps overlap, a step's time begins when the one before it is over."""
+        now = time.monotonic()
+        seconds = now - max(step.began, self._collected_at)
+        self._collected_at = now
         self._num_steps += 1
         self._last_step_s = seconds
-        prefilled = sum(count for _, count in plan if count > 1)
+        prefilled = step.num_prefilled
         if prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
             rate = prefilled / seconds
             self._prefill_tokens_per_s += (rate - self._prefill_tokens_per_s) * (

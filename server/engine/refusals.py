@@ -81,7 +81,7 @@ def too_late(sequence: Sequence, now: float) -> DeadlineExceeded:
     """For a sequence without a token at `now`, in seconds of `time.monotonic()`."""
     return DeadlineExceeded(
         f"the request's time was over after {now - sequence.arrived_at:.1f} s, before its first token: "
-        f"{sequence.num_computed_tokens} of {sequence.num_prompt_tokens} prompt tokens were read; allow more time "
+        f"{sequence.num_processed_tokens} of {sequence.num_prompt_tokens} prompt tokens were read; allow more time "
         "(timeout_s, REQUEST_TIMEOUT_S), shorten the prompt, or try again when less is waiting",
         code="deadline_exceeded",
     )

@@ -9,6 +9,9 @@ the oldest prefill keeps a quarter of the budget whatever else arrives, so that 
 A sequence is admitted only when its whole prompt fits beside what the running prefills still need. When a running one
 cannot grow, the sequence of highest rank number (latest, least urgent) is preempted: its blocks are released, and it
 waits to be recomputed, from cached blocks where they survive.
+
+Sequences may have a token that a step in flight samples. It is scheduled like any other, unless it will be their last;
+and a sequence that was preempted meanwhile is admitted again when it is known.
 """
 
 from __future__ import annotations
@@ -49,6 +52,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether it runs or waits: it has neither finished nor been aborted."""
+        request_id = sequence.request_id
+        return sequence is self.running.get(request_id) or sequence is self.waiting.get(request_id)
+
     def add(self, sequence: Sequence) -> None:
         self.waiting[sequence.request_id] = sequence
 
@@ -62,7 +70,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """The next step; decodes first. Blocks for all of it are allocated when this returns."""
         plan: list[Scheduled] = []
-        decoding = sorted((s for s in self.running.values() if s.decoding), key=lambda s: s.rank)
+        decoding = sorted((s for s in self.running.values() if s.decoding and not s.ending), key=lambda s: s.rank)
         for sequence in decoding[: self.max_batched_tokens]:
             if sequence.request_id in self.running and self._grow(sequence, 1, plan):
                 plan.append(Scheduled(sequence, 1))
@@ -84,7 +92,7 @@ class Scheduler:
             self.cache.blocks_for(s.num_tokens) - len(s.block_table) for s in self.running.values()
         )
         for sequence in sorted(self.waiting.values(), key=lambda s: s.rank):
-            if len(self.running) >= self.max_num_seqs:
+            if len(self.running) >= self.max_num_seqs or sequence.num_pending:
                 return
             needed = self.cache.blocks_to_admit(sequence)
             if needed > spare:
@@ -100,7 +108,8 @@ class Scheduler:
     def _grow(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> bool:
         """Allocate for `num_tokens` more, preempting from the least urgent end; False if this one was preempted."""
         while not self.cache.grow(sequence, sequence.num_computed_tokens + num_tokens):
-            victim = max(self.running.values(), key=lambda s: s.rank)
+            # One whose last token is under way reads its blocks no more, and is not computed again.
+            victim = max(self.running.values(), key=lambda s: (s.ending, s.rank))
             self.preempt(victim)
             plan[:] = [item for item in plan if item.sequence is not victim]
             if victim is sequence:

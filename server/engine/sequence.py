@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cache.manager import BlockTable
 from cache.prefix import PrefixHasher
 from rope.model_positions import ModelPositions
 from server.engine.grammar import Matcher
 from server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from server.engine.sampling_params import SamplingParams
 from server.errors import RequestError
+
+UNKNOWN = -1
+"""Stands in `token_ids` for a token that a step in flight samples. No embedding has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,12 @@ class Sequence:
     """One request in the engine. There are no phases: only `num_computed_tokens` catching up with `token_ids`.
 
     Attributes:
-        token_ids: prompt and output so far.
-        num_computed_tokens: how many of them have K and V in the cache; 0 again after a preemption.
+        token_ids: prompt and output so far; the last `num_pending` of them are UNKNOWN.
+        num_pending: tokens that steps in flight sample: none or one, and two while a step is launched.
+        pending_place: where the last of them is among the tokens of its step.
+        num_computed_tokens: how many of them have K and V in the cache once all steps launched have run; 0 again after
+            a preemption.
+        num_processed_tokens: prompt tokens of which that was so when a step was last collected.
         block_table: blocks of the cache, in order.
         output_counts: how often each token was generated, for penalties.
         matcher: how far the output has come in its grammar, where it has one.
@@ -61,9 +69,12 @@ class Sequence:
     num_prompt_tokens: int
     matcher: Matcher | None = None
     deadline: float = math.inf
+    num_pending: int = 0
+    pending_place: int = 0
     num_computed_tokens: int = 0
+    num_processed_tokens: int = 0
     num_cached_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: BlockTable = field(default_factory=BlockTable)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
@@ -86,6 +97,32 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Output tokens that are known."""
+        return self.num_output_tokens - self.num_pending
+
+    @property
+    def ending(self) -> bool:
+        """Its last token is pending: no step follows. That `max_tokens` is within every limit, `refusals` saw to."""
+        return self.num_pending > 0 and self.num_output_tokens >= self.sampling.max_tokens
+
+    @property
+    def chosen_on_host(self) -> bool:
+        """Whether its next token, or what is told of it, takes more than a draw from its logits.
+
+        Otherwise the draw is made where the logits are, and the step after it may be launched before it is known.
+        """
+        sampling = self.sampling
+        return (
+            self.matcher is not None
+            or sampling.has_penalties
+            or bool(sampling.logit_bias)
+            or self.num_output_tokens < sampling.min_tokens
+            or sampling.logprobs is not None
+            or sampling.prompt_logprobs is not None
+        )
 
     @property
     def num_remaining_tokens(self) -> int:
@@ -119,9 +156,19 @@ class Sequence:
         """Tokens at the beginning that a cached prefix may stand for: nobody wants their logits."""
         return min(self.first_scored_row, self.num_tokens - 1)
 
+    def expect(self, place: int) -> None:
+        """A step was launched that samples its next token, as number `place` of that step's tokens."""
+        self.token_ids.append(UNKNOWN)
+        self.num_pending += 1
+        self.pending_place = place
+
     def append(self, token_id: int) -> None:
-        """Take a sampled token in."""
-        self.token_ids.append(token_id)
+        """Take a sampled token in: the first that is pending, if any."""
+        if self.num_pending:
+            self.token_ids[-self.num_pending] = token_id
+            self.num_pending -= 1
+        else:
+            self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
@@ -143,7 +190,7 @@ class Sequence:
             token_ids=token_ids,
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
-            num_processed_tokens=min(self.num_computed_tokens, self.num_prompt_tokens),
+            num_processed_tokens=self.num_processed_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,

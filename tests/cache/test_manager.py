@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cache.manager import KVCacheManager
+from cache.manager import BlockTable, KVCacheManager
 from cache.prefix import PrefixHasher
 from rope.model_positions import resolve_model
 from rope.spec import RopeSpec
@@ -22,7 +22,7 @@ class Tokens:
 
     token_ids: list[int]
     hasher: PrefixHasher = field(default_factory=lambda: PrefixHasher(BLOCK, ROPE, ""))
-    block_table: list[int] = field(default_factory=list)
+    block_table: BlockTable = field(default_factory=BlockTable)
     num_computed_tokens: int = 0
     num_scored_tokens: int = 1
 

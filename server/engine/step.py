@@ -1,0 +1,162 @@
+"""One step on its way: what was launched, the tokens that it samples, and when these have come.
+
+Nothing here waits for the device but `Arrival.wait`, and what is chosen on the host. The sequences of a step may
+finish, be aborted or be preempted before it is collected. Their blocks are free at once all the same: the device runs
+steps in their order, so whoever gets a block next writes to it only after this step has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cache.manager import BlockTable
+from server.engine.batch import Chunk
+from server.engine.device_sampler import sample_on_device
+from server.engine.outputs import TokenLogprobs
+from server.engine.sampler import logprobs, sample, score_prompt
+from server.engine.scheduler import Scheduled
+from server.engine.sequence import Sequence
+
+
+class Share(NamedTuple):
+    """A sequence's tokens `start` … `stop` − 1, the blocks that it had then, and whether the step samples its next."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    num_logits: int
+    samples: bool
+    block_table: BlockTable
+
+    @classmethod
+    def of(cls, scheduled: Scheduled) -> Share:
+        """Of a sequence as it is before the launch."""
+        sequence, count = scheduled
+        start = sequence.num_computed_tokens
+        last = start + count == sequence.num_tokens
+        samples = last and sequence.num_output_tokens < sequence.sampling.max_tokens
+        return cls(sequence, start, start + count, sequence.num_logits(count), samples, sequence.block_table)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the sequence still has the K and V that the step computed for it: it was not preempted since."""
+        return self.sequence.block_table is self.block_table
+
+    def chunk(self, block_size: int) -> Chunk:
+        sequence = self.sequence
+        pending = sequence.num_pending > 0 and self.stop == sequence.num_tokens
+        return Chunk(
+            sequence.token_ids[self.start : self.stop],
+            self.start,
+            self.block_table.head(-(-self.stop // block_size)),
+            sequence.positions,
+            self.num_logits,
+            sequence.pending_place if pending else None,
+        )
+
+
+class Arrival:
+    """Token ids [N] int64 on their way to the host."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self._host = tokens
+        self._event: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tokens.device))
+
+    def wait(self) -> list[int]:
+        """Until they are here, and all that was launched before them has run."""
+        if self._event is not None:
+            self._event.synchronize()
+        ids: list[int] = self._host.tolist()
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What was launched at `began`, in seconds of `time.monotonic()`.
+
+    Attributes:
+        arrival: a token for each share that samples, in their order.
+        scored: log-probabilities of those that asked for them.
+        may_stay: the next step may be launched before the tokens of this one are known.
+    """
+
+    shares: list[Share]
+    arrival: Arrival
+    scored: dict[Sequence, TokenLogprobs]
+    may_stay: bool
+    began: float
+
+    @property
+    def num_prefilled(self) -> int:
+        return sum(stop - start for _, start, stop, *_ in self.shares if stop - start > 1)
+
+
+def finish_launch(
+    shares: list[Share], logits: Tensor, eos_token_ids: frozenset[int], *, on_device: bool, began: float
+) -> Step:
+    """After the forward: sample, and let each sequence be where the step will leave it.
+
+    logits [N, V] fp32, the shares' rows in order; may be changed. on_device: sample there what need not be on the host.
+    """
+    may_stay = not any(share.sequence.chosen_on_host for share in shares if share.num_logits)
+    rows, row = [], 0
+    for share in shares:
+        row += share.num_logits
+        if share.sequence.sampling.prompt_logprobs is not None:
+            first = share.stop - share.num_logits
+            score_prompt(share.sequence, first, logits[row - share.num_logits : row])
+        if share.samples:
+            rows.append(row - 1)
+    sampled = [share.sequence for share in shares if share.samples]
+    tokens, scored = choose(logits if len(rows) == row else logits[rows], sampled, eos_token_ids, on_device=on_device)
+    for share in shares:
+        share.sequence.num_computed_tokens = share.stop
+    for place, sequence in enumerate(sampled):
+        sequence.expect(place)
+    return Step(shares, Arrival(tokens), scored, may_stay, began)
+
+
+def choose(
+    logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], *, on_device: bool
+) -> tuple[Tensor, dict[Sequence, TokenLogprobs]]:
+    """(token ids [N] int64, log-probabilities asked for) of logits [N, V] fp32, one row a sequence; may be changed."""
+    on_host = [place for place, sequence in enumerate(sequences) if not on_device or sequence.chosen_on_host]
+    if not on_host:
+        return sample_on_device(logits, sequences), {}
+    if len(on_host) == len(sequences):
+        return _choose_on_host(logits, sequences, eos_token_ids)
+    # Where a row is sampled is its own affair: a seeded request does not see its neighbours.
+    rest = [place for place in range(len(sequences)) if place not in set(on_host)]
+    tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+    tokens[rest] = sample_on_device(logits[rest], [sequences[place] for place in rest])
+    tokens[on_host], scored = _choose_on_host(logits[on_host], [sequences[place] for place in on_host], eos_token_ids)
+    return tokens, scored
+
+
+def _choose_on_host(
+    logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]
+) -> tuple[Tensor, dict[Sequence, TokenLogprobs]]:
+    # Log-probabilities are of the raw logits: keep those rows, since sampling changes its own.
+    raw = {
+        sequence: logits[row : row + 1].clone()
+        for row, sequence in enumerate(sequences)
+        if sequence.sampling.logprobs is not None
+    }
+    tokens = sample(logits, sequences, eos_token_ids)
+    scored = {
+        sequence: logprobs(raw[sequence], [token], sequence.sampling.logprobs or 0)[0]
+        for sequence, token in zip(sequences, tokens, strict=True)
+        if sequence in raw
+    }
+    return torch.tensor(tokens, dtype=torch.int64, device=logits.device), scored
