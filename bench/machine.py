@@ -33,7 +33,7 @@ def cpu_name() -> str:
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """The card, where there is one, and the versions that decide what runs on it."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("triton", "transformers"):
         try:
             found[name] = importlib.metadata.version(name)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import kernels
-from bench.kernels_cases import RAW, TOY
+from bench.kernels_cases import FULL, RAW, TOY, low_precision
+from bench.kernels_report import KernelReport, Result
+from cache.reference import reference_attention
 
 pytest.importorskip("triton")
 
@@ -33,7 +36,14 @@ def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
     assert cases == {(kernel, method) for kernel in ("decode", "prefill") for method in methods} | {("store", RAW)}
     assert all(result["seconds"] > 0 and result["share"] > 0 for result in found["results"])
     assert all(0 < ratio <= 2 for ratio in found["errors over a torch run's"].values())
-    assert "over SDPA" in capsys.readouterr().out
+    assert (found["left_out"], found["silent_peers"]) == ({}, {})
+    verdicts = {target["target"]: target["verdict"] for target in found["targets"]}
+    assert verdicts["error ÷ a plain torch run's"] == "reached"
+    assert "not measured" not in verdicts.values()
+    shown = capsys.readouterr().out
+    assert "over SDPA" in shown
+    assert "toy: prefill, rerope ÷ rope" in shown
+    assert "| decode | toy | rerope | 2 | 96 |" in (tmp_path / "kernels.md").read_text()
 
     def wrong(*arguments: object) -> torch.Tensor:
         query = arguments[0]
@@ -45,6 +55,65 @@ def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
     failures = json.loads((tmp_path / "kernels.json").read_text())["failures"]
     assert set(failures) == {f"check toy {method}" for method in TOY.methods}
     assert "twice a plain torch run's" in failures["check toy rope"]
+
+
+def test_a_run_without_time_says_what_it_left_out(tmp_path: Path) -> None:
+    bench = kernels.Bench(TOY, torch.device("cpu"), print)
+    bench.run(0.0, tmp_path)
+    assert len(bench.report.left_out) == len(TOY.methods) + 3
+    assert all(target.verdict == "not measured" for target in bench.report.targets())
+
+
+class Once:
+    """A clock for tensors without memory."""
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        call()
+        return 1.0
+
+
+def test_every_case_of_full_size_keeps_its_tensors_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors, which refuse to be mixed with the host's, as a GPU's do. Block tables are the host's."""
+    meta = torch.device("meta")
+    bench = kernels.Bench.__new__(kernels.Bench)
+    bench.plan, bench.device, bench.say, bench.clock = FULL, meta, lambda _: None, Once()  # type: ignore[assignment]
+    bench.report, bench.rates = KernelReport(FULL, {}), {"byte/s": 1.0, "FLOP/s": 1.0}
+    monkeypatch.setattr(kernels, "cuda_attention", lambda query, *_: torch.empty_like(query))
+    monkeypatch.setattr(kernels, "cuda_store", lambda key, _, keys, *__: keys.view(key.shape).copy_(key))
+    step = bench._step("llama-3-8b", "rerope", list(FULL.checked))
+    assert {sequence.block_table.device.type for sequence in step.metadata.sequences} == {"cpu"}
+    assert low_precision(step).device == meta
+    assert reference_attention(step.query, step.keys, step.values, step.metadata, step.options).device == meta
+    for when, _, call in bench._cases():
+        if when != kernels.CHECK:
+            call()
+    assert bench.report.silent == {}
+    largest = max(result.work for result in bench.report.results if result.kernel == "decode")
+    assert 5e9 < largest <= FULL.most_bytes
+    assert {result.over["SDPA"] for result in bench.report.results if result.kernel != "store"} == {1.0}
+
+
+def test_targets_take_the_worst_large_case() -> None:
+    report = KernelReport(FULL, {})
+
+    def add(kernel: str, method: str, context: int, seconds: float, work: float, share: float) -> None:
+        report.results.append(Result(kernel, "llama-3-8b", method, 1, context, seconds, work, share))
+
+    for method, seconds, share in ((RAW, 1.0, 0.8), ("rope", 1.1, 0.7), ("rerope", 1.0, 0.6)):
+        add("decode", method, 131072, seconds, 6e8, share)
+        add("decode", method, 4096, 9.0, 1e7, 0.1)  # too small to count
+    for method, seconds in (("rope", 0.01), ("rerope", 0.011)):
+        add("prefill", method, 32768, seconds, 4.1e12, 0.5)
+        add("prefill", method, 2048, 1.0, 1e9, 0.5)
+    targets = {target.name.removeprefix("llama-3-8b: "): target for target in report.targets()}
+    assert targets["decode, share of copy bandwidth, not rotated"].verdict == "reached"
+    assert targets["decode, share of copy bandwidth, rotated"].verdict == "missed"
+    assert targets["decode, share of copy bandwidth, rotated"].worst == "1 x 131,072 rerope"
+    assert targets["decode, rerope ÷ rope"].verdict == "reached"
+    assert targets["prefill, rerope ÷ rope"].found == {"1 x 32,768": pytest.approx(1.1)}
+    assert targets["prefill, rerope ÷ rope"].verdict == "missed"
+    assert targets["prefill, TFLOP/s of rope"].found == {"1 x 32,768 rope": pytest.approx(410)}
+    assert targets["error ÷ a plain torch run's"].verdict == "not measured"
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
