@@ -23,15 +23,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cache.kernels import decode, prefill, store
+from cache.kernels import decode, elementwise, prefill, store
 from cache.kernels.launch import Config, constants
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 CACHES = {"query", "keys", "values", "out", "sinks", "turned_queries", "scratch", "key", "value"}
+CACHES |= {"x", "residual", "weight", "total", "gate_up"}
 INTS = {"tiles", "reads", "spans", "blocks", "first_item", "tiles_per_item", "slots"}
 FLOATS = {"turns", "base_turns", "key_turns", "decay", "row_scale", "partial", "stats"}
 ALIGNED = CACHES | FLOATS | INTS - {"tiles_per_item"} | {"query_stride", "key_stride", "value_stride"}
+ALIGNED |= {"outer_stride", "inner_stride", "residual_stride", "row_stride"}
 
 HALF = torch.bfloat16
 # (head dim, rotary dim, query heads of a KV head, dtype, what else is asked for)
@@ -66,12 +68,20 @@ def kernels() -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
             yield from ((kernel, config, fixed, dtype) for kernel in main)
             yield from ((kernel, side, fixed, dtype) for kernel in others)
     yield store.store_kernel, Config(0, 0, 4, 3), {"KEY_SIZE": 192, "VALUE_SIZE": 192, "LANES": store.LANES}, HALF
+    for width, dtype in itertools.product((128, 576, 4096, 8192, 16384), (HALF, torch.float32)):
+        rows, lanes, warps = elementwise.norm_config(width)
+        for added, rounded in ((False, False), (True, False), (True, True)):
+            fixed = {"WIDTH": width, "ROWS": rows, "LANES": lanes, "RESIDUAL": added}
+            fixed |= {"ADD_ONE": rounded, "ROUND_ONCE": rounded}
+            yield elementwise.rms_norm_kernel, Config(rows, lanes, warps, 3), fixed, dtype
+        gate = {"WIDTH": width, "LANES": elementwise.TILE}
+        yield elementwise.silu_mul_kernel, Config(1, elementwise.TILE, 4, 3), gate, dtype
 
 
 def compiled(kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dtype, arch: int) -> dict[str, Any]:
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
-        kind = "constexpr" if name in fixed else "fp32" if name in ("scale", "softcap") else "i32"
+        kind = "constexpr" if name in fixed else "fp32" if name in ("scale", "softcap", "eps") else "i32"
         kind = TYPES[dtype] if name in CACHES else "*i32" if name in INTS else "*fp32" if name in FLOATS else kind
         signature[name] = kind
         if name in ALIGNED:
