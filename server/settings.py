@@ -215,7 +215,17 @@ class Settings(BaseSettings):
     )
     kv_block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in a cache block")
     kv_cache_memory: ByteSize | None = Field(
-        default=None, ge=MEBIBYTE, description="Memory for keys and values; unset: from what is free"
+        default=None,
+        ge=MEBIBYTE,
+        description="Memory for keys and values; unset: on a GPU what the largest steps leave, on a CPU from what is "
+        "free",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of the GPU's memory that the process may use: weights, steps, keys and values",
     )
     kv_cache_dtype: Dtype = Field(default="auto", description="Of keys and values; auto: as the activations")
     prefix_caching: bool = Field(
@@ -291,10 +301,12 @@ class Settings(BaseSettings):
             max_batched_tokens=self.max_batched_tokens,
             block_size=self.kv_block_size,
             kv_cache_memory=self.kv_cache_memory,
+            gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_dtype=self.kv_cache_dtype,
             prefix_caching=self.prefix_caching,
             max_queued_requests=self.max_queued_requests,
             max_queued_tokens=self.max_queued_tokens,
             cache_dir=self.cache_dir,
             request_timeout_s=self.request_timeout_s,
+            rope_per_request=self.rope_per_request,
         )

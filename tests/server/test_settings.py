@@ -126,6 +126,8 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "max_batched_tokens": 99,
         "kv_block_size": 8,
         "kv_cache_memory": 2**21,
+        "gpu_memory_utilization": 0.75,
+        "rope_per_request": False,
         "kv_cache_dtype": "float16",
         "prefix_caching": False,
         "max_queued_requests": 5,
