@@ -39,6 +39,7 @@ from server.engine.scheduler import Scheduled, Scheduler
 from server.engine.sequence import EngineRequest, Sequence
 from server.engine.sizing import CacheSize, size_cache
 from server.engine.step import Share, Step, finish_launch
+from server.engine.warm_up import warm_up
 from server.errors import ConfigurationError, InvalidRequest, RequestError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Engine:
         report("checking the model against transformers' own forward")
         error = probe(model)
         report(f"the check passed: relative difference {error:.1e}")
-        size = size_cache(model, config)
+        size = size_cache(model, config, report)
         positions = _resolve(model, config.rope, size.max_model_len, ConfigurationError)
         for warning in positions.warnings():
             report(f"warning: {warning}")
@@ -107,7 +108,10 @@ class Engine:
             f"{described}; max_model_len {size.max_model_len}; cache of {size.num_blocks * config.block_size} tokens, "
             f"{size.num_bytes / 2**30:.2f} GiB"
         )
-        return cls(model, config, positions, size)
+        engine = cls(model, config, positions, size)
+        if model.device.type == "cuda":
+            warm_up(model, config, size.max_model_len, engine.storage, report)
+        return engine
 
     # --- requests ---
 
