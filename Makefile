@@ -4,9 +4,14 @@
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
 #   make check   format, lint, types, import direction, docs drift
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
+#   make gpu     kernels, decode steps and tests on a CUDA card, into bench/out/gpu   (ARGS="--tests 0": ten minutes)
 #   make soak    twenty minutes of mixed traffic: does anything leak    (ARGS="--minutes 3")
 #   make docs    the settings in README.md and docker/compose.yaml and the page of methods, written from the code
 #   make lock    the packages of the docker images, resolved anew
+#
+# On a GPU: pip's torch for Linux is the CUDA build, so a bare machine needs NVIDIA's driver, a C compiler and Python's
+# headers beside the above. `make test DEVICE=cuda` runs the tests on the card; without DEVICE they leave it alone. Where
+# torch, triton, transformers and rich are there already, `python -m bench.gpu` needs neither .venv nor network.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -28,7 +33,7 @@ endif
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help serve test check bench soak docs lock clean
+.PHONY: help serve test check bench gpu soak docs lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +52,9 @@ check: $(VENV)/.develop
 
 bench: $(VENV)/.develop
 	$(BIN)/python -m bench.$(BENCH) $(BENCH_ARGS) $(ARGS)
+
+gpu: $(VENV)/.develop
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 soak: $(VENV)/.develop
 	$(BIN)/python -m bench.soak $(ARGS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+VERDICTS = ("reached", "missed", "not measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ class TargetTable:
         ]
 
     def notes(self) -> list[str]:
-        return []
+        counts = Counter(target.verdict for target in self.targets)
+        return ["Targets: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)]
 
     def as_json(self) -> list[dict[str, Any]]:
         return [

@@ -17,14 +17,6 @@ from cache.reference import reference_attention
 pytest.importorskip("triton")
 
 
-@pytest.fixture
-def few_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cache.kernels import decode
-
-    monkeypatch.setattr(decode, "ITEMS", 4)
-
-
-@pytest.mark.usefixtures("few_items")
 def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
