@@ -124,32 +124,22 @@ def _levels(x):
     return 1, stride, stride
 
 
-def _launch(x, residual, weight, total, out, levels, eps, add_one, round_once):
-    width, num_rows = x.shape[-1], out.numel() // x.shape[-1]
-    rows, lanes, warps = norm_config(width)
-    if num_rows == 0:
-        return
-    with _on(x.device):
-        rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
-            x, residual, weight, total, out, num_rows, *levels, residual.stride(0), eps,
-            WIDTH=width, ROWS=rows, LANES=lanes, RESIDUAL=total is not out, ADD_ONE=add_one, ROUND_ONCE=round_once,
-            num_warps=warps,
-        )  # fmt: skip
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, add_one: bool = False, round_once: bool = False) -> Tensor:
-    """x/√(mean x² + eps) · weight, or · (1 + weight), over the last dim; contiguous, in the dtype of x.
+    """x/√(mean x² + eps) · weight, or · (1 + weight), over the last dim, in the dtype of x.
 
     x: [..., width], strided as it likes but for the last dim. weight: [width] of the same dtype. The normed row is
-    rounded before the weight, as Llama does, unless round_once.
+    rounded before the weight, as Llama does, unless round_once. The result has no gaps and its dims in the order of
+    those of x in memory, as torch's own operations would have them: heads that lie side by side still do.
     """
-    levels = _levels(x)
+    order = sorted(range(x.dim() - 1), key=lambda dim: -x.stride(dim))
+    rows = x.permute(*order, -1)
+    levels = _levels(rows)
     if levels is None:
-        x = x.contiguous()
-        levels = _levels(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, x, weight, out, out, levels, eps, add_one, round_once)
-    return out
+        rows = rows.contiguous()
+        levels = _levels(rows)
+    out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    _launch_norm(rows, rows, weight, out, out, levels, eps, add_one, round_once)
+    return out.permute(*(order.index(dim) for dim in range(len(order))), -1)
 
 
 def add_rms_norm(
@@ -158,7 +148,7 @@ def add_rms_norm(
     """(residual + x, its RMS norm): both [T, width], contiguous. residual and x: [T, width], rows strided."""
     residual, x = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (residual, x))
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    _launch(x, residual, weight, total, out, _levels(x), eps, add_one, round_once)
+    _launch_norm(x, residual, weight, total, out, _levels(x), eps, add_one, round_once)
     return total, out
 
 
@@ -166,11 +156,31 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate)·up of gate_up [T, 2·I], gate first, rows strided → [T, I], contiguous."""
     if gate_up.stride(1) != 1:
         gate_up = gate_up.contiguous()
-    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    if num_rows:
-        with _on(gate_up.device):
-            silu_mul_kernel[(num_rows, triton.cdiv(width, TILE))](
-                gate_up, out, gate_up.stride(0), WIDTH=width, LANES=TILE, num_warps=4
-            )
+    out = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+    _launch_gate(gate_up, out)
     return out
+
+
+def _launch_norm(x, residual, weight, total, out, levels, eps, add_one, round_once):
+    width, num_rows = x.shape[-1], out.numel() // x.shape[-1]
+    rows, lanes, warps = norm_config(width)
+    if num_rows == 0:
+        return
+    # The stride of a single row is any number, and not one to compile a kernel for.
+    residual_stride = residual.stride(0) if total is not out and num_rows > 1 else width
+    with _on(x.device):
+        rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+            x, residual, weight, total, out, num_rows, *levels, residual_stride, eps,
+            WIDTH=width, ROWS=rows, LANES=lanes, RESIDUAL=total is not out, ADD_ONE=add_one, ROUND_ONCE=round_once,
+            num_warps=warps,
+        )  # fmt: skip
+
+
+def _launch_gate(gate_up, out):
+    num_rows, width = out.shape
+    if num_rows == 0:
+        return
+    with _on(out.device):
+        silu_mul_kernel[(num_rows, triton.cdiv(width, TILE))](
+            gate_up, out, gate_up.stride(0), WIDTH=width, LANES=TILE, num_warps=4
+        )

@@ -101,7 +101,7 @@ class RMSNorm:
         self.weight, self.eps, self.add_one, self.round_once = weight.detach(), eps, add_one, round_once
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., width] → the same shape, contiguous."""
+        """x [..., width] → the same shape, dims in the order of those of x in memory."""
         from cache.kernels.elementwise import rms_norm
 
         return rms_norm(x, self.weight, self.eps, add_one=self.add_one, round_once=self.round_once)

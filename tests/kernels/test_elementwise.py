@@ -37,7 +37,6 @@ def exact(x: Tensor, weight: Tensor, add_one: bool) -> Tensor:
 
 
 def check(ours: Tensor, expected: Tensor) -> None:
-    assert ours.is_contiguous()
     torch.testing.assert_close(ours.double(), expected, rtol=UNITS[ours.dtype], atol=1e-6)
 
 
@@ -93,10 +92,12 @@ def test_rows_may_be_parts_of_wider_ones() -> None:
         heads[1:2, 4:9],
         heads.transpose(0, 1),
         merged.view(2, 3, 10, 24)[:, 1:, 2:4],
-        heads.transpose(1, 2)[:, :, :].transpose(1, 2)[..., :24],
         random(24, 7).T,
     ):
-        check(rms_norm(x, weight, EPS), exact(x, weight, False))
+        ours = rms_norm(x, weight, EPS)
+        check(ours, exact(x, weight, False))
+        # Laid out as torch does it, so that heads side by side stay so.
+        assert ours.stride() == (x * 1.0).stride() or x.stride(-1) != 1
     wide = random(5, 100)
     total, normal = add_rms_norm(wide[:, :24], wide[:, 60:84], weight, EPS)
     check(total, wide[:, :24].double() + wide[:, 60:84].double())
