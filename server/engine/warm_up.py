@@ -54,10 +54,11 @@ def warm_up(model: Model, config: EngineConfig, length: int, storage: KVStorage,
 
     Raises torch.OutOfMemoryError. `report` gets a line as each step begins.
     """
-    sampled: Tensor | None = None
+    under_way: Tensor | None = None
     for name, rows in worst_steps(model, config, length):
         report(f"warming up: {name}")
-        sampled = _run(model, config, rows, storage, sampled)
+        under_way = _run(model, config, rows, storage)  # what the step before sampled from is held until then
+    del under_way
 
 
 def worst_steps(model: Model, config: EngineConfig, length: int) -> Iterator[tuple[str, list[Rows]]]:
@@ -128,18 +129,18 @@ def _num_parts(method: PositionMethod, start: int, stop: int) -> int:
     return max(len(reading.parts) for _, _, reading in method.runs(start, stop))
 
 
-def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorage, _under_way: Tensor | None) -> Tensor:
-    """A step as the engine runs it; the logits that it sampled from. Those of the step before are kept meanwhile."""
+def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorage) -> Tensor:
+    """A step as the engine runs it; the logits that it sampled from."""
     num_blocks = storage.keys[0].shape[0]
     chunks = []
     for one in rows:
         blocks = np.arange(-(-(one.start + one.count) // config.block_size)) % num_blocks
         ids = [token % model.vocab_size for token in range(one.count)]
-        chunks.append(Chunk(ids, one.start, blocks.tolist(), one.positions, one.count))
+        chunks.append(Chunk(ids, one.start, blocks, one.positions, one.count))
     logits = model.forward(build_batch(chunks, config.block_size, model.device), storage)
     scored = min(PROMPT_LOGPROB_ROWS, len(logits))
     logprobs(logits[:scored], [0] * scored, NUM_ALTERNATIVES)
-    sampled = logits[list(range(min(config.max_num_seqs, len(logits))))]
+    sampled = logits[: config.max_num_seqs].clone()
     sequences = [_sampling(rows[0].positions, config)] * len(sampled)
     sample_on_device(sampled, sequences)
     raw = sampled.clone()

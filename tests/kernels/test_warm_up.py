@@ -1,0 +1,38 @@
+"""The largest steps of a deployment, through the kernels: every block is written again and again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cache.cuda import cuda_attention, cuda_store
+from cache.storage import KVStorage
+from rope.spec import RopeSpec
+from server.engine.config import EngineConfig
+from server.engine.model import Model
+from server.engine.warm_up import warm_up
+from tests.engine.tiny_models import tiny
+
+
+def test_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def store(self: KVStorage, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        cuda_store(key, value, self.keys[layer], self.values[layer], slot_mapping)
+
+    monkeypatch.setattr("server.engine.model.paged_attention", cuda_attention)
+    monkeypatch.setattr(KVStorage, "store", store)
+    model = Model(tiny("llama", max_position_embeddings=32, num_hidden_layers=1))
+    storage = KVStorage([layer.shape for layer in model.layers], 3, 16, torch.float32, model.device)
+    config = EngineConfig(
+        rope=RopeSpec(method="dynamic_leaky"), max_batched_tokens=8, max_num_seqs=2, rope_per_request=False
+    )
+    lines: list[str] = []
+    warm_up(model, config, 100, storage, lines.append)
+    assert [line.split(",")[0] for line in lines] == [
+        "warming up: the last 8 rows of a prompt of 100",
+        "warming up: 4 rows of each of 2 such prompts",
+        "warming up: one row of each of 2 sequences",
+    ]
+    for tensor in storage.keys + storage.values:
+        assert tensor.isfinite().all()
+        assert (tensor != 0).all(), "a slot that no step wrote to"
