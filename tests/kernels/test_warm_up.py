@@ -1,4 +1,4 @@
-"""The largest steps of a deployment, through the kernels: every block is written again and again."""
+"""The largest steps of a deployment, through the kernels: rows write to few blocks, and read them again and again."""
 
 from __future__ import annotations
 
@@ -35,4 +35,4 @@ def test_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for tensor in storage.keys + storage.values:
         assert tensor.isfinite().all()
-        assert (tensor != 0).all(), "a slot that no step wrote to"
+        assert (tensor != 0).any()
