@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from server.engine.scheduler import Scheduled, share
+from server.engine.sequence import UNKNOWN, Sequence
 from tests.engine.scripted import Script, sequence, unique
 
 
@@ -182,6 +183,54 @@ def test_a_removed_sequence_leaves_nothing() -> None:
         script.check_integrity()
     assert script.scheduler.remove("never heard of") is None
     assert script.cache.pool.num_free == 100
+
+
+# --- tokens that a step in flight samples -----------------------------------------------------------------------------
+
+
+def launched(script: Script, one: Sequence) -> list[Scheduled]:
+    """A step whose token is not known when the next one is scheduled."""
+    plan = script.scheduler.schedule()
+    for scheduled in plan:
+        scheduled.sequence.num_computed_tokens += scheduled.num_new_tokens
+    one.expect(0)
+    return plan
+
+
+def test_a_pending_token_is_scheduled_unless_it_is_the_last() -> None:
+    script, one = Script(10), sequence(unique(20), max_tokens=2)
+    script.add(one)
+    assert counts(launched(script, one)) == {one.request_id: 20}
+    assert counts(launched(script, one)) == {one.request_id: 1}
+    assert script.scheduler.schedule() == []
+    one.append(5)
+    assert (one.num_generated_tokens, one.num_pending, one.token_ids[20:]) == (1, 1, [5, UNKNOWN])
+    one.append(6)
+    assert one.token_ids[20:] == [5, 6]
+
+
+def test_a_preempted_sequence_waits_for_its_pending_token() -> None:
+    script, one, other = Script(10), sequence(unique(20)), sequence(unique(20))
+    script.add(one)
+    launched(script, one)
+    script.scheduler.preempt(one)
+    script.add(other)
+    assert script.scheduler.schedule() == [], "nobody overtakes it"
+    one.append(5)
+    assert counts(script.scheduler.schedule()) == {one.request_id: 21, other.request_id: 20}
+    script.check_integrity()
+
+
+def test_who_is_at_its_end_makes_room_first() -> None:
+    """The most urgent of all, but its last token is under way: its blocks are read no more."""
+    script = Script(4)
+    ending, growing = sequence(unique(32), max_tokens=1, priority=-1), sequence(unique(32), max_tokens=20)
+    script.add(ending, growing)
+    launched(script, ending)
+    growing.append(5)
+    assert counts(script.scheduler.schedule()) == {growing.request_id: 1}
+    assert list(script.scheduler.waiting) == [ending.request_id]
+    script.check_integrity()
 
 
 # --- any history ------------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ METHODS = ("model", "rerope", "leaky_rerope", "dynamic_ntk", "dynamic_leaky", "d
 class Storm:
     """200 requests with shared prefixes and methods of their own, added, aborted and preempted at random."""
 
-    def __init__(self, model: Model, seed: int) -> None:
+    def __init__(self, model: Model, seed: int, **config: Any) -> None:
+        self.model = model
         self.random = random.Random(seed)
         self.engine = tiny_engine(
-            model, max_model_len=160, num_blocks=44, block_size=4, max_num_seqs=12, max_batched_tokens=48
+            model, max_model_len=160, num_blocks=44, block_size=4, max_num_seqs=12, max_batched_tokens=48, **config
         )
         self.requests = {str(i): self._request(str(i)) for i in range(200)}
         self.outputs: dict[str, list[TokenOutput]] = {name: [] for name in self.requests}
@@ -69,7 +70,10 @@ def model() -> Model:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_storm_leaves_nothing_and_disturbs_no_output(model: Model, seed: int) -> None:
-    storm = Storm(model, seed)
+    check_storm(Storm(model, seed))
+
+
+def check_storm(storm: Storm) -> None:
     storm.run()
     assert_idle(storm.engine)
     stats = storm.engine.stats()
@@ -77,7 +81,7 @@ def test_a_storm_leaves_nothing_and_disturbs_no_output(model: Model, seed: int) 
     assert stats.prefix_hit_tokens > 500
     survivors = [name for name in storm.requests if name not in storm.aborted]
     assert 20 < len(survivors) < 200
-    solo = tiny_engine(model, max_model_len=160, prefix_caching=False, max_batched_tokens=160)
+    solo = tiny_engine(storm.model, max_model_len=160, prefix_caching=False, max_batched_tokens=160)
     for name in survivors:
         outputs, one = storm.outputs[name], storm.requests[name]
         assert outputs[-1].finish_reason is FinishReason.LENGTH

@@ -1,0 +1,88 @@
+"""An engine over a model without weights: its logits are made of the token ids that it finds in the cache.
+
+What a row reads, through its sequence's block table, is all tokens up to its own, as they were stored when their rows
+ran. So an output is right only if every step had the right ids, wrote them where they belong, and overwrote nothing
+that is still read. `expected` is the same chain without an engine.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.prefix import PrefixHasher
+from cache.storage import KVStorage
+from rope.frequencies import Rotary
+from rope.model_positions import resolve_model
+from rope.spec import RopeSpec
+from server.engine.batch import Batch
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.model import Model
+from server.engine.sampler import sample
+from server.engine.sequence import EngineRequest, Sequence
+from server.engine.sizing import CacheSize
+from tests.engine.tiny_models import prompt_of
+
+VOCABULARY, EOS, BLOCK = 24, 2, 4
+MAX_MODEL_LEN = 80
+POSITIONS = resolve_model(RopeSpec(method="rope"), {"": Rotary(16, 16, 1e4, "default", 64, 64)}, None)
+
+
+def logits_after(tokens: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+    """[V] fp32, as good as random."""
+    seed = zlib.crc32(np.asarray(tokens, dtype=np.int64).tobytes())
+    return 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+
+
+class ScriptedModel:
+    """What `Engine` asks of a model."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.layers: list[Any] = []
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.vocab_size = VOCABULARY
+        self.eos_token_ids = frozenset({EOS})
+        self._slots = np.full(num_blocks * BLOCK, -2, dtype=np.int64)
+
+    def forward(self, batch: Batch, _: KVStorage) -> Tensor:
+        ids = batch.input_ids.numpy()
+        assert ids.min() >= 0, "a token that nobody knows"
+        self._slots[batch.metadata.slot_mapping.numpy()] = ids
+        blocks = self._slots.reshape(-1, BLOCK)
+        logits = [torch.empty(0, VOCABULARY)]
+        for row in batch.logit_rows.tolist():
+            own = next(s for s in batch.metadata.sequences if s.first <= row < s.first + s.count)
+            read = blocks[own.block_table.numpy()].reshape(-1)[: own.start + row - own.first + 1]
+            logits.append(logits_after(read)[None])
+        return torch.cat(logits)
+
+
+def scripted_engine(num_blocks: int = 40, model: Any = None, **config: Any) -> Engine:
+    settings = EngineConfig(block_size=BLOCK, max_model_len=MAX_MODEL_LEN, rope=RopeSpec(method="rope"), **config)
+    model = cast("Model", model or ScriptedModel(num_blocks))
+    return Engine(model, settings, POSITIONS, CacheSize(num_blocks, 0, torch.float32, MAX_MODEL_LEN))
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    """No special tokens."""
+    return [3 + token % (VOCABULARY - 3) for token in prompt_of(length, seed)]
+
+
+def expected(request: EngineRequest) -> list[int]:
+    """The request's output, token after token, with nothing else around."""
+    sampling, prompt = request.sampling, list(request.prompt_token_ids)
+    generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
+    one = Sequence(request, POSITIONS, PrefixHasher(BLOCK, POSITIONS, ""), generator, prompt, len(prompt))
+    ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else {EOS})
+    for number in range(1, sampling.max_tokens + 1):
+        (token,) = sample(logits_after(np.array(one.token_ids))[None], [one], frozenset({EOS}))
+        one.append(token)
+        if token in ends and number >= sampling.min_tokens:
+            break
+    return one.token_ids[len(request.prompt_token_ids) :]

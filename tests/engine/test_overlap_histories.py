@@ -1,0 +1,121 @@
+"""Overlapped steps under any history: every output is its request's own chain of tokens, and nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from server.engine.batch import Chunk
+from server.engine.outputs import TokenOutput
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import EngineRequest, Sequence
+from server.engine.step import Share
+from tests.engine.scripted_model import VOCABULARY, expected, random_prompt, scripted_engine
+from tests.engine.tiny_models import assert_idle, greedy, request, tokens_of
+
+
+class History:
+    """Requests of all kinds added, aborted and preempted at random, over a cache that is too small for them."""
+
+    def __init__(self, seed: int, *, overlap: bool = True) -> None:
+        self.random = random.Random(seed)
+        self.engine = scripted_engine(
+            num_blocks=24, overlap=overlap, max_num_seqs=5, max_batched_tokens=self.random.randint(5, 20)
+        )
+        self.requests = {str(number): self._request(str(number)) for number in range(40)}
+        self.outputs: dict[str, list[TokenOutput]] = {name: [] for name in self.requests}
+        self.aborted: set[str] = set()
+        self.num_stayed = 0
+
+    def _request(self, name: str) -> EngineRequest:
+        draw = self.random
+        ids = random_prompt(24, seed=draw.randrange(2))[: draw.choice([0, 4, 13, 24])] + random_prompt(
+            draw.randint(1, 12), int(name)
+        )
+        sampling: dict[str, Any] = draw.choice(
+            [
+                {},
+                {},
+                {"stop_token_ids": frozenset(draw.sample(range(VOCABULARY), 3))},
+                {"seed": int(name), "temperature": 1.0, "ignore_eos": False},
+                {"seed": int(name), "temperature": 0.7, "top_p": 0.8, "ignore_eos": False},
+                {"min_tokens": 3, "ignore_eos": False},
+                {"repetition_penalty": 1.5},
+                {"logprobs": 1},
+            ]
+        )
+        return request(name, ids, greedy(draw.choice([1, 2, 5, 14]), **sampling), priority=draw.randint(-1, 1))
+
+    def run(self) -> None:
+        waiting = list(self.requests.values())
+        while waiting or self.engine.has_work():
+            for _ in range(self.random.randint(0, 3)):
+                if waiting:
+                    self.engine.add(waiting.pop())
+            self._disturb()
+            for name, output in self.engine.step():
+                self.outputs[name].append(output)
+            self.num_stayed += self.engine._in_flight is not None
+            self.engine.check_integrity()
+        self._check()
+
+    def _disturb(self) -> None:
+        scheduler = self.engine.scheduler
+        if self.random.random() < 0.08 and scheduler.sequences:
+            name = self.random.choice([one.request_id for one in scheduler.sequences])
+            assert self.engine.abort(name) is not None
+            self.aborted.add(name)
+        if self.random.random() < 0.15 and scheduler.running:
+            scheduler.preempt(self.random.choice(list(scheduler.running.values())))
+
+    def _check(self) -> None:
+        assert_idle(self.engine)
+        for name, one in self.requests.items():
+            whole, outputs = expected(one), self.outputs[name]
+            assert all(len(output.token_ids) == 1 for output in outputs)
+            if name in self.aborted:
+                assert tokens_of(outputs) == whole[: len(outputs)]
+                assert all(output.finish_reason is None for output in outputs)
+            else:
+                assert tokens_of(outputs) == whole
+                assert [output.finish_reason is None for output in outputs] == [True] * (len(outputs) - 1) + [False]
+
+
+def run_histories(*, overlap: bool) -> list[History]:
+    histories = [History(seed, overlap=overlap) for seed in range(25)]
+    for history in histories:
+        history.run()
+    return histories
+
+
+def test_histories() -> None:
+    histories = run_histories(overlap=True)
+    stats = [history.engine.stats() for history in histories]
+    assert sum(one.num_preemptions for one in stats) > 200
+    assert sum(one.prefix_hit_tokens for one in stats) > 2000
+    assert sum(history.num_stayed for history in histories) > 200
+    assert not any(history.num_stayed for history in run_histories(overlap=False))
+
+
+def as_decoded(share: Share, block_size: int, chunk: Callable[..., Chunk] = Share.chunk) -> Chunk:
+    return replace(chunk(share, block_size), pending_place=None)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        pytest.param(Share, "chunk", as_decoded, id="the ids of pending tokens are not looked up"),
+        pytest.param(Share, "cached", True, id="blocks are remembered for sequences that lost them"),
+        pytest.param(Scheduler, "holds", lambda *_: True, id="what has ended or gone goes on"),
+        pytest.param(Sequence, "chosen_on_host", False, id="nobody waits for the history that a draw takes"),
+        pytest.param(Sequence, "num_generated_tokens", Sequence.num_output_tokens, id="pending tokens count as known"),
+    ],
+)
+def test_histories_see_what_is_missing(owner: type, name: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises((AssertionError, ValueError, IndexError, KeyError)):
+        run_histories(overlap=True)
