@@ -9,9 +9,9 @@
 #   make docs    the settings in README.md and docker/compose.yaml and the page of methods, written from the code
 #   make lock    the packages of the docker images, resolved anew
 #
-# On a GPU: pip's torch for Linux is the CUDA build, so a bare machine needs NVIDIA's driver, a C compiler and Python's
-# headers beside the above. `make test DEVICE=cuda` runs the tests on the card; without DEVICE they leave it alone. Where
-# torch, triton, transformers and rich are there already, `python -m bench.gpu` needs neither .venv nor network.
+#   A GPU needs NVIDIA's driver, a C compiler and Python's headers beside these; pip's torch for Linux is the CUDA build.
+#   make test DEVICE=cuda runs the tests on the card; without DEVICE they leave it alone. Where torch, triton,
+#   transformers, rich and psutil are installed already, python -m bench.gpu needs neither .venv nor network.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from tests.device import DEVICE  # before torch: it decides what torch and Triton see
+
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-# Read when Triton is imported, by whatever comes first. On a GPU its kernels are compiled.
-os.environ.setdefault("TRITON_INTERPRET", "0" if os.environ.get("DEVICE", "cpu").startswith("cuda") else "1")
 
 import asyncio
 import socket
@@ -28,6 +28,10 @@ for name in Settings.model_fields:
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
+
+
+def pytest_report_header() -> str:
+    return f"device: {DEVICE}"
 
 
 @pytest.fixture(scope="session")

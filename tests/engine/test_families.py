@@ -19,7 +19,7 @@ def transformers_greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]
     """Before the model is taken over."""
     generated = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -171,7 +171,7 @@ IDS = torch.tensor([prompt_of(30)])
 
 @torch.inference_mode()
 def logits(model: Any) -> Tensor:
-    return model(input_ids=IDS, use_cache=False).logits
+    return model(input_ids=IDS.to(model.device), use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "cohere", "gpt_oss"])

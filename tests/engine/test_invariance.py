@@ -71,7 +71,7 @@ def variants(model: Model) -> dict[str, ModelPositions]:
 
 
 def by_chunks(model: Model, variants: Mapping[str, ModelPositions], chunk: int) -> dict[str, Tensor]:
-    """Logits [LENGTH, V] of every variant, the prompt fed in chunks, several variants packed into each forward."""
+    """Logits [LENGTH, V] of every variant, on the host; prompts in chunks, several variants to a forward."""
     logits: dict[str, Tensor] = {}
     for group in groups_of(variants):
         logits |= packed_by_chunks(model, group, chunk)
@@ -99,7 +99,7 @@ def packed_by_chunks(model: Model, variants: Mapping[str, ModelPositions], chunk
         ]
         logits = model.forward(build_batch(chunks, BLOCK, model.device), storage)
         pieces.append(logits.view(len(variants), len(tokens), -1))
-    return dict(zip(variants, torch.cat(pieces, dim=1), strict=True))
+    return dict(zip(variants, torch.cat(pieces, dim=1).cpu(), strict=True))
 
 
 def whole(model: Model, variants: Mapping[str, ModelPositions]) -> dict[str, Tensor]:
@@ -179,7 +179,7 @@ def expected(model: Model, positions: ModelPositions, tokens: list[int], num_new
     num_blocks = -(-len(tokens) // BLOCK)
     storage = KVStorage([layer.shape for layer in model.layers], num_blocks, BLOCK, torch.float32, model.device)
     chunk = Chunk(tokens, 0, list(range(num_blocks)), positions, num_new + 1)
-    return model.forward(build_batch([chunk], BLOCK, model.device), storage)[:-1].log_softmax(-1)
+    return model.forward(build_batch([chunk], BLOCK, model.device), storage)[:-1].log_softmax(-1).cpu()
 
 
 Requests = dict[str, list[TokenOutput]]

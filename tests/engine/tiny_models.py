@@ -20,6 +20,7 @@ from server.engine.outputs import TokenOutput
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import EngineRequest
 from server.engine.sizing import CacheSize
+from tests.device import DEVICE
 
 VOCABULARY = 128
 SHAPE: dict[str, Any] = {
@@ -64,7 +65,10 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
 
 
 def tiny(family: str, *, seed: int = 0, sharpness: float = 2.0, **config: Any) -> Any:
-    """A random causal LM in fp32; `sharpness` scales queries, keys and values, for attention that is peaked."""
+    """A random causal LM in fp32 on the device under test, the same numbers on any.
+
+    sharpness: scales queries, keys and values, for attention that is peaked.
+    """
     options = {**SHAPE, **FAMILIES.get(family, {}), **config}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -80,7 +84,7 @@ def tiny(family: str, *, seed: int = 0, sharpness: float = 2.0, **config: Any) -
                 parameter.data = 1 + 0.3 * random
             else:
                 parameter.data = 0.1 * random
-    return model
+    return model.to(DEVICE)
 
 
 def tiny_engine(

@@ -24,7 +24,9 @@ from server.http_server import CLOSE_GRACE_S
 from server.settings import SPIN_COUNT, Settings
 
 ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
+INHERITED = ("PATH", "CUDA_VISIBLE_DEVICES")
+ENVIRONMENT = {name: os.environ[name] for name in INHERITED if name in os.environ}
+ENVIRONMENT |= {"HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 180
 LONG = {"prompt": "Hello", "max_tokens": 600, "ignore_eos": True, "stream": True}
 
