@@ -30,7 +30,7 @@ from rope.spec import RopeSpec
 from server.engine.batch import build_batch
 from server.engine.config import EngineConfig
 from server.engine.endings import finish_reason, follow_grammar
-from server.engine.info import Backlog, EngineStats, ModelInfo
+from server.engine.info import Backlog, Counters, EngineStats, ModelInfo
 from server.engine.model import Model, load_model
 from server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from server.engine.probe import probe
@@ -77,12 +77,7 @@ class Engine:
         self._sample_on_device = on_gpu or self._overlap
         self._in_flight: Step | None = None
         self._positions: dict[RopeSpec, ModelPositions] = {}
-        self._num_steps = 0
-        self._prompt_tokens = 0
-        self._generation_tokens = 0
-        self._last_step_s = 0.0
-        self._collected_at = 0.0
-        self._prefill_tokens_per_s = 0.0
+        self._counters = Counters()
 
     @classmethod
     def load(
@@ -152,11 +147,11 @@ class Engine:
 
     def check_queue(self, backlog: Backlog, num_prompt_tokens: int, num_sequences: int = 1) -> None:
         """Room for a request's sequences; see `refusals.check_room`. Reads nothing that a step changes but the rate."""
-        check_room(self.config, backlog, num_prompt_tokens, num_sequences, self._prefill_tokens_per_s)
+        check_room(self.config, backlog, num_prompt_tokens, num_sequences, self._counters.prefill_tokens_per_s)
 
     def retry_after_s(self, backlog: Backlog) -> int:
         """Seconds until what waits and what runs is read, at the measured prefill rate; at least 1."""
-        return retry_after_s(backlog, self._prefill_tokens_per_s)
+        return retry_after_s(backlog, self._counters.prefill_tokens_per_s)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """Forget a request and release its blocks now; its last output, or None where there is no such request."""
@@ -216,7 +211,7 @@ class Engine:
             sequence = share.sequence
             token = next(tokens) if share.samples else None
             read = min(share.stop, sequence.num_prompt_tokens)
-            self._prompt_tokens += max(0, read - share.start)
+            self._counters.prompt_tokens += max(0, read - share.start)
             if not self.scheduler.holds(sequence):
                 continue
             sequence.num_processed_tokens = read
@@ -228,13 +223,13 @@ class Engine:
                 outputs.append(self._finish(sequence, (), None, FinishReason.LENGTH))
             elif sequence.request.report_progress:
                 outputs.append((sequence.request_id, sequence.output()))
-        self._measure(step)
+        self._counters.end_step(step.began, step.num_prefilled)
         return outputs
 
     def _take(self, sequence: Sequence, token: int, scored: TokenLogprobs | None) -> tuple[str, TokenOutput]:
         """A sampled token, and whether the sequence ends with it."""
         sequence.append(token)
-        self._generation_tokens += 1
+        self._counters.generation_tokens += 1
         if failure := follow_grammar(sequence, token, self.info.eos_token_ids):
             self.scheduler.remove(sequence.request_id)
             return sequence.request_id, sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
@@ -257,22 +252,8 @@ class Engine:
 
     # --- what callers watch ---
 
-    def _measure(self, step: Step) -> None:
-        """Where steps overlap, a step's time begins when the one before it is over."""
-        now = time.monotonic()
-        seconds = now - max(step.began, self._collected_at)
-        self._collected_at = now
-        self._num_steps += 1
-        self._last_step_s = seconds
-        prefilled = step.num_prefilled
-        if prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
-            rate = prefilled / seconds
-            self._prefill_tokens_per_s += (rate - self._prefill_tokens_per_s) * (
-                0.2 if self._prefill_tokens_per_s else 1
-            )
-
     def stats(self) -> EngineStats:
-        scheduler, pool = self.scheduler, self.scheduler.cache.pool
+        scheduler, pool, counters = self.scheduler, self.scheduler.cache.pool, self._counters
         return EngineStats(
             num_running=len(scheduler.running),
             num_running_tokens=sum(s.num_remaining_tokens for s in scheduler.running.values()),
@@ -281,14 +262,14 @@ class Engine:
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
-            num_steps=self._num_steps,
+            num_steps=counters.num_steps,
             num_preemptions=scheduler.num_preemptions,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
             prefix_queried_tokens=scheduler.cache.queried_tokens,
             prefix_hit_tokens=scheduler.cache.hit_tokens,
-            last_step_s=self._last_step_s,
-            prefill_tokens_per_s=self._prefill_tokens_per_s,
+            last_step_s=counters.last_step_s,
+            prefill_tokens_per_s=counters.prefill_tokens_per_s,
         )
 
     def check_integrity(self) -> None:

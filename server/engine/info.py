@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from rope.model_positions import ModelPositions
@@ -28,6 +29,28 @@ class Backlog:
     num_waiting: int
     num_waiting_tokens: int
     num_running_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an engine counts as it steps: totals, and the time of its steps."""
+
+    num_steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    last_step_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    _last_end: float = 0.0
+
+    def end_step(self, began: float, num_prefilled: int) -> None:
+        """A step launched at `began` is over. Where steps overlap, its time begins when the one before it ends."""
+        now = time.monotonic()
+        seconds = now - max(began, self._last_end)
+        self.num_steps += 1
+        self.last_step_s, self._last_end = seconds, now
+        if num_prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
+            more = num_prefilled / seconds - self.prefill_tokens_per_s
+            self.prefill_tokens_per_s += more * (0.2 if self.prefill_tokens_per_s else 1)
 
 
 @dataclass(frozen=True, slots=True)
