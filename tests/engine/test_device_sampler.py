@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.engine import device_sampler
-from server.engine.device_sampler import invert, sample_on_device
+from server.engine.device_sampler import best, invert, sample_on_device
 from server.engine.sampler import NUCLEUS_CANDIDATES, sample
 from server.engine.sampling_params import SamplingParams
 from server.engine.sequence import Sequence
@@ -248,11 +248,47 @@ def test_the_mode_above_sees_a_wait(fake_cuda: FakeTensorMode) -> None:
             torch.masked_select(logits, logits > 0)
 
 
-@pytest.mark.parametrize(("options", "sorts"), [({}, False), ({"min_p": 0.1}, False), ({"top_k": 9}, True)], ids=str)
-def test_the_vocabulary_is_sorted_only_where_asked(
-    fake_cuda: FakeTensorMode, options: dict[str, Any], sorts: bool
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, set()),
+        ({"min_p": 0.1}, set()),
+        ({"top_k": 1000}, set()),
+        ({"top_k": 9, "top_p": 0.5}, {"topk"}),
+        ({"top_p": 0.5}, {"sort"}),
+        ({"top_k": 200}, {"sort"}),
+    ],
+    ids=str,
+)
+def test_the_vocabulary_is_ordered_only_where_asked(
+    fake_cuda: FakeTensorMode, options: dict[str, Any], expected: set[str]
 ) -> None:
     sequences = sequences_of([options, {"temperature": 0.0}])
-    with fake_cuda, OnDevice() as seen:
+    with patch.object(device_sampler, "MOST_CANDIDATES", 100), fake_cuda, OnDevice() as seen:
         sample_on_device(torch.empty(2, 1000, device="cuda"), sequences)
-    assert any("sort" in name for name in seen.names) is sorts
+    assert {name for name in ("topk", "sort") if any(name in one for one in seen.names)} == expected
+
+
+# --- the best tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 99])
+def test_the_best_by_selection_are_the_best_by_sorting(width: int) -> None:
+    """Ties, signs, infinities, both zeros and denormal numbers: of equals the lowest id first."""
+    special = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3e38, -3e38, -torch.inf, 1.0000001, -1.0000001]
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.tensor(special)[torch.randint(len(special), (50, 100), generator=generator)]
+    values, ids = best(logits, width)
+    expected, order = logits.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, expected[:, :width])
+    assert torch.equal(ids, order[:, :width])
+
+
+@pytest.mark.parametrize("most", [1, 6, 20, 5000])
+def test_a_row_has_one_result_whichever_way_its_order_is_found(most: int) -> None:
+    """Logits with many ties, as low-precision models have them."""
+    logits = (random_rows(len(OPTIONS), 300, seed=8) * 4).round() / 4
+    with patch.object(device_sampler, "MOST_CANDIDATES", 0):
+        expected = sample_on_device(logits, sequences_of(OPTIONS))
+    with patch.object(device_sampler, "MOST_CANDIDATES", most):
+        assert torch.equal(sample_on_device(logits, sequences_of(OPTIONS)), expected)
