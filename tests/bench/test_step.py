@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bench import step, step_floor, step_parts
 from bench.shapes import MODELS
 from bench.step_report import FloorReport
 from cache.native import prepare
+from server.engine.config import EngineConfig
 
 
 def test_what_is_inside_a_part_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +79,17 @@ def test_a_context_is_in_the_cache_without_a_prefill() -> None:
     assert not floor.fits(20, 96)
     assert not engine.has_work()
     engine.check_integrity()
+
+
+def test_steps_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step is launched before the tokens of the one before it are read."""
+    monkeypatch.setattr(step_floor, "EngineConfig", partial(EngineConfig, overlap=True))
+    asked = options("--rows", 2)
+    floor = step_floor.Floor(step_floor.load_engine(MODELS["toy"], asked, lambda _: None), ["rope"], asked.steps)
+    assert floor.decode("rope", 2, 96) > 0
+    assert not floor.engine.has_work()
+    assert floor.prefill("rope", 96) > 0
+    floor.engine.check_integrity()
 
 
 def test_a_toy_shape_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
