@@ -131,7 +131,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, add_one: bool = False, ro
     rounded before the weight, as Llama does, unless round_once. The result has no gaps and its dims in the order of
     those of x in memory, as torch's own operations would have them: heads that lie side by side still do.
     """
-    order = sorted(range(x.dim() - 1), key=lambda dim: -x.stride(dim))
+    order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
     rows = x.permute(*order, -1)
     levels = _levels(rows)
     if levels is None:
@@ -145,11 +145,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, add_one: bool = False, ro
 def add_rms_norm(
     residual: Tensor, x: Tensor, weight: Tensor, eps: float, *, add_one: bool = False, round_once: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(residual + x, its RMS norm): both [T, width], contiguous. residual and x: [T, width], rows strided."""
+    """(residual + x, its RMS norm), contiguous. residual and x: [..., width], rows strided."""
+    shape, width = x.shape, x.shape[-1]
+    residual, x = (rows.reshape(-1, width) for rows in (residual, x))
     residual, x = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (residual, x))
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     _launch_norm(x, residual, weight, total, out, _levels(x), eps, add_one, round_once)
-    return total, out
+    return total.view(shape), out.view(shape)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

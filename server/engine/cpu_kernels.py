@@ -203,8 +203,12 @@ def can_normalise(weight: Tensor) -> bool:
     return library() is not None and _bf16(weight) and weight.dim() == 1 and len(weight) % 16 == 0
 
 
+def _gated(first: Sequence[nn.Linear], down: nn.Linear) -> GatedProducts | None:
+    return GatedProducts(first[0], first[1], down) if len(first) == 2 else None
+
+
 def _norms(weight: Tensor, eps: float) -> list[RMSNorm]:
     return [RMSNorm(weight, eps, add_one=add_one) for add_one in (False, True)] if can_normalise(weight) else []
 
 
-KERNELS = Kernels(can_multiply, Products, GatedProducts, _norms, fast_linears)
+KERNELS = Kernels(can_multiply, Products, _gated, _norms, fast_linears)

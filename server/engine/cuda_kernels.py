@@ -82,8 +82,9 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
 class GatedProducts:
     """x → down(silu(gate x)·(up x)): two products and what is between them."""
 
-    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
-        self._first, self._second = Products([gate, up]), Products([down])
+    def __init__(self, first: Sequence[nn.Linear], down: nn.Linear) -> None:
+        """first: gate and up, or one layer that is both."""
+        self._first, self._second = Products(first), Products([down])
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
@@ -107,7 +108,7 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps, add_one=self.add_one, round_once=self.round_once)
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """residual and x [T, width] → (their sum, its norm)."""
+        """residual and x [..., width] → (their sum, its norm)."""
         from cache.kernels.elementwise import add_rms_norm
 
         return add_rms_norm(residual, x, self.weight, self.eps, add_one=self.add_one, round_once=self.round_once)

@@ -80,13 +80,19 @@ class PlainLayer:
     def __init__(self, attention: nn.Module, norms: tuple[nn.Module, nn.Module], mlp: nn.Module) -> None:
         self.attention, self.mlp = attention, mlp
         self.before_attention, self.before_mlp = norms
+        self._add = getattr(self.before_mlp.forward, "add", self._add_and_normalise)
 
     def __call__(self, hidden_states: Tensor, *_arguments: Any, **options: Any) -> Tensor:
         """hidden_states [1, T, hidden] → the same shape."""
         normal = self.before_attention.forward(hidden_states)
-        hidden: Tensor = hidden_states + self.attention(hidden_states=normal, **options)[0]
-        result: Tensor = hidden + self.mlp.forward(self.before_mlp.forward(hidden))
+        hidden, normal = self._add(hidden_states, self.attention(hidden_states=normal, **options)[0])
+        result: Tensor = hidden + self.mlp.forward(normal)
         return result
+
+    def _add_and_normalise(self, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the norm has no kernel that adds."""
+        hidden = hidden + attended
+        return hidden, self.before_mlp.forward(hidden)
 
 
 def plain_layers(raw: RawKeyModel, attentions: list[nn.Module]) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:

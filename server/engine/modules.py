@@ -1,9 +1,9 @@
 """Faster forwards for the modules of a model: which of them may have which is found by trying.
 
 Linear layers that a trial run calls on one tensor (q, k and v; gate and up) are multiplied together, when the first of
-them is called. A module of three linear layers whose forward equals down(silu(gate x)·(up x)) on random input becomes
-one call, and so does a norm that equals one of the device's RMS norms. What fits none keeps its forward. The load-time
-probe then compares the whole with transformers' own forward, as it does anyway.
+them is called. A module whose forward equals down(silu(gate x)·(up x)) on random input becomes one call, and so does a
+norm that equals one of the device's RMS norms. What fits none keeps its forward. The load-time probe then compares the
+whole with transformers' own forward, as it does anyway.
 
 What a device can do is its `Kernels`: C for the CPU (`cpu_kernels`), Triton and merged products for CUDA
 (`cuda_kernels`).
@@ -38,14 +38,14 @@ class Kernels:
     Attributes:
         can_multiply: whether `products` and `gated` take this module.
         products: linear layers of one input → a call for all of them, [..., in] → one [..., features] each.
-        gated: gate, up, down → a call for down(silu(gate x)·(up x)).
+        gated: (gate, up) or one layer that is both, and down → a call for down(silu(gate x)·(up x)), or None.
         norms: weight and eps → the RMS norms that take them, in the ways that models round; none where none does.
         others: forwards for what is left of a model, but for the modules given.
     """
 
     can_multiply: Callable[[nn.Module], bool]
     products: Callable[[Sequence[nn.Linear]], Callable[[Tensor], Sequence[Tensor]]]
-    gated: Callable[[nn.Linear, nn.Linear, nn.Linear], Forward]
+    gated: Callable[[Sequence[nn.Linear], nn.Linear], Forward | None]
     norms: Callable[[Tensor, float], Sequence[Forward]]
     others: Callable[[nn.Module, Collection[nn.Module]], Iterator[tuple[nn.Module, Forward]]]
 
@@ -135,21 +135,33 @@ def _called_together(raw: RawKeyModel, kernels: Kernels) -> list[list[nn.Linear]
 @torch.inference_mode()
 def _as_gated(module: nn.Module, together: list[list[nn.Linear]], kernels: Kernels) -> Forward | None:
     """One call for a module whose forward is down(silu(gate x)·(up x)), whatever its layers' names; else None."""
-    linears = {child for child in module.children() if kernels.can_multiply(child)}
-    pairs = [group for group in together if len(group) == 2 and linears.issuperset(group)]
-    if len(linears) != 3 or len(pairs) != 1:
-        return None
-    (down,) = linears.difference(pairs[0])
-    x = _random(pairs[0][0].weight)
-    first = pairs[0][0](x)
-    x = (x * (2 / first.float().std())).to(x.dtype)  # large enough for activations to differ in
-    expected = module(x)
-    for gate, up in permutations(pairs[0]):
-        if gate.out_features == up.out_features == down.in_features and gate.bias is None and up.bias is None:
-            found = down(functional.silu(gate(x)) * up(x))
-            if _difference(found, expected) <= GATED_TOLERANCE:
-                return kernels.gated(gate, up, down)
+    for first, down in _gates(set(module.children()), together):
+        x = _random(first[0].weight)
+        x = (x * (2 / first[0](x).float().std())).to(x.dtype)  # large enough for activations to differ in
+        gate, up = torch.cat([linear(x) for linear in first], dim=-1).chunk(2, dim=-1)
+        try:
+            expected = module(x)
+        except TypeError:  # a module that takes more than one tensor
+            return None
+        if _difference(down(functional.silu(gate) * up), expected) <= GATED_TOLERANCE:
+            return kernels.gated(first, down)
     return None
+
+
+def _gates(
+    children: set[nn.Module], together: list[list[nn.Linear]]
+) -> Iterator[tuple[tuple[nn.Linear, ...], nn.Linear]]:
+    """((gate, up) or (both,), down): what they may be by their number and widths."""
+    linears = {linear for group in together for linear in group if linear in children}
+    for group in together:
+        others = linears.difference(group)
+        if not linears.issuperset(group) or len(others) != 1 or len(group) > 2:
+            continue
+        (down,) = others
+        for first in permutations(group):
+            widths = {linear.out_features * len(group) for linear in first}
+            if widths == {2 * down.in_features} and all(linear.bias is None for linear in first):
+                yield first, down
 
 
 @torch.inference_mode()

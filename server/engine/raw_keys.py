@@ -62,16 +62,9 @@ def raw_attention(
     """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] → [1, T, Hq, Dv]."""
     del attention_mask
     call = AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
-    rows = HANDLER.get()(module, _packed(query), _packed(key), _packed(value), call)
+    packed_query, packed_key, packed_value = (x[0].transpose(0, 1) for x in (query, key, value))
+    rows = HANDLER.get()(module, packed_query, packed_key, packed_value, call)
     return rows.unsqueeze(0), None
-
-
-def _packed(heads: Tensor) -> Tensor:
-    """[1, H, T, D] → [T, H, D], the heads of a row side by side, as a GPU's kernels read them."""
-    rows = heads[0].transpose(0, 1)
-    if rows.stride()[1:] == (rows.shape[2], 1):
-        return rows
-    return rows.clone(memory_format=torch.contiguous_format)  # GPT-NeoX projects a head's q, k and v side by side
 
 
 AttentionInterface.register(ATTENTION_NAME, raw_attention)

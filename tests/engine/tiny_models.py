@@ -87,6 +87,17 @@ def tiny(family: str, *, seed: int = 0, sharpness: float = 2.0, **config: Any) -
     return model.to(DEVICE)
 
 
+TWO_LAYERS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+
+
+def two_layers(family: str, **config: Any) -> Any:
+    """`tiny` of two layers, of both kinds where a family has two: for tests that run kernels in an interpreter."""
+    return tiny(family, num_hidden_layers=2, **TWO_LAYERS.get(family, {}), **config)
+
+
 def tiny_engine(
     model: Model,
     spec: RopeSpec | None = None,
