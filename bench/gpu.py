@@ -92,7 +92,7 @@ def run(stage: Stage, folder: Path) -> Ending:
     for suffix in ("json", "md", "log"):  # of an earlier run
         (folder / f"{stage.name}.{suffix}").unlink(missing_ok=True)
     began, last, cut = time.monotonic(), "", threading.Event()
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | stage.variables
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.variables}
     with (
         (folder / f"{stage.name}.log").open("w", encoding="utf-8") as log,
         subprocess.Popen(

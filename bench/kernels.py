@@ -37,7 +37,6 @@ from bench.targets import TargetTable
 from cache.cuda import cuda_attention, cuda_store
 from cache.reference import reference_attention
 
-DTYPE = torch.bfloat16
 CHECK, JUDGED, OTHER = range(3)
 Case = tuple[int, str, Callable[[], None]]  # when, name, call
 
@@ -49,7 +48,7 @@ class Bench:
         self.plan, self.device, self.say = plan, device, say
         self.clock = Clock(device)
         self.report = KernelReport(plan, describe_machine() | describe_device(device))
-        self.rates = {"byte/s": copy_rate(self.clock), "FLOP/s": matmul_rate(self.clock, DTYPE)}
+        self.rates = {"byte/s": copy_rate(self.clock), "FLOP/s": matmul_rate(self.clock, plan.dtype)}
         self.report.rates = self.rates
 
     def run(self, until: float, folder: Path) -> None:
@@ -69,9 +68,10 @@ class Bench:
     def _cases(self) -> list[Case]:
         plan, cases = self.plan, list[Case]()
         for name in plan.models:
-            cases += [(CHECK, f"check {name} {method}", partial(self._check, name, method)) for method in plan.methods]
-        for name, batch, context in decode_steps(plan, DTYPE):
-            read = float(batch * context * plan.models[name].key_bytes(DTYPE))
+            for when, methods in ((CHECK, plan.methods), (OTHER, plan.only_checked)):
+                cases += [(when, f"check {name} {method}", partial(self._check, name, method)) for method in methods]
+        for name, batch, context in decode_steps(plan):
+            read = float(batch * context * plan.models[name].key_bytes(plan.dtype))
             last_rows = [(context - 1, 1)] * batch
             call = partial(self._attend, "decode", name, last_rows, read, self.rates["byte/s"])
             cases.append((JUDGED if read >= plan.judged_bytes else OTHER, f"decode {name} {batch} x {context}", call))
@@ -84,7 +84,7 @@ class Bench:
         return cases
 
     def _step(self, name: str, method: str, rows: list[tuple[int, int]]) -> Step:
-        return make_step(self.plan.models[name], method, rows, self.plan.block_size, DTYPE, self.device)
+        return make_step(self.plan.models[name], method, rows, self.plan.block_size, self.plan.dtype, self.device)
 
     def _check(self, name: str, method: str) -> None:
         """Decoded rows and chunks of unlike lengths together."""
@@ -126,10 +126,10 @@ class Bench:
     def _store(self, name: str) -> None:
         rows = min(8192, max(self.plan.prefill))
         step = self._step(name, RAW, [(0, rows)])
-        key = torch.randn(rows, *step.keys.shape[2:], dtype=DTYPE, device=self.device)
+        key = torch.randn(rows, *step.keys.shape[2:], dtype=self.plan.dtype, device=self.device)
         slots = torch.randperm(rows, device=self.device)
         seconds = self.clock.seconds(lambda: cuda_store(key, key, step.keys, step.values, slots))
-        work = 2.0 * rows * self.plan.models[name].key_bytes(DTYPE)
+        work = 2.0 * rows * self.plan.models[name].key_bytes(self.plan.dtype)
         share = work / seconds / self.rates["byte/s"]
         self.report.results.append(Result("store", name, RAW, 1, rows, seconds, work, share))
 

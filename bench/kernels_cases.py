@@ -30,6 +30,8 @@ class Plan:
 
     models: dict[str, AttentionShape]
     methods: tuple[str, ...]
+    only_checked: tuple[str, ...]  # further methods, of which no time is taken
+    dtype: torch.dtype
     decode: tuple[tuple[int, int], ...]
     prefill: tuple[int, ...]
     checked: tuple[tuple[int, int], ...]  # (start, count) of sequences
@@ -42,6 +44,18 @@ class Plan:
 FULL = Plan(
     models=SHAPES,
     methods=("rope", "rerope", "yarn", "dynamic_leaky"),
+    only_checked=(
+        "linear",
+        "dynamic_ntk",
+        "dynamic_yarn",
+        "xpos",
+        "jagged_rerope",
+        "leaky_rerope",
+        "self_extend",
+        "dual_chunk",
+        "streaming",
+    ),
+    dtype=torch.bfloat16,
     decode=tuple((batch, context) for batch in (1, 8, 32) for context in (4096, 32768, 131072)),
     prefill=(2048, 8192, 32768, 65536),
     checked=((131_000, 1), (9000, 1), (700, 1), (0, 1), (8100, 300), (0, 130)),
@@ -53,6 +67,8 @@ FULL = Plan(
 TOY = replace(
     FULL,
     models={"toy": TOY_SHAPE},
+    only_checked=(),
+    dtype=torch.float16,  # the interpreter cuts bf16 off where a GPU rounds, which doubles the error
     decode=((2, 96),),
     prefill=(96,),
     checked=((100, 1), (0, 1), (60, 20)),
@@ -103,11 +119,11 @@ def make_step(
     return Step(query, keys, values, metadata, AttentionOptions(model.head_dim**-0.5, None if method == RAW else ""))
 
 
-def decode_steps(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, int, int]]:
+def decode_steps(plan: Plan) -> Iterator[tuple[str, int, int]]:
     """(model, batch, context) that fit."""
     for name, model in plan.models.items():
         for batch, context in plan.decode:
-            if batch * context * model.key_bytes(dtype) <= plan.most_bytes:
+            if batch * context * model.key_bytes(plan.dtype) <= plan.most_bytes:
                 yield name, batch, context
 
 

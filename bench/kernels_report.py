@@ -92,8 +92,9 @@ class KernelReport:
     def notes(self) -> list[str]:
         about = self.about
         named = {"left out": self.left_out, "no figure of a peer": self.silent, "failed": self.failures}
+        dtype = str(self.plan.dtype).removeprefix("torch.")
         return [
-            f"One layer, bfloat16, on {about['device']}, torch {about['torch']}, {about['date']}. The limit: of decode "
+            f"One layer, {dtype}, on {about['device']}, torch {about['torch']}, {about['date']}. The limit: of decode "
             "and store the measured copy bandwidth, of prefill the measured rate of a square product: "
             + ", ".join(f"{value / 1e12:.3g} T{name}" for name, value in self.rates.items()),
             "Error over a plain torch run's in the same dtype: "

@@ -27,7 +27,7 @@ def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
     methods = (RAW, *TOY.methods)
     assert cases == {(kernel, method) for kernel in ("decode", "prefill") for method in methods} | {("store", RAW)}
     assert all(result["seconds"] > 0 and result["share"] > 0 for result in found["results"])
-    assert all(0 < ratio <= 2 for ratio in found["errors over a torch run's"].values())
+    assert all(0 < ratio <= 1.5 for ratio in found["errors over a torch run's"].values())
     assert (found["left_out"], found["silent_peers"]) == ({}, {})
     verdicts = {target["target"]: target["verdict"] for target in found["targets"]}
     assert verdicts["error ÷ a plain torch run's"] == "reached"
@@ -72,12 +72,14 @@ def test_every_case_of_full_size_keeps_its_tensors_on_one_device(monkeypatch: py
     bench.report, bench.rates = KernelReport(FULL, {}), {"byte/s": 1.0, "FLOP/s": 1.0}
     monkeypatch.setattr(kernels, "cuda_attention", lambda query, *_: torch.empty_like(query))
     monkeypatch.setattr(kernels, "cuda_store", lambda key, _, keys, *__: keys.view(key.shape).copy_(key))
+    for method in FULL.only_checked:
+        bench._step("llama-3-8b", method, [(0, 1)])
     step = bench._step("llama-3-8b", "rerope", list(FULL.checked))
     assert {sequence.block_table.device.type for sequence in step.metadata.sequences} == {"cpu"}
     assert low_precision(step).device == meta
     assert reference_attention(step.query, step.keys, step.values, step.metadata, step.options).device == meta
-    for when, _, call in bench._cases():
-        if when != kernels.CHECK:
+    for _, name, call in bench._cases():
+        if not name.startswith("check"):
             call()
     assert bench.report.silent == {}
     largest = max(result.work for result in bench.report.results if result.kernel == "decode")
