@@ -62,14 +62,14 @@ def draw_rows(logits: Tensor, columns: Rows[Tensor], width: int) -> Tensor:
         logits, ids = best(logits, width)
     # The best is 0 whatever the temperature, so that nothing overflows.
     scores = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature
-    rank = torch.arange(scores.shape[1], device=scores.device)
     if width:
+        rank = torch.arange(scores.shape[1], device=scores.device)
         scores.masked_fill_(rank >= top_k, -math.inf)
     probabilities = scores.softmax(dim=-1)
     del scores
     if width:
         before = probabilities.cumsum(dim=-1).sub_(probabilities)
-        probabilities.masked_fill_((before >= top_p) & (rank > 0), 0.0)
+        probabilities.masked_fill_(before >= top_p, 0.0)  # before the best one is 0
         del before
     least = min_p * probabilities.amax(dim=-1, keepdim=True)
     probabilities.masked_fill_(probabilities < least, 0.0)
