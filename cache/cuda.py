@@ -26,6 +26,7 @@ def cuda_attention(
     from cache.kernels.prefill import config as prefill_config
     from cache.kernels.prefill import prefill
 
+    query = _side_by_side(query)
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     kv_heads, head_dim = keys.shape[2:]
     group = query.shape[1] // kv_heads
@@ -46,7 +47,12 @@ def cuda_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_ma
     from cache.kernels.store import store
 
     with _on(keys.device):
-        store(key, value, keys, values, slot_mapping)
+        store(_side_by_side(key), _side_by_side(value), keys, values, slot_mapping)
+
+
+def _side_by_side(rows: Tensor) -> Tensor:
+    """[T, H, D] with a row's heads and their dims in order, as the kernels read them; rows may be any way apart."""
+    return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -227,6 +228,9 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Share of the GPU's memory that the process may use: weights, steps, keys and values",
     )
+    cuda_graphs: bool = Field(
+        default=True, description="On a GPU, launch a decode step as one CUDA graph; they are captured at the start"
+    )
     kv_cache_dtype: Dtype = Field(default="auto", description="Of keys and values; auto: as the activations")
     prefix_caching: bool = Field(
         default=True, description="Reuse the blocks of earlier prompts with the same beginning"
@@ -291,22 +295,6 @@ class Settings(BaseSettings):
         """What the engine needs of all this."""
         from server.engine.config import EngineConfig  # here, so that reading settings imports nothing of the engine
 
-        return EngineConfig(
-            dtype=self.dtype,
-            device=self.device,
-            weight_quantization=self.weight_quantization,
-            rope=self.rope_spec(),
-            max_model_len=self.max_model_len,
-            max_num_seqs=self.max_num_seqs,
-            max_batched_tokens=self.max_batched_tokens,
-            block_size=self.kv_block_size,
-            kv_cache_memory=self.kv_cache_memory,
-            gpu_memory_utilization=self.gpu_memory_utilization,
-            kv_cache_dtype=self.kv_cache_dtype,
-            prefix_caching=self.prefix_caching,
-            max_queued_requests=self.max_queued_requests,
-            max_queued_tokens=self.max_queued_tokens,
-            cache_dir=self.cache_dir,
-            request_timeout_s=self.request_timeout_s,
-            rope_per_request=self.rope_per_request,
-        )
+        shared = {field.name for field in fields(EngineConfig)} & type(self).model_fields.keys()
+        own = {name: getattr(self, name) for name in shared}
+        return EngineConfig(rope=self.rope_spec(), block_size=self.kv_block_size, **own)

@@ -32,6 +32,7 @@ class EngineConfig:
         max_queued_requests, max_queued_tokens: waiting requests and their prompt tokens before a 429.
         cache_dir: where built kernels are kept; None builds them anew each time.
         request_timeout_s: a request older than this is aborted; None never.
+        cuda_graphs: on a GPU, launch decode steps as graphs.
         overlap: launch a step before the tokens of the one before it are read; None: on a GPU.
     """
 
@@ -52,4 +53,5 @@ class EngineConfig:
     max_queued_tokens: int = 4_000_000
     cache_dir: Path | None = None
     request_timeout_s: float | None = None
+    cuda_graphs: bool = True
     overlap: bool | None = None

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from cache.storage import KVStorage
 from cache.transfer import send
 from rope.model_positions import ModelPositions
 from server.engine.batch import Batch, Chunk, build_batch
+from server.engine.config import EngineConfig
+from server.engine.info import ModelInfo
 from server.engine.model import Model
 
 MAX_GRAPHS = 128
@@ -37,12 +40,11 @@ class Replay(Protocol):
 
 
 class CudaGraph:
-    """The kernels that `run` launches. Captured graphs share their working memory: their results do not outlive the next
-    replay of any of them."""
+    """The kernels that `run` launches. Graphs share their working memory: a result is good until any is replayed."""
 
     def __init__(self, run: Callable[[], Tensor]) -> None:
         current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
         with torch.cuda.stream(side):
             run()  # kernels are compiled and work spaces made outside of the graph
@@ -56,19 +58,43 @@ class CudaGraph:
         return self._result
 
 
-_POOLS: list[tuple[int, int]] = []
-
-
-def _pool() -> tuple[int, int]:
-    if not _POOLS:
-        _POOLS.append(torch.cuda.graph_pool_handle())
-    return _POOLS[0]
+@cache
+def _pool() -> Any:
+    """The memory that all graphs work in."""
+    return torch.cuda.graph_pool_handle()
 
 
 def buckets(max_rows: int) -> list[int]:
     """Rows of the graphs: 1, 2, 4, then steps of 8 to 64, of 16 to 256 and of 64 beyond; the last is `max_rows`."""
     steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_rows + 1, 64)]
     return [rows for rows in steps if rows < max_rows] + [max_rows]
+
+
+@torch.inference_mode()
+def capture_graphs(
+    model: Model, storage: KVStorage, config: EngineConfig, info: ModelInfo, report: Callable[[str], None]
+) -> DecodeGraphs | None:
+    """Of a deployment's decode steps; None where they are not wanted, or, with a warning, cannot be captured."""
+    if not config.cuda_graphs:
+        return None
+    report(f"capturing CUDA graphs of decode steps of up to {config.max_num_seqs} rows")
+    graphs = DecodeGraphs(
+        model,
+        storage,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=info.max_model_len,
+        capture=CudaGraph,
+    )
+    try:
+        graphs.prepare(info.positions)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        report(f"warning: decode steps run without CUDA graphs, and slower: {reason}; CUDA_GRAPHS=false does not try")
+        return None
+    return graphs
 
 
 class DecodeGraphs:
@@ -82,7 +108,7 @@ class DecodeGraphs:
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
-        capture: Callable[[Callable[[], Tensor]], Replay] = CudaGraph,
+        capture: Callable[[Callable[[], Tensor]], Replay],
     ) -> None:
         self._model, self._storage, self._capture = model, storage, capture
         self._block_size, self._max_model_len = block_size, max_model_len
@@ -104,7 +130,7 @@ class DecodeGraphs:
             self.logits(self._idle_step(rows, positions))
 
     def logits(self, batch: Batch) -> Tensor | None:
-        """[N, V] fp32, until the next call; None for a step that is not of single rows alone, one sampled token each."""
+        """[N, V] fp32, good until the next call; None for a step that is not of single rows, each with its logits."""
         metadata = batch.metadata
         count = len(metadata.sequences)
         single = all(sequence.count == 1 for sequence in metadata.sequences)
@@ -116,7 +142,8 @@ class DecodeGraphs:
         tables = [layout.tables(batch.input_ids.device) for layout in layouts]
         found = _find_angles(rows, tables)
         graph = self._find_graph(layouts, tables)
-        graph.load(batch, [own.fill(*given) for own, *given in zip(rows, layouts, found, strict=True)])
+        filled = zip(rows, layouts, found, strict=True)
+        graph.load(batch, [own.fill(layout, slots) for own, layout, slots in filled])
         return graph.replay()[:count]
 
     def _find_graph(self, layouts: Sequence[RowLayout], tables: Sequence[Tables]) -> _Graph:
@@ -197,7 +224,7 @@ class _Graph:
 
     def _step(self) -> Tensor:
         ids, positions, slots = self._inputs
-        plans: dict[object, object] = {}
+        plans: dict[Hashable, Any] = {}
         begin = 0
         for layout in self._layouts:
             end = begin + layout.buffer.size

@@ -29,6 +29,7 @@ from rope.reading import MethodError
 from rope.spec import RopeSpec
 from server.engine.batch import build_batch
 from server.engine.config import EngineConfig
+from server.engine.cuda_graphs import DecodeGraphs, capture_graphs
 from server.engine.endings import finish_reason, follow_grammar
 from server.engine.info import Backlog, Counters, EngineStats, ModelInfo
 from server.engine.model import Model, load_model
@@ -75,6 +76,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         self._overlap = on_gpu if config.overlap is None else config.overlap
         self._sample_on_device = on_gpu or self._overlap
+        self.graphs: DecodeGraphs | None = None
         self._in_flight: Step | None = None
         self._positions: dict[RopeSpec, ModelPositions] = {}
         self._counters = Counters()
@@ -106,6 +108,7 @@ class Engine:
         engine = cls(model, config, positions, size)
         if model.device.type == "cuda":
             warm_up(model, config, size.max_model_len, engine.storage, report)
+            engine.graphs = capture_graphs(model, engine.storage, config, engine.info, report)
         return engine
 
     # --- requests ---
@@ -201,7 +204,9 @@ class Engine:
         """Logits of the shares' rows; `sampled` are the tokens of the step in flight, if there is one."""
         block_size = self.config.block_size
         chunks = [share.chunk(block_size) for share in shares]
-        return self.model.forward(build_batch(chunks, block_size, self.model.device, sampled), self.storage)
+        batch = build_batch(chunks, block_size, self.model.device, sampled)
+        logits = None if self.graphs is None else self.graphs.logits(batch)
+        return self.model.forward(batch, self.storage) if logits is None else logits
 
     def _collect(self, step: Step) -> list[tuple[str, TokenOutput]]:
         """What a step's tokens mean for its sequences, those left out that have finished or gone since its launch."""
