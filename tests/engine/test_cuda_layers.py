@@ -19,10 +19,9 @@ from server.engine.modules import Siblings, fast_modules
 from server.engine.probe import TOLERANCE, probe
 from server.engine.raw_keys import RawKeyModel
 from tests.engine.tiny_models import generate, greedy, prompt_of, tiny, tiny_engine, two_layers
+from tests.kernels.conftest import interpreter
 
-triton = pytest.importorskip("triton")
-if not triton.knobs.runtime.interpret:
-    pytest.skip("TRITON_INTERPRET is off: kernels are compiled for a GPU here", allow_module_level=True)
+__all__ = ["interpreter"]  # a fixture, of every test here
 
 LENGTHS = (5, 30)
 NUM_TOKENS = 5
@@ -177,6 +176,11 @@ def test_siblings_keep_nothing() -> None:
 )
 def test_what_is_not_merged(module: nn.Module) -> None:
     assert not can_multiply(module)
+
+
+def test_a_model_whose_window_is_off_has_a_stack() -> None:
+    """Mistral's later models, and Qwen 2 as it is published."""
+    assert on_cuda(two_layers("mistral", sliding_window=None)).stack is not None
 
 
 @pytest.mark.parametrize("scaled", ["embedding_multiplier", "logits_scaling", "residual_multiplier"])
