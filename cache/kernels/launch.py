@@ -1,6 +1,7 @@
 """How kernels are launched: tile sizes, and the arguments that decode and prefill have in common."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -18,6 +19,13 @@ def padded(size):
 def interpreted():
     """Whether kernels run on the CPU, in Triton's interpreter. It reads bf16 products wrongly: they are fp32 there."""
     return triton.knobs.runtime.interpret
+
+
+@cache
+def device_arch():
+    """10 · major + minor of the device's compute capability; 90 where there is none."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,6 @@ def arguments(query, keys, values, plan, options, out):
         "num_tiles": len(plan.tiles),
         "num_parts": plan.num_parts,
         "num_spans": len(plan.spans),
-        "scale": options.scale,
-        "softcap": options.softcap or 1.0,
+        "scale": float(options.scale),
+        "softcap": float(options.softcap or 1.0),
     }

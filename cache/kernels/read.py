@@ -26,6 +26,8 @@ VARIES = (
     "table_rows",
 )  # fmt: skip
 """Numbers that change from step to step: a kernel is not compiled anew for 1 or a multiple of 16 of them."""
+RECORDS = ("tiles", "reads", "spans", "blocks", "row_scale", "schedule")
+"""Pieces of one buffer: a kernel is not compiled anew for those that begin at a multiple of 16 bytes."""
 LOWEST = tl.constexpr(-1e30)  # finite, so that a row that has seen no key yet makes no NaN
 
 

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,14 +26,15 @@ from triton.compiler import ASTSource
 
 from cache.kernels import decode, elementwise, prefill, store
 from cache.kernels.launch import Config, constants
+from cache.kernels.read import RECORDS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 CACHES = {"query", "keys", "values", "out", "sinks", "turned_queries", "scratch", "key", "value"}
 CACHES |= {"x", "residual", "weight", "total", "gate_up"}
-INTS = {"tiles", "reads", "spans", "blocks", "first_item", "tiles_per_item", "slots"}
+INTS = {"tiles", "reads", "spans", "blocks", "schedule", "slots"}
 FLOATS = {"turns", "base_turns", "key_turns", "decay", "row_scale", "partial", "stats"}
-ALIGNED = CACHES | FLOATS | INTS - {"tiles_per_item"} | {"query_stride", "key_stride", "value_stride"}
+ALIGNED = (CACHES | FLOATS | INTS) - set(RECORDS) | {"query_stride", "key_stride", "value_stride"}
 ALIGNED |= {"outer_stride", "inner_stride", "residual_stride", "row_stride"}
 
 HALF = torch.bfloat16
@@ -51,15 +53,16 @@ SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
 ]
 
 
-def kernels() -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
+def kernels(arch: int) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
     for dim, rotary, group, dtype, asked in SHAPES:
         query, cache = torch.empty(1, 8 * group, dim, device="meta"), torch.empty(4, 16, 8, dim, device="meta")
         off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None}
         plan = SimpleNamespace(rotary_dim=rotary, **(off | asked))
         for module in (decode, prefill):
-            config = module.config(group, dim, dtype)
+            config = decode.config(group, dim, dtype, arch) if module is decode else prefill.config(group, dim, dtype)
             fixed = constants(query, cache.to(dtype), cache, plan, plan, config)
-            fixed |= {"ROWS": 32, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES, "MERGED": decode.MERGED}
+            fixed |= {"UNITS": decode.LEAST_UNITS, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES}
+            fixed |= {"MERGED": decode.MERGED // fixed["VALUES"]}
             main = (decode.decode_kernel,) if module is decode else (prefill.prefill_kernel,)
             side = Config(config.block_m, config.block_n, 4, config.num_stages)  # as `launch` does by default
             others = (decode.schedule_kernel, decode.merge_kernel) if module is decode else (
@@ -92,16 +95,28 @@ def compiled(kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dt
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told, code = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
     assert found, told
     registers, stack, local = map(int, found.groups())
-    return {"registers": registers, "spilled": stack + local, "shared": binary.metadata.shared}
+    kinds = Counter(re.findall(r"\b(HGMMA|HMMA|LDGSTS(?:\.\w+)*|LDG(?:\.\w+)*)", code))
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": binary.metadata.shared,
+        "kinds": kinds,
+        # Copies that a loop leaves on their way when it waits for the oldest: none, and it waits for each in turn.
+        "ahead": max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", binary.asm["ptx"])), default=0),
+    }
 
 
 def main(archs: list[int]) -> None:
     seen = set()
-    for arch, (kernel, config, fixed, dtype) in itertools.product(archs, kernels()):
+    cases = [(arch, *case) for arch in archs for case in kernels(arch)]
+    for arch, kernel, config, fixed, dtype in cases:
         own = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         named = {
             "arch": arch,

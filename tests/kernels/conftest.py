@@ -35,4 +35,6 @@ def interpreter() -> Iterator[None]:
         patch.setattr(InterpretedFunction, "__call__", call)
         patch.setattr(decode, "ITEMS", 6)
         patch.setattr(decode, "LEAST_TILES", 1)
+        patch.setattr(decode, "LEAST_UNITS", 1)
+        patch.setattr(decode, "MERGED", 64)
         yield
