@@ -46,6 +46,11 @@ class ExtrapolationReport:
         found = [seed["rows"][label][text] for seed in self.seeds if label in seed.get("rows", {})]
         return [100 * statistics.fmean(column) for column in zip(*found, strict=True)]
 
+    def of_fewer_seeds(self) -> list[str]:
+        """Labels of the rows that some seed has and another has not."""
+        known = [set(seed.get("rows", {})) for seed in self.seeds]
+        return sorted(set().union(*known) - set.intersection(*known)) if known else []
+
     def sections(self) -> list[Section]:
         return [Section(self, title, rows) for title, rows in tables(self.train_length).items()]
 
@@ -105,6 +110,8 @@ def notes(report: ExtrapolationReport) -> list[str]:
         f"{n + 1} (its log n† with ln {n + 1}), as a window of the trained length is refused otherwise. HFWA: windows "
         f"of {about['hfwa_window']} tokens in all layers but the last.",
     ]
+    if unfinished := report.of_fewer_seeds():
+        lines.append(f"{len(unfinished)} rows are not of all seeds yet; a figure without ± is of one seed.")
     if counting:
         unigram, bigram = (100 * counting[0][kind] for kind in ("unigram", "bigram"))
         lines.append(

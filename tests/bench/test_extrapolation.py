@@ -327,3 +327,11 @@ def test_a_report_shows_means_spreads_and_what_is_missing(tmp_path: Path) -> Non
     assert fourth[:4] == ["PI-RoPE", "51.00 ± 1.41", "–", "–"]
     assert as_json(report)["results"][0]["repeated % by position"] == pytest.approx([50, 20])
     assert all(path.stat().st_size > 0 for path in save(report, tmp_path))
+
+
+def test_a_report_counts_the_rows_that_a_seed_lacks() -> None:
+    measured = {"repeated": [0.5], "plain": [0.4]}
+    seeds = [{"rows": {"Baseline": measured, "HFWA": measured, "YaRN": measured}}, {"rows": {"YaRN": measured}}]
+    assert ExtrapolationReport(128, seeds, {}).of_fewer_seeds() == ["Baseline", "HFWA"]
+    assert ExtrapolationReport(128, seeds[:1], {}).of_fewer_seeds() == []
+    assert ExtrapolationReport(128, [], {}).of_fewer_seeds() == []
