@@ -63,6 +63,26 @@ class ScriptedModel:
         return torch.cat(logits)
 
 
+class Alternating:
+    """A grammar whose odd and even tokens take turns: what may come next follows from the last token alone."""
+
+    failure, accepting, finished = "", False, False
+
+    def __init__(self) -> None:
+        self._odd = True
+
+    def matcher(self) -> Alternating:
+        return Alternating()
+
+    def mask(self) -> bytes:
+        bits = np.arange(VOCABULARY) % 2 == self._odd
+        return np.packbits(bits, bitorder="little").tobytes()
+
+    def accept(self, token_id: int) -> None:
+        assert token_id % 2 == self._odd
+        self._odd = not self._odd
+
+
 def scripted_engine(num_blocks: int = 40, model: Any = None, **config: Any) -> Engine:
     settings = EngineConfig(block_size=BLOCK, max_model_len=MAX_MODEL_LEN, rope=RopeSpec(method="rope"), **config)
     model = cast("Model", model or ScriptedModel(num_blocks))
@@ -78,11 +98,14 @@ def expected(request: EngineRequest) -> list[int]:
     """The request's output, token after token, with nothing else around."""
     sampling, prompt = request.sampling, list(request.prompt_token_ids)
     generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
-    one = Sequence(request, POSITIONS, PrefixHasher(BLOCK, POSITIONS, ""), generator, prompt, len(prompt))
+    matcher = None if sampling.grammar is None else sampling.grammar.matcher()
+    one = Sequence(request, POSITIONS, PrefixHasher(BLOCK, POSITIONS, ""), generator, prompt, len(prompt), matcher)
     ends = sampling.stop_token_ids | (frozenset() if sampling.ignore_eos else {EOS})
     for number in range(1, sampling.max_tokens + 1):
         (token,) = sample(logits_after(np.array(one.token_ids))[None], [one], frozenset({EOS}))
         one.append(token)
+        if matcher is not None:
+            matcher.accept(token)
         if token in ends and number >= sampling.min_tokens:
             break
     return one.token_ids[len(request.prompt_token_ids) :]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from server.engine.batch import Chunk
-from server.engine.outputs import TokenOutput
+from server.engine.outputs import FinishReason, TokenOutput
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import EngineRequest, Sequence
 from server.engine.step import Share
-from tests.engine.scripted_model import VOCABULARY, expected, random_prompt, scripted_engine
+from tests.engine.scripted_model import VOCABULARY, Alternating, expected, random_prompt, scripted_engine
 from tests.engine.tiny_models import assert_idle, greedy, request, tokens_of
 
 
@@ -29,6 +29,7 @@ class History:
         self.requests = {str(number): self._request(str(number)) for number in range(40)}
         self.outputs: dict[str, list[TokenOutput]] = {name: [] for name in self.requests}
         self.aborted: set[str] = set()
+        self.expired: set[str] = set()
         self.num_stayed = 0
 
     def _request(self, name: str) -> EngineRequest:
@@ -46,6 +47,7 @@ class History:
                 {"min_tokens": 3, "ignore_eos": False},
                 {"repetition_penalty": 1.5},
                 {"logprobs": 1},
+                {"grammar": Alternating(), "temperature": 1.0, "seed": int(name)},
             ]
         )
         return request(name, ids, greedy(draw.choice([1, 2, 5, 14]), **sampling), priority=draw.randint(-1, 1))
@@ -65,6 +67,10 @@ class History:
 
     def _disturb(self) -> None:
         scheduler = self.engine.scheduler
+        if self.random.random() < 0.04 and scheduler.sequences:
+            late = self.random.choice(list(scheduler.sequences))
+            late.deadline = 0.0
+            self.expired.add(late.request_id)
         if self.random.random() < 0.08 and scheduler.sequences:
             name = self.random.choice([one.request_id for one in scheduler.sequences])
             assert self.engine.abort(name) is not None
@@ -76,8 +82,12 @@ class History:
         assert_idle(self.engine)
         for name, one in self.requests.items():
             whole, outputs = expected(one), self.outputs[name]
+            if name in self.expired - self.aborted:
+                end = outputs.pop()
+                assert (end.token_ids, end.finish_reason) == ((), FinishReason.ABORT)
+                assert (end.failure is None) == bool(outputs), "it fails where it has no token to show"
             assert all(len(output.token_ids) == 1 for output in outputs)
-            if name in self.aborted:
+            if name in self.aborted | self.expired:
                 assert tokens_of(outputs) == whole[: len(outputs)]
                 assert all(output.finish_reason is None for output in outputs)
             else:
