@@ -219,9 +219,8 @@ def told(outputs: list[TokenOutput]) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_storm(model: Model, seed: int) -> None:
-    check_storm(Storm(model, seed, overlap=True))
+def test_a_storm(model: Model) -> None:
+    check_storm(Storm(model, 0, overlap=True))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, MAX_MODEL_LEN - 6])

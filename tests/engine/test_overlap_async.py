@@ -1,4 +1,4 @@
-"""Overlapped steps on the engine's own thread: streams that end, aborts that free, no hang when a step in flight dies."""
+"""Overlapped steps on a thread of their own: streams end, aborts free, nothing hangs when a step in flight dies."""
 
 from __future__ import annotations
 

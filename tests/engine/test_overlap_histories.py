@@ -96,7 +96,7 @@ class History:
 
 
 def run_histories(*, overlap: bool) -> list[History]:
-    histories = [History(seed, overlap=overlap) for seed in range(25)]
+    histories = [History(seed, overlap=overlap) for seed in range(15)]
     for history in histories:
         history.run()
     return histories
@@ -105,9 +105,9 @@ def run_histories(*, overlap: bool) -> list[History]:
 def test_histories() -> None:
     histories = run_histories(overlap=True)
     stats = [history.engine.stats() for history in histories]
-    assert sum(one.num_preemptions for one in stats) > 200
-    assert sum(one.prefix_hit_tokens for one in stats) > 2000
-    assert sum(history.num_stayed for history in histories) > 200
+    assert sum(one.num_preemptions for one in stats) > 100
+    assert sum(one.prefix_hit_tokens for one in stats) > 1000
+    assert sum(history.num_stayed for history in histories) > 100
     assert not any(history.num_stayed for history in run_histories(overlap=False))
 
 
