@@ -37,7 +37,7 @@ def cuda_attention(
             key = PlanKey(single, rows, chosen.block_n, kv_heads, head_dim, options.group, options.sliding_window)
             if key not in metadata.plans:
                 metadata.plans[key] = (plan_rows if single else plan_chunks)(metadata, key, query.device)
-            with _on(query.device):
+            with current(query.device):
                 attend(query, keys, values, metadata.plans[key], options, out)
     return out
 
@@ -46,7 +46,7 @@ def cuda_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_ma
     """See `cache.storage.KVStorage.store`."""
     from cache.kernels.store import store
 
-    with _on(keys.device):
+    with current(keys.device):
         store(_side_by_side(key), _side_by_side(value), keys, values, slot_mapping)
 
 
@@ -55,6 +55,6 @@ def _side_by_side(rows: Tensor) -> Tensor:
     return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.clone(memory_format=torch.contiguous_format)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cache.cuda import _on
+from cache.cuda import current
 
 MOST_LANES = 8192
 """Of a row are held in registers; a wider one is read twice, the second time from L2."""
@@ -170,7 +170,7 @@ def _launch_norm(x, residual, weight, total, out, levels, eps, add_one, round_on
         return
     # The stride of a single row is any number, and not one to compile a kernel for.
     residual_stride = residual.stride(0) if total is not out and num_rows > 1 else width
-    with _on(x.device):
+    with current(x.device):
         rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
             x, residual, weight, total, out, num_rows, *levels, residual_stride, eps,
             WIDTH=width, ROWS=rows, LANES=lanes, RESIDUAL=total is not out, ADD_ONE=add_one, ROUND_ONCE=round_once,
@@ -182,7 +182,7 @@ def _launch_gate(gate_up, out):
     num_rows, width = out.shape
     if num_rows == 0:
         return
-    with _on(out.device):
+    with current(out.device):
         silu_mul_kernel[(num_rows, triton.cdiv(width, TILE))](
             gate_up, out, gate_up.stride(0), WIDTH=width, LANES=TILE, num_warps=4
         )
