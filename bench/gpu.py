@@ -75,7 +75,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     step = [sys.executable, "-m", "bench.step", "--minutes", str(options.step), "--out", str(options.out)]
     tests = [sys.executable, "-m", "pytest", "-n", "4", "--dist", "loadfile", "-p", "no:cacheprovider"]
     if options.toy:
-        kernels, step = [*kernels, "--toy"], [*step, "--shape", "toy", "--device", "cpu"]
+        kernels, step = [*kernels, "--toy"], [*step, "--shape", "toy", "--device", "cpu", "--threads", "1"]
     else:
         step += ["--shape", "llama-3-8b", "--device", "cuda"]
     device = {"DEVICE": "cpu" if options.toy else "cuda", "OMP_NUM_THREADS": "1"}

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +21,8 @@ from rich.console import Console
 from bench import OUTPUT_FOLDER, WIDTH
 from bench.shapes import MODELS
 
-TOY = {"rows": [1, 2], "contexts": [48, 96], "prompt": 96, "budget": 48, "steps": 3, "rounds": 2}
+TOY: dict[str, Any] = {"rows": [1, 2], "contexts": [48, 96], "prompt": 96, "budget": 48, "steps": 3, "rounds": 1}
+TOY["methods"] = ["rope", "rerope"]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -55,12 +55,14 @@ class Floor:
         fill(engine)
 
     def fits(self, rows: int, context: int) -> bool:
-        return rows * blocks_of(context, self._steps) <= self.engine.scheduler.cache.pool.num_blocks
+        return (
+            rows * -(-longest(context, self._steps, rows) // BLOCK_SIZE) <= self.engine.scheduler.cache.pool.num_blocks
+        )
 
     def decode(self, method: str, rows: int, context: int) -> float:
         """Median seconds of a step of `rows` sequences with `context` tokens each."""
-        engine, steps = self.engine, WARM_STEPS + self._steps + rows + 8
-        names = [self._add(method, context, steps, known=True) for _ in range(rows)]
+        engine, most = self.engine, longest(0, self._steps, rows)
+        names = [self._add(method, context, most, known=True) for _ in range(rows)]
         while any(not sequence.decoding for sequence in engine.scheduler.sequences):
             engine.step()
         taken = [_seconds(engine.step) for _ in range(WARM_STEPS + self._steps)]
@@ -115,13 +117,9 @@ def fill(engine: Engine) -> None:
         tensor.normal_()
 
 
-def blocks_of(context: int, steps: int) -> int:
-    """That one row takes until its last step."""
-    return -(-tokens_of(context, steps) // BLOCK_SIZE)
-
-
-def tokens_of(context: int, steps: int) -> int:
-    return context + WARM_STEPS + steps + 64
+def longest(context: int, steps: int, rows: int) -> int:
+    """Tokens of a sequence at its last step: rows may begin to decode one after the other."""
+    return context + WARM_STEPS + steps + rows + 8
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -133,7 +131,7 @@ def _seconds(call: Callable[[], object]) -> float:
 def load_engine(shape: ModelShape, options: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     """As a checkpoint of that shape is served, with prefix caching and the cache sized by the engine."""
     config, device = shape.config(), choose_device(options.device)
-    longest = max(*options.contexts, options.prompt)
+    context = max(*options.contexts, options.prompt)
 
     def draw(_source: object, *, dtype: Any, attn_implementation: str, **_reading: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -145,7 +143,7 @@ def load_engine(shape: ModelShape, options: argparse.Namespace, say: Callable[[s
         dtype="bfloat16" if options.dtype == "auto" else options.dtype,
         device=str(device),
         rope=RopeSpec(method=options.methods[0]),
-        max_model_len=tokens_of(longest, options.steps),
+        max_model_len=longest(context, options.steps, max(options.rows)),
         max_num_seqs=max(options.rows),
         max_batched_tokens=max(options.budget, BLOCK_SIZE * max(options.rows)),
         block_size=BLOCK_SIZE,

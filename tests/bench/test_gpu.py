@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -23,14 +24,14 @@ def test_a_toy_run_leaves_tables_to_paste(tmp_path: Path, capfd: pytest.CaptureF
     assert text.startswith(
         "## GPU: the CPU\n\n```sh\npython -m bench.gpu --toy --kernels 4 --step 3.5 --tests 0\n```\n"
     )
-    for line in ("| kernels | 0.", "| step | 0.", "| decode | toy | rerope | 2 | 96 |", "| decode 2 x 96 | rope |"):
+    for line in ("| decode | toy | rerope | 2 | 96 |", "| decode 2 x 96 | rope |"):
         assert line in text
+    assert re.findall(r"\| (\w+) \| \d+\.\d \| done \|", text) == ["kernels", "step"]
     assert text.count("| target | wanted | found | worst case | verdict |") == 2
     assert str(tmp_path) not in text
     for name in ("kernels", "step"):
         assert json.loads((tmp_path / f"{name}.json").read_text())["failures"] == {}
-    assert "kernels: done after 0." in (shown := capfd.readouterr().out)
-    assert "minutes; Targets: " in shown
+    assert re.search(r"kernels: done after .* minutes; Targets: ", capfd.readouterr().out)
 
 
 def stage(name: str, program: str, limit_s: float = 60.0) -> gpu.Stage:
