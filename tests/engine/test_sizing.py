@@ -152,6 +152,16 @@ def test_a_derived_length_works_and_twice_as_long_would_not(sized: Callable[...,
     assert size.num_blocks * 16 >= size.max_model_len
 
 
+def test_what_did_fit_is_the_next_length(sized: Callable[..., Any]) -> None:
+    """Where it is more than half: nothing is given away if the largest steps take as much at any length."""
+    memory = RecordedMemory(reading(), lambda _: 4 * GIB)
+    room = int(8 * GIB * 0.9) - CONTEXT_BYTES - 4 * GIB - MARGIN_BYTES - int(8 * GIB * MARGIN_SHARE)
+    fits = room // BLOCK * 16
+    size = sized(memory, rope=RopeSpec(method="rope", factor=1.5 * fits / 64))
+    assert size.max_model_len == fits
+    assert len(memory.lengths()) == 2
+
+
 def test_memory_that_is_asked_for_needs_no_margin_but_has_to_fit(sized: Callable[..., Any]) -> None:
     memory = RecordedMemory(reading(), lambda _: 5 * GIB)
     size = sized(memory, kv_cache_memory=2 * GIB, max_model_len=4096)
