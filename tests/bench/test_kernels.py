@@ -14,9 +14,11 @@ from bench.kernels_cases import FULL, RAW, TOY, low_precision
 from bench.kernels_report import KernelReport, Result
 from cache.reference import reference_attention
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled for a GPU here")
 
 
+@interpreted
 def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
