@@ -8,7 +8,7 @@ counts is the mean negative log-probability (nats a token) of the `--last` token
 dynamic_leaky's on the same tokens; ± is the standard error of that difference, from the means of 16 stretches.
 
 Every reading is kept in the output folder, so an interrupted search goes on, and `--report-only` prints what is there.
-The prefix cache is on: all candidates are rope inside the trained length, so those rows of a document are read once.
+The prefix cache is on: most candidates are rope inside the trained length, so those rows of a document are read once.
 """
 
 from __future__ import annotations

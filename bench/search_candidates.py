@@ -1,8 +1,8 @@
-"""Ways of reading far keys that are no method yet: what `bench.search` tries beside dynamic_leaky.
+"""Ways of reading far keys for `bench.search` to try: two are served methods, the rest are none yet.
 
-All are rope inside the trained length L and read keys nearer than a window at their exact distance. They differ in what
-a far key sees, and may differ between the lower and the upper half of the layers. Every far part is a line a pair of
-dims: angles that are continuous in the distance, with frequencies θ/k of its own.
+The rest are rope inside the trained length L and read keys nearer than a window at their exact distance. They differ in
+what a far key sees, and may differ between the lower and the upper half of the layers. Every far part is a line a pair
+of dims: angles that are continuous in the distance, with frequencies θ/k of its own.
 """
 
 from __future__ import annotations
@@ -59,19 +59,25 @@ class Far:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """`low` and `high`: of the lower and the upper half of the layers."""
+    """`low` and `high`: of the lower and the upper half of the layers; `served`: a method of the product instead."""
 
     label: str
     low: Far = field(default_factory=Far)
     high: Far = field(default_factory=Far)
+    served: RopeSpec | None = None
 
     def positions(self, rotary: Rotary) -> ModelPositions:
         """For a model with this embedding whose layers are in the groups `LOW` and `HIGH`."""
+        if self.served is not None:
+            method = resolve(self.served, rotary)
+            return ModelPositions({LOW: method, HIGH: method}, HIGH)
         low = far_method(self.low, rotary)
         return ModelPositions({LOW: low, HIGH: low if self.low == self.high else far_method(self.high, rotary)}, HIGH)
 
     def describe(self) -> Mapping[str, object]:
         """JSON-ready."""
+        if self.served is not None:
+            return asdict(self.served)
         return {LOW: asdict(self.low), HIGH: asdict(self.high)}
 
 
@@ -106,6 +112,8 @@ CANDIDATES: dict[str, Candidate] = {
         everywhere("k at least 4", Far(least_leak=4.0)),
         everywhere("log n", Far(logn=True)),
         everywhere("farthest key at ¾ L", Far(farthest=3 / 4)),
+        Candidate("dual_chunk", served=RopeSpec(method="dual_chunk")),
+        Candidate("self_extend, groups of 6", served=RopeSpec(method="self_extend", group=6)),
     )
 }
 
