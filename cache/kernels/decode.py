@@ -27,12 +27,17 @@ from cache.kernels.read import (
     RECORDS,
     VARIES,
     capped,
+    load_dims,
     load_turns,
+    number_of_block,
     pair_dims,
     place_of_tile,
+    read_instead,
     rotate,
+    slot_in,
     tile_of_key,
 )  # fmt: skip
+from cache.kernels.splits import merge_kernel, schedule_kernel
 
 LEAST_TILES = 4  # of an item: 256 keys; fewer do not pay for a partial result
 ITEMS = 528  # programs that share the tiles of all rows, over all KV heads: four for each of 132 multiprocessors
@@ -61,33 +66,6 @@ def upright(arch: int | None) -> bool:
     return (device_arch() if arch is None else arch) // 10 == 9
 
 
-@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
-def schedule_kernel(
-    tiles, reads, schedule, num_tiles, num_parts, items,
-    UNITS: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
-):  # fmt: skip
-    """One program. schedule: [units + 2], first_item of each unit, the number of items, and tiles of an item."""
-    unit = tl.arange(0, UNITS)
-    num_units = num_tiles * num_parts
-    real = unit < num_units
-    record = tiles + unit // num_parts * 5
-    position, run = tl.load(record + 2, mask=real, other=0), tl.load(record + 4, mask=real, other=0)
-    read = reads + (run * num_parts + unit % num_parts) * READ_SIZE
-    period, cycle_tiles = tl.load(read + 6, mask=real, other=1), tl.load(read + 7, mask=real, other=1)
-    d_min, d_max = tl.load(read + 2, mask=real, other=0), tl.load(read + 3, mask=real, other=0)
-    first = tl.maximum(tl.load(read, mask=real, other=0), position - d_max + 1)
-    stop = tl.minimum(tl.load(read + 1, mask=real, other=0), position - d_min + 1)
-    last_tile = tile_of_key(tl.maximum(stop - 1, 0), period, cycle_tiles, BLOCK_N)
-    own = last_tile + 1 - tile_of_key(first, period, cycle_tiles, BLOCK_N)
-    key_tiles = tl.where(real & (first < stop), own, 0)
-    each = tl.maximum((tl.sum(key_tiles) + items - 1) // items, LEAST)
-    own_items = (key_tiles + each - 1) // each
-    ends = tl.cumsum(own_items)
-    tl.store(schedule + unit, ends - own_items, mask=real)
-    tl.store(schedule + num_units, tl.sum(own_items))
-    tl.store(schedule + num_units + 1, each)
-
-
 @triton.jit
 def load_keys(rows, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr):
     """First and second dims of all pairs. Interleaved ones come as one load, which is copied 16 bytes at a time."""
@@ -97,14 +75,6 @@ def load_keys(rows, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.co
         return tl.split(tl.reshape(both, BLOCK_N, HALF, 2))
     first, second, pair = pair_dims(ROTARY, HALF, INTERLEAVED)
     return load_dims(rows, first, pair, ROTARY // 2, HALF), load_dims(rows, second, pair, ROTARY // 2, HALF)
-
-
-@triton.jit
-def load_dims(rows, dims, lane, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """dims of rows, zeros in lanes past COUNT."""
-    if COUNT == LANES:
-        return tl.load(rows + dims[None, :])
-    return tl.load(rows + dims[None, :], mask=(lane < COUNT)[None, :], other=0.0)
 
 
 @triton.jit
@@ -121,8 +91,7 @@ def read_tiles(
 ):  # fmt: skip
     """Key tiles [first_tile, stop_tile) of one part, at least one. ROTATED False: keys as they lie in the cache.
 
-    Lanes before first_key or past stop_key read the nearest key that there is, so that no load needs a mask; their
-    scores are masked. Where a tile's keys lie is looked up a tile ahead and carried over, in this form: a look-up in
+    Where a tile's keys lie is looked up a tile ahead and carried over, in this form: a look-up in
     the same turn of the loop, or one that is more than a load, and the copies wait for each other.
     """
     n = tl.arange(0, BLOCK_N)
@@ -136,12 +105,12 @@ def read_tiles(
     base, _tile_stop, phase = place_of_tile(first_tile, period, cycle_tiles, BLOCK_N)
     cycle_stop = base - phase * BLOCK_N + period
     j = base + n
-    key = tl.minimum(tl.maximum(j, first_key), stop_key - 1)
-    block = tl.load(blocks + key // BLOCK_SIZE)
+    key = read_instead(j, first_key, stop_key)
+    block = tl.load(blocks + number_of_block(key, BLOCK_SIZE))
     if ROTATED and not GROUPED:  # the same rows for every tile
         cos, sin = load_turns(key_turns + n[:, None] * ROTARY + pair[None, :], pairs[None, :], ROTARY)
     for _tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
-        slot = (block * BLOCK_SIZE + key % BLOCK_SIZE).to(tl.int64)
+        slot = slot_in(block, key, BLOCK_SIZE).to(tl.int64)
         key_rows, value_rows = keys + (slot * KEY_STRIDE)[:, None], values + (slot * VALUE_STRIDE)[:, None]
         key_first, key_second = load_keys(key_rows, ROTARY, HALF, INTERLEAVED, BLOCK_N)
         value_low = load_dims(value_rows, low, low, VALUE_DIM if VALUE_DIM < LOW_VALUES else LOW_VALUES, LOW_VALUES).to(
@@ -188,8 +157,8 @@ def read_tiles(
         phase, base = tl.where(wraps, 0, phase), tl.where(wraps, cycle_stop, base)
         cycle_stop += tl.where(wraps, period, 0)
         j = base + n
-        key = tl.minimum(tl.maximum(j, first_key), stop_key - 1)
-        block = tl.load(blocks + key // BLOCK_SIZE, mask=(n >= 0) & (_tile + 1 < stop_tile), other=0)
+        key = read_instead(j, first_key, stop_key)
+        block = tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & (_tile + 1 < stop_tile), other=0)
     return low_acc, high_acc, high, tl.sum(total, 0)
 
 
@@ -277,40 +246,6 @@ def decode_kernel(
         tl.store(sums + dim[:, None], high_acc, mask=mask[None, :] & (dim < VALUE_DIM)[:, None])
     tl.store(stats + own * 2, high, mask=mask)
     tl.store(stats + own * 2 + 1, total, mask=mask)
-
-
-@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
-def merge_kernel(
-    tiles, schedule, partial, stats, sinks, out, num_parts,
-    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, SINKS: tl.constexpr, MERGED: tl.constexpr,
-):  # fmt: skip
-    """out: [T, Hq, VALUE_DIM]. A sink takes its share of the softmax and gives nothing."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    begin, end = tl.load(schedule + row * num_parts), tl.load(schedule + (row + 1) * num_parts)
-    dim = tl.arange(0, VALUES)
-    acc = tl.zeros([VALUES], tl.float32)
-    high, total = -1e30, 0.0
-    if SINKS:
-        high, total = tl.load(sinks + head).to(tl.float32) * LOG2E, 1.0
-    for first in range(begin, end, MERGED):
-        item = first + tl.arange(0, MERGED)
-        own = item * HEADS + head
-        item_high = tl.load(stats + own * 2, mask=item < end, other=-1e30)
-        item_total = tl.load(stats + own * 2 + 1, mask=item < end, other=0.0)
-        values = tl.load(
-            partial + own[:, None] * VALUE_DIM + dim[None, :],
-            mask=(item < end)[:, None] & (dim < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        new_high = tl.maximum(high, tl.max(item_high, 0))
-        weights = tl.exp2(item_high - new_high)
-        fade = tl.exp2(high - new_high)
-        acc = acc * fade + tl.sum(values * weights[:, None], 0)
-        total = total * fade + tl.sum(item_total * weights, 0)
-        high = new_high
-    packed = tl.load(tiles + row * 5 + 1).to(tl.int64)
-    result = acc / tl.where(total > 0.0, total, 1.0)
-    tl.store(out + (packed * HEADS + head) * VALUE_DIM + dim, result.to(out.dtype.element_ty), mask=dim < VALUE_DIM)
 
 
 def decode(query: Tensor, keys: Tensor, values: Tensor, plan: CudaPlan, options: AttentionOptions, out: Tensor) -> None:

@@ -23,12 +23,17 @@ from cache.kernels.read import (
     LOG2E,
     LOWEST,
     READ_SIZE,
+    RECORDS,
     VARIES,
     capped,
+    load_dims,
     load_turns,
+    number_of_block,
     pair_dims,
     place_of_tile,
+    read_instead,
     rotate,
+    slot_in,
     softmax_step,
 )  # fmt: skip
 
@@ -46,7 +51,7 @@ def config(group: int, head_dim: int, dtype: torch.dtype) -> Config:
     return Config(block_m=max(64, padded(group)), block_n=32, num_warps=8, num_stages=2)
 
 
-@triton.jit(do_not_specialize=VARIES)
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
 def turn_queries_kernel(
     tiles, reads, query, turned_queries, turns, decay, row_scale, query_stride, num_rows, num_parts, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
@@ -59,6 +64,8 @@ def turn_queries_kernel(
         tl.load(record + 1), tl.load(record + 2), tl.load(record + 3), tl.load(record + 4),
     )  # fmt: skip
     read = reads + (run * num_parts + part) * READ_SIZE
+    if tl.load(read + 1) <= tl.load(read):  # no part of this run, so without turns
+        return
     slot, turn, origin = tl.load(read + 4), tl.load(read + 5), tl.load(read + 10)
     m = tl.arange(0, BLOCK_M)
     row, head = m // GROUP, kv_head * GROUP + m % GROUP
@@ -89,7 +96,7 @@ def turn_queries_kernel(
         tl.store(target + dims[None, :], rest.to(turned_queries.dtype.element_ty), mask=rest_mask)
 
 
-@triton.jit(do_not_specialize=VARIES)
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
 def turn_keys_kernel(
     spans, keys, scratch, base_turns, key_turns, decay, blocks,
     num_spans, first_head, scratch_heads, table_rows, max_blocks,
@@ -149,38 +156,42 @@ def read_tiles(
 ):  # fmt: skip
     """`num_tiles` key tiles from first_tile on, with a gap of `gap` tiles before gap_tile.
 
-    MASKED False: every row sees all keys of these tiles.
+    MASKED False: every row sees all keys of these tiles. Blocks are looked up a tile ahead, as in decode.
     """
     n = tl.arange(0, BLOCK_N)
     dims, value_dims = tl.arange(0, DIMS), tl.arange(0, VALUES)
+    # Each row's keys: `count` from `low` on.
+    low = tl.maximum(first_key, position - d_max + 1)
+    count = tl.maximum(tl.minimum(stop_key, position - d_min + 1) - low, 0).to(tl.uint32)
+    j = first_tile * BLOCK_N + n
+    if MASKED:
+        j += tl.where(first_tile < gap_tile, 0, gap * BLOCK_N)
+    key = read_instead(j, first_key, stop_key) if MASKED else j
+    block = tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & (num_tiles > 0), other=0)
     for index in tl.range(0, num_tiles, num_stages=STAGES):
-        tile = first_tile + index
-        inside = n >= 0
-        if MASKED:
-            tile += tl.where(tile < gap_tile, 0, gap)
-        j = tile * BLOCK_N + n
-        if MASKED:
-            inside = (j >= first_key) & (j < stop_key)
-        block = tl.load(blocks + j // BLOCK_SIZE, mask=inside, other=0)
-        slot = block.to(tl.int64) * BLOCK_SIZE + j % BLOCK_SIZE
-        row = tl.where(turned, (j + scratch_shift).to(tl.int64), slot)
-        key_mask, value_mask = (
-            inside[:, None] & (dims < DIM)[None, :],
-            inside[:, None] & (value_dims < VALUE_DIM)[None, :],
-        )
-        key = tl.load(source + row[:, None] * stride + dims[None, :], mask=key_mask, other=0.0).to(DTYPE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        slot = slot_in(block, key, BLOCK_SIZE)
+        row = tl.where(turned, key + scratch_shift, slot)
+        key_rows = source + (row.to(tl.int64) * stride)[:, None]
+        value_rows = values + (slot.to(tl.int64) * VALUE_STRIDE)[:, None]
+        keys = load_dims(key_rows, dims, dims, DIM, DIMS).to(DTYPE)
+        value = load_dims(value_rows, value_dims, value_dims, VALUE_DIM, VALUES).to(DTYPE)
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         if SOFTCAP:
             scores = capped(scores, softcap)
         if MASKED:
-            distance = position[:, None] - j[None, :]
-            scores = tl.where((distance >= d_min) & (distance < d_max) & inside[None, :], scores, float("-inf"))
-        value = tl.load(values + slot[:, None] * VALUE_STRIDE + value_dims[None, :], mask=value_mask, other=0.0)
-        acc, high, total = softmax_step(scores, value.to(DTYPE), acc, high, total, PRECISION)
+            seen = (j[None, :] - low[:, None]).to(tl.uint32) < count[:, None]  # both edges in one comparison
+            scores = tl.where(seen, scores, float("-inf"))
+        acc, high, total = softmax_step(scores, value, acc, high, total, PRECISION)
+        tile = first_tile + index + 1
+        if MASKED:
+            tile += tl.where(tile < gap_tile, 0, gap)
+        j = tile * BLOCK_N + n
+        key = read_instead(j, first_key, stop_key) if MASKED else j
+        block = tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & (index + 1 < num_tiles), other=0)
     return acc, high, total
 
 
-@triton.jit(do_not_specialize=VARIES)
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
 def prefill_kernel(
     tiles, reads, turned_queries, keys, scratch, values, blocks, sinks, out,
     num_rows, first_head, scratch_heads, max_blocks, num_parts, softcap,

@@ -52,6 +52,31 @@ def load_turns(pointers, mask, ROTARY: tl.constexpr):
 
 
 @triton.jit
+def load_dims(rows, dims, lane, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """dims of rows, zeros in lanes past COUNT."""
+    if COUNT == LANES:
+        return tl.load(rows + dims[None, :])
+    return tl.load(rows + dims[None, :], mask=(lane < COUNT)[None, :], other=0.0)
+
+
+@triton.jit
+def read_instead(key, first_key, stop_key):
+    """Of keys that are not to be read the nearest one that is: loads need no mask then, and their scores have one."""
+    return tl.minimum(tl.maximum(key, first_key), stop_key - 1)
+
+
+@triton.jit
+def number_of_block(key, BLOCK_SIZE: tl.constexpr):
+    """Where the block table has the block of a key. Unsigned: a shift, where a signed division mends its sign."""
+    return key.to(tl.uint32) // BLOCK_SIZE
+
+
+@triton.jit
+def slot_in(block, key, BLOCK_SIZE: tl.constexpr):
+    return block * BLOCK_SIZE + (key.to(tl.uint32) % BLOCK_SIZE).to(tl.int32)
+
+
+@triton.jit
 def place_of_tile(tile, period, cycle_tiles, BLOCK_N: tl.constexpr):
     """(first key, one past the last, number in its cycle): tiles begin anew where positions wrap."""
     cycle = tile // cycle_tiles

@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cache.kernels import decode, elementwise, prefill, store
+from cache.kernels import decode, elementwise, prefill, splits, store
 from cache.kernels.launch import Config, constants
 from cache.kernels.read import RECORDS
 
@@ -65,7 +65,7 @@ def kernels(arch: int) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtyp
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"]}
             main = (decode.decode_kernel,) if module is decode else (prefill.prefill_kernel,)
             side = Config(config.block_m, config.block_n, 4, config.num_stages)  # as `launch` does by default
-            others = (decode.schedule_kernel, decode.merge_kernel) if module is decode else (
+            others = (splits.schedule_kernel, splits.merge_kernel) if module is decode else (
                 prefill.turn_queries_kernel, prefill.turn_keys_kernel,
             )  # fmt: skip
             yield from ((kernel, config, fixed, dtype) for kernel in main)

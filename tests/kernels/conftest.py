@@ -8,16 +8,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+
+class Bounds:
+    """The memory of a launch's tensors. Only on a card would a load or store outside it be seen, and not always."""
+
+    def __init__(self) -> None:
+        self._starts = self._ends = np.zeros(0, dtype=np.uint64)
+
+    def launch(self, tensors: list[Tensor]) -> None:
+        spans: list[list[int]] = []
+        for begin, end in sorted(_span(tensor) for tensor in tensors if tensor.numel()):
+            if spans and begin <= spans[-1][1]:
+                spans[-1][1] = max(end, spans[-1][1])
+            else:
+                spans.append([begin, end])
+        self._starts, self._ends = np.array(spans, dtype=np.uint64).T
+
+    def check(self, pointers: Any, mask: Any) -> None:
+        found = pointers.data[mask.data.astype(bool)]
+        size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        span = np.searchsorted(self._starts, found, side="right") - 1
+        assert (span >= 0).all(), "an address before all tensors"
+        assert (found + size <= self._ends[span]).all(), "an address outside all tensors"
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte, and one past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 @pytest.fixture(scope="package", autouse=True)
 def interpreter() -> Iterator[None]:
-    """The interpreter, less what makes it slow, and a grid of few programs."""
+    """The interpreter, less what makes it slow; bounds are checked, what nobody wrote is NaN, and items are few."""
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is off: kernels are compiled for a GPU here")
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
 
     from cache.kernels import decode
 
@@ -32,9 +64,31 @@ def interpreter() -> Iterator[None]:
             patched.add(module)
             return device_function(self, *arguments, **named)
 
+        bounds = Bounds()
+        host_arguments = GridExecutor._init_args_hst
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def launched(self: Any, given: Any, named: Any) -> Any:
+            given, named = host_arguments(self, given, named)
+            bounds.launch([value for value in (*given, *named.values()) if isinstance(value, Tensor)])
+            return given, named
+
+        def checked_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+            bounds.check(pointers, mask)
+            return load(self, pointers, mask, *others)
+
+        def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+            bounds.check(pointers, mask)
+            return store(self, pointers, value, mask, *others)
+
         patch.setattr(InterpretedFunction, "__call__", call)
+        patch.setattr(GridExecutor, "_init_args_hst", launched)
+        patch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+        patch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
         patch.setattr(decode, "ITEMS", 6)
         patch.setattr(decode, "LEAST_TILES", 1)
         patch.setattr(decode, "LEAST_UNITS", 1)
         patch.setattr(decode, "MERGED", 64)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
         yield
+        torch.use_deterministic_algorithms(False)

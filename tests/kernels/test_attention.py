@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 
 from cache.attention import AttentionOptions
 from cache.cuda import cuda_attention
+from cache.cuda_plan import NO_READ, PlanKey
+from cache.cuda_rows import plan_rows
+from cache.kernels.decode import config, decode
+from cache.reference import reference_attention
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, paged, rotary
 from tests.kernels.steps import TOLERANCE, difference
 
@@ -38,7 +42,7 @@ ROWS = st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 15, 33]))
     logn=st.booleans(),
     interleaved=st.booleans(),
     dim=st.sampled_from([4, 16, 24]),
-    heads=st.sampled_from([(1, 1), (6, 2), (8, 1)]),
+    heads=st.sampled_from([(1, 1), (6, 2), (4, 1), (8, 1), (16, 1)]),
     block_size=st.sampled_from([1, 8, 16]),
     sliding_window=st.one_of(st.none(), st.integers(1, 80)),
     softcap=st.sampled_from([None, 2.0]),
@@ -86,11 +90,33 @@ def test_a_layer_without_positions() -> None:
         assert difference(step, AttentionOptions(0.25, None, reach)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("head_dim", "dim"), [(64, 64), (80, 80), (80, 32), (96, 96), (128, 64), (256, 256)])
-def test_head_dims(head_dim: int, dim: int) -> None:
-    positions = one_group(method("leaky_rerope", rotary(head_dim, dim), window=32))
+@pytest.mark.parametrize(
+    ("head_dim", "dim", "interleaved"),
+    [(64, 64, False), (80, 80, True), (80, 32, False), (96, 96, False), (128, 64, True), (256, 256, False)],
+)
+def test_head_dims(head_dim: int, dim: int, interleaved: bool) -> None:
+    positions = one_group(method("leaky_rerope", rotary(head_dim, dim, interleaved=interleaved), window=32))
     step = paged([(50, 1), (40, 9)], [positions] * 2, heads=3, kv_heads=1, head_dim=head_dim)
     assert difference(step, AttentionOptions(head_dim**-0.5, "")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0])])
+def test_rows_that_fill_a_graph_up_give_zeros(sinks: torch.Tensor | None) -> None:
+    """The middle row of three reads nothing; its neighbours do not notice."""
+    positions = one_group(method("rerope", rotary(16, 16), window=32))
+    step = paged([(70, 1), (50, 1), (90, 1)], [positions] * 3, heads=2, kv_heads=1)
+    options = AttentionOptions(0.25, "", sinks=sinks)
+    key = PlanKey(True, 1, config(2, 16, torch.float32).block_n, 1, 16, "", None)
+    plan = plan_rows(step.metadata, key, step.query.device)
+    reads = plan.reads.view(3, plan.num_parts, -1)
+    turn = reads[1, :, 5].clone()
+    reads[1] = torch.tensor(NO_READ, dtype=torch.int32)
+    reads[1, :, 5] = turn
+    out = torch.full_like(step.query, float("nan"))
+    decode(step.query, step.keys, step.values, plan, options, out)
+    expected = reference_attention(step.query, step.keys, step.values, step.metadata, options)
+    expected[1] = 0.0
+    assert (out - expected).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])

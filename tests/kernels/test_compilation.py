@@ -29,3 +29,9 @@ def test_no_kernel_spills(arch: int, tmp_path: Path) -> None:
     assert {kernel["dim"] for kernel in found} >= {64, 80, 96, 128, 256}
     assert [kernel for kernel in found if kernel["spilled"]] == []
     assert [kernel for kernel in found if kernel["shared"] > SHARED_MEMORY[arch]] == []
+    for kernel in found:
+        if kernel["kernel"] in ("decode_kernel", "prefill_kernel") and kernel["dtype"] != "torch.float32":
+            assert kernel["kinds"]["LDGSTS.E.BYPASS.128"] > 0, kernel  # keys and values come 16 bytes at a time, copied
+            assert arch != 90 or ("HGMMA" in kernel["kinds"] and "HMMA" not in kernel["kinds"]), kernel
+            # Copies are on their way while a tile is read. Of the widest heads there is room for one tile more alone.
+            assert arch != 90 or kernel["dim"] > 128 or kernel["ahead"] >= 2, kernel

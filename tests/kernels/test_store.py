@@ -22,3 +22,11 @@ def test_rows_go_to_their_slots_and_nowhere_else(dtype: torch.dtype) -> None:
     cuda_store(key, value, keys, values, slots)
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
+
+
+@pytest.mark.parametrize("slot", [64, 2**20])
+def test_an_address_outside_the_cache_is_seen(slot: int) -> None:
+    """By the tests' own check of bounds, which all kernels run under here."""
+    keys, values, row = torch.zeros(8, 8, 2, 4), torch.zeros(8, 8, 2, 4), torch.ones(1, 2, 4)
+    with pytest.raises(Exception, match="outside all tensors"):
+        cuda_store(row, row, keys, values, torch.tensor([slot]))
