@@ -112,8 +112,9 @@ class DecodeGraphs:
     ) -> None:
         self._model, self._storage, self._capture = model, storage, capture
         self._block_size, self._max_model_len = block_size, max_model_len
-        self._max_blocks = -(-max_model_len // block_size)
         self._buckets = buckets(max_num_seqs)
+        shape = self._buckets[-1], -(-max_model_len // block_size)
+        self._blocks = torch.zeros(shape, dtype=torch.int32, device=model.device)  # of all graphs
         self._keys: list[PlanKey] = []
         self._graphs: OrderedDict[object, _Graph] = OrderedDict()
 
@@ -152,7 +153,7 @@ class DecodeGraphs:
         if name not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[name] = _Graph(layouts, self._max_blocks, self._model.device, self._run, self._capture)
+            self._graphs[name] = _Graph(layouts, self._blocks, self._run, self._capture)
         self._graphs.move_to_end(name)
         return self._graphs[name]
 
@@ -193,15 +194,13 @@ class _Graph:
     def __init__(
         self,
         layouts: Sequence[RowLayout],
-        max_blocks: int,
-        device: torch.device,
+        blocks: Tensor,
         run: Callable[[Batch], Tensor],
         capture: Callable[[Callable[[], Tensor]], Replay],
     ) -> None:
-        rows = layouts[0].rows
-        self._layouts = layouts
+        rows, device = layouts[0].rows, blocks.device
+        self._layouts, self._blocks = layouts, blocks
         self._buffer = torch.zeros(sum(layout.buffer.size for layout in layouts), dtype=torch.int32, device=device)
-        self._blocks = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
         self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)  # ids, positions, slots
         self._logit_rows = torch.arange(rows, device=device)
         self._run, self._capture = run, capture
