@@ -273,7 +273,8 @@ def _explained(failure: BaseException) -> BaseException:
     if not by_type and "can't allocate memory" not in str(failure):  # torch's CPU allocator raises a RuntimeError
         return failure
     explained = OutOfMemory(
-        "the engine ran out of memory: lower KV_CACHE_MEMORY, MAX_BATCHED_TOKENS or MAX_NUM_SEQS, "
+        "the engine ran out of memory: lower KV_CACHE_MEMORY (on a GPU GPU_MEMORY_UTILIZATION), MAX_BATCHED_TOKENS or "
+        "MAX_NUM_SEQS, "
         "or serve a smaller model"
     )
     explained.__cause__ = failure
