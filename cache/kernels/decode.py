@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cache.attention import AttentionOptions
 from cache.cuda_plan import CudaPlan
-from cache.kernels.launch import Config, arguments, constants, device_arch, launch, padded
+from cache.kernels.launch import Config, arguments, constants, launch, padded, upright
 from cache.kernels.read import (
     LOG2E,
     LOWEST,
@@ -50,8 +50,8 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
 
     Expected of sm_90 at 128 dims in bf16: a tile's keys and values are 32 KB, two tiles are on their way while one is
     read, and two programs share a multiprocessor (255 registers a thread, 104 KB of shared memory): up to 128 KB in
-    flight, where 3.35 TB/s at 0.7 µs need 18 KB and 4.8 TB/s 25 KB. A tile takes 4 × 343 instructions as keys lie in
-    the cache and 4 × 689 turned, so 690 of the 2,260 cycles that its bytes take.
+    flight, where 3.35 TB/s at 0.7 µs need 18 KB and 4.8 TB/s 25 KB. A tile takes 4 × 324 instructions as keys lie in
+    the cache and 4 × 669 turned, so 670 of the 2,260 cycles that its bytes take.
     """
     heads, half = max(16, padded(group)), dtype != torch.float32
     if not half:
@@ -59,11 +59,6 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     if head_dim > 128:
         return Config(heads, 64, 8, 2) if upright(arch) else Config(heads, 32, 8, 3)
     return Config(heads, 64, 4 if upright(arch) or head_dim <= 80 else 8, 3)
-
-
-def upright(arch: int | None) -> bool:
-    """Whether a product of 64 rows reads both sides from shared memory: sm_90 alone. Elsewhere it takes registers."""
-    return (device_arch() if arch is None else arch) // 10 == 9
 
 
 @triton.jit

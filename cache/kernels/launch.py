@@ -28,6 +28,11 @@ def device_arch():
     return 10 * major + minor
 
 
+def upright(arch):
+    """Whether a product of 64 rows reads both sides from shared memory: sm_90 alone. Elsewhere it takes registers."""
+    return (device_arch() if arch is None else arch) // 10 == 9
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """block_m: rows × query heads; block_n: keys. Chosen by a function, not by trying: a start must not wait for it."""

@@ -59,7 +59,7 @@ def kernels(arch: int) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtyp
         off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None}
         plan = SimpleNamespace(rotary_dim=rotary, **(off | asked))
         for module in (decode, prefill):
-            config = decode.config(group, dim, dtype, arch) if module is decode else prefill.config(group, dim, dtype)
+            config = module.config(group, dim, dtype, arch)
             fixed = constants(query, cache.to(dtype), cache, plan, plan, config)
             fixed |= {"UNITS": decode.LEAST_UNITS, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES}
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"]}
