@@ -1,7 +1,8 @@
 """Chunks on the GPU: what the prefill kernels need, worked out once a step and rotary group.
 
 Rows of a chunk are cut into runs, by reading, and each run into tiles. Keys that are turned are turned once for all
-runs that turn them alike: a span of scratch each.
+runs that turn them alike: a span of scratch each. Spans that do not fit into scratch at once are turned in several
+passes, each with the runs that read them: a long context read by maps that change every 256 rows, or many sequences.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ from torch import Tensor
 
 from cache.angle_tables import LONGEST, KeyMap, QueryAngles, places_of
 from cache.attention import AttentionMetadata, SequenceRows
-from cache.cuda_plan import NO_READ, CudaPlan, Ints, PlanKey, sent_block_tables, step_of, still, tables_of
+from cache.cuda_plan import (
+    NO_READ,
+    SCRATCH_BYTES,
+    CudaPlan,
+    Ints,
+    Pass,
+    PlanKey,
+    sent_block_tables,
+    step_of,
+    still,
+    tables_of,
+)
 from cache.transfer import send
 from rope.reading import Part, Reading
 
@@ -78,66 +90,96 @@ class _Read:
         return max(first_key, self.run.first - d_max + 1), min(stop_key, self.run.stop - d_min)
 
 
+Spans = dict[Hashable, _Span]
+
+
 @dataclass(slots=True)
 class _Builder:
-    """Collects what a step reads; records are written when all maps have a slot."""
+    """Collects what a step reads; records are written when all maps have a slot.
+
+    scratch_rows: that the spans of a pass may take; those of one run take what they take.
+    """
 
     tile: int
     reach: int
     num_parts: int
-    reads: list[_Read | _Run] = field(default_factory=list)  # a run stands for a part in which it reads nothing
-    spans: dict[Hashable, _Span] = field(default_factory=dict)
+    scratch_rows: int
+    reads: list[tuple[int, _Read | _Run]] = field(default_factory=list)  # a run stands for a part that reads nothing
+    spans: list[Spans] = field(default_factory=lambda: [{}])  # of each pass
+    passes: list[int] = field(default_factory=list)  # of each run
     num_turns: int = 0
 
     def add(self, run: _Run) -> None:
-        for part in run.parts:
-            self._part(run, part)
-        self.reads += [run] * (self.num_parts - len(run.parts))
+        reads = [self._read(run, part) for part in run.parts]
+        spans = self._with(self.spans[-1], reads)
+        if self.passes and sum(span.stop - span.low for span in spans.values()) > self.scratch_rows:
+            self.spans.append(self._with({}, reads))
+        else:
+            self.spans[-1] = spans
+        self.passes.append(len(self.spans) - 1)
+        filled: list[_Read | _Run] = [*reads, *[run] * (self.num_parts - len(reads))]
+        self.reads += [(self.passes[-1], one) for one in filled]
 
-    def _part(self, run: _Run, part: Part) -> None:
+    def _read(self, run: _Run, part: Part) -> _Read:
         read = _Read(run, part, self.reach, self.num_turns - run.first)
-        self.reads.append(read)
         self.num_turns += run.stop - run.first
         low, stop = read.keys()
         decay = run.reading.decay
-        if (part.key.still and decay is None) or low >= stop:
-            return
-        # Runs share turned keys, unless these fade: from where is each run's own.
-        origin = 0 if decay is None else run.first
-        read.span = run.sequence, part.key, decay, origin
-        period = min(part.key.period or LONGEST, LONGEST)
-        span = self.spans.setdefault(
-            read.span, _Span(run.sequence, (part.key, decay), low, stop, period, part.key.group, origin)
-        )
-        span.low, span.stop = min(span.low, low), max(span.stop, stop)
+        if low < stop and not (part.key.still and decay is None):
+            # Runs share turned keys, unless these fade: from where is each run's own.
+            read.span = run.sequence, part.key, decay, 0 if decay is None else run.first
+        return read
+
+    @staticmethod
+    def _with(spans: Spans, reads: Sequence[_Read]) -> Spans:
+        """These spans, and longer or more of them for what is read."""
+        spans = dict(spans)
+        for read in reads:
+            if read.span is None:
+                continue
+            low, stop = read.keys()
+            angles, decay = read.part.key, read.run.reading.decay
+            before = spans.get(read.span)
+            if before is not None:
+                low, stop = min(low, before.low), max(stop, before.stop)
+            period, origin = min(angles.period or LONGEST, LONGEST), 0 if decay is None else read.run.first
+            spans[read.span] = _Span(read.run.sequence, (angles, decay), low, stop, period, angles.group, origin)
+        return spans
 
     @property
     def key_maps(self) -> list[KeyMap]:
-        return [span.key_map for span in self.spans.values()]
+        return [span.key_map for spans in self.spans for span in spans.values()]
 
-    def records(self, slots: dict[KeyMap, int]) -> tuple[Ints, Ints, int, int]:
-        """(reads, spans, rows of scratch, key tiles)."""
-        spans, shifts, rows, programs = [], {}, 0, 0
-        for name, span in self.spans.items():
-            shifts[name] = rows - span.low
-            cycle = -(-span.period // self.tile)
-            spans.append(
-                (span.sequence, span.low, span.stop, slots[span.key_map], span.period, cycle, span.group,
-                 shifts[name], span.origin, programs)
-            )  # fmt: skip
-            rows += span.stop - span.low
-            programs += span.tiles(self.tile)
-        reads = [self._record(read, slots, shifts) for read in self.reads]
-        return _ints(reads, len(NO_READ)), _ints(spans, 10), rows, programs
+    def records(self, slots: dict[KeyMap, int]) -> tuple[Ints, Ints, list[tuple[int, int, int]]]:
+        """(reads, spans, (spans, rows of scratch, key tiles) of each pass)."""
+        records: list[tuple[int, ...]] = []
+        shifts: dict[Hashable, int] = {}
+        sizes = []
+        for number, spans in enumerate(self.spans):
+            rows = programs = 0
+            for name, span in spans.items():
+                shifts[number, name] = rows - span.low
+                cycle = -(-span.period // self.tile)
+                records.append(
+                    (span.sequence, span.low, span.stop, slots[span.key_map], span.period, cycle, span.group,
+                     shifts[number, name], span.origin, programs)
+                )  # fmt: skip
+                rows += span.stop - span.low
+                programs += span.tiles(self.tile)
+            sizes.append((len(spans), rows, programs))
+        reads = [self._record(number, read, slots, shifts) for number, read in self.reads]
+        return _ints(reads, len(NO_READ)), _ints(records, 10), sizes
 
-    def _record(self, read: _Read | _Run, slots: dict[KeyMap, int], shifts: dict[Hashable, int]) -> tuple[int, ...]:
+    def _record(
+        self, number: int, read: _Read | _Run, slots: dict[KeyMap, int], shifts: dict[Hashable, int]
+    ) -> tuple[int, ...]:
         if isinstance(read, _Run):  # kernels look at its turns all the same: at those of the first rows
             return *NO_READ[:5], -read.first, *NO_READ[6:]
         if read.span is None:
             return *read.edges(), -1, read.turn, LONGEST, LONGEST // self.tile, 1, 0, 0
-        span = self.spans[read.span]
+        span = self.spans[number][read.span]
         cycle = -(-span.period // self.tile)
-        slot, shift = slots[span.key_map], shifts[read.span]
+        slot, shift = slots[span.key_map], shifts[number, read.span]
         return *read.edges(), slot, read.turn, span.period, cycle, span.group, shift, span.origin
 
 
@@ -153,15 +195,18 @@ def plan_chunks(metadata: AttentionMetadata, key: PlanKey, device: torch.device)
     rotary = next((method.rotary for method in methods if method is not None), None)
     rotary_dim = key.rotary_dim(rotary)
     runs = [run for number in chosen for run in _runs(number, sequences[number], key, rotary_dim)]
-    builder = _Builder(key.tile, key.reach, num_parts=max(len(run.parts) for run in runs))
+    builder = _Builder(
+        key.tile, key.reach, max(len(run.parts) for run in runs), scratch_rows=SCRATCH_BYTES // (4 * key.head_dim)
+    )
     for run in runs:
         builder.add(run)
     tables = tables_of(device, rotary_dim, key.tile)
     longest = max(sequence.length for sequence in sequences)
     slots = tables.keys.find(builder.key_maps, longest, step_of(metadata))
-    reads, spans, scratch_rows, key_programs = builder.records(slots)
+    reads, spans, sizes = builder.records(slots)
+    tiles, tile_stops = _row_tiles(runs, builder.passes, key.rows)
     return CudaPlan(
-        tiles=send(_row_tiles(runs, key.rows), device),
+        tiles=send(tiles, device),
         reads=send(reads, device),
         num_parts=builder.num_parts,
         turns=_turns(builder, tables.queries, step_of(metadata), device),
@@ -175,8 +220,7 @@ def plan_chunks(metadata: AttentionMetadata, key: PlanKey, device: torch.device)
         grouped=any(angles.group > 1 for angles, _ in builder.key_maps),
         fades=any(decay is not None for _, decay in builder.key_maps),
         spans=send(spans, device),
-        scratch_rows=scratch_rows,
-        key_programs=key_programs,
+        passes=_passes(tile_stops, sizes),
     )
 
 
@@ -206,19 +250,34 @@ def _scale(runs: Sequence[_Run], num_rows: int) -> NDArray[np.float32]:
     return scale
 
 
-def _row_tiles(runs: Sequence[_Run], rows: int) -> Ints:
-    """Tiles of up to `rows` rows of one run. Those that read most keys come first: the last to end are short ones."""
+def _row_tiles(runs: Sequence[_Run], passes: Sequence[int], rows: int) -> tuple[Ints, list[int]]:
+    """Tiles of up to `rows` rows of one run, pass by pass, and where each pass ends.
+
+    Those that read most keys come first in their pass: the last to end are short ones.
+    """
     tiles = [
         (run.sequence, run.packed + begin, begin, min(rows, run.stop - begin), number)
         for number, run in enumerate(runs)
         for begin in range(run.first, run.stop, rows)
     ]
-    return np.array(sorted(tiles, key=lambda tile: -tile[2]), dtype=np.int32)
+    tiles.sort(key=lambda tile: (passes[tile[4]], -tile[2]))
+    counts = np.bincount([passes[tile[4]] for tile in tiles])
+    return np.array(tiles, dtype=np.int32), np.cumsum(counts).tolist()
+
+
+def _passes(tile_stops: Sequence[int], sizes: Sequence[tuple[int, int, int]]) -> list[Pass]:
+    """From (spans, rows of scratch, key tiles) of each."""
+    passes = []
+    first_tile = first_span = 0
+    for stop_tile, (num_spans, rows, programs) in zip(tile_stops, sizes, strict=True):
+        passes.append(Pass(first_tile, stop_tile, first_span, first_span + num_spans, rows, programs))
+        first_tile, first_span = stop_tile, first_span + num_spans
+    return passes
 
 
 def _turns(builder: _Builder, queries: QueryAngles, step: object, device: torch.device) -> Tensor:
     """[n, 2, D/2]: all query rows of all parts, in one go on the device."""
-    reads = [read for read in builder.reads if isinstance(read, _Read)]
+    reads = [read for _, read in builder.reads if isinstance(read, _Read)]
     slots = queries.find([read.part.query for read in reads], step)
     counts = [read.run.stop - read.run.first for read in reads]
     rows = [np.arange(read.run.first, read.run.stop, dtype=np.int32) for read in reads]

@@ -7,10 +7,10 @@ by `cuda_chunks` for the others, sent in one copy, and nothing here waits for th
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ Ints = NDArray[np.int32]
 
 NO_READ = (0, 0, 0, 0, -1, 0, LONGEST, LONGEST, 1, 0, 0)
 """`kernels.read.READ_FIELDS` of a part without keys."""
+
+
+SCRATCH_BYTES = 256 * 2**20
+"""For keys that chunks read turned, whatever the context. What needs more is turned and read in several passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,20 @@ class PlanKey:
         return self.head_dim if rotary is None else rotary.dim
 
 
+class Pass(NamedTuple):
+    """Tiles [first_tile, stop_tile) of a plan of chunks, which read what spans [first_span, stop_span) turn.
+
+    scratch_rows, key_programs: rows of scratch for all these spans, and their key tiles.
+    """
+
+    first_tile: int
+    stop_tile: int
+    first_span: int
+    stop_span: int
+    scratch_rows: int
+    key_programs: int
+
+
 @dataclass(slots=True)
 class CudaPlan:
     """Some sequences of one step, read by one rotary group.
@@ -73,7 +91,7 @@ class CudaPlan:
         grouped: some keys share positions.
         fades: some reading has a decay.
         spans: [n, 10] int32, `kernels.prefill.SPAN_FIELDS` of the keys that a chunk's rows read turned.
-        scratch_rows, key_programs: rows of scratch for all spans, and key tiles.
+        passes: of chunks: all tiles, in order, and each with the spans that it needs.
         schedule: of decode; the kernel fills it at the step's first layer.
     """
 
@@ -91,8 +109,7 @@ class CudaPlan:
     grouped: bool
     fades: bool
     spans: Tensor
-    scratch_rows: int = 0
-    key_programs: int = 0
+    passes: Sequence[Pass] = ()
     schedule: Tensor | None = None
 
 

@@ -8,7 +8,8 @@ A program walks the parts of its run with one softmax that runs on, so nothing i
 that all its rows see in full come first and are not masked; then those at an edge: i − j = w, or causality. Turning
 keys inside that loop instead does it again for every tile of rows, and takes more registers than there are.
 
-Scratch is bounded: KV heads are taken in as many passes as SCRATCH_BYTES asks for.
+Scratch is bounded: a plan's passes and, in each, KV heads are taken one after the other as SCRATCH_BYTES asks for. Only
+the keys of one run and one KV head are never split.
 """
 
 import torch
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cache.attention import AttentionOptions
-from cache.cuda_plan import CudaPlan
+from cache.cuda_plan import SCRATCH_BYTES, CudaPlan
 from cache.kernels.launch import Config, arguments, constants, launch, padded, upright
 from cache.kernels.read import (
     LOG2E,
@@ -37,7 +38,6 @@ from cache.kernels.read import (
     softmax_step,
 )  # fmt: skip
 
-SCRATCH_BYTES = 256 * 2**20
 SPAN_FIELDS = ("sequence", "low", "stop", "slot", "period", "cycle_tiles", "group", "scratch", "origin", "program")
 SPAN_SIZE = tl.constexpr(len(SPAN_FIELDS))
 
@@ -257,17 +257,26 @@ def prefill(
     """Rows of the tiles of `plan` into their places in out [T, Hq, Dv]."""
     heads, kv_heads, dim = query.shape[1], keys.shape[2], keys.shape[3]
     own = config(heads // kv_heads, dim, keys.dtype)
-    fixed = constants(query, keys, values, plan, options, own) | {"SPANS": triton.next_power_of_2(len(plan.spans) + 1)}
-    row_bytes = max(1, plan.scratch_rows) * dim * keys.dtype.itemsize
-    pass_heads = max(1, min(kv_heads, SCRATCH_BYTES // row_bytes))
+    fixed = constants(query, keys, values, plan, options, own)
     given = arguments(query, keys, values, plan, options, out) | {
         "turned_queries": torch.empty(plan.num_parts, len(query), heads, dim, dtype=keys.dtype, device=query.device),
-        "scratch": torch.empty(max(1, plan.scratch_rows), pass_heads, dim, dtype=keys.dtype, device=query.device),
-        "scratch_heads": pass_heads,
     }
     launch(turn_queries_kernel, (len(plan.tiles), plan.num_parts, kv_heads), given, fixed)
-    for first_head in range(0, kv_heads, pass_heads):
-        given["first_head"], now = first_head, min(pass_heads, kv_heads - first_head)
-        if plan.key_programs:
-            launch(turn_keys_kernel, (plan.key_programs, now), given, fixed)
-        launch(prefill_kernel, (len(plan.tiles), now), given, fixed, own.num_warps)
+    row_bytes = dim * keys.dtype.itemsize
+    heads_of = [max(1, min(kv_heads, SCRATCH_BYTES // (max(1, one.scratch_rows) * row_bytes))) for one in plan.passes]
+    size = max(max(1, one.scratch_rows) * count for one, count in zip(plan.passes, heads_of, strict=True))
+    given["scratch"] = torch.empty(size, dim, dtype=keys.dtype, device=query.device)
+    for one, pass_heads in zip(plan.passes, heads_of, strict=True):
+        num_spans, num_tiles = one.stop_span - one.first_span, one.stop_tile - one.first_tile
+        fixed["SPANS"] = triton.next_power_of_2(num_spans + 1)
+        given |= {
+            "tiles": plan.tiles[one.first_tile : one.stop_tile],
+            "spans": plan.spans[one.first_span : one.stop_span],
+            "num_spans": num_spans,
+            "scratch_heads": pass_heads,
+        }
+        for first_head in range(0, kv_heads, pass_heads):
+            given["first_head"], now = first_head, min(pass_heads, kv_heads - first_head)
+            if one.key_programs:
+                launch(turn_keys_kernel, (one.key_programs, now), given, fixed)
+            launch(prefill_kernel, (num_tiles, now), given, fixed, own.num_warps)

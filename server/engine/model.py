@@ -151,6 +151,8 @@ def load_model(
     except (OSError, ValueError, KeyError) as error:
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
     model.eval().to(chosen_device)
+    if chosen_device.type == "cuda":
+        torch.cuda.set_device(model.device)  # of this thread: where events, graphs and their streams are made
     if quantization != "none":
         report(quantize(model))
     report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -91,3 +93,28 @@ def test_angles_stay_while_a_step_needs_them() -> None:
     places, slots = torch.full((20,), 7), torch.tensor([found[one] for one in maps[:20]])
     expected = cos_sin(torch.stack([7 * one.theta for one in maps[:20]]))
     assert torch.equal(tables.turns(places, slots, torch.ones(20)), expected)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 300, 700, 10**6])
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_passes_hold_what_their_tiles_read_and_no_more_than_fits(name: str, limit: int) -> None:
+    """A pass takes more than the limit only for a single run."""
+    own = step(name, [*CHUNKS, (300, 250)])
+    with patch("cache.cuda_chunks.SCRATCH_BYTES", limit * 4 * key(single=False).head_dim):
+        plan = plan_chunks(own.metadata, key(single=False), CPU)
+    names = READ_FIELDS.index("slot"), READ_FIELDS.index("scratch")
+    reads = plan.reads.view(-1, plan.num_parts, plan.reads.shape[1])
+    seen: set[int] = set()
+    for one in plan.passes:
+        runs = set(plan.tiles[one.first_tile : one.stop_tile, TILE_FIELDS.index("run")].tolist())
+        assert not runs & seen
+        seen |= runs
+        spans = plan.spans[one.first_span : one.stop_span]
+        assert int((spans[:, 2] - spans[:, 1]).sum()) == one.scratch_rows
+        assert one.scratch_rows <= limit or len(runs) == 1
+        turned = [tuple(read[list(names)].tolist()) for run in runs for read in reads[run] if read[names[0]] >= 0]
+        assert set(turned) == {(int(span[3]), int(span[7])) for span in spans}
+    assert plan.passes[0].first_tile == plan.passes[0].first_span == 0
+    assert plan.passes[-1][1::2][:2] == (len(plan.tiles), len(plan.spans))
+    assert [one.first_tile for one in plan.passes[1:]] == [one.stop_tile for one in plan.passes[:-1]]
+    assert len(seen) == len(reads)

@@ -130,7 +130,7 @@ def scratch_of_plan(positions: ModelPositions, start: int, count: int, group: st
     sequence = SequenceRows(0, count, start, torch.arange(-(-(start + count) // 16)), positions)
     metadata = AttentionMetadata([sequence], torch.zeros(count, dtype=torch.int64), 16)
     key = PlanKey(single=False, rows=32, tile=32, kv_heads=2, head_dim=head_dim, group=group, sliding_window=None)
-    return plan_chunks(metadata, key, torch.device("cpu")).scratch_rows
+    return sum(one.scratch_rows for one in plan_chunks(metadata, key, torch.device("cpu")).passes)
 
 
 def every_position(model: Model, length: int) -> dict[str, ModelPositions]:

@@ -165,10 +165,15 @@ def test_plans_are_shared_by_layers_of_a_step() -> None:
         assert difference(step, changed) <= TOLERANCE
 
 
-def test_heads_in_passes_of_bounded_scratch() -> None:
-    positions = one_group(method("dynamic_leaky", rotary(16, 16), window=32))
-    step = paged([(60, 30)], [positions], heads=3, kv_heads=3)
-    with patch("cache.kernels.prefill.SCRATCH_BYTES", 2 * 90 * 16 * 4 * 2):
+@pytest.mark.parametrize("rows", [1, 70, 100, 10_000])
+@pytest.mark.parametrize("name", ["rope", "dynamic_leaky", "dynamic_ntk", "xpos", "rerope", "dual_chunk"])
+def test_scratch_is_bounded(name: str, rows: int) -> None:
+    """Runs and heads in passes: several sequences, maps that change within a chunk, keys that are not turned."""
+    own = method(name, rotary(16, 16), **({"window": 32} if name in ("dynamic_leaky", "rerope") else {}))
+    positions = one_group(own)
+    step = paged([(250, 10), (40, 30), (60, 1), (0, 5)], [positions] * 4, heads=3, kv_heads=3)
+    num_bytes = rows * 16 * 4
+    with patch("cache.kernels.prefill.SCRATCH_BYTES", num_bytes), patch("cache.cuda_chunks.SCRATCH_BYTES", num_bytes):
         assert difference(step, AttentionOptions(0.25, "")) <= TOLERANCE
 
 
