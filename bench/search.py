@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PreRopeError, TextTooShort, ValueError) as error:
         print(f"bench.search: {error}", file=sys.stderr)
         return 1
-    sections = tables(reader, options.candidates)
+    sections = [section for section in tables(reader, options.candidates) if section.rows()]
     for section in sections:
         print_table(section, console)
     (options.out / "search.md").write_text("\n".join(markdown(section) for section in sections), encoding="utf-8")
