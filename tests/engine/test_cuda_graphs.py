@@ -84,7 +84,7 @@ def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
     assert len(engine.graphs._graphs) == captured, "the start has captured all that this deployment needs"
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gemma3_text"])
 def test_layers_that_read_in_several_ways(family: str) -> None:
     """Sliding windows, sinks, layers without positions: a plan each in one graph."""
     lengths = (5, 40)
