@@ -111,6 +111,7 @@ class KeyTables:
     def version(self) -> int:
         return self._slots.version
 
+    @torch.inference_mode(False)
     def _allocate(self, capacity: int) -> None:
         """New tensors, not resized ones: a step that still runs keeps those that it was planned with."""
         self.base_turns = torch.zeros(capacity, self._rows, 2, self._pairs, device=self._device)
@@ -154,6 +155,7 @@ class QueryAngles:
         angles = places[:, None].double() * self.theta[slots] + self.offset[slots]
         return cos_sin(angles) * factors[:, None, None]
 
+    @torch.inference_mode(False)
     def _allocate(self, capacity: int) -> None:
         self.theta = torch.zeros(capacity, self._pairs, dtype=torch.float64, device=self._device)
         self.offset = torch.zeros_like(self.theta)

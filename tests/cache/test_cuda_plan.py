@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache.angle_tables import QueryAngles, cos_sin
+from cache.angle_tables import KeyTables, QueryAngles, cos_sin
 from cache.cuda_chunks import plan_chunks
 from cache.cuda_plan import CudaPlan, PlanKey
 from cache.cuda_rows import plan_rows, single_rows
@@ -73,6 +73,17 @@ def test_rows_that_fill_up_change_nothing_else(name: str) -> None:
     assert last.max() < len(wide.turns)
     stop_key = wide.reads.view(16, plan.num_parts, -1)[count:, :, READ_FIELDS.index("stop_key")]
     assert not stop_key.any(), "they read no key"
+
+
+def test_tables_made_in_a_step_are_filled_outside_of_one() -> None:
+    """A step runs in inference mode, whose tensors nothing else may change."""
+    maps = [AngleMap(torch.tensor([0.1 * n], dtype=torch.float64)) for n in range(2)]
+    queries, keys = QueryAngles(1, CPU), KeyTables(1, 16, CPU)
+    with torch.inference_mode():
+        queries.reserve(9)
+        keys.reserve(9, 2000)
+    assert len(queries.find(maps, object())) == 2
+    assert len(keys.find([(one, None) for one in maps], 10, object())) == 2
 
 
 def test_angles_stay_while_a_step_needs_them() -> None:
