@@ -119,7 +119,8 @@ def plot(report: QualityReport, path: Path) -> None:
         colour = f"C{i % 10}"
         panel.plot(report.lengths, line, marker="o", markersize=4, color=colour, linestyle="-" if i < 10 else "--")
         above = f" ({line[-1]:+.2f}, above the plot)" if line[-1] > CROWDED else f" {line[-1]:+.3f}"
-        ends.append((min(line[-1], CROWDED), f"{method}{above}", colour))
+        height = min(line[-1], CROWDED + 1e-6 * line[-1])  # what is above the plot is named in its order
+        ends.append((height, f"{method}{above}", colour))
     everything = [min(value, CROWDED) for line in lines.values() for value in line]
     margin = 0.08 * (max(everything) - min(everything)) or 0.1
     low, high = min(everything) - margin, max(everything) + margin
@@ -134,6 +135,7 @@ def plot(report: QualityReport, path: Path) -> None:
             color=colour,
             va="center",
             fontsize=8,
+            annotation_clip=False,
         )
     _dress(panel, report)
     figure.savefig(path, dpi=150, bbox_inches="tight")
