@@ -78,7 +78,7 @@ def _leaky_rerope(t: Target) -> Rule:
 @method(
     "dynamic_leaky",
     source="PreRoPE",
-    use="The default past the trained length: nothing to choose, and the lowest loss measured here.",
+    use="The default past the trained length: nothing to choose, and no method measured here is surely better.",
     takes=("window",),
 )
 def _dynamic_leaky(t: Target) -> Rule:
