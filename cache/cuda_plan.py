@@ -144,12 +144,11 @@ def still(pairs: int) -> Reading:
     return Reading((Part(angles, angles),))
 
 
-def block_tables(metadata: AttentionMetadata, num_sequences: int = 0, max_blocks: int = 0) -> Ints:
-    """[sequences, blocks] int32 on the host, at least so large; what no sequence fills is 0."""
+def block_tables(metadata: AttentionMetadata) -> Ints:
+    """[sequences, blocks] int32 on the host; what no sequence fills is 0."""
     tables = [sequence.block_table for sequence in metadata.sequences]
-    shape = max(num_sequences, len(tables)), max(max_blocks, *(len(table) for table in tables))
-    blocks = np.zeros(shape, dtype=np.int32)
-    for row, table in zip(blocks, tables, strict=False):
+    blocks = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for row, table in zip(blocks, tables, strict=True):
         row[: len(table)] = table.numpy()
     return blocks
 

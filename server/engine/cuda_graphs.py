@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,10 +33,8 @@ MAX_GRAPHS = 128
 """The least recently replayed goes first."""
 
 
-class Replay(Protocol):
-    """Something captured, whose result is computed again from what its tensors hold now."""
-
-    def __call__(self) -> Tensor: ...
+Replay = Callable[[], Tensor]
+"""Of something captured: its result is computed again from what its tensors hold now."""
 
 
 class CudaGraph:

@@ -50,6 +50,19 @@ def probe_ids(vocab_size: int, device: torch.device) -> Tensor:
     return torch.randint(0, vocab_size, (PROBE_LENGTH,), generator=torch.Generator().manual_seed(9708)).to(device)
 
 
+def own_values(_module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, _call: AttentionCall) -> Tensor:
+    """An attention handler for trial runs: every row sees its own value alone."""
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+def relative_difference(ours: Tensor, expected: Tensor) -> float:
+    """Of the rms difference over the expected rms; infinite for tensors of another shape or dtype."""
+    if ours.shape != expected.shape or ours.dtype != expected.dtype:
+        return float("inf")
+    ours, expected = ours.float(), expected.float()
+    return float(((ours - expected).square().mean() / expected.square().mean().clamp(min=1e-20)).sqrt())
+
+
 def inspect_layers(raw: RawKeyModel) -> tuple[list[RawKeyLayer], dict[str, Rotary]]:
     """Attention layers in call order, and group → rotary embedding as trained.
 
@@ -127,9 +140,9 @@ def _run(raw: RawKeyModel, held: Mapping[nn.Module, Tensor]) -> list[Seen]:
     calls: list[Seen] = []
     entered: dict[nn.Module, Tensor] = {}
 
-    def handler(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _call: AttentionCall) -> Tensor:
+    def handler(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         calls.append(Seen(module, entered[module], query.clone(), key.clone(), value))
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        return own_values(module, query, key, value, call)
 
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
     candidates = [module for module in raw.model.modules() if hasattr(module, "layer_idx")]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from server.engine.inspection import probe_ids
-from server.engine.raw_keys import AttentionCall, RawKeyModel
+from server.engine.inspection import own_values, probe_ids, relative_difference
+from server.engine.raw_keys import RawKeyModel
 
 Forward = Callable[[Tensor], Tensor]
 TRIAL_ROWS = 8
@@ -111,16 +111,13 @@ def _called_together(raw: RawKeyModel, kernels: Kernels) -> list[list[nn.Linear]
     def hook(module: nn.Linear, args: tuple[Tensor, ...]) -> None:
         calls.append((module, parents[module], args[0]))
 
-    def attend(_module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, _call: AttentionCall) -> Tensor:
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-
     linears = [module for module in raw.model.modules() if kernels.can_multiply(module)]
     handles: list[Any] = [linear.register_forward_pre_hook(hook) for linear in linears]
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
     try:
         with torch.inference_mode():
             positions, row = torch.arange(len(ids), device=ids.device), torch.tensor([0], device=ids.device)
-            raw.forward(ids, positions, row, attend)
+            raw.forward(ids, positions, row, own_values)
     finally:
         for handle in handles:
             handle.remove()
@@ -143,7 +140,7 @@ def _as_gated(module: nn.Module, together: list[list[nn.Linear]], kernels: Kerne
             expected = module(x)
         except TypeError:  # a module that takes more than one tensor
             return None
-        if _difference(down(functional.silu(gate) * up), expected) <= GATED_TOLERANCE:
+        if relative_difference(down(functional.silu(gate) * up), expected) <= GATED_TOLERANCE:
             return kernels.gated(first, down)
     return None
 
@@ -196,10 +193,3 @@ def _random(weight: Tensor) -> Tensor:
     width = weight.shape[-1]
     drawn = torch.randn(1, TRIAL_ROWS, width, generator=torch.Generator().manual_seed(width))
     return drawn.to(weight.device, weight.dtype)
-
-
-def _difference(ours: Tensor, expected: Tensor) -> float:
-    if ours.shape != expected.shape or ours.dtype != expected.dtype:
-        return float("inf")
-    ours, expected = ours.float(), expected.float()
-    return float(((ours - expected).square().mean() / expected.square().mean().clamp(min=1e-20)).sqrt())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cache.storage import KVStorage
 from server.engine.batch import Chunk, build_batch
-from server.engine.inspection import PROBE_LENGTH, layer_inputs, probe_ids
+from server.engine.inspection import PROBE_LENGTH, layer_inputs, probe_ids, relative_difference
 from server.engine.model import Model, own_positions
 from server.errors import ConfigurationError
 
@@ -70,8 +70,7 @@ def _mismatch(model: Model, where: str, error: float, tolerance: float) -> Confi
 def _difference(ours: Tensor | None, stock: Tensor | None) -> float:
     assert ours is not None
     assert stock is not None
-    ours, stock = ours.float(), stock.float()
-    return float(((ours - stock).square().mean() / stock.square().mean().clamp(min=1e-20)).sqrt())
+    return relative_difference(ours, stock)
 
 
 def _ids(model: Model) -> Tensor:

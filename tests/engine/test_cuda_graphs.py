@@ -84,11 +84,10 @@ def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
     assert len(engine.graphs._graphs) == captured, "the start has captured all that this deployment needs"
 
 
-@pytest.mark.parametrize("family", ["gemma3_text"])
-def test_layers_that_read_in_several_ways(family: str) -> None:
-    """Sliding windows, sinks, layers without positions: a plan each in one graph."""
+def test_layers_that_read_in_several_ways() -> None:
+    """Sliding windows and full attention, each with its own rotary embedding: a plan each in one graph."""
     lengths = (5, 40)
-    assert outputs(with_graphs(served(family)), lengths) == outputs(served(family), lengths)
+    assert outputs(with_graphs(served("gemma3_text")), lengths) == outputs(served("gemma3_text"), lengths)
 
 
 def test_a_request_with_a_method_of_its_own() -> None:
