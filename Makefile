@@ -24,7 +24,7 @@ ARGS ?=
 BENCH ?= serving
 ifeq ($(BENCH),serving)
 BENCH_ARGS ?= --alone \
-	--url ours=http://127.0.0.1:8000/v1 --launch 'ours=$(BIN)/python -m server --port 8000' \
+	--url ours=http://127.0.0.1:8000/v1 --launch 'ours=$(BIN)/python -m prerope.server --port 8000' \
 	--url transformers=http://127.0.0.1:8001/v1 \
 	--launch 'transformers=$(BIN)/python -m bench.peers serve transformers --port 8001'
 endif
@@ -39,7 +39,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 serve: $(VENV)/.serve
-	@exec $(BIN)/python -m server $(ARGS)
+	@exec $(BIN)/python -m prerope.server $(ARGS)
 
 test: $(VENV)/.develop
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
@@ -47,6 +47,7 @@ test: $(VENV)/.develop
 check: $(VENV)/.develop
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	mkdir -p $(VENV)/src && ln -sfn "$(CURDIR)" $(VENV)/src/prerope  # the types of one import name: see prerope.py
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_docs.py
 
@@ -60,13 +61,13 @@ soak: $(VENV)/.develop
 	$(BIN)/python -m bench.soak $(ARGS)
 
 docs: $(VENV)/.develop
-	$(BIN)/python -m rope.show --docs
-	@$(BIN)/python -m server --markdown | $(BIN)/python -c "import re, pathlib, sys; \
+	$(BIN)/python -m prerope.rope.show --docs
+	@$(BIN)/python -m prerope.server --markdown | $(BIN)/python -c "import re, pathlib, sys; \
 	path = pathlib.Path('README.md'); text = path.read_text(encoding='utf-8'); \
 	begin, end = '<!-- environment: begin -->', '<!-- environment: end -->'; \
 	head, rest = text.split(begin); tail = rest.split(end)[1]; \
 	path.write_text(head + begin + '\n' + sys.stdin.read() + end + tail, encoding='utf-8')"
-	@names="$$($(BIN)/python -m server --markdown | sed -nE 's/^\| `([A-Z_]+)`.*/  - \1/p' | \
+	@names="$$($(BIN)/python -m prerope.server --markdown | sed -nE 's/^\| `([A-Z_]+)`.*/  - \1/p' | \
 		grep -vxE '  - (HOST|PORT|CACHE_DIR|API_KEY_FILE)')" && \
 	awk -v names="$$names" '/# settings: end/ { skip = 0 } !skip { print } /# settings: begin/ { print names; skip = 1 }' \
 		docker/compose.yaml > docker/compose.yaml.new && mv docker/compose.yaml.new docker/compose.yaml

@@ -21,15 +21,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from prerope.cache.attention.dispatch import paged_attention
+from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
+from prerope.cache.kernels.build import library, prepare
+from prerope.rope.model import ModelPositions
+from prerope.rope.reading import PositionMethod
 from rich.console import Console
 from rich.table import Table
 
 from bench.machine import describe_machine
 from bench.shapes import SHAPES, AttentionShape
-from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows, paged_attention
-from cache.native import library, prepare
-from rope.model_positions import ModelPositions
-from rope.reading import PositionMethod
 
 BLOCK_SIZE = 16
 LEAST_SECONDS, LEAST_RUNS = 1.0, 3
@@ -86,7 +87,7 @@ def best_seconds(call: Callable[[], None], threads: int) -> float:
 
 @contextmanager
 def only_torch() -> Iterator[None]:
-    with patch("cache.cpu.can_prefill", return_value=False):
+    with patch("prerope.cache.cpu.attention.can_prefill", return_value=False):
         yield
 
 

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rope.registry import METHODS
-from rope.spec import RopeSpec
+from prerope.rope.registry import METHODS
+from prerope.rope.spec import RopeSpec
 
 FAMILIES = ("dynamic_leaky", "rerope", "yarn", "dynamic_yarn", "dynamic_ntk", "dual_chunk")
 """Methods that read past the trained length without fine-tuning, `auto`'s own first."""

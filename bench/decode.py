@@ -24,6 +24,14 @@ from pathlib import Path
 
 import psutil
 import torch
+from prerope.cache.storage import KVStorage
+from prerope.rope.model import ModelPositions
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.errors import PreRopeError
+from prerope.server.models.batch import Chunk, build_batch
+from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
+from prerope.server.settings import default_cache_dir
 from rich.console import Console
 from tqdm import tqdm
 
@@ -32,14 +40,6 @@ from bench.decode_report import DecodeReport, Rounds, save
 from bench.machine import describe_machine
 from bench.quality import parse_lengths, parse_methods
 from bench.report import publish
-from cache.storage import KVStorage
-from rope.model_positions import ModelPositions
-from server.checkpoint import checkpoint_name, resolve_checkpoint
-from server.engine.batch import Chunk, build_batch
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.errors import PreRopeError
-from server.settings import default_cache_dir
 
 DEFAULT_METHODS = "rope,rerope,yarn,dynamic_leaky"
 DEFAULT_CONTEXTS = "1024,2048,4096,8192,16384,32768"

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from prerope.rope.frequencies import Rotary, plain
+from prerope.rope.reading import PositionMethod
+from prerope.rope.rotation import Table, table
+from prerope.rope.scores import method_scores
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu, rms_norm, scaled_dot_product_attention
-
-from rope.frequencies import Rotary, plain
-from rope.reading import PositionMethod
-from rope.rotation import Table, table
-from rope.scores import method_scores
 
 ALPHA = 0.75  # HFWA: the windowed layers together see at most this share of the trained length
 

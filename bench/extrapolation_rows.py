@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from prerope.rope.methods import resolve
+from prerope.rope.spec import RopeSpec
 from torch import Tensor
 
 from bench.extrapolation_model import Attention, MethodAttention, Model, TrainedAttention
-from rope.methods import resolve
-from rope.spec import RopeSpec
 
 EXTENSION = 8  # tested length ÷ trained length, in Su's tables and here
 SU_TRAIN_LENGTH = 512

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from server.engine import engine
-from server.engine.scheduler import OLDEST_SHARE, Scheduled, Scheduler
+from prerope.server.engine import engine
+from prerope.server.engine.scheduler import OLDEST_SHARE, Scheduled, Scheduler
 
 POLICIES = ("ours", "fifo")
 

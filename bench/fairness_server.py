@@ -1,4 +1,4 @@
-"""`python -m bench.fairness_server POLICY [flags of python -m server]`: the server with a scheduler to measure.
+"""`python -m bench.fairness_server POLICY [flags of python -m prerope.server]`: the server with a scheduler to measure.
 
 The app, its HTTP server and its start are the product's own; with the policy `ours` nothing is changed at all.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from prerope.server.__main__ import main as serve
+
 from bench.fairness_policy import POLICIES, scheduling
-from server.__main__ import main as serve
 
 
 def main() -> NoReturn:

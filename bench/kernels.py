@@ -23,6 +23,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.cuda.attention import cuda_attention, cuda_store
 from rich.console import Console
 from torch import Tensor
 
@@ -34,8 +36,6 @@ from bench.kernels_report import ERROR_LIMIT, KernelReport, Result, save
 from bench.machine import describe_device, describe_machine
 from bench.report import print_table
 from bench.targets import TargetTable
-from cache.cuda import cuda_attention, cuda_store
-from cache.reference import reference_attention
 
 CHECK, JUDGED, OTHER = range(3)
 Case = tuple[int, str, Callable[[], None]]  # when, name, call
@@ -166,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     device = torch.device("cpu" if options.toy else "cuda")
     bench = Bench(TOY if options.toy else FULL, device, lambda line: console.print(line, highlight=False, markup=False))
-    few = patch("cache.kernels.decode.ITEMS", 4) if options.toy else nullcontext()  # programs that have nothing to do
+    few = (
+        patch("prerope.cache.kernels.triton.decode.ITEMS", 4) if options.toy else nullcontext()
+    )  # programs that have nothing to do
     with few:
         bench.run(until, options.out)
     print_table(bench.report, console)

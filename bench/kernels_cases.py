@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
+from prerope.rope.model import ModelPositions
+from prerope.rope.scores import method_scores
 from torch import Tensor
 
 from bench.shapes import SHAPES, TOY_SHAPE, AttentionShape
-from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
-from rope.model_positions import ModelPositions
-from rope.scores import method_scores
 
 RAW = "raw"
 """The same kernel on a layer without positions: nothing is rotated."""

@@ -153,7 +153,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _default_model() -> Path:
-    from server.checkpoint import resolve_checkpoint
+    from prerope.server.models.checkpoint import resolve_checkpoint
 
     return Path(resolve_checkpoint(None, None, print).source)
 

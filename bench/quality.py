@@ -27,6 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig, Quantization
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import TokenLogprobs
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest
+from prerope.server.errors import PreRopeError
+from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.tokenizer import Tokenizer
 from rich.console import Console
 from tqdm import tqdm
 
@@ -37,15 +46,6 @@ from bench.machine import describe_machine
 from bench.quality_report import REFERENCE, Losses, QualityReport, save
 from bench.readings import Readings, reading_key
 from bench.report import print_table, publish
-from rope.spec import RopeSpec
-from server.checkpoint import resolve_checkpoint
-from server.engine.config import EngineConfig, Quantization
-from server.engine.engine import Engine
-from server.engine.outputs import TokenLogprobs
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest
-from server.errors import PreRopeError
-from server.tokenizer import Tokenizer
 
 DEFAULT_METHODS = "rope,linear,ntk,yarn,rerope,leaky_rerope,dynamic_leaky"
 

@@ -20,6 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest
+from prerope.server.errors import PreRopeError
+from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
+from prerope.server.tokenizer import Tokenizer
 from rich.console import Console
 from tqdm import tqdm
 
@@ -29,13 +36,6 @@ from bench.readings import Readings, reading_key
 from bench.report import markdown, print_table
 from bench.search_candidates import BASELINE, CANDIDATES, HIGH, LOW, Candidate, scaled_parts
 from bench.search_report import HeldOut, Losses, Tuning
-from server.checkpoint import Checkpoint, resolve_checkpoint
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest
-from server.errors import PreRopeError
-from server.tokenizer import Tokenizer
 
 Read = Callable[[Sequence[int], Candidate], list[float]]
 """A context and a candidate → nats of each of its last tokens."""

@@ -15,15 +15,15 @@ from typing import Literal
 from unittest.mock import patch
 
 import torch
+from prerope.cache.cpu import prefill
+from prerope.cache.kernels import build as native
+from prerope.rope.frequencies import Rotary, plain
+from prerope.rope.methods import resolve
+from prerope.rope.model import ModelPositions
+from prerope.rope.reading import UNBOUNDED, AngleMap, Part, PositionMethod, Reading, Rule, bucketed, plain_reading
+from prerope.rope.rotation import Table
+from prerope.rope.spec import RopeSpec
 from torch import Tensor
-
-from cache import native, prefill
-from rope.frequencies import Rotary, plain
-from rope.methods import resolve
-from rope.model_positions import ModelPositions
-from rope.reading import UNBOUNDED, AngleMap, Part, PositionMethod, Reading, Rule, bucketed, plain_reading
-from rope.rotation import Table
-from rope.spec import RopeSpec
 
 LOW, HIGH = "low", "high"
 """Names of the two halves of a model's layers, which are a rotary group each while a search runs."""

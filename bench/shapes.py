@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from rope.frequencies import Rotary
-from rope.methods import resolve
-from rope.reading import PositionMethod
-from rope.spec import RopeSpec
+from prerope.rope.frequencies import Rotary
+from prerope.rope.methods import resolve
+from prerope.rope.reading import PositionMethod
+from prerope.rope.spec import RopeSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,7 @@ async def serving(options: argparse.Namespace, log: Path) -> AsyncIterator[tuple
         port = listener.getsockname()[1]
     root, key = f"http://127.0.0.1:{port}", secrets.token_hex(8)
     command = [
-        *(sys.executable, "-m", "server", "--port", str(port), "--api-key", key),
+        *(sys.executable, "-m", "prerope.server", "--port", str(port), "--api-key", key),
         *(
             "--max-model-len",
             str(max(options.long_tokens) + SPARE_TOKENS),
@@ -211,7 +211,7 @@ def errors_in(log: Path) -> list[str]:
 async def run(options: argparse.Namespace, console: Console) -> SoakReport:
     """The whole soak. Raises ServerUnusable."""
     about = describe_machine() | {"seconds": options.seconds, "clients": options.clients, "seed": options.seed}
-    log = options.out / "server.log"
+    log = options.out / "prerope.server.log"
     columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task("starting the server", total=options.seconds)

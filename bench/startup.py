@@ -1,4 +1,4 @@
-"""Start-up and memory of `python -m server`, as a user starts it: a fresh process each round, by its own log lines.
+"""Start-up and memory of the server as a user starts it: a fresh process each round, by its own log lines.
 
     python -m bench.startup --rounds 5
     python -m bench.startup -- --model-id MODEL --kv-cache-memory 1GiB     (settings of the server)
@@ -99,7 +99,7 @@ class Log:
 @contextlib.contextmanager
 def started(port: int, settings: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], Log]]:
     """A server in a process of its own until the block ends."""
-    command = [sys.executable, "-m", "server", *settings, "--port", str(port), "--log-format", "text"]
+    command = [sys.executable, "-m", "prerope.server", *settings, "--port", str(port), "--log-format", "text"]
     log = Log(time.perf_counter())
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as process:
         assert process.stdout is not None
@@ -169,8 +169,8 @@ def _free_port() -> int:
 
 def weight_bytes(settings: Sequence[str]) -> tuple[str, int | None]:
     """(the model's name, bytes of its safetensors); None for those of a hub id."""
-    from server.checkpoint import resolve_checkpoint
-    from server.flags import load_settings
+    from prerope.server.flags import load_settings
+    from prerope.server.models.checkpoint import resolve_checkpoint
 
     found = load_settings(settings)
     checkpoint = resolve_checkpoint(found.model_id, found.revision, lambda _: None, cache_dir=found.cache_dir)

@@ -24,6 +24,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest
+from prerope.server.models.model import choose_device
 from rich.console import Console
 
 from bench.kernels_clock import Clock, copy_rate
@@ -32,12 +38,6 @@ from bench.report import print_table
 from bench.shapes import MODELS, ModelShape
 from bench.step_report import FloorReport, save
 from bench.targets import TargetTable
-from rope.spec import RopeSpec
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.model import choose_device
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest
 
 WARM_STEPS = 8
 """Kernels are compiled, graphs captured and caches warm after these."""

@@ -31,18 +31,18 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest
+from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.settings import default_cache_dir
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from bench.machine import describe_machine
-from rope.spec import RopeSpec
-from server.checkpoint import resolve_checkpoint
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest
-from server.settings import default_cache_dir
 
 PARTS = ("stack", "linears", "norms", "attention", "store", "lm_head", "layers", "sampling", "scheduling")
 TOLD = ("dtype", "device", "rows", "steps", "threads", "weights", "method", "context", "chunk")
@@ -94,8 +94,8 @@ def part_of(engine: Engine, module: nn.Module) -> str | None:
 @contextmanager
 def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
     """Inside, every part of this engine's steps is timed."""
-    model, calls = engine.model, [("sampling", "server.engine.step.choose")]
-    calls.append(("attention", "server.engine.model.paged_attention"))
+    model, calls = engine.model, [("sampling", "prerope.server.engine.step.choose")]
+    calls.append(("attention", "prerope.server.models.model.paged_attention"))
     with ExitStack() as stack:
         for part, name in calls:
             module, _, function = name.rpartition(".")

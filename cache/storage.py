@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from prerope.cache.kernels.build import library
 from torch import Tensor
-
-from cache.native import library
 
 CACHE_LINE = 64
 
@@ -49,7 +48,7 @@ class KVStorage:
         """Write key [T, Hkv, D] and value [T, Hkv, Dv] of packed rows to their slots [T]."""
         keys, values = self.keys[layer], self.values[layer]
         if keys.device.type == "cuda":
-            from cache.cuda import cuda_store
+            from prerope.cache.cuda.attention import cuda_store
 
             return cuda_store(key, value, keys, values, slot_mapping)
         if native_store(key, value, keys, values, slot_mapping):

@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rope.axial import apply_learned_rotations, apply_rotary_emb, broadcat
-    from rope.embedding import RotaryEmbedding
+    from prerope.rope.embedding.axial import apply_learned_rotations, apply_rotary_emb, broadcat
+    from prerope.rope.embedding.module import RotaryEmbedding
 
 __all__ = ["RotaryEmbedding", "apply_learned_rotations", "apply_rotary_emb", "broadcat"]
 
@@ -20,5 +20,5 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        home = "rope.embedding" if name == "RotaryEmbedding" else "rope.axial"
+        home = "prerope.rope.embedding.module" if name == "RotaryEmbedding" else "prerope.rope.embedding.axial"
         return getattr(importlib.import_module(home), name)

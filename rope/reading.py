@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from prerope.rope.frequencies import Rotary
 from torch import Tensor
-
-from rope.frequencies import Rotary
 
 ROW_LENGTH_BUCKET = 256
 """Rows past the trained length share a row length in runs of this many: one θ a query tile."""

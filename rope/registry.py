@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rope.frequencies import Rotary
-from rope.reading import Rule
-from rope.spec import RopeSpec
+from prerope.rope.frequencies import Rotary
+from prerope.rope.reading import Rule
+from prerope.rope.spec import RopeSpec
 
 
 @dataclass(frozen=True, slots=True)

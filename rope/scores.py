@@ -6,10 +6,9 @@ Each part of a reading gives a score matrix as the papers write it; which one co
 from __future__ import annotations
 
 import torch
+from prerope.rope.reading import AngleMap, PositionMethod, Reading
+from prerope.rope.rotation import Table, rotate, table
 from torch import Tensor
-
-from rope.reading import AngleMap, PositionMethod, Reading
-from rope.rotation import Table, rotate, table
 
 
 def method_scores(query: Tensor, key: Tensor, method: PositionMethod, start: int = 0) -> Tensor:

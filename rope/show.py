@@ -1,8 +1,8 @@
 """Seeing what a method does: the distance at which each query sees each key, and wavelengths, drawn to PNG.
 
-    python -m rope.show rerope yarn:factor=8 dynamic_leaky --length 4096
-    python -m rope.show auto --model path/to/model        (a folder or hub id: its config, not its weights)
-    python -m rope.show --docs                            (writes METHODS.md and its figures beside this file)
+    python -m prerope.rope.show rerope yarn:factor=8 dynamic_leaky --length 4096
+    python -m prerope.rope.show auto --model path/to/model        (a folder or hub id: its config, not its weights)
+    python -m prerope.rope.show --docs                            (writes METHODS.md and its figures beside this file)
 
 Without `--model` the example is a model trained at 1024 with D = 64 and b = 10 000. A map's colour is the distance of
 the slowest pair, which is the one that extrapolation breaks: red where it is one that training never showed, grey where
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prerope.rope.frequencies import Rotary, plain
+from prerope.rope.methods import method_table, resolve
+from prerope.rope.reading import UNBOUNDED, MethodError, PositionMethod
+from prerope.rope.registry import MethodEntry
+from prerope.rope.spec import ALIASES, RopeSpec
 from torch import Tensor
-
-from rope.frequencies import Rotary, plain
-from rope.methods import method_table, resolve
-from rope.reading import UNBOUNDED, MethodError, PositionMethod
-from rope.registry import MethodEntry
-from rope.spec import ALIASES, RopeSpec
 
 FOLDER = Path(__file__).parent
 EXAMPLE = Rotary(head_dim=64, dim=64, base=10000.0, rope_type="default", train_length=1024, max_length=1024)
@@ -39,8 +38,8 @@ OF_A_MODEL: dict[str, dict[str, Any]] = {
 
 PREAMBLE = """# Position methods
 
-Written by `python -m rope.show --docs` from the registry. L is the trained length, w the window, s the factor, n the
-row length, d = i − j the distance from query i to key j. Pictures show a model trained at 1024, read to 4096: the
+Written by `python -m prerope.rope.show --docs` from the registry. L is the trained length, w the window, s the factor,
+n the row length, d = i − j the distance from query i to key j. Pictures show a model trained at 1024, read to 4096: the
 colour of (query, key) is the distance that the slowest pair of dims sees, red where training never showed it, grey
 where the key is not read. All are chunk-invariant: a row is read by its own length, never by a chunk's or a batch's.
 
@@ -163,7 +162,7 @@ def rotary_of(model: str) -> Rotary:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m rope.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m prerope.rope.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="NAME, or NAME:parameter=value:…:logn")
     parser.add_argument("--model", help="folder or hub id whose config to resolve for; default: the example")
@@ -175,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_docs()
         return 0
     if not options.methods:
-        parser.error("name at least one method, as in: python -m rope.show rerope yarn")
+        parser.error("name at least one method, as in: python -m prerope.rope.show rerope yarn")
     try:
         _show(options)
     except (MethodError, ValueError, OSError) as error:

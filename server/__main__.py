@@ -1,4 +1,4 @@
-"""`python -m server`: settings, socket, app, and an orderly end.
+"""`python -m prerope.server`: settings, socket, app, and an orderly end.
 
 The port is bound before anything slow is imported, so a taken one is known at once; then the HTTP server runs while
 the engine loads on its own thread. Exit codes: 0 after SIGTERM or SIGINT, once running requests are done or
@@ -15,10 +15,10 @@ import socket
 import sys
 from typing import NoReturn
 
-from server.errors import ConfigurationError
-from server.flags import load_settings
-from server.log import configure_logging
-from server.settings import Settings, let_waiting_threads_sleep
+from prerope.server.errors import ConfigurationError
+from prerope.server.flags import load_settings
+from prerope.server.log import configure_logging
+from prerope.server.settings import Settings, let_waiting_threads_sleep
 
 BACKLOG = 2048
 
@@ -43,8 +43,8 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     """Run until a signal or a failure; the exit code."""
     let_waiting_threads_sleep()
     gc.disable()  # importing makes half a million objects that stay: looking through them takes a sixth of the start
-    from server.app import create_app
-    from server.http_server import DrainingServer
+    from prerope.server.app import create_app
+    from prerope.server.http import DrainingServer
 
     gc.freeze()  # nor is a request to wait while they are looked through
     gc.enable()

@@ -8,16 +8,17 @@ from importlib import metadata, resources
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
+from prerope.server.api import generate, health
+from prerope.server.api import tokens as tokenize
+from prerope.server.api.auth.allowance import Allowance, HoldLease
+from prerope.server.api.auth.keys import KeyRing
+from prerope.server.api.errors import install_error_handlers
+from prerope.server.api.middleware import BodyLimit, ClientTimeout, KeyCheck, RequestContext
+from prerope.server.api.openai import completions as openai
+from prerope.server.api.openapi.document import install_document
+from prerope.server.service import Service
+from prerope.server.settings import Settings
 from starlette.middleware.cors import CORSMiddleware
-
-from server.api import generate, health, openai, tokenize
-from server.api.document import install_document
-from server.api.error_replies import install_error_handlers
-from server.api.keys import KeyRing
-from server.api.lease import Allowance, HoldLease
-from server.api.middleware import BodyLimit, ClientTimeout, KeyCheck, RequestContext
-from server.service import Service
-from server.settings import Settings
 
 EXPOSED_HEADERS = ["x-request-id", "retry-after"]
 
@@ -61,7 +62,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _playground() -> HTMLResponse:
     """A page to try the server from a browser, with nothing to download."""
-    page = resources.files("server.api").joinpath("playground.html").read_text(encoding="utf-8")
+    page = resources.files("prerope.server.api").joinpath("playground.html").read_text(encoding="utf-8")
     return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
 
 

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import annotated_types
+from prerope.server.errors import ConfigurationError
+from prerope.server.settings import Settings
 from pydantic import ByteSize, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
-
-from server.errors import ConfigurationError
-from server.settings import Settings
 
 TABLE_BEGIN = "<!-- environment: begin -->"
 TABLE_END = "<!-- environment: end -->"
@@ -103,7 +102,7 @@ class _OneLineParser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line, with the flag that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}. See python -m server --help.")
+        raise ConfigurationError(f"{message}. See python -m prerope.server --help.")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -117,8 +116,8 @@ class _OneLineParser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(
-        prog="python -m server",
-        usage="python -m server [--flag value ...]",
+        prog="python -m prerope.server",
+        usage="python -m prerope.server [--flag value ...]",
         description="Serve a model over HTTP. Every flag is also an environment variable of the same name "
         "(--max-model-len is MAX_MODEL_LEN); the flag wins.",
         allow_abbrev=False,

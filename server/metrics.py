@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prerope.server.engine.outputs import FinishReason, Timings
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -21,10 +22,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.outputs import FinishReason, Timings
-
 if TYPE_CHECKING:
-    from server.engine.info import EngineStats, ModelInfo
+    from prerope.server.engine.info import EngineStats, ModelInfo
 
 LATENCY_BUCKETS = (
     0.001,

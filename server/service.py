@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import Request
-
-from server.checkpoint import checkpoint_name, resolve_checkpoint
-from server.engine.async_engine import AsyncEngine, EngineState
-from server.errors import EngineUnavailable
-from server.grammars import Grammars
-from server.metrics import EngineSnapshot, Metrics
-from server.settings import Settings
+from prerope.server.engine.async_engine import AsyncEngine, EngineState
+from prerope.server.errors import EngineUnavailable
+from prerope.server.metrics import EngineSnapshot, Metrics
+from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
+from prerope.server.settings import Settings
+from prerope.server.structured.compile import Grammars
 
 if TYPE_CHECKING:
-    from server.engine.engine import Engine
-    from server.tokenizer import Tokenizer
+    from prerope.server.engine.engine import Engine
+    from prerope.server.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
@@ -84,9 +83,9 @@ class Service:
     def _load(self) -> Engine:
         """Runs on the engine's thread, and imports there what takes seconds to import."""
         self.report("Importing torch and transformers")
-        from server.engine.engine import Engine
-        from server.log import route_transformers_log
-        from server.tokenizer import Tokenizer
+        from prerope.server.engine.engine import Engine
+        from prerope.server.log import route_transformers_log
+        from prerope.server.tokenizer import Tokenizer
 
         route_transformers_log()
         settings = self.settings

@@ -12,13 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
-
 if TYPE_CHECKING:
-    from server.engine.config import EngineConfig
+    from prerope.server.config import EngineConfig
 
 SPIN_COUNT = 10_000
 """Turns an OpenMP thread waits for another before it sleeps, 0.2 ms. GNU's 300,000 are 5 ms, in which a thread may keep
@@ -293,7 +292,7 @@ class Settings(BaseSettings):
 
     def engine_config(self) -> EngineConfig:
         """What the engine needs of all this."""
-        from server.engine.config import EngineConfig  # here, so that reading settings imports nothing of the engine
+        from prerope.server.config import EngineConfig  # here, so that reading settings imports nothing of the engine
 
         shared = {field.name for field in fields(EngineConfig)} & type(self).model_fields.keys()
         own = {name: getattr(self, name) for name in shared}

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from server.errors import ConfigurationError, InvalidRequest
+from prerope.server.errors import ConfigurationError, InvalidRequest
 
 if TYPE_CHECKING:
-    from server.checkpoint import Checkpoint
+    from prerope.server.models.checkpoint import Checkpoint
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

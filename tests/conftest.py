@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-
-from server.checkpoint import Checkpoint, resolve_checkpoint
-from server.settings import Settings
+from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
+from prerope.server.settings import Settings
 
 torch.set_num_threads(1)
 for name in Settings.model_fields:
@@ -103,8 +102,8 @@ class RunningServer:
     """The app under uvicorn, on a thread of this process."""
 
     def __init__(self, settings: Settings) -> None:
-        from server.app import create_app
-        from server.http_server import DrainingServer
+        from prerope.server.app import create_app
+        from prerope.server.http import DrainingServer
 
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"

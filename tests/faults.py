@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from server.engine.engine import Engine
+from prerope.server.engine.engine import Engine
 
 HELD_S = 60
 """Nothing is held for longer, whatever a test forgets."""

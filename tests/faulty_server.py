@@ -11,9 +11,9 @@ import sys
 import time
 from typing import Any
 
-import server.__main__
-from server.engine.engine import Engine
-from server.tokenizer import Tokenizer
+from prerope.server import __main__ as entry
+from prerope.server.engine.engine import Engine
+from prerope.server.tokenizer import Tokenizer
 
 ERRORS = {"raise": RuntimeError("a fault of the test"), "exit": SystemExit(7), "memory": MemoryError()}
 QUOTED = "QUOTE-THIS"
@@ -26,7 +26,7 @@ def main() -> None:
         _quote()
     else:
         _fail_in_step(fault)
-    server.__main__.main()
+    entry.main()
 
 
 def _quote() -> None:

@@ -26,10 +26,9 @@ import httpx
 import promql_parser
 import pytest
 import yaml
+from prerope.server.http import CLOSE_GRACE_S
+from prerope.server.settings import Settings
 from prometheus_client.parser import text_string_to_metric_families
-
-from server.http_server import CLOSE_GRACE_S
-from server.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -152,12 +151,12 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
 
 def test_every_package_of_the_server_is_copied() -> None:
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packages = {name.rstrip("*") for name in pyproject["tool"]["setuptools"]["packages"]["find"]["include"]}
+    packages = set(pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"])
     copied = {argument for _, instruction, argument in INSTRUCTIONS if instruction == "COPY"}
-    assert {name for name in packages if f"{name} {name}" in copied} == packages - {"bench"}
+    assert {name for name in packages if f"{name} {name}" in copied} == packages
     entry = json.loads(only("ENTRYPOINT"))
-    assert entry == ["python", "-m", "server"]
-    assert importlib.util.find_spec("server.__main__")
+    assert entry == ["python", "-m", "prerope.server"]
+    assert importlib.util.find_spec("prerope.server.__main__")
 
 
 def test_variables_of_the_image_are_read_by_somebody() -> None:
@@ -187,7 +186,7 @@ def test_everything_that_is_kept_is_kept_on_the_volume() -> None:
 def test_what_compiles_at_run_time_finds_a_compiler() -> None:
     installed = next(argument for stage, what, argument in INSTRUCTIONS if (stage, what) == ("runtime", "RUN"))
     assert {"gcc", "libc6-dev"} <= set(installed.split())
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "cache" / "kernels").glob("*.[ch]")]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "cache/kernels/c").glob("*.[ch]")]
     headers = {header for source in sources for header in re.findall(r"#include <([\w/.]+)>", source)}
     assert headers
     assert headers <= OF_GCC, "another header may need another package"

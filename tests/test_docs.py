@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from server.flags import TABLE_BEGIN, TABLE_END, environment_table
+from prerope.server.flags import TABLE_BEGIN, TABLE_END, environment_table
 
 ROOT = Path(__file__).parent.parent
 

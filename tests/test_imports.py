@@ -1,39 +1,53 @@
-"""Imports run one way: server.api → server.engine → cache → rope → torch. The engine knows no library of the edge."""
+"""Imports run one way and in no circle: server.api → server.engine → server.models → cache → rope → torch."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("rope", "cache", "server")
-MODULES = {
+PREFIX = "prerope."
+PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for package in PACKAGES
+    for package in ("rope", "cache", "server")
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 
-EDGE = {
-    "fastapi",
-    "starlette",
-    "uvicorn",
-    "sse_starlette",
-    "prometheus_client",
-    "pydantic",
-    "pydantic_settings",
-    "tokenizers",
+HTTP = ("server.app", "server.service", "server.http", "server.flags", "server.__main__")
+FORBIDDEN = {
+    "rope": ("cache", "server", "transformers"),
+    "cache": ("server", "transformers"),
+    "server.models": ("server.engine", "server.api", *HTTP),
+    "server.engine": ("server.api", *HTTP),
+    "server.structured": ("server.api", "cache", *HTTP),
+    "server.api": ("cache", *(name for name in HTTP if name != "server.service")),
+    "server.errors": ("rope", "cache", "server", "torch"),
+    "rope.spec": ("rope", "torch"),
+    "server.config": ("rope.reading", "cache", "server", "torch"),
 }
-ALLOWED_BY_SETTINGS = {"rope.spec", "server.engine.config"}
-"""Leaves without torch: settings name their values, and no more."""
+"""Who must not import what, wherever in a module the import stands."""
+
+EDGE = ("fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client", "pydantic", "pydantic_settings")
+TEXT = ("tokenizers", "server.tokenizer", "server.metrics", "server.settings", "server.log")
+BELOW_THE_EDGE = ("rope", "cache", "server.models", "server.engine")
+
+ALLOWED = {
+    ("rope.show", "transformers"),  # a command; with --model it reads a config
+    ("server.models.checkpoint", "server.settings"),  # the folder of converted copies
+    ("server.models.checkpoint", "tokenizers"),  # a converted copy has a tokenizer too
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """(module, whether it is imported when this one is) of every import statement, those for types alone left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    yield from _imports_in(tree, top=True)
+    """(module, whether it is imported when this one is) of every import statement, those for types alone left out.
+
+    Ours are named without the prefix `prerope.`.
+    """
+    yield from _imports_in(ast.parse(path.read_text(encoding="utf-8")), top=True)
 
 
 def _imports_in(node: ast.AST, *, top: bool) -> Iterator[tuple[str, bool]]:
@@ -41,82 +55,83 @@ def _imports_in(node: ast.AST, *, top: bool) -> Iterator[tuple[str, bool]]:
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             continue
         if isinstance(child, ast.Import):
-            yield from ((alias.name, top) for alias in child.names)
+            yield from ((alias.name.removeprefix(PREFIX), top) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, "imports are absolute"
             assert child.module is not None
-            yield child.module, top
-            yield from ((f"{child.module}.{alias.name}", top) for alias in child.names)
+            module = child.module.removeprefix(PREFIX)
+            names = [f"{module}.{alias.name}" for alias in child.names]
+            submodules = [name for name in names if name in PATHS]
+            yield from ((name, top) for name in (submodules if len(submodules) == len(names) else [module, *names]))
         is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from _imports_in(child, top=top and not is_function)
+
+
+IMPORTS = {module: list(imports(path)) for module, path in PATHS.items()}
 
 
 def is_within(module: str, *packages: str) -> bool:
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module: str) -> None:
-    forbidden: dict[str, tuple[str, ...]] = {
-        "rope": ("cache", "server"),
-        "cache": ("server",),
-        "server.engine": ("server.api", "server.app", "server.service", "server.http_server", "server.flags"),
-        "server.api": ("server.app", "server.http_server", "server.flags", "server.__main__", "cache"),
-    }
-    for imported, _ in imports(MODULES[module]):
-        for package, others in forbidden.items():
-            if is_within(module, package):
-                assert not is_within(imported, *others), f"{module} imports {imported}"
+def wrong(importers: tuple[str, ...], imported: tuple[str, ...]) -> list[str]:
+    return [
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        for name, _ in names
+        if is_within(module, *importers)
+        and is_within(name, *imported)
+        and not any(module == allowed and is_within(name, package) for allowed, package in ALLOWED)
+    ]
 
 
-@pytest.mark.parametrize(
-    "module", [module for module in MODULES if is_within(module, "rope", "cache", "server.engine")]
-)
-def test_what_is_below_the_edge_knows_no_http_metrics_or_text(module: str) -> None:
-    for imported, _ in imports(MODULES[module]):
-        assert imported.split(".")[0] not in EDGE, f"{module} imports {imported}"
-        assert "Tokenizer" not in imported, f"{module} imports {imported}"
-        assert not is_within(imported, "server.tokenizer", "server.metrics", "server.settings", "server.log")
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_run_one_way(package: str) -> None:
+    assert wrong((package,), FORBIDDEN[package]) == []
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if is_within(module, "rope", "cache")])
-def test_positions_and_cache_know_no_transformers(module: str) -> None:
-    for imported, at_import in imports(MODULES[module]):
-        # rope.show is a command; with --model it reads a config.
-        allowed = module == "rope.show" and not at_import
-        assert allowed or not is_within(imported, "transformers"), f"{module} imports {imported}"
+def test_what_is_below_the_edge_knows_no_http_metrics_or_text() -> None:
+    assert wrong(BELOW_THE_EDGE, EDGE + TEXT) == []
 
 
-@pytest.mark.parametrize("module", ["server.settings", "server.errors", "rope.spec"])
-def test_leaves_import_nothing_of_ours(module: str) -> None:
-    for imported, _ in imports(MODULES[module]):
-        if imported.split(".")[0] in PACKAGES and module == "server.settings":
-            assert is_within(imported, *ALLOWED_BY_SETTINGS), f"{module} imports {imported}"
-        else:
-            assert imported.split(".")[0] not in PACKAGES, f"{module} imports {imported}"
-            assert not is_within(imported, "torch"), f"{module} imports {imported}"
+def test_settings_import_leaves_alone() -> None:
+    ours = {name for name, _ in IMPORTS["server.settings"] if name in PATHS}
+    assert ours <= {"rope.spec", "server.config", "server.errors"}
 
 
-def test_triton_is_imported_only_by_kernels_and_only_when_dispatched_to() -> None:
-    for module, path in MODULES.items():
-        for imported, at_import in imports(path):
-            if is_within(imported, "triton"):
-                assert is_within(module, "cache.kernels"), f"{module} imports {imported}"
-            if is_within(imported, "cache.kernels") and not is_within(module, "cache.kernels"):
-                assert not at_import, f"{module} imports {imported} before it is dispatched to"
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, or none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {module: {name for name, _ in names if name in PATHS} - {module} for module, names in IMPORTS.items()}
+    assert circle(graph) == []
+
+
+def test_kernels_of_triton_are_imported_only_when_dispatched_to() -> None:
+    for module, names in IMPORTS.items():
+        if not is_within(module, "cache.kernels.triton"):
+            for name, at_import in names:
+                assert not is_within(name, "triton"), f"{module} imports {name}"
+                dispatched = not (at_import and is_within(name, "cache.kernels.triton"))
+                assert dispatched, f"{module} imports {name} before it is dispatched to"
 
 
 def test_only_settings_read_the_environment() -> None:
-    for module, path in MODULES.items():
-        if module == "server.settings":
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        assert not names & {"environ", "getenv"}, f"{module} reads the environment"
+    for module, path in PATHS.items():
+        if module != "server.settings":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            assert not names & {"environ", "getenv"}, f"{module} reads the environment"
 
 
-def test_a_wrong_way_import_is_found(tmp_path: Path) -> None:
+def test_a_wrong_import_is_found(tmp_path: Path) -> None:
     source = tmp_path / "wrong.py"
-    source.write_text("import torch\ndef f():\n    from server.api import sse\n", encoding="utf-8")
-    found = dict(imports(source))
-    assert found == {"torch": True, "server.api": False, "server.api.sse": False}
+    source.write_text("import torch\ndef f():\n    from prerope.server.api.stream import sse\n", encoding="utf-8")
+    assert dict(imports(source)) == {"torch": True, "server.api.stream.sse": False}
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []

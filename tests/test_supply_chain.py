@@ -15,11 +15,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-from server.checkpoint import EMBEDDED_VERSION, EMBEDDED_WHEEL, Checkpoint
-from server.engine.model import load_model
-from server.errors import ConfigurationError
-from server.tokenizer import Tokenizer
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.checkpoint import EMBEDDED_VERSION, EMBEDDED_WHEEL, Checkpoint
+from prerope.server.models.model import load_model
+from prerope.server.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 LOCKS = ROOT / "docker" / "locks"

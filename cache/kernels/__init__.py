@@ -1,1 +1,1 @@
-"""Kernels: C for the CPU's decode step. Each is tested against `cache.reference`."""
+"""Kernels: `c/` for the CPU, built by `build`; `triton/` for the GPU. Each is tested against the fp32 reference."""

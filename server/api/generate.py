@@ -9,18 +9,17 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-
-from server.api.admission import admit, max_tokens_that_fit, new_id, sampling_params
-from server.api.generation import Generation, Piece
-from server.api.logprobs import generate_logprobs
-from server.api.prompts import prompt_ids
-from server.api.reading import in_turn, read_all
-from server.api.ready import ReadyService
-from server.api.schemas import GenerateRequest
-from server.api.sse import event_stream
-from server.api.structured import compiled
-from server.engine.outputs import FinishReason
-from server.service import Service
+from prerope.server.api.limits import admit, max_tokens_that_fit, new_id, sampling_params
+from prerope.server.api.logprobs import generate_logprobs
+from prerope.server.api.ready import ReadyService
+from prerope.server.api.requests.prompts import prompt_ids
+from prerope.server.api.requests.schemas import GenerateRequest
+from prerope.server.api.requests.structured import compiled
+from prerope.server.api.stream.collect import in_turn, read_all
+from prerope.server.api.stream.generation import Generation, Piece
+from prerope.server.api.stream.sse import event_stream
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.service import Service
 
 router = APIRouter(tags=["generate"])
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
+from prerope.server.service import Service, get_service
 from prometheus_client import CONTENT_TYPE_LATEST
-
-from server.service import Service, get_service
 
 router = APIRouter(tags=["health"])
 

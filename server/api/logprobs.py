@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from server.api.transcript import Token
-from server.engine.outputs import TokenLogprobs
-from server.tokenizer import TextStream, Tokenizer
+from prerope.server.api.stream.transcript import Token
+from prerope.server.engine.outputs import TokenLogprobs
+from prerope.server.tokenizer import TextStream, Tokenizer
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot carry (OpenAI's value for it)."""

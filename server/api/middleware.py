@@ -15,14 +15,13 @@ import uuid
 from collections.abc import Callable
 
 import structlog
+from prerope.server.api.auth.keys import KeyRing
+from prerope.server.api.errors import error_response, internal_error, known_method
+from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, RequestError, Unauthorized
+from prerope.server.log import trace
+from prerope.server.metrics import Metrics
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from server.api.error_replies import error_response, internal_error, known_method
-from server.api.keys import KeyRing
-from server.errors import BodyTimeout, BodyTooLarge, ClientGone, RequestError, Unauthorized
-from server.log import trace
-from server.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +31,7 @@ QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Routes that are called every few seconds; they are logged as debug lines."""
 
 ABORT = "abort_connection"
-"""In the scope's state: a function that drops the connection with what is not yet sent (`server.http_server`)."""
+"""In the scope's state: a function that drops the connection with what is not yet sent (`server.http`)."""
 
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 

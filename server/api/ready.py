@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import Depends, Request
-
-from server.service import Service, get_service
+from prerope.server.service import Service, get_service
 
 
 async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread

@@ -19,15 +19,14 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-
-from rope.model_positions import ModelPositions
-from rope.spec import RopeSpec
-from server.engine.engine import Engine
-from server.engine.info import Backlog, EngineStats, ModelInfo
-from server.engine.output_stream import OutputStream
-from server.engine.outputs import TokenOutput
-from server.engine.sequence import EngineRequest
-from server.errors import EngineFailure, EngineUnavailable, OutOfMemory, RequestError
+from prerope.rope.model import ModelPositions
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.info import Backlog, EngineStats, ModelInfo
+from prerope.server.engine.output_stream import OutputStream
+from prerope.server.engine.outputs import TokenOutput
+from prerope.server.engine.sequence import EngineRequest
+from prerope.server.errors import EngineFailure, EngineUnavailable, OutOfMemory, RequestError
 
 STEP_GRACE_S = 2.0
 """Seconds past the drain's deadline that a running step gets to end; then the thread is given up."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from server.engine.outputs import FinishReason
-from server.engine.sequence import Sequence
-from server.errors import InvalidRequest
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.engine.sequence import Sequence
+from prerope.server.errors import InvalidRequest
 
 
 def follow_grammar(sequence: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> InvalidRequest | None:

@@ -18,33 +18,32 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.kernels.build import prepare
+from prerope.cache.storage import KVStorage
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.reading import MethodError
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.endings import finish_reason, follow_grammar
+from prerope.server.engine.graphs import DecodeGraphs, capture_graphs
+from prerope.server.engine.info import Backlog, Counters, EngineStats, ModelInfo
+from prerope.server.engine.limits import check_fits, check_room, retry_after_s, too_late
+from prerope.server.engine.memory.sizing import CacheSize, size_cache
+from prerope.server.engine.memory.warm_up import warm_up
+from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
+from prerope.server.engine.scheduler import Scheduled, Scheduler
+from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.step import Share, Step, finish_launch
+from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
+from prerope.server.models.batch import build_batch
+from prerope.server.models.model import Model, load_model
+from prerope.server.models.probe import probe
 from torch import Tensor
 
-from cache.manager import KVCacheManager
-from cache.native import prepare
-from cache.prefix import PrefixHasher
-from cache.storage import KVStorage
-from rope.model_positions import ModelPositions, resolve_model
-from rope.reading import MethodError
-from rope.spec import RopeSpec
-from server.engine.batch import build_batch
-from server.engine.config import EngineConfig
-from server.engine.cuda_graphs import DecodeGraphs, capture_graphs
-from server.engine.endings import finish_reason, follow_grammar
-from server.engine.info import Backlog, Counters, EngineStats, ModelInfo
-from server.engine.model import Model, load_model
-from server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
-from server.engine.probe import probe
-from server.engine.refusals import check_fits, check_room, retry_after_s, too_late
-from server.engine.scheduler import Scheduled, Scheduler
-from server.engine.sequence import EngineRequest, Sequence
-from server.engine.sizing import CacheSize, size_cache
-from server.engine.step import Share, Step, finish_launch
-from server.engine.warm_up import warm_up
-from server.errors import ConfigurationError, InvalidRequest, RequestError
-
 if TYPE_CHECKING:
-    from server.checkpoint import Checkpoint
+    from prerope.server.models.checkpoint import Checkpoint
 
 
 MAX_RESOLVED_SPECS = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from rope.model_positions import ModelPositions
+from prerope.rope.model import ModelPositions
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Any
 
-from server.engine.outputs import TokenOutput
-from server.errors import ClientGone, RequestError
+from prerope.server.engine.outputs import TokenOutput
+from prerope.server.errors import ClientGone, RequestError
 
 MAX_UNREAD = 4096
 """Outputs that wait for a reader who is slower than the engine; past that, the request is aborted."""

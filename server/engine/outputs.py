@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from server.errors import RequestError
+from prerope.server.errors import RequestError
 
 
 class FinishReason(StrEnum):

@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from cache.manager import KVCacheManager
-from server.engine.sequence import Sequence
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.server.engine.sequence import Sequence
 
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
 

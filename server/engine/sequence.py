@@ -9,14 +9,13 @@ from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
 
 import torch
-
-from cache.manager import BlockTable
-from cache.prefix import PrefixHasher
-from rope.model_positions import ModelPositions
-from server.engine.grammar import Matcher
-from server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
-from server.engine.sampling_params import SamplingParams
-from server.errors import RequestError
+from prerope.cache.blocks.manager import BlockTable
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.rope.model import ModelPositions
+from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
+from prerope.server.engine.sampling.mask import Matcher
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.errors import RequestError
 
 UNKNOWN = -1
 """Stands in `token_ids` for a token that a step in flight samples. No embedding has it."""

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from prerope.cache.blocks.manager import BlockTable
+from prerope.server.engine.outputs import TokenLogprobs
+from prerope.server.engine.sampling.device import sample_on_device
+from prerope.server.engine.sampling.host import logprobs, sample, score_prompt
+from prerope.server.engine.scheduler import Scheduled
+from prerope.server.engine.sequence import Sequence
+from prerope.server.models.batch import Chunk
 from torch import Tensor
-
-from cache.manager import BlockTable
-from server.engine.batch import Chunk
-from server.engine.device_sampler import sample_on_device
-from server.engine.outputs import TokenLogprobs
-from server.engine.sampler import logprobs, sample, score_prompt
-from server.engine.scheduler import Scheduled
-from server.engine.sequence import Sequence
 
 
 class Share(NamedTuple):

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from prerope.cache.kernels.build import library, prepare
 
 from bench import attention
-from cache.native import library, prepare
 
 
 def test_work_is_counted_by_visible_pairs() -> None:

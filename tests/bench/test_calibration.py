@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from prerope.rope.spec import RopeSpec
+
 from bench.calibration import FAMILIES, calibrate, environment, label, num_readings
-from rope.spec import RopeSpec
 
 LENGTH = 8192
 WINDOW_COSTS = {1024: 0.3, None: 0.2, 3072: 0.1, 4096: 0.4}

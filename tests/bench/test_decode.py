@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest
+from prerope.server.models.checkpoint import Checkpoint
 
 from bench import decode
 from bench.decode_report import DecodeReport, slope
-from rope.spec import RopeSpec
-from server.checkpoint import Checkpoint
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest
 
 ABOUT = {"rows": 1, "rounds": 3, "steps": 5, "threads": 1, "model": "m", "dtype": "float32", "train_length": 8}
 ABOUT |= {"date": "today", "cpu": "one", "cache_bytes_per_token": 1000}

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from prerope.rope.methods import resolve
+from prerope.rope.spec import RopeSpec
 from torch import Tensor
 
 from bench import extrapolation, extrapolation_training
@@ -21,8 +23,6 @@ from bench.extrapolation_report import ExtrapolationReport, as_json, save
 from bench.extrapolation_rows import accuracies, distinct_rows, tables, trained_accuracy
 from bench.extrapolation_text import Text, baselines, held_out_rows, library_documents, prepare, split
 from bench.extrapolation_training import OtherTraining, Recipe, train
-from rope.methods import resolve
-from rope.spec import RopeSpec
 
 
 def shape_of(variant: str, **parameters: int) -> Shape:

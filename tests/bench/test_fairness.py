@@ -12,15 +12,15 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.server.engine.scheduler import Scheduler
+from prerope.server.engine.sequence import Sequence
 
 from bench.client import ServerUnusable
 from bench.fairness import parse_arguments, steps_bound
 from bench.fairness_load import Latencies
 from bench.fairness_policy import FifoScheduler, most_steps, scheduling
 from bench.fairness_report import FairnessReport, as_json, markdown, save
-from cache.manager import KVCacheManager
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
 from tests.conftest import Servers
 from tests.engine.scripted import sequence, unique
 

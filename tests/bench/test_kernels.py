@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from prerope.cache.attention.reference import reference_attention
 
 from bench import kernels
 from bench.kernels_cases import FULL, RAW, TOY, low_precision
 from bench.kernels_report import KernelReport, Result
-from cache.reference import reference_attention
 
 triton = pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled for a GPU here")

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
+from prerope.server.engine.outputs import TokenLogprobs
 
 from bench.documents import (
     Document,
@@ -23,7 +24,6 @@ from bench.quality import mean_loss, parse_arguments, parse_lengths, parse_metho
 from bench.quality_report import REFERENCE, QualityReport, save, spaced
 from bench.readings import Readings, reading_key
 from bench.report import markdown
-from server.engine.outputs import TokenLogprobs
 
 
 def logprobs(*values: float) -> list[TokenLogprobs | None]:

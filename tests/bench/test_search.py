@@ -15,6 +15,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from prerope.cache.attention.dispatch import paged_attention
+from prerope.cache.attention.types import AttentionOptions
+from prerope.cache.kernels import build as native
+from prerope.rope.frequencies import Rotary, plain
+from prerope.rope.methods import resolve
+from prerope.rope.reading import Part, PositionMethod, plain_reading
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.models.checkpoint import resolve_checkpoint
 from torch import Tensor
 
 from bench import quality
@@ -33,15 +43,6 @@ from bench.search_candidates import (
     scaled_parts,
 )
 from bench.search_report import difference
-from cache import native
-from cache.attention import AttentionOptions, paged_attention
-from rope.frequencies import Rotary, plain
-from rope.methods import resolve
-from rope.reading import Part, PositionMethod, plain_reading
-from rope.spec import RopeSpec
-from server.checkpoint import resolve_checkpoint
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
 from tests.cache.layouts import Paged, contiguous, paged
 
 L = 256
@@ -174,7 +175,10 @@ def test_a_factor_on_far_scores_is_that_of_a_plain_softmax_and_ends_with_its_con
 
 
 def test_without_the_kernel_a_factor_is_refused() -> None:
-    with patch("cache.native.library", return_value=None), pytest.raises(RuntimeError, match="could not be built"):
+    with (
+        patch("prerope.cache.kernels.build.library", return_value=None),
+        pytest.raises(RuntimeError, match="could not be built"),
+    ):
         scaled_parts().__enter__()
 
 

@@ -199,7 +199,7 @@ def test_an_unanswered_request_a_problem_and_a_500_do_not_hold() -> None:
 
 
 def test_errors_and_tracebacks_are_found_in_a_log(tmp_path: Path) -> None:
-    log = tmp_path / "server.log"
+    log = tmp_path / "prerope.server.log"
     log.write_text('{"level": "warning", "event": "w"}\n{"level": "error", "event": "boom"}\nTraceback (most recent\n')
     assert errors_in(log) == ["boom ", "Traceback (most recent"]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from prerope.server.service import Service
+from prerope.server.settings import Settings
 
 from bench import startup
 from bench.startup import CACHE_LINE, MILESTONES, Log, StartFailed
 from bench.startup_report import FIRST_TOKEN, Memory, Start, StartupReport, save
-from server.service import Service
-from server.settings import Settings
 
 ABOUT = {"model": "m", "weight_bytes": 2**20, "date": "today", "cpu": "one", "cores": 2}
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.cache.kernels.build import prepare
+from prerope.server.config import EngineConfig
 
 from bench import step, step_floor, step_parts
 from bench.shapes import MODELS
 from bench.step_report import FloorReport
-from cache.native import prepare
-from server.engine.config import EngineConfig
 
 
 def test_what_is_inside_a_part_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

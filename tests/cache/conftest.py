@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from cache.native import library, prepare
+from prerope.cache.kernels.build import library, prepare
 
 
 @pytest.fixture(scope="session")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from prerope.cache.attention.types import AttentionMetadata, SequenceRows
+from prerope.rope.frequencies import Rotary
+from prerope.rope.methods import resolve
+from prerope.rope.model import ModelPositions
+from prerope.rope.reading import PositionMethod
+from prerope.rope.registry import METHODS
+from prerope.rope.spec import RopeSpec
 from torch import Tensor
-
-from cache.attention import AttentionMetadata, SequenceRows
-from rope.frequencies import Rotary
-from rope.methods import resolve
-from rope.model_positions import ModelPositions
-from rope.reading import PositionMethod
-from rope.registry import METHODS
-from rope.spec import RopeSpec
 
 TRAINED = 64
 WINDOWED = [name for name, entry in METHODS.items() if entry.windowed]

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-from cache.block_pool import BlockPool
+from prerope.cache.blocks.pool import BlockPool
 
 NUM_BLOCKS = 7
 

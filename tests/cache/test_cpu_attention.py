@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.attention.types import AttentionOptions
+from prerope.cache.cpu.attention import cpu_attention
 from torch import Tensor
 
-from cache.attention import AttentionOptions
-from cache.cpu import cpu_attention
-from cache.reference import reference_attention
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, Paged, method, one_group, paged, rotary
 
 TOLERANCE = 1e-5
@@ -23,7 +23,10 @@ def attend(step: Paged, options: AttentionOptions, *, kernel: bool) -> Tensor:
     arguments = (step.query, step.keys, step.values, step.metadata, options)
     if kernel:
         return cpu_attention(*arguments)
-    with patch("cache.cpu.can_decode", return_value=False), patch("cache.cpu.can_prefill", return_value=False):
+    with (
+        patch("prerope.cache.cpu.attention.can_decode", return_value=False),
+        patch("prerope.cache.cpu.attention.can_prefill", return_value=False),
+    ):
         return cpu_attention(*arguments)
 
 

@@ -7,13 +7,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from prerope.cache.cuda.decode import plan_rows, single_rows
+from prerope.cache.cuda.plan import CudaPlan, PlanKey
+from prerope.cache.cuda.prefill import plan_chunks
+from prerope.cache.cuda.tables import KeyTables, QueryAngles, cos_sin
+from prerope.cache.kernels.triton.read import READ_FIELDS, TILE_FIELDS
+from prerope.rope.reading import AngleMap
 
-from cache.angle_tables import KeyTables, QueryAngles, cos_sin
-from cache.cuda_chunks import plan_chunks
-from cache.cuda_plan import CudaPlan, PlanKey
-from cache.cuda_rows import plan_rows, single_rows
-from cache.kernels.read import READ_FIELDS, TILE_FIELDS
-from rope.reading import AngleMap
 from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def test_angles_stay_while_a_step_needs_them() -> None:
 def test_passes_hold_what_their_tiles_read_and_no_more_than_fits(name: str, limit: int) -> None:
     """A pass takes more than the limit only for a single run."""
     own = step(name, [*CHUNKS, (300, 250)])
-    with patch("cache.cuda_chunks.SCRATCH_BYTES", limit * 4 * key(single=False).head_dim):
+    with patch("prerope.cache.cuda.prefill.SCRATCH_BYTES", limit * 4 * key(single=False).head_dim):
         plan = plan_chunks(own.metadata, key(single=False), CPU)
     names = READ_FIELDS.index("slot"), READ_FIELDS.index("scratch")
     reads = plan.reads.view(-1, plan.num_parts, plan.reads.shape[1])

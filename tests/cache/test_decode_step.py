@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prerope.cache.attention.dispatch import paged_attention
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.attention.types import AttentionOptions
+from prerope.cache.cpu.decode import decode_step
 
-from cache.attention import AttentionOptions, paged_attention
-from cache.decode import decode_step
-from cache.reference import reference_attention
 from tests.cache.layouts import METHOD_NAMES, method, one_group, paged, rotary
 
 OPTIONS = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from prerope.cache.blocks.manager import BlockTable, KVCacheManager
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.rope.model import resolve_model
+from prerope.rope.spec import RopeSpec
 
-from cache.manager import BlockTable, KVCacheManager
-from cache.prefix import PrefixHasher
-from rope.model_positions import resolve_model
-from rope.spec import RopeSpec
 from tests.cache.layouts import rotary
 
 BLOCK = 4

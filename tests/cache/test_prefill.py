@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
+from prerope.cache.cpu.prefill import can_prefill, prefill
 from torch import Tensor
 
-from cache.attention import AttentionMetadata, AttentionOptions, SequenceRows
-from cache.prefill import can_prefill, prefill
-from cache.reference import reference_attention
 from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
 
 pytestmark = pytest.mark.usefixtures("decode_kernel")

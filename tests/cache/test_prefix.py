@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.spec import RopeSpec
 
-from cache.prefix import PrefixHasher
-from rope.model_positions import ModelPositions, resolve_model
-from rope.spec import RopeSpec
 from tests.cache.layouts import TRAINED, rotary
 
 BLOCK = 16

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.attention.types import AttentionOptions
+from prerope.rope.scores import method_scores
 
-from cache.attention import AttentionOptions
-from cache.reference import reference_attention
-from rope.scores import method_scores
 from tests.cache import published_attention as naive
 from tests.cache.layouts import METHOD_NAMES, TRAINED, Paged, contiguous, method, one_group, paged, rotary
 

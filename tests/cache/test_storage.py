@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from cache.native import library
-from cache.storage import KVStorage, LayerShape
+from prerope.cache.kernels.build import library
+from prerope.cache.storage import KVStorage, LayerShape
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -19,7 +18,7 @@ def test_rows_are_at_their_slots(
     """Strided rows and rows of another dtype are for torch, whatever there is."""
     assert not kernel or library() is not None
     if not kernel:
-        monkeypatch.setattr("cache.storage.library", lambda: None)
+        monkeypatch.setattr("prerope.cache.storage.library", lambda: None)
     storage = KVStorage([LayerShape(2, 8, 4)] * 2, 5, 4, stored, torch.device("cpu"))
     slots = torch.tensor([13, 2, 19, 0])
     key, value = torch.randn(4, 2, 8).bfloat16(), torch.randn(4, 2, 4).bfloat16()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from prerope.cache.cpu.tables import TableCache
+from prerope.rope.reading import Reading
+from prerope.rope.rotation import table
 
-from cache.tables import TableCache
-from rope.reading import Reading
-from rope.rotation import table
 from tests.cache.layouts import method, rotary
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from prerope.cache.kernels.build import prepare
 
-from cache.native import prepare
 from tests.device import DEVICE
 
 OF_THE_CPU = {"test_cpu_kernels", "test_cpu_stack", "test_quantization"}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from cache.manager import KVCacheManager
-from cache.prefix import PrefixHasher
-from rope.frequencies import Rotary
-from rope.model_positions import resolve_model
-from rope.spec import RopeSpec
-from server.engine.sampling_params import SamplingParams
-from server.engine.scheduler import Scheduled, Scheduler
-from server.engine.sequence import EngineRequest, Sequence
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.rope.frequencies import Rotary
+from prerope.rope.model import resolve_model
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.scheduler import Scheduled, Scheduler
+from prerope.server.engine.sequence import EngineRequest, Sequence
 
 BLOCK = 16
 POSITIONS = resolve_model(RopeSpec(method="rerope"), {"": Rotary(16, 16, 1e4, "default", 64, 64)}, None)

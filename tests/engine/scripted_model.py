@@ -12,20 +12,20 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.storage import KVStorage
+from prerope.rope.frequencies import Rotary
+from prerope.rope.model import resolve_model
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.memory.sizing import CacheSize
+from prerope.server.engine.sampling.host import sample
+from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.models.batch import Batch
+from prerope.server.models.model import Model
 from torch import Tensor
 
-from cache.prefix import PrefixHasher
-from cache.storage import KVStorage
-from rope.frequencies import Rotary
-from rope.model_positions import resolve_model
-from rope.spec import RopeSpec
-from server.engine.batch import Batch
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.model import Model
-from server.engine.sampler import sample
-from server.engine.sequence import EngineRequest, Sequence
-from server.engine.sizing import CacheSize
 from tests.engine.tiny_models import prompt_of
 
 VOCABULARY, EOS, BLOCK = 24, 2, 4

@@ -9,14 +9,21 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine import async_engine, output_stream
+from prerope.server.engine.async_engine import AsyncEngine, EngineState
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import FinishReason, TokenOutput
+from prerope.server.errors import (
+    ClientGone,
+    ConfigurationError,
+    EngineFailure,
+    EngineUnavailable,
+    InvalidRequest,
+    QueueFull,
+)
+from prerope.server.models.model import Model
 
-from rope.spec import RopeSpec
-from server.engine import async_engine, output_stream
-from server.engine.async_engine import AsyncEngine, EngineState
-from server.engine.engine import Engine
-from server.engine.model import Model
-from server.engine.outputs import FinishReason, TokenOutput
-from server.errors import ClientGone, ConfigurationError, EngineFailure, EngineUnavailable, InvalidRequest, QueueFull
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine, tokens_of
 
 TIMEOUT_S = 60

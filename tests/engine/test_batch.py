@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
+from prerope.cache.blocks.manager import BlockTable
+from prerope.server.models.batch import Batch, Chunk, build_batch
 
-from cache.manager import BlockTable
-from server.engine.batch import Batch, Chunk, build_batch
 from tests.engine.scripted_model import POSITIONS
 
 CPU = torch.device("cpu")

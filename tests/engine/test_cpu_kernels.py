@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.cache.kernels.build import library
+from prerope.server.models.cpu.products import FEW_ROWS, KERNELS, Products, RMSNorm, can_multiply
+from prerope.server.models.model import Model
+from prerope.server.models.modules import Siblings, fast_modules
+from prerope.server.models.probe import TOLERANCE, probe
+from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 
-from cache.native import library
-from server.engine.cpu_kernels import FEW_ROWS, KERNELS, Products, RMSNorm, can_multiply
-from server.engine.model import Model
-from server.engine.modules import Siblings, fast_modules
-from server.engine.probe import TOLERANCE, probe
-from server.engine.raw_keys import RawKeyModel
 from tests.engine.tiny_models import tiny
 
 ROWS = (0, 1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 100, 300)
@@ -153,7 +153,7 @@ def test_families_in_bf16_pass_the_probe(family: str) -> None:
 
 
 def test_without_the_kernels_torch_does_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.cpu_kernels.library", lambda: None)
+    monkeypatch.setattr("prerope.server.models.cpu.products.library", lambda: None)
     assert replaced("llama") == {"Linear": "function"}
     assert probe(Model(tiny("llama", sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
 

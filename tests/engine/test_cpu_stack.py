@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.cache.kernels.build import library
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine.outputs import TokenLogprobs
+from prerope.server.models.cpu.products import FEW_ROWS
+from prerope.server.models.cpu.stack import Stack
+from prerope.server.models.model import Model
 
-from cache.native import library
-from rope.spec import RopeSpec
-from server.engine.cpu_kernels import FEW_ROWS
-from server.engine.cpu_stack import Stack
-from server.engine.model import Model
-from server.engine.outputs import TokenLogprobs
 from tests.engine.tiny_models import greedy, prompt_of, request, run, tiny, tiny_engine
 
 Scored = list[tuple[TokenLogprobs, ...]]

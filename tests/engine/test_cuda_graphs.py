@@ -13,13 +13,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from cache.cuda import cuda_attention, cuda_store
-from cache.storage import KVStorage
-from rope.model_positions import resolve_model
-from rope.spec import RopeSpec
-from server.engine.cuda_graphs import DecodeGraphs, buckets, capture_graphs
-from server.engine.engine import Engine
-from server.engine.model import BACKENDS, Model
+from prerope.cache.cuda.attention import cuda_attention, cuda_store
+from prerope.cache.storage import KVStorage
+from prerope.rope.model import resolve_model
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.graphs import DecodeGraphs, buckets, capture_graphs
+from prerope.server.models.model import BACKENDS, Model
+
 from tests.engine.recorded import RecordedGraph
 from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine, tokens_of
 from tests.kernels.conftest import interpreter
@@ -34,7 +35,7 @@ BUCKETS = [1, 3]
 def gpu_path(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
     """Attention and store as on a GPU, on tensors of the CPU."""
     del interpreter
-    monkeypatch.setattr("server.engine.model.paged_attention", cuda_attention)
+    monkeypatch.setattr("prerope.server.models.model.paged_attention", cuda_attention)
 
     def store(self: KVStorage, layer: int, key: Any, value: Any, slot_mapping: Any) -> None:
         cuda_store(key, value, self.keys[layer], self.values[layer], slot_mapping)
@@ -54,8 +55,8 @@ def served(family: str = "llama", method: str = "model") -> Engine:
 
 def with_graphs(engine: Engine) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.engine.cuda_graphs.CudaGraph", RecordedGraph)
-        patch.setattr("server.engine.cuda_graphs.buckets", lambda _: BUCKETS)
+        patch.setattr("prerope.server.engine.graphs.CudaGraph", RecordedGraph)
+        patch.setattr("prerope.server.engine.graphs.buckets", lambda _: BUCKETS)
         engine.graphs = capture_graphs(engine.model, engine.storage, engine.config, engine.info, print)
     assert engine.graphs is not None
     return engine
@@ -138,7 +139,7 @@ def test_tables_made_anew_are_captured_anew() -> None:
     engine = with_graphs(served(method="dynamic_ntk"))
     outputs(engine, (10,))
     captured = len(engine.graphs._graphs)
-    from cache.cuda_plan import _TABLES
+    from prerope.cache.cuda.plan import _TABLES
 
     for tables in _TABLES.values():
         tables.keys.reserve(1, 2**14)
@@ -156,7 +157,7 @@ def test_a_recording_keeps_what_was_not_copied() -> None:
     engine.step()
     logits = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("server.engine.cuda_graphs._Graph.load", lambda *_: None)
+        patch.setattr("prerope.server.engine.graphs._Graph.load", lambda *_: None)
         forward = DecodeGraphs.logits
 
         def seen(self: DecodeGraphs, batch: Any) -> Any:

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.server.models import model
+from prerope.server.models.batch import Chunk, build_batch
+from prerope.server.models.cuda import stack as cuda_stack
+from prerope.server.models.cuda.products import KERNELS, Products, RMSNorm, can_multiply
+from prerope.server.models.model import BACKENDS, Model, own_positions
+from prerope.server.models.modules import Siblings, fast_modules
+from prerope.server.models.probe import TOLERANCE, probe
+from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 
-from server.engine import cuda_stack, model
-from server.engine.batch import Chunk, build_batch
-from server.engine.cuda_kernels import KERNELS, Products, RMSNorm, can_multiply
-from server.engine.model import BACKENDS, Model, own_positions
-from server.engine.modules import Siblings, fast_modules
-from server.engine.probe import TOLERANCE, probe
-from server.engine.raw_keys import RawKeyModel
 from tests.engine.tiny_models import generate, greedy, prompt_of, tiny, tiny_engine, two_layers
 from tests.kernels.conftest import interpreter
 
@@ -195,7 +196,8 @@ def test_models_with_more_around_or_between_have_no_stack(scaled: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_the_whole_path_of_a_gpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with the GPU's attention and store, which take rows of the merged projection as they lie."""
-    from cache import cuda, storage
+    from prerope.cache import storage
+    from prerope.cache.cuda import attention as cuda
 
     def store(self: Any, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         cuda.cuda_store(key, value, self.keys[layer], self.values[layer], slots)

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.server.models import model as model_module
+from prerope.server.models.batch import Batch
+from prerope.server.models.model import BACKENDS, Model
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -24,13 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from server.engine import model as model_module
-from server.engine.batch import Batch
-from server.engine.model import BACKENDS, Model
 from tests.engine.tiny_models import VOCABULARY, two_layers
 
 pytest.importorskip("triton")
-from cache.kernels import elementwise
+from prerope.cache.kernels.triton import elementwise
 
 ROWS = 5
 

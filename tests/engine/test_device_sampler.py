@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from prerope.server.engine.sampling import device as device_sampler
+from prerope.server.engine.sampling.device import best, invert, sample_on_device
+from prerope.server.engine.sampling.host import NUCLEUS_CANDIDATES, sample
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import Sequence
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -19,11 +24,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from server.engine import device_sampler
-from server.engine.device_sampler import best, invert, sample_on_device
-from server.engine.sampler import NUCLEUS_CANDIDATES, sample
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import Sequence
 from tests.engine.test_sampler import sequence
 
 PROMPT = [3, 4]

@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.info import Backlog
+from prerope.server.engine.memory.sizing import size_cache
+from prerope.server.engine.outputs import FinishReason, TokenOutput
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.models.model import Model
 
-from rope.spec import RopeSpec
-from server.checkpoint import Checkpoint
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.info import Backlog
-from server.engine.model import Model
-from server.engine.outputs import FinishReason, TokenOutput
-from server.engine.sampling_params import SamplingParams
-from server.engine.sizing import size_cache
-from server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
 from tests.engine.tiny_models import (
     VOCABULARY,
     assert_idle,

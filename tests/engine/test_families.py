@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.server.models.model import Model
+from prerope.server.models.probe import TOLERANCE, probe
 
-from server.engine.model import Model
-from server.engine.probe import TOLERANCE, probe
 from tests.engine.tiny_models import FAMILIES, YARN, assert_idle, generate, greedy, prompt_of, tiny, tiny_engine
 
 NUM_TOKENS = 16

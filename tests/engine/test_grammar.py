@@ -15,14 +15,14 @@ import pytest
 import regex
 import torch
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import FinishReason, TokenOutput
+from prerope.server.engine.sampling.mask import allowed, constrain
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.errors import InvalidRequest
+from prerope.server.models.model import Model
+from prerope.server.structured.compile import CompiledGrammar
 
-from server.engine.engine import Engine
-from server.engine.grammar import allowed, constrain
-from server.engine.model import Model
-from server.engine.outputs import FinishReason, TokenOutput
-from server.engine.sampling_params import SamplingParams
-from server.errors import InvalidRequest
-from server.grammars import CompiledGrammar
 from tests.engine.test_sampler import sequence
 from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine
 

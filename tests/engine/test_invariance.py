@@ -11,17 +11,17 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from prerope.cache.storage import KVStorage
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.reading import PositionMethod
+from prerope.rope.registry import METHODS
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import TokenLogprobs, TokenOutput
+from prerope.server.models.batch import Chunk, build_batch
+from prerope.server.models.model import Model
 from torch import Tensor
 
-from cache.storage import KVStorage
-from rope.model_positions import ModelPositions, resolve_model
-from rope.reading import PositionMethod
-from rope.registry import METHODS
-from rope.spec import RopeSpec
-from server.engine.batch import Chunk, build_batch
-from server.engine.engine import Engine
-from server.engine.model import Model
-from server.engine.outputs import TokenLogprobs, TokenOutput
 from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine, tokens_of
 
 TRAINED, LENGTH, VOCABULARY = 64, 600, 64

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import FinishReason, TokenOutput
+from prerope.server.engine.sampling import device as device_sampler
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.step import Arrival, Step
+from prerope.server.models import batch
+from prerope.server.models.batch import Batch
+from prerope.server.models.model import Model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cache.prefix import PrefixHasher
-from server.engine import batch, device_sampler
-from server.engine.batch import Batch
-from server.engine.engine import Engine
-from server.engine.model import Model
-from server.engine.outputs import FinishReason, TokenOutput
-from server.engine.sampling_params import SamplingParams
-from server.engine.step import Arrival, Step
 from tests.engine.scripted_model import BLOCK, EOS, MAX_MODEL_LEN, VOCABULARY, expected, random_prompt, scripted_engine
 from tests.engine.test_storm import Storm, check_storm
 from tests.engine.tiny_models import (

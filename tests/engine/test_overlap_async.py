@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 import torch
+from prerope.server.engine.async_engine import EngineState
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.engine.step import Arrival
+from prerope.server.errors import EngineFailure, OutOfMemory
 
-from server.engine.async_engine import EngineState
-from server.engine.engine import Engine
-from server.engine.outputs import FinishReason
-from server.engine.step import Arrival
-from server.errors import EngineFailure, OutOfMemory
 from tests.engine.scripted_model import expected, random_prompt, scripted_engine
 from tests.engine.test_async_engine import collect, go, idle, served, until
 from tests.engine.tiny_models import assert_idle, greedy, request, tokens_of

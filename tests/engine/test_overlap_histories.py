@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from prerope.server.engine.outputs import FinishReason, TokenOutput
+from prerope.server.engine.scheduler import Scheduler
+from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.step import Share
+from prerope.server.models.batch import Chunk
 
-from server.engine.batch import Chunk
-from server.engine.outputs import FinishReason, TokenOutput
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import EngineRequest, Sequence
-from server.engine.step import Share
 from tests.engine.scripted_model import VOCABULARY, Alternating, expected, random_prompt, scripted_engine
 from tests.engine.tiny_models import assert_idle, greedy, request, tokens_of
 

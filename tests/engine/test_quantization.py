@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.cache.kernels.build import library
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.models.cpu.products import FEW_ROWS, GatedProducts, Products, can_multiply
+from prerope.server.models.model import Model
+from prerope.server.models.probe import TOLERANCE, probe
+from prerope.server.models.quantization import INSTALL, check_quantization, int8_rows, quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from cache.native import library
-from server.checkpoint import Checkpoint
-from server.engine.config import EngineConfig
-from server.engine.cpu_kernels import FEW_ROWS, GatedProducts, Products, can_multiply
-from server.engine.engine import Engine
-from server.engine.model import Model
-from server.engine.probe import TOLERANCE, probe
-from server.engine.quantization import INSTALL, check_quantization, int8_rows, quantize
-from server.errors import ConfigurationError
 from tests.engine.tiny_models import generate, greedy, prompt_of, request, run, tiny, tiny_engine
 
 ROWS = (1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 100, 300)
@@ -268,7 +268,7 @@ def test_a_bf16_engine_in_one_call_as_layer_by_layer_and_near_the_dequantised_we
 
 
 def test_without_the_kernels_torchao_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.cpu_kernels.library", lambda: None)
+    monkeypatch.setattr("prerope.server.models.cpu.products.library", lambda: None)
     int8 = tiny("llama", sharpness=1.0).bfloat16()
     quantize(int8)
     model = Model(int8)

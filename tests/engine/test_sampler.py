@@ -7,6 +7,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.rope.frequencies import Rotary
+from prerope.rope.model import resolve_model
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine.sampling.host import NUCLEUS_CANDIDATES, adjust, draw, logprobs, sample
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.models.model import Model
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -20,14 +28,6 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from cache.prefix import PrefixHasher
-from rope.frequencies import Rotary
-from rope.model_positions import resolve_model
-from rope.spec import RopeSpec
-from server.engine.model import Model
-from server.engine.sampler import NUCLEUS_CANDIDATES, adjust, draw, logprobs, sample
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest, Sequence
 from tests.engine.tiny_models import generate, prompt_of, request, run, tiny, tiny_engine, tokens_of
 
 POSITIONS = resolve_model(RopeSpec(method="rope"), {"": Rotary(16, 16, 1e4, "default", 64, 64)}, None)
@@ -58,7 +58,7 @@ def frequencies(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """How often each token is drawn when the uniform number runs evenly through [0, 1): its probability, to 1/GRID."""
     counts = torch.zeros(logits.shape[0], dtype=torch.float64)
     for point in (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID:
-        with patch("server.engine.sampler.torch.rand", return_value=point):
+        with patch("prerope.server.engine.sampling.host.torch.rand", return_value=point):
             counts[draw(logits, sampling, None)] += 1
     return counts / GRID
 

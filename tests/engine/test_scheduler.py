@@ -6,9 +6,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from prerope.server.engine.scheduler import Scheduled, share
+from prerope.server.engine.sequence import UNKNOWN, Sequence
 
-from server.engine.scheduler import Scheduled, share
-from server.engine.sequence import UNKNOWN, Sequence
 from tests.engine.scripted import Script, sequence, unique
 
 

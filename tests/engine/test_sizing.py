@@ -10,12 +10,10 @@ from unittest.mock import Mock, call, patch
 
 import pytest
 import torch
-
-from cache.storage import KVStorage
-from rope.spec import RopeSpec
-from server.engine.config import EngineConfig
-from server.engine.model import Model
-from server.engine.sizing import (
+from prerope.cache.storage import KVStorage
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.memory.sizing import (
     CONTEXT_BYTES,
     MARGIN_BYTES,
     MARGIN_SHARE,
@@ -24,7 +22,9 @@ from server.engine.sizing import (
     MemoryReading,
     size_cache,
 )
-from server.errors import ConfigurationError
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.model import Model
+
 from tests.engine.tiny_models import tiny
 
 GIB = 2**30
@@ -69,7 +69,7 @@ class RecordedMemory(DeviceMemory):
 @pytest.fixture
 def sized(model: Model) -> Callable[..., Any]:
     def size(memory: RecordedMemory, **settings: Any) -> Any:
-        with patch("server.engine.sizing.warm_up", memory.warm_up):
+        with patch("prerope.server.engine.memory.sizing.warm_up", memory.warm_up):
             return size_cache(model, EngineConfig(**{"max_num_seqs": 10**6} | settings), memory=memory)
 
     return size
@@ -191,7 +191,7 @@ def test_the_steps_are_run_for_real(model: Model) -> None:
 
 def test_on_a_cpu_nothing_is_run(model: Model) -> None:
     config = EngineConfig(max_model_len=256)
-    with patch("server.engine.sizing.warm_up", side_effect=AssertionError):
+    with patch("prerope.server.engine.memory.sizing.warm_up", side_effect=AssertionError):
         size = size_cache(model, config)
         assert size_cache(model, replace(config, gpu_memory_utilization=0.01)) == size
 
@@ -203,7 +203,7 @@ def test_a_gpu_is_read_when_its_work_is_done() -> None:
     cuda.memory_reserved.return_value = 1
     cuda.max_memory_allocated.return_value = 2
     device = torch.device("cuda")
-    with patch("server.engine.sizing.torch.cuda", cuda):
+    with patch("prerope.server.engine.memory.sizing.torch.cuda", cuda):
         memory = DeviceMemory(device)
         memory.release()
         assert cuda.mock_calls == [

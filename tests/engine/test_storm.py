@@ -6,10 +6,10 @@ import random
 from typing import Any
 
 import pytest
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine.outputs import FinishReason, TokenOutput
+from prerope.server.models.model import Model
 
-from rope.spec import RopeSpec
-from server.engine.model import Model
-from server.engine.outputs import FinishReason, TokenOutput
 from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine, tokens_of
 
 METHODS = ("model", "rerope", "leaky_rerope", "dynamic_ntk", "dynamic_leaky", "dynamic_yarn")

@@ -8,20 +8,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from prerope.cache.attention.types import AttentionMetadata, SequenceRows
+from prerope.cache.cuda.plan import PlanKey
+from prerope.cache.cuda.prefill import plan_chunks
+from prerope.cache.storage import KVStorage
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.reading import MethodError
+from prerope.rope.spec import METHOD_NAMES, RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.memory.warm_up import allowed_positions, turned_keys, warm_up, worst_steps
+from prerope.server.engine.sequence import Sequence
+from prerope.server.models.batch import Batch
+from prerope.server.models.model import Model
 from torch import Tensor
 
-from cache.attention import AttentionMetadata, SequenceRows
-from cache.cuda_chunks import plan_chunks
-from cache.cuda_plan import PlanKey
-from cache.storage import KVStorage
-from rope.model_positions import ModelPositions, resolve_model
-from rope.reading import MethodError
-from rope.spec import METHOD_NAMES, RopeSpec
-from server.engine.batch import Batch
-from server.engine.config import EngineConfig
-from server.engine.model import Model
-from server.engine.sequence import Sequence
-from server.engine.warm_up import allowed_positions, turned_keys, warm_up, worst_steps
 from tests.engine.tiny_models import VOCABULARY, tiny
 
 LENGTH, BUDGET, SEQUENCES, BLOCK_SIZE, NUM_BLOCKS = 1500, 64, 4, 16, 3
@@ -59,7 +59,10 @@ class Watched:
             assert len(sequences) == len(logits)
             return logits.argmax(-1)
 
-        with patch.object(model, "forward", watch), patch("server.engine.warm_up.sample_on_device", draw):
+        with (
+            patch.object(model, "forward", watch),
+            patch("prerope.server.engine.memory.warm_up.sample_on_device", draw),
+        ):
             warm_up(model, config, length, self.storage, self.lines.append)
 
     def shapes(self) -> list[tuple[list[int], int]]:

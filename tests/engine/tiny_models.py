@@ -9,17 +9,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.memory.sizing import CacheSize
+from prerope.server.engine.outputs import TokenOutput
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest
+from prerope.server.models.model import Model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rope.model_positions import ModelPositions, resolve_model
-from rope.spec import RopeSpec
-from server.engine.config import EngineConfig
-from server.engine.engine import Engine
-from server.engine.model import Model
-from server.engine.outputs import TokenOutput
-from server.engine.sampling_params import SamplingParams
-from server.engine.sequence import EngineRequest
-from server.engine.sizing import CacheSize
 from tests.device import DEVICE
 
 VOCABULARY = 128

@@ -10,8 +10,8 @@ import itertools
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from prerope.cache.blocks.pool import BlockPool
 
-from cache.block_pool import BlockPool
 from tests.fuzz.budget import budget
 
 CONTENTS = 20

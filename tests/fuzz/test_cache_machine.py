@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.rope.frequencies import Rotary
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.scores import method_scores
+from prerope.rope.spec import RopeSpec
 
-from cache.manager import KVCacheManager
-from cache.prefix import PrefixHasher
-from rope.frequencies import Rotary
-from rope.model_positions import ModelPositions, resolve_model
-from rope.scores import method_scores
-from rope.spec import RopeSpec
 from tests.fuzz.budget import budget
 
 BLOCK = 4

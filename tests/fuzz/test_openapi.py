@@ -15,11 +15,11 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from prerope.server.api.openapi.document import OPERATIONS
+from prerope.server.app import create_app
+from prerope.server.settings import Settings
 from schemathesis.config import SchemathesisConfig
 
-from server.api.document import OPERATIONS
-from server.app import create_app
-from server.settings import Settings
 from tests.fuzz.budget import budget
 
 MAX_MODEL_LEN = 128

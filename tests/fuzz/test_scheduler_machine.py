@@ -12,12 +12,12 @@ import zlib
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.scheduler import OLDEST_SHARE, Scheduled
+from prerope.server.engine.sequence import EngineRequest, Sequence
 
-from cache.manager import KVCacheManager
-from cache.prefix import PrefixHasher
-from server.engine.sampling_params import SamplingParams
-from server.engine.scheduler import OLDEST_SHARE, Scheduled
-from server.engine.sequence import EngineRequest, Sequence
 from tests.engine.scripted import POSITIONS, RecordingScheduler
 from tests.fuzz.budget import budget
 

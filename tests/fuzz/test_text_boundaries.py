@@ -16,13 +16,13 @@ import httpx
 import pytest
 from hypothesis import given, note
 from hypothesis import strategies as st
+from prerope.server.api.stream.transcript import Transcript
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import TextStream, Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from server.api.transcript import Transcript
-from server.checkpoint import Checkpoint
-from server.tokenizer import TextStream, Tokenizer
 from tests.fuzz.budget import budget
 
 NASTY = [

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 import triton
+from prerope.cache.kernels.triton import decode, elementwise, prefill, splits, store
+from prerope.cache.kernels.triton.launch import Config, constants
+from prerope.cache.kernels.triton.read import RECORDS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from cache.kernels import decode, elementwise, prefill, splits, store
-from cache.kernels.launch import Config, constants
-from cache.kernels.read import RECORDS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}

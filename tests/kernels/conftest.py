@@ -49,9 +49,8 @@ def interpreter() -> Iterator[None]:
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("TRITON_INTERPRET is off: kernels are compiled for a GPU here")
+    from prerope.cache.kernels.triton import decode
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
-
-    from cache.kernels import decode
 
     with pytest.MonkeyPatch.context() as patch:
         device_function, patched = InterpretedFunction.__call__, set[str]()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from cache.attention import AttentionOptions
-from cache.cuda import cuda_attention
-from cache.reference import reference_attention
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.attention.types import AttentionOptions
+from prerope.cache.cuda.attention import cuda_attention
+
 from tests.cache.layouts import Paged
 
 TOLERANCE = 1e-5

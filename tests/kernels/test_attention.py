@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.attention.types import AttentionOptions
+from prerope.cache.cuda.attention import cuda_attention
+from prerope.cache.cuda.decode import plan_rows
+from prerope.cache.cuda.plan import NO_READ, PlanKey
+from prerope.cache.kernels.triton.decode import config, decode
 
-from cache.attention import AttentionOptions
-from cache.cuda import cuda_attention
-from cache.cuda_plan import NO_READ, PlanKey
-from cache.cuda_rows import plan_rows
-from cache.kernels.decode import config, decode
-from cache.reference import reference_attention
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, paged, rotary
 from tests.kernels.steps import TOLERANCE, difference
 
@@ -173,7 +173,10 @@ def test_scratch_is_bounded(name: str, rows: int) -> None:
     positions = one_group(own)
     step = paged([(250, 10), (40, 30), (60, 1), (0, 5)], [positions] * 4, heads=3, kv_heads=3)
     num_bytes = rows * 16 * 4
-    with patch("cache.kernels.prefill.SCRATCH_BYTES", num_bytes), patch("cache.cuda_chunks.SCRATCH_BYTES", num_bytes):
+    with (
+        patch("prerope.cache.kernels.triton.prefill.SCRATCH_BYTES", num_bytes),
+        patch("prerope.cache.cuda.prefill.SCRATCH_BYTES", num_bytes),
+    ):
         assert difference(step, AttentionOptions(0.25, "")) <= TOLERANCE
 
 

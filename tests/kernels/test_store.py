@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from cache.cuda import cuda_store
+from prerope.cache.cuda.attention import cuda_store
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

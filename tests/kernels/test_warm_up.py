@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prerope.cache.cuda.attention import cuda_attention, cuda_store
+from prerope.cache.storage import KVStorage
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.memory.warm_up import warm_up
+from prerope.server.models.model import Model
 from torch import Tensor
 
-from cache.cuda import cuda_attention, cuda_store
-from cache.storage import KVStorage
-from rope.spec import RopeSpec
-from server.engine.config import EngineConfig
-from server.engine.model import Model
-from server.engine.warm_up import warm_up
 from tests.engine.tiny_models import tiny
 
 
@@ -19,7 +19,7 @@ def test_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def store(self: KVStorage, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         cuda_store(key, value, self.keys[layer], self.values[layer], slot_mapping)
 
-    monkeypatch.setattr("server.engine.model.paged_attention", cuda_attention)
+    monkeypatch.setattr("prerope.server.models.model.paged_attention", cuda_attention)
     monkeypatch.setattr(KVStorage, "store", store)
     model = Model(tiny("llama", max_position_embeddings=32, num_hidden_layers=1))
     storage = KVStorage([layer.shape for layer in model.layers], 3, 16, torch.float32, model.device)

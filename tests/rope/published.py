@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from rope.frequencies import Rotary
+from prerope.rope.frequencies import Rotary
 
 
 def trained(

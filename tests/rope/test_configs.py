@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prerope.rope.frequencies import Rotary
+from prerope.rope.methods import resolve
+from prerope.rope.model import default_max_model_len, resolve_model
+from prerope.rope.reading import UNBOUNDED, PositionMethod
+from prerope.rope.spec import RopeSpec
 from transformers import CohereConfig, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Phi3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-from rope.frequencies import Rotary
-from rope.methods import resolve
-from rope.model_positions import default_max_model_len, resolve_model
-from rope.reading import UNBOUNDED, PositionMethod
-from rope.spec import RopeSpec
 
 MODEL = RopeSpec(method="model")
 LONG = {"short_factor": [1 + 0.02 * m for m in range(16)], "long_factor": [1 + 0.7 * m for m in range(16)]}

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import rotary_embedding_torch as original
 import torch
+from prerope.rope import RotaryEmbedding, apply_learned_rotations, apply_rotary_emb, broadcat
+from prerope.rope.rotation import rotate, table
 from torch import Tensor
 
-import rope
-from rope import RotaryEmbedding, apply_learned_rotations, apply_rotary_emb, broadcat
-from rope.rotation import rotate, table
+from prerope import rope
 
 DIM, HEAD_DIM = 8, 12
 PARITY = {"rtol": 0.0, "atol": 1e-5}
@@ -512,9 +512,9 @@ class TestErrors:
 
 
 def test_importing_the_package_loads_no_torch() -> None:
-    code = "import sys, rope, rope.spec; assert 'torch' not in sys.modules; rope.nothing"
+    code = "import sys, prerope.rope.spec; from prerope import rope; assert 'torch' not in sys.modules; rope.nothing"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.stderr.strip().endswith("AttributeError: module 'rope' has no attribute 'nothing'")
+    assert done.stderr.strip().endswith("AttributeError: module 'prerope.rope' has no attribute 'nothing'")
 
 
 def test_xpos_reach_is_the_fastest_pairs() -> None:

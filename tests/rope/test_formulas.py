@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from prerope.rope import frequencies
+from prerope.rope.methods import resolve
+from prerope.rope.reading import UNBOUNDED
+from prerope.rope.registry import METHODS
+from prerope.rope.spec import RopeSpec
 
-from rope import frequencies
-from rope.methods import resolve
-from rope.reading import UNBOUNDED
-from rope.registry import METHODS
-from rope.spec import RopeSpec
 from tests.rope import published
 from tests.rope.published import trained
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from prerope.rope import frequencies
+from prerope.rope.methods import resolve
+from prerope.rope.reading import PositionMethod
+from prerope.rope.scores import method_scores
+from prerope.rope.spec import RopeSpec
 
-from rope import frequencies
-from rope.methods import resolve
-from rope.reading import PositionMethod
-from rope.scores import method_scores
-from rope.spec import RopeSpec
 from tests.rope.published import trained
 
 DYNAMIC = ("dynamic_linear", "dynamic_ntk", "dynamic_yarn", "dynamic_leaky")

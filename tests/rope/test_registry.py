@@ -6,13 +6,13 @@ import json
 from itertools import combinations
 
 import pytest
+from prerope.rope.frequencies import Rotary
+from prerope.rope.methods import canonical_name, method_table, resolve
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.reading import MethodError, PositionMethod
+from prerope.rope.registry import METHODS
+from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 
-from rope.frequencies import Rotary
-from rope.methods import canonical_name, method_table, resolve
-from rope.model_positions import ModelPositions, resolve_model
-from rope.reading import MethodError, PositionMethod
-from rope.registry import METHODS
-from rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from tests.rope.published import longrope_trained, trained
 
 WINDOWED = [name for name, entry in METHODS.items() if entry.windowed and name != "streaming"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from prerope.rope.rotation import rotate, table
 from torch import Tensor
-
-from rope.rotation import rotate, table
 
 HEAD_DIM = 16
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from rope.methods import method_table, resolve
-from rope.show import EXAMPLE, FOLDER, UNREAD, draw, example, main, page, seen
-from rope.spec import RopeSpec
+from prerope.rope.methods import method_table, resolve
+from prerope.rope.show import EXAMPLE, FOLDER, UNREAD, draw, example, main, page, seen
+from prerope.rope.spec import RopeSpec
 
 LENGTH = 3000
 

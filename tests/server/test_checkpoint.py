@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from server import checkpoint
-from server.checkpoint import Checkpoint, checkpoint_name, resolve_checkpoint
-from server.errors import ConfigurationError
-from server.tokenizer import Tokenizer
+from prerope.server.errors import ConfigurationError
+from prerope.server.models import checkpoint
+from prerope.server.models.checkpoint import Checkpoint, checkpoint_name, resolve_checkpoint
+from prerope.server.tokenizer import Tokenizer
 
 PIECES = ["<|endoftext|>", "<|im_end|>", "Ċ", "ĊĊ", "1", "2", "a", "Ġ"]
 MERGES = ["Ċ Ċ"]

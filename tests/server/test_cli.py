@@ -1,4 +1,4 @@
-"""`python -m server` as a process: what it prints, how it ends, and with which exit code."""
+"""`python -m prerope.server` as a process: what it prints, how it ends, and with which exit code."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from typing import NoReturn
 
 import httpx
 import pytest
-
-from server import __main__ as entry
-from server.flags import environment_table
-from server.http_server import CLOSE_GRACE_S
-from server.settings import SPIN_COUNT, Settings
+from prerope.server import __main__ as entry
+from prerope.server.flags import environment_table
+from prerope.server.http import CLOSE_GRACE_S
+from prerope.server.settings import SPIN_COUNT, Settings
 
 ROOT = Path(__file__).parent.parent.parent
 INHERITED = ("PATH", "CUDA_VISIBLE_DEVICES")
@@ -90,7 +89,9 @@ def test_a_wrong_setting_stops_the_start_with_one_line() -> None:
 def test_an_unknown_flag_stops_the_start_with_one_line() -> None:
     code, _, err = run("--prot", "80")
     assert code == 2
-    assert err.splitlines() == ["prerope: there is no flag --prot; did you mean --port. See python -m server --help."]
+    assert err.splitlines() == [
+        "prerope: there is no flag --prot; did you mean --port. See python -m prerope.server --help."
+    ]
 
 
 def test_a_taken_port_stops_the_start_with_one_line() -> None:
@@ -131,7 +132,7 @@ def test_waiting_threads_soon_sleep_and_what_was_imported_is_not_looked_through_
     def create_app(_settings: Settings) -> NoReturn:
         raise Reached
 
-    monkeypatch.setattr("server.app.create_app", create_app)
+    monkeypatch.setattr("prerope.server.app.create_app", create_app)
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

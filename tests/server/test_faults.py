@@ -21,11 +21,11 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import torch
+from prerope.server.api import generate
+from prerope.server.api.stream.transcript import Transcript
+from prerope.server.engine.async_engine import AsyncEngine
+from prerope.server.tokenizer import Tokenizer
 
-import server.api.generate
-from server.api.transcript import Transcript
-from server.engine.async_engine import AsyncEngine
-from server.tokenizer import Tokenizer
 from tests.faults import Faults, Point
 from tests.server.test_cli import free_port, start, wait_for
 
@@ -170,7 +170,7 @@ def test_a_reply_that_fails_before_it_begins(
     def broken(_: object) -> None:
         raise RuntimeError("no stream today")
 
-    monkeypatch.setattr(server.api.generate, "event_stream", broken)
+    monkeypatch.setattr(generate, "event_stream", broken)
     faults.forward.slow_down(0.01)
     before = engine.stats().generation_tokens
     assert http.post(GENERATE, json=BODY | {"stream": True, "max_tokens": 400}).status_code == 500
@@ -252,7 +252,7 @@ def asking(url: str, body: dict[str, Any], path: str = GENERATE) -> Iterator[soc
 
 def shares_in_use(serve_module: Any, url: str) -> int:
     """What the server counts for its keys."""
-    from server.api.lease import HoldLease
+    from prerope.server.api.auth.allowance import HoldLease
 
     layer = serve_module.running(url).app.middleware_stack
     while not isinstance(layer, HoldLease):

@@ -10,10 +10,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from server.checkpoint import Checkpoint
-from server.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

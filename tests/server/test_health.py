@@ -10,9 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-
-import server.service
-from server.engine.engine import Engine
+from prerope.server import service as app_service
+from prerope.server.engine.engine import Engine
 
 BODY = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
 
@@ -58,13 +57,13 @@ def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
 def loading_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Loading stops at its first step until the event is set."""
     release = threading.Event()
-    resolve = server.service.resolve_checkpoint
+    resolve = app_service.resolve_checkpoint
 
     def held(*args: Any, **kwargs: Any) -> Any:
         release.wait(60)
         return resolve(*args, **kwargs)
 
-    monkeypatch.setattr(server.service, "resolve_checkpoint", held)
+    monkeypatch.setattr(app_service, "resolve_checkpoint", held)
     yield release
     release.set()
 
@@ -101,7 +100,7 @@ def test_when_the_engine_dies_requests_fail_and_the_process_ends_for_its_supervi
         assert "secret" not in str(error)
     eventually(lambda: running.http.failure is not None)
     assert "out of memory" in str(running.http.failure)
-    with pytest.raises(server.service.EngineUnavailable, match="stopped"):
+    with pytest.raises(app_service.EngineUnavailable, match="stopped"):
         running.service.require_ready()
     eventually(lambda: not running._thread.is_alive())
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+from prerope.server.api.limits import prefix_salt
 
-from server.api.admission import prefix_salt
 from tests.faulty_server import QUOTED
 from tests.server.test_cli import ROOT, free_port, start, wait_for
 from tests.server.test_errors import BAD_VALUES
@@ -232,16 +232,17 @@ def test_no_error_shows_a_path_or_a_traceback(drive: Drive, tiny_checkpoint: Pat
 
 def test_while_it_loads_no_path_is_shown(serve: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """/ready says what loading does; each stage is looked at."""
-    import server.service
+
+    from prerope.server import service
 
     stages: list[str] = []
-    report: Callable[[Any, str], None] = server.service.Service.report
+    report: Callable[[Any, str], None] = service.Service.report
 
     def noted(self: Any, stage: str) -> None:
         stages.append(stage)
         report(self, stage)
 
-    monkeypatch.setattr(server.service.Service, "report", noted)
+    monkeypatch.setattr(service.Service, "report", noted)
     serve(model_id=str(tiny_checkpoint))
     assert len(stages) >= 4
     for stage in stages:

@@ -15,16 +15,16 @@ from typing import Any
 
 import httpx
 import pytest
+from prerope.server.api.auth import keys as auth_keys
+from prerope.server.api.auth.allowance import Allowance, Lease
+from prerope.server.api.auth.keys import KeyRing
+from prerope.server.config import EngineConfig
+from prerope.server.engine.info import Backlog
+from prerope.server.engine.limits import check_room, retry_after_s
+from prerope.server.errors import ConfigurationError, InvalidRequest, KeyBusy, QueueFull
+from prerope.server.flags import load_settings
+from prerope.server.tokenizer import Tokenizer
 
-import server.api.keys
-from server.api.keys import KeyRing
-from server.api.lease import Allowance, Lease
-from server.engine.config import EngineConfig
-from server.engine.info import Backlog
-from server.engine.refusals import check_room, retry_after_s
-from server.errors import ConfigurationError, InvalidRequest, KeyBusy, QueueFull
-from server.flags import load_settings
-from server.tokenizer import Tokenizer
 from tests.faults import Faults
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
@@ -112,7 +112,7 @@ def test_keys_are_compared_whole_and_all_of_them(monkeypatch: pytest.MonkeyPatch
         compared.append((len(a), len(b)))
         return compare(a, b)
 
-    monkeypatch.setattr(server.api.keys.hmac, "compare_digest", counted)
+    monkeypatch.setattr(auth_keys.hmac, "compare_digest", counted)
     ring = KeyRing(["a", "bb" * 50, "ccc"])
     for given in (b"a", b"nobody's", b"", b"x" * 10_000):
         compared.clear()
@@ -137,7 +137,7 @@ def test_a_key_file_must_hold_keys_at_the_start(tmp_path: Path) -> None:
 def test_keys_of_the_variable_and_of_the_file(
     serve: Any, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.api.keys, "REREAD_S", 0.0)
+    monkeypatch.setattr(auth_keys, "REREAD_S", 0.0)
     file = tmp_path / "keys"
     write_keys(file, "from-file\nschlüssel\n")
     url = serve(model_id=str(tiny_checkpoint), api_key="from-variable", api_key_file=file)

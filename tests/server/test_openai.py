@@ -11,10 +11,9 @@ import openai
 import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from server.checkpoint import Checkpoint
-from server.tokenizer import Tokenizer
 
 MODEL = "tiny-llama"
 PROMPT = "The quick brown fox jumps over the lazy dog, and then"

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-
-from server.errors import ConfigurationError
-from server.flags import allowed_text, environment_table, load_settings
-from server.settings import Settings
+from prerope.server.errors import ConfigurationError
+from prerope.server.flags import allowed_text, environment_table, load_settings
+from prerope.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import torch
+from prerope.server.models.checkpoint import Checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from server.checkpoint import Checkpoint
 from tests.conftest import Servers
 
 PROMPTS = {

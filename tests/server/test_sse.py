@@ -8,9 +8,8 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-
-from server.api import sse
-from server.errors import EngineFailure
+from prerope.server.api.stream import sse
+from prerope.server.errors import EngineFailure
 
 
 async def sent(source: AsyncGenerator[Any, None], *, disconnect_after: int | None = None) -> str:

@@ -12,10 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-
-from server.engine.async_engine import AsyncEngine
-from server.engine.engine import Engine
-from server.engine.outputs import TokenOutput
+from prerope.server.engine.async_engine import AsyncEngine
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import TokenOutput
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then"
 LONG = [10 + i % 1000 for i in range(450)]

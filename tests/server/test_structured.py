@@ -19,11 +19,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.structured.compile import MAX_COMPILED, MAX_GRAMMAR_CHARS, Grammars, GrammarText
+from prerope.server.tokenizer import TextStream, Tokenizer
 from pydantic import BaseModel, Field
-
-from server.checkpoint import Checkpoint
-from server.grammars import MAX_COMPILED, MAX_GRAMMAR_CHARS, Grammars, GrammarText
-from server.tokenizer import TextStream, Tokenizer
 
 MODEL = "tiny-llama"
 MESSAGES: list[Any] = [{"role": "user", "content": "Tell me of a city."}]

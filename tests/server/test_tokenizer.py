@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from prerope.server.errors import ConfigurationError, InvalidRequest
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import TextStream, Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
-
-from server.checkpoint import Checkpoint
-from server.errors import ConfigurationError, InvalidRequest
-from server.tokenizer import TextStream, Tokenizer
 
 HARD_TEXT = "naïve 👩‍👩‍👧‍👦 e\u0301\u0323 पाठ 日本語 ₿ \u200b\ufffd 𝔘𝔫𝔦 12345\n\n1\t é"
 

@@ -20,15 +20,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
-
-from server.api.generation import Piece
-from server.api.openai_chat import _Writer
-from server.api.openai_schemas import ChatRequest
-from server.api.tool_calls import ToolCallReader, joined
-from server.api.tools import HERMES, LLAMA, MISTRAL, SMOLLM2, ToolFormat, ToolUse, format_of
-from server.checkpoint import Checkpoint
-from server.engine.outputs import FinishReason
-from server.tokenizer import Tokenizer
+from prerope.server.api.chat.tool_calls import ToolCallReader, joined
+from prerope.server.api.chat.tools import HERMES, LLAMA, MISTRAL, SMOLLM2, ToolFormat, ToolUse, format_of
+from prerope.server.api.openai.chat import _Writer
+from prerope.server.api.openai.schemas import ChatRequest
+from prerope.server.api.stream.generation import Piece
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import Tokenizer
 
 MODEL = "tiny-tools"
 MESSAGES: list[Any] = [{"role": "user", "content": "How warm is it in Paris?"}]

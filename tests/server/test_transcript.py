@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from server.api.transcript import Token, Transcript
-from server.checkpoint import Checkpoint
-from server.engine.outputs import TokenLogprobs
-from server.tokenizer import Tokenizer
+from prerope.server.api.stream.transcript import Token, Transcript
+from prerope.server.engine.outputs import TokenLogprobs
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

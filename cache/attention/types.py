@@ -1,0 +1,77 @@
+"""What attention is given: `AttentionMetadata`, one step's plan, and `AttentionOptions`, what one layer asks for.
+
+The plan is shared by all layers: which packed rows belong to which sequence, where their new K and V go, and which
+position method reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prerope.rope.model import ModelPositions
+from prerope.rope.reading import PositionMethod
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """The rows of one sequence in a step: `count` of them from packed row `first`, at positions `start`, `start` + 1, …
+
+    block_table: [blocks] int64, on the host whatever the device: where positions 0 … start + count − 1 live.
+    """
+
+    first: int
+    count: int
+    start: int
+    block_table: Tensor
+    positions: ModelPositions
+
+    @property
+    def length(self) -> int:
+        """Keys that the last row reads."""
+        return self.start + self.count
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One step.
+
+    Attributes:
+        sequences: in packed order.
+        slot_mapping: [T] int64: block·block_size + offset, where each packed row's K and V are stored.
+        plans: what a backend works out once a step, whatever the layer; keyed by the backend.
+    """
+
+    sequences: list[SequenceRows]
+    slot_mapping: Tensor
+    block_size: int
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return sum(sequence.count for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """One layer.
+
+    Attributes:
+        scale: on the scores.
+        group: the rotary group whose method reads this layer's keys; None: the layer has no positions.
+        sliding_window: row i reads keys with i − j < sliding_window only; None reads all.
+        softcap: c·tanh(score/c); None is off.
+        sinks: [Hq] logits that take part in the softmax and carry no value; None is off.
+    """
+
+    scale: float
+    group: str | None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def method(self, sequence: SequenceRows) -> PositionMethod | None:
+        return None if self.group is None else sequence.positions.methods[self.group]

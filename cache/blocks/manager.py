@@ -1,0 +1,123 @@
+"""KVCacheManager: block tables. Decides which blocks hold which tokens of which sequence; touches no tensor.
+
+A sequence here is anything with a block table, token ids and a `PrefixHasher` (see `Cacheable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from prerope.cache.blocks.pool import BlockPool
+from prerope.cache.blocks.prefix import PrefixHasher
+
+
+class BlockTable(list[int]):
+    """Blocks of one sequence, in order. It only grows: a sequence that lets go of its blocks gets a new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._array = np.empty(8, dtype=np.int64)
+        self._num_copied = 0
+
+    def head(self, count: int) -> NDArray[np.int64]:
+        """The first `count` as a view of an array that is extended, not made anew: what was given never changes."""
+        if count > self._num_copied:
+            if len(self) > len(self._array):
+                copied = self._array[: self._num_copied]
+                self._array = np.empty(2 * len(self), dtype=np.int64)
+                self._array[: self._num_copied] = copied
+            self._array[self._num_copied : len(self)] = self[self._num_copied :]
+            self._num_copied = len(self)
+        return self._array[:count]
+
+
+class Cacheable(Protocol):
+    """What the cache needs of a sequence."""
+
+    block_table: BlockTable
+    token_ids: list[int]
+    num_computed_tokens: int
+    hasher: PrefixHasher
+
+    @property
+    def num_reusable_tokens(self) -> int: ...
+
+
+class KVCacheManager:
+    """Allocation, prefix reuse and release over one `BlockPool`."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the whole cache can hold."""
+        return self.pool.num_blocks * self.block_size
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def take_prefix(self, sequence: Cacheable) -> int:
+        """Start a sequence on the cached blocks of its beginning, as far as it may reuse them; returns their tokens."""
+        assert not sequence.block_table
+        blocks = self._cached_blocks(sequence)
+        self.pool.share(blocks)
+        sequence.block_table.extend(blocks)
+        sequence.num_computed_tokens = len(blocks) * self.block_size
+        self.queried_tokens += len(sequence.token_ids)
+        self.hit_tokens += sequence.num_computed_tokens
+        return sequence.num_computed_tokens
+
+    def blocks_to_admit(self, sequence: Cacheable) -> int:
+        """Free blocks that computing all tokens known so far would use up, cached ones it would take back included."""
+        cached = self._cached_blocks(sequence)
+        held = sum(not self.pool.is_free(block) for block in cached)
+        return self.blocks_for(len(sequence.token_ids)) - held
+
+    def _cached_blocks(self, sequence: Cacheable) -> list[int]:
+        if not self.prefix_caching:
+            return []
+        blocks = []
+        usable = sequence.num_reusable_tokens // self.block_size
+        for block_hash in sequence.hasher.extend(sequence.token_ids)[:usable]:
+            block = self.pool.find(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def grow(self, sequence: Cacheable, num_tokens: int) -> bool:
+        """Make the block table reach `num_tokens` tokens; False, and nothing changed, when too few blocks are free."""
+        missing = self.blocks_for(num_tokens) - len(sequence.block_table)
+        if missing > self.pool.num_free:
+            return False
+        if missing > 0:
+            sequence.block_table.extend(self.pool.allocate(missing))
+        return True
+
+    def remember(self, sequence: Cacheable, start: int, stop: int | None = None) -> None:
+        """Make findable the blocks that tokens `start` … `stop` − 1 filled, computed and known; None: all computed."""
+        stop = sequence.num_computed_tokens if stop is None else stop
+        first, full = start // self.block_size, stop // self.block_size
+        if not self.prefix_caching or first == full:
+            return
+        hashes = sequence.hasher.extend(sequence.token_ids, stop)
+        for block, block_hash in zip(sequence.block_table[first:full], hashes[first:full], strict=True):
+            self.pool.remember(block, block_hash)
+
+    def release(self, sequence: Cacheable) -> None:
+        """Let go of all blocks of a sequence; what they cached stays findable until they are reused."""
+        self.pool.release(sequence.block_table)
+        sequence.block_table = BlockTable()
+        sequence.num_computed_tokens = 0
+
+    def check_integrity(self, sequences: Iterable[Cacheable]) -> None:
+        """Assert that blocks and the block tables of all live sequences agree."""
+        self.pool.check_integrity([sequence.block_table for sequence in sequences])

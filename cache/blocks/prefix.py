@@ -1,0 +1,39 @@
+"""Chained hashes of full blocks: equal hashes mean equal K and V in every layer.
+
+    h(b) = H( h(b−1), tokens of b, seed of b )          h(−1) = H( salt )
+
+K and V above the first layer depend on the position method, so each block's seed is the digest of the resolved method,
+except where the block lies wholly in the rows that the method reads plainly (`ModelPositions.block_seed`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+
+from prerope.rope.model import ModelPositions
+
+
+class PrefixHasher:
+    """The hash chain of one sequence, extended as its tokens become known. Append-only."""
+
+    def __init__(self, block_size: int, positions: ModelPositions, salt: str) -> None:
+        self._block_size = block_size
+        self._positions = positions
+        self._root = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        self.hashes: list[bytes] = []
+
+    def extend(self, token_ids: Sequence[int], num_known: int | None = None) -> list[bytes]:
+        """Hashes of all full blocks of `token_ids`, which begins with the tokens of the last call.
+
+        num_known: only so many of them are known yet; None is all.
+        """
+        size = self._block_size
+        for index in range(len(self.hashes), (len(token_ids) if num_known is None else num_known) // size):
+            end = (index + 1) * size
+            h = hashlib.blake2b(self.hashes[-1] if self.hashes else self._root, digest_size=16)
+            h.update(array("q", token_ids[index * size : end]).tobytes())
+            h.update(self._positions.block_seed(end))
+            self.hashes.append(h.digest())
+        return self.hashes

@@ -1,0 +1,1 @@
+"""Attention on the CPU: single rows and chunks through C kernels, torch where there are none."""

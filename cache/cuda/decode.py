@@ -1,0 +1,206 @@
+"""Single rows on the GPU: what the decode kernel needs, in a few array operations, however many rows there are.
+
+Rows that share a reading differ in their position alone: the kernel works out which keys a row reads. So a record a
+reading and part is enough, copied to its rows. Everything is laid out in one buffer whose shape, a `RowLayout`, says
+all that the kernel is compiled for. A step sends the buffer in one copy; a CUDA graph keeps one of its own, and a step
+with the same layout is replayed by copying into it. Rows that fill a graph up read no key, and their result is zero.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prerope.cache.attention.types import AttentionMetadata
+from prerope.cache.cuda.plan import (
+    NO_READ,
+    Buffer,
+    CudaPlan,
+    Ints,
+    PlanKey,
+    Tables,
+    sent_block_tables,
+    step_of,
+    still,
+    tables_of,
+)
+from prerope.cache.cuda.tables import LONGEST, KeyMap, places_of
+from prerope.cache.cuda.transfer import send
+from prerope.rope.reading import AngleMap, Part, PositionMethod, Reading
+from torch import Tensor
+
+FoundSlots = tuple[dict[KeyMap, int], dict[AngleMap, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """rows: tiles of a row each, those that fill up included; packed_rows: of the whole step."""
+
+    key: PlanKey
+    rows: int
+    packed_rows: int
+    num_parts: int
+    rotary_dim: int
+    interleaved: bool
+    grouped: bool
+    fades: bool
+
+    @property
+    def buffer(self) -> Buffer:
+        parts = (self.rows, self.num_parts)
+        return Buffer(
+            (
+                ("tiles", (self.rows, 5), False),
+                ("reads", (*parts, len(NO_READ)), False),
+                ("places", parts, False),
+                ("slots", parts, False),
+                ("factors", parts, True),
+                ("row_scale", (self.packed_rows,), True),
+            )
+        )
+
+    def tables(self, device: torch.device) -> Tables:
+        return tables_of(device, self.rotary_dim, self.key.tile)
+
+    def filled_up(self, rows: int) -> RowLayout:
+        """For a step of nothing but these rows, and more that read nothing."""
+        return replace(self, rows=rows, packed_rows=rows)
+
+    def plan(self, buffer: Tensor, blocks: Tensor) -> CudaPlan:
+        """From the buffer on the device. What is computed here is computed there, so a graph that is captured around
+        it follows the buffer."""
+        views, tables = self.buffer.device(buffer), self.tables(buffer.device)
+        return CudaPlan(
+            tiles=views["tiles"],
+            reads=views["reads"].view(-1, len(NO_READ)),
+            num_parts=self.num_parts,
+            turns=tables.queries.turns(*(views[name].flatten() for name in ("places", "slots", "factors"))),
+            base_turns=tables.keys.base_turns,
+            key_turns=tables.keys.key_turns,
+            decay=tables.keys.decay,
+            row_scale=views["row_scale"],
+            blocks=blocks,
+            rotary_dim=self.rotary_dim,
+            interleaved=self.interleaved,
+            grouped=self.grouped,
+            fades=self.fades,
+            spans=buffer[:0].view(0, 10),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SingleRows:
+    """The single rows of a step, as one rotary group reads them.
+
+    Attributes:
+        numbers, packed, positions: [N] of each: its sequence, its row of the step, where it stands.
+        readings: the distinct ones, and the rows that each is for.
+        scale: [N] c_i.
+        step: as in `Slots.find`.
+    """
+
+    layout: RowLayout
+    numbers: Ints
+    packed: Ints
+    positions: Ints
+    readings: list[tuple[Reading, NDArray[np.intp]]]
+    scale: NDArray[np.float64]
+    step: object
+
+    def find(self, tables: Tables) -> FoundSlots:
+        """Where the tables hold what keys and queries of these rows turn by: they do from now on."""
+        parts = [(part, reading.decay) for reading, _ in self.readings for part in reading.parts]
+        keys = [(part.key, decay) for part, decay in parts if not part.key.still or decay is not None]
+        found = tables.keys.find(keys, int(self.positions.max()) + 1, self.step)
+        return found, tables.queries.find([part.query for part, _ in parts], self.step)
+
+    def fill(self, layout: RowLayout, found: FoundSlots) -> Ints:
+        """The buffer of this layout, on the host."""
+        buffer, views = layout.buffer.host()
+        count, shape = len(self.positions), (layout.rows, layout.num_parts)
+        positions = np.zeros(layout.rows, dtype=np.int32)
+        positions[:count] = self.positions
+        rows = np.arange(layout.rows, dtype=np.int32)
+        tiles = views["tiles"]
+        tiles[:] = np.stack([rows * 0, rows, positions, rows * 0 + 1, rows], axis=1)
+        tiles[:count, 0], tiles[:count, 1] = self.numbers, self.packed
+        reads, places, slots, factors = (views[name] for name in ("reads", "places", "slots", "factors"))
+        reads[:] = NO_READ
+        key_slots, query_slots = found
+        for reading, own in self.readings:
+            for number, part in enumerate(reading.parts):
+                reads[own, number] = _record(layout.key, part, key_slots.get((part.key, reading.decay)))
+                places[own, number] = places_of(part.query, positions[own])
+                slots[own, number] = query_slots[part.query]
+                factors[own, number] = reading.attention_factor**2
+        # Where the kernel finds a row's turn: at the sum of this and its position.
+        reads[:, :, 5] = np.arange(layout.rows * layout.num_parts, dtype=np.int32).reshape(shape) - positions[:, None]
+        views["row_scale"][:] = 1.0
+        views["row_scale"][self.packed] = self.scale
+        return buffer
+
+
+def _record(key: PlanKey, part: Part, slot: int | None) -> tuple[int, ...]:
+    """`READ_FIELDS`, but for the turn, which is the row's own. slot None: keys as they lie in the cache."""
+    d_max = min(part.d_max, key.reach, LONGEST)
+    edges = max(part.first_key, 0), min(part.stop_key, LONGEST), min(max(part.d_min, 0), LONGEST), d_max
+    if slot is None:
+        return *edges, -1, 0, LONGEST, LONGEST // key.tile, 1, 0, 0
+    period = min(part.key.period or LONGEST, LONGEST)
+    return *edges, slot, 0, period, -(-period // key.tile), part.key.group, 0, 0
+
+
+def single_rows(metadata: AttentionMetadata, key: PlanKey) -> SingleRows:
+    """Of the sequences with a single row; there is at least one."""
+    sequences = metadata.sequences
+    numbers = [number for number, sequence in enumerate(sequences) if sequence.count == 1]
+    positions = np.array([sequences[number].start for number in numbers], dtype=np.int32)
+    methods = [key.method(sequences[number]) for number in numbers]
+    rotary = next((method.rotary for method in methods if method is not None), None)
+    rotary_dim = key.rotary_dim(rotary)
+    rows_of = defaultdict[Reading, list[int]](list)
+    for row, method in enumerate(methods):
+        reading = still(rotary_dim // 2) if method is None else method.reading_of(int(positions[row]))
+        rows_of[reading].append(row)
+    turning = [(part.key, reading.decay) for reading in rows_of for part in reading.parts]
+    layout = RowLayout(
+        key=key,
+        rows=len(numbers),
+        packed_rows=metadata.num_rows,
+        num_parts=max(1 if method is None else method.num_parts for method in set(methods)),
+        rotary_dim=rotary_dim,
+        interleaved=rotary is not None and rotary.interleaved,
+        grouped=any(angles.group > 1 for angles, _ in turning),
+        fades=any(decay is not None for _, decay in turning),
+    )
+    return SingleRows(
+        layout=layout,
+        numbers=np.array(numbers, dtype=np.int32),
+        packed=np.array([sequences[number].first for number in numbers], dtype=np.int32),
+        positions=positions,
+        readings=[(reading, np.array(own)) for reading, own in rows_of.items()],
+        scale=_scale(methods, positions),
+        step=step_of(metadata),
+    )
+
+
+def _scale(methods: Sequence[PositionMethod | None], positions: Ints) -> NDArray[np.float64]:
+    scale = np.ones(len(positions))
+    for method in {method for method in methods if method is not None and method.logn}:
+        own = [row for row, other in enumerate(methods) if other is method]
+        found = method.query_scale(torch.from_numpy(positions[own]))
+        assert found is not None
+        scale[own] = found.numpy()
+    return scale
+
+
+def plan_rows(metadata: AttentionMetadata, key: PlanKey, device: torch.device) -> CudaPlan:
+    """Of the sequences with a single row, in a step that no graph is for."""
+    rows = single_rows(metadata, key)
+    found = rows.find(rows.layout.tables(device))
+    buffer = send(rows.fill(rows.layout, found), device)
+    return rows.layout.plan(buffer, sent_block_tables(metadata, device))

@@ -1,0 +1,281 @@
+"""Prefill: chunks of many rows, of any number of sequences, packed.
+
+    turn_queries  the queries of each part at their angles, scaled
+    turn_keys     the keys of parts that turn, once a step and layer, into scratch; still parts' stay in the cache
+    prefill       one program a tile of rows and KV head: flash attention that knows no positions but i − j
+
+A program walks the parts of its run with one softmax that runs on, so nothing is merged. In each part the key tiles
+that all its rows see in full come first and are not masked; then those at an edge: i − j = w, or causality. Turning
+keys inside that loop instead does it again for every tile of rows, and takes more registers than there are.
+
+Scratch is bounded: a plan's passes and, in each, KV heads are taken one after the other as SCRATCH_BYTES asks for. Only
+the keys of one run and one KV head are never split.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from prerope.cache.attention.types import AttentionOptions
+from prerope.cache.cuda.plan import SCRATCH_BYTES, CudaPlan
+from prerope.cache.kernels.triton.launch import Config, arguments, constants, launch, padded, upright
+from prerope.cache.kernels.triton.read import (  # fmt: skip
+    LOG2E,
+    LOWEST,
+    READ_SIZE,
+    RECORDS,
+    VARIES,
+    capped,
+    load_dims,
+    load_turns,
+    number_of_block,
+    pair_dims,
+    place_of_tile,
+    read_instead,
+    rotate,
+    slot_in,
+    softmax_step,
+)
+from torch import Tensor
+
+SPAN_FIELDS = ("sequence", "low", "stop", "slot", "period", "cycle_tiles", "group", "scratch", "origin", "program")
+SPAN_SIZE = tl.constexpr(len(SPAN_FIELDS))
+
+
+def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = None) -> Config:
+    """The accumulator takes BLOCK_M·D/32/warps registers a thread, which bounds the rows of a tile. arch: as in decode.
+
+    Expected of sm_90 at 128 dims in bf16: 8 × 401 instructions a tile of 64 keys, so 800 cycles beside the 1,024 of its
+    wgmma products; keys and values of two tiles are on their way. Tiles of 128 keys spill, and of 64 where products
+    take both sides from registers.
+    """
+    if dtype == torch.float32:
+        return Config(block_m=max(32 if head_dim <= 128 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
+    if head_dim <= 128:
+        return Config(block_m=128, block_n=64 if upright(arch) or head_dim <= 64 else 32, num_warps=8, num_stages=3)
+    return Config(block_m=max(64, padded(group)), block_n=32, num_warps=8, num_stages=2)
+
+
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
+def turn_queries_kernel(
+    tiles, reads, query, turned_queries, turns, decay, row_scale, query_stride, num_rows, num_parts, scale,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    DECAY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, parts, KV heads). turned_queries: [parts, T, Hq, DIM], in base 2 where there is no soft-cap."""
+    record, part, kv_head = tiles + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
+    first_row, start, count, run = (
+        tl.load(record + 1), tl.load(record + 2), tl.load(record + 3), tl.load(record + 4),
+    )  # fmt: skip
+    read = reads + (run * num_parts + part) * READ_SIZE
+    if tl.load(read + 1) <= tl.load(read):  # no part of this run, so without turns
+        return
+    slot, turn, origin = tl.load(read + 4), tl.load(read + 5), tl.load(read + 10)
+    m = tl.arange(0, BLOCK_M)
+    row, head = m // GROUP, kv_head * GROUP + m % GROUP
+    packed = (first_row + row).to(tl.int64)
+    mask = (row < count)[:, None]
+    source = query + packed[:, None] * query_stride + head[:, None] * DIM
+    target = turned_queries + ((part * num_rows + packed) * (KV_HEADS * GROUP) + head)[:, None] * DIM
+    factor = tl.load(row_scale + packed, mask=row < count, other=0.0) * scale
+    if not SOFTCAP:
+        factor *= LOG2E
+    first_dims, second_dims, pair = pair_dims(ROTARY, HALF, INTERLEAVED)
+    pairs = pair < ROTARY // 2
+    both = mask & pairs[None, :]
+    first = tl.load(source + first_dims[None, :], mask=both, other=0.0).to(tl.float32) * factor[:, None]
+    second = tl.load(source + second_dims[None, :], mask=both, other=0.0).to(tl.float32) * factor[:, None]
+    cos, sin = load_turns(turns + (turn + start + row)[:, None] * ROTARY + pair[None, :], both, ROTARY)
+    if DECAY:
+        fade = tl.load(decay + tl.maximum(slot, 0) * (ROTARY // 2) + pair, mask=pairs, other=0.0)
+        fade = tl.exp((start + row - origin)[:, None] * fade[None, :])
+        cos, sin = cos * fade, sin * fade
+    first, second = rotate(first, second, cos, sin)
+    tl.store(target + first_dims[None, :], first.to(turned_queries.dtype.element_ty), mask=both)
+    tl.store(target + second_dims[None, :], second.to(turned_queries.dtype.element_ty), mask=both)
+    if REST > 0:
+        dims = ROTARY + tl.arange(0, REST)
+        rest_mask = mask & (dims < DIM)[None, :]
+        rest = tl.load(source + dims[None, :], mask=rest_mask, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(target + dims[None, :], rest.to(turned_queries.dtype.element_ty), mask=rest_mask)
+
+
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
+def turn_keys_kernel(
+    spans, keys, scratch, base_turns, key_turns, decay, blocks,
+    num_spans, first_head, scratch_heads, table_rows, max_blocks,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    DECAY: tl.constexpr, BLOCK_N: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    """Grid (key tiles of all spans, heads of this pass). scratch: [rows, scratch_heads, DIM]."""
+    program, head = tl.program_id(0), tl.program_id(1)
+    candidate = tl.arange(0, SPANS)
+    programs = tl.load(spans + candidate * SPAN_SIZE + 9, mask=candidate < num_spans, other=2**30)
+    span = spans + (tl.sum((programs <= program).to(tl.int32)) - 1) * SPAN_SIZE
+    sequence, low, stop, slot = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
+    period, cycle_tiles, group = tl.load(span + 4), tl.load(span + 5), tl.load(span + 6)
+    first_tile = low // period * cycle_tiles + low % period // BLOCK_N
+    base, tile_stop, phase = place_of_tile(first_tile + program - tl.load(span + 9), period, cycle_tiles, BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
+    j = base + n
+    inside = (j >= low) & (j < tl.minimum(tile_stop, stop))
+    block = tl.load(blocks + sequence * max_blocks + j // BLOCK_SIZE, mask=inside, other=0)
+    place = block.to(tl.int64) * BLOCK_SIZE + j % BLOCK_SIZE
+    source = keys + (place * KV_HEADS + first_head + head)[:, None] * DIM
+    target = scratch + ((j + tl.load(span + 7)).to(tl.int64) * scratch_heads + head)[:, None] * DIM
+    first_dims, second_dims, pair = pair_dims(ROTARY, HALF, INTERLEAVED)
+    pairs = pair < ROTARY // 2
+    both = inside[:, None] & pairs[None, :]
+    step = (phase * BLOCK_N + n) // group - phase * BLOCK_N // group
+    key_rows = key_turns + (slot * BLOCK_N + step)[:, None] * ROTARY + pair[None, :]
+    cos, sin = load_turns(key_rows, both, ROTARY)
+    base_cos, base_sin = load_turns(
+        base_turns + (slot.to(tl.int64) * table_rows + phase) * ROTARY + pair, pairs, ROTARY
+    )
+    cos, sin = rotate(cos, sin, base_cos[None, :], base_sin[None, :])
+    if DECAY:  # query and key both fade from the run's first row, so that neither overflows
+        fade = tl.load(decay + slot * (ROTARY // 2) + pair, mask=pairs, other=0.0)
+        fade = tl.exp((tl.load(span + 8) - j)[:, None] * fade[None, :])
+        cos, sin = cos * fade, sin * fade
+    first = tl.load(source + first_dims[None, :], mask=both, other=0.0).to(tl.float32)
+    second = tl.load(source + second_dims[None, :], mask=both, other=0.0).to(tl.float32)
+    first, second = rotate(first, second, cos, sin)
+    tl.store(target + first_dims[None, :], first.to(scratch.dtype.element_ty), mask=both)
+    tl.store(target + second_dims[None, :], second.to(scratch.dtype.element_ty), mask=both)
+    if REST > 0:
+        dims = ROTARY + tl.arange(0, REST)
+        rest_mask = inside[:, None] & (dims < DIM)[None, :]
+        tl.store(target + dims[None, :], tl.load(source + dims[None, :], mask=rest_mask), mask=rest_mask)
+
+
+@triton.jit
+def read_tiles(
+    first_tile, gap_tile, gap, num_tiles, query, position, acc, high, total,
+    source, stride, turned, scratch_shift, values, blocks, first_key, stop_key, d_min, d_max, softcap,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, DIMS: tl.constexpr, VALUES: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`num_tiles` key tiles from first_tile on, with a gap of `gap` tiles before gap_tile.
+
+    MASKED False: every row sees all keys of these tiles. Blocks are looked up a tile ahead, as in decode.
+    """
+    n = tl.arange(0, BLOCK_N)
+    dims, value_dims = tl.arange(0, DIMS), tl.arange(0, VALUES)
+    # Each row's keys: `count` from `low` on.
+    low = tl.maximum(first_key, position - d_max + 1)
+    count = tl.maximum(tl.minimum(stop_key, position - d_min + 1) - low, 0).to(tl.uint32)
+    j = first_tile * BLOCK_N + n
+    if MASKED:
+        j += tl.where(first_tile < gap_tile, 0, gap * BLOCK_N)
+    key = read_instead(j, first_key, stop_key) if MASKED else j
+    block = tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & (num_tiles > 0), other=0)
+    for index in tl.range(0, num_tiles, num_stages=STAGES):
+        slot = slot_in(block, key, BLOCK_SIZE)
+        row = tl.where(turned, key + scratch_shift, slot)
+        key_rows = source + (row.to(tl.int64) * stride)[:, None]
+        value_rows = values + (slot.to(tl.int64) * VALUE_STRIDE)[:, None]
+        keys = load_dims(key_rows, dims, dims, DIM, DIMS).to(DTYPE)
+        value = load_dims(value_rows, value_dims, value_dims, VALUE_DIM, VALUES).to(DTYPE)
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+        if SOFTCAP:
+            scores = capped(scores, softcap)
+        if MASKED:
+            seen = (j[None, :] - low[:, None]).to(tl.uint32) < count[:, None]  # both edges in one comparison
+            scores = tl.where(seen, scores, float("-inf"))
+        acc, high, total = softmax_step(scores, value, acc, high, total, PRECISION)
+        tile = first_tile + index + 1
+        if MASKED:
+            tile += tl.where(tile < gap_tile, 0, gap)
+        j = tile * BLOCK_N + n
+        key = read_instead(j, first_key, stop_key) if MASKED else j
+        block = tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & (index + 1 < num_tiles), other=0)
+    return acc, high, total
+
+
+@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
+def prefill_kernel(
+    tiles, reads, turned_queries, keys, scratch, values, blocks, sinks, out,
+    num_rows, first_head, scratch_heads, max_blocks, num_parts, softcap,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, VALUES: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, heads of this pass). out: [T, Hq, VALUE_DIM]."""
+    record, kv_head = tiles + tl.program_id(0) * 5, first_head + tl.program_id(1)
+    sequence, first_row, start = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    last, run = start + tl.load(record + 3) - 1, tl.load(record + 4)
+    m = tl.arange(0, BLOCK_M)
+    # Rows past the tile's last repeat it: they cost nothing more, and are not stored.
+    position = tl.minimum(start + m // GROUP, last)
+    head = kv_head * GROUP + m % GROUP
+    own = (first_row + position - start).to(tl.int64) * (KV_HEADS * GROUP) + head
+    dims = tl.arange(0, DIMS)
+    blocks += sequence * max_blocks
+    values += kv_head * VALUE_DIM
+    acc = tl.zeros([BLOCK_M, VALUES], tl.float32)
+    high = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for part in range(num_parts):
+        read = reads + (run * num_parts + part) * READ_SIZE
+        d_min, d_max = tl.load(read + 2), tl.load(read + 3)
+        turned, scratch_shift = tl.load(read + 4) >= 0, tl.load(read + 9)
+        first_key = tl.maximum(tl.load(read), start - d_max + 1)
+        stop_key = tl.minimum(tl.load(read + 1), last - d_min + 1)
+        first_tile, stop_tile = first_key // BLOCK_N, (stop_key + BLOCK_N - 1) // BLOCK_N
+        full_low, full_stop = tl.maximum(first_key, last - d_max + 1), tl.minimum(stop_key, start - d_min + 1)
+        gap_tile = (full_low + BLOCK_N - 1) // BLOCK_N
+        gap = tl.maximum(tl.maximum(full_stop, 0) // BLOCK_N - gap_tile, 0)
+        edges = tl.where(first_key < stop_key, stop_tile - first_tile - gap, 0)
+        part_rows = turned_queries + part * num_rows.to(tl.int64) * (KV_HEADS * GROUP * DIM)
+        query = tl.load(part_rows + own[:, None] * DIM + dims[None, :], mask=(dims < DIM)[None, :], other=0.0).to(DTYPE)
+        source = tl.where(turned, scratch + tl.program_id(1) * DIM, keys + kv_head * DIM)
+        stride = tl.where(turned, scratch_heads, KV_HEADS) * DIM
+        for masked in tl.static_range(2):
+            acc, high, total = read_tiles(
+                first_tile if masked else gap_tile, gap_tile, gap, edges if masked else gap,
+                query, position, acc, high, total,
+                source, stride, turned, scratch_shift, values, blocks, first_key, stop_key, d_min, d_max, softcap,
+                DIM, VALUE_DIM, KV_HEADS * VALUE_DIM, BLOCK_SIZE, BLOCK_N, DIMS, VALUES,
+                masked == 1, SOFTCAP, DTYPE, PRECISION, STAGES,
+            )  # fmt: skip
+    if SINKS:
+        total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - high)
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    dim = tl.arange(0, VALUES)
+    mask = (start + m // GROUP <= last)[:, None] & (dim < VALUE_DIM)[None, :]
+    tl.store(out + own[:, None] * VALUE_DIM + dim[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
+def prefill(
+    query: Tensor, keys: Tensor, values: Tensor, plan: CudaPlan, options: AttentionOptions, out: Tensor
+) -> None:
+    """Rows of the tiles of `plan` into their places in out [T, Hq, Dv]."""
+    heads, kv_heads, dim = query.shape[1], keys.shape[2], keys.shape[3]
+    own = config(heads // kv_heads, dim, keys.dtype)
+    fixed = constants(query, keys, values, plan, options, own)
+    given = arguments(query, keys, values, plan, options, out) | {
+        "turned_queries": torch.empty(plan.num_parts, len(query), heads, dim, dtype=keys.dtype, device=query.device),
+    }
+    launch(turn_queries_kernel, (len(plan.tiles), plan.num_parts, kv_heads), given, fixed)
+    row_bytes = dim * keys.dtype.itemsize
+    heads_of = [max(1, min(kv_heads, SCRATCH_BYTES // (max(1, one.scratch_rows) * row_bytes))) for one in plan.passes]
+    size = max(max(1, one.scratch_rows) * count for one, count in zip(plan.passes, heads_of, strict=True))
+    given["scratch"] = torch.empty(size, dim, dtype=keys.dtype, device=query.device)
+    for one, pass_heads in zip(plan.passes, heads_of, strict=True):
+        num_spans, num_tiles = one.stop_span - one.first_span, one.stop_tile - one.first_tile
+        fixed["SPANS"] = triton.next_power_of_2(num_spans + 1)
+        given |= {
+            "tiles": plan.tiles[one.first_tile : one.stop_tile],
+            "spans": plan.spans[one.first_span : one.stop_span],
+            "num_spans": num_spans,
+            "scratch_heads": pass_heads,
+        }
+        for first_head in range(0, kv_heads, pass_heads):
+            given["first_head"], now = first_head, min(pass_heads, kv_heads - first_head)
+            if one.key_programs:
+                launch(turn_keys_kernel, (one.key_programs, now), given, fixed)
+            launch(prefill_kernel, (num_tiles, now), given, fixed, own.num_warps)

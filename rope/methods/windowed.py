@@ -1,0 +1,232 @@
+"""Methods that keep the model's own frequencies and change positions past a window: no distance is one it never saw.
+
+Let θ be the model's own. Near keys keep their exact distance; what a far key sees is each method's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from prerope.rope.reading import AngleMap, MethodError, Part, Reading, Rule, bucketed, everywhere, plain_reading
+from prerope.rope.registry import Target, method, own_rule
+from torch import Tensor
+
+MAX_GROUP = 65536
+JAGGED_BLOCK = 128
+STREAMING_SINKS = 4
+
+
+@method(
+    "rerope",
+    source="Su 2023, spaces.ac.cn 9708",
+    use="Endless contexts: no distance ever passes the window. The cheapest decode, since far keys are not rotated.",
+    takes=("window",),
+)
+def _rerope(t: Target) -> Rule:
+    """min(d, w): far keys are read raw."""
+    own, window = _own_reading(t), _window(t)
+    reading = _leaky_reading(own, window, torch.zeros_like(own.theta))
+    return Rule({"window": window}, lambda _run: reading, warning=_warning(window, t))
+
+
+@method(
+    "jagged_rerope",
+    source="Su 2023, spaces.ac.cn 9708 (comments)",
+    use="ReRoPE where a kernel should never compute a tile twice. It differs by up to a block of exact distances.",
+    takes=("window", "group"),
+)
+def _jagged_rerope(t: Target) -> Rule:
+    """ReRoPE whose far part ends on a block edge: j < B·⌊(i−w+1)/B⌋. Rows come in runs of B that share the edge."""
+    own, window = _own_reading(t), _window(t)
+    block = _group(t, lambda: min(JAGGED_BLOCK, t.train_length - window))
+    if window + block > t.train_length:
+        raise MethodError(
+            f"group (ROPE_GROUP) is {block}: jagged_rerope reads up to window + group tokens at their exact distance, "
+            f"so it must be at most {t.train_length - window}, the trained length less the window (ROPE_WINDOW)"
+        )
+    near, far_query, still = AngleMap(own.theta), _still(own, offset=window), _still(own)
+
+    def reading(run_end: int) -> Reading:
+        edge = run_end - window + 1 - block
+        parts = (Part(near, near, first_key=edge), Part(far_query, still, stop_key=edge))
+        return Reading(parts if edge > 0 else (Part(near, near),), own.attention_factor)
+
+    def run_end(position: int) -> int:
+        return max(1, (position - window + 1) // block + 1) * block + window - 1
+
+    return Rule({"window": window, "group": block}, reading, run_end, _warning(window, t))
+
+
+@method(
+    "leaky_rerope",
+    source="Su 2023, spaces.ac.cn 9708",
+    use="A known longest prompt: choose k so that w + (n−w)/k stays inside the trained length.",
+    takes=("window", "leak"),
+)
+def _leaky_rerope(t: Target) -> Rule:
+    """w + (d−w)/k past the window."""
+    own, window = _own_reading(t), _window(t)
+    leak = 16.0 if t.spec.leak is None else t.spec.leak
+    if not leak >= 1:
+        raise MethodError(f"leak (ROPE_LEAK) is {leak}: it must be at least 1, the tokens that share a far position")
+    reading = _leaky_reading(own, window, own.theta / leak)
+    return Rule({"window": window, "leak": leak}, lambda _run: reading, warning=_warning(window, t))
+
+
+@method(
+    "dynamic_leaky",
+    source="PreRoPE",
+    use="The default past the trained length: nothing to choose, and no method measured here is surely better.",
+    takes=("window",),
+)
+def _dynamic_leaky(t: Target) -> Rule:
+    """Leaky ReRoPE with k = max(1, (n−w)/(L−w)): each row's farthest key sits exactly at L."""
+    own, window, trained = _own_reading(t), _window(t), t.train_length
+
+    def reading(n: int) -> Reading:
+        leak = max(1.0, (n - window) / (trained - window))
+        # Inside the trained length it is rope, and costs what rope costs.
+        return own if leak == 1.0 else _leaky_reading(own, window, own.theta / leak)
+
+    return Rule({"window": window}, reading, bucketed(trained), _warning(window, t))
+
+
+@method(
+    "self_extend",
+    source="Jin 2024, arXiv 2401.01325",
+    use="To compare with LongLM. Far order inside a group is lost; leaky_rerope keeps it.",
+    takes=("window", "group"),
+)
+def _self_extend(t: Target) -> Rule:
+    """⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋ past the window: LongLM's grouped attention."""
+    own, window = _own_reading(t), _window(t)
+    group = _group(t, lambda: _fitting_group(window, t))
+    far_query = AngleMap(own.theta, group=group, shift=window - window // group)
+    reading = _two_parts(own, window, far_query, AngleMap(own.theta, group=group))
+    parameters = {"window": window, "group": group}
+    return Rule(parameters, lambda _run: own if group == 1 else reading, warning=_warning(window, t))
+
+
+@method(
+    "dual_chunk",
+    source="An 2024, arXiv 2402.17463",
+    use="To compare with ChunkLlama, and models that were tuned with it (Qwen2.5-1M).",
+    takes=("window",),
+)
+def _dual_chunk(t: Target) -> Rule:
+    """Chunks of s = L − w. Keys at j mod s; queries at i mod s, min(i mod s + s, L−1), L−1 for own, last, older."""
+    own, window = _own_reading(t), _window(t)
+    size, last = t.train_length - window, t.train_length - 1
+    inside = AngleMap(own.theta, period=size)
+    successive = AngleMap(own.theta, period=size, shift=size, cap=last)
+    older = AngleMap(own.theta, shift=last, cap=last)
+
+    def reading(run_end: int) -> Reading:
+        begin = run_end - size
+        parts = [Part(inside, inside, first_key=begin)]
+        if begin > 0:
+            parts.append(Part(successive, inside, first_key=begin - size, stop_key=begin))
+        if begin > size:
+            parts.append(Part(older, inside, stop_key=begin - size))
+        return Reading(tuple(parts), own.attention_factor)
+
+    return Rule({"window": window, "chunk": size}, reading, lambda i: size * (i // size + 1), _warning(window, t))
+
+
+@method(
+    "streaming",
+    source="Xiao 2023, arXiv 2309.17453 (StreamingLLM)",
+    use="Endless chats where only the recent past matters. What lies between sinks and window is never read.",
+    takes=("window", "sinks"),
+)
+def _streaming(t: Target) -> Rule:
+    """The last w keys at their exact distance, the first S as if right before them; none between is read."""
+    own = _own_reading(t)
+    sinks = STREAMING_SINKS if t.spec.sinks is None else t.spec.sinks
+    if not 0 <= sinks < t.train_length:
+        raise MethodError(f"sinks (ROPE_SINKS) is {sinks}: it must be between 0 and {t.train_length - 1}")
+    window = t.train_length - sinks if t.spec.window is None else t.spec.window
+    if not 0 < window <= t.train_length - sinks:
+        raise MethodError(
+            f"window (ROPE_WINDOW) is {window}: with {sinks} sinks (ROPE_SINKS) it must be between 1 and "
+            f"{t.train_length - sinks}, so that both fit the trained length"
+        )
+    near, capped = AngleMap(own.theta), AngleMap(own.theta, cap=sinks + window - 1)
+    recent = Part(near, near, first_key=sinks, d_max=window)
+    reading = Reading((recent, Part(capped, near, stop_key=sinks))[: 2 if sinks else 1], own.attention_factor)
+    full = sinks + window  # rows before this one still read every key
+    return Rule(
+        {"window": window, "sinks": sinks},
+        lambda run: own if run == full else reading,
+        lambda i: full if i < full else everywhere(i),
+    )
+
+
+# --- parts and parameters ---------------------------------------------------------------------------------------------
+
+
+def _leaky_reading(own: Reading, window: int, theta_far: Tensor) -> Reading:
+    """Far queries at (i−w)·θ_far + w·θ, which meets the near part at d = w, far keys at j·θ_far."""
+    far_query = AngleMap(theta_far, offset=window * own.theta - window * theta_far)
+    return _two_parts(own, window, far_query, AngleMap(theta_far))
+
+
+def _two_parts(own: Reading, window: int, far_query: AngleMap, far_key: AngleMap) -> Reading:
+    near = own.parts[0].key  # the same object in every run, so that its tables are made once
+    return Reading((Part(near, near, d_max=window), Part(far_query, far_key, d_min=window)), own.attention_factor)
+
+
+def _still(own: Reading, offset: int = 0) -> AngleMap:
+    """One angle for all positions: that of position `offset`."""
+    return AngleMap(torch.zeros_like(own.theta), offset=offset * own.theta if offset else None)
+
+
+def _own_reading(t: Target) -> Reading:
+    """The model's own frequencies, as its config has them."""
+    own = own_rule(t.rotary, t.train_length)
+    if own.run_end is not everywhere:
+        raise MethodError(
+            f"{t.spec.method} cannot be laid over the model's own {t.rotary.rope_type} frequencies, which depend on "
+            "the length; use ROPE_METHOD=model, or a frequency method such as yarn"
+        )
+    reading = own.reading(t.train_length)
+    return plain_reading(reading.theta, reading.attention_factor)
+
+
+def _window(t: Target) -> int:
+    window = t.train_length // 4 if t.spec.window is None else t.spec.window
+    if not 0 < window < t.train_length:
+        raise MethodError(
+            f"window (ROPE_WINDOW) is {window}: it must be between 1 and {t.train_length - 1}, one less than the "
+            f"trained length; {t.train_length // 4} to {t.train_length // 2} reads best"
+        )
+    return window
+
+
+def _warning(window: int, t: Target) -> str | None:
+    if window <= t.train_length // 2:
+        return None
+    return (
+        f"window (ROPE_WINDOW) {window} is more than half the trained length {t.train_length}: large distances are "
+        f"seen too rarely in training; {t.train_length // 4} to {t.train_length // 2} is best"
+    )
+
+
+def _group(t: Target, default: Callable[[], int]) -> int:
+    group = default() if t.spec.group is None else t.spec.group
+    if group < 1:
+        raise MethodError(f"group (ROPE_GROUP) is {group}: it must be at least 1, the tokens that share a position")
+    return group
+
+
+def _fitting_group(window: int, t: Target) -> int:
+    """The smallest G that keeps every far distance of the target length inside L."""
+    last, trained = int(t.scale * t.train_length) - 1, t.train_length
+    for group in range(1, MAX_GROUP + 1):
+        if last // group + window - window // group < trained:
+            return group
+    raise MethodError(
+        f"self_extend: no group up to {MAX_GROUP} brings {last + 1} tokens inside the trained length {trained} past a "
+        f"window (ROPE_WINDOW) of {window}; use a smaller window or factor (ROPE_FACTOR)"
+    )

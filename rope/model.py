@@ -1,0 +1,93 @@
+"""A position method for every rotary group of a model, and what the prefix cache must know of them.
+
+Most models have one group. Gemma 3 has one a layer type: a method that the deployment chooses is laid over its
+full-attention layers, and its sliding layers, which never look past what they were trained on, keep their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from prerope.rope.frequencies import Rotary
+from prerope.rope.methods import native_length, resolve
+from prerope.rope.reading import UNBOUNDED, PositionMethod
+from prerope.rope.spec import RopeSpec
+
+FULL_ATTENTION = "full_attention"
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPositions:
+    """One resolved method a rotary group. Compare by `digest`.
+
+    Attributes:
+        methods: group → method. A model with one group calls it "".
+        main: the group that the deployment's choice applies to.
+    """
+
+    methods: Mapping[str, PositionMethod]
+    main: str
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Equal exactly for positions that give equal K and V in every layer."""
+        return _combine({group: method.digest() for group, method in self.methods.items()})
+
+    @cached_property
+    def plain_digest(self) -> bytes:
+        """Of the plain reading that the first `plain_rows` rows share with other methods."""
+        return _combine({group: method.plain_digest() for group, method in self.methods.items()})
+
+    @cached_property
+    def plain_rows(self) -> int:
+        """K and V of rows before this one are the same as under the plain reading: rope's, for the windowed methods."""
+        return min((method.plain_rows for method in self.methods.values()), default=UNBOUNDED)
+
+    def block_seed(self, end: int) -> bytes:
+        """What a block that ends before row `end` mixes into its hash beside tokens and parent."""
+        return self.plain_digest if end <= self.plain_rows else self.digest
+
+    def describe(self) -> dict[str, object]:
+        """JSON-ready: the method's name, its resolved parameters and L."""
+        method = self.methods[self.main]
+        return {"method": method.name, **method.parameters, "train_length": method.train_length}
+
+    def warnings(self) -> list[str]:
+        return [method.rule.warning for method in self.methods.values() if method.rule.warning]
+
+
+def resolve_model(spec: RopeSpec, rotaries: Mapping[str, Rotary], max_model_len: int | None) -> ModelPositions:
+    """`spec` for a model with these rotary groups. Raises MethodError."""
+    main = main_group(rotaries)
+    own = RopeSpec(method="model")
+    methods = {
+        group: resolve(spec if group == main else own, rotary, max_model_len) for group, rotary in rotaries.items()
+    }
+    return ModelPositions(methods, main)
+
+
+def main_group(rotaries: Mapping[str, Rotary]) -> str:
+    """The group that a chosen method applies to: full attention, or the only one."""
+    return FULL_ATTENTION if FULL_ATTENTION in rotaries else next(iter(rotaries))
+
+
+def default_max_model_len(spec: RopeSpec, rotary: Rotary) -> int:
+    """Where MAX_MODEL_LEN is unset: as far as the method is meant to reach."""
+    method = resolve(spec, rotary)
+    if spec.factor is not None:
+        return int(method.train_length * spec.factor)
+    if spec.method == "model" or method.name == "rope":
+        return rotary.max_length
+    if method.name in ("llama3", "longrope", "proportional"):
+        return max(rotary.max_length, method.train_length)
+    return 4 * max(method.train_length, native_length(rotary))
+
+
+def _combine(digests: Mapping[str, bytes]) -> bytes:
+    h = hashlib.blake2b(digest_size=16)
+    for group, digest in sorted(digests.items()):
+        h.update(group.encode() + b"\0" + digest)
+    return h.digest()

@@ -1,0 +1,1 @@
+"""Whose a request is, and how much that key may hold at once."""

@@ -1,0 +1,118 @@
+"""What one HTTP request holds until its reply has ended: a share of its key's sequences, and its generations.
+
+    KeyCheck ─ tenant ─ HoldLease ─┬─ endpoint ─ admit: hold(n sequences), close_at_end(generation)
+                                   └─ the reply has ended, or the client is gone: everything is given back
+
+Whatever way a request ends, also before its stream is first read, nothing that it started outlives it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Protocol
+
+from prerope.server.errors import InvalidRequest, KeyBusy
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+class Closable(Protocol):
+    """A generation."""
+
+    async def aclose(self) -> None: ...
+
+
+class Allowance:
+    """How many sequences each tenant has at once, and may have."""
+
+    def __init__(self, limit: int | None, retry_after_s: Callable[[], int]) -> None:
+        """limit: None is any number. retry_after_s: what a refused client is told to wait."""
+        self.limit = limit
+        self.in_use: Counter[str] = Counter()
+        self._retry_after_s = retry_after_s
+
+    def take(self, tenant: str, count: int, held: int) -> None:
+        """`count` more beside the `held` that the same request has. InvalidRequest where no waiting helps; KeyBusy."""
+        others = self.in_use[tenant] - held
+        if self.limit is not None and held + count > self.limit:
+            raise InvalidRequest(
+                f"the request asks for {held + count} sequences (prompts times choices); with one API key at most "
+                f"{self.limit} are allowed at once (MAX_SEQS_PER_KEY): send smaller requests",
+                param="n",
+                code="too_many_sequences",
+            )
+        if self.limit is not None and others + held + count > self.limit:
+            seconds = self._retry_after_s()
+            raise KeyBusy(
+                f"{others} sequences run or wait with this API key and {held + count} more would pass "
+                f"MAX_SEQS_PER_KEY, {self.limit}; try again when one has ended, or in about {seconds} s",
+                retry_after_s=seconds,
+            )
+        self.in_use[tenant] += count
+
+    def give_back(self, tenant: str, count: int) -> None:
+        self.in_use[tenant] -= count
+        if not self.in_use[tenant]:
+            del self.in_use[tenant]
+
+
+class Lease:
+    """One request's. Without an allowance nothing is counted.
+
+    Attributes:
+        tenant: whose key the request carries; empty where no key is asked for.
+    """
+
+    def __init__(self, tenant: str = "", allowance: Allowance | None = None) -> None:
+        self.tenant = tenant
+        self._allowance = allowance if tenant else None
+        self._held = 0
+        self._closing: list[Closable] = []
+
+    def hold(self, num_sequences: int) -> None:
+        """Count as this many sequences from now on. InvalidRequest or KeyBusy, and nothing changed."""
+        if self._allowance is not None and num_sequences > self._held:
+            self._allowance.take(self.tenant, num_sequences - self._held, self._held)
+            self._held = num_sequences
+
+    def close_at_end(self, closable: Closable) -> None:
+        self._closing.append(closable)
+
+    async def end(self) -> None:
+        """Give everything back. Generations close without waiting, so a cancelled task does this too."""
+        for closable in self._closing:
+            await closable.aclose()
+        if self._allowance is not None and self._held:
+            self._allowance.give_back(self.tenant, self._held)
+            self._held = 0
+
+
+_current: ContextVar[Lease | None] = ContextVar("lease", default=None)
+
+
+def current_lease() -> Lease:
+    """That of the request being answered; an empty one outside of any."""
+    return _current.get() or Lease()
+
+
+class HoldLease:
+    """Opens a lease for each request and ends it with the reply. A POST is one sequence until it asks for more."""
+
+    def __init__(self, app: ASGIApp, allowance: Allowance) -> None:
+        self.app = app
+        self.allowance = allowance
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        lease = Lease(scope.get("tenant", ""), self.allowance)
+        if scope["method"] == "POST":
+            lease.hold(1)
+        token = _current.set(lease)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            _current.reset(token)
+            await lease.end()

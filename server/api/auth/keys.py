@@ -1,0 +1,74 @@
+"""The API keys that open the server, as keyed digests: whose a key is, is a *tenant*, a name that gives no key away.
+
+Keys are compared by digest, all of them and each in constant time. The digests are keyed by a secret of this process,
+so that neither a log nor a dump of a tenant's name or salt can be matched against guessed keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+from prerope.server.settings import read_key_file
+
+log = structlog.get_logger(__name__)
+
+REREAD_S = 1.0
+"""The file's time and size are looked at this often at most, when a request comes."""
+
+
+class KeyRing:
+    """The keys of API_KEY, and of API_KEY_FILE as it is now. A file that has lost its keys never opens the server."""
+
+    def __init__(self, keys: Sequence[str], file: Path | None = None, clock: Callable[[], float] = time.monotonic):
+        self._secret = secrets.token_bytes(32)
+        self._fixed = [self._digest(key.encode()) for key in keys]
+        self._from_file: list[bytes] = []
+        self._file = file
+        self._clock = clock
+        self._looked_at = float("-inf")
+        self._version: tuple[int, ...] | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether a request needs a key at all."""
+        return bool(self._fixed) or self._file is not None
+
+    def tenant(self, given: bytes) -> str | None:
+        """Whose key this is; None where it is nobody's."""
+        self._reread()
+        digest = self._digest(given)
+        matches = [hmac.compare_digest(digest, known) for known in (*self._fixed, *self._from_file)]
+        return digest.hex() if any(matches) else None
+
+    def _digest(self, key: bytes) -> bytes:
+        return hashlib.blake2b(key, key=self._secret, digest_size=16).digest()
+
+    def _reread(self) -> None:
+        now = self._clock()
+        if self._file is None or now - self._looked_at < REREAD_S:
+            return
+        self._looked_at = now
+        version = self._version_of(self._file)
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self._from_file = [self._digest(key.encode()) for key in read_key_file(self._file)]
+        except (OSError, ValueError) as error:
+            log.warning("API_KEY_FILE holds no keys now: the last ones go on", reason=type(error).__name__)
+        else:
+            log.info("API_KEY_FILE read", num_keys=len(self._from_file))
+
+    @staticmethod
+    def _version_of(file: Path) -> tuple[int, ...] | None:
+        try:
+            status = file.stat()
+        except OSError:
+            return None
+        return (status.st_mtime_ns, status.st_size, status.st_ino)

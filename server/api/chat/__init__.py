@@ -1,0 +1,1 @@
+"""Chats: messages, tools, and tool calls in a reply."""

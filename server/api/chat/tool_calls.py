@@ -1,0 +1,240 @@
+"""Finds tool calls in a reply as it comes, and prints them in OpenAI's shapes.
+
+One reader serves streams and whole replies, so both say the same. Text before a call goes out as it comes, but for a
+tail that may begin a call's mark, and for whitespace that a call would swallow. A call's name goes out once it is
+known, and its arguments as they are written. What looked like a call and is none (no JSON, a function that was not
+offered) is text, mark included.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Iterable, Sequence
+from enum import Enum, auto
+from typing import Any
+
+from prerope.server.api.chat.tools import ToolFormat
+from prerope.server.engine.outputs import FinishReason
+
+HEAD = re.compile(
+    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+"""A call up to its arguments, as models write it."""
+
+FIRST_KEY = re.compile(r'\{\s*(?:"((?:[^"\\]|\\.)*)"\s*:|[^\s"])', re.DOTALL)
+KEYS = frozenset({"name", "arguments", "parameters", "type", "function", "id"})
+
+_ALPHABET = string.ascii_letters + string.digits
+_SEPARATORS = " \t\r\n,;[]"
+
+
+class _State(Enum):
+    BEGIN = auto()  # of a reply in a format without marks
+    TEXT = auto()
+    CALLS = auto()  # between calls, after a mark
+    ARGUMENTS = auto()
+    REST = auto()  # of a call, after its arguments
+
+
+class TextReader:
+    """Replies of a chat without tools: text is text."""
+
+    def push(self, text: str) -> list[dict[str, Any]]:
+        return [{"content": text}] if text else []
+
+    def finish(self) -> list[dict[str, Any]]:
+        return []
+
+    def finish_reason(self, reason: FinishReason) -> str:
+        return str(reason)
+
+
+class ToolCallReader:
+    """Text in, OpenAI deltas out. `num_calls` counts the calls so far."""
+
+    def __init__(self, form: ToolFormat, names: Iterable[str], *, parallel: bool = True) -> None:
+        self.num_calls = 0
+        self._form = form
+        self._names = frozenset(names)
+        self._max_calls = None if parallel else 1
+        self._state = _State.TEXT if form.begin else _State.BEGIN
+        self._buffer = ""
+        self._mark = ""  # the section's mark and the whitespace before it, until the section has a call
+        self._skipping = False  # a call beyond `max_calls`
+        self._in_string = self._escaped = False
+        self._depth = 0
+        self._deltas: list[dict[str, Any]] = []
+
+    def push(self, text: str) -> list[dict[str, Any]]:
+        """The deltas that this text makes certain."""
+        self._buffer += text
+        steps = {
+            _State.BEGIN: self._begin,
+            _State.TEXT: self._text,
+            _State.CALLS: self._calls,
+            _State.ARGUMENTS: self._scan,
+            _State.REST: self._scan,
+        }
+        while self._buffer and steps[self._state]():
+            pass
+        return self._take()
+
+    def finish_reason(self, reason: FinishReason) -> str:
+        """OpenAI's: a reply that ends by itself and holds calls ends for them."""
+        return "tool_calls" if self.num_calls and reason is FinishReason.STOP else str(reason)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """What was held back. A call that was cut short stays as it is."""
+        if self._state is _State.TEXT or self._mark or not self.num_calls:
+            rest, self._buffer = self._mark + self._buffer, ""
+            self._content(rest.rstrip() if self.num_calls else rest)
+        return self._take()
+
+    # Each step returns whether to go on with what is left in the buffer.
+
+    def _begin(self) -> bool:
+        start = self._buffer.lstrip()
+        if start:
+            self._state = _State.CALLS if start[0] == "{" else _State.TEXT
+        return bool(start)
+
+    def _text(self) -> bool:
+        mark, buffer = self._form.begin, self._buffer
+        place = buffer.find(mark) if mark else -1
+        if place >= 0:
+            text, end = buffer[:place].rstrip(), place + len(mark)
+            self._content(text)
+            self._buffer, self._mark, self._state = buffer[end:], buffer[len(text) : end], _State.CALLS
+            return True
+        if not mark and not self.num_calls:
+            held = 0
+        else:
+            held = next((n for n in range(min(len(mark) - 1, len(buffer)), 0, -1) if mark.startswith(buffer[-n:])), 0)
+        certain = buffer[: len(buffer) - held]
+        if mark or self.num_calls:
+            certain = certain.rstrip()
+        self._content(certain)
+        self._buffer = buffer[len(certain) :]
+        return False
+
+    def _calls(self) -> bool:
+        form = self._form
+        start = self._buffer.lstrip(_SEPARATORS)
+        if form.end and start.startswith(form.end) and not self._mark:
+            self._buffer, self._state = start[len(form.end) :], _State.TEXT
+            return True
+        if not start or (form.end and form.end.startswith(start)):
+            return False
+        if start[0] != "{":
+            return self._no_call()
+        if head := HEAD.match(start):
+            if head[1] not in self._names:
+                return self._no_call()
+            self._start_call(head[1])
+            self._buffer = start[head.end() :]
+            self._state, self._depth = _State.ARGUMENTS, 1
+            return True
+        return self._whole_call(start)
+
+    def _whole_call(self, start: str) -> bool:
+        """A call whose parts come in another order is read once it is complete."""
+        first = FIRST_KEY.match(start)
+        if first and first[1] not in KEYS:
+            return self._no_call()
+        if "}" not in start:
+            return False
+        try:
+            value, end = json.JSONDecoder().raw_decode(start)
+        except (ValueError, RecursionError):
+            return False
+        named = value.get("function") if isinstance(value.get("function"), dict) else value
+        name, arguments = named.get("name"), named.get("arguments", named.get("parameters"))
+        if isinstance(arguments, str):
+            arguments = _loads(arguments)
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
+            return self._no_call()
+        self._start_call(name)
+        self._arguments(json.dumps(arguments, ensure_ascii=False))
+        self._buffer = start[end:]
+        return True
+
+    def _scan(self) -> bool:
+        """Through the arguments, to the end of the call: brackets are counted, those in strings left out."""
+        arguments = self._state is _State.ARGUMENTS
+        for place, character in enumerate(self._buffer):
+            if self._in_string:
+                self._escaped, escaped = character == "\\" and not self._escaped, self._escaped
+                self._in_string = escaped or character != '"'
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if arguments and self._depth == 1:
+                    self._arguments(self._buffer[: place + 1])
+                    self._buffer, self._state = self._buffer[place + 1 :], _State.REST
+                    return True
+                if self._depth == 0:
+                    self._buffer, self._state = self._buffer[place + 1 :], _State.CALLS
+                    return True
+        if arguments:
+            self._arguments(self._buffer)
+        self._buffer = ""
+        return False
+
+    def _no_call(self) -> bool:
+        self._content(self._mark)
+        self._mark, self._state = "", _State.TEXT
+        return True
+
+    def _start_call(self, name: str) -> None:
+        self._mark = ""
+        self._skipping = self._max_calls is not None and self.num_calls >= self._max_calls
+        if self._skipping:
+            return
+        function = {"name": name, "arguments": ""}
+        call = {"index": self.num_calls, "id": new_call_id(self._form), "type": "function", "function": function}
+        self._deltas.append({"tool_calls": [call]})
+        self.num_calls += 1
+
+    def _arguments(self, text: str) -> None:
+        if text and not self._skipping:
+            self._deltas.append({"tool_calls": [{"index": self.num_calls - 1, "function": {"arguments": text}}]})
+
+    def _content(self, text: str) -> None:
+        if text:
+            self._deltas.append({"content": text})
+
+    def _take(self) -> list[dict[str, Any]]:
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+
+def new_call_id(form: ToolFormat) -> str:
+    size, prefix = (9, "") if form.short_ids else (24, "call_")
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(size))
+
+
+def joined(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The message that a client puts together from deltas: `content`, and `tool_calls` where there are any."""
+    content = "".join(delta.get("content", "") for delta in deltas)
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        for part in delta.get("tool_calls", ()):
+            if "id" in part:
+                function = dict(part["function"])
+                calls.append({"id": part["id"], "type": part["type"], "function": function})
+            else:
+                calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

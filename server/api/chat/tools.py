@@ -1,0 +1,277 @@
+"""Tools of a chat: what clients send, how a model's template writes calls, and the grammar that makes a reply a call.
+
+The format is read off the template's own text, not off the model's name:
+
+    Hermes, Qwen, SmolLM3   <tool_call>\\n{"name": …, "arguments": …}\\n</tool_call>      once for each call
+    SmolLM2                 <tool_call>[{"name": …, "arguments": …}, …]</tool_call>
+    Mistral                 [TOOL_CALLS][{"name": …, "arguments": …}, …]
+    Llama 3.1               {"name": …, "parameters": …}                                as the whole reply
+
+Under tool_choice `required` or a named function the reply follows a grammar made of the functions' parameter schemas,
+so that it always parses. Under `auto` it is free text, and `tool_calls` finds the calls in it; where a function is
+`strict`, what follows a mark has to be a call (Llama's format has no mark, and there `strict` is without effect).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
+from prerope.server.api.requests.structured import quoted
+from prerope.server.errors import InvalidRequest
+from prerope.server.structured.compile import GrammarText, json_options, json_text
+from prerope.server.tokenizer import Tokenizer
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+
+MAX_TOOLS = 128
+MAX_PARALLEL_CALLS = 16
+"""Of one reply that must hold calls: it has to end."""
+
+
+def _schema_of_object(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"a function's parameters are a JSON schema (an object), not {json_type(value)}")
+    if value.get("type", "object") != "object":
+        raise ValueError("a function's parameters are a JSON schema of the type 'object'")
+    return value
+
+
+class Function(RequestBody):
+    """A function that the model may call. Without `parameters` it takes none.
+
+    `strict` asks for arguments that follow the schema under `auto`, too; where a call is required they always do.
+    """
+
+    path: ClassVar[str] = "tools.function."
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: Text | None = None
+    parameters: Annotated[dict[str, Any], BeforeValidator(_schema_of_object)] | None = None
+    strict: bool = False
+
+    @property
+    def schema_text(self) -> str:
+        """The parameters' JSON schema for llguidance."""
+        schema = self.parameters or {"properties": {}, "additionalProperties": False}
+        return json_text({**schema, "type": "object", "x-guidance": json_options()}, "tools")
+
+
+class Tool(RequestBody):
+    """`{"type": "function", "function": {…}}`."""
+
+    path: ClassVar[str] = "tools."
+
+    type: Literal["function"]
+    function: Function
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether a reply may or must call a function. `name` narrows `required` to one."""
+
+    mode: Literal["none", "auto", "required"]
+    name: str | None = None
+
+
+def _choice(value: Any) -> ToolChoice:
+    match value:
+        case "none" | "auto" | "required":
+            return ToolChoice(value)
+        case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
+            return ToolChoice("required", name)
+    raise InvalidRequest(
+        "'tool_choice' is 'none', 'auto', 'required' or {\"type\": \"function\", \"function\": {\"name\": …}}",
+        param="tool_choice",
+    )
+
+
+ToolChoiceField = Annotated[
+    ToolChoice,
+    PlainValidator(_choice),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["none", "auto", "required"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "function"},
+                        "function": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string"}},
+                            "required": ["name"],
+                            "additionalProperties": False,
+                        },
+                    },
+                    "required": ["type", "function"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
+class ToolFields(RequestBody):
+    """The fields of a chat about tools. `parallel_tool_calls`: false keeps a reply to one call."""
+
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool = True
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> ToolFields:
+        names = [tool.function.name for tool in self.tools]
+        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            raise InvalidRequest(f"'tools' holds two functions of the name '{twice}'", param="tools")
+        choice = self.tool_choice
+        if choice is None or choice.mode == "none":
+            return self
+        if not names:
+            raise InvalidRequest("'tool_choice' needs 'tools' to choose from", param="tool_choice")
+        if choice.name is not None and choice.name not in names:
+            raise InvalidRequest(
+                f"'tool_choice' names the function '{choice.name[:MAX_SHOWN]}', which 'tools' does not hold",
+                param="tool_choice",
+            )
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of: with tool_choice none it is told of none."""
+        return [] if self.tool_choice is not None and self.tool_choice.mode == "none" else self.tools
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How calls are written: begin opening CALL [between CALL]… closing end, and sections of these one a line.
+
+    Attributes:
+        begin, end: the marks around a section; without a mark the reply itself begins with a call.
+        between: what separates the calls of a section; None where a section has one.
+        key: what the arguments are called.
+        repeats: whether a reply may hold several sections.
+        short_ids: the template takes call ids of 9 letters and digits only.
+    """
+
+    begin: str
+    opening: str
+    between: str | None
+    closing: str
+    end: str
+    key: str = "arguments"
+    repeats: bool = False
+    short_ids: bool = False
+
+
+HERMES = ToolFormat("<tool_call>", "\n", None, "\n", "</tool_call>", repeats=True)
+SMOLLM2 = ToolFormat("<tool_call>", "[", ", ", "]", "</tool_call>")
+MISTRAL = ToolFormat("[TOOL_CALLS]", "[", ", ", "]", "", short_ids=True)
+LLAMA = ToolFormat("", "", None, "", "", key="parameters")
+
+
+def format_of(template: str) -> ToolFormat | None:
+    """The format that a chat template writes calls in; None where it is none of these."""
+    if "[TOOL_CALLS]" in template:
+        return None if "[ARGS]" in template else MISTRAL
+    if "<tool_call>" in template:
+        if re.search(r"<tool_call>\s*<function=|<arg_key>", template):  # the XML of later models
+            return None
+        return SMOLLM2 if re.search(r"<tool_call>\s*(\\n)?\s*\[", template) else HERMES
+    return LLAMA if re.search(r'\\?"name\\?":.*\\?"parameters\\?":', template) else None
+
+
+def tool_format(tokenizer: Tokenizer) -> ToolFormat:
+    """The served model's format. InvalidRequest where its template takes no tools, or writes calls in its own way."""
+    template = tokenizer.template_text(with_tools=True)
+    if not re.search(r"\btools\b", template):
+        raise InvalidRequest(
+            "'tools' is not supported: the model's chat template takes none; describe them in a message instead",
+            param="tools",
+            code="unsupported_field",
+        )
+    found = format_of(template)
+    if found is None:
+        raise InvalidRequest(
+            "'tools' is not supported: the model's chat template writes tool calls in a format that is not read here",
+            param="tools",
+            code="unsupported_field",
+        )
+    return found
+
+
+def special_marks(tokenizer: Tokenizer, form: ToolFormat) -> dict[str, int]:
+    """The format's marks that are special tokens: text leaves those out unless it is told to keep them."""
+    return {
+        mark: token_id
+        for mark in (form.begin, form.end)
+        if mark and (token_id := tokenizer.special_id(mark)) is not None
+    }
+
+
+def call_grammar(
+    tools: Sequence[Tool], choice: ToolChoice, form: ToolFormat, marks: dict[str, int], *, parallel: bool
+) -> GrammarText:
+    """Replies that are calls and nothing else; a named function is called once. Under `auto`: text in which what
+    follows the mark is a call."""
+    functions = [tool.function for tool in tools if choice.name in (None, tool.function.name)]
+    more = MAX_PARALLEL_CALLS - 1 if parallel and choice.name is None else 0
+    free = choice.mode == "auto"
+
+    def mark(text: str) -> str:
+        return f"<[{marks[text]}]>" if text in marks else quoted(text) if text else ""
+
+    calls = "call" if form.between is None or not more else f"call ({quoted(form.between)} call){{0,{more}}}"
+    opening, closing = (quoted(text) if text else "" for text in (form.opening, form.closing))
+    sections = f'section ("\\n" section){{0,{more}}}' if form.repeats and more else "section"
+    begin = "text_and_mark" if free else mark(form.begin)
+    lines = [
+        "%llguidance {}",
+        f"start: section{{0,{more + 1 if form.repeats else 1}}} TEXT" if free else f"start: {sections}",
+        f"section: {begin} {opening} {calls} {closing} {mark(form.end)}",
+        "call: " + " | ".join(f"call_{index}" for index in range(len(functions))),
+    ]
+    if free:
+        lazy = "" if form.begin in marks else "[lazy]"  # text ends where the mark does
+        lines += [r"TEXT: /(.|\n)*/", f"text_and_mark{lazy}: TEXT {mark(form.begin)}"]
+    for index, function in enumerate(functions):
+        head = quoted(f'{{"name": "{function.name}", "{form.key}": ')
+        lines += [f'call_{index}: {head} arguments_{index} "}}"', f"arguments_{index}: %json {function.schema_text}"]
+    return GrammarText("lark", "\n".join(lines), "tools")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """The tools of one request, and how the served model calls them."""
+
+    tools: Sequence[Tool]
+    form: ToolFormat
+    marks: dict[str, int]
+    parallel: bool
+    grammar: GrammarText | None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, body: ToolFields) -> ToolUse | None:
+        """None where the model is told of no tools. InvalidRequest where it cannot take any."""
+        tools, choice = body.offered, body.tool_choice
+        if not tools:
+            return None
+        form = tool_format(tokenizer)
+        marks = special_marks(tokenizer, form)
+        grammar, choice = None, choice or ToolChoice("auto")
+        strict = any(tool.function.strict for tool in tools) and form.begin != ""
+        if choice.mode == "required" or strict:
+            grammar = call_grammar(tools, choice, form, marks, parallel=body.parallel_tool_calls)
+        return cls(tools, form, marks, body.parallel_tool_calls, grammar)
+
+    @property
+    def names(self) -> list[str]:
+        return [tool.function.name for tool in self.tools]
+
+    @property
+    def for_template(self) -> list[dict[str, Any]]:
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]

@@ -1,0 +1,132 @@
+"""Errors as replies: `{"error": {"message", "type", "param", "code"}}` with the status of `server.errors`.
+
+What is not ours (a body that is no JSON, an unknown route, a bug) is put into the same shape. A reply never shows a
+traceback, a path, or text from a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prerope.server.errors import (
+    BodyTimeout,
+    ClientGone,
+    EngineFailure,
+    EngineUnavailable,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+    Unauthorized,
+)
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+log = structlog.get_logger(__name__)
+
+RETRY_LOADING_S = 5
+SHOWN_CHARS = 40
+SILENT_FIELDS = frozenset({"prompt", "messages", "tokens"})
+"""Fields whose values are never repeated, numbers included: they are token ids. Text is never repeated at all."""
+
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def known_method(method: str) -> str:
+    """A method of HTTP by its name; a client may send any word."""
+    return method if method in METHODS else "another method"
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """The JSON that says what went wrong."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    headers: dict[str, str] = {}
+    if isinstance(error, QueueFull):
+        headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, EngineUnavailable):
+        headers["Retry-After"] = str(RETRY_LOADING_S)
+    elif isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, BodyTimeout):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def internal_error() -> RequestError:
+    """What a client is told of a bug."""
+    return EngineFailure("Internal server error.", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error of the app's routes take this shape."""
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+
+
+async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind and "json" not in kind and "body" in error.errors()[0]["loc"][:1]:
+        return error_response(
+            InvalidRequest(
+                f"The body must be JSON, sent with Content-Type: application/json, not {kind[:SHOWN_CHARS]}."
+            )
+        )
+    return error_response(_first_invalid(error.errors()))
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, RequestError):  # FastAPI wraps what is raised while a body is read
+        return error_response(error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return error_response(ClientGone("the client closed the connection before its request was complete"))
+    messages = {
+        404: "There is no such route; /docs lists them.",
+        405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=_plain(error.headers))
+
+
+def _plain(headers: Mapping[str, str] | None) -> dict[str, str]:
+    return dict(headers or {})
+
+
+def _first_invalid(errors: Sequence[Any]) -> InvalidRequest:
+    """The first of pydantic's complaints, with the field's name and its value."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        position = first["loc"][-1]
+        reason = first.get("ctx", {}).get("error", "invalid")
+        return InvalidRequest(f"The body is not valid JSON: {reason} at character {position}.", code="invalid_json")
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    if not path:
+        return InvalidRequest("The body must be a JSON object.", code="invalid_body")
+    param = ".".join(path)
+    message = first["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"{param}: {message}{_shown(path[0], first)}", param=param, code=first["type"])
+
+
+def _shown(field: str, error: Mapping[str, Any]) -> str:
+    """The value, where it is a short number: text may be a prompt, a stop string or a key in the wrong place."""
+    value = error.get("input")
+    if field in SILENT_FIELDS or error["type"] == "missing" or not isinstance(value, bool | int | float):
+        return ""
+    text = repr(value)
+    return f" (given: {text})" if len(text) <= SHOWN_CHARS else ""

@@ -1,0 +1,1 @@
+"""The OpenAPI document, and the shapes of replies that it shows."""

@@ -1,0 +1,1 @@
+"""What clients send: request models, their common checks, and prompts as token ids."""

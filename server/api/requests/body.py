@@ -1,0 +1,152 @@
+"""What every JSON request body has in common: names are checked, nulls mean the default, refusals say what to do.
+
+Knows neither the engine nor the tokenizer: checks that need the model (vocabulary, length) live in `admission`.
+A check of our own raises InvalidRequest directly; pydantic lets it through, and the reply keeps its words.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from prerope.server.errors import InvalidRequest
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+MAX_SHOWN = 64
+"""Characters of a client's own text that an error message repeats at most."""
+
+INT32_MAX = 2**31 - 1
+
+
+class Refusal(NamedTuple):
+    """Why a field that others know is refused, and the values of it that ask for nothing."""
+
+    reason: str
+    harmless: tuple[object, ...] = ()
+
+
+class RequestBody(BaseModel):
+    """A JSON object whose unknown, unsupported and harmless fields are told apart by name.
+
+    Attributes:
+        path: where this object sits in the request, for the `param` of an error ("rope." or nothing).
+        ignored: fields that official clients send and whose absence cannot change what the user gets.
+        unsupported: fields of the same API that this server does not honour.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    path: ClassVar[str] = ""
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[Mapping[str, Refusal]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = cls._names()
+        given: dict[str, Any] = {}
+        for name, value in data.items():
+            if value is None or name in cls.ignored:
+                continue
+            if name in known:
+                given[name] = value
+            elif name not in cls.unsupported:
+                raise cls._unknown(name)
+            elif value not in cls.unsupported[name].harmless:
+                raise InvalidRequest(
+                    f"'{cls.path}{name}' is not supported: {cls.unsupported[name].reason}",
+                    param=cls.path + name,
+                    code="unsupported_field",
+                )
+        return given
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """The fields, as clients write them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
+    def _unknown(cls, name: object) -> InvalidRequest:
+        shown, known = str(name)[:MAX_SHOWN], cls._names()
+        near = difflib.get_close_matches(shown, known, n=1)
+        hint = f"did you mean '{cls.path}{near[0]}'?" if near else f"known fields: {', '.join(sorted(known))}"
+        return InvalidRequest(
+            f"unknown field '{cls.path}{shown}'; {hint}", param=cls.path + shown, code="unknown_field"
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The document says what `_check_names` does: null is the default, and some names more may ask for nothing."""
+        schema = handler(core_schema)
+        body = handler.resolve_ref_schema(schema)
+        required = body.get("required", [])
+        properties = {
+            name: field if name in required else _nullable(field) for name, field in body.get("properties", {}).items()
+        }
+        properties |= {name: {"description": "Accepted and ignored."} for name in sorted(cls.ignored)}
+        for name, refusal in cls.unsupported.items():
+            properties[name] = {"enum": [None, *refusal.harmless], "description": f"Not supported: {refusal.reason}."}
+        body["properties"] = properties
+        return schema
+
+
+def _nullable(field: JsonSchemaValue) -> JsonSchemaValue:
+    """The schema of a field that may also be null; what is said about the field stays outside."""
+    if {"type": "null"} in field.get("anyOf", []):
+        return field
+    said: JsonSchemaValue = {name: field[name] for name in ("title", "description", "default") if name in field}
+    return {"anyOf": [{k: v for k, v in field.items() if k not in said}, {"type": "null"}], **said}
+
+
+def unicode_text(value: Any, param: str) -> str:
+    """`value` as text that UTF-8 can carry. JSON may escape half a surrogate pair; no tokenizer takes it."""
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{param}' must be a string, not {json_type(value)}", param=param)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"'{param}' holds half a surrogate pair at character {error.start}: it is not valid Unicode", param=param
+        ) from None
+    return value
+
+
+def _text(value: Any, info: ValidationInfo) -> str:
+    return unicode_text(value, str(info.field_name))
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+
+
+def token_ids(value: Any, param: str) -> list[int]:
+    """`value` as a list of non-negative integers; the vocabulary is checked once the model is known."""
+    if not isinstance(value, list):
+        raise InvalidRequest(f"'{param}' must be a list of token ids, not {json_type(value)}", param=param)
+    if not {*map(type, value)} <= {
+        int
+    }:  # bool is an int to isinstance; a loop would take milliseconds for long prompts
+        index, wrong = next((index, one) for index, one in enumerate(value) if type(one) is not int)
+        raise InvalidRequest(f"'{param}[{index}]' must be a token id (an integer), not {json_type(wrong)}", param=param)
+    return value
+
+
+def json_type(value: object) -> str:
+    """What JSON calls the type of `value`, with the article that a sentence needs."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

@@ -1,0 +1,128 @@
+"""From what a client wrote (text, token ids, messages) to the token ids of a prompt. Refusals name limit and value."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from prerope.server.api.chat.messages import Message, as_template_input
+from prerope.server.api.requests.body import MAX_SHOWN
+from prerope.server.errors import InvalidRequest, ModelNotFound
+from prerope.server.service import Service
+
+INLINE_CHARS = 2_000
+"""Text up to this long is tokenised on the event loop (about a millisecond); longer text on a thread."""
+
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""What `chat_template_kwargs` may not set: these are the template engine's own arguments, not the template's."""
+
+
+def check_model(service: Service, model: str | None) -> None:
+    """The `model` field names the served model, or is missing."""
+    if model is not None and model != service.model_name:
+        raise ModelNotFound(
+            f"the model '{model[:MAX_SHOWN]}' is not served here; this server serves '{service.model_name}'",
+            param="model",
+            code="model_not_found",
+        )
+
+
+async def prompt_ids(
+    service: Service, prompt: str | list[int], *, add_special_tokens: bool = True, param: str = "prompt"
+) -> list[int]:
+    """Token ids of a prompt, given as text or as ids."""
+    if isinstance(prompt, str):
+        _check_characters(service, len(prompt), param)
+        encode = service.tokenizer.encode
+        ids = await _off_loop(len(prompt), lambda: encode(prompt, add_special_tokens=add_special_tokens))
+    else:
+        ids = prompt
+        check_token_ids(service, ids, param)
+    if not ids:
+        raise InvalidRequest(f"'{param}' is empty: the model needs at least one token to continue", param=param)
+    return ids
+
+
+async def chat_ids(
+    service: Service,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = True,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a chat, through the model's template, which is told of `tools`."""
+    num_chars = sum(message.num_chars for message in messages)
+    _check_characters(service, num_chars, "messages")
+    _check_tool_messages(service, messages)
+    kwargs = dict(template_kwargs or {})
+    reserved = sorted(kwargs.keys() & TEMPLATE_ARGUMENTS)
+    if reserved:
+        raise InvalidRequest(
+            f"'chat_template_kwargs.{reserved[0]}' may not be set: it is not the template's",
+            param="chat_template_kwargs",
+        )
+    rendered = as_template_input(messages, knows_developer=service.tokenizer.template_names("developer"))
+    tokenizer = service.tokenizer
+
+    def encode() -> list[int]:
+        told = [dict(tool) for tool in tools]
+        text = tokenizer.render_chat(rendered, tools=told, add_generation_prompt=add_generation_prompt, **kwargs)
+        _check_characters(service, len(text), "messages")  # a template may write more than it was given
+        return tokenizer.encode(text, add_special_tokens=False)  # it writes the special tokens itself
+
+    ids = await _off_loop(INLINE_CHARS + 1 if tools else num_chars, encode)
+    if not ids:
+        raise InvalidRequest("'messages' come to no token at all through the chat template", param="messages")
+    return ids
+
+
+def _check_tool_messages(service: Service, messages: Sequence[Message]) -> None:
+    """A template that knows no tools would leave calls out, and write answers as it likes."""
+    names = service.tokenizer.template_names
+    for what, given in (("tool_calls", "'tool_calls'"), ("tool", "messages of role 'tool'")):
+        used = any(message.tool_calls if what == "tool_calls" else message.role == "tool" for message in messages)
+        if used and not names(what):
+            raise InvalidRequest(
+                f"{given} are not supported: the model's chat template knows no tools", param="messages"
+            )
+
+
+def check_token_ids(service: Service, ids: Sequence[int], param: str) -> None:
+    """Every id is in the model's vocabulary."""
+    vocab_size = service.engine.info.vocab_size
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        index, token_id = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
+        raise InvalidRequest(
+            f"'{param}[{index}]' is {shown_number(token_id)}; the model's token ids go from 0 to {vocab_size - 1}",
+            param=param,
+        )
+
+
+def shown_number(number: int) -> str:
+    """An integer of any size, short enough for an error message."""
+    return str(number) if abs(number) < 10**20 else "beyond 20 digits"
+
+
+def _check_characters(service: Service, num_chars: int, param: str) -> None:
+    """Refuse what cannot fit whatever its words are, before spending time on tokenising it."""
+    max_model_len = service.engine.info.max_model_len
+    limit = max_model_len * service.tokenizer.max_chars_per_token
+    if num_chars > limit:
+        raise InvalidRequest(
+            f"'{param}' has {num_chars} characters; at most {limit} can fit into {max_model_len} tokens "
+            "(MAX_MODEL_LEN raises it)",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+async def _off_loop(num_chars: int, encode: Callable[[], list[int]]) -> list[int]:
+    return encode() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode)

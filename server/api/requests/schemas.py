@@ -1,0 +1,204 @@
+"""What clients may send to /generate, /tokenize and /detokenize, and the sampling fields of all generating endpoints.
+
+Names, types and ranges are settled here; what depends on the model is checked in `admission`. wire.md is the contract
+for names and meanings; `openai_schemas` adds the OpenAI shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+from prerope.server.api.chat.messages import Message
+from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, json_type, token_ids, unicode_text
+from prerope.server.api.requests.structured import GenerateConstraints
+from prerope.server.errors import InvalidRequest
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+
+_IDS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {**_IDS_SCHEMA, "minItems": 1}]}
+
+
+def _prompt(value: Any) -> str | list[int]:
+    if isinstance(value, str):
+        return unicode_text(value, "prompt")
+    if isinstance(value, list):
+        return token_ids(value, "prompt")
+    raise InvalidRequest(f"'prompt' must be text or a list of token ids, not {json_type(value)}", param="prompt")
+
+
+Prompt = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+"""Text, or token ids as they are (no special tokens are added to ids)."""
+
+
+def _stop(value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list):
+        raise InvalidRequest(f"'stop' must be a string or a list of strings, not {json_type(value)}", param="stop")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"'stop' takes at most {MAX_STOP_STRINGS} strings, not {len(strings)}", param="stop")
+    for index, text in enumerate(strings):
+        if not unicode_text(text, f"stop[{index}]"):
+            raise InvalidRequest(f"'stop[{index}]' is empty: it would stop before the first token", param="stop")
+        if len(text) > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"'stop[{index}]' takes at most {MAX_STOP_CHARS} characters, not {len(text)}", param="stop"
+            )
+    return strings
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise InvalidRequest(
+            f"'logit_bias' must be an object of token id → bias, not {json_type(value)}", param="logit_bias"
+        )
+    if len(value) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(
+            f"'logit_bias' takes at most {MAX_LOGIT_BIAS} tokens, not {len(value)}", param="logit_bias"
+        )
+    return {_biased_token(key): _bias(key, bias) for key, bias in value.items()}
+
+
+def _biased_token(key: Any) -> int:
+    text = str(key)
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise InvalidRequest(
+            f"'logit_bias' has the key '{text[:MAX_SHOWN]}': keys are token ids, in digits", param="logit_bias"
+        )
+    return int(text)
+
+
+def _bias(key: Any, bias: Any) -> float:
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+        shown = bias if isinstance(bias, float | int) else json_type(bias)
+        raise InvalidRequest(f"'logit_bias[{key}]' must be a number from -100 to 100, not {shown}", param="logit_bias")
+    return float(bias)
+
+
+LogitBias = Annotated[
+    dict[int, float],
+    PlainValidator(_logit_bias),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
+        }
+    ),
+]
+_STOP_STRING: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+Stop = Annotated[
+    list[str],
+    BeforeValidator(_stop),
+    WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}),
+]
+StopTokenIds = Annotated[
+    list[int],
+    Field(max_length=MAX_STOP_TOKEN_IDS),
+    BeforeValidator(lambda value: token_ids(value, "stop_token_ids")),
+    WithJsonSchema({**_IDS_SCHEMA, "maxItems": MAX_STOP_TOKEN_IDS}),
+]
+
+
+class RopeFields(RequestBody):
+    """The position method of one request, where ROPE_PER_REQUEST allows it to choose."""
+
+    path: ClassVar[str] = "rope."
+
+    method: str = Field(
+        description=f"One of {', '.join(METHOD_NAMES)}.", json_schema_extra={"enum": [*METHOD_NAMES, *ALIASES]}
+    )
+    factor: float | None = Field(None, ge=1, le=65536)
+    window: int | None = Field(None, ge=1, le=INT32_MAX)
+    leak: float | None = Field(None, ge=1, le=65536)
+    group: int | None = Field(None, ge=1, le=65536)
+    sinks: int | None = Field(None, ge=0, le=65536)
+    logn: bool = False
+    train_length: int | None = Field(None, ge=1, le=INT32_MAX)
+
+    @model_validator(mode="after")
+    def _known_method(self) -> RopeFields:
+        if self.method not in METHOD_NAMES and self.method not in ALIASES:
+            raise InvalidRequest(
+                f"'rope.method' is '{self.method[:MAX_SHOWN]}'; known methods: {', '.join(METHOD_NAMES)}",
+                param="rope.method",
+            )
+        return self
+
+    def spec(self) -> RopeSpec:
+        return RopeSpec(
+            method=self.method,
+            factor=self.factor,
+            window=self.window,
+            leak=self.leak,
+            group=self.group,
+            sinks=self.sinks,
+            logn=self.logn,
+            train_length=self.train_length,
+        )
+
+
+class SamplingFields(RequestBody):
+    """How to choose tokens and when to end, under the names of OpenAI and vLLM."""
+
+    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    min_tokens: int = Field(0, ge=0, le=INT32_MAX)
+    temperature: float = Field(1.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, le=INT32_MAX, description="0 and -1 keep all tokens.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default_factory=dict)
+    stop: Stop = Field(default_factory=list)
+    stop_token_ids: StopTokenIds = Field(default_factory=list)
+    ignore_eos: bool = False
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stream: bool = False
+    cache_salt: Text = Field("", max_length=256, description="Prefixes are shared within one salt only.")
+    priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX, description="Lower runs first.")
+    timeout_s: float | None = Field(
+        None, gt=0, le=INT32_MAX, description="Seconds until it is aborted; REQUEST_TIMEOUT_S holds beside it."
+    )
+    rope: RopeFields | None = None
+
+
+class GenerateRequest(SamplingFields, GenerateConstraints):
+    """POST /generate."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives beside each token.")
+    return_progress: bool = Field(False, description="With stream: events while a long prompt is read.")
+
+
+class TokenizeRequest(RequestBody):
+    """POST /tokenize, in vLLM's shape: a prompt or chat messages."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool = Field(True, description="For a prompt; a chat template writes its own.")
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("give 'prompt' or 'messages', one of the two", param="prompt")
+        return self
+
+
+class DetokenizeRequest(RequestBody):
+    """POST /detokenize."""
+
+    model: Text | None = None
+    tokens: Annotated[list[int], PlainValidator(lambda value: token_ids(value, "tokens")), WithJsonSchema(_IDS_SCHEMA)]

@@ -1,0 +1,218 @@
+"""From request fields to a grammar: OpenAI's `response_format`, vLLM's `structured_outputs` and the `guided_*` fields
+that it had before, and the plain names of /generate. One request has one constraint at most.
+
+A stop string under a grammar ends the reply only where the text before it is complete; elsewhere it is part of the
+reply. So a reply that ends with `stop` matches its grammar; one that ends with `length` may be cut short.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from prerope.server.api.requests.body import MAX_SHOWN, Refusal, RequestBody, Text, json_type, unicode_text
+from prerope.server.errors import InvalidRequest
+from prerope.server.structured.compile import CompiledGrammar, GrammarText, json_text
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+if TYPE_CHECKING:
+    from prerope.server.service import Service
+
+MAX_CHOICES = 4096
+
+_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "object"}, {"type": "boolean"}]}
+
+
+def _schema(value: Any) -> Any:
+    if not isinstance(value, dict | bool):
+        raise ValueError(f"a JSON schema is an object, not {json_type(value)}")
+    return value
+
+
+def _schema_or_text(value: Any) -> Any:
+    """vLLM takes a schema as JSON text, too."""
+    if not isinstance(value, str):
+        return _schema(value)
+    try:
+        return _schema(json.loads(value))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a JSON schema is an object, or the text of one ({error})") from None
+
+
+def _choice(value: Any) -> Any:
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a list of at least one string")
+    if len(value) > MAX_CHOICES:
+        raise ValueError(f"takes at most {MAX_CHOICES} strings, not {len(value)}")
+    return [unicode_text(text, f"choice[{index}]") for index, text in enumerate(value)]
+
+
+JsonSchema = Annotated[dict[str, Any] | bool, BeforeValidator(_schema), WithJsonSchema(_SCHEMA)]
+JsonSchemaOrText = Annotated[
+    dict[str, Any] | bool,
+    BeforeValidator(_schema_or_text),
+    WithJsonSchema({"anyOf": [*_SCHEMA["anyOf"], {"type": "string"}]}),
+]
+Choice = Annotated[
+    list[str],
+    BeforeValidator(_choice),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_CHOICES}),
+]
+
+
+class JsonSchemaFormat(RequestBody):
+    """`response_format.json_schema`. The schema is followed whether `strict` is set or not."""
+
+    path: ClassVar[str] = "response_format.json_schema."
+    ignored: ClassVar[frozenset[str]] = frozenset({"strict", "description"})
+
+    name: Text = Field(max_length=64)
+    schema_: JsonSchema = Field(alias="schema")
+
+
+class ResponseFormat(RequestBody):
+    """OpenAI's `response_format`: text, json_object or json_schema."""
+
+    path: ClassVar[str] = "response_format."
+
+    type: str = Field(json_schema_extra={"enum": ["text", "json_object", "json_schema"]})
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _known_type(self) -> ResponseFormat:
+        if self.type not in ("text", "json_object", "json_schema"):
+            raise InvalidRequest(
+                f"'response_format.type' is '{self.type[:MAX_SHOWN]}'; it is one of text, json_object, json_schema",
+                param="response_format",
+                code="unsupported_field",
+            )
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidRequest(
+                "'response_format.json_schema' goes with the type 'json_schema', and only with it",
+                param="response_format",
+            )
+        return self
+
+    def wanted(self) -> GrammarText | None:
+        if self.json_schema is not None:
+            return schema_grammar(self.json_schema.schema_, "response_format.json_schema.schema")
+        return schema_grammar({"type": "object"}, "response_format") if self.type == "json_object" else None
+
+
+class StructuredOutputs(RequestBody):
+    """vLLM's `structured_outputs`: one of its five constraints."""
+
+    path: ClassVar[str] = "structured_outputs."
+    unsupported: ClassVar[dict[str, Refusal]] = {
+        "structural_tag": Refusal("write a 'grammar'"),
+        "whitespace_pattern": Refusal("JSON whitespace is bounded; 'disable_any_whitespace' leaves none"),
+        "disable_additional_properties": Refusal("say so in the schema", harmless=(False,)),
+    }
+
+    json_: JsonSchemaOrText | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Choice | None = None
+    grammar: Text | None = Field(None, description="Lark as llguidance reads it, or GBNF.")
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    def wanted(self) -> GrammarText:
+        compact = self.disable_any_whitespace
+        found = [
+            schema_grammar(self.json_, "structured_outputs.json", compact=compact),
+            regex_grammar(self.regex, "structured_outputs.regex"),
+            choice_grammar(self.choice, "structured_outputs.choice"),
+            lark_grammar(self.grammar, "structured_outputs.grammar"),
+            schema_grammar({"type": "object"} if self.json_object else None, "structured_outputs", compact=compact),
+        ]
+        one = only_one(found)
+        if one is None:
+            raise InvalidRequest(
+                "'structured_outputs' holds no constraint: give json, regex, choice, grammar or json_object",
+                param="structured_outputs",
+            )
+        return one
+
+
+class OpenAIConstraints(RequestBody):
+    """The constraint fields of chat and completions."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchemaOrText | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: Text | None = None
+
+    def wanted_grammar(self) -> GrammarText | None:
+        """What constrains the reply, if anything."""
+        return only_one(
+            [
+                None if self.response_format is None else self.response_format.wanted(),
+                None if self.structured_outputs is None else self.structured_outputs.wanted(),
+                schema_grammar(self.guided_json, "guided_json"),
+                regex_grammar(self.guided_regex, "guided_regex"),
+                choice_grammar(self.guided_choice, "guided_choice"),
+                lark_grammar(self.guided_grammar, "guided_grammar"),
+            ]
+        )
+
+
+class GenerateConstraints(RequestBody):
+    """The constraint fields of /generate."""
+
+    json_schema: JsonSchema | None = Field(None, description="The output is JSON that this schema describes.")
+    regex: Text | None = Field(None, description="The whole output matches it; Rust's syntax, without look-around.")
+    choice: Choice | None = Field(None, description="The output is one of these.")
+    grammar: Text | None = Field(None, description="Lark as llguidance reads it, or GBNF.")
+
+    def wanted_grammar(self) -> GrammarText | None:
+        """What constrains the output, if anything."""
+        return only_one(
+            [
+                schema_grammar(self.json_schema, "json_schema"),
+                regex_grammar(self.regex, "regex"),
+                choice_grammar(self.choice, "choice"),
+                lark_grammar(self.grammar, "grammar"),
+            ]
+        )
+
+
+def schema_grammar(schema: Mapping[str, Any] | bool | None, param: str, *, compact: bool = False) -> GrammarText | None:
+    return None if schema is None else GrammarText("json", json_text(schema, param), param, compact)
+
+
+def regex_grammar(regex: str | None, param: str) -> GrammarText | None:
+    return None if regex is None else GrammarText("regex", regex, param)
+
+
+def choice_grammar(choice: list[str] | None, param: str) -> GrammarText | None:
+    if choice is None:
+        return None
+    return GrammarText("lark", "start: " + " | ".join(quoted(text) for text in choice), param)
+
+
+def lark_grammar(grammar: str | None, param: str) -> GrammarText | None:
+    return None if grammar is None else GrammarText("lark", grammar, param)
+
+
+def quoted(text: str) -> str:
+    """A literal of a Lark grammar."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def only_one(found: list[GrammarText | None]) -> GrammarText | None:
+    """The one constraint; InvalidRequest where there are two."""
+    given = [one for one in found if one is not None]
+    if len(given) > 1:
+        raise InvalidRequest(
+            f"'{given[0].param}' and '{given[1].param}' both constrain the output: give one of them",
+            param=given[1].param,
+        )
+    return given[0] if given else None
+
+
+async def compiled(service: Service, wanted: GrammarText | None) -> CompiledGrammar | None:
+    """The grammar, from a thread or from an earlier request. InvalidRequest says why it cannot be compiled."""
+    return None if wanted is None else await service.grammars.compile(wanted)

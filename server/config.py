@@ -1,0 +1,57 @@
+"""What the engine needs to know of a deployment. Values only; the settings that fill it live in `server.settings`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from prerope.rope.spec import RopeSpec
+
+Quantization = Literal["none", "int8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One deployment.
+
+    Attributes:
+        dtype: of weights and activations: auto, bfloat16, float16 or float32.
+        device: auto, cpu, cuda or cuda:N.
+        weight_quantization: none, or int8: linear layers hold int8 weights, on the CPU.
+        rope: the position method that requests get unless they choose their own.
+        rope_per_request: whether they may.
+        max_model_len: tokens of prompt and output together; None derives it from the method and the cache.
+        max_num_seqs: sequences in one step at most.
+        max_batched_tokens: token budget of one step, shared by prefill chunks and decode steps.
+        block_size: tokens a cache block holds.
+        kv_cache_memory: bytes for keys and values; None sizes it from free memory.
+        gpu_memory_utilization: share of a GPU's memory that the process may use.
+        kv_cache_dtype: auto is the dtype of the activations.
+        prefix_caching: keep finished blocks for later prompts with the same beginning.
+        max_queued_requests, max_queued_tokens: waiting requests and their prompt tokens before a 429.
+        cache_dir: where built kernels are kept; None builds them anew each time.
+        request_timeout_s: a request older than this is aborted; None never.
+        cuda_graphs: on a GPU, launch decode steps as graphs.
+        overlap: launch a step before the tokens of the one before it are read; None: on a GPU.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    weight_quantization: Quantization = "none"
+    rope: RopeSpec = field(default_factory=RopeSpec)
+    rope_per_request: bool = True
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: str = "auto"
+    prefix_caching: bool = True
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 4_000_000
+    cache_dir: Path | None = None
+    request_timeout_s: float | None = None
+    cuda_graphs: bool = True
+    overlap: bool | None = None

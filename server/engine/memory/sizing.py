@@ -1,0 +1,225 @@
+"""How large the cache is and how long a request may be, from the method, the settings and free memory.
+
+On a GPU what the cache gets is what the largest steps leave, and they are run to see what they take (`warm_up`):
+
+    room(L) = min(total · GPU_MEMORY_UTILIZATION − CONTEXT_BYTES, held + free) − peak(L) − margin
+
+peak(L) is the most that this process had allocated in them, weights and tables included, at contexts of L tokens;
+held + free what it could have, beside other processes. A deployment of L tokens works if room(L) holds L tokens. The
+longer the context, the more a step takes and the less is left, so whatever works at L works below it, too. Where L is
+given, it works or the start is refused. Else L is at first what the method is meant for; where it does not work, the
+next is what did fit, but not less than half: so the first that works is at least half of the longest that would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from prerope.cache.storage import KVStorage, block_bytes
+from prerope.rope.model import default_max_model_len, main_group
+from prerope.rope.reading import MethodError
+from prerope.server.config import EngineConfig
+from prerope.server.engine.memory.warm_up import warm_up
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.model import DTYPES, Model
+
+CPU_SHARE, CPU_LIMIT = 0.4, 4 * 2**30
+"""On a CPU, others live on the machine too: this share of what is free, and never more than this many bytes."""
+
+CONTEXT_BYTES = 512 * 2**20
+"""Of a GPU: what the driver keeps for a process beside torch's own allocations, kernels included."""
+
+MARGIN_BYTES, MARGIN_SHARE = 512 * 2**20, 0.02
+"""Of a GPU: for CUDA graphs, and for what lies between allocations; bytes, and a share of the whole memory."""
+
+WARM_UP_BLOCKS = 4
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """num_bytes is keys and values together; max_model_len in tokens."""
+
+    num_blocks: int
+    num_bytes: int
+    dtype: torch.dtype
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """A device's bytes: total; free for any process; held by this one through torch, in use or not."""
+
+    total: int
+    free: int
+    held: int
+
+
+class DeviceMemory:
+    """What a GPU's memory reads now, and its peak."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def release(self) -> None:
+        """Give back what torch holds and nobody uses; the peak counts from here."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def now(self) -> MemoryReading:
+        free, total = torch.cuda.mem_get_info(self._device)
+        return MemoryReading(total, free, torch.cuda.memory_reserved(self._device))
+
+    def peak(self) -> int:
+        """The most that was allocated at once, in bytes, what is allocated all the time included."""
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.max_memory_allocated(self._device)
+
+
+def size_cache(
+    model: Model, config: EngineConfig, report: Report = lambda _: None, memory: DeviceMemory | None = None
+) -> CacheSize:
+    """Blocks that fit, and the longest request. ConfigurationError where MAX_MODEL_LEN cannot be held.
+
+    memory: of the model's device; None: as it is, where it is a GPU.
+    """
+    if memory is None and model.device.type == "cuda":
+        memory = DeviceMemory(model.device)
+    wanted = config.max_model_len or _method_length(model, config)
+    if memory is None:
+        return _checked(model, config, wanted, config.kv_cache_memory or _free_host_memory())
+    if config.kv_cache_memory is None:
+        size = _size_beside_steps(model, config, wanted, memory, report)
+    else:
+        size = _checked(model, config, wanted, config.kv_cache_memory)
+        _check_beside_steps(model, config, size, memory, report)
+    memory.release()
+    return size
+
+
+def _checked(model: Model, config: EngineConfig, wanted: int, available: int) -> CacheSize:
+    """Of so many bytes; ConfigurationError where they hold too little."""
+    size = _blocks(model, config, wanted, available)
+    one_block = _block_bytes(model, config)
+    if size.num_blocks < 1:
+        raise ConfigurationError(
+            f"KV_CACHE_MEMORY: {available} bytes do not hold one block of {config.block_size} tokens, {one_block} bytes"
+        )
+    if config.max_model_len is not None and size.max_model_len < wanted:
+        raise ConfigurationError(
+            _too_long(model, config, wanted, available) + "; lower MAX_MODEL_LEN or raise KV_CACHE_MEMORY to "
+            f"{-(-wanted // config.block_size) * one_block} bytes"
+        )
+    return size
+
+
+def _size_beside_steps(
+    model: Model, config: EngineConfig, wanted: int, memory: DeviceMemory, report: Report
+) -> CacheSize:
+    """What the largest steps leave: see the module's algebra."""
+    length = wanted
+    while True:
+        peak = _peak(model, config, length, memory, report)
+        reading = memory.now()
+        available = 0 if peak is None else _room(config, reading, peak)
+        size = _blocks(model, config, length, available)
+        if size.max_model_len == length:
+            return size
+        if config.max_model_len is not None or length <= config.block_size:
+            raise _does_not_fit(model, config, length, available, peak, reading)
+        length = max(size.max_model_len, length // 2)
+
+
+def _room(config: EngineConfig, reading: MemoryReading, peak: int) -> int:
+    share = int(reading.total * config.gpu_memory_utilization) - CONTEXT_BYTES
+    margin = MARGIN_BYTES + int(reading.total * MARGIN_SHARE)
+    return max(0, min(share, reading.held + reading.free) - peak - margin)
+
+
+def _check_beside_steps(
+    model: Model, config: EngineConfig, size: CacheSize, memory: DeviceMemory, report: Report
+) -> None:
+    """A cache that was asked for need not leave a margin, but the largest steps have to fit beside it."""
+    peak = _peak(model, config, size.max_model_len, memory, report)
+    reading = memory.now()
+    if peak is None:
+        raise _does_not_fit(model, config, size.max_model_len, 0, peak, reading)
+    allowed = reading.held + reading.free
+    if size.num_bytes > allowed - peak:
+        raise ConfigurationError(
+            f"KV_CACHE_MEMORY: the cache would take {size.num_bytes} bytes, but of {allowed} that this process could "
+            f"have of the GPU's memory, weights and the largest step take {peak}: lower it to "
+            f"{max(0, allowed - peak)} or less, lower MAX_BATCHED_TOKENS or MAX_NUM_SEQS, or leave it unset"
+        )
+
+
+def _peak(model: Model, config: EngineConfig, length: int, memory: DeviceMemory, report: Report) -> int | None:
+    """Bytes in the largest steps at this length; None where memory does not last."""
+    memory.release()
+    report(f"measuring the memory of the largest steps at {length} tokens")
+    shapes = [layer.shape for layer in model.layers]
+    try:
+        storage = KVStorage(shapes, WARM_UP_BLOCKS, config.block_size, _dtype(model, config), model.device)
+        warm_up(model, config, length, storage, report)
+    except torch.OutOfMemoryError:
+        return None
+    return memory.peak()
+
+
+def _blocks(model: Model, config: EngineConfig, wanted: int, available: int) -> CacheSize:
+    """As many as fit, and no more than every sequence at full length would use; at most `wanted` tokens long."""
+    one_block = _block_bytes(model, config)
+    most = config.max_num_seqs * -(-wanted // config.block_size)
+    num_blocks = min(available // one_block, most)
+    return CacheSize(
+        num_blocks, num_blocks * one_block, _dtype(model, config), min(wanted, num_blocks * config.block_size)
+    )
+
+
+def _dtype(model: Model, config: EngineConfig) -> torch.dtype:
+    return model.dtype if config.kv_cache_dtype == "auto" else DTYPES[config.kv_cache_dtype]
+
+
+def _block_bytes(model: Model, config: EngineConfig) -> int:
+    return block_bytes([layer.shape for layer in model.layers], config.block_size, _dtype(model, config))
+
+
+def _too_long(model: Model, config: EngineConfig, wanted: int, available: int) -> str:
+    one_block = _block_bytes(model, config)
+    capacity = available // one_block * config.block_size
+    return (
+        f"MAX_MODEL_LEN is {wanted} tokens, but the KV cache holds {capacity} ({available / 2**30:.2f} GiB at "
+        f"{one_block // config.block_size} bytes a token)"
+    )
+
+
+def _does_not_fit(
+    model: Model, config: EngineConfig, length: int, available: int, peak: int | None, reading: MemoryReading
+) -> ConfigurationError:
+    remedy = "lower MAX_MODEL_LEN, MAX_BATCHED_TOKENS or MAX_NUM_SEQS, or serve a smaller model"
+    if peak is None:
+        return ConfigurationError(
+            f"the largest steps at {length} tokens do not fit in the GPU's memory, of which "
+            f"{(reading.held + reading.free) / 2**30:.2f} GiB are this process's or free: {remedy}"
+        )
+    return ConfigurationError(
+        f"{_too_long(model, config, length, available)}: of the GPU's {reading.total / 2**30:.2f} GiB, of which "
+        f"{reading.free / 2**30:.2f} GiB are free, weights and the largest step take {peak / 2**30:.2f} GiB; {remedy}, "
+        f"or raise GPU_MEMORY_UTILIZATION ({config.gpu_memory_utilization:g})"
+    )
+
+
+def _method_length(model: Model, config: EngineConfig) -> int:
+    try:
+        return default_max_model_len(config.rope, model.rotaries[main_group(model.rotaries)])
+    except MethodError as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _free_host_memory() -> int:
+    return min(int(psutil.virtual_memory().available * CPU_SHARE), CPU_LIMIT)

@@ -1,0 +1,160 @@
+"""The largest steps that a deployment allows, run before the first request.
+
+They are run twice on a GPU: through a few blocks, to see what memory they take before the cache is sized (`sizing`),
+and through the cache, so that a start that succeeds has shown that memory lasts, and no request waits for a kernel to
+be compiled. Only memory counts: block tables repeat the blocks there are, and what is computed is nobody's.
+
+What takes memory in a step, and which step takes most of it:
+
+    rows            hidden states and logits, in fp32: a chunk of MAX_BATCHED_TOKENS, scored to its last row
+    turned keys     a chunk reads them from scratch, each map's once. A method whose angles depend on the length has a
+                    map a run of 256 rows, so it turns the whole context that often; and every sequence has its own
+    tables          of angles: a map's grow with the context, and each row of a decode step may have its own maps
+    sampled rows    MAX_NUM_SEQS of them, sorted for top-p, while the next step runs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.cuda.prefill import FADING_ROWS
+from prerope.cache.storage import KVStorage
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.reading import ROW_LENGTH_BUCKET, MethodError, PositionMethod
+from prerope.rope.spec import METHOD_NAMES, RopeSpec
+from prerope.server.config import EngineConfig
+from prerope.server.engine.sampling.device import sample_on_device
+from prerope.server.engine.sampling.host import PROMPT_LOGPROB_ROWS, logprobs, sample
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.models.batch import Chunk, build_batch
+from prerope.server.models.model import Model
+from torch import Tensor
+
+NUM_ALTERNATIVES = 20
+"""Beside each scored token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`count` rows of one sequence from position `start` on, all of whose logits are wanted."""
+
+    start: int
+    count: int
+    positions: ModelPositions
+
+
+def warm_up(model: Model, config: EngineConfig, length: int, storage: KVStorage, report: Callable[[str], None]) -> None:
+    """Run the largest steps at contexts of `length` tokens through `storage`, whose blocks are written to.
+
+    Raises torch.OutOfMemoryError. `report` gets a line as each step begins.
+    """
+    under_way: Tensor | None = None
+    for name, rows in worst_steps(model, config, length):
+        report(f"warming up: {name}")
+        under_way = _run(model, config, rows, storage)  # what the step before sampled from is held until then
+    del under_way
+
+
+def worst_steps(model: Model, config: EngineConfig, length: int) -> Iterator[tuple[str, list[Rows]]]:
+    """(what it is, its rows) of each; all end within `length` tokens."""
+    own, *others = allowed_positions(model, config, length)
+    budget = min(config.max_batched_tokens, length)
+    methods = {id(one): one for one in (own, *_hungriest([own, *others], length - budget, length))}.values()
+    for positions in methods:
+        method = positions.describe()["method"]
+        yield (
+            f"the last {budget} rows of a prompt of {length}, read by {method}",
+            [Rows(length - budget, budget, positions)],
+        )
+        count = min(config.max_batched_tokens // config.max_num_seqs, length)
+        if config.max_num_seqs > 1 and count > 1:
+            yield (
+                f"{count} rows of each of {config.max_num_seqs} such prompts, read by {method}",
+                [Rows(length - count, count, positions)] * config.max_num_seqs,
+            )
+        yield (
+            f"one row of each of {config.max_num_seqs} sequences, read by {method}",
+            [Rows(_spread(length, number), 1, positions) for number in range(config.max_num_seqs)],
+        )
+
+
+def _spread(length: int, number: int) -> int:
+    """A late position whose row has maps of its own under a length-dependent method, as long as there are any."""
+    return (length - 1 - number * ROW_LENGTH_BUCKET) % length
+
+
+def allowed_positions(model: Model, config: EngineConfig, length: int) -> list[ModelPositions]:
+    """The deployment's method, then those that a request may choose, with their default parameters."""
+    names = METHOD_NAMES if config.rope_per_request else ()
+    allowed = [resolve_model(config.rope, model.rotaries, length)]
+    for name in names:
+        try:
+            allowed.append(resolve_model(RopeSpec(method=name), model.rotaries, length))
+        except MethodError:  # not with this model
+            continue
+    return allowed
+
+
+def _hungriest(allowed: list[ModelPositions], start: int, stop: int) -> tuple[ModelPositions, ModelPositions]:
+    """Those that turn most keys for the rows [start, stop), and those that read keys in most parts."""
+
+    def of_all(measure: Callable[[PositionMethod, int, int], int]) -> ModelPositions:
+        return max(allowed, key=lambda one: max(measure(method, start, stop) for method in one.methods.values()))
+
+    return of_all(turned_keys), of_all(_num_parts)
+
+
+def turned_keys(method: PositionMethod, start: int, stop: int) -> int:
+    """Keys of scratch that rows [start, stop) of a chunk read from: each map's once, and those that fade once a run."""
+    spans: dict[object, tuple[int, int]] = {}
+    for begin, end, reading in method.runs(start, stop):
+        most = end - begin if reading.decay is None else FADING_ROWS
+        for first in range(begin, end, most):
+            for part in reading.parts:
+                low, high = part.keys(first, min(first + most, end))
+                if low < high and not (part.key.still and reading.decay is None):
+                    name = part.key, reading.decay, 0 if reading.decay is None else first
+                    before = spans.get(name, (low, high))
+                    spans[name] = min(low, before[0]), max(high, before[1])
+    return sum(high - low for low, high in spans.values())
+
+
+def _num_parts(method: PositionMethod, start: int, stop: int) -> int:
+    return max(len(reading.parts) for _, _, reading in method.runs(start, stop))
+
+
+def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorage) -> Tensor:
+    """A step as the engine runs it; the logits that it sampled from."""
+    num_blocks = storage.keys[0].shape[0]
+    chunks = []
+    for one in rows:
+        blocks = np.arange(-(-(one.start + one.count) // config.block_size)) % num_blocks
+        ids = [token % model.vocab_size for token in range(one.count)]
+        chunks.append(Chunk(ids, one.start, blocks, one.positions, one.count))
+    logits = model.forward(build_batch(chunks, config.block_size, model.device), storage)
+    scored = min(PROMPT_LOGPROB_ROWS, len(logits))
+    logprobs(logits[:scored], [0] * scored, NUM_ALTERNATIVES)
+    sampled = logits[: config.max_num_seqs].clone()
+    sequences = [_sampling(rows[0].positions, config)] * len(sampled)
+    sample_on_device(sampled, sequences)
+    raw = sampled.clone()
+    sample(sampled[:1], sequences[:1], model.eos_token_ids)
+    return raw
+
+
+def _sampling(positions: ModelPositions, config: EngineConfig) -> Sequence:
+    """Nobody's sequence, which asks for the draw that takes most."""
+    sampling = SamplingParams(max_tokens=1, top_p=0.999)
+    return Sequence(
+        request=EngineRequest("warm-up", [0], sampling),
+        positions=positions,
+        hasher=PrefixHasher(config.block_size, positions, ""),
+        generator=torch.Generator(),
+        token_ids=[0],
+        num_prompt_tokens=1,
+    )

@@ -1,0 +1,98 @@
+"""Constrained output as the engine knows it: which token ids may come next. No text, no grammar library.
+
+    Grammar ─ matcher() ─ Matcher, one a sequence ─ mask() before each draw ─ accept() after it ─ finished
+
+Only sampled tokens advance a matcher: a preempted sequence is computed again, and its matcher stays where it was.
+How a grammar meets the other parameters: bias and penalties come first, and what is forbidden stays forbidden;
+temperature, top-k, top-p and min-p choose among what is allowed. End-of-sequence is allowed exactly where the grammar
+accepts. `min_tokens` and `ignore_eos` put the end off while another token is allowed, and no longer. Stop ids end a
+sequence as ever, where the grammar allows them at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Rows
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from prerope.server.engine.sequence import Sequence
+
+
+class Matcher(Protocol):
+    """How far one sequence has come in its grammar. Raises nothing: what goes wrong is in `failure`."""
+
+    def mask(self) -> bytes:
+        """A bit for each token id, lowest first, set where it may come next. Ids past the end may not.
+
+        What it says of end-of-sequence ids does not count: `accepting` does.
+        """
+
+    def accept(self, token_id: int) -> None:
+        """Take in a sampled token, end-of-sequence excepted."""
+
+    @property
+    def accepting(self) -> bool:
+        """What was accepted so far is complete, though more may follow."""
+
+    @property
+    def finished(self) -> bool:
+        """It is complete, and nothing can follow."""
+
+    @property
+    def failure(self) -> str:
+        """Why it cannot go on (a limit of the grammar library); empty while it can."""
+
+
+class Grammar(Protocol):
+    """A compiled grammar, shared by sequences."""
+
+    def matcher(self) -> Matcher:
+        """A new one, at the beginning."""
+
+
+def constrain(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> None:
+    """Put −inf where a sequence's grammar forbids the token; logits [N, V], one row a sequence, in place.
+
+    The model may have more logits than the tokenizer has tokens: those are forbidden.
+    """
+    rows = [index for index, sequence in enumerate(sequences) if sequence.matcher is not None]
+    if not rows:
+        return
+    size = logits.shape[1]
+    packed = np.stack([allowed(sequences[row], size, eos_token_ids) for row in rows])
+    bits = np.unpackbits(~packed, axis=1, count=size, bitorder="little").view(np.bool_)
+    for row, forbidden in zip(rows, torch.from_numpy(bits).to(logits.device), strict=True):
+        logits[row].masked_fill_(forbidden, float("-inf"))
+
+
+def allowed(sequence: Sequence, vocab_size: int, eos_token_ids: frozenset[int]) -> NDArray[np.uint8]:
+    """The tokens that may come next, as bits [⌈V/8⌉], lowest first."""
+    matcher, sampling = sequence.matcher, sequence.sampling
+    assert matcher is not None
+    bits = np.zeros(-(-vocab_size // 8), dtype=np.uint8)
+    mask = np.frombuffer(matcher.mask(), dtype=np.uint8)[: bits.shape[0]]
+    bits[: mask.shape[0]] = mask
+    _clear(bits, eos_token_ids)
+    early = sequence.num_output_tokens < sampling.min_tokens
+    if early or sampling.ignore_eos:
+        going_on = bits.copy()
+        _clear(going_on, sampling.stop_token_ids if early else ())
+        if going_on.any():
+            return going_on
+    if matcher.accepting:
+        for end in eos_token_ids:
+            if end < vocab_size:
+                bits[end >> 3] |= 1 << (end & 7)
+    return bits
+
+
+def _clear(bits: NDArray[np.uint8], token_ids: Iterable[int]) -> None:
+    for token_id in token_ids:
+        if token_id >> 3 < bits.shape[0]:
+            bits[token_id >> 3] &= 0xFF ^ (1 << (token_id & 7))

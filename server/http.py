@@ -1,0 +1,127 @@
+"""uvicorn with our way of ending: a signal drains the engine while the port stays open, so that probes and new requests
+get a 503 instead of a refused connection; then the process exits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from types import FrameType
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from prerope.server.api.middleware import ABORT
+from prerope.server.errors import ConfigurationError
+from prerope.server.log import LEVELS
+from prerope.server.service import Service
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+log = structlog.get_logger(__name__)
+
+CLOSE_GRACE_S = 5
+"""Seconds that connections get to close once the engine is done: all replies are complete or aborted by then."""
+EXAMPLE_BODY = """{"prompt": "The capital of France is", "max_tokens": 16}"""
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which also lets the app drop it: a client that does not read cannot be waited for."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, ABORT: transport.abort}
+
+
+class DrainingServer(uvicorn.Server):
+    """One app's HTTP server. The first SIGTERM or SIGINT drains, the second exits at once.
+
+    `failure` is why the process must exit with an error: the model could not be loaded, or the engine died.
+    """
+
+    def __init__(self, service: Service, app: FastAPI, url: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                log_config=None,
+                log_level=max(LEVELS["warning"], LEVELS[service.settings.log_level]),
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=CLOSE_GRACE_S,
+            )
+        )
+        self.failure: BaseException | None = None
+        self._service = service
+        self._url = url
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run_until_done(self, listener: socket.socket) -> None:
+        """Serve until a signal has been obeyed or the engine has failed."""
+        self._loop = asyncio.get_running_loop()
+        _give_up_on_silence(listener, self._service.settings.client_timeout_s)
+        watcher = asyncio.create_task(self._watch())
+        await self.serve(sockets=[listener])
+        watcher.cancel()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        """uvicorn's signal handler. Not recorded as captured: the process ends by its exit code, not by the signal."""
+        if self._draining is not None or self._loop is None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_draining)
+
+    def _begin_draining(self) -> None:
+        self._draining = self._draining or asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        timeout_s = self._service.settings.shutdown_timeout_s
+        log.info("shutting down: running requests may finish, new ones get a 503", timeout_s=timeout_s)
+        await self._service.engine.shutdown(timeout_s)
+        self.should_exit = True
+
+    async def _watch(self) -> None:
+        """Announce the model when it is loaded; end the process when it cannot be, or when the engine dies."""
+        engine = self._service.engine
+        try:
+            await engine.wait_until_loaded()
+        except ConfigurationError as error:
+            self._fail(error)
+            return
+        except Exception as error:
+            log.error("the model could not be loaded", exc_info=error)
+            self._fail(error)
+            return
+        self._announce()
+        await engine.wait_until_stopped()
+        if engine.failure is not None:
+            log.error("the engine died", exc_info=engine.failure)
+            self._fail(engine.failure)
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.should_exit = True
+
+    def _announce(self) -> None:
+        service, info = self._service, self._service.engine.info
+        log.info(
+            "ready",
+            model=service.model_name,
+            url=self._url,
+            method=info.positions.describe()["method"],
+            max_model_len=info.max_model_len,
+            seconds=round(service.seconds_up, 1),
+        )
+        if service.settings.log_format == "text":
+            key = " -H 'Authorization: Bearer KEY'" if service.settings.asks_for_key else ""
+            print(
+                f"\n  {service.model_name} is served at {self._url} (a page to try it, and /docs). From a shell:\n\n"
+                f"  curl {self._url}/generate{key} -H 'Content-Type: application/json' -d '{EXAMPLE_BODY}'\n",
+                flush=True,
+            )
+
+
+def _give_up_on_silence(listener: socket.socket, seconds: float) -> None:
+    """Let the kernel drop connections (they inherit this) whose client leaves a reply unread that is complete here."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, round(seconds * 1000)))

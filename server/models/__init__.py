@@ -1,0 +1,1 @@
+"""Models: found, loaded, inspected, checked against transformers, and given faster forwards. Knows no scheduling."""

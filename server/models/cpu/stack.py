@@ -1,0 +1,169 @@
+"""A decode step of few rows in a handful of calls: all decoder layers are one, kernels/c/layers.c.
+
+A product of a small model takes 15 to 100 µs, and the way to the next one through Python as long. Where every layer
+has the short forward of `layers`, with the norms, products and gate of `cpu_kernels`, and nothing but an embedding,
+a norm and a linear layer stands around them, such a step does without transformers' forward and gives its logits to
+the bit. Other steps and models run layer by layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from prerope.cache.attention.types import AttentionMetadata
+from prerope.cache.cpu.decode import DecodePlan, DecodeShape, can_decode, plan_step
+from prerope.cache.kernels.build import library
+from prerope.cache.storage import KVStorage
+from prerope.server.models.batch import Batch
+from prerope.server.models.cpu.products import (
+    FEW_ROWS,
+    MULTIPLE,
+    GatedProducts,
+    KernelLinear,
+    Products,
+    RMSNorm,
+    can_multiply,
+)
+from prerope.server.models.layers import Around, PlainAttention, PlainLayer, around
+from prerope.server.models.raw_keys import AttentionHandler, RawKeyModel
+from torch import Tensor, nn
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("eps", ctypes.c_double), ("add_one", ctypes.c_int64)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("before_attention", "before_mlp")),
+        *((name, KernelLinear) for name in ("query_key_value", "output", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "shape", "plan", "scales")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "hidden", "threads")),
+        *((name, ctypes.c_void_p) for name in ("h", "slots", "row", "x", "query", "out", "scratch")),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What one layer is made of. The products are its own, in the order of kernels/c/layers.c."""
+
+    attention: PlainAttention
+    norms: tuple[RMSNorm, RMSNorm]
+    products: tuple[Products, Products, Products, Products]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(width for products in self.products for width in (products.inputs, *products.features))
+
+
+class Stack:
+    """The layers of one model, first to last, the rotary group of each, and what is around them. For one thread."""
+
+    def __init__(self, layers: Sequence[_Parts], groups: Sequence[str | None], ends: Around) -> None:
+        first, widest = layers[0], max(products.inputs for products in layers[0].products)
+        self._ends = ends
+        self._parts = layers
+        asked = [part.attention.call.options(group) for part, group in zip(layers, groups, strict=True)]
+        self._options = list(dict.fromkeys(asked))
+        self._asks = [self._options.index(options) for options in asked]  # layer → which of them
+        self._hidden = first.products[0].inputs
+        self._head_dim = first.attention.head_dim
+        self._query_heads = first.products[0].features[0] // self._head_dim
+        features = [products.features for products in first.products]
+        self._outs = [[_rows(width, torch.bfloat16) for width in widths] for widths in features]
+        self._row, self._x = _rows(widest, torch.bfloat16), _rows(widest, torch.float32)
+        heads = (-1, self._query_heads, self._head_dim)
+        self._query, self._out = (_rows(features[0][0], torch.float32).view(heads) for _ in range(2))
+        self._layers = (_Layer * len(layers))(*map(self._as_struct, layers))
+        self._storage: KVStorage | None = None
+        self._plans: list[DecodePlan] = []
+        self._shapes: list[DecodeShape] = []
+
+    def _as_struct(self, part: _Parts) -> _Layer:
+        for products, outs in zip(part.products, self._outs, strict=True):
+            products.point(outs)
+        norms = (_Norm(norm.weight.data_ptr(), norm.eps, norm.add_one) for norm in part.norms)
+        return _Layer(*norms, *(products.plan for products in part.products))
+
+    def logits(self, batch: Batch, storage: KVStorage, attend: AttentionHandler) -> Tensor | None:
+        """[N, V] of the batch's `logit_rows`, K and V stored; None where the step is not one of few single rows."""
+        del attend  # it is part of the call
+        if not self._prepare(batch.metadata, storage):
+            return None
+        ends = self._ends
+        hidden = self.run(ends.embedding.forward(batch.input_ids), batch.metadata)
+        logits: Tensor = ends.head.forward(ends.norm.forward(hidden[batch.logit_rows]))
+        return logits
+
+    def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
+        if len(metadata.sequences) > FEW_ROWS or len(metadata.slot_mapping) != len(metadata.sequences):
+            return False
+        if storage.keys[0].dtype != torch.bfloat16 or not can_decode(self._query, storage.keys[0]):
+            return False
+        plans = [plan_step(metadata, options) for options in self._options]
+        self._plans = [plan for plan in plans if plan is not None]
+        if len(self._plans) < len(plans):
+            return False
+        self._shapes = [
+            plan.shape(self._query_heads, storage.keys[0], options)
+            for plan, options in zip(self._plans, self._options, strict=True)
+        ]
+        if storage is not self._storage:
+            self._storage = storage
+            for layer, keys, values in zip(self._layers, storage.keys, storage.values, strict=True):
+                layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        for layer, asks in zip(self._layers, self._asks, strict=True):
+            plan = self._plans[asks]
+            layer.plan, layer.shape = ctypes.addressof(plan.plan), ctypes.addressof(self._shapes[asks])
+            layer.scales = None if plan.scale is None else plan.scale.data_ptr()
+        return True
+
+    def run(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """hidden [T, hidden], contiguous → what leaves the last layer, in place."""
+        kernels = library()
+        assert kernels is not None
+        scratch = max(self._plans, key=lambda plan: plan.num_items).scratch(self._query_heads, self._head_dim)
+        tensors = (hidden, metadata.slot_mapping, self._row, self._x, self._query, self._out, scratch)
+        step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors))
+        kernels.prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
+        return hidden
+
+
+def _rows(width: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(FEW_ROWS, width, dtype=dtype)
+
+
+def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[str | None]) -> Stack | None:
+    """A stack of these decoder layers, given with the rotary group of each; None where something is not as above."""
+    parts = [_parts(module) for module in modules]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or len({part.widths for part in known}) != 1:
+        return None
+    ends = around(raw, modules, RMSNorm)
+    return Stack(known, groups, ends) if ends else None
+
+
+def _parts(module: nn.Module) -> _Parts | None:
+    layer = module.forward
+    if not isinstance(layer, PlainLayer) or not isinstance(layer.attention.forward, PlainAttention):
+        return None
+    attention, before_attention, before_mlp = layer.attention.forward, layer.before_attention, layer.before_mlp
+    if attention.head_norms:
+        return None
+    norms, gated = (before_attention.forward, before_mlp.forward), layer.mlp.forward
+    if not isinstance(gated, GatedProducts) or not isinstance(norms[0], RMSNorm) or not isinstance(norms[1], RMSNorm):
+        return None
+    groups = [attention.inputs, [attention.output], gated.linears[:2], gated.linears[2:]]
+    if not all(can_multiply(linear) and linear.out_features % MULTIPLE == 0 for group in groups for linear in group):
+        return None
+    first, second, third, fourth = (Products(group) for group in groups)
+    _query, key, value = first.features
+    return _Parts(attention, (norms[0], norms[1]), (first, second, third, fourth)) if key == value else None

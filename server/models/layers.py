@@ -1,0 +1,229 @@
+"""Attention modules and decoder layers of the common shape, without what transformers does around it in Python.
+
+A trial run records what enters and leaves them. A module that has the parts and gives the same results from them gets
+the short forward; anything else keeps transformers' own:
+
+    attention   q, k and v from three linear layers, one more behind; between them nothing, or a norm of each head of q
+                and of k; no window, sinks or soft-cap
+    layer       h = x + attention(norm x);  h + mlp(norm h)
+    around      token ids → embedding → the layers → norm → head → logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise, permutations
+from typing import Any, Protocol
+
+import torch
+from prerope.cache.storage import KVStorage
+from prerope.server.models.batch import Batch
+from prerope.server.models.inspection import own_values, probe_ids, relative_difference
+from prerope.server.models.raw_keys import HANDLER, AttentionCall, AttentionHandler, RawKeyModel
+from torch import Tensor, nn
+
+TOLERANCE = 1e-2
+"""Relative, rms: rounding of two ways to the same result."""
+
+
+@dataclass(slots=True)
+class Recorded:
+    """One forward of the probe prompt: what entered and left attention modules and layers, and what they asked."""
+
+    entered: dict[nn.Module, Tensor] = field(default_factory=dict)
+    left: dict[nn.Module, Any] = field(default_factory=dict)
+    calls: dict[nn.Module, AttentionCall] = field(default_factory=dict)
+    queries: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    logit_rows: Tensor = field(default_factory=lambda: torch.tensor([0]))
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        """An attention handler."""
+        self.calls[module], self.queries[module] = call, (query, key, value)
+        return own_values(module, query, key, value, call)
+
+
+class PlainAttention:
+    """The forward of an attention module of the shape above. head_norms: of q and of k, or none."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: tuple[nn.Linear, ...],
+        head_dim: int,
+        call: AttentionCall,
+        head_norms: tuple[nn.Module, ...] = (),
+    ) -> None:
+        self.module, self.head_dim, self.call, self.head_norms = module, head_dim, call, head_norms
+        self.inputs, self.output = parts[:3], parts[3]
+
+    def __call__(self, hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
+        """hidden_states [1, T, hidden] → the same shape."""
+        query, key, value = self.heads([part.forward(hidden_states) for part in self.inputs])
+        rows = HANDLER.get()(self.module, query, key, value, self.call)
+        return self.output.forward(rows.view(1, len(rows), -1)), None
+
+    def heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
+        """q, k and v, [..., T, features] each → raw, [T, heads, head_dim]."""
+        heads = [rows.view(rows.shape[-2], -1, self.head_dim) for rows in projected]
+        for place, norm in enumerate(self.head_norms):
+            heads[place] = norm.forward(heads[place])
+        return heads
+
+
+class PlainLayer:
+    """The forward of a decoder layer of the shape above. Attention is called as a module, so that its hooks run."""
+
+    def __init__(self, attention: nn.Module, norms: tuple[nn.Module, nn.Module], mlp: nn.Module) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.before_attention, self.before_mlp = norms
+        self._add = getattr(self.before_mlp.forward, "add", self._add_and_normalise)
+
+    def __call__(self, hidden_states: Tensor, *_arguments: Any, **options: Any) -> Tensor:
+        """hidden_states [1, T, hidden] → the same shape."""
+        normal = self.before_attention.forward(hidden_states)
+        hidden, normal = self._add(hidden_states, self.attention(hidden_states=normal, **options)[0])
+        result: Tensor = hidden + self.mlp.forward(normal)
+        return result
+
+    def _add_and_normalise(self, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the norm has no kernel that adds."""
+        hidden = hidden + attended
+        return hidden, self.before_mlp.forward(hidden)
+
+
+def plain_layers(raw: RawKeyModel, attentions: list[nn.Module]) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """(module, forward) for these attention modules and their parents, where the short forward gives the same."""
+    layers = layers_of(raw, attentions)
+    recorded = record(raw, [*attentions, *layers])
+    for attention, layer in zip(attentions, layers, strict=True):
+        forward = _as_plain_attention(attention, recorded)
+        if forward is not None:
+            yield attention, forward
+        whole = _as_plain_layer(layer, attention, recorded)
+        if whole is not None:
+            yield layer, whole
+
+
+def layers_of(raw: RawKeyModel, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that hold these."""
+    parents = {child: parent for parent in raw.model.modules() for child in parent.children()}
+    return [parents[attention] for attention in attentions]
+
+
+def record(raw: RawKeyModel, modules: Sequence[nn.Module]) -> Recorded:
+    """A forward of the probe prompt."""
+    ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
+    positions = torch.arange(len(ids), device=ids.device)
+    recorded = Recorded(logit_rows=torch.tensor([0], device=ids.device))
+    with torch.inference_mode(), _watched(modules, recorded):
+        recorded.logits = raw.forward(ids, positions, recorded.logit_rows, recorded.attend)
+    return recorded
+
+
+@contextmanager
+def _watched(modules: Sequence[nn.Module], recorded: Recorded) -> Iterator[None]:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        recorded.entered[module] = options["hidden_states"] if "hidden_states" in options else arguments[0]
+        recorded.left[module] = output
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def _as_plain_attention(module: nn.Module, recorded: Recorded) -> PlainAttention | None:
+    parts = [child for child in module.children() if isinstance(child, nn.Linear)]
+    call, x, left = recorded.calls[module], recorded.entered[module], recorded.left[module]
+    special = call.sliding_window is not None or call.softcap is not None or call.sinks is not None
+    if len(parts) != 4 or special or not isinstance(left, tuple) or len(left) != 2:
+        return None
+    head_dim = recorded.queries[module][0].shape[-1]
+    for chosen in permutations(parts):
+        if any(part.in_features != x.shape[-1] for part in chosen[:3]):
+            continue
+        projected = [part.forward(x) for part in chosen[:3]]
+        for norms in _head_norms(module, head_dim):
+            forward = PlainAttention(module, chosen, head_dim, call, norms)
+            if all(map(same, forward.heads(projected), recorded.queries[module])):
+                token = HANDLER.set(own_values)
+                try:
+                    return forward if same(forward(x)[0], left[0]) else None
+                finally:
+                    HANDLER.reset(token)
+    return None
+
+
+def _head_norms(module: nn.Module, head_dim: int) -> list[tuple[nn.Module, ...]]:
+    """None; and, where there are two modules of a weight of a head's width, these as norms of q and k or of k and q."""
+    norms = [child for child in module.children() if [p.shape for p in child.parameters()] == [(head_dim,)]]
+    return [(), *permutations(norms, 2)] if len(norms) == 2 else [()]
+
+
+@torch.inference_mode()
+def _as_plain_layer(layer: nn.Module, attention: nn.Module, recorded: Recorded) -> PlainLayer | None:
+    others = [child for child in layer.children() if child is not attention]
+    x, left = recorded.entered[layer], recorded.left[layer]
+    attended = recorded.left[attention]
+    if len(others) != 3 or not isinstance(left, Tensor) or not isinstance(attended, tuple):
+        return None
+    for first, second, mlp in permutations(others):
+        if any(sum(1 for _ in norm.parameters()) > 2 or list(norm.children()) for norm in (first, second)):
+            continue
+        hidden = x + attended[0]
+        try:
+            agree = same(first.forward(x), recorded.entered[attention])
+            agree = agree and same(hidden + mlp.forward(second.forward(hidden)), left)
+        except (TypeError, RuntimeError):  # not what these modules take
+            continue
+        if agree:
+            return PlainLayer(attention, (first, second), mlp)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """token ids → embedding → the layers → norm → head → logits."""
+
+    embedding: nn.Module
+    norm: nn.Module
+    head: nn.Module
+
+
+def around(raw: RawKeyModel, layers: Sequence[nn.Module], norm_type: type) -> Around | None:
+    """What stands around these layers, with a norm of this type; None if it is anything else.
+
+    By a trial run: each must get what the one before it leaves, unchanged.
+    """
+    embedding, head = raw.model.get_input_embeddings(), raw.model.get_output_embeddings()
+    norms = [module for module in raw.model.modules() if isinstance(module.forward, norm_type)]
+    ran = record(raw, [embedding, *layers, *norms, head])
+    for norm in (norm for norm in norms if norm in ran.entered):
+        path = [embedding, *layers, norm]
+        handed_on = all(torch.equal(ran.left[one], ran.entered[following]) for one, following in pairwise(path))
+        read = torch.equal(ran.left[norm][0, ran.logit_rows], ran.entered[head][0])
+        if handed_on and read and torch.equal(ran.left[head][0], ran.logits):
+            return Around(embedding, norm, head)
+    return None
+
+
+class Stack(Protocol):
+    """Runs whole steps of one model, first token id to last logit, without transformers' forward."""
+
+    def logits(self, batch: Batch, storage: KVStorage, attend: AttentionHandler) -> Tensor | None:
+        """[N, V] of the batch's `logit_rows`, K and V stored; None for a step that it does not take."""
+
+    @property
+    def run(self) -> Callable[..., Tensor]:
+        """The layers: from what was embedded to what leaves the last one, or the norm behind it."""
+
+
+def same(ours: Any, expected: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding."""
+    return isinstance(ours, Tensor) and relative_difference(ours, expected) <= TOLERANCE

@@ -1,0 +1,198 @@
+"""The model: a transformers causal LM, our cache and attention under it. One forward of one `Batch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from prerope.cache.attention.dispatch import paged_attention
+from prerope.cache.storage import KVStorage
+from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.spec import RopeSpec
+from prerope.server.config import Quantization
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.batch import Batch
+from prerope.server.models.cpu import products as cpu_kernels
+from prerope.server.models.cpu import stack as cpu_stack
+from prerope.server.models.cuda import products as cuda_kernels
+from prerope.server.models.cuda import stack as cuda_stack
+from prerope.server.models.inspection import inspect_layers
+from prerope.server.models.layers import Stack, layers_of, plain_layers
+from prerope.server.models.modules import Kernels, fast_modules
+from prerope.server.models.quantization import check_quantization, quantize
+from prerope.server.models.raw_keys import AttentionCall, RawKeyModel
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from prerope.server.models.checkpoint import Checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a device has in place of transformers' modules, and of its whole forward."""
+
+    kernels: Kernels
+    find_stack: Callable[[RawKeyModel, Sequence[nn.Module], Sequence[str | None]], Stack | None]
+
+
+BACKENDS = {
+    "cpu": Backend(cpu_kernels.KERNELS, cpu_stack.find_stack),
+    "cuda": Backend(cuda_kernels.KERNELS, cuda_stack.find_stack),
+}
+"""By type of device. On any other, transformers' modules run as they are."""
+
+
+class Model:
+    """Runs batches. Not thread-safe: one engine thread owns it.
+
+    Attributes:
+        layers: attention layers in order, with shapes and rotary groups.
+        rotaries: rotary group → the embedding as trained.
+        eos_token_ids: from the model's generation config.
+        stack: runs whole steps, where the model has the shape for it: of few rows on the CPU, any on CUDA.
+    """
+
+    def __init__(self, transformers_model: Any, backend: Backend | None = None) -> None:
+        """backend: that of the model's device, unless another is given."""
+        self.raw = RawKeyModel(transformers_model)
+        self.layers, self.rotaries = inspect_layers(self.raw)
+        self.raw.drop_rotation(layer.module for layer in self.layers)
+        backend = backend or BACKENDS.get(self.device.type)
+        self.stack = None if backend is None else self._hasten(backend)
+        self._place = {layer.module: place for place, layer in enumerate(self.layers)}
+
+    def _hasten(self, backend: Backend) -> Stack | None:
+        """Give modules the forwards of their device; the stack, if the whole has one."""
+        attentions = [layer.module for layer in self.layers]
+        for module, forward in list(fast_modules(self.raw, backend.kernels)):
+            self.raw.replace_forward(module, forward)
+        for module, forward in list(plain_layers(self.raw, attentions)):
+            self.raw.replace_forward(module, forward)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # merged weights have left holes, which are the cache's from now on
+        return backend.find_stack(self.raw, layers_of(self.raw, attentions), [layer.group for layer in self.layers])
+
+    @contextmanager
+    def layer_by_layer(self) -> Iterator[None]:
+        """Inside, no stack runs: hooks see what enters and leaves each module."""
+        stack, self.stack = self.stack, None
+        try:
+            yield
+        finally:
+            self.stack = stack
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.raw.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.raw.model.device
+        return device
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.raw.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        eos = self.raw.model.generation_config.eos_token_id
+        eos = self.raw.text_config.eos_token_id if eos is None else eos
+        return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, storage: KVStorage) -> Tensor:
+        """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`."""
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+            place = self._place[module]
+            storage.store(place, key, value, batch.metadata.slot_mapping)
+            options = call.options(self.layers[place].group)
+            return paged_attention(query, storage.keys[place], storage.values[place], batch.metadata, options)
+
+        logits = None if self.stack is None else self.stack.logits(batch, storage, attend)
+        if logits is None:
+            logits = self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend)
+        return logits.float()
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: str,
+    device: str,
+    report: Callable[[str], None],
+    quantization: Quantization = "none",
+) -> Model:
+    """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong.
+
+    Only safetensors are read, and no code that comes with a checkpoint is run.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    chosen_device = choose_device(device)
+    check_quantization(quantization, chosen_device)
+    logging.disable_progress_bar()
+    report(f"loading {checkpoint.name}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.source,
+            dtype=DTYPES.get(dtype, "auto"),
+            attn_implementation="eager",
+            trust_remote_code=False,
+            use_safetensors=True,
+            **_same_commit(checkpoint),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
+    model.eval().to(chosen_device)
+    if chosen_device.type == "cuda":
+        torch.cuda.set_device(model.device)  # of this thread: where events, graphs and their streams are made
+    if quantization != "none":
+        report(quantize(model))
+    report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
+    return Model(model)
+
+
+def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:
+    """The revision to read the weights at: the commit that the config is of, for a hub id.
+
+    By a branch's name transformers would ask a public service to convert pickled weights, and load what it proposes.
+    """
+    from transformers.utils import cached_file, extract_commit_hash
+
+    given = {"revision": checkpoint.revision} if checkpoint.revision else {}
+    commit = extract_commit_hash(cached_file(checkpoint.source, "config.json", **given), None)
+    return {"revision": commit} if commit else given
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what transformers says, and the remedy where there are no weights that may be read."""
+    if "model.safetensors" in str(error):
+        return (
+            "no safetensors are found there (or, without a network, in the hub's cache). Weights in pickle files, such "
+            "as pytorch_model.bin, can run code when they are read, so they are refused; where you trust them, convert "
+            "them once with transformers' save_pretrained, or choose a REVISION that has model.safetensors"
+        )
+    return str(error).strip().splitlines()[0].replace(os.path.expanduser("~"), "~")
+
+
+def choose_device(name: str) -> torch.device:
+    """auto is the first CUDA device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"DEVICE is {name}, but torch sees no CUDA device; use DEVICE=cpu or auto")
+    return torch.device(name)
+
+
+def own_positions(model: Model) -> ModelPositions:
+    """The model as its config says: what the probe compares against transformers."""
+    return resolve_model(RopeSpec(method="model"), model.rotaries, None)

@@ -1,0 +1,206 @@
+"""transformers' layers with raw q and k: the rotary step made an identity, the attention replaced by ours.
+
+transformers supplies config, weights and layers. Two things are swapped, *on this model object alone*: its rotary
+embeddings, for one that gives cos = 1 and sin = 0, and the forward of modules: attention gets a copy whose
+`apply_rotary_*` returns q and k as they are. No class, module or other model in the process changes.
+
+What reaches `raw_attention` is then handed to the handler that the context variable holds: a context variable, because
+some families drop keyword arguments on the way down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from prerope.cache.attention.types import AttentionOptions
+from prerope.server.errors import ConfigurationError
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "prerope"
+"""Registered without a mask function on purpose: transformers then makes no mask, and causality is ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What a layer passes beside its tensors."""
+
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def options(self, group: str | None) -> AttentionOptions:
+        return AttentionOptions(self.scale, group, self.sliding_window, self.softcap, self.sinks)
+
+
+AttentionHandler = Callable[[nn.Module, Tensor, Tensor, Tensor, AttentionCall], Tensor]
+"""Called once a layer: module, query [T, Hq, D], key and value [T, Hkv, D], all raw → [T, Hq, Dv]."""
+
+HANDLER: ContextVar[AttentionHandler] = ContextVar("attention_handler")
+
+
+def raw_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] → [1, T, Hq, Dv]."""
+    del attention_mask
+    call = AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    packed_query, packed_key, packed_value = (x[0].transpose(0, 1) for x in (query, key, value))
+    rows = HANDLER.get()(module, packed_query, packed_key, packed_value, call)
+    return rows.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, raw_attention)
+
+
+class IdentityRotary(nn.Module):
+    """Stands in for a rotary embedding: cos and sin are the same two numbers for every position and pair."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        # Kept out of the module tree: its buffers are not this model's any more.
+        self._original = [original]
+        self.turns: dict[str, tuple[float, float]] = {}  # layer type, or "" → (cos, sin)
+        self.width = 0  # of the cos that the original makes: D, or D/2
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def original(self) -> nn.Module:
+        return self._original[0]
+
+    def set_turn(self, layer_type: str, cos: float, sin: float) -> None:
+        """From now on every pair of this layer type's q and k is turned by (cos, sin)."""
+        self.turns[layer_type] = (cos, sin)
+        self._tables.clear()
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        key = layer_type or ""
+        if key not in self._tables:
+            extra = () if layer_type is None else (layer_type,)
+            cos, sin = _cos_sin(self.original, x, position_ids[:, :1], *extra)
+            self.width = cos.shape[-1]
+            turn = self.turns.setdefault(key, (1.0, 0.0))
+            self._tables[key] = (torch.full_like(cos, turn[0]), torch.full_like(sin, turn[1]))
+        return self._tables[key]
+
+
+def _cos_sin(rotary: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor]:
+    output = rotary(*arguments)
+    if isinstance(output, tuple) and len(output) == 2 and not output[0].is_complex():
+        return output
+    raise ConfigurationError(
+        f"{type(rotary).__name__} does not give cos and sin (a complex rotation?): its keys cannot be kept raw"
+    )
+
+
+class RawKeyModel:
+    """A transformers causal LM whose attention receives raw q and k, through `handler` of each forward.
+
+    Raises ConfigurationError for a model without a rotary embedding.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.text_config: Any = model.config.get_text_config()
+        self.identities = dict(_find_rotaries(model, self.family))
+        self._forwards: dict[nn.Module, Callable[..., Any]] = {}
+        self._install()
+
+    @property
+    def family(self) -> str:
+        return str(self.model.config.model_type)
+
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Give one module of this model another forward, which `stock` takes back."""
+        self._forwards[module] = forward
+        module.forward = forward
+
+    def drop_rotation(self, modules: Iterable[nn.Module]) -> None:
+        """Take the rotary arithmetic out of these attention modules, where their forward allows it."""
+        for module in modules:
+            forward = _without_rotation(module)
+            if forward is not None:
+                self.replace_forward(module, forward)
+
+    @contextmanager
+    def stock(self) -> Iterator[None]:
+        """Inside, the model is transformers' own again, with eager attention."""
+        for module in self._forwards:
+            del module.forward
+        self._place({name: identity.original for name, identity in self.identities.items()})
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self._install()
+
+    def _install(self) -> None:
+        self._place(self.identities)
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        for module, forward in self._forwards.items():
+            module.forward = forward
+
+    def _place(self, rotaries: Mapping[str, nn.Module]) -> None:
+        for name, rotary in rotaries.items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), attribute, rotary)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logit_rows: Tensor, handler: AttentionHandler) -> Tensor:
+        """input_ids, position_ids [T], logit_rows [N] → logits [N, V]; `handler` sees every layer's raw q, k and v."""
+        token = HANDLER.set(handler)
+        try:
+            output = self.model(
+                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=logit_rows
+            )
+        finally:
+            HANDLER.reset(token)
+        logits: Tensor = output.logits
+        return logits[0]
+
+
+def _find_rotaries(model: nn.Module, family: str) -> Iterator[tuple[str, IdentityRotary]]:
+    found = False
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RotaryEmbedding") and "vision" not in name:
+            found = True
+            yield name, IdentityRotary(module)
+    if not found:
+        raise ConfigurationError(
+            f"model type {family!r} has no rotary embedding to take over: only decoders with rotary positions can be "
+            "served from raw keys"
+        )
+
+
+def _without_rotation(module: nn.Module) -> MethodType | None:
+    """A copy of this module's forward in which `apply_rotary_*` returns q and k untouched.
+
+    None where the forward does not call such a global by name: cos = 1 and sin = 0 then do the same, slower.
+    """
+    forward = type(module).forward
+    names = [n for n in getattr(getattr(forward, "__code__", None), "co_names", ()) if n.startswith("apply_rotary")]
+    if not isinstance(forward, FunctionType) or not names:
+        return None
+    scope = forward.__globals__ | dict.fromkeys(names, _untouched)
+    copy = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(copy, module)
+
+
+def _untouched(query: Tensor, key: Tensor, *_cos_sin: Any, **_options: Any) -> tuple[Tensor, Tensor]:
+    return query, key

@@ -1,0 +1,1 @@
+"""Constrained output: from request fields to a compiled grammar."""
