@@ -1,7 +1,7 @@
 """prerope: one import name for the packages `rope`, `cache` and `server`, which stand beside this file.
 
-In the repository they are top-level folders; an installation has them under `prerope/` alone, where this file is
-`prerope/__init__.py`. In both, a module is imported as `prerope.cache.storage`, never as `cache.storage`.
+In the repository they are top-level folders, and this file makes one package of them. An installation has them under
+`prerope/`, a namespace package, and nothing beside it. In both, a module is imported as `prerope.cache.storage`.
 """
 
 from pathlib import Path
