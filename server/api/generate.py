@@ -1,4 +1,4 @@
-"""POST /generate: our own endpoint, and the plainest. See wire.md for its shape."""
+"""POST /generate: our own endpoint, and the plainest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What clients may send to /generate, /tokenize and /detokenize, and the sampling fields of all generating endpoints.
 
-Names, types and ranges are settled here; what depends on the model is checked in `admission`. wire.md is the contract
-for names and meanings; `openai_schemas` adds the OpenAI shapes.
+Names, types and ranges are settled here; what depends on the model is checked in `server.api.limits`.
+`server.api.openai.schemas` adds the OpenAI shapes.
 """
 
 from __future__ import annotations
