@@ -11,9 +11,10 @@ import uuid
 from collections.abc import Sequence
 
 from prerope.rope.model import ModelPositions
+from prerope.rope.spec import RopeSpec
 from prerope.server.api.auth.allowance import current_lease
+from prerope.server.api.requests.internal import GenerationRequest, Sampling
 from prerope.server.api.requests.prompts import check_token_ids
-from prerope.server.api.requests.schemas import RopeFields, SamplingFields
 from prerope.server.api.stream.generation import Generation
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
@@ -36,7 +37,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def positions_of(service: Service, rope: RopeFields | None) -> ModelPositions | None:
+def positions_of(service: Service, rope: RopeSpec | None) -> ModelPositions | None:
     """The position method that a request chose; None is the deployment's."""
     if rope is None:
         return None
@@ -46,11 +47,12 @@ def positions_of(service: Service, rope: RopeFields | None) -> ModelPositions | 
             "ROPE_PER_REQUEST=true lets a request choose",
             param="rope",
         )
-    return service.engine.resolve_positions(rope.spec())
+    return service.engine.resolve_positions(rope)
 
 
-def max_tokens_that_fit(service: Service, num_prompt_tokens: int, asked: int | None, default: int | None = None) -> int:
-    """Tokens to generate: as asked, or refused; when nothing is asked, `default` (None: all that fit), capped."""
+def max_tokens_that_fit(service: Service, num_prompt_tokens: int, sampling: Sampling) -> int:
+    """Tokens to generate: as asked, or refused; when nothing is asked, the default (None: all that fit), capped."""
+    asked, default = sampling.max_tokens, sampling.default_max_tokens
     max_model_len = service.engine.info.max_model_len
     room = max_model_len - num_prompt_tokens
     if asked is None and room >= 1:
@@ -68,15 +70,14 @@ def max_tokens_that_fit(service: Service, num_prompt_tokens: int, asked: int | N
 
 def sampling_params(
     service: Service,
-    fields: SamplingFields,
+    request: GenerationRequest,
     max_tokens: int,
     *,
     index: int = 0,
-    logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
     grammar: CompiledGrammar | None = None,
 ) -> SamplingParams:
     """The engine's parameters of one choice; the choices of one request draw from seeds of their own."""
+    fields, output = request.sampling, request.output
     if fields.min_tokens > max_tokens:
         raise InvalidRequest(
             f"'min_tokens' is {fields.min_tokens}, more than the {max_tokens} tokens to generate at most (max_tokens)",
@@ -98,8 +99,8 @@ def sampling_params(
         stop_token_ids=frozenset(fields.stop_token_ids),
         ignore_eos=fields.ignore_eos,
         seed=None if fields.seed is None else (fields.seed + index) % SEEDS,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
+        logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
         grammar=grammar,
     )
 
@@ -113,34 +114,33 @@ async def admit(
     service: Service,
     request_id: str,
     prompts: Sequence[tuple[Sequence[int], SamplingParams]],
-    fields: SamplingFields,
+    request: GenerationRequest,
     *,
     arrived: float,
-    report_progress: bool = False,
     shown_special_ids: frozenset[int] = frozenset(),
 ) -> list[Generation]:
     """Submit one sequence for each pair of prompt and parameters. `arrived` is of `time.perf_counter()`."""
-    positions = positions_of(service, fields.rope)
+    positions = positions_of(service, request.rope)
     service.engine.check_queue(sum(len(token_ids) for token_ids, _ in prompts), len(prompts))
     lease = current_lease()
     lease.hold(len(prompts))
     deadline = math.inf
-    if fields.timeout_s is not None:
-        deadline = time.monotonic() - (time.perf_counter() - arrived) + fields.timeout_s
+    if request.timeout_s is not None:
+        deadline = time.monotonic() - (time.perf_counter() - arrived) + request.timeout_s
     generations: list[Generation] = []
     try:
         for index, (token_ids, sampling) in enumerate(prompts):
-            request = EngineRequest(
+            sequence = EngineRequest(
                 request_id=f"{request_id}-{index}",
                 prompt_token_ids=token_ids,
                 sampling=sampling,
                 positions=positions,
-                cache_salt=prefix_salt(service, lease.tenant, fields.cache_salt),
-                priority=fields.priority,
-                report_progress=report_progress,
+                cache_salt=prefix_salt(service, lease.tenant, request.cache_salt),
+                priority=request.priority,
+                report_progress=request.output.report_progress,
                 deadline=deadline,
             )
-            generations.append(Generation(service, request, fields.stop, arrived, shown_special_ids))
+            generations.append(Generation(service, sequence, request.sampling.stop, arrived, shown_special_ids))
             lease.close_at_end(generations[-1])
     except BaseException:
         for generation in generations:

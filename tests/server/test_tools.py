@@ -20,10 +20,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
-from prerope.server.api.chat.tool_calls import ToolCallReader, joined
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply
+from prerope.server.api.chat.tool_calls import ToolCallReader
 from prerope.server.api.chat.tools import HERMES, LLAMA, MISTRAL, SMOLLM2, ToolFormat, ToolUse, format_of
 from prerope.server.api.openai.chat import _Writer
 from prerope.server.api.openai.schemas import ChatRequest
+from prerope.server.api.requests.internal import Chat
+from prerope.server.api.running import Running
 from prerope.server.api.stream.generation import Piece
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.models.checkpoint import Checkpoint
@@ -138,12 +141,11 @@ TEXTS: list[tuple[ToolFormat, str, Expected]] = [
 
 def read(form: ToolFormat, pieces: list[str], **options: Any) -> Expected:
     reader = ToolCallReader(form, NAMES, **options)
-    deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
-    message = joined(deltas)
-    calls = message.get("tool_calls", [])
+    reply = ChatReply.of([part for piece in pieces for part in reader.push(piece)] + reader.finish())
+    calls = reply.calls
     assert reader.num_calls == len(calls)
-    assert len({call["id"] for call in calls}) == len(calls)
-    return message["content"], [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+    assert len({call.id for call in calls}) == len(calls)
+    return (reply.text or None) if calls else reply.text, [(call.name, call.arguments) for call in calls]
 
 
 @pytest.mark.parametrize(("form", "text", "expected"), TEXTS, ids=lambda value: str(value)[:50])
@@ -175,10 +177,11 @@ def test_arguments_stream_as_they_are_written() -> None:
     reader = ToolCallReader(HERMES, NAMES)
     assert reader.push('<tool_call>\n{"name": "now", "arg') == []
     assert reader.push('uments": ') == []
-    start, first = (delta["tool_calls"][0] for delta in reader.push('{"a": '))
-    assert start["function"] == {"name": "now", "arguments": ""}
-    assert first == {"index": 0, "function": {"arguments": '{"a": '}}
-    assert reader.push("[1, 2")[0]["tool_calls"] == [{"index": 0, "function": {"arguments": "[1, 2"}}]
+    start, first = reader.push('{"a": ')
+    assert isinstance(start, CallPart)
+    assert (start.index, start.name) == (0, "now")
+    assert first == ArgumentsPart(0, '{"a": ')
+    assert reader.push("[1, 2") == [ArgumentsPart(0, "[1, 2")]
 
 
 def test_one_call_where_calls_may_not_be_parallel() -> None:
@@ -317,7 +320,9 @@ def test_pieces_of_a_stream(checkpoint: Path) -> None:
     tokenizer = Tokenizer.load(Checkpoint(str(checkpoint), MODEL))
     body = ChatRequest.model_validate({"messages": MESSAGES, "tools": TOOLS, "stream": True})
     service: Any = SimpleNamespace(tokenizer=tokenizer)
-    writer = _Writer(service, body, ToolUse.of(tokenizer, body))
+    request = body.lowered()
+    assert isinstance(request.input, Chat)
+    writer = _Writer(service, body, Running("id", request, [], ToolUse.of(tokenizer, request.input)))
     texts = ["Well. ", "<tool_", 'call>\n{"name": "now",', ' "arguments": {', "}}\n</tool", "_call>"]
     parts = [part for text in texts for part in writer.parts(0, Piece(text))]
     parts += writer.parts(0, Piece("", finish_reason=FinishReason.STOP))

@@ -1,4 +1,4 @@
-"""Finds tool calls in a reply as it comes, and prints them in OpenAI's shapes.
+"""Finds tool calls in a reply as it comes.
 
 One reader serves streams and whole replies, so both say the same. Text before a call goes out as it comes, but for a
 tail that may begin a call's mark, and for whitespace that a call would swallow. A call's name goes out once it is
@@ -12,12 +12,12 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import Enum, auto
-from typing import Any
+from typing import Any, Protocol
 
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, Part, TextPart
 from prerope.server.api.chat.tools import ToolFormat
-from prerope.server.engine.outputs import FinishReason
 
 HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -39,21 +39,32 @@ class _State(Enum):
     REST = auto()  # of a call, after its arguments
 
 
+class ChatReader(Protocol):
+    """Reads one reply of a chat: its text goes in as it comes, and parts come out."""
+
+    num_calls: int
+
+    def push(self, text: str) -> list[Part]:
+        """The parts that this text makes certain."""
+
+    def finish(self) -> list[Part]:
+        """What was held back, once no more text comes."""
+
+
 class TextReader:
     """Replies of a chat without tools: text is text."""
 
-    def push(self, text: str) -> list[dict[str, Any]]:
-        return [{"content": text}] if text else []
+    num_calls = 0
 
-    def finish(self) -> list[dict[str, Any]]:
+    def push(self, text: str) -> list[Part]:
+        return [TextPart(text)] if text else []
+
+    def finish(self) -> list[Part]:
         return []
-
-    def finish_reason(self, reason: FinishReason) -> str:
-        return str(reason)
 
 
 class ToolCallReader:
-    """Text in, OpenAI deltas out. `num_calls` counts the calls so far."""
+    """`num_calls` counts the calls so far."""
 
     def __init__(self, form: ToolFormat, names: Iterable[str], *, parallel: bool = True) -> None:
         self.num_calls = 0
@@ -66,10 +77,10 @@ class ToolCallReader:
         self._skipping = False  # a call beyond `max_calls`
         self._in_string = self._escaped = False
         self._depth = 0
-        self._deltas: list[dict[str, Any]] = []
+        self._parts: list[Part] = []
 
-    def push(self, text: str) -> list[dict[str, Any]]:
-        """The deltas that this text makes certain."""
+    def push(self, text: str) -> list[Part]:
+        """The parts that this text makes certain."""
         self._buffer += text
         steps = {
             _State.BEGIN: self._begin,
@@ -82,11 +93,7 @@ class ToolCallReader:
             pass
         return self._take()
 
-    def finish_reason(self, reason: FinishReason) -> str:
-        """OpenAI's: a reply that ends by itself and holds calls ends for them."""
-        return "tool_calls" if self.num_calls and reason is FinishReason.STOP else str(reason)
-
-    def finish(self) -> list[dict[str, Any]]:
+    def finish(self) -> list[Part]:
         """What was held back. A call that was cut short stays as it is."""
         if self._state is _State.TEXT or self._mark or not self.num_calls:
             rest, self._buffer = self._mark + self._buffer, ""
@@ -196,41 +203,25 @@ class ToolCallReader:
         self._skipping = self._max_calls is not None and self.num_calls >= self._max_calls
         if self._skipping:
             return
-        function = {"name": name, "arguments": ""}
-        call = {"index": self.num_calls, "id": new_call_id(self._form), "type": "function", "function": function}
-        self._deltas.append({"tool_calls": [call]})
+        self._parts.append(CallPart(self.num_calls, new_call_id(self._form), name))
         self.num_calls += 1
 
     def _arguments(self, text: str) -> None:
         if text and not self._skipping:
-            self._deltas.append({"tool_calls": [{"index": self.num_calls - 1, "function": {"arguments": text}}]})
+            self._parts.append(ArgumentsPart(self.num_calls - 1, text))
 
     def _content(self, text: str) -> None:
         if text:
-            self._deltas.append({"content": text})
+            self._parts.append(TextPart(text))
 
-    def _take(self) -> list[dict[str, Any]]:
-        deltas, self._deltas = self._deltas, []
-        return deltas
+    def _take(self) -> list[Part]:
+        parts, self._parts = self._parts, []
+        return parts
 
 
 def new_call_id(form: ToolFormat) -> str:
     size, prefix = (9, "") if form.short_ids else (24, "call_")
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(size))
-
-
-def joined(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The message that a client puts together from deltas: `content`, and `tool_calls` where there are any."""
-    content = "".join(delta.get("content", "") for delta in deltas)
-    calls: list[dict[str, Any]] = []
-    for delta in deltas:
-        for part in delta.get("tool_calls", ()):
-            if "id" in part:
-                function = dict(part["function"])
-                calls.append({"id": part["id"], "type": part["type"], "function": function})
-            else:
-                calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
-    return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
 
 
 def _loads(text: str) -> Any:

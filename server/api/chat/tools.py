@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
 from prerope.server.api.requests.structured import quoted
@@ -25,6 +25,9 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.structured.compile import GrammarText, json_options, json_text
 from prerope.server.tokenizer import Tokenizer
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+
+if TYPE_CHECKING:
+    from prerope.server.api.requests.internal import Chat
 
 MAX_TOOLS = 128
 MAX_PARALLEL_CALLS = 16
@@ -140,11 +143,6 @@ class ToolFields(RequestBody):
             )
         return self
 
-    @property
-    def offered(self) -> list[Tool]:
-        """The tools that the model is told of: with tool_choice none it is told of none."""
-        return [] if self.tool_choice is not None and self.tool_choice.mode == "none" else self.tools
-
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
@@ -255,18 +253,19 @@ class ToolUse:
     grammar: GrammarText | None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, body: ToolFields) -> ToolUse | None:
-        """None where the model is told of no tools. InvalidRequest where it cannot take any."""
-        tools, choice = body.offered, body.tool_choice
-        if not tools:
+    def of(cls, tokenizer: Tokenizer, chat: Chat) -> ToolUse | None:
+        """None where the model is told of no tools: with tool_choice none it is told of none. InvalidRequest where it
+        cannot take any."""
+        tools, choice = chat.tools, chat.tool_choice or ToolChoice("auto")
+        if not tools or choice.mode == "none":
             return None
         form = tool_format(tokenizer)
         marks = special_marks(tokenizer, form)
-        grammar, choice = None, choice or ToolChoice("auto")
+        grammar = None
         strict = any(tool.function.strict for tool in tools) and form.begin != ""
         if choice.mode == "required" or strict:
-            grammar = call_grammar(tools, choice, form, marks, parallel=body.parallel_tool_calls)
-        return cls(tools, form, marks, body.parallel_tool_calls, grammar)
+            grammar = call_grammar(tools, choice, form, marks, parallel=chat.parallel_tool_calls)
+        return cls(tools, form, marks, chat.parallel_tool_calls, grammar)
 
     @property
     def names(self) -> list[str]:

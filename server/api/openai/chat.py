@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: free text, constrained text (`structured`) and tool calls (`tools`, `tool_calls`)."""
+"""POST /v1/chat/completions: OpenAI's shapes of a chat's replies."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from prerope.server.api.chat.tool_calls import TextReader, ToolCallReader, joined
-from prerope.server.api.chat.tools import ToolUse
-from prerope.server.api.limits import admit, max_tokens_that_fit, sampling_params
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, TextPart
+from prerope.server.api.chat.tool_calls import ChatReader
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.ready import ReadyService
-from prerope.server.api.requests.prompts import chat_ids, check_model
-from prerope.server.api.requests.structured import compiled
+from prerope.server.api.running import Running, parts_of, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.api.stream.transcript import Token
-from prerope.server.errors import InvalidRequest
+from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import Service
-from prerope.server.structured.compile import GrammarText
 
 router = APIRouter()
 
@@ -31,88 +28,77 @@ router = APIRouter()
 @router.post("/chat/completions", summary="Answer a chat")
 async def chat_completions(body: ChatRequest, request: Request, service: ReadyService) -> Response:
     """OpenAI's chat completions: the model's chat template writes the prompt."""
-    arrived = time.perf_counter()
-    check_model(service, body.model)
-    use = ToolUse.of(service.tokenizer, body)
-    grammar = await compiled(service, _wanted_grammar(body, use))
-    ids = await chat_ids(
-        service,
-        body.messages,
-        tools=() if use is None else use.for_template,
-        add_generation_prompt=body.add_generation_prompt,
-        template_kwargs=body.chat_template_kwargs,
-    )
-    max_tokens = max_tokens_that_fit(service, len(ids), body.num_asked)
-    choices = [
-        (ids, sampling_params(service, body, max_tokens, index=index, logprobs=body.num_logprobs, grammar=grammar))
-        for index in range(body.n)
-    ]
-    head = Head.new("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", service.model_name)
-    shown = frozenset[int]() if use is None else frozenset(use.marks.values())
-    generations = await admit(service, head.id, choices, body, arrived=arrived, shown_special_ids=shown)
-    writer = _Writer(service, body, use)
+    running = await start(service, body.lowered(), "chatcmpl", time.perf_counter())
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    head, writer = Head.new(running.id, kind, service.model_name), _Writer(service, body, running)
     if body.stream:
-        return event_stream(_chunks(head, generations, writer))
-    replies = await read_all(request, generations)
+        return event_stream(_chunks(head, running.generations, writer))
+    replies = await read_all(request, running.generations)
     printed = [writer.choice(index, reply) for index, reply in enumerate(replies)]
-    return JSONResponse({**head.fields, "choices": printed, "usage": usage(generations, body.n)})
-
-
-def _wanted_grammar(body: ChatRequest, use: ToolUse | None) -> GrammarText | None:
-    """What constrains the reply: a format of its text, or that it calls a tool."""
-    wanted = body.wanted_grammar()
-    if use is None:
-        return wanted
-    if wanted is not None:
-        raise InvalidRequest(
-            f"'{wanted.param}' constrains the reply's text and 'tools' lets the reply be a call: give one of them, or "
-            "tool_choice 'none'",
-            param=wanted.param,
-        )
-    return use.grammar
+    return JSONResponse({**head.fields, "choices": printed, "usage": usage(running.generations, body.n)})
 
 
 class _Writer:
     """Prints replies and pieces as choices."""
 
-    def __init__(self, service: Service, body: ChatRequest, use: ToolUse | None) -> None:
+    def __init__(self, service: Service, body: ChatRequest, running: Running) -> None:
         self.body = body
         self._tokenizer = service.tokenizer
-        self._use = use
-        self._readers: dict[int, TextReader | ToolCallReader] = {}  # choice → the reader of its stream
+        self._running = running
+        self._readers: dict[int, ChatReader] = {}  # choice → the reader of its stream
 
     def choice(self, index: int, reply: Reply) -> dict[str, Any]:
         """A whole reply."""
-        reader = self._reader()
-        message = joined([*reader.push(reply.text), *reader.finish()])
+        read = self._running.chat_reply(reply)
         return {
             "index": index,
-            "message": {"role": "assistant", "refusal": None, **message},
+            "message": {"role": "assistant", "refusal": None, **_message(read)},
             "logprobs": self._logprobs(reply.tokens),
-            "finish_reason": reader.finish_reason(reply.finish_reason),
+            "finish_reason": _finish_reason(reply.finish_reason, len(read.calls)),
         }
 
     def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """What a piece adds to a choice of a stream; its log-probabilities go with the first delta."""
-        reader = self._readers.setdefault(index, self._reader())
-        deltas = reader.push(piece.text)
-        if piece.finish_reason is not None:
-            deltas += reader.finish()
+        reader = self._readers.setdefault(index, self._running.reader())
+        deltas = [_delta(part) for part in parts_of(piece, reader)]
         if piece.tokens and not deltas:
             deltas = [{"content": ""}]
         logprobs = [self._logprobs(piece.tokens), *(self._logprobs(()) for _ in deltas[1:])]
         parts = [delta_part(index, delta, scored) for delta, scored in zip(deltas, logprobs, strict=False)]
         if piece.finish_reason is not None:
-            parts.append(delta_part(index, {}, reason=reader.finish_reason(piece.finish_reason)))
+            parts.append(delta_part(index, {}, reason=_finish_reason(piece.finish_reason, reader.num_calls)))
         return parts
-
-    def _reader(self) -> TextReader | ToolCallReader:
-        use = self._use
-        return TextReader() if use is None else ToolCallReader(use.form, use.names, parallel=use.parallel)
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         num_alternatives = self.body.num_logprobs
         return None if num_alternatives is None else chat_logprobs(self._tokenizer, tokens, num_alternatives)
+
+
+def _message(reply: ChatReply) -> dict[str, Any]:
+    """A reply as a message: `tool_calls` where there are any, and then text only where there is some."""
+    if not reply.calls:
+        return {"content": reply.text}
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in reply.calls
+    ]
+    return {"content": reply.text or None, "tool_calls": calls}
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    match part:
+        case TextPart(text):
+            return {"content": text}
+        case CallPart(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+        case ArgumentsPart(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _finish_reason(reason: FinishReason, num_calls: int) -> str:
+    """OpenAI's: a reply that ends by itself and holds calls ends for them."""
+    return "tool_calls" if num_calls and reason is FinishReason.STOP else str(reason)
 
 
 def delta_part(

@@ -2,85 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from prerope.server.api.limits import admit, max_tokens_that_fit, sampling_params
 from prerope.server.api.logprobs import completion_logprobs, prompt_tokens
 from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.ready import ReadyService
-from prerope.server.api.requests.prompts import check_model, prompt_ids
-from prerope.server.api.requests.structured import compiled
+from prerope.server.api.running import start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece
 from prerope.server.api.stream.sse import event_stream
-from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.service import Service
-from prerope.server.structured.compile import CompiledGrammar
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 router.include_router(openai_chat.router)
 router.include_router(openai_models.router)
 
-DEFAULT_MAX_TOKENS = 16
-
 
 @router.post("/completions", summary="Complete one or several prompts")
 async def completions(body: CompletionRequest, request: Request, service: ReadyService) -> Response:
     """OpenAI's completions: n choices a prompt, numbered prompt by prompt."""
-    arrived = time.perf_counter()
-    check_model(service, body.model)
-    head = Head.new("cmpl", "text_completion", service.model_name)
-    prompts = await _prompts(service, body)
-    grammar = await compiled(service, body.wanted_grammar())
-    generations = await admit(service, head.id, _choices(service, prompts, body, grammar), body, arrived=arrived)
-    writer = _Writer(service, body, generations)
+    running = await start(service, body.lowered(), "cmpl", time.perf_counter())
+    head = Head.new(running.id, "text_completion", service.model_name)
+    writer = _Writer(service, body, running.generations)
     if body.stream:
         return event_stream(_chunks(head, writer))
-    replies = await read_all(request, generations)
+    replies = await read_all(request, running.generations)
     pieces = (Piece(r.text, r.tokens, r.prompt_logprobs, finish_reason=r.finish_reason) for r in replies)
     choices = [writer.choice(index, piece) for index, piece in enumerate(pieces)]
-    return JSONResponse({**head.fields, "choices": choices, "usage": usage(generations, body.n)})
-
-
-async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
-    prompts = []
-    for index, prompt in enumerate(body.prompt):
-        param = "prompt" if len(body.prompt) == 1 else f"prompt[{index}]"
-        prompts.append(await prompt_ids(service, prompt, param=param))
-        await asyncio.sleep(0)  # a thousand short prompts are no reason to hold other streams up
-    return prompts
-
-
-def _choices(
-    service: Service, prompts: Sequence[list[int]], body: CompletionRequest, grammar: CompiledGrammar | None
-) -> list[tuple[list[int], SamplingParams]]:
-    """Prompt and parameters of each choice, in the order of their index."""
-    prompt_logprobs = None
-    if body.echo and (body.logprobs is not None or body.max_tokens == 0):
-        prompt_logprobs = body.logprobs or 0
-    choices = []
-    for ids in prompts:
-        max_tokens = max_tokens_that_fit(service, len(ids), body.max_tokens, DEFAULT_MAX_TOKENS)
-        for index in range(body.n):
-            sampling = sampling_params(
-                service,
-                body,
-                max_tokens,
-                index=index,
-                logprobs=body.logprobs,
-                prompt_logprobs=prompt_logprobs,
-                grammar=grammar,
-            )
-            choices.append((ids, sampling))
-    return choices
+    return JSONResponse({**head.fields, "choices": choices, "usage": usage(running.generations, body.n)})
 
 
 class _Writer:

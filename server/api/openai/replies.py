@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prerope.server.api.limits import new_id
 from prerope.server.api.stream.generation import Generation
 
 
@@ -21,8 +20,8 @@ class Head:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, kind: str, model: str) -> Head:
-        return cls(new_id(prefix), kind, int(time.time()), model)
+    def new(cls, reply_id: str, kind: str, model: str) -> Head:
+        return cls(reply_id, kind, int(time.time()), model)
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import ToolFields
 from prerope.server.api.requests.body import INT32_MAX, Refusal, RequestBody, Text, json_type, token_ids, unicode_text
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt
 from prerope.server.api.requests.schemas import MAX_LOGPROBS, SamplingFields
 from prerope.server.api.requests.structured import OpenAIConstraints
 from prerope.server.errors import InvalidRequest
@@ -19,6 +20,8 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 """Prompts of a request; and prompts times choices."""
+DEFAULT_MAX_TOKENS = 16
+"""Of completions, where none are asked for (OpenAI's)."""
 
 IGNORED = frozenset(
     {
@@ -62,6 +65,9 @@ class OpenAIFields(SamplingFields, OpenAIConstraints):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def shared(self) -> dict[str, Any]:
+        return {**super().shared(), "model": self.model, "n": self.n, "constraint": self.wanted_grammar()}
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -124,6 +130,17 @@ class CompletionRequest(OpenAIFields):
             raise InvalidRequest("'max_tokens' is 0, which asks for nothing unless 'echo' is true", param="max_tokens")
         return self
 
+    def lowered(self) -> GenerationRequest:
+        many = len(self.prompt) > 1
+        names = (f"prompt[{index}]" if many else "prompt" for index in range(len(self.prompt)))
+        scores_prompt = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        return GenerationRequest(
+            input=[Prompt(given=given, param=name) for given, name in zip(self.prompt, names, strict=True)],
+            sampling=self.sampling(default_max_tokens=DEFAULT_MAX_TOKENS),
+            output=Output(logprobs=self.logprobs, prompt_logprobs=self.logprobs or 0 if scores_prompt else None),
+            **self.shared(),
+        )
+
 
 class ChatRequest(OpenAIFields, ToolFields):
     """POST /v1/chat/completions."""
@@ -160,11 +177,22 @@ class ChatRequest(OpenAIFields, ToolFields):
         return self
 
     @property
-    def num_asked(self) -> int | None:
-        """Tokens asked for, under either name."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
     def num_logprobs(self) -> int | None:
         """Alternatives beside each token, as SamplingParams counts them."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def lowered(self) -> GenerationRequest:
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return GenerationRequest(
+            input=Chat(
+                messages=self.messages,
+                tools=self.tools,
+                tool_choice=self.tool_choice,
+                parallel_tool_calls=self.parallel_tool_calls,
+                add_generation_prompt=self.add_generation_prompt,
+                template_kwargs=self.chat_template_kwargs,
+            ),
+            sampling=self.sampling(max_tokens=max_tokens),
+            output=Output(logprobs=self.num_logprobs),
+            **self.shared(),
+        )

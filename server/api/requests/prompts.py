@@ -8,6 +8,7 @@ from typing import Any
 
 from prerope.server.api.chat.messages import Message, as_template_input
 from prerope.server.api.requests.body import MAX_SHOWN
+from prerope.server.api.requests.internal import Chat, Prompt
 from prerope.server.errors import InvalidRequest, ModelNotFound
 from prerope.server.service import Service
 
@@ -34,35 +35,28 @@ def check_model(service: Service, model: str | None) -> None:
         )
 
 
-async def prompt_ids(
-    service: Service, prompt: str | list[int], *, add_special_tokens: bool = True, param: str = "prompt"
-) -> list[int]:
+async def prompt_ids(service: Service, prompt: Prompt) -> list[int]:
     """Token ids of a prompt, given as text or as ids."""
-    if isinstance(prompt, str):
-        _check_characters(service, len(prompt), param)
+    given, param = prompt.given, prompt.param
+    if isinstance(given, str):
+        _check_characters(service, len(given), param)
         encode = service.tokenizer.encode
-        ids = await _off_loop(len(prompt), lambda: encode(prompt, add_special_tokens=add_special_tokens))
+        ids = await _off_loop(len(given), lambda: encode(given, add_special_tokens=prompt.add_special_tokens))
     else:
-        ids = prompt
+        ids = given
         check_token_ids(service, ids, param)
     if not ids:
         raise InvalidRequest(f"'{param}' is empty: the model needs at least one token to continue", param=param)
     return ids
 
 
-async def chat_ids(
-    service: Service,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, Any]] = (),
-    add_generation_prompt: bool = True,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
+async def chat_ids(service: Service, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """Token ids of a chat, through the model's template, which is told of `tools`."""
+    messages = chat.messages
     num_chars = sum(message.num_chars for message in messages)
     _check_characters(service, num_chars, "messages")
     _check_tool_messages(service, messages)
-    kwargs = dict(template_kwargs or {})
+    kwargs = dict(chat.template_kwargs)
     reserved = sorted(kwargs.keys() & TEMPLATE_ARGUMENTS)
     if reserved:
         raise InvalidRequest(
@@ -74,7 +68,7 @@ async def chat_ids(
 
     def encode() -> list[int]:
         told = [dict(tool) for tool in tools]
-        text = tokenizer.render_chat(rendered, tools=told, add_generation_prompt=add_generation_prompt, **kwargs)
+        text = tokenizer.render_chat(rendered, tools=told, add_generation_prompt=chat.add_generation_prompt, **kwargs)
         _check_characters(service, len(text), "messages")  # a template may write more than it was given
         return tokenizer.encode(text, add_special_tokens=False)  # it writes the special tokens itself
 

@@ -6,11 +6,13 @@ Names, types and ranges are settled here; what depends on the model is checked i
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, json_type, token_ids, unicode_text
+from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.structured import GenerateConstraints
 from prerope.server.errors import InvalidRequest
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
@@ -20,6 +22,8 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+DEFAULT_MAX_TOKENS = 256
+"""Of /generate, where none are asked for."""
 
 _IDS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _PROMPT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {**_IDS_SCHEMA, "minItems": 1}]}
@@ -33,7 +37,7 @@ def _prompt(value: Any) -> str | list[int]:
     raise InvalidRequest(f"'prompt' must be text or a list of token ids, not {json_type(value)}", param="prompt")
 
 
-Prompt = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
+PromptField = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 """Text, or token ids as they are (no special tokens are added to ids)."""
 
 
@@ -170,14 +174,39 @@ class SamplingFields(RequestBody):
     )
     rope: RopeFields | None = None
 
+    def sampling(self, **more: Any) -> Sampling:
+        """These fields as the internal request has them; `more` are those that a dialect names otherwise."""
+        return Sampling(**{name: getattr(self, name) for name in SAMPLING_NAMES} | more)
+
+    def shared(self) -> dict[str, Any]:
+        """What else the internal request has of these fields."""
+        return {
+            "rope": None if self.rope is None else self.rope.spec(),
+            "cache_salt": self.cache_salt,
+            "priority": self.priority,
+            "timeout_s": self.timeout_s,
+        }
+
+
+SAMPLING_NAMES = {field.name for field in fields(Sampling)} & SamplingFields.model_fields.keys()
+
 
 class GenerateRequest(SamplingFields, GenerateConstraints):
     """POST /generate."""
 
-    prompt: Prompt
+    prompt: PromptField
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives beside each token.")
     return_progress: bool = Field(False, description="With stream: events while a long prompt is read.")
+
+    def lowered(self) -> GenerationRequest:
+        return GenerationRequest(
+            input=[Prompt(given=self.prompt)],
+            sampling=self.sampling(default_max_tokens=DEFAULT_MAX_TOKENS),
+            output=Output(logprobs=self.logprobs, report_progress=self.stream and self.return_progress),
+            constraint=self.wanted_grammar(),
+            **self.shared(),
+        )
 
 
 class TokenizeRequest(RequestBody):

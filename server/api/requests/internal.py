@@ -1,0 +1,106 @@
+"""The one internal request: what every dialect lowers its body to, and all that `running.start` knows of a client.
+
+    body of a dialect ─ lowered() ─ GenerationRequest ─ running.start ─ Running: generations, pieces, parts of a chat
+                                                                             │
+    reply of a dialect ─────────────────────── printed by the dialect ───────┘
+
+A dialect is an adapter of two halves: from its fields to these, and from pieces to its own shapes. Nothing here
+is validated but by the dialect, whose names an error has to use; what depends on the model is checked in
+`server.api.limits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prerope.rope.spec import RopeSpec
+from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.tools import Tool, ToolChoice
+from prerope.server.structured.compile import GrammarText
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Text or token ids to continue. `param` is what the dialect calls it."""
+
+    given: str | list[int]
+    add_special_tokens: bool = True
+    param: str = "prompt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """Messages for the model's chat template, and the tools that a reply may or must call."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen and when a reply ends, by the names of OpenAI and vLLM.
+
+    Attributes:
+        max_tokens: as asked; None leaves it to `default_max_tokens`.
+        default_max_tokens: the dialect's own limit where none is asked; None: all that fits.
+    """
+
+    max_tokens: int | None = None
+    default_max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What is told of a reply beside its text.
+
+    Attributes:
+        logprobs: None, or how many alternatives beside each token of the reply (0: the token alone).
+        prompt_logprobs: the same of the prompt.
+        report_progress: pieces without text while a long prompt is read.
+    """
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    report_progress: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request of any dialect: `n` replies to each prompt, or to one chat.
+
+    Attributes:
+        model: the name that the client wrote, if it wrote one.
+        constraint: what the text of each reply has to match.
+        rope: the position method, where the request chooses one.
+        timeout_s: seconds from the request's arrival.
+    """
+
+    input: Sequence[Prompt] | Chat
+    model: str | None = None
+    n: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    output: Output = field(default_factory=Output)
+    constraint: GrammarText | None = None
+    rope: RopeSpec | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    timeout_s: float | None = None

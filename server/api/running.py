@@ -1,0 +1,98 @@
+"""From the internal request to running generations: the one path that every generating endpoint takes.
+
+    running = await start(service, body.lowered(), "cmpl", arrived)
+    replies = await read_all(request, running.generations)            whole
+    async with in_turn(running.generations) as pieces: …              as a stream
+
+Everything that can be refused is refused in `start`, before a stream has begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prerope.server.api.chat.parts import ChatReply, Part
+from prerope.server.api.chat.tool_calls import ChatReader, TextReader, ToolCallReader
+from prerope.server.api.chat.tools import ToolUse
+from prerope.server.api.limits import admit, max_tokens_that_fit, new_id, sampling_params
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
+from prerope.server.api.requests.prompts import chat_ids, check_model, prompt_ids
+from prerope.server.api.requests.structured import compiled
+from prerope.server.api.stream.generation import Generation, Piece, Reply
+from prerope.server.errors import InvalidRequest
+from prerope.server.service import Service
+from prerope.server.structured.compile import GrammarText
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request that was admitted. Its generations are numbered prompt by prompt: choice i is of prompt i ÷ n.
+
+    Whoever gets one reads its generations through `read_all` or `in_turn`, which close them.
+    """
+
+    id: str
+    request: GenerationRequest
+    generations: list[Generation]
+    tools: ToolUse | None = None
+
+    def reader(self) -> ChatReader:
+        """A new reader for the text of one choice of a chat: it tells text from tool calls."""
+        use = self.tools
+        return TextReader() if use is None else ToolCallReader(use.form, use.names, parallel=use.parallel)
+
+    def chat_reply(self, reply: Reply) -> ChatReply:
+        """A whole reply of a chat."""
+        reader = self.reader()
+        return ChatReply.of([*reader.push(reply.text), *reader.finish()])
+
+
+def parts_of(piece: Piece, reader: ChatReader) -> list[Part]:
+    """What a piece of a stream adds to a chat's reply that `reader` reads."""
+    parts = reader.push(piece.text)
+    return parts if piece.finish_reason is None else [*parts, *reader.finish()]
+
+
+async def start(service: Service, request: GenerationRequest, prefix: str, arrived: float) -> Running:
+    """Admit a request: all of its sequences or, with a RequestError, none.
+
+    prefix: of the reply's id. arrived: `time.perf_counter()` when the HTTP request came.
+    """
+    check_model(service, request.model)
+    request_id, chat = new_id(prefix), request.input if isinstance(request.input, Chat) else None
+    use = None if chat is None else ToolUse.of(service.tokenizer, chat)
+    grammar = await compiled(service, _constraint(request, use))
+    choices = []
+    for ids in await _token_ids(service, request.input, use):
+        max_tokens = max_tokens_that_fit(service, len(ids), request.sampling)
+        for index in range(request.n):
+            choices.append((ids, sampling_params(service, request, max_tokens, index=index, grammar=grammar)))
+    shown = frozenset[int]() if use is None else frozenset(use.marks.values())
+    generations = await admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
+    return Running(request_id, request, generations, use)
+
+
+def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText | None:
+    """What the reply has to match: a format of its text, or that it calls a tool."""
+    wanted = request.constraint
+    if use is None:
+        return wanted
+    if wanted is not None:
+        raise InvalidRequest(
+            f"'{wanted.param}' constrains the reply's text and 'tools' lets the reply be a call: give one of them, or "
+            "tool_choice 'none'",
+            param=wanted.param,
+        )
+    return use.grammar
+
+
+async def _token_ids(service: Service, given: Sequence[Prompt] | Chat, use: ToolUse | None) -> list[list[int]]:
+    if isinstance(given, Chat):
+        return [await chat_ids(service, given, tools=() if use is None else use.for_template)]
+    prompts = []
+    for prompt in given:
+        prompts.append(await prompt_ids(service, prompt))
+        await asyncio.sleep(0)  # a thousand short prompts are no reason to hold other streams up
+    return prompts
