@@ -125,3 +125,11 @@ class DeadlineExceeded(RequestError):
 
 class EngineFailure(RequestError):
     """The engine failed while it served this request."""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What a library says of an error, in one line, with its type where the words alone would not tell."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].strip().rstrip(".:")[:limit] if lines else ""
+    plain = isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError)
+    return text if text and plain else f"{type(error).__name__}{f': {text}' if text else ''}"

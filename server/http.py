@@ -12,7 +12,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from prerope.server.api.middleware import ABORT
-from prerope.server.errors import ConfigurationError
+from prerope.server.errors import ConfigurationError, OutOfMemory, first_line
 from prerope.server.log import LEVELS
 from prerope.server.service import Service
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -88,9 +88,18 @@ class DrainingServer(uvicorn.Server):
         except ConfigurationError as error:
             self._fail(error)
             return
-        except Exception as error:
+        except OutOfMemory as error:
             log.error("the model could not be loaded", exc_info=error)
             self._fail(error)
+            return
+        except Exception as error:  # a folder holds anything, and libraries raise whatever they meet in it
+            log.debug("the model could not be loaded", exc_info=error)
+            self._fail(
+                ConfigurationError(
+                    f"MODEL_ID: {self._service.model_name!r} cannot be served: {first_line(error)}. "
+                    "LOG_LEVEL=debug shows where that arose"
+                )
+            )
             return
         self._announce()
         await engine.wait_until_stopped()

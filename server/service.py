@@ -85,6 +85,7 @@ class Service:
         self.report("Importing torch and transformers")
         from prerope.server.engine.engine import Engine
         from prerope.server.log import route_transformers_log
+        from prerope.server.models.end_tokens import describe
         from prerope.server.tokenizer import Tokenizer
 
         route_transformers_log()
@@ -93,7 +94,8 @@ class Service:
         self.report(f"Loading the tokenizer of {checkpoint.name}")
         tokenizer = Tokenizer.load(checkpoint)
         _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
-        engine = Engine.load(checkpoint, settings.engine_config(), self.report)
+        self.report(describe(tokenizer.end_tokens, tokenizer.hf))
+        engine = Engine.load(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids)
         self._tokenizer = tokenizer
         return engine
 

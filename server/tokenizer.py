@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from prerope.server.errors import ConfigurationError, InvalidRequest
+from prerope.server.errors import ConfigurationError, InvalidRequest, first_line
+from prerope.server.models.end_tokens import end_tokens
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
@@ -33,7 +34,8 @@ BYTE_LEVEL = _byte_level_alphabet()
 class Tokenizer:
     """One model's tokenizer and chat template. Safe to use from several threads."""
 
-    def __init__(self, hf: Any, eos_token_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(self, hf: Any, end_tokens: Mapping[int, str] | None = None) -> None:
+        """end_tokens: id → who names it, of the tokens that end a reply."""
         self._hf = hf
         self._backend = hf.backend_tokenizer
         self._backend.no_truncation()  # once, here: changing it while another thread encodes is an error
@@ -42,8 +44,9 @@ class Tokenizer:
         decoder_types = _decoder_types(self._backend)
         self.byte_level = decoder_types == {"ByteLevel"}  # tokens are byte strings (GPT-2, Llama 3, Qwen)
         self.byte_fallback = "ByteFallback" in decoder_types  # some tokens are single bytes, `<0xE2>` (Llama 2, Gemma)
-        self.special_ids = frozenset(i for i, token in hf.added_tokens_decoder.items() if token.special)
-        self.eos_token_ids = eos_token_ids
+        self._special = {i: str(token.content) for i, token in hf.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset(self._special)
+        self.end_tokens = dict(end_tokens or {})
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> Tokenizer:
@@ -57,19 +60,25 @@ class Tokenizer:
                 trust_remote_code=False,
                 **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ConfigurationError(f"{checkpoint.name}: the tokenizer cannot be read: {reason}") from error
+        except Exception as error:  # a damaged file makes transformers and tokenizers raise whatever they meet
+            raise ConfigurationError(
+                f"{checkpoint.name}: its tokenizer cannot be read: {first_line(error)}. Download tokenizer.json and "
+                "tokenizer_config.json again"
+            ) from error
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ConfigurationError(
                 f"{checkpoint.name}: no fast tokenizer ({type(hf).__name__}); a tokenizer.json is needed."
             )
-        return cls(hf, _eos_token_ids(checkpoint, hf))
+        return cls(hf, end_tokens(checkpoint, hf))
 
     @property
     def hf(self) -> Any:
         """transformers' tokenizer itself, for libraries that read it."""
         return self._hf
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset(self.end_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -94,6 +103,13 @@ class Tokenizer:
         """The special token that is written so."""
         token_id = self._backend.token_to_id(text)
         return token_id if token_id in self.special_ids else None
+
+    def special_tokens_in(self, texts: Sequence[str], token_ids: frozenset[int]) -> dict[int, str]:
+        """Those of these special tokens that are written in one of `texts`, each with its text."""
+        if not texts:
+            return {}
+        written = {token_id: self._special[token_id] for token_id in token_ids}
+        return {token_id: piece for token_id, piece in written.items() if any(piece in text for text in texts)}
 
     def template_names(self, role: str) -> bool:
         """Whether the chat template names a role; one that names none writes whatever role it is given."""
@@ -193,8 +209,9 @@ class TextStream:
     """The text of one sequence, token by token, cut at the first stop string.
 
     Text is held back while its last character is incomplete, and while its end may be the beginning of a stop string.
-    Of several stop strings the one that is complete first wins; of those complete at once, the longest. Work per token
-    does not grow with the output.
+    Of several stop strings the one that is complete first wins; of those complete at once, the longest. A special token
+    that a stop string holds is read with the text, though it is not shown. Work per token does not grow with the
+    output.
     """
 
     def __init__(
@@ -212,26 +229,33 @@ class TextStream:
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
         self._skip = tokenizer.special_ids - shown_special_ids if skip_special_tokens else frozenset[int]()
+        self._read_unseen = tokenizer.special_tokens_in(self._stop, self._skip)
         self._may_stop = may_stop
         self._released = ""  # kept for `may_stop` alone
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._previous: int | None = None
         self._held = ""
+        self._unseen: list[tuple[int, int]] = []  # stretches of `_held` that are special tokens, not to be shown
         self.stopped = False
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens make certain; empty once `stopped`."""
-        if self.stopped:
-            return ""
-        return self._release("".join(self._text_of(token_id) for token_id in token_ids if token_id not in self._skip))
+        released = ""
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            if token_id not in self._skip:
+                released += self._release(self._text_of(token_id))
+            elif token_id in self._read_unseen:
+                released += self._release(self._read_unseen[token_id], unseen=True)
+        return released
 
     def finish(self) -> str:
         """What was held back. Call once, after the last push."""
         if self.stopped:
             return ""
         text = self._release(self._utf8.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text + held
+        return text + self._cut(len(self._held))
 
     def _text_of(self, token_id: int) -> str:
         tokenizer = self._tokenizer
@@ -249,17 +273,37 @@ class TextStream:
         after = tokenizer.raw_decode([token_id] if previous is None else [previous, token_id])
         return self._utf8.decode(b"", final=True) + after[len(before) :]
 
-    def _release(self, text: str) -> str:
-        buffer = self._held + text
-        if match := self._first_stop(buffer):
+    def _release(self, text: str, *, unseen: bool = False) -> str:
+        if unseen:
+            self._unseen.append((len(self._held), len(self._held) + len(text)))
+        self._held += text
+        if match := self._first_stop(self._held):
             start, end = match
-            self.stopped, self._held = True, ""
-            return buffer[: end if self._include_stop else start]
-        safe = len(buffer) - self._possible_stop(buffer)
-        self._held = buffer[safe:]
+            stop = self._held[start:end] if self._include_stop else ""
+            text = self._cut(start) + stop
+            self.stopped, self._held, self._unseen = True, "", []
+            return text
+        released = self._cut(len(self._held) - self._possible_stop(self._held))
         if self._may_stop is not None:
-            self._released += buffer[:safe]
-        return buffer[:safe]
+            self._released += released
+        return released
+
+    def _cut(self, length: int) -> str:
+        """Take the first `length` characters from what is held, and return what is to be seen of them."""
+        seen = self._seen(length)
+        self._held = self._held[length:]
+        if self._unseen:
+            shifted = ((max(start - length, 0), end - length) for start, end in self._unseen)
+            self._unseen = [(start, end) for start, end in shifted if end > 0]
+        return seen
+
+    def _seen(self, length: int) -> str:
+        """The first `length` characters of what is held, without special tokens."""
+        pieces, position = [], 0
+        for start, end in self._unseen:
+            pieces.append(self._held[position : min(start, length)])
+            position = min(end, length)
+        return "".join(pieces) + self._held[position:length]
 
     def _first_stop(self, buffer: str) -> tuple[int, int] | None:
         """(start, end) of the stop string that ends first."""
@@ -275,7 +319,7 @@ class TextStream:
         """The same among the stop strings that may end the text before them."""
         pairs = ((stop, start) for stop in self._stop for start in range(len(buffer)))
         for end, start in sorted((start + len(stop), start) for stop, start in pairs if buffer.startswith(stop, start)):
-            if may_stop(self._released + buffer[:start]):
+            if may_stop(self._released + self._seen(start)):
                 return start, end
         return None
 
@@ -295,16 +339,3 @@ def _decoder_types(backend: Any) -> set[str]:
     state = backend.decoder.__getstate__() if backend.decoder is not None else b"{}"
     found = set(re.findall(r'"type":\s*"(\w+)"', bytes(state).decode()))
     return found - {"Sequence"}
-
-
-def _eos_token_ids(checkpoint: Checkpoint, hf: Any) -> frozenset[int]:
-    """generation_config.json may name several; a checkpoint without that file has the config's and the tokenizer's."""
-    from transformers import AutoConfig, GenerationConfig
-
-    try:
-        source = GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)
-    except OSError:
-        source = AutoConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision, trust_remote_code=False)
-    named = getattr(source, "eos_token_id", None)
-    ids = set(named if isinstance(named, list) else [named]) | {hf.eos_token_id}
-    return frozenset(token_id for token_id in ids if token_id is not None)

@@ -82,9 +82,16 @@ class Engine:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, config: EngineConfig, report: Callable[[str], None] = lambda _: None
+        cls,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        report: Callable[[str], None] = lambda _: None,
+        end_token_ids: frozenset[int] = frozenset(),
     ) -> Engine:
-        """Weights, probe, cache. Raises ConfigurationError; `report` gets a line as each stage begins."""
+        """Weights, probe, cache. Raises ConfigurationError; `report` gets a line as each stage begins.
+
+        end_token_ids: tokens that end a reply, beside those that the model's own configs name.
+        """
         if config.max_num_seqs > config.max_batched_tokens:
             raise ConfigurationError(
                 f"MAX_NUM_SEQS is {config.max_num_seqs}: it must be at most MAX_BATCHED_TOKENS "
@@ -92,6 +99,7 @@ class Engine:
             )
         report(prepare(config.cache_dir))
         model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization)
+        model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
         report("checking the model against transformers' own forward")
         error = probe(model)
         report(f"the check passed: relative difference {error:.1e}")

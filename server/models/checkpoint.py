@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from prerope.server.errors import ConfigurationError
+from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.models.folder import check_folder, holds_weights
 from prerope.server.settings import default_cache_dir
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -48,6 +49,17 @@ class Checkpoint:
     name: str
     revision: str | None = None
     gguf_file: str | None = None
+
+    def config(self) -> Any:
+        """transformers' config. Raises ConfigurationError for one that this version of it does not know."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
+        except Exception as error:  # a config may hold anything, and its class raises whatever it meets
+            raise ConfigurationError(
+                f"MODEL_ID: {self.name!r} cannot be served: its config.json cannot be read: {first_line(error)}"
+            ) from error
 
 
 def checkpoint_name(model_id: str | None) -> str:
@@ -106,13 +118,14 @@ def _embedded_file() -> Path:
 
 
 def _readable_folder(folder: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
-    if (folder / "config.json").is_file():
-        return folder
+    """The folder itself, or the copy of the GGUF file in it: repositories of those may hold the config, too."""
     files = sorted(folder.glob("*.gguf"))
+    if not files or holds_weights(folder):
+        check_folder(folder)
+        return folder
     if len(files) == 1:
         return _converted_once(files[0], cache_dir, report)
-    found = f"{len(files)} .gguf files; name one of them" if files else "neither config.json nor a .gguf file"
-    raise ConfigurationError(f"MODEL_ID={folder} holds {found}.")
+    raise ConfigurationError(f"MODEL_ID={folder} holds {len(files)} .gguf files; name one of them.")
 
 
 def _converted_once(file: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
@@ -169,23 +182,26 @@ def _convert_atomically(file: Path, target: Path) -> None:
 
 def _convert(file: Path, folder: Path) -> None:
     import torch
+    from prerope.server.models.weights import incomplete
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(
             file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigurationError(f"transformers cannot read {file.name}: {reason}") from error
+    except Exception as error:  # a damaged file makes its readers raise whatever they meet
+        raise ConfigurationError(f"transformers cannot read {file.name}: {first_line(error)}") from error
+    if wrong := incomplete(info):
+        raise ConfigurationError(f"{file.name} cannot be served: {wrong}")
     _restore_digit_splitting(tokenizer, file)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

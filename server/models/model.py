@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +24,11 @@ from prerope.server.models.layers import Stack, layers_of, plain_layers
 from prerope.server.models.modules import Kernels, fast_modules
 from prerope.server.models.quantization import check_quantization, quantize
 from prerope.server.models.raw_keys import AttentionCall, RawKeyModel
+from prerope.server.models.weights import load_weights
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Model:
     Attributes:
         layers: attention layers in order, with shapes and rotary groups.
         rotaries: rotary group → the embedding as trained.
-        eos_token_ids: from the model's generation config.
+        eos_token_ids: tokens that end a reply. From the model's own configs, until `Engine.load` knows them all.
         stack: runs whole steps, where the model has the shape for it: of few rows on the CPU, any on CUDA.
     """
 
@@ -66,6 +64,9 @@ class Model:
         backend = backend or BACKENDS.get(self.device.type)
         self.stack = None if backend is None else self._hasten(backend)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
+        named = self.raw.model.generation_config.eos_token_id
+        named = self.raw.text_config.eos_token_id if named is None else named
+        self.eos_token_ids = frozenset([named] if isinstance(named, int) else named or ())
 
     def _hasten(self, backend: Backend) -> Stack | None:
         """Give modules the forwards of their device; the stack, if the whole has one."""
@@ -101,12 +102,6 @@ class Model:
     def vocab_size(self) -> int:
         return int(self.raw.model.get_output_embeddings().weight.shape[0])
 
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        eos = self.raw.model.generation_config.eos_token_id
-        eos = self.raw.text_config.eos_token_id if eos is None else eos
-        return frozenset([eos] if isinstance(eos, int) else eos or ())
-
     @torch.inference_mode()
     def forward(self, batch: Batch, storage: KVStorage) -> Tensor:
         """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`."""
@@ -130,58 +125,20 @@ def load_model(
     report: Callable[[str], None],
     quantization: Quantization = "none",
 ) -> Model:
-    """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong.
-
-    Only safetensors are read, and no code that comes with a checkpoint is run.
-    """
-    from transformers import AutoModelForCausalLM
+    """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong."""
     from transformers.utils import logging
 
     chosen_device = choose_device(device)
     check_quantization(quantization, chosen_device)
     logging.disable_progress_bar()
     report(f"loading {checkpoint.name}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.source,
-            dtype=DTYPES.get(dtype, "auto"),
-            attn_implementation="eager",
-            trust_remote_code=False,
-            use_safetensors=True,
-            **_same_commit(checkpoint),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
-    model.eval().to(chosen_device)
+    model = load_weights(checkpoint, dtype, report).to(chosen_device)
     if chosen_device.type == "cuda":
         torch.cuda.set_device(model.device)  # of this thread: where events, graphs and their streams are made
     if quantization != "none":
         report(quantize(model))
     report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
     return Model(model)
-
-
-def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:
-    """The revision to read the weights at: the commit that the config is of, for a hub id.
-
-    By a branch's name transformers would ask a public service to convert pickled weights, and load what it proposes.
-    """
-    from transformers.utils import cached_file, extract_commit_hash
-
-    given = {"revision": checkpoint.revision} if checkpoint.revision else {}
-    commit = extract_commit_hash(cached_file(checkpoint.source, "config.json", **given), None)
-    return {"revision": commit} if commit else given
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what transformers says, and the remedy where there are no weights that may be read."""
-    if "model.safetensors" in str(error):
-        return (
-            "no safetensors are found there (or, without a network, in the hub's cache). Weights in pickle files, such "
-            "as pytorch_model.bin, can run code when they are read, so they are refused; where you trust them, convert "
-            "them once with transformers' save_pretrained, or choose a REVISION that has model.safetensors"
-        )
-    return str(error).strip().splitlines()[0].replace(os.path.expanduser("~"), "~")
 
 
 def choose_device(name: str) -> torch.device:

@@ -222,3 +222,10 @@ def test_a_chat_can_be_tokenized(http: httpx.Client, tokenizer: Tokenizer) -> No
     assert (
         http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"] == reply["tokens"]
     )
+
+
+@pytest.mark.parametrize("stop", ["<|im_start|>", "<|im_start|><|im_start|>"])
+def test_a_special_token_as_a_stop_string_ends_the_reply(http: httpx.Client, stop: str) -> None:
+    reply = generate(http, max_tokens=6, stop=[stop], logit_bias={"1": 100})
+    assert reply["finish_reason"] == "stop"
+    assert reply["text"] == ""

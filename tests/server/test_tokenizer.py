@@ -159,6 +159,28 @@ def test_what_only_looked_like_a_stop_string_is_given_back(smollm2_tokenizer: To
     assert not stream.stopped
 
 
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize(
+    ("text", "stops", "expected", "ends"),
+    [
+        ("One.<|im_start|>user", ["<|im_start|>"], "One.", True),
+        ("One.<|im_start|>user", ["<|im_start|>us"], "One.", True),
+        ("One.<|im_start|>assistant", ["<|im_start|>user"], "One.assistant", False),
+        ("One. Two<|im_start|>", ["Two<|im_start|>"], "One. ", True),
+        ("One<|im_start|>Two<|im_end|>Three", ["<|im_end|>"], "OneTwo", True),
+        ("One<|im_start|>Two", ["OneTwo"], "", True),
+        ("One<|im_start|>", ["<|im_start|><|im_end|>"], "One", False),
+    ],
+)
+def test_a_stop_string_may_hold_special_tokens_which_are_not_shown(
+    smollm2_tokenizer: Tokenizer, text: str, stops: list[str], expected: str, ends: bool, size: int
+) -> None:
+    ids = smollm2_tokenizer.encode(text)
+    stream = TextStream(smollm2_tokenizer, stop=stops)
+    pieces = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
+    assert ("".join(pieces) + stream.finish(), stream.stopped) == (expected, ends)
+
+
 def test_work_per_token_does_not_grow(smollm2_tokenizer: Tokenizer) -> None:
     ids = smollm2_tokenizer.encode("The quick brown fox. ") * 2000
     stream = TextStream(smollm2_tokenizer, stop=["never there"])

@@ -24,7 +24,8 @@ from prerope.rope.reading import MethodError
 from prerope.server.config import EngineConfig
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.model import DTYPES, Model
+from prerope.server.models.model import Model
+from prerope.server.models.weights import DTYPES
 
 CPU_SHARE, CPU_LIMIT = 0.4, 4 * 2**30
 """On a CPU, others live on the machine too: this share of what is free, and never more than this many bytes."""

@@ -1,0 +1,164 @@
+"""Weights of a checkpoint into a transformers model: all of them, and no other.
+
+transformers draws at random what a checkpoint lacks and drops what it has no place for, and only logs it. Here its
+loading report is read: a model is whole, or refused by the names of what is wrong. Weights that are no numbers are
+found, too, before anything is computed with them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.models.folder import some
+from torch import nn
+
+if TYPE_CHECKING:
+    from prerope.server.models.checkpoint import Checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+QUANTISED = re.compile(r"scale|qweight|qzeros|g_idx|zero_point|absmax|quant_map|quant_state|weight_packed|lora_[AB]")
+"""In names of tensors without which the weights beside them mean something else."""
+
+FORMER_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
+"""What old checkpoints store of tables and masks, which transformers makes itself today."""
+
+NEXT_TOKEN_LAYER = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|nextn)")
+"""Of a layer past the last: one that predicts a second token (multi-token prediction), which nothing here runs."""
+
+
+def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], None]) -> Any:
+    """A transformers causal LM in evaluation mode, on the CPU. ConfigurationError names what is wrong.
+
+    Only safetensors are read, and no code that comes with a checkpoint is run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet_report():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.source,
+                dtype=DTYPES.get(dtype, "auto"),
+                attn_implementation="eager",
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that the report names them all
+                output_loading_info=True,
+                **_same_commit(checkpoint),
+            )
+    except Exception as error:  # a config may hold anything, and model classes raise whatever they meet
+        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
+    unexpected = info["unexpected_keys"]
+    wrong = incomplete(info) or strange(model, unexpected) or not_finite(model)
+    if wrong:
+        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be served: {wrong}")
+    if unexpected:
+        report(f"left out, since it is not the decoder's: {len(unexpected)} weights, as {some(sorted(unexpected), 1)}")
+    return model.eval()
+
+
+def incomplete(report: dict[str, Any]) -> str | None:
+    """What transformers would have drawn at random, from its loading report; None where the checkpoint has it all."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        return (
+            f"the checkpoint lacks {len(missing)} weights that its config asks for: {some(missing)}. The download is "
+            "incomplete, or config.json is another model's; take both again, from one source"
+        )
+    mismatched = sorted((name, tuple(stored), tuple(asked)) for name, stored, asked in report["mismatched_keys"])
+    if mismatched:
+        shapes = [f"{name} is {list(stored)}, not {list(asked)}" for name, stored, asked in mismatched]
+        return (
+            f"{len(shapes)} weights have another shape than its config says: {some(shapes)}. config.json is another "
+            "model's, or the weights are packed by a scheme that it does not name; take both again, from one source"
+        )
+    return None
+
+
+def strange(model: nn.Module, unexpected: set[str]) -> str | None:
+    """What the checkpoint holds of the decoder and the model class has no place for; None where nothing matters."""
+    scales = sorted(name for name in unexpected if QUANTISED.search(name))
+    if scales:
+        return (
+            f"the checkpoint holds {some(scales)}, which its config says nothing of: the weights are quantised or "
+            "adapted by a scheme that would be ignored; take the original checkpoint"
+        )
+    stacks = {match[1] for name, _ in model.named_parameters() if (match := re.match(r"(.*?\.)\d+\.", name))}
+    second_token = {_layer(name) for name in unexpected if NEXT_TOKEN_LAYER.search(name)}
+    inside = sorted(
+        name
+        for name in unexpected
+        if any(name.startswith(stack) for stack in stacks)
+        and not FORMER_BUFFERS.search(name)
+        and _layer(name) not in second_token
+    )
+    if inside:
+        return (
+            f"the checkpoint holds {len(inside)} weights that its config has no place for: {some(inside)}. config.json "
+            "is another model's, or this version of transformers knows the architecture in part only"
+        )
+    return None
+
+
+def _layer(name: str) -> str:
+    """The name as far as its first number: `model.layers.61.` of `model.layers.61.eh_proj.weight`."""
+    match = re.match(r".*?\.\d+\.", name)
+    return match[0] if match else name
+
+
+def not_finite(model: nn.Module) -> str | None:
+    """Weights with NaN or infinity in them."""
+    bad = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            low, high = torch.aminmax(parameter.detach())  # NaN goes through it; one pass, and nothing is allocated
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                bad.append(name)
+    if not bad:
+        return None
+    return f"{len(bad)} of its weights hold NaN or infinity: {some(bad)}. The file is damaged: download it again"
+
+
+@contextmanager
+def _quiet_report() -> Iterator[None]:
+    """Inside, transformers does not log the table of its loading report, of which we say what matters in a line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:
+    """The revision to read the weights at: the commit that the config is of, for a hub id.
+
+    By a branch's name transformers would ask a public service to convert pickled weights, and load what it proposes.
+    """
+    from transformers.utils import cached_file, extract_commit_hash
+
+    given = {"revision": checkpoint.revision} if checkpoint.revision else {}
+    commit = extract_commit_hash(cached_file(checkpoint.source, "config.json", **given), None)
+    return {"revision": commit} if commit else given
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what transformers says, and the remedy where there are no weights that may be read."""
+    if "model.safetensors" in str(error):
+        return (
+            "no safetensors are found there (or, without a network, in the hub's cache). Weights in pickle files, such "
+            "as pytorch_model.bin, can run code when they are read, so they are refused; where you trust them, convert "
+            "them once with transformers' save_pretrained, or choose a REVISION that has model.safetensors"
+        )
+    return first_line(error).replace(os.path.expanduser("~"), "~")

@@ -1,0 +1,290 @@
+"""Folders as people have them: whole ones are served, and anything else is one true sentence with the remedy."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.models.model import Model, load_model
+from prerope.server.models.probe import probe
+from prerope.server.tokenizer import Tokenizer
+from safetensors.torch import load_file, save_file
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+Damage = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer: small enough to be loaded a hundred times."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    pieces = ["<|endoftext|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Backend(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", extra_special_tokens=["<|im_end|>"]
+    )
+    config = LlamaConfig(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        dtype="float32",
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy of `whole` to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def load(folder: Path, cache: Path | None = None) -> Model:
+    """All of a start that reads the folder."""
+    checkpoint = resolve_checkpoint(str(folder), None, lambda _: None, cache_dir=cache or folder.parent / "cache")
+    Tokenizer.load(checkpoint)
+    model = load_model(checkpoint, "auto", "cpu", lambda _: None)
+    probe(model)
+    return model
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        load(folder)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+def change_json(name: str, **values: Any) -> Damage:
+    """values: None removes the key."""
+
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / name).read_text()) | values
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return damage
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
+    def damage(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        tensors = {name: tensor.contiguous().clone() for name, tensor in change(load_file(file)).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    return damage
+
+
+def without(*parts: str) -> Damage:
+    return change_weights(lambda w: {name: t for name, t in w.items() if not any(part in name for part in parts)})
+
+
+def with_tensor(name: str, tensor: torch.Tensor) -> Damage:
+    return change_weights(lambda w: w | {name: tensor})
+
+
+def replaced(name: str, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return change_weights(lambda w: w | {name: tensor(w[name])})
+
+
+def removed(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name: str, content: str | bytes) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return damage
+
+
+def renamed(name: str, other: str) -> Damage:
+    return lambda folder: (folder / name).rename(folder / other) and None
+
+
+def cut(name: str, share: float) -> Damage:
+    def damage(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: int(len(content) * share)])
+
+    return damage
+
+
+def in_parts(*kept: int) -> Damage:
+    """Weights in three parts with an index, of which only some are there."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        parts = {name: f"model-{1 + i % 3:05}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+        for number in kept:
+            part = f"model-{number:05}-of-00003.safetensors"
+            save_file({name: tensors[name] for name in tensors if parts[name] == part}, folder / part, {"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+
+    return damage
+
+
+def both(*damages: Damage) -> Damage:
+    def damage(folder: Path) -> None:
+        for one in damages:
+            one(folder)
+
+    return damage
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/base"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        # what transformers would draw at random
+        (without(Q_PROJ), f"lacks 1 weights that its config asks for: {Q_PROJ}"),
+        (without("layers.1."), "lacks 9 weights"),
+        (without("lm_head"), "lacks 1 weights that its config asks for: lm_head.weight"),
+        (change_weights(lambda w: {f"wrong.{name}": t for name, t in w.items()}), "lacks 21 weights"),
+        (change_json("config.json", num_hidden_layers=3), "lacks 9 weights"),
+        # what transformers would drop
+        (change_json("config.json", num_hidden_layers=1), "9 weights that its config has no place for: model.layers.1"),
+        (with_tensor("model.layers.0.self_attn.q_proj.bias", torch.ones(32)), "has no place for"),
+        (with_tensor("model.layers.0.self_attn.q_proj.weight_scale", torch.ones(1)), "would be ignored"),
+        (with_tensor("base_model.model.q_proj.lora_A.weight", torch.ones(2, 2)), "adapted by a scheme"),
+        # damaged weights
+        (replaced(Q_PROJ, lambda t: t[:16]), f"{Q_PROJ} is [16, 32], not [32, 32]"),
+        (replaced(Q_PROJ, lambda t: t * float("nan")), f"1 of its weights hold NaN or infinity: {Q_PROJ}"),
+        (replaced(Q_PROJ, lambda t: t.to(torch.int8)), "as I8, but config.json names no quantization_config"),
+        (replaced(Q_PROJ, lambda t: t.to(torch.float8_e4m3fn)), "as F8_E4M3, but"),
+        (cut("model.safetensors", 0.5), "model.safetensors is cut short"),
+        (cut("model.safetensors", 0.0), "model.safetensors is cut short (0 bytes"),
+        (written("model.safetensors", b"<html>not found</html>" * 99), "is no safetensors file, or is damaged"),
+        (written("model.safetensors", POINTER), "git lfs pull"),
+        (written("config.json", POINTER), "git lfs pull"),
+        (written("tokenizer.json", POINTER), "git lfs pull"),
+        # incomplete downloads
+        (in_parts(1, 3), "2 of 3 parts of the weights are there and model-00002-of-00003.safetensors is missing"),
+        (both(in_parts(1, 2, 3), removed("model.safetensors.index.json")), "without model.safetensors.index.json"),
+        (both(in_parts(1, 2, 3), written("model.safetensors.index.json", "{}")), "has no weight_map"),
+        (
+            both(in_parts(1, 2, 3), cut("model-00003-of-00003.safetensors", 0.9)),
+            "model-00003-of-00003.safetensors is cut",
+        ),
+        (both(removed("model.safetensors"), written("model.safetensors.part", "x")), "interrupted download"),
+        (
+            both(removed("model.safetensors"), written(".cache/huggingface/download/aBc=.4d7.incomplete", "x")),
+            "interrupted download",
+        ),
+        (removed("model.safetensors"), "no safetensors are found there"),
+        (removed("config.json"), "there are weights but no config.json"),
+        (renamed("model.safetensors", "weights.safetensors"), "rename the file"),
+        (both(removed("model.safetensors"), written("pytorch_model.bin", "x")), "can run code when they are read"),
+        # configs
+        (cut("config.json", 0.5), "config.json is no JSON"),
+        (written("config.json", "[]"), "is no JSON object"),
+        (change_json("config.json", model_type=None), "names no model_type"),
+        (change_json("config.json", model_type="strangeformer"), "strangeformer"),
+        (change_json("config.json", model_type="t5"), "t5"),
+        # other programs' formats
+        (both(removed("config.json"), removed("model.safetensors"), ADAPTER), "merge it into its base owner/base once"),
+        (ADAPTER, "an adapter (adapter_config.json) lies beside the base model"),
+        (both(removed("config.json"), renamed("model.safetensors", "consolidated.safetensors")), "model maker's own"),
+        (renamed("model.safetensors", "consolidated.safetensors"), "model maker's own format"),
+        (both(removed("tokenizer.json"), written("tekken.json", "{}")), "tekken.json"),
+        (removed("tokenizer.json"), "no tokenizer is there"),
+        (cut("tokenizer.json", 0.7), "tokenizer.json is no JSON"),
+        (written("tokenizer.json", "{}"), "its tokenizer cannot be read"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_true_sentence(folder: Path, damage: Damage, said: str) -> None:
+    damage(folder)
+    assert said in refusal(folder)
+
+
+def test_a_whole_folder_is_served_in_one_file_or_in_parts(folder: Path) -> None:
+    first = load(folder).raw.model.lm_head.weight
+    in_parts(1, 2, 3)(folder)
+    assert torch.equal(load(folder).raw.model.lm_head.weight, first)
+
+
+def test_what_is_not_the_decoder_s_is_left_out(folder: Path) -> None:
+    with_tensor("v_head.weight", torch.ones(1, 32))(folder)
+    with_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))(folder)
+    load(folder)
+
+
+def test_ollama_s_store_is_told_by_its_blobs(tmp_path: Path) -> None:
+    manifest = {"layers": [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:abc"}]}
+    written("manifests/registry/library/qwen/0.5b", json.dumps(manifest))(tmp_path)
+    written("blobs/sha256-abc", b"GGUF")(tmp_path)
+    assert "blobs/sha256-abc is qwen:0.5b" in refusal(tmp_path)
+
+
+def test_a_folder_above_the_model_names_it(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "hub" / "snapshots" / "1234")
+    assert "snapshots/1234" in refusal(tmp_path / "hub")
+    assert "1234 inside it has" in refusal(tmp_path / "hub" / "snapshots")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_folder_ends_in_a_traceback(folder: Path, seed: int) -> None:
+    """Random damage: what is loaded passed the check, and what is refused is refused in one line."""
+    draw = random.Random(seed)
+    for _ in range(draw.choice((1, 1, 2))):
+        _damage_at_random(folder, draw)
+    refused = None
+    try:
+        load(folder)
+    except ConfigurationError as error:
+        refused = str(error)
+    assert "\n" not in (refused or "")
+
+
+def _damage_at_random(folder: Path, draw: random.Random) -> None:
+    name = draw.choice(sorted(file.name for file in folder.iterdir() if file.is_file()))
+    content = (folder / name).read_bytes()
+    kind = draw.choice(("cut", "flip", "json", "json", "rename", "empty", "folder"))
+    if kind == "cut":
+        cut(name, draw.random())(folder)
+    elif kind == "flip" and content:
+        flipped = bytearray(content)
+        for _ in range(draw.randint(1, 20)):
+            flipped[draw.randrange(min(len(flipped), 2000))] = draw.randrange(256)
+        (folder / name).write_bytes(flipped)
+    elif kind == "json":
+        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+        strange = draw.choice((None, 0, -1, 3, 7, 1e9, "x", [], {}, [1, 2], True))
+        if config:
+            (folder / "config.json").write_text(json.dumps(config | {draw.choice(sorted(config)): strange}))
+    elif kind == "rename":
+        (folder / name).rename(folder / f"{name}.old")
+    elif kind == "empty":
+        (folder / name).write_bytes(b"")
+    else:
+        (folder / name).unlink()
+        (folder / name).mkdir()
