@@ -26,7 +26,7 @@ class FifoScheduler(Scheduler):
         for sequence in sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank):
             num_tokens = min(sequence.num_remaining_tokens, budget)
             if num_tokens and sequence.request_id in self.running and self._grow(sequence, num_tokens, plan):
-                plan.append(Scheduled(sequence, num_tokens))
+                plan.append(Scheduled(sequence, num_tokens, sequence.num_computed_tokens))
                 budget -= num_tokens
 
 

@@ -57,6 +57,15 @@ class KVStorage:
         values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
         return None
 
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """K and V of all layers from slots `source` [n] to slots `target` [n] int64, which do not overlap.
+
+        Keys are raw, so there is nothing to turn wherever they go.
+        """
+        for tensor in (*self.keys, *self.values):
+            rows = tensor.view(-1, *tensor.shape[2:])
+            rows.index_copy_(0, target, rows.index_select(0, source))
+
 
 def native_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> bool:
     """`KVStorage.store` by the C kernel; False where there is none or a tensor is not as it copies them."""

@@ -70,7 +70,7 @@ class KVCacheManager:
         blocks = self._cached_blocks(sequence)
         self.pool.share(blocks)
         sequence.block_table.extend(blocks)
-        sequence.num_computed_tokens = len(blocks) * self.block_size
+        sequence.num_computed_tokens = min(len(blocks) * self.block_size, len(sequence.token_ids))
         self.queried_tokens += len(sequence.token_ids)
         self.hit_tokens += sequence.num_computed_tokens
         return sequence.num_computed_tokens
@@ -91,7 +91,16 @@ class KVCacheManager:
             if block is None:
                 break
             blocks.append(block)
+        if usable == len(blocks) and self._ends_for_good(sequence):
+            tail = sequence.hasher.tail(sequence.token_ids)
+            last = None if tail is None else self.pool.find(tail)
+            blocks += [] if last is None else [last]
         return blocks
+
+    @staticmethod
+    def _ends_for_good(sequence: Cacheable) -> bool:
+        """It is read for its K and V alone: its last block, full or not, may be taken over and is never written on."""
+        return sequence.num_reusable_tokens == len(sequence.token_ids)
 
     def grow(self, sequence: Cacheable, num_tokens: int) -> bool:
         """Make the block table reach `num_tokens` tokens; False, and nothing changed, when too few blocks are free."""
@@ -106,11 +115,22 @@ class KVCacheManager:
         """Make findable the blocks that tokens `start` … `stop` − 1 filled, computed and known; None: all computed."""
         stop = sequence.num_computed_tokens if stop is None else stop
         first, full = start // self.block_size, stop // self.block_size
-        if not self.prefix_caching or first == full:
+        if not self.prefix_caching:
+            return
+        if stop == len(sequence.token_ids) and self._ends_for_good(sequence):
+            tail = sequence.hasher.tail(sequence.token_ids)
+            if tail is not None:
+                self.pool.remember(sequence.block_table[full], tail)
+        if first == full:
             return
         hashes = sequence.hasher.extend(sequence.token_ids, stop)
         for block, block_hash in zip(sequence.block_table[first:full], hashes[first:full], strict=True):
             self.pool.remember(block, block_hash)
+
+    def slots(self, sequence: Cacheable, start: int, stop: int) -> list[int]:
+        """Where K and V of tokens `start` … `stop` − 1 are, as slots of the whole cache."""
+        size, table = self.block_size, sequence.block_table
+        return [table[position // size] * size + position % size for position in range(start, stop)]
 
     def release(self, sequence: Cacheable) -> None:
         """Let go of all blocks of a sequence; what they cached stays findable until they are reused."""

@@ -1,6 +1,6 @@
 """Chained hashes of full blocks: equal hashes mean equal K and V in every layer.
 
-    h(b) = H( h(b−1), tokens of b, seed of b )          h(−1) = H( salt )
+    h(b) = H( h(b−1), tokens of b, seed of b, documents in b )          h(−1) = H( salt )
 
 K and V above the first layer depend on the position method, so each block's seed is the digest of the resolved method,
 except where the block lies wholly in the rows that the method reads plainly (`ModelPositions.block_seed`).
@@ -12,14 +12,18 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
+from prerope.cache.blocks.documents import DocumentSpan, layout
 from prerope.rope.model import ModelPositions
 
 
 class PrefixHasher:
     """The hash chain of one sequence, extended as its tokens become known. Append-only."""
 
-    def __init__(self, block_size: int, positions: ModelPositions, salt: str) -> None:
+    def __init__(
+        self, block_size: int, positions: ModelPositions, salt: str, documents: Sequence[DocumentSpan] = ()
+    ) -> None:
         self._block_size = block_size
+        self._documents = documents
         self._positions = positions
         self._root = hashlib.blake2b(salt.encode(), digest_size=16).digest()
         self.hashes: list[bytes] = []
@@ -32,8 +36,23 @@ class PrefixHasher:
         size = self._block_size
         for index in range(len(self.hashes), (len(token_ids) if num_known is None else num_known) // size):
             end = (index + 1) * size
-            h = hashlib.blake2b(self.hashes[-1] if self.hashes else self._root, digest_size=16)
-            h.update(array("q", token_ids[index * size : end]).tobytes())
-            h.update(self._positions.block_seed(end))
+            h = self._after(index, token_ids[index * size : end], end)
+            h.update(layout(self._documents, index * size, end))
             self.hashes.append(h.digest())
         return self.hashes
+
+    def tail(self, token_ids: Sequence[int]) -> bytes | None:
+        """The hash of a last block that `token_ids` fill in part and nobody will fill up; None: it is full."""
+        full = len(self.extend(token_ids))
+        rest = token_ids[full * self._block_size :]
+        if not rest:
+            return None
+        h = self._after(full, rest, len(token_ids))
+        h.update(b"the last of a document")
+        return h.digest()
+
+    def _after(self, index: int, token_ids: Sequence[int], end: int) -> hashlib.blake2b:
+        h = hashlib.blake2b(self.hashes[index - 1] if index else self._root, digest_size=16)
+        h.update(array("q", token_ids).tobytes())
+        h.update(self._positions.block_seed(end))
+        return h

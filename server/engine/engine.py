@@ -17,15 +17,19 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from prerope.cache.blocks.documents import filled_from
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.cuda.transfer import send
 from prerope.cache.kernels.build import prepare
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.reading import MethodError
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
+from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.endings import finish_reason, follow_grammar
 from prerope.server.engine.graphs import DecodeGraphs, capture_graphs
 from prerope.server.engine.info import Backlog, Counters, EngineStats, ModelInfo
@@ -142,7 +146,7 @@ class Engine:
             Sequence(
                 request=request,
                 positions=positions,
-                hasher=PrefixHasher(self.config.block_size, positions, request.cache_salt),
+                hasher=PrefixHasher(self.config.block_size, positions, request.cache_salt, request.documents),
                 generator=generator,
                 token_ids=list(request.prompt_token_ids),
                 num_prompt_tokens=len(request.prompt_token_ids),
@@ -202,6 +206,9 @@ class Engine:
 
     @torch.inference_mode()
     def _launch(self, plan: list[Scheduled], before: Step | None, began: float) -> Step:
+        for copy in self.scheduler.take_copies():
+            slots = np.asarray([copy.source, copy.target], dtype=np.int64)
+            self.storage.copy(*send(slots, self.model.device))
         shares = [Share.of(scheduled) for scheduled in plan]
         logits = self._forward(shares, None if before is None else before.arrival.tokens)
         on_device, ends = self._sample_on_device, self.info.eos_token_ids
@@ -228,8 +235,11 @@ class Engine:
                 continue
             sequence.num_processed_tokens = read
             if share.cached:
-                self.scheduler.cache.remember(sequence, share.start, share.stop)
-            if token is not None:
+                known_from = filled_from(sequence.request.documents, share.start)
+                self.scheduler.cache.remember(sequence, known_from, share.stop)
+            if isinstance(sequence, DocumentReader):
+                outputs += self._progress_of(sequence)
+            elif token is not None:
                 outputs.append(self._take(sequence, token, step.scored.get(sequence)))
             elif share.stop == sequence.num_tokens:
                 outputs.append(self._finish(sequence, (), None, FinishReason.LENGTH))
@@ -237,6 +247,12 @@ class Engine:
                 outputs.append((sequence.request_id, sequence.output()))
         self._counters.end_step(step.began, step.num_prefilled)
         return outputs
+
+    def _progress_of(self, reader: DocumentReader) -> list[tuple[str, TokenOutput]]:
+        """What a prompt with documents has come to with a chunk of the one that is being read."""
+        parent, rows = reader.parent, reader.num_processed_tokens - reader.first_row
+        parent.num_processed_tokens = reader.document.start + max(0, rows)
+        return [(parent.request_id, parent.output())] if parent.request.report_progress else []
 
     def _take(self, sequence: Sequence, token: int, scored: TokenLogprobs | None) -> tuple[str, TokenOutput]:
         """A sampled token, and whether the sequence ends with it."""
@@ -286,7 +302,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""
-        self.scheduler.cache.check_integrity(self.scheduler.sequences)
+        self.scheduler.check_integrity()
 
 
 def _bad_rope(message: str) -> InvalidRequest:

@@ -20,17 +20,28 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager
+from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.sequence import Sequence
 
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
 
 
 class Scheduled(NamedTuple):
-    """`num_new_tokens` of one sequence, from its `num_computed_tokens` on."""
+    """`num_new_tokens` of one sequence, from token `start` on."""
 
     sequence: Sequence
     num_new_tokens: int
+    start: int
+
+
+class Copy(NamedTuple):
+    """K and V of a document, from the slots where its reader has them to those of the sequence that reads it."""
+
+    sequence: Sequence
+    source: list[int]
+    target: list[int]
 
 
 class Scheduler:
@@ -44,6 +55,7 @@ class Scheduler:
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.num_preemptions = 0
+        self.copies: list[Copy] = []
 
     @property
     def sequences(self) -> Iterable[Sequence]:
@@ -54,6 +66,8 @@ class Scheduler:
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether it runs or waits: it has neither finished nor been aborted."""
+        if isinstance(sequence, DocumentReader):
+            return sequence.parent.reader is sequence
         request_id = sequence.request_id
         return sequence is self.running.get(request_id) or sequence is self.waiting.get(request_id)
 
@@ -64,7 +78,7 @@ class Scheduler:
         """Take a sequence out, finished or aborted, and release its blocks."""
         sequence = self.running.pop(request_id, None) or self.waiting.pop(request_id, None)
         if sequence is not None:
-            self.cache.release(sequence)
+            self._release(sequence)
         return sequence
 
     def schedule(self) -> list[Scheduled]:
@@ -72,8 +86,8 @@ class Scheduler:
         plan: list[Scheduled] = []
         decoding = sorted((s for s in self.running.values() if s.decoding and not s.ending), key=lambda s: s.rank)
         for sequence in decoding[: self.max_batched_tokens]:
-            if sequence.request_id in self.running and self._grow(sequence, 1, plan):
-                plan.append(Scheduled(sequence, 1))
+            if sequence.request_id in self.running and self._grow(sequence, sequence.num_tokens, plan):
+                plan.append(Scheduled(sequence, 1, sequence.num_computed_tokens))
         self._schedule_prefills(self.max_batched_tokens - len(plan), plan)
         return plan
 
@@ -83,18 +97,68 @@ class Scheduler:
         self._admit()
         prefills = sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank)
         for sequence, num_tokens in share(prefills, budget):
-            if sequence.request_id in self.running and self._grow(sequence, num_tokens, plan):
-                plan.append(Scheduled(sequence, num_tokens))
+            if sequence.request_id in self.running:
+                self._schedule_prefill(sequence, num_tokens, plan)
+
+    def _schedule_prefill(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> None:
+        """Up to `num_tokens` rows of a prompt; the documents that it comes to are copied, or read first."""
+        position, documents, rows = sequence.num_computed_tokens, sequence.request.documents, False
+        while num_tokens > 0 and position < sequence.num_tokens:
+            document = span_at(documents, position)
+            if document is None:
+                stop = min(position + num_tokens, next_copied(documents, position, sequence.num_tokens))
+                if not self._grow(sequence, stop, plan):
+                    return
+                plan.append(Scheduled(sequence, stop - position, position))
+                num_tokens, position, rows = num_tokens - (stop - position), stop, True
+                continue
+            reader = self._open(sequence, document, position)
+            if reader.num_processed_tokens < reader.num_tokens:
+                # What it needs, the prefix first of all, may be among the rows of this very step.
+                self._close(sequence) if rows else self._schedule_reader(reader, num_tokens, plan)
+                return
+            if not self._grow(sequence, document.stop, plan):
+                return
+            self._copy(reader, position)
+            position = document.stop
+            if not rows:
+                sequence.num_computed_tokens = position
+
+    def _open(self, sequence: Sequence, document: DocumentSpan, position: int) -> DocumentReader:
+        """The reader of a document that is wanted from `position` on; it begins with what the cache has."""
+        if sequence.reader is None:
+            reader = sequence.reader = DocumentReader.of(sequence, document, self.cache.block_size)
+            reader.num_processed_tokens = self.cache.take_prefix(reader)
+            found = reader.num_processed_tokens - reader.row_of(position)
+            sequence.documents_found.setdefault(document, max(0, found))
+        assert isinstance(sequence.reader, DocumentReader)
+        return sequence.reader
+
+    def _close(self, sequence: Sequence) -> None:
+        if sequence.reader is not None:
+            self.cache.release(sequence.reader)
+            sequence.reader = None
+
+    def _schedule_reader(self, reader: DocumentReader, num_tokens: int, plan: list[Scheduled]) -> None:
+        start = reader.num_computed_tokens
+        count = min(num_tokens, reader.num_remaining_tokens)
+        if count and self._grow(reader, start + count, plan):
+            plan.append(Scheduled(reader, count, start))
+
+    def _copy(self, reader: DocumentReader, position: int) -> None:
+        """From `position` of the parent to the document's end; the reader's work is done then."""
+        parent, stop = reader.parent, reader.document.stop
+        source = self.cache.slots(reader, reader.row_of(position), reader.row_of(stop))
+        self.copies.append(Copy(parent, source, self.cache.slots(parent, position, stop)))
+        self._close(parent)
 
     def _admit(self) -> None:
         """Move waiting sequences into `running`, best rank first, until one does not fit: none overtakes it."""
-        spare = self.cache.pool.num_free - sum(
-            self.cache.blocks_for(s.num_tokens) - len(s.block_table) for s in self.running.values()
-        )
+        spare = self.cache.pool.num_free - sum(self._blocks_to_finish(s) for s in self.running.values())
         for sequence in sorted(self.waiting.values(), key=lambda s: s.rank):
             if len(self.running) >= self.max_num_seqs or sequence.num_pending:
                 return
-            needed = self.cache.blocks_to_admit(sequence)
+            needed = self.cache.blocks_to_admit(sequence) + self._blocks_to_read(sequence)
             if needed > spare:
                 return
             self.cache.take_prefix(sequence)
@@ -105,23 +169,51 @@ class Scheduler:
             del self.waiting[sequence.request_id]
             self.running[sequence.request_id] = sequence
 
+    def _blocks_to_finish(self, sequence: Sequence) -> int:
+        """Blocks that a running sequence is still to get for the tokens that are known."""
+        missing = self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        return missing + self._blocks_to_read(sequence)
+
+    def _blocks_to_read(self, sequence: Sequence) -> int:
+        """Blocks that its readers, one at a time, are still to get beside its own."""
+        held = 0 if sequence.reader is None else len(sequence.reader.block_table)
+        largest = largest_reading(sequence.request.documents, sequence.num_computed_tokens)
+        return max(0, self.cache.blocks_for(largest) - held)
+
     def _grow(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> bool:
-        """Allocate for `num_tokens` more, preempting from the least urgent end; False if this one was preempted."""
-        while not self.cache.grow(sequence, sequence.num_computed_tokens + num_tokens):
+        """Allocate up to `num_tokens`, preempting from the least urgent end; False if this one was preempted."""
+        owner = sequence.parent if isinstance(sequence, DocumentReader) else sequence
+        while not self.cache.grow(sequence, num_tokens):
             # One whose last token is under way reads its blocks no more, and is not computed again.
             victim = max(self.running.values(), key=lambda s: (s.ending, s.rank))
+            gone = (victim, victim.reader)
             self.preempt(victim)
-            plan[:] = [item for item in plan if item.sequence is not victim]
-            if victim is sequence:
+            plan[:] = [item for item in plan if item.sequence not in gone]
+            if victim is owner:
                 return False
         return True
 
     def preempt(self, sequence: Sequence) -> None:
         """Back to waiting, with nothing computed; its place in the order stays."""
         del self.running[sequence.request_id]
-        self.cache.release(sequence)
+        self._release(sequence)
         self.waiting[sequence.request_id] = sequence
         self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.copies = [copy for copy in self.copies if copy.sequence is not sequence]
+        self._close(sequence)
+        self.cache.release(sequence)
+
+    def take_copies(self) -> list[Copy]:
+        """Copies to make, in order, before the rows of the step that was scheduled last."""
+        copies, self.copies = self.copies, []
+        return copies
+
+    def check_integrity(self) -> None:
+        """Assert that blocks and the block tables of all sequences agree."""
+        readers = [s.reader for s in self.sequences if s.reader is not None]
+        self.cache.check_integrity([*self.sequences, *readers])
 
 
 def share(prefills: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
 
 import torch
+from prerope.cache.blocks.documents import DocumentSpan
 from prerope.cache.blocks.manager import BlockTable
 from prerope.cache.blocks.prefix import PrefixHasher
 from prerope.rope.model import ModelPositions
@@ -31,6 +32,7 @@ class EngineRequest:
         priority: lower runs first.
         report_progress: also yield an output, without tokens, after each prefill chunk.
         deadline: when it is aborted, in seconds of `time.monotonic()`.
+        documents: parts of the prompt that are read on their own, in order.
     """
 
     request_id: str
@@ -41,6 +43,7 @@ class EngineRequest:
     priority: int = 0
     report_progress: bool = False
     deadline: float = math.inf
+    documents: tuple[DocumentSpan, ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +61,8 @@ class Sequence:
         output_counts: how often each token was generated, for penalties.
         matcher: how far the output has come in its grammar, where it has one.
         deadline: the request's, or the deployment's where that comes first.
+        reader: reads the document that this sequence has come to, where that has not been read yet.
+        documents_found: of each document that was copied, how many of its tokens were in the cache at the first try.
     """
 
     request: EngineRequest
@@ -74,6 +79,8 @@ class Sequence:
     num_processed_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: BlockTable = field(default_factory=BlockTable)
+    reader: Sequence | None = None
+    documents_found: dict[DocumentSpan, int] = field(default_factory=dict)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
@@ -145,9 +152,8 @@ class Sequence:
         # Row i scores token i + 1. What was scored before a preemption is not scored again.
         return max(self.sampling.prompt_logprobs_start, len(self.prompt_logprobs), 1) - 1
 
-    def num_logits(self, count: int) -> int:
-        """How many of the last rows of its next `count` tokens want logits."""
-        start = self.num_computed_tokens
+    def num_logits(self, start: int, count: int) -> int:
+        """How many of the last of `count` rows from `start` on want logits."""
         return start + count - min(max(start, self.first_scored_row), start + count)
 
     @property
@@ -188,7 +194,7 @@ class Sequence:
         return TokenOutput(
             token_ids=token_ids,
             num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_tokens=self.num_cached_tokens,
+            num_cached_tokens=self.num_cached_tokens + sum(self.documents_found.values()),
             num_processed_tokens=self.num_processed_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,

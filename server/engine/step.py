@@ -35,11 +35,10 @@ class Share(NamedTuple):
     @classmethod
     def of(cls, scheduled: Scheduled) -> Share:
         """Of a sequence as it is before the launch."""
-        sequence, count = scheduled
-        start = sequence.num_computed_tokens
+        sequence, count, start = scheduled
         last = start + count == sequence.num_tokens
         samples = last and sequence.num_output_tokens < sequence.sampling.max_tokens
-        return cls(sequence, start, start + count, sequence.num_logits(count), samples, sequence.block_table)
+        return cls(sequence, start, start + count, sequence.num_logits(start, count), samples, sequence.block_table)
 
     @property
     def cached(self) -> bool:

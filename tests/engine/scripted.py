@@ -70,7 +70,7 @@ class Script:
         plan = self.scheduler.schedule()
         self.steps += 1
         self._check(plan, decoding)
-        for one, count in plan:
+        for one, count, _ in plan:
             known = one.num_computed_tokens
             one.num_computed_tokens += count
             self.cache.remember(one, known)
@@ -83,14 +83,14 @@ class Script:
 
     def _check(self, plan: list[Scheduled], decoding: list[Sequence]) -> None:
         running, preempted = self.scheduler.running, self.scheduler.preempted
-        assert sum(count for _, count in plan) <= self.budget
-        assert len({one.request_id for one, _ in plan}) == len(plan)
+        assert sum(count for _, count, _ in plan) <= self.budget
+        assert len({one.request_id for one, _, _ in plan}) == len(plan)
         assert len(running) <= self.scheduler.max_num_seqs
-        for one, count in plan:
+        for one, count, _ in plan:
             assert one.request_id in running, "scheduled, but preempted since"
             assert 1 <= count <= one.num_remaining_tokens
             assert len(one.block_table) * self.cache.block_size >= one.num_computed_tokens + count
-        scheduled = {one.request_id for one, _ in plan}
+        scheduled = {one.request_id for one, _, _ in plan}
         passed_over = {one.request_id for one in decoding} - scheduled - preempted
         assert not passed_over, "a decode neither ran nor made room for another"
 

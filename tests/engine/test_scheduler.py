@@ -13,7 +13,7 @@ from tests.engine.scripted import Script, sequence, unique
 
 
 def counts(plan: list[Scheduled]) -> dict[str, int]:
-    return {one.request_id: count for one, count in plan}
+    return {one.request_id: count for one, count, _ in plan}
 
 
 # --- one budget for prefill and decode --------------------------------------------------------------------------------
@@ -94,8 +94,8 @@ def test_decodes_come_first_and_take_one_token_each() -> None:
     script.step()
     script.add(sequence(unique(100)))
     plan = script.step()
-    assert [count for _, count in plan] == [1] * 6 + [2]
-    assert [one for one, _ in plan[:6]] == streams
+    assert [count for _, count, _ in plan] == [1] * 6 + [2]
+    assert [one for one, _, _ in plan[:6]] == streams
 
 
 # --- admission, priority, preemption ----------------------------------------------------------------------------------
