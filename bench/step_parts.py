@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -31,12 +30,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from prerope.cache.attention.dispatch import Attention, attention_on
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.step import choose
 from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.models.cpu.products import GatedProducts, Products, RMSNorm
 from prerope.server.settings import default_cache_dir
 from rich.console import Console
 from rich.table import Table
@@ -56,7 +58,7 @@ class Stopwatch:
     def __init__(self, device: torch.device, threads: int) -> None:
         self._device = device
         self._clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
-        self._inside = [0.0]
+        self._inside, self._parts = [0.0], [""]
         self.taken: Times = defaultdict(float)
 
     def now(self) -> float:
@@ -64,16 +66,20 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
         return self._clock()
 
-    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, timed."""
+    def timed(self, part: str, call: Callable[..., Any], within: str | None = None) -> Callable[..., Any]:
+        """The same call, timed. within: only where this part is the one that it interrupts."""
 
         def timed(*arguments: Any, **options: Any) -> Any:
+            if within not in (None, self._parts[-1]):
+                return call(*arguments, **options)
             self._inside.append(0.0)
+            self._parts.append(part)
             began = self.now()
             try:
                 return call(*arguments, **options)
             finally:
                 whole = self.now() - began
+                self._parts.pop()
                 self.taken[part] += whole - self._inside.pop()
                 self._inside[-1] += whole
 
@@ -94,15 +100,20 @@ def part_of(engine: Engine, module: nn.Module) -> str | None:
 @contextmanager
 def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
     """Inside, every part of this engine's steps is timed."""
-    model, calls = engine.model, [("sampling", "prerope.server.engine.step.choose")]
-    calls.append(("attention", "prerope.server.models.model.paged_attention"))
+    model = engine.model
+
+    def timed_attention(device: torch.device) -> Attention:
+        return stopwatch.timed("attention", attention_on(device))
+
     with ExitStack() as stack:
-        for part, name in calls:
-            module, _, function = name.rpartition(".")
-            stack.enter_context(patch(name, stopwatch.timed(part, getattr(sys.modules[module], function))))
+        stack.enter_context(patch("prerope.server.engine.step.choose", stopwatch.timed("sampling", choose)))
+        stack.enter_context(patch("prerope.server.models.model.attention_on", timed_attention))
         for part, owner, attribute in (("store", engine.storage, "store"), ("layers", model, "forward")):
             timed = stopwatch.timed(part, getattr(owner, attribute))
             stack.enter_context(patch.object(owner, attribute, timed))
+        for part, call in (("linears", Products), ("linears", GatedProducts), ("norms", RMSNorm)):
+            timed = stopwatch.timed(part, call.__call__, within="layers")
+            stack.enter_context(patch.object(call, "__call__", timed))
         if model.stack is not None:
             stack.enter_context(patch.object(model.stack, "run", stopwatch.timed("stack", model.stack.run)))
         for module in model.raw.model.modules():

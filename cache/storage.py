@@ -51,7 +51,7 @@ class KVStorage:
             from prerope.cache.cuda.attention import cuda_store
 
             return cuda_store(key, value, keys, values, slot_mapping)
-        if native_store(key, value, keys, values, slot_mapping):
+        if _store_in_c(key, value, keys, values, slot_mapping):
             return None
         keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
         values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
@@ -67,16 +67,23 @@ class KVStorage:
             rows.index_copy_(0, target, rows.index_select(0, source))
 
 
-def native_store(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> bool:
+def _store_in_c(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> bool:
     """`KVStorage.store` by the C kernel; False where there is none or a tensor is not as it copies them."""
-    kernels, copies = library(), (key, value, slot_mapping)
-    if kernels is None or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in copies):
+    kernels = library()
+    contiguous = key.is_contiguous() and value.is_contiguous() and slot_mapping.is_contiguous()
+    same_dtypes = key.dtype == keys.dtype and value.dtype == values.dtype
+    if kernels is None or keys.device.type != "cpu" or not (contiguous and same_dtypes):
         return False
-    if key.dtype != keys.dtype or value.dtype != values.dtype:
-        return False
-    row_bytes = (math.prod(tensor.shape[1:]) * tensor.itemsize for tensor in (key, value))
-    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (keys, values, key, value, slot_mapping))
-    kernels.prerope_store(*pointers, ctypes.c_int64(key.shape[0]), *map(ctypes.c_int64, row_bytes))
+    kernels.prerope_store(
+        ctypes.c_void_p(keys.data_ptr()),
+        ctypes.c_void_p(values.data_ptr()),
+        ctypes.c_void_p(key.data_ptr()),
+        ctypes.c_void_p(value.data_ptr()),
+        ctypes.c_void_p(slot_mapping.data_ptr()),
+        ctypes.c_int64(key.shape[0]),
+        ctypes.c_int64(math.prod(key.shape[1:]) * key.itemsize),
+        ctypes.c_int64(math.prod(value.shape[1:]) * value.itemsize),
+    )
     return True
 
 

@@ -1,31 +1,38 @@
-"""Paged attention over raw keys: one signature, dispatched by device."""
+"""Paged attention over raw keys: one signature, an implementation for each type of device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions
 from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor, AttentionMetadata, AttentionOptions], Tensor]
+"""Causal attention of packed rows over their own sequences.
+
+query: [T, Hq, D] raw (not rotated). keys, values: [num_blocks, block_size, Hkv, D or Dv], raw, this step's rows
+already stored. Returns [T, Hq, Dv] in the query's dtype.
+"""
+
+
+def attention_on(device: torch.device) -> Attention:
+    """The implementation for a device; the specification itself on one that has none of its own."""
+    if device.type == "cpu":
+        from prerope.cache.cpu.attention import cpu_attention
+
+        return cpu_attention
+    if device.type == "cuda":
+        from prerope.cache.cuda.attention import cuda_attention
+
+        return cuda_attention
+    from prerope.cache.attention.reference import reference_attention
+
+    return reference_attention
 
 
 def paged_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:
-    """Causal attention of packed rows over their own sequences.
-
-    query: [T, Hq, D] raw (not rotated). keys, values: [num_blocks, block_size, Hkv, D or Dv], raw, this step's rows
-    already stored. Returns [T, Hq, Dv] in the query's dtype.
-    """
-    if query.device.type == "cpu":
-        from prerope.cache.cpu.attention import cpu_attention
-        from prerope.cache.cpu.decode import decode_step
-
-        decoded = decode_step(query, keys, values, metadata, options)
-        if decoded is not None:
-            return decoded
-        return cpu_attention(query, keys, values, metadata, options)
-    if query.device.type == "cuda":
-        from prerope.cache.cuda.attention import cuda_attention
-
-        return cuda_attention(query, keys, values, metadata, options)
-    from prerope.cache.attention.reference import reference_attention
-
-    return reference_attention(query, keys, values, metadata, options)
+    """See `Attention`; on the device that the query is on."""
+    return attention_on(query.device)(query, keys, values, metadata, options)

@@ -14,7 +14,7 @@ from torch import Tensor
 def reference_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:
-    """See `cache.attention.dispatch.paged_attention`."""
+    """See `cache.attention.dispatch.Attention`."""
     out = torch.empty(query.shape[0], query.shape[1], values.shape[-1], dtype=query.dtype, device=query.device)
     for sequence in metadata.sequences:
         rows = slice(sequence.first, sequence.first + sequence.count)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
-from prerope.cache.cpu.decode import can_decode, decode
+from prerope.cache.cpu.decode import can_decode, decode, plan_step
 from prerope.cache.cpu.prefill import can_prefill, prefill
 from prerope.cache.cpu.tables import key_table, query_table
 from prerope.rope.reading import UNBOUNDED, Part, Reading
@@ -45,16 +45,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def cpu_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:
-    """See `cache.attention.dispatch.paged_attention`."""
+    """See `cache.attention.dispatch.Attention`. Here alone is decided what goes through which kernel."""
+    plan = plan_step(metadata, options) if can_decode(query, keys, values) else None
+    if plan is not None and plan.num_rows == len(query):
+        return decode(plan, query.float(), keys, values, options).to(query.dtype)
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-    chunks = metadata.sequences
-    if keys.shape == values.shape and can_decode(query, keys) and (single := [s for s in chunks if s.count == 1]):
-        chunks = [s for s in chunks if s.count > 1]
-        rows, decoded = decode(query, keys, values, single, metadata, options)
-        out[rows] = decoded.to(query.dtype)
+    if plan is not None:
+        out[plan.rows] = decode(plan, query[plan.rows].float(), keys, values, options).to(query.dtype)
     fp32 = compute_dtype(query.dtype) == torch.float32
     attend = prefill if fp32 and can_prefill(query, keys, values) else _prefill_in_torch
-    for sequence in chunks:
+    for sequence in metadata.sequences:
+        if plan is not None and sequence.count == 1:
+            continue
         packed = slice(sequence.first, sequence.first + sequence.count)
         out[packed] = attend(query[packed], keys, values, sequence, metadata, options).to(query.dtype)
     return out

@@ -28,10 +28,11 @@ RAW = -1
 Ints = NDArray[np.signedinteger[Any]]
 
 
-def can_decode(query: Tensor, keys: Tensor) -> bool:
+def can_decode(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel is there and takes these shapes and dtypes."""
     return (
         library() is not None
+        and keys.shape == values.shape
         and keys.dtype in DTYPES
         and keys.shape[3] <= MAX_DIM
         and query.shape[1] // keys.shape[2] <= MAX_GROUP
@@ -87,46 +88,17 @@ class DecodePlan:
 
 
 def plan_step(metadata: AttentionMetadata, options: AttentionOptions) -> DecodePlan | None:
-    """The plan of a step of single rows only, for all layers with these options; None where there are other rows."""
+    """The plan of the single rows of a step, for all layers with these options; None where it has none."""
     key = ("decode", options.group, options.sliding_window)
-    plan: DecodePlan | None = metadata.plans.get(key)
-    if plan is None:
-        if any(sequence.count > 1 for sequence in metadata.sequences):
-            return None
-        plan = metadata.plans[key] = _plan(metadata.sequences, options)
+    if key not in metadata.plans:
+        single = [sequence for sequence in metadata.sequences if sequence.count == 1]
+        metadata.plans[key] = _plan(single, options) if single else None
+    plan: DecodePlan | None = metadata.plans[key]
     return plan
 
 
-def decode_step(
-    query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
-) -> Tensor | None:
-    """A step of single rows only, as in `paged_attention`; None where there are others, or no kernel."""
-    plan = plan_step(metadata, options)
-    if plan is None:
-        return None
-    if plan.num_rows != query.shape[0] or keys.shape != values.shape or not can_decode(query, keys):
-        return None
-    return _run(plan, query.float(), keys, values, options).to(query.dtype)
-
-
-def decode(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sequences: Sequence[SequenceRows],
-    metadata: AttentionMetadata,
-    options: AttentionOptions,
-) -> tuple[Tensor, Tensor]:
-    """(packed rows [R], out [R, Hq, D] fp32) of `sequences`, each of one row; arguments as in `paged_attention`."""
-    key = ("decode", options.group, options.sliding_window)
-    plan = metadata.plans.get(key)
-    if plan is None:
-        plan = metadata.plans[key] = _plan(sequences, options)
-    return plan.rows, _run(plan, query[plan.rows].float(), keys, values, options)
-
-
-def _run(plan: DecodePlan, rows: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-    """query rows [R, Hq, D] fp32 → out, the same shape."""
+def decode(plan: DecodePlan, rows: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
+    """Attention of the plan's query rows [R, Hq, D] fp32, in its order → the same shape; keys as in `Attention`."""
     kernel = library()
     assert kernel is not None
     if plan.scale is not None:

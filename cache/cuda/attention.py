@@ -19,7 +19,7 @@ from torch import Tensor
 def cuda_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:
-    """See `cache.attention.dispatch.paged_attention`."""
+    """See `cache.attention.dispatch.Attention`."""
     from prerope.cache.kernels.triton.decode import config as decode_config
     from prerope.cache.kernels.triton.decode import decode
     from prerope.cache.kernels.triton.prefill import config as prefill_config

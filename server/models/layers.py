@@ -18,10 +18,11 @@ from itertools import pairwise, permutations
 from typing import Any, Protocol
 
 import torch
+from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
 from prerope.server.models.batch import Batch
 from prerope.server.models.inspection import own_values, probe_ids, relative_difference
-from prerope.server.models.raw_keys import HANDLER, AttentionCall, AttentionHandler, RawKeyModel
+from prerope.server.models.raw_keys import HANDLER, AttentionCall, RawKeyModel
 from torch import Tensor, nn
 
 TOLERANCE = 1e-2
@@ -67,7 +68,9 @@ class PlainAttention:
 
     def heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """q, k and v, [..., T, features] each → raw, [T, heads, head_dim]."""
-        heads = [rows.view(rows.shape[-2], -1, self.head_dim) for rows in projected]
+        heads = []
+        for rows in projected:
+            heads.append(rows.view(rows.shape[-2], -1, self.head_dim))
         for place, norm in enumerate(self.head_norms):
             heads[place] = norm.forward(heads[place])
         return heads
@@ -213,11 +216,15 @@ def around(raw: RawKeyModel, layers: Sequence[nn.Module], norm_type: type) -> Ar
     return None
 
 
+Attend = Callable[[int, Tensor, Tensor, Tensor, AttentionOptions], Tensor]
+"""Number of the layer, raw query [T, Hq, D], key and value [T, Hkv, D], which are stored; options → [T, Hq, Dv]."""
+
+
 class Stack(Protocol):
     """Runs whole steps of one model, first token id to last logit, without transformers' forward."""
 
-    def logits(self, batch: Batch, storage: KVStorage, attend: AttentionHandler) -> Tensor | None:
-        """[N, V] of the batch's `logit_rows`, K and V stored; None for a step that it does not take."""
+    def logits(self, batch: Batch, storage: KVStorage, attend: Attend) -> Tensor:
+        """[N, V] of the batch's `logit_rows`, K and V stored."""
 
     @property
     def run(self) -> Callable[..., Tensor]:

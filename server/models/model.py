@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from prerope.cache.attention.dispatch import paged_attention
+from prerope.cache.attention.dispatch import attention_on
+from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.spec import RopeSpec
@@ -105,17 +106,19 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: Batch, storage: KVStorage) -> Tensor:
         """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`."""
+        metadata, attention = batch.metadata, attention_on(self.device)
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        def attend(place: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+            storage.store(place, key, value, metadata.slot_mapping)
+            return attention(query, storage.keys[place], storage.values[place], metadata, options)
+
+        def attend_in(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
             place = self._place[module]
-            storage.store(place, key, value, batch.metadata.slot_mapping)
-            options = call.options(self.layers[place].group)
-            return paged_attention(query, storage.keys[place], storage.values[place], batch.metadata, options)
+            return attend(place, query, key, value, call.options(self.layers[place].group))
 
-        logits = None if self.stack is None else self.stack.logits(batch, storage, attend)
-        if logits is None:
-            logits = self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend)
-        return logits.float()
+        if self.stack is not None:
+            return self.stack.logits(batch, storage, attend).float()
+        return self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend_in).float()
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""A step of single rows alone takes a shorter way, to the same result; a step with chunks does not take it."""
+"""Single rows go through the C kernel, in a step of their own and beside chunks, to the specification's result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from prerope.cache.attention.dispatch import paged_attention
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionOptions
-from prerope.cache.cpu.decode import decode_step
+from prerope.cache.cpu.decode import plan_step
 
 from tests.cache.layouts import METHOD_NAMES, method, one_group, paged, rotary
 
@@ -26,18 +26,24 @@ def test_single_rows(name: str, options: AttentionOptions) -> None:
     own = [one_group(method(each, rotary(16, 16), logn=True)) for each in (name, "rope", name)]
     step = paged([(0, 1), (200, 1), (130, 1)], own)
     arguments = (step.query, step.keys, step.values, step.metadata, options)
-    expected = reference_attention(*arguments)
-    ours = decode_step(*arguments)
-    assert ours is not None
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert torch.equal(paged_attention(*arguments), ours)
+    torch.testing.assert_close(paged_attention(*arguments), reference_attention(*arguments), rtol=0, atol=1e-5)
+    plan = plan_step(step.metadata, options)
+    assert plan is not None
+    assert plan.num_rows == 3
 
 
 @pytest.mark.usefixtures("decode_kernel")
-def test_chunks_are_not_for_it() -> None:
+def test_beside_chunks() -> None:
     positions = one_group(method("rope", rotary(16, 16)))
     step = paged([(5, 1), (20, 3), (0, 1)], [positions] * 3)
     arguments = (step.query, step.keys, step.values, step.metadata, OPTIONS[0])
     for _ in range(2):  # before the plan of the single rows is kept, and after
-        assert decode_step(*arguments) is None
         torch.testing.assert_close(paged_attention(*arguments), reference_attention(*arguments), rtol=0, atol=1e-5)
+        plan = plan_step(step.metadata, OPTIONS[0])
+        assert plan is not None
+        assert plan.num_rows == 2
+
+
+def test_chunks_alone_have_no_plan_of_single_rows() -> None:
+    step = paged([(20, 3)], [one_group(method("rope", rotary(16, 16)))])
+    assert plan_step(step.metadata, OPTIONS[0]) is None

@@ -35,7 +35,7 @@ BUCKETS = [1, 3]
 def gpu_path(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
     """Attention and store as on a GPU, on tensors of the CPU."""
     del interpreter
-    monkeypatch.setattr("prerope.server.models.model.paged_attention", cuda_attention)
+    monkeypatch.setattr("prerope.server.models.model.attention_on", lambda _: cuda_attention)
 
     def store(self: KVStorage, layer: int, key: Any, value: Any, slot_mapping: Any) -> None:
         cuda_store(key, value, self.keys[layer], self.values[layer], slot_mapping)

@@ -205,7 +205,7 @@ def test_the_whole_path_of_a_gpu(family: str, monkeypatch: pytest.MonkeyPatch) -
     transformers_model = biased(two_layers(family))
     prompts = [prompt_of(length, seed=length) for length in (2, 9)]
     expected = transformers_greedy(transformers_model, prompts)
-    monkeypatch.setattr(model, "paged_attention", cuda.cuda_attention)
+    monkeypatch.setattr(model, "attention_on", lambda _: cuda.cuda_attention)
     monkeypatch.setattr(storage.KVStorage, "store", store)
     ours = on_cuda(transformers_model)
     assert ours.stack is not None

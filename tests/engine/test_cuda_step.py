@@ -142,7 +142,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(elementwise, "_launch_norm", counted(norm))
     monkeypatch.setattr(elementwise, "_launch_gate", counted(gate))
-    monkeypatch.setattr(model_module, "paged_attention", counted(attention))
+    monkeypatch.setattr(model_module, "attention_on", lambda _: counted(attention))
     return names
 
 

@@ -106,7 +106,8 @@ def test_the_probe_names_the_layer(
     family: str, layer: int, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Model(tiny(family))
-    monkeypatch.setattr(model_module, "paged_attention", Sabotage(layer, **change))
+    sabotage = Sabotage(layer, **change)
+    monkeypatch.setattr(model_module, "attention_on", lambda _: sabotage)
     with pytest.raises(ConfigurationError, match=rf"{family}.*layer model\.layers\.{layer}\.self_attn"):
         probe(model)
 
@@ -114,7 +115,8 @@ def test_the_probe_names_the_layer(
 def test_the_probe_catches_a_soft_cap_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(tiny("gemma2", sharpness=4.0, attn_logit_softcapping=2.0))
     assert probe(model) < 1e-5
-    monkeypatch.setattr(model_module, "paged_attention", Sabotage(3, softcap=None))
+    sabotage = Sabotage(3, softcap=None)
+    monkeypatch.setattr(model_module, "attention_on", lambda _: sabotage)
     with pytest.raises(ConfigurationError, match=r"gemma2.*layer model\.layers\.3\.self_attn"):
         probe(model)
 

@@ -19,7 +19,7 @@ def test_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def store(self: KVStorage, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         cuda_store(key, value, self.keys[layer], self.values[layer], slot_mapping)
 
-    monkeypatch.setattr("prerope.server.models.model.paged_attention", cuda_attention)
+    monkeypatch.setattr("prerope.server.models.model.attention_on", lambda _: cuda_attention)
     monkeypatch.setattr(KVStorage, "store", store)
     model = Model(tiny("llama", max_position_embeddings=32, num_hidden_layers=1))
     storage = KVStorage([layer.shape for layer in model.layers], 3, 16, torch.float32, model.device)

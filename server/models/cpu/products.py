@@ -8,6 +8,7 @@ at a time, as a `Model` has it.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -54,9 +55,9 @@ def can_multiply(linear: nn.Module) -> bool:
     return fits and (linear.bias is None or _bf16(linear.bias))
 
 
-def torch_multiplies(x: Tensor) -> bool:
-    """Whether many rows go to torch: with matrix tiles (AMX) its bf16 products are several times as fast."""
-    return x.numel() // x.shape[-1] > FEW_ROWS and torch.cpu._is_amx_tile_supported()
+def most_rows_in_c() -> int:
+    """More rows go to torch: with matrix tiles (AMX) its bf16 products are several times as fast."""
+    return FEW_ROWS if torch.cpu._is_amx_tile_supported() else sys.maxsize
 
 
 def _bf16(tensor: Tensor) -> bool:
@@ -121,6 +122,8 @@ class Products:
         self._parts = (KernelPart * len(linears))(*(_part(weight, bias) for weight, bias in self._weights))
         self.plan = KernelLinear(0, self.inputs, len(linears), 1, None, ctypes.addressof(self._parts))
         self._reference = ctypes.byref(self.plan)
+        self._multiply = _kernels().prerope_linear
+        self._most_values = self.inputs * most_rows_in_c()
 
     def point(self, outs: Sequence[Tensor]) -> None:
         """Results go to these tensors [rows, features], until the next call."""
@@ -142,11 +145,11 @@ class Products:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., in] → one [..., features] a linear."""
-        if torch_multiplies(x):
+        if x.numel() > self._most_values:
             return [functional.linear(x, weight, bias) for weight, bias in self._weights]
         x = x.contiguous()
         outs = self.aim(x)
-        _kernels().prerope_linear(self._reference, _FEW, _scratch.fit(self.plan, self.inputs))
+        self._multiply(self._reference, _FEW, _scratch.fit(self.plan, self.inputs))
         return outs
 
 
@@ -159,17 +162,18 @@ class GatedProducts:
         self._first, self._second = Products([gate, up]), Products([down])
         self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
         self._most_inputs = max(gate.in_features, down.in_features)
+        self._multiply = _kernels().prerope_gated
+        self._most_values = gate.in_features * most_rows_in_c()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
-        if torch_multiplies(x):
+        if x.numel() > self._most_values:
             gate, up = self._first(x)
             return self._second(functional.silu(gate) * up)[0]
         x = x.contiguous()
         gated, _up = self._first.aim(x)
         (out,) = self._second.aim(gated)
-        scratch = _scratch.fit(self._first.plan, self._most_inputs)
-        _kernels().prerope_gated(*self._references, _FEW, scratch)
+        self._multiply(*self._references, _FEW, _scratch.fit(self._first.plan, self._most_inputs))
         return out
 
 
@@ -180,6 +184,7 @@ class RMSNorm:
         assert can_normalise(weight)
         self.weight, self.eps, self.add_one = weight.detach(), eps, add_one
         self._width = len(weight)
+        self._normalise = _kernels().prerope_rms_norm
         self._pointer = ctypes.c_void_p(self.weight.data_ptr())
         self._options = ctypes.c_int64(self._width), ctypes.c_float(eps), ctypes.c_int64(add_one)
 
@@ -187,7 +192,7 @@ class RMSNorm:
         """x [..., width] → the same shape."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        _kernels().prerope_rms_norm(
+        self._normalise(
             ctypes.c_void_p(x.data_ptr()),
             self._pointer,
             ctypes.c_void_p(out.data_ptr()),

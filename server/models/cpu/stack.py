@@ -1,9 +1,9 @@
-"""A decode step of few rows in a handful of calls: all decoder layers are one, kernels/c/layers.c.
+"""The forward of a whole model on the CPU, token ids to logits, without transformers' forward.
 
-A product of a small model takes 15 to 100 µs, and the way to the next one through Python as long. Where every layer
-has the short forward of `layers`, with the norms, products and gate of `cpu_kernels`, and nothing but an embedding,
-a norm and a linear layer stands around them, such a step does without transformers' forward and gives its logits to
-the bit. Other steps and models run layer by layer.
+Where every layer has the short forward of `layers`, with the norms, products and gate of `products`, and nothing but an
+embedding, a norm and a linear layer stands around them, a step runs here and gives the logits that it would give module
+by module, to the bit. In a step of few rows, one a sequence, all decoder layers are one call of kernels/c/layers.c: a
+product of a small model takes 15 to 100 µs, and the way to the next one through Python as long.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from prerope.server.models.cpu.products import (
     RMSNorm,
     can_multiply,
 )
-from prerope.server.models.layers import Around, PlainAttention, PlainLayer, around
-from prerope.server.models.raw_keys import AttentionHandler, RawKeyModel
+from prerope.server.models.layers import Around, Attend, PlainAttention, PlainLayer, around
+from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 
 
@@ -53,11 +53,19 @@ class _Step(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What one layer is made of. The products are its own, in the order of kernels/c/layers.c."""
+    """What one layer is made of.
+
+    Attributes:
+        products: of the step in one call, in the order of kernels/c/layers.c; their results stay where that wants them.
+        query_key_value, output, mlp: of all other steps.
+    """
 
     attention: PlainAttention
     norms: tuple[RMSNorm, RMSNorm]
     products: tuple[Products, Products, Products, Products]
+    query_key_value: Products
+    output: Products
+    mlp: GatedProducts
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -71,9 +79,9 @@ class Stack:
         first, widest = layers[0], max(products.inputs for products in layers[0].products)
         self._ends = ends
         self._parts = layers
-        asked = [part.attention.call.options(group) for part, group in zip(layers, groups, strict=True)]
-        self._options = list(dict.fromkeys(asked))
-        self._asks = [self._options.index(options) for options in asked]  # layer → which of them
+        self._layer_options = [part.attention.call.options(group) for part, group in zip(layers, groups, strict=True)]
+        self._options = list(dict.fromkeys(self._layer_options))
+        self._asks = [self._options.index(options) for options in self._layer_options]  # layer → which of them
         self._hidden = first.products[0].inputs
         self._head_dim = first.attention.head_dim
         self._query_heads = first.products[0].features[0] // self._head_dim
@@ -93,33 +101,47 @@ class Stack:
         norms = (_Norm(norm.weight.data_ptr(), norm.eps, norm.add_one) for norm in part.norms)
         return _Layer(*norms, *(products.plan for products in part.products))
 
-    def logits(self, batch: Batch, storage: KVStorage, attend: AttentionHandler) -> Tensor | None:
-        """[N, V] of the batch's `logit_rows`, K and V stored; None where the step is not one of few single rows."""
-        del attend  # it is part of the call
-        if not self._prepare(batch.metadata, storage):
-            return None
+    def logits(self, batch: Batch, storage: KVStorage, attend: Attend) -> Tensor:
+        """[N, V] of the batch's `logit_rows`, K and V stored."""
         ends = self._ends
-        hidden = self.run(ends.embedding.forward(batch.input_ids), batch.metadata)
+        hidden: Tensor = ends.embedding.forward(batch.input_ids)
+        if self._prepare(batch.metadata, storage):
+            hidden = self.run(hidden, batch.metadata)
+        else:
+            hidden = self._layer_by_layer(hidden, attend)
         logits: Tensor = ends.head.forward(ends.norm.forward(hidden[batch.logit_rows]))
         return logits
 
+    def _layer_by_layer(self, hidden: Tensor, attend: Attend) -> Tensor:
+        """hidden [T, hidden] → what leaves the last layer."""
+        for place, (layer, options) in enumerate(zip(self._parts, self._layer_options, strict=True)):
+            before_attention, before_mlp = layer.norms
+            query, key, value = layer.attention.heads(layer.query_key_value(before_attention(hidden)))
+            rows = attend(place, query, key, value, options)
+            (output,) = layer.output(rows.view(len(rows), -1))
+            hidden = hidden + output
+            hidden = hidden + layer.mlp(before_mlp(hidden))
+        return hidden
+
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
+        """Whether the step is one of few rows, one a sequence, that one call takes; that call knows of it then."""
         if len(metadata.sequences) > FEW_ROWS or len(metadata.slot_mapping) != len(metadata.sequences):
             return False
-        if storage.keys[0].dtype != torch.bfloat16 or not can_decode(self._query, storage.keys[0]):
+        keys, values = storage.keys[0], storage.values[0]
+        if keys.dtype != torch.bfloat16 or not can_decode(self._query, keys, values):
             return False
         plans = [plan_step(metadata, options) for options in self._options]
         self._plans = [plan for plan in plans if plan is not None]
         if len(self._plans) < len(plans):
             return False
         self._shapes = [
-            plan.shape(self._query_heads, storage.keys[0], options)
+            plan.shape(self._query_heads, keys, options)
             for plan, options in zip(self._plans, self._options, strict=True)
         ]
         if storage is not self._storage:
             self._storage = storage
-            for layer, keys, values in zip(self._layers, storage.keys, storage.values, strict=True):
-                layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+            for layer, own_keys, own_values in zip(self._layers, storage.keys, storage.values, strict=True):
+                layer.keys, layer.values = own_keys.data_ptr(), own_values.data_ptr()
         for layer, asks in zip(self._layers, self._asks, strict=True):
             plan = self._plans[asks]
             layer.plan, layer.shape = ctypes.addressof(plan.plan), ctypes.addressof(self._shapes[asks])
@@ -166,4 +188,7 @@ def _parts(module: nn.Module) -> _Parts | None:
         return None
     first, second, third, fourth = (Products(group) for group in groups)
     _query, key, value = first.features
-    return _Parts(attention, (norms[0], norms[1]), (first, second, third, fourth)) if key == value else None
+    if key != value:
+        return None
+    query_key_value, output = Products(attention.inputs), Products([attention.output])
+    return _Parts(attention, (norms[0], norms[1]), (first, second, third, fourth), query_key_value, output, gated)

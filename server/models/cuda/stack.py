@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from prerope.cache.storage import KVStorage
 from prerope.server.models.batch import Batch
 from prerope.server.models.cuda.products import GatedProducts, Products, RMSNorm
-from prerope.server.models.layers import Around, PlainAttention, PlainLayer, around
-from prerope.server.models.raw_keys import AttentionHandler, RawKeyModel
+from prerope.server.models.layers import Around, Attend, PlainAttention, PlainLayer, around
+from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 
 
@@ -41,38 +41,41 @@ class _Parts:
 class Stack:
     """The layers of one model, first to last, and what is around them."""
 
-    def __init__(self, layers: Sequence[_Parts], ends: Around, last_norm: RMSNorm) -> None:
+    def __init__(
+        self, layers: Sequence[_Parts], groups: Sequence[str | None], ends: Around, last_norm: RMSNorm
+    ) -> None:
+        """groups: the rotary group of each layer."""
         self._layers, self._ends = layers, ends
+        self._options = [layer.attention.call.options(group) for layer, group in zip(layers, groups, strict=True)]
         # The norm that follows each layer's MLP.
         self._after = [*(layer.before_attention for layer in layers[1:]), last_norm]
 
-    def logits(self, batch: Batch, storage: KVStorage, attend: AttentionHandler) -> Tensor:
+    def logits(self, batch: Batch, storage: KVStorage, attend: Attend) -> Tensor:
         """[N, V] of the batch's `logit_rows`; `attend` sees every layer's raw q, k and v, and stores the latter."""
         del storage  # attend knows it
         normal = self.run(self._ends.embedding.forward(batch.input_ids), attend)
         logits: Tensor = self._ends.head.forward(normal.index_select(0, batch.logit_rows))
         return logits
 
-    def run(self, hidden: Tensor, attend: AttentionHandler) -> Tensor:
+    def run(self, hidden: Tensor, attend: Attend) -> Tensor:
         """hidden [T, hidden], as embedded → the last norm of what leaves the last layer."""
         normal = self._layers[0].before_attention(hidden)
-        for layer, following in zip(self._layers, self._after, strict=True):
-            attention = layer.attention
-            query, key, value = attention.heads(layer.query_key_value(normal))
-            rows = attend(attention.module, query, key, value, attention.call)
+        for place, (layer, following) in enumerate(zip(self._layers, self._after, strict=True)):
+            query, key, value = layer.attention.heads(layer.query_key_value(normal))
+            rows = attend(place, query, key, value, self._options[place])
             hidden, normal = layer.before_mlp.add(hidden, layer.output.together(rows.view(len(hidden), -1)))
             hidden, normal = following.add(hidden, layer.mlp(normal))
         return normal
 
 
-def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], _groups: Sequence[str | None]) -> Stack | None:
-    """A stack of these decoder layers; None where something is not as above."""
+def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[str | None]) -> Stack | None:
+    """A stack of these decoder layers, given with the rotary group of each; None where something is not as above."""
     parts = [_parts(module) for module in modules]
     known = [part for part in parts if part is not None]
     ends = around(raw, modules, RMSNorm) if len(known) == len(parts) else None
     if ends is None or not isinstance(ends.norm.forward, RMSNorm):
         return None
-    return Stack(known, ends, ends.norm.forward)
+    return Stack(known, groups, ends, ends.norm.forward)
 
 
 def _parts(module: nn.Module) -> _Parts | None:
