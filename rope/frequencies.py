@@ -26,8 +26,9 @@ class Rotary:
         rope_type: the config's method: default, linear, dynamic, yarn, longrope, llama3 or proportional.
         parameters: the config's `rope_parameters`, whole.
         train_length: L: `original_max_position_embeddings` where the config has one, else `max_position_embeddings`.
-        max_length: `max_position_embeddings`: how far the config's own method is meant to reach.
+        max_length: how far the config's own method is meant to reach, see `_reach`.
         interleaved: pairs are (2m, 2m+1) rather than (m, m + D/2).
+        dual_chunk: the config's `dual_chunk_attention_config`, of a model tuned to read in chunks (Qwen2.5-1M).
     """
 
     head_dim: int
@@ -38,6 +39,7 @@ class Rotary:
     max_length: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
+    dual_chunk: Mapping[str, Any] | None = None
 
     @classmethod
     def from_config(cls, config: Any, layer_type: str | None = None, *, interleaved: bool = False) -> Rotary:
@@ -62,10 +64,31 @@ class Rotary:
             base=float(parameters["rope_theta"]),
             rope_type=rope_type,
             train_length=int(original or max_length),
-            max_length=max_length,
+            max_length=_reach(config, parameters, rope_type),
             parameters=dict(parameters),
             interleaved=interleaved,
+            dual_chunk=getattr(config, "dual_chunk_attention_config", None) or None,
         )
+
+
+def _reach(config: Any, parameters: Mapping[str, Any], rope_type: str) -> int:
+    """The longest context, in tokens, that the config claims for its own method.
+
+    `max_position_embeddings` at least. A factor stretches what the positions were before it, so yarn, longrope and
+    dynamic reach factor × original: Qwen's recipe adds a factor of 4 and leaves the rest of the config as it was.
+    llama3's factor is no ratio of lengths. linear's is one only where the config names the original, since without it
+    configs mean both: DeepSeek-Coder's 16,384 holds the factor, Vicuna-16k's 4096 does not, and says 16,384 elsewhere.
+    """
+    reach = int(config.max_position_embeddings)
+    for name in ("max_sequence_length", "model_max_length"):  # Vicuna and LongChat; Command R
+        declared = getattr(config, name, None)
+        reach = max(reach, declared if isinstance(declared, int) else 0)
+    original, factor = parameters.get("original_max_position_embeddings"), parameters.get("factor")
+    if rope_type in ("yarn", "longrope", "dynamic"):
+        original = original or config.max_position_embeddings
+    if original and factor and rope_type != "llama3":
+        reach = max(reach, int(original * factor))
+    return reach
 
 
 def pairs(dim: int) -> Tensor:

@@ -79,7 +79,8 @@ def default_max_model_len(spec: RopeSpec, rotary: Rotary) -> int:
     method = resolve(spec, rotary)
     if spec.factor is not None:
         return int(method.train_length * spec.factor)
-    if spec.method == "model" or method.name == "rope":
+    own = spec.method == "auto" and method.name == resolve(RopeSpec(method="model"), rotary).name
+    if spec.method == "model" or method.name == "rope" or own:
         return rotary.max_length
     if method.name in ("llama3", "longrope", "proportional"):
         return max(rotary.max_length, method.train_length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prerope.rope.frequencies import Rotary
 from prerope.rope.methods import frequency, windowed  # noqa: F401  (they fill the registry)
 from prerope.rope.reading import MethodError, PositionMethod
@@ -22,7 +24,10 @@ def canonical_name(name: str) -> str:
 
 def native_length(rotary: Rotary) -> int:
     """How far the model reads well with the method of its own config: windowed methods and `auto` start there."""
-    return rotary.max_length if rotary.rope_type in ("llama3", "yarn", "linear", "longrope") else rotary.train_length
+    if rotary.dual_chunk:
+        return int(rotary.dual_chunk.get("original_max_position_embeddings") or rotary.dual_chunk["chunk_size"])
+    # What a length-dependent method reaches it reads by other frequencies in every row.
+    return rotary.train_length if rotary.rope_type in ("dynamic", "proportional") else rotary.max_length
 
 
 def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) -> PositionMethod:
@@ -38,8 +43,12 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
         )
     _check_values(spec)
     if name == "auto":
-        extendable = CONFIG_METHODS[rotary.rope_type] not in ("longrope", "dynamic_ntk")
+        extendable = CONFIG_METHODS[rotary.rope_type] not in ("longrope", "dynamic_ntk") and not rotary.dual_chunk
         name = "dynamic_leaky" if extendable else "model"
+    if name == "model" and rotary.dual_chunk:
+        trained = native_length(rotary)
+        target = replace(own_target(rotary), train_length=trained)
+        return PositionMethod("dual_chunk", rotary, trained, windowed.tuned_dual_chunk(target), spec.logn)
     if name == "model":
         target = own_target(rotary, spec.train_length)
         own = METHODS[CONFIG_METHODS[rotary.rope_type]]

@@ -5,6 +5,7 @@ Let θ be the model's own. Near keys keep their exact distance; what a far key s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -118,20 +119,51 @@ def _dual_chunk(t: Target) -> Rule:
     """Chunks of s = L − w. Keys at j mod s; queries at i mod s, min(i mod s + s, L−1), L−1 for own, last, older."""
     own, window = _own_reading(t), _window(t)
     size, last = t.train_length - window, t.train_length - 1
+    parts = _chunks(own, size, last)
+
+    def reading(run_end: int) -> Reading:
+        return Reading(parts(run_end), own.attention_factor)
+
+    return Rule({"window": window, "chunk": size}, reading, lambda i: size * (i // size + 1), _warning(window, t))
+
+
+def tuned_dual_chunk(t: Target) -> Rule:
+    """As a config's `dual_chunk_attention_config` says: chunks of s = chunk_size − local_size, no position past
+    chunk_size, and past the original length n, log-scaled attention: q·max(1, 0.1·ln(n/L) + 1)."""
+    config = t.rotary.dual_chunk or {}
+    own, last = _own_reading(t), int(config["chunk_size"])
+    window = int(config["local_size"])
+    if not 0 < window < last:
+        raise MethodError(f"dual_chunk_attention_config has chunk_size {last} and local_size {window}: it must be less")
+    size, trained = last - window, t.train_length
+    parts, bucket_end = _chunks(own, size, last), bucketed(trained)
+
+    def reading(run_end: int) -> Reading:
+        sharper = max(1.0, 0.1 * math.log(run_end / trained) + 1.0)
+        return Reading(parts(run_end), own.attention_factor * math.sqrt(sharper))  # a factor is on q and on k
+
+    def run_end(position: int) -> int:
+        return min(size * (position // size + 1), bucket_end(position))
+
+    return Rule({"window": window, "chunk": size}, reading, run_end)
+
+
+def _chunks(own: Reading, size: int, last: int) -> Callable[[int], tuple[Part, ...]]:
+    """Parts of the run of rows that ends at the argument: its own chunk, the one before, all older ones."""
     inside = AngleMap(own.theta, period=size)
     successive = AngleMap(own.theta, period=size, shift=size, cap=last)
     older = AngleMap(own.theta, shift=last, cap=last)
 
-    def reading(run_end: int) -> Reading:
-        begin = run_end - size
-        parts = [Part(inside, inside, first_key=begin)]
+    def parts(run_end: int) -> tuple[Part, ...]:
+        begin = size * ((run_end - 1) // size)
+        found = [Part(inside, inside, first_key=begin)]
         if begin > 0:
-            parts.append(Part(successive, inside, first_key=begin - size, stop_key=begin))
+            found.append(Part(successive, inside, first_key=begin - size, stop_key=begin))
         if begin > size:
-            parts.append(Part(older, inside, stop_key=begin - size))
-        return Reading(tuple(parts), own.attention_factor)
+            found.append(Part(older, inside, stop_key=begin - size))
+        return tuple(found)
 
-    return Rule({"window": window, "chunk": size}, reading, lambda i: size * (i // size + 1), _warning(window, t))
+    return parts
 
 
 @method(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -154,5 +154,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def own_positions(model: Model) -> ModelPositions:
-    """The model as its config says: what the probe compares against transformers."""
-    return resolve_model(RopeSpec(method="model"), model.rotaries, None)
+    """The model as its config says, in the reading of transformers, which knows no chunks: what the probe compares."""
+    rotaries = {group: replace(rotary, dual_chunk=None) for group, rotary in model.rotaries.items()}
+    return resolve_model(RopeSpec(method="model"), rotaries, None)
