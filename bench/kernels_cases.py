@@ -15,7 +15,7 @@ from prerope.rope.model import ModelPositions
 from prerope.rope.scores import method_scores
 from torch import Tensor
 
-from bench.shapes import SHAPES, TOY_SHAPE, AttentionShape
+from bench.shared.shapes import SHAPES, TOY_SHAPE, AttentionShape
 
 RAW = "raw"
 """The same kernel on a layer without positions: nothing is rotated."""

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from bench import OUTPUT_FOLDER, WIDTH
-from bench.shapes import MODELS
+from bench.shared.shapes import MODELS
 
 TOY: dict[str, Any] = {"rows": [1, 2], "contexts": [48, 96], "prompt": 96, "budget": 48, "steps": 3, "rounds": 1}
 TOY["methods"] = ["rope", "rerope"]

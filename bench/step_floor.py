@@ -35,7 +35,7 @@ from rich.console import Console
 from bench.kernels_clock import Clock, copy_rate
 from bench.machine import describe_device, describe_machine
 from bench.report import print_table
-from bench.shapes import MODELS, ModelShape
+from bench.shared.shapes import MODELS, ModelShape
 from bench.step_report import FloorReport, save
 from bench.targets import TargetTable
 

@@ -12,8 +12,8 @@ from bench import attention
 
 
 def test_work_is_counted_by_visible_pairs() -> None:
-    model = attention.SHAPES["smollm2"]
-    step = attention.make_step(model, model.method("rope"), 5, 100)
+    shape = attention.SHAPES["smollm2"]
+    step = attention.make_step(shape, shape.method("rope"), 5, 100)
     visible = sum(row + 1 for row in range(95, 100))
     assert step.flops == visible * 9 * 64 * 4
     (sequence,) = step.metadata.sequences
@@ -26,8 +26,8 @@ def test_speeds_are_told_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pytest.skip("no C compiler")
     monkeypatch.setattr(attention, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(attention, "LEAST_RUNS", 1)
-    asked = ["--models", "smollm2", "--methods", "rerope", "--chunks", "8", "--contexts", "64", "128"]
+    asked = ["--shapes", "smollm2", "--methods", "rerope", "--chunks", "8", "--contexts", "64", "128"]
     assert attention.main([*asked, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "attention.json").read_text())
     assert [(s["chunk"], s["context"]) for s in found["speeds"]] == [(8, 64), (8, 128)]
-    assert all(s["kernel"] > 0 and s["torch"] > 0 for s in found["speeds"])
+    assert all(s["kernel"] > 0 for s in found["speeds"])

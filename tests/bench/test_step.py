@@ -13,7 +13,7 @@ from prerope.cache.kernels.build import prepare
 from prerope.server.config import EngineConfig
 
 from bench import step, step_floor, step_parts
-from bench.shapes import MODELS
+from bench.shared.shapes import MODELS
 from bench.step_report import FloorReport
 
 

@@ -1,4 +1,4 @@
-"""The CPU path, the torch bands and the C kernels alike, against the reference, over shapes and methods."""
+"""The CPU path, the C kernels and the fallback in tiles of rows, against the reference, over shapes and methods."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ TOLERANCE = 1e-5
 
 
 def attend(step: Paged, options: AttentionOptions, *, kernel: bool) -> Tensor:
-    """The CPU path; `kernel=False` keeps it in torch."""
+    """The CPU path; `kernel=False` takes the fallback."""
     arguments = (step.query, step.keys, step.values, step.metadata, options)
     if kernel:
         return cpu_attention(*arguments)
     with (
         patch("prerope.cache.cpu.attention.can_decode", return_value=False),
         patch("prerope.cache.cpu.attention.can_prefill", return_value=False),
+        patch("prerope.cache.cpu.attention.FALLBACK_SCORES", 2**16),  # a few rows a tile
     ):
         return cpu_attention(*arguments)
 

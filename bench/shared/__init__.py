@@ -1,0 +1,1 @@
+"""What several measurements share: options, reports, servers and streams, texts, shapes, the machine."""

@@ -1,0 +1,78 @@
+"""The command line of every measurement: flags with their defaults, types of values, and how a program ends."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import OUTPUT_FOLDER, BenchError
+
+WIDTH = 160  # of tables that go to a file or a pipe; a terminal says its own
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it is written, and every default."""
+
+
+def parser(question: str, description: str | None, folder: str = "") -> argparse.ArgumentParser:
+    """With --out, the folder of what it leaves: bench/out, or `folder` in it."""
+    made = argparse.ArgumentParser(f"python -m bench.{question}", description=description, formatter_class=_Help)
+    made.add_argument("--out", type=Path, default=OUTPUT_FOLDER / folder, help="folder of the files that it leaves")
+    return made
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """A number that is not below `least`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least:g}")
+        return value
+
+    return number
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers of at least 1, separated by commas."""
+    try:
+        return [count(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, like 128,2048") from None
+
+
+def named(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, _, value = text.partition("=")
+    if not (name and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def run(question: str, main: Callable[[Sequence[str] | None], int]) -> None:
+    """Exit with what `main` returns; 1 where it cannot measure, 130 where it is interrupted, by SIGTERM too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main(None))
+    except BenchError as error:
+        sys.exit(f"bench.{question}: {error}")
+    except KeyboardInterrupt:
+        print(f"bench.{question}: interrupted", file=sys.stderr)
+        sys.exit(130)
