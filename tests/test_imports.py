@@ -24,7 +24,7 @@ FORBIDDEN = {
     "server.models": ("server.engine", "server.api", *HTTP),
     "server.engine": ("server.api", *HTTP),
     "server.structured": ("server.api", "cache", *HTTP),
-    "server.api": ("cache", *(name for name in HTTP if name != "server.service")),
+    "server.api": ("cache.attention", "cache.storage", *(name for name in HTTP if name != "server.service")),
     "server.errors": ("rope", "cache", "server", "torch"),
     "rope.spec": ("rope", "torch"),
     "server.config": ("rope.reading", "cache", "server", "torch"),

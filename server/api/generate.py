@@ -61,5 +61,6 @@ def _ending(running: Running, finish_reason: FinishReason) -> dict[str, Any]:
         "finish_reason": finish_reason,
         "usage": asdict(generation.usage),
         "rope": generation.rope,
+        **({"documents": generation.documents} if generation.documents else {}),
         "timings": None if generation.timings is None else asdict(generation.timings),
     }

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.api.auth.allowance import current_lease
+from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import GenerationRequest, Sampling
 from prerope.server.api.requests.prompts import check_token_ids
 from prerope.server.api.stream.generation import Generation
@@ -113,7 +114,7 @@ def prefix_salt(service: Service, tenant: str, cache_salt: str) -> str:
 async def admit(
     service: Service,
     request_id: str,
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+    prompts: Sequence[tuple[TokenizedPrompt, SamplingParams]],
     request: GenerationRequest,
     *,
     arrived: float,
@@ -121,7 +122,7 @@ async def admit(
 ) -> list[Generation]:
     """Submit one sequence for each pair of prompt and parameters. `arrived` is of `time.perf_counter()`."""
     positions = positions_of(service, request.rope)
-    service.engine.check_queue(sum(len(token_ids) for token_ids, _ in prompts), len(prompts))
+    service.engine.check_queue(sum(len(prompt.ids) for prompt, _ in prompts), len(prompts))
     lease = current_lease()
     lease.hold(len(prompts))
     deadline = math.inf
@@ -129,16 +130,17 @@ async def admit(
         deadline = time.monotonic() - (time.perf_counter() - arrived) + request.timeout_s
     generations: list[Generation] = []
     try:
-        for index, (token_ids, sampling) in enumerate(prompts):
+        for index, (prompt, sampling) in enumerate(prompts):
             sequence = EngineRequest(
                 request_id=f"{request_id}-{index}",
-                prompt_token_ids=token_ids,
+                prompt_token_ids=prompt.ids,
                 sampling=sampling,
                 positions=positions,
                 cache_salt=prefix_salt(service, lease.tenant, request.cache_salt),
                 priority=request.priority,
                 report_progress=request.output.report_progress,
                 deadline=deadline,
+                documents=prompt.documents,
             )
             generations.append(Generation(service, sequence, request.sampling.stop, arrived, shown_special_ids))
             lease.close_at_end(generations[-1])

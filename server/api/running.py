@@ -17,8 +17,9 @@ from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, ToolCallReader
 from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.limits import admit, max_tokens_that_fit, new_id, sampling_params
+from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
-from prerope.server.api.requests.prompts import chat_ids, check_model, prompt_ids
+from prerope.server.api.requests.prompts import chat_ids, check_model, tokenized
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.errors import InvalidRequest
@@ -65,10 +66,16 @@ async def start(service: Service, request: GenerationRequest, prefix: str, arriv
     use = None if chat is None else ToolUse.of(service.tokenizer, chat)
     grammar = await compiled(service, _constraint(request, use))
     choices = []
-    for ids in await _token_ids(service, request.input, use):
-        max_tokens = max_tokens_that_fit(service, len(ids), request.sampling)
+    for prompt in await _tokenized(service, request.input, use):
+        if prompt.documents and request.output.prompt_logprobs is not None:
+            raise InvalidRequest(
+                "log-probabilities of the prompt are not there for documents that were read on their own: leave them "
+                "out, or set document_attention to 'full'",
+                param="documents",
+            )
+        max_tokens = max_tokens_that_fit(service, len(prompt.ids), request.sampling)
         for index in range(request.n):
-            choices.append((ids, sampling_params(service, request, max_tokens, index=index, grammar=grammar)))
+            choices.append((prompt, sampling_params(service, request, max_tokens, index=index, grammar=grammar)))
     shown = frozenset[int]() if use is None else frozenset(use.marks.values())
     generations = await admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
     return Running(request_id, request, generations, use)
@@ -88,11 +95,11 @@ def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText 
     return use.grammar
 
 
-async def _token_ids(service: Service, given: Sequence[Prompt] | Chat, use: ToolUse | None) -> list[list[int]]:
+async def _tokenized(service: Service, given: Sequence[Prompt] | Chat, use: ToolUse | None) -> list[TokenizedPrompt]:
     if isinstance(given, Chat):
-        return [await chat_ids(service, given, tools=() if use is None else use.for_template)]
+        return [TokenizedPrompt(await chat_ids(service, given, tools=() if use is None else use.for_template))]
     prompts = []
     for prompt in given:
-        prompts.append(await prompt_ids(service, prompt))
+        prompts.append(await tokenized(service, prompt))
         await asyncio.sleep(0)  # a thousand short prompts are no reason to hold other streams up
     return prompts

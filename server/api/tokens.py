@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from prerope.server.api.logprobs import token_string
 from prerope.server.api.ready import ReadyService
 from prerope.server.api.requests.internal import Chat, Prompt
-from prerope.server.api.requests.prompts import chat_ids, check_model, check_token_ids, prompt_ids
+from prerope.server.api.requests.prompts import chat_ids, check_model, check_token_ids, tokenized
 from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter(tags=["tokens"])
@@ -22,7 +22,8 @@ async def tokenize(body: TokenizeRequest, service: ReadyService) -> dict[str, An
     if body.messages is not None:
         ids = await chat_ids(service, Chat(messages=body.messages, add_generation_prompt=body.add_generation_prompt))
     elif body.prompt:
-        ids = await prompt_ids(service, Prompt(given=body.prompt, add_special_tokens=body.add_special_tokens))
+        prompt = Prompt(given=body.prompt, add_special_tokens=body.add_special_tokens)
+        ids = (await tokenized(service, prompt)).ids
     else:
         ids = []
     reply: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.info.max_model_len, "tokens": ids}

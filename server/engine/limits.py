@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from prerope.cache.blocks.documents import largest_reading
 from prerope.server.config import EngineConfig
 from prerope.server.engine.info import Backlog, ModelInfo
 from prerope.server.engine.sequence import EngineRequest, Sequence
@@ -28,6 +29,15 @@ def check_fits(request: EngineRequest, info: ModelInfo) -> None:
             f"{info.vocab_size - 1}",
             param="prompt",
             code="bad_token_id",
+        )
+    reading = largest_reading(request.documents, 0)
+    if reading and len(ids) + max_tokens + reading > info.num_cache_tokens:
+        raise InvalidRequest(
+            f"the prompt has {len(ids)} tokens, max_tokens is {max_tokens}, and the longest document, read on its own "
+            f"behind the prefix, takes {reading} tokens meanwhile, together {len(ids) + max_tokens + reading}: the "
+            f"cache holds {info.num_cache_tokens}; shorten or split it, or raise KV_CACHE_MEMORY",
+            param="documents",
+            code="context_length_exceeded",
         )
     limits = (
         (info.max_model_len, "the limit is {}", "MAX_MODEL_LEN"),

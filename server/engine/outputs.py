@@ -45,6 +45,7 @@ class TokenOutput:
         num_prompt_tokens, num_cached_tokens, num_processed_tokens: the prompt, how much of it came from the
             prefix cache, and how much is computed so far (cached included).
         finish_reason: set on the last event; `timings` with it.
+        document_cached_tokens: of each document that is read on its own, how many of its tokens were in the cache.
         failure: on the last event of a request that failed alone; its caller gets the error.
     """
 
@@ -56,4 +57,5 @@ class TokenOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
+    document_cached_tokens: tuple[int, ...] = ()
     failure: RequestError | None = None

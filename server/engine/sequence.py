@@ -199,9 +199,15 @@ class Sequence:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
+            document_cached_tokens=tuple(map(self._cached_of, self.request.documents)) if finish_reason else (),
             timings=self._timings() if finish_reason else None,
             failure=failure,
         )
+
+    def _cached_of(self, document: DocumentSpan) -> int:
+        """Tokens of a document that were found: with the beginning of the prompt, or on its own."""
+        with_prefix = min(max(self.num_cached_tokens - document.start, 0), document.stop - document.start)
+        return with_prefix + self.documents_found.get(document, 0)
 
     def _timings(self) -> Timings:
         now = time.monotonic()

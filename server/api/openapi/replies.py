@@ -69,6 +69,13 @@ class PhaseTimings(ReplyBody):
     decode_s: Seconds
 
 
+class DocumentUsage(ReplyBody):
+    """A document that was read on its own: its tokens, and how many of them were cached."""
+
+    tokens: Count
+    cached_tokens: Count
+
+
 class GenerateEnd(ReplyBody):
     """The last event of a stream, before [DONE]."""
 
@@ -76,6 +83,7 @@ class GenerateEnd(ReplyBody):
     finish_reason: Ending
     usage: TokenUsage
     rope: dict[str, Any] = Field(description="The position method, resolved.")
+    documents: list[DocumentUsage] = Field(default_factory=list)
     timings: PhaseTimings | None
 
 

@@ -18,14 +18,16 @@ from typing import Any
 from prerope.rope.spec import RopeSpec
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import Tool, ToolChoice
+from prerope.server.api.requests.documents import Documents
 from prerope.server.structured.compile import GrammarText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """Text or token ids to continue. `param` is what the dialect calls it."""
+    """Text or token ids to continue. `param` is what the dialect calls it; `documents` stand before it."""
 
     given: str | list[int]
+    documents: Documents | None = None
     add_special_tokens: bool = True
     param: str = "prompt"
 

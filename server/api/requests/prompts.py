@@ -8,6 +8,7 @@ from typing import Any
 
 from prerope.server.api.chat.messages import Message, as_template_input
 from prerope.server.api.requests.body import MAX_SHOWN
+from prerope.server.api.requests.documents import TokenizedPrompt, assembled
 from prerope.server.api.requests.internal import Chat, Prompt
 from prerope.server.errors import InvalidRequest, ModelNotFound
 from prerope.server.service import Service
@@ -35,17 +36,31 @@ def check_model(service: Service, model: str | None) -> None:
         )
 
 
-async def prompt_ids(service: Service, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, given as text or as ids."""
-    given, param = prompt.given, prompt.param
+async def tokenized(service: Service, prompt: Prompt) -> TokenizedPrompt:
+    """A prompt's token ids, and where its documents are."""
+    asked = prompt.documents
+    if asked is None:
+        return TokenizedPrompt(await _ids(service, prompt.given, prompt.param, special=prompt.add_special_tokens))
+    prefix = await _ids(service, asked.prefix, "document_prefix", special=prompt.add_special_tokens, may_be_empty=True)
+    documents = []
+    for index, one in enumerate(asked.given):
+        documents.append(await _ids(service, one, f"documents[{index}]"))
+        await asyncio.sleep(0)  # a thousand short ones are no reason to hold other streams up
+    return assembled(prefix, documents, await _ids(service, prompt.given, prompt.param), asked)
+
+
+async def _ids(
+    service: Service, given: str | list[int], param: str, *, special: bool = False, may_be_empty: bool = False
+) -> list[int]:
+    """Token ids of text, or ids as they are."""
     if isinstance(given, str):
         _check_characters(service, len(given), param)
         encode = service.tokenizer.encode
-        ids = await _off_loop(len(given), lambda: encode(given, add_special_tokens=prompt.add_special_tokens))
+        ids = await _off_loop(len(given), lambda: encode(given, add_special_tokens=special))
     else:
         ids = given
         check_token_ids(service, ids, param)
-    if not ids:
+    if not ids and not may_be_empty:
         raise InvalidRequest(f"'{param}' is empty: the model needs at least one token to continue", param=param)
     return ids
 

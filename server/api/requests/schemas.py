@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, json_type, token_ids, unicode_text
+from prerope.server.api.requests.documents import DocumentFields
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.structured import GenerateConstraints
 from prerope.server.errors import InvalidRequest
@@ -191,7 +192,7 @@ class SamplingFields(RequestBody):
 SAMPLING_NAMES = {field.name for field in fields(Sampling)} & SamplingFields.model_fields.keys()
 
 
-class GenerateRequest(SamplingFields, GenerateConstraints):
+class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
     """POST /generate."""
 
     prompt: PromptField
@@ -201,7 +202,7 @@ class GenerateRequest(SamplingFields, GenerateConstraints):
 
     def lowered(self) -> GenerationRequest:
         return GenerationRequest(
-            input=[Prompt(given=self.prompt)],
+            input=[Prompt(given=self.prompt, documents=self.wanted_documents())],
             sampling=self.sampling(default_max_tokens=DEFAULT_MAX_TOKENS),
             output=Output(logprobs=self.logprobs, report_progress=self.stream and self.return_progress),
             constraint=self.wanted_grammar(),

@@ -70,6 +70,7 @@ class Generation:
         usage: grows as pieces arrive.
         timings: set with the last piece.
         rope: the position method, resolved.
+        documents: of each that is read on its own, its tokens and how many of them were cached; set at the end.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class Generation:
         self.rope = (request.positions or service.engine.info.positions).describe()
         self.usage = Usage(prompt_tokens=len(request.prompt_token_ids))
         self.timings: Timings | None = None
+        self._spans = request.documents
+        self.documents: list[dict[str, int]] = []
         grammar = request.sampling.grammar
         may_stop = grammar.prefix().complete if stop and isinstance(grammar, CompiledGrammar) else None
         self._transcript = Transcript(service.tokenizer, stop, shown_special_ids, may_stop)
@@ -101,6 +104,8 @@ class Generation:
             self._count(output)
             piece = self._piece(output)
             if piece.finish_reason is not None:
+                found = zip(self._spans, output.document_cached_tokens, strict=False)
+                self.documents = [{"tokens": span.stop - span.start, "cached_tokens": cached} for span, cached in found]
                 self._end(piece.finish_reason, output.timings)
                 await self._outputs.aclose()  # after a stop string the engine would go on
             if piece != Piece():  # else everything is held back
