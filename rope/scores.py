@@ -11,8 +11,12 @@ from prerope.rope.rotation import Table, rotate, table
 from torch import Tensor
 
 
-def method_scores(query: Tensor, key: Tensor, method: PositionMethod, start: int = 0) -> Tensor:
+def method_scores(
+    query: Tensor, key: Tensor, method: PositionMethod, start: int = 0, *, first_key: int = 0
+) -> Tensor:
     """Unscaled scores of rows start, start + 1, …: query [R, H, D] and key [n, H, D], raw fp32 → [H, R, n] fp32.
+
+    The keys are those at first_key, first_key + 1, …
 
     −inf where a row does not read a key: keys after it, and keys that the method leaves out.
     """
@@ -21,16 +25,20 @@ def method_scores(query: Tensor, key: Tensor, method: PositionMethod, start: int
     if scale is not None:
         query = query * scale[:, None, None].to(query)
     runs = [
-        reading_scores(query[a - start : b - start], key, reading, a, interleaved=method.rotary.interleaved)
+        reading_scores(
+            query[a - start : b - start], key, reading, a, first_key=first_key, interleaved=method.rotary.interleaved
+        )
         for a, b, reading in method.runs(start, start + len(query))
     ]
     return torch.cat(runs, dim=1)
 
 
-def reading_scores(query: Tensor, key: Tensor, reading: Reading, start: int, *, interleaved: bool) -> Tensor:
+def reading_scores(
+    query: Tensor, key: Tensor, reading: Reading, start: int, *, interleaved: bool, first_key: int = 0
+) -> Tensor:
     """The same for the rows of one run."""
     # Positions and frequencies meet on the CPU in fp64; the tables come back in fp32.
-    i, j = torch.arange(start, start + len(query)), torch.arange(len(key))
+    i, j = torch.arange(start, start + len(query)), torch.arange(first_key, first_key + len(key))
     scores = query.new_full((query.shape[1], len(query), len(key)), float("-inf"))
     for part in reading.parts:
         turned_query = rotate(query, turns(reading, part.query, i, i - start, query.device), interleaved=interleaved)

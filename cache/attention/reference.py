@@ -20,16 +20,18 @@ def reference_attention(
         rows = slice(sequence.first, sequence.first + sequence.count)
         blocks = sequence.block_table.to(keys.device)
         key, value = (cache[blocks].flatten(0, 1)[: sequence.length].float() for cache in (keys, values))
-        out[rows] = _sequence(query[rows].float(), key, value, sequence, options).to(query.dtype)
+        out[rows] = attend_sequence(query[rows].float(), key, value, sequence, options).to(query.dtype)
     return out
 
 
-def _sequence(query: Tensor, key: Tensor, value: Tensor, sequence: SequenceRows, options: AttentionOptions) -> Tensor:
-    """query [R, Hq, D], key and value [n, Hkv, D], fp32 → [R, Hq, Dv]."""
+def attend_sequence(
+    query: Tensor, key: Tensor, value: Tensor, sequence: SequenceRows, options: AttentionOptions
+) -> Tensor:
+    """query [R, Hq, D], key and value [n, Hkv, D], fp32 → [R, Hq, Dv]. The keys are the last n of the sequence."""
     group_size = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
     i = torch.arange(sequence.start, sequence.length, device=query.device)
-    j = torch.arange(sequence.length, device=query.device)
+    j = torch.arange(sequence.length - len(key), sequence.length, device=query.device)
     distance = i[:, None] - j[None, :]
 
     scores = _scores(query, key, sequence, options) * options.scale  # [Hq, R, n]
@@ -52,4 +54,4 @@ def _scores(query: Tensor, key: Tensor, sequence: SequenceRows, options: Attenti
     method = options.method(sequence)
     if method is None:
         return torch.einsum("ihd,jhd->hij", query, key)
-    return method_scores(query, key, method, sequence.start)
+    return method_scores(query, key, method, sequence.start, first_key=sequence.length - len(key))

@@ -42,7 +42,7 @@ from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.step import Share, Step, finish_launch
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
 from prerope.server.models.batch import build_batch
-from prerope.server.models.model import Model, load_model
+from prerope.server.models.model import DTYPES, Model, load_model
 from prerope.server.models.probe import probe
 from torch import Tensor
 
@@ -105,7 +105,7 @@ class Engine:
         model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization)
         model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
         report("checking the model against transformers' own forward")
-        error = probe(model)
+        error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype))
         report(f"the check passed: relative difference {error:.1e}")
         size = size_cache(model, config, report)
         positions = _resolve(model, config.rope, size.max_model_len, ConfigurationError)

@@ -7,20 +7,21 @@ be exactly that quarter turn, in the half or in the interleaved pairing: a norm 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from prerope.cache.storage import LayerShape
 from prerope.rope.frequencies import Rotary
+from prerope.rope.reading import UNBOUNDED
 from prerope.rope.rotation import Table, rotate
-from prerope.server.errors import ConfigurationError
-from prerope.server.models.raw_keys import AttentionCall, IdentityRotary, RawKeyModel
+from prerope.server.models.raw_keys import IdentityRotary, RawKeyModel, cannot_serve
+from prerope.server.models.trials import PROBE_LENGTH, Seen, named_lengths, probe_ids, relative_difference, run_trial
 from torch import Tensor, nn
 
-PROBE_LENGTH = 24
+MIXED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Relative, rms: what rounding may change in a row when another row has another token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,35 +34,6 @@ class RawKeyLayer:
     shape: LayerShape
 
 
-@dataclass(slots=True)
-class Seen:
-    """One attention call of a trial run: what entered the module, and raw q, k and v as attention received them."""
-
-    module: nn.Module
-    inputs: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-def probe_ids(vocab_size: int, device: torch.device) -> Tensor:
-    """A fixed prompt of `PROBE_LENGTH` ids, spread over the vocabulary."""
-    return torch.randint(0, vocab_size, (PROBE_LENGTH,), generator=torch.Generator().manual_seed(9708)).to(device)
-
-
-def own_values(_module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, _call: AttentionCall) -> Tensor:
-    """An attention handler for trial runs: every row sees its own value alone."""
-    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-
-
-def relative_difference(ours: Tensor, expected: Tensor) -> float:
-    """Of the rms difference over the expected rms; infinite for tensors of another shape or dtype."""
-    if ours.shape != expected.shape or ours.dtype != expected.dtype:
-        return float("inf")
-    ours, expected = ours.float(), expected.float()
-    return float(((ours - expected).square().mean() / expected.square().mean().clamp(min=1e-20)).sqrt())
-
-
 def inspect_layers(raw: RawKeyModel) -> tuple[list[RawKeyLayer], dict[str, Rotary]]:
     """Attention layers in call order, and group → rotary embedding as trained.
 
@@ -69,24 +41,123 @@ def inspect_layers(raw: RawKeyModel) -> tuple[list[RawKeyLayer], dict[str, Rotar
     """
     reason = _refusal(raw.model.config)
     if reason is not None:
-        raise _cannot_serve(raw, reason)
-    base = _run(raw, {})
-    expected = raw.text_config.num_hidden_layers
-    if len(base) != expected or len({seen.module for seen in base}) != expected:
-        raise _cannot_serve(
-            raw,
-            f"{len(base)} of its {expected} layers attend through the shared attention interface; the others keep a "
-            "state of another kind",
-        )
+        raise cannot_serve(raw, reason)
+    base = _base_run(raw)
+    for seen in base:
+        _check_mask(raw, seen)
+    _check_rows(raw, base)
+    _check_count(raw, base)
     names = {module: name for name, module in raw.model.named_modules()}
     groups, rotaries = _turn_each_group(raw, base, names)
     layers = []
     for seen in base:
         shape = LayerShape(seen.key.shape[1], seen.key.shape[2], seen.value.shape[2])
         if shape.key_dim != shape.value_dim:
-            raise _cannot_serve(raw, f"its keys have {shape.key_dim} dims and its values {shape.value_dim}")
+            raise cannot_serve(raw, f"its keys have {shape.key_dim} dims and its values {shape.value_dim}")
         layers.append(RawKeyLayer(seen.module, names[seen.module], groups.get(seen.module), shape))
     return layers, rotaries
+
+
+def _base_run(raw: RawKeyModel) -> list[Seen]:
+    """A trial run with masks as rules. Whatever it raises is a family that does something of its own."""
+    try:
+        with raw.showing_masks():
+            return run_trial(raw, {})[0]
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise cannot_serve(raw, f"its forward does not run on them ({type(error).__name__}: {reason})") from error
+
+
+def _check_mask(raw: RawKeyModel, seen: Seen) -> None:
+    """Refuse a layer that reads other keys than ours: all before a row, or a window of them.
+
+    transformers' rule for it is asked at the edges of every length that the config names.
+    """
+    if seen.call.mask is None:
+        return
+    edges = {0, *(length + step for length in named_lengths(raw.text_config) for step in (-1, 0, 1))}
+    rows = torch.tensor(sorted(edges | {2 * max(edges), 4 * max(edges)}))
+    shifts = torch.tensor(sorted({-1, 0, 1, *edges}))
+    row = rows.repeat_interleave(len(shifts))
+    key = row - shifts.repeat(len(rows))
+    row, key = row[key >= 0], key[key >= 0]
+    window = seen.call.sliding_window
+    ours = (key <= row) & (row - key < (UNBOUNDED if window is None else window))
+    device = seen.key.device
+    try:
+        theirs = seen.call.mask.reads(row.to(device), key.to(device)).cpu()
+    except IndexError:  # a rule that also looks at the prompt, such as one for the blocks of images in it
+        inside = row < PROBE_LENGTH
+        row, key, ours = row[inside], key[inside], ours[inside]
+        theirs = seen.call.mask.reads(row.to(device), key.to(device)).cpu()
+    if not torch.equal(ours, theirs):
+        place = int((ours != theirs).nonzero()[0])
+        verb = "reads" if theirs[place] else "does not read"
+        raise cannot_serve(
+            raw,
+            f"row {int(row[place])} of a layer {verb} key {int(key[place])}, so which keys it reads is neither all "
+            "before it nor a sliding window",
+        )
+
+
+def _check_rows(raw: RawKeyModel, base: list[Seen]) -> None:
+    """Refuse a model that takes something from one token to the next beside keys and values.
+
+    In a trial run attention gives every row its own value, so another first token must change no other row.
+    """
+    ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
+    other = ids.clone()
+    other[0] = (other[0] + 1) % raw.text_config.vocab_size
+    again, _ = run_trial(raw, {}, other)
+    calls = zip(base, again, strict=True)
+    if not base or any(_mixed(was.key[1:], now.key[1:]) or _mixed(was.value[1:], now.value[1:]) for was, now in calls):
+        raise cannot_serve(raw, _mixing_module(raw, ids, other))
+
+
+def _mixing_module(raw: RawKeyModel, ids: Tensor, other: Tensor) -> str:
+    """The innermost module whose rows depend on another row, as a reason."""
+    before, after = (_every_output(raw, prompt) for prompt in (ids, other))
+    names = {module: name for name, module in raw.model.named_modules()}
+    for (module, was), (_, now) in zip(before, after, strict=True):
+        if _mixed(was[:, 1:], now[:, 1:]):
+            where = f"{names[module]} ({type(module).__name__})"
+            break
+    else:
+        return "none of its layers attends through the shared attention interface"
+    return (
+        f"{where} takes something from one token to the next that is not a key and a value of the shared attention "
+        "interface: a recurrent or convolutional state, or attention in code of its own"
+    )
+
+
+def _mixed(was: Tensor, now: Tensor) -> bool:
+    return not relative_difference(now, was) <= MIXED[was.dtype]
+
+
+def _every_output(raw: RawKeyModel, ids: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """What modules give in a trial run, inner ones first, where it has a row a token: [1, T, …]."""
+    outputs: list[tuple[nn.Module, Tensor]] = []
+
+    def hook(module: nn.Module, _arguments: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor) and first.shape[:2] == (1, PROBE_LENGTH) and first.is_floating_point():
+            outputs.append((module, first.clone()))
+
+    handles = [module.register_forward_hook(hook) for module in raw.model.modules()]
+    try:
+        run_trial(raw, {}, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _check_count(raw: RawKeyModel, base: list[Seen]) -> None:
+    expected, modules = raw.text_config.num_hidden_layers, {seen.module for seen in base}
+    if len(base) > len(modules):
+        raise cannot_serve(raw, f"its {len(modules)} attention modules attend {len(base)} times in a forward")
+    if len(base) != expected:
+        raise cannot_serve(raw, f"{len(base)} of its {expected} layers attend through the shared attention interface")
 
 
 def _turn_each_group(
@@ -99,7 +170,7 @@ def _turn_each_group(
         for layer_type in list(identity.turns):
             group = layer_type or (module_name if len(raw.identities) > 1 else "")
             identity.set_turn(layer_type, 0.0, 1.0)
-            turned = _run(raw, held)
+            turned, _ = run_trial(raw, held)
             identity.set_turn(layer_type, 1.0, 0.0)
             for before, after in zip(base, turned, strict=True):
                 if not torch.equal(before.key, after.key):
@@ -107,7 +178,7 @@ def _turn_each_group(
                     groups[before.module] = group
                     rotaries[group] = _rotary(raw, layer_type, interleaved)
     if not rotaries:
-        raise _cannot_serve(raw, "turning its rotary embedding changes no layer's keys")
+        raise cannot_serve(raw, "turning its rotary embedding changes no layer's keys")
     return groups, rotaries
 
 
@@ -129,50 +200,9 @@ def _pairing(raw: RawKeyModel, before: Seen, after: Seen, identity: IdentityRota
                 for b, a in ((before.key, after.key), (before.query, after.query))
             ):
                 return interleaved
-    raise _cannot_serve(
+    raise cannot_serve(
         raw, f"{layer} does more to queries and keys than rotate them, for example a norm after the rotation"
     )
-
-
-def _run(raw: RawKeyModel, held: Mapping[nn.Module, Tensor]) -> list[Seen]:
-    """One forward of the probe prompt; `held` replaces what enters each attention module. Attention returns v alone."""
-    calls: list[Seen] = []
-    entered: dict[nn.Module, Tensor] = {}
-
-    def handler(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-        calls.append(Seen(module, entered[module], query.clone(), key.clone(), value))
-        return own_values(module, query, key, value, call)
-
-    ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
-    candidates = [module for module in raw.model.modules() if hasattr(module, "layer_idx")]
-    with torch.inference_mode(), layer_inputs(candidates, entered, held):
-        raw.forward(ids, torch.arange(len(ids), device=ids.device), torch.tensor([0], device=ids.device), handler)
-    return calls
-
-
-@contextmanager
-def layer_inputs(
-    modules: list[nn.Module], entered: dict[nn.Module, Tensor], held: Mapping[nn.Module, Tensor]
-) -> Iterator[None]:
-    """Inside, record the hidden states [1, T, hidden] that enter each module, after replacing those in `held`."""
-    handles = [module.register_forward_pre_hook(_input_hook(entered, held), with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _input_hook(
-    entered: dict[nn.Module, Tensor], held: Mapping[nn.Module, Tensor]
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        by_name = "hidden_states" in kwargs
-        hidden = held.get(module, kwargs["hidden_states"] if by_name else args[0])
-        entered[module] = hidden
-        return (args, kwargs | {"hidden_states": hidden}) if by_name else ((hidden, *args[1:]), kwargs)
-
-    return hook
 
 
 def _refusal(config: Any) -> str | None:
@@ -185,7 +215,3 @@ def _refusal(config: Any) -> str | None:
     if not getattr(text, "rope_parameters", None):
         return "its config has no rope_parameters"
     return None
-
-
-def _cannot_serve(raw: RawKeyModel, reason: str) -> ConfigurationError:
-    return ConfigurationError(f"model type {raw.family!r} cannot be served from raw keys: {reason}")

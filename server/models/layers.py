@@ -1,7 +1,9 @@
 """Attention modules and decoder layers of the common shape, without what transformers does around it in Python.
 
-A trial run records what enters and leaves them. A module that has the parts and gives the same results from them gets
-the short forward; anything else keeps transformers' own:
+Trial runs record what enters and leaves them, at positions on both sides of every length that the config names, and once
+with loud input to attention, so that a scale that depends on positions and a clip that is rarely reached both show. A
+module that has the parts and gives the same results from them gets the short forward; anything else keeps transformers'
+own:
 
     attention   q, k and v from three linear layers, one more behind; between them nothing, or a norm of each head of q
                 and of k; no window, sinks or soft-cap
@@ -21,12 +23,15 @@ import torch
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
 from prerope.server.models.batch import Batch
-from prerope.server.models.inspection import own_values, probe_ids, relative_difference
 from prerope.server.models.raw_keys import HANDLER, AttentionCall, RawKeyModel
+from prerope.server.models.trials import own_values, probe_ids, relative_difference, trial_positions
 from torch import Tensor, nn
 
 TOLERANCE = 1e-2
 """Relative, rms: rounding of two ways to the same result."""
+
+LOUD = 64.0
+"""Times what enters attention in a trial: beyond any clip that ever acts."""
 
 
 @dataclass(slots=True)
@@ -101,9 +106,10 @@ def plain_layers(raw: RawKeyModel, attentions: list[nn.Module]) -> Iterator[tupl
     """(module, forward) for these attention modules and their parents, where the short forward gives the same."""
     layers = layers_of(raw, attentions)
     recorded = record(raw, [*attentions, *layers])
+    loud = record(raw, attentions, loud=attentions)
     for attention, layer in zip(attentions, layers, strict=True):
         forward = _as_plain_attention(attention, recorded)
-        if forward is not None:
+        if forward is not None and _computes(forward, loud):
             yield attention, forward
         whole = _as_plain_layer(layer, attention, recorded)
         if whole is not None:
@@ -116,14 +122,29 @@ def layers_of(raw: RawKeyModel, attentions: Sequence[nn.Module]) -> list[nn.Modu
     return [parents[attention] for attention in attentions]
 
 
-def record(raw: RawKeyModel, modules: Sequence[nn.Module]) -> Recorded:
-    """A forward of the probe prompt."""
+def record(raw: RawKeyModel, modules: Sequence[nn.Module], loud: Sequence[nn.Module] = ()) -> Recorded:
+    """A forward of the probe prompt at its trial positions; what enters the modules of `loud` is multiplied first."""
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
-    positions = torch.arange(len(ids), device=ids.device)
+    positions = trial_positions(raw.text_config).to(ids.device)
     recorded = Recorded(logit_rows=torch.tensor([0], device=ids.device))
-    with torch.inference_mode(), _watched(modules, recorded):
+    with torch.inference_mode(), _amplified(loud), _watched(modules, recorded):
         recorded.logits = raw.forward(ids, positions, recorded.logit_rows, recorded.attend)
     return recorded
+
+
+@contextmanager
+def _amplified(modules: Sequence[nn.Module]) -> Iterator[None]:
+    def hook(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if "hidden_states" in options:
+            return arguments, options | {"hidden_states": options["hidden_states"] * LOUD}
+        return (arguments[0] * LOUD, *arguments[1:]), options
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -155,12 +176,26 @@ def _as_plain_attention(module: nn.Module, recorded: Recorded) -> PlainAttention
         for norms in _head_norms(module, head_dim):
             forward = PlainAttention(module, chosen, head_dim, call, norms)
             if all(map(same, forward.heads(projected), recorded.queries[module])):
-                token = HANDLER.set(own_values)
-                try:
-                    return forward if same(forward(x)[0], left[0]) else None
-                finally:
-                    HANDLER.reset(token)
+                return forward if _computes(forward, recorded) else None
     return None
+
+
+@torch.inference_mode()
+def _computes(forward: PlainAttention, recorded: Recorded) -> bool:
+    """Whether this forward hands to attention, and gives, what was recorded."""
+    x, left = recorded.entered[forward.module], recorded.left[forward.module]
+    asked: list[Tensor] = []
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        asked.extend((query, key, value))
+        return own_values(module, query, key, value, call)
+
+    token = HANDLER.set(attend)
+    try:
+        out = forward(x)[0]
+    finally:
+        HANDLER.reset(token)
+    return same(out, left[0]) and all(map(same, asked, recorded.queries[forward.module]))
 
 
 def _head_norms(module: nn.Module, head_dim: int) -> list[tuple[nn.Module, ...]]:

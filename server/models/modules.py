@@ -17,7 +17,7 @@ from itertools import groupby, permutations
 from typing import Any
 
 import torch
-from prerope.server.models.inspection import own_values, probe_ids, relative_difference
+from prerope.server.models.trials import own_values, probe_ids, relative_difference
 from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,6 +26,8 @@ Forward = Callable[[Tensor], Tensor]
 TRIAL_ROWS = 8
 GATED_TOLERANCE = 2e-2
 """Relative, rms. Rounding gives 3e-3; another activation, such as GELU, 0.1."""
+LOUD = 64
+"""Times the input of a second trial: beyond any clamp that ever acts."""
 NORM_TOLERANCE = 1e-5
 """Relative, of fp32 members; those of lower precision are the same to the bit, or the rounding is another."""
 
@@ -134,14 +136,17 @@ def _as_gated(module: nn.Module, together: list[list[nn.Linear]], kernels: Kerne
     for first, down in _gates(set(module.children()), together):
         x = _random(first[0].weight)
         x = (x * (2 / first[0](x).float().std())).to(x.dtype)  # large enough for activations to differ in
-        gate, up = torch.cat([linear(x) for linear in first], dim=-1).chunk(2, dim=-1)
         try:
-            expected = module(x)
+            if all(_is_gated(module, first, down, x * loud) for loud in (1, LOUD)):
+                return kernels.gated(first, down)
         except TypeError:  # a module that takes more than one tensor
             return None
-        if relative_difference(down(functional.silu(gate) * up), expected) <= GATED_TOLERANCE:
-            return kernels.gated(first, down)
     return None
+
+
+def _is_gated(module: nn.Module, first: Sequence[nn.Linear], down: nn.Linear, x: Tensor) -> bool:
+    gate, up = torch.cat([linear(x) for linear in first], dim=-1).chunk(2, dim=-1)
+    return relative_difference(down(functional.silu(gate) * up), module(x)) <= GATED_TOLERANCE
 
 
 def _gates(

@@ -1,9 +1,16 @@
 """The load-time probe: our forward against transformers' own eager forward, on the real weights.
 
 A model is served only when they agree, layer by layer and in the logits. Each layer is given the input that the stock
-layer had, so that errors do not add up and the layer that differs is the one that is named. The prompt is run in two
-chunks, through the same cache and attention as a request. A sliding window is shrunk below the prompt meanwhile, on
-both sides, so that it is tested too. There is no switch to skip this.
+layer had, so that errors do not add up and the layer that differs is the one that is named. What is run is what is
+served:
+
+- the probe prompt in chunks, and in steps of 1, 2 and 8 rows through the decode kernels and the stack, with a cache of
+  the served dtype. A sliding window is shrunk below the prompt meanwhile, on both sides, so that rows cross its edge;
+- a few rows around every length that the config names, between and beyond, up to four times the trained length, read by
+  the specification of attention, so that what a layer does with far positions shows without a prompt of that length.
+
+In low precision both forwards round, so both are held against the same layer in fp32 (`precise`), and ours may be
+farther from it than transformers' by a little only. There is no switch to skip this.
 """
 
 from __future__ import annotations
@@ -14,18 +21,47 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from prerope.cache.attention.reference import attend_sequence
+from prerope.cache.attention.types import SequenceRows
 from prerope.cache.storage import KVStorage
+from prerope.rope.model import ModelPositions
+from prerope.rope.reading import UNBOUNDED
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.batch import Chunk, build_batch
-from prerope.server.models.inspection import PROBE_LENGTH, layer_inputs, probe_ids, relative_difference
 from prerope.server.models.model import Model, own_positions
+from prerope.server.models.precise import in_fp32
+from prerope.server.models.raw_keys import AttentionCall, AttentionHandler
+from prerope.server.models.trials import (
+    LONGEST,
+    PROBE_LENGTH,
+    layer_inputs,
+    named_lengths,
+    probe_ids,
+    relative_difference,
+)
 from torch import Tensor, nn
 
-SPLIT = 15  # the first chunk's rows: not a multiple of the block size below
+STEPS: tuple[tuple[tuple[int, int], ...], ...] = (
+    ((0, 7),),
+    ((7, 13),),
+    ((13, 14),),
+    ((14, 15), (15, 16)),
+    tuple((row, row + 1) for row in range(16, PROBE_LENGTH)),
+)
+"""The rows of each step, in sequences that share the cache blocks of one: two chunks, then 1, 2 and 8 single rows."""
+
 BLOCK_SIZE = 8
 WINDOW = 5
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-"""Of the rms difference over the stock rms. A missed norm or a wrong pairing is of order 1."""
+FAR_ROWS = 8
+MOST_WINDOWS = 10
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Of the rms difference over the rms of an fp32 layer. A missed norm or a wrong pairing is of order 1."""
+
+WORSE = 2.0
+"""In low precision a layer of ours may be so many times as far from the fp32 one as transformers' own layer is."""
+
+LOGITS_SLACK = 8
+"""In low precision rounding adds up over the layers: what the tolerance is multiplied by for logits."""
 
 
 @dataclass(slots=True)
@@ -34,78 +70,150 @@ class Trace:
 
     entered: dict[nn.Module, Tensor] = field(default_factory=dict)
     left: dict[nn.Module, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def probe(model: Model) -> float:
-    """The largest relative difference found; ConfigurationError, naming model type and layer, where it is too large."""
-    with _short_window(model):
-        stock = _stock(model)
-        with model.layer_by_layer():
-            ours = _ours(model, stock)
-        free = _ours(model, None)
-    tolerance = TOLERANCE[model.dtype]
-    worst = 0.0
-    for layer in model.layers:
-        error = _difference(ours.left[layer.module], stock.left[layer.module])
-        worst = max(worst, error)
-        if not error <= tolerance:
-            raise _mismatch(model, f"attention layer {layer.name}", error, tolerance)
-    error = _difference(free.logits, stock.logits)
-    # Rounding does add up over the layers here, in a low-precision model.
-    if not error <= tolerance * (1 if model.dtype == torch.float32 else 4):
-        raise _mismatch(model, "the logits", error, tolerance)
-    return max(worst, error)
+def probe(model: Model, cache_dtype: torch.dtype | None = None) -> float:
+    """The largest relative difference found; ConfigurationError, naming model type and layer, where it is too large.
 
-
-def _mismatch(model: Model, where: str, error: float, tolerance: float) -> ConfigurationError:
-    return ConfigurationError(
-        f"model type {model.raw.family!r} cannot be served from raw keys: {where} differ from transformers' own by "
-        f"{error:.2g} relative (at most {tolerance:g} is rounding), so this family computes attention in a way that "
-        "this server does not know"
-    )
-
-
-def _difference(ours: Tensor | None, stock: Tensor | None) -> float:
-    assert ours is not None
-    assert stock is not None
-    return relative_difference(ours, stock)
-
-
-def _ids(model: Model) -> Tensor:
-    return probe_ids(model.raw.text_config.vocab_size, model.device)
-
-
-@torch.inference_mode()
-def _stock(model: Model) -> Trace:
-    trace = Trace()
-    modules = [layer.module for layer in model.layers]
-    with model.raw.stock(), layer_inputs(modules, trace.entered, {}), _layer_outputs(modules, trace.left):
-        trace.logits = model.raw.model(input_ids=_ids(model)[None], use_cache=False).logits[0].float()
-    return trace
-
-
-def _ours(model: Model, held: Trace | None) -> Trace:
-    """Two chunks through a small cache; with `held`, each layer gets the input that it had in that trace."""
-    ids = _ids(model).tolist()
-    blocks = list(range(-(-PROBE_LENGTH // BLOCK_SIZE)))[::-1]
-    storage = KVStorage([layer.shape for layer in model.layers], len(blocks), BLOCK_SIZE, model.dtype, model.device)
+    cache_dtype: of keys and values as they will be served; None: the model's own.
+    """
     positions = own_positions(model)
-    traces = []
-    for start, stop in ((0, SPLIT), (SPLIT, PROBE_LENGTH)):
-        trace = Trace()
+    with _short_window(model):
+        worst = _Judge(model, cache_dtype or model.dtype).worst(positions)
+        for start in far_windows(model, positions):
+            worst = max(worst, _Judge(model, model.dtype, start).worst(positions))
+    return worst
+
+
+def far_windows(model: Model, positions: ModelPositions) -> list[int]:
+    """First rows of the windows of `FAR_ROWS` rows that are probed beyond the prompt, near ones first."""
+    method = positions.methods[positions.main]
+    trained = method.train_length
+    lengths = {*named_lengths(model.raw.text_config), trained, method.rotary.max_length, 5 * trained // 2, 4 * trained}
+    starts = set()
+    for length in lengths:
+        if method.run_end(0) == UNBOUNDED:
+            starts.add(length - FAR_ROWS // 2)
+            continue
+        # transformers reads all rows of a forward as its last one: a window is within one run, and ends where that does.
+        for end in map(method.run_end, (length - 1, length)):
+            starts.add((length if end == UNBOUNDED else end - FAR_ROWS))
+    chosen = sorted(start for start in starts if 0 < start <= LONGEST)
+    if len(chosen) > MOST_WINDOWS:
+        chosen = [chosen[place * len(chosen) // MOST_WINDOWS] for place in range(MOST_WINDOWS - 1)] + chosen[-1:]
+    return chosen
+
+
+class _Judge:
+    """Compares one run of rows. start: None is the prompt, through the cache and the steps as they are served."""
+
+    def __init__(self, model: Model, cache_dtype: torch.dtype, start: int | None = None) -> None:
+        self.model, self.cache_dtype, self.start = model, cache_dtype, start
+        ids = probe_ids(model.raw.text_config.vocab_size, model.device)
+        self.ids = ids if start is None else ids[:FAR_ROWS]
+        # fp32 angles, which transformers has, are off by this at the last of these rows.
+        angle = 0.0 if start is None else (start + FAR_ROWS) * 2**-23
+        self.tolerance = max(TOLERANCE[model.dtype], TOLERANCE[cache_dtype]) + angle
+
+    def worst(self, positions: ModelPositions) -> float:
+        """The largest relative difference; ConfigurationError where one is too large."""
+        model = self.model
+        stock = self._stock()
+        exact = model.dtype == torch.float32
+        precise = stock if exact else self._stock(held=stock, fp32=True)
+        with model.layer_by_layer():
+            ours = self._ours(positions, stock)
+        free = self._ours(positions, None)
+        worst = 0.0
+        for layer in model.layers:
+            theirs = relative_difference(stock.left[layer.module].float(), precise.left[layer.module])
+            error = relative_difference(ours.left[layer.module].float(), precise.left[layer.module])
+            worst = max(worst, error)
+            self._check(f"attention layer {layer.name}", error, theirs)
+        return max(worst, self._logits(free.logits, stock.logits, exact=exact))
+
+    def _logits(self, ours: Tensor, stock: Tensor, *, exact: bool) -> float:
+        error = relative_difference(ours, stock)
+        if exact or error <= LOGITS_SLACK * self.tolerance:
+            self._check("the logits", error, 0.0, LOGITS_SLACK * self.tolerance if not exact else None)
+            return error
+        precise = self._stock(fp32=True).logits
+        error = relative_difference(ours, precise)
+        self._check("the logits", error, relative_difference(stock, precise), LOGITS_SLACK * self.tolerance)
+        return error
+
+    def _check(self, where: str, error: float, theirs: float, tolerance: float | None = None) -> None:
+        allowed = max(self.tolerance if tolerance is None else tolerance, WORSE * theirs)
+        if error <= allowed:
+            return
+        rows = "" if self.start is None else f" at rows {self.start} to {self.start + FAR_ROWS - 1}"
+        raise ConfigurationError(
+            f"model type {self.model.raw.family!r} cannot be served from raw keys: {where}{rows} differ from "
+            f"transformers' own by {error:.2g} relative (at most {allowed:.2g} is rounding), so this family computes "
+            "attention in a way that this server does not know"
+        )
+
+    @torch.inference_mode()
+    def _stock(self, held: Trace | None = None, *, fp32: bool = False) -> Trace:
+        """transformers' own forward. fp32: of its attention modules on what entered those of `held`, or of all."""
+        raw, trace = self.model.raw, Trace()
+        modules = [layer.module for layer in self.model.layers]
+        inputs = {} if held is None else held.entered
+        rows = torch.arange(len(self.ids), device=self.ids.device) + (self.start or 0)
+        widened = in_fp32(raw.model, None if held is None else modules) if fp32 else nullcontext()
+        with raw.stock(), layer_inputs(modules, trace.entered, inputs), _layer_outputs(modules, trace.left), widened:
+            output = raw.model(input_ids=self.ids[None], position_ids=rows[None], use_cache=False)
+        trace.logits = output.logits[0].float()
+        return trace
+
+    def _ours(self, positions: ModelPositions, held: Trace | None) -> Trace:
+        """With `held`, each layer gets the input that it had in that trace."""
+        if self.start is None:
+            return self._stepped(positions, held)
+        raw, trace = self.model.raw, Trace()
+        modules = [layer.module for layer in self.model.layers]
+        rows = torch.arange(len(self.ids), device=self.ids.device)
+        replaced = nullcontext() if held is None else layer_inputs(modules, trace.entered, held.entered)
+        with torch.inference_mode(), replaced, _layer_outputs(modules, trace.left):
+            trace.logits = raw.forward(self.ids, rows + self.start, rows, self._far_attention(positions)).float()
+        return trace
+
+    def _far_attention(self, positions: ModelPositions) -> AttentionHandler:
+        """The specification of attention, over the keys of these rows alone."""
+        assert self.start is not None
+        sequence = SequenceRows(0, len(self.ids), self.start, torch.empty(0), positions)
+        groups = {layer.module: layer.group for layer in self.model.layers}
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+            options = call.options(groups[module])
+            rows = attend_sequence(query.float(), key.float(), value.float(), sequence, options)
+            return rows.to(query.dtype).contiguous()
+
+        return attend
+
+    def _stepped(self, positions: ModelPositions, held: Trace | None) -> Trace:
+        """Steps through a small cache, whose blocks lie in no order."""
+        model, ids = self.model, self.ids.tolist()
         modules = [layer.module for layer in model.layers]
-        inputs = {} if held is None else {m: x[:, start:stop] for m, x in held.entered.items()}
-        batch = build_batch([Chunk(ids[start:stop], start, blocks, positions, stop - start)], BLOCK_SIZE, model.device)
-        replaced = layer_inputs(modules, trace.entered, inputs) if inputs else nullcontext()
-        with replaced, _layer_outputs(modules, trace.left):
-            trace.logits = model.forward(batch, storage)
-        traces.append(trace)
-    first, second = traces
-    assert first.logits is not None
-    assert second.logits is not None
-    left = {module: torch.cat([first.left[module], second.left[module]], dim=1) for module in first.left}
-    return Trace(left=left, logits=torch.cat([first.logits, second.logits]))
+        blocks = list(range(-(-PROBE_LENGTH // BLOCK_SIZE)))[::-1]
+        storage = KVStorage(
+            [layer.shape for layer in model.layers], len(blocks), BLOCK_SIZE, self.cache_dtype, model.device
+        )
+        traces = []
+        for step in STEPS:
+            trace = Trace()
+            chunks = [Chunk(ids[start:stop], start, blocks, positions, stop - start) for start, stop in step]
+            rows = slice(step[0][0], step[-1][1])
+            inputs = {} if held is None else {module: x[:, rows] for module, x in held.entered.items()}
+            replaced = layer_inputs(modules, trace.entered, inputs) if inputs else nullcontext()
+            with replaced, _layer_outputs(modules, trace.left):
+                trace.logits = model.forward(build_batch(chunks, BLOCK_SIZE, model.device), storage)
+            traces.append(trace)
+        whole = Trace(logits=torch.cat([trace.logits for trace in traces]))
+        if held is not None:
+            whole.left = {module: torch.cat([trace.left[module] for trace in traces], dim=1) for module in modules}
+        return whole
 
 
 @contextmanager

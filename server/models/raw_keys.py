@@ -4,6 +4,8 @@ transformers supplies config, weights and layers. Two things are swapped, *on th
 embeddings, for one that gives cos = 1 and sin = 0, and the forward of modules: attention gets a copy whose
 `apply_rotary_*` returns q and k as they are. No class, module or other model in the process changes.
 
+An argument that attention is given and that we do not know is never dropped: such a model is refused, by its name.
+
 What reaches `raw_attention` is then handed to the handler that the context variable holds: a context variable, because
 some families drop keyword arguments on the way down.
 """
@@ -21,20 +23,32 @@ import torch
 from prerope.cache.attention.types import AttentionOptions
 from prerope.server.errors import ConfigurationError
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 ATTENTION_NAME = "prerope"
 """Registered without a mask function on purpose: transformers then makes no mask, and causality is ours."""
 
+TRIAL_NAME = "prerope-trial"
+"""The same attention, with masks as rules: a trial run sees which keys transformers would let a layer read."""
+
+WITHOUT_EFFECT = frozenset(
+    (
+        *("dropout", "use_cache", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
+        *("labels", "logits_to_keep", "position_ids", "position_embeddings", "cache_position", "layer_head_mask"),
+    )
+)
+"""What attention is handed on the way down and does not read, or reads only in training."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What a layer passes beside its tensors."""
+    """What a layer passes beside its tensors; `mask` in trial runs alone."""
 
     scale: float
     sliding_window: int | None
     softcap: float | None
     sinks: Tensor | None
+    mask: MaskRule | None = None
 
     def options(self, group: str | None) -> AttentionOptions:
         return AttentionOptions(self.scale, group, self.sliding_window, self.softcap, self.sinks)
@@ -46,27 +60,56 @@ AttentionHandler = Callable[[nn.Module, Tensor, Tensor, Tensor, AttentionCall], 
 HANDLER: ContextVar[AttentionHandler] = ContextVar("attention_handler")
 
 
+@dataclass(frozen=True, slots=True)
+class MaskRule:
+    """In place of a mask in trial runs: whether a row may read a key, as transformers says it."""
+
+    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    def reads(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """[n] rows and [n] keys → [n] bool."""
+        zero = torch.zeros_like(rows)
+        return torch.as_tensor(self.function(zero, zero, rows, keys)).expand_as(rows)
+
+
+class UnknownAttention(Exception):
+    """A layer asks attention for something that this server does not have; the message says what, as a clause."""
+
+
 def raw_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | MaskRule | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_unused: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] → [1, T, Hq, Dv]."""
-    del attention_mask
-    call = AttentionCall(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    rule = attention_mask if isinstance(attention_mask, MaskRule) else None
+    if attention_mask is not None and rule is None:
+        raise UnknownAttention("its layers choose the keys that a row reads by a mask of their own")
+    for name, given in others.items():
+        if given is not None and name not in WITHOUT_EFFECT:
+            raise UnknownAttention(f"its attention takes {name!r}, which this server does not know")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(scale, sliding_window, softcap, s_aux, rule)
     packed_query, packed_key, packed_value = (x[0].transpose(0, 1) for x in (query, key, value))
     rows = HANDLER.get()(module, packed_query, packed_key, packed_value, call)
     return rows.unsqueeze(0), None
 
 
+def _mask_rule(*, mask_function: Callable[..., Tensor], **_sizes: Any) -> MaskRule:
+    """transformers' mask signature."""
+    return MaskRule(mask_function)
+
+
 AttentionInterface.register(ATTENTION_NAME, raw_attention)
+AttentionInterface.register(TRIAL_NAME, raw_attention)
+AttentionMaskInterface.register(TRIAL_NAME, _mask_rule)
 
 
 class IdentityRotary(nn.Module):
@@ -150,6 +193,15 @@ class RawKeyModel:
         finally:
             self._install()
 
+    @contextmanager
+    def showing_masks(self) -> Iterator[None]:
+        """Inside, `AttentionCall.mask` says which keys transformers would let a layer read."""
+        self.model.set_attn_implementation(TRIAL_NAME)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+
     def _install(self) -> None:
         self._place(self.identities)
         self.model.set_attn_implementation(ATTENTION_NAME)
@@ -168,10 +220,17 @@ class RawKeyModel:
             output = self.model(
                 input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=logit_rows
             )
+        except UnknownAttention as unknown:
+            raise cannot_serve(self, str(unknown)) from unknown
         finally:
             HANDLER.reset(token)
         logits: Tensor = output.logits
         return logits[0]
+
+
+def cannot_serve(raw: RawKeyModel, reason: str) -> ConfigurationError:
+    """A refusal with the model's type and the reason, a clause."""
+    return ConfigurationError(f"model type {raw.family!r} cannot be served from raw keys: {reason}")
 
 
 def _find_rotaries(model: nn.Module, family: str) -> Iterator[tuple[str, IdentityRotary]]:

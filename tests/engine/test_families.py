@@ -41,7 +41,7 @@ def test_greedy_equals_generate(family: str) -> None:
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
     expected = transformers_greedy(transformers_model, prompts)
     model = Model(transformers_model)
-    assert probe(model) <= TOLERANCE[torch.float32] / 100
+    assert probe(model) <= TOLERANCE[torch.float32] / 5
     engine = tiny_engine(model, max_batched_tokens=37, max_num_seqs=8)
     assert generate(engine, prompts, greedy(NUM_TOKENS)) == expected
     tight = tiny_engine(model, max_batched_tokens=64, max_num_seqs=8, num_blocks=16)

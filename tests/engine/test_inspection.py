@@ -114,7 +114,7 @@ def test_the_probe_names_the_layer(
 
 def test_the_probe_catches_a_soft_cap_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model(tiny("gemma2", sharpness=4.0, attn_logit_softcapping=2.0))
-    assert probe(model) < 1e-5
+    assert probe(model) < 1e-4
     sabotage = Sabotage(3, softcap=None)
     monkeypatch.setattr(model_module, "attention_on", lambda _: sabotage)
     with pytest.raises(ConfigurationError, match=r"gemma2.*layer model\.layers\.3\.self_attn"):
@@ -123,7 +123,7 @@ def test_the_probe_catches_a_soft_cap_that_is_left_out(monkeypatch: pytest.Monke
 
 def test_the_probe_catches_the_wrong_pairing() -> None:
     model = Model(tiny("cohere"))
-    assert probe(model) < 1e-5
+    assert probe(model) < 1e-4
     model.rotaries[""] = replace(model.rotaries[""], interleaved=False)
     with pytest.raises(ConfigurationError, match=r"cohere.*layer model\.layers\.0\.self_attn"):
         probe(model)
@@ -188,14 +188,14 @@ def test_stock_is_transformers_own(family: str) -> None:
         logits(transformers_model)
     with model.raw.stock():
         assert torch.equal(logits(transformers_model), before)
-    assert probe(model) < 1e-5
+    assert probe(model) < 1e-4
 
 
 def test_stock_ends_even_when_it_is_left_by_an_error() -> None:
     model = Model(tiny("llama"))
     with pytest.raises(ZeroDivisionError), model.raw.stock():
         raise ZeroDivisionError
-    assert probe(model) < 1e-5
+    assert probe(model) < 1e-4
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -75,16 +75,22 @@ def tiny(family: str, *, seed: int = 0, sharpness: float = 2.0, **config: Any) -
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(family, **options), attn_implementation="eager", dtype=torch.float32
         ).eval()
-        for name, parameter in model.named_parameters():
-            random = torch.randn_like(parameter)
-            if parameter.dim() > 1:
-                projection = any(part in name for part in PROJECTIONS)
-                parameter.data = random * (0.08 * sharpness if projection else 0.08)
-            elif "norm" in name and "bias" not in name:
-                parameter.data = 1 + 0.3 * random
-            else:
-                parameter.data = 0.1 * random
+        randomize(model, sharpness)
     return model.to(DEVICE)
+
+
+def randomize(model: Any, sharpness: float = 2.0) -> Any:
+    """Give every parameter random numbers, from torch's generator."""
+    for name, parameter in model.named_parameters():
+        random = torch.randn_like(parameter)
+        if parameter.dim() > 1:
+            projection = any(part in name for part in PROJECTIONS)
+            parameter.data = random * (0.08 * sharpness if projection else 0.08)
+        elif "norm" in name and "bias" not in name:
+            parameter.data = 1 + 0.3 * random
+        else:
+            parameter.data = 0.1 * random
+    return model
 
 
 TWO_LAYERS: dict[str, dict[str, Any]] = {

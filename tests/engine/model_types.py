@@ -1,0 +1,104 @@
+"""A tiny random model of every decoder type that transformers has, from its own config class.
+
+Sizes are set by the names that configs have for them, so that a type that transformers adds is tried without a line
+here. `SPECIAL` has what a type needs beside. Lengths are short, so that prompts reach beyond all that a config names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.engine.tiny_models import randomize
+
+MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+LAYERS, LENGTH, VOCABULARY = 4, 64, 128
+SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (VOCABULARY, ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size")),
+    (64, (
+        *("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "emb_dim", "embedding_dim"),
+        *("lru_width", "attention_hidden_size", "input_embedding_size", "output_embedding_size"),
+    )),
+    (96, (
+        *("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner", "dim_ff", "dff", "ffn_hidden_size"),
+        *("shared_expert_intermediate_size", "shared_intermediate_size", "dense_intermediate_size", "decoder_ffn_dim"),
+        *("encoder_ffn_dim", "intermediate_size_mlp", "expert_ffn_hidden_size", "shared_experts_intermediate_size"),
+        *("moe_shared_expert_intermediate_size", "feed_forward_size", "d_inner"),
+    )),
+    (LAYERS, (
+        *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"),
+        *("num_decoder_layers", "num_encoder_layers", "num_blocks", "num_layers_per_stack"),
+    )),
+    (4, (
+        *("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "attention_heads"),
+        *("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "num_experts"),
+        *("num_local_experts", "n_routed_experts", "moe_num_experts", "index_n_heads", "swa_num_attention_heads"),
+        *("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
+        *("num_attention_heads_per_layer", "altup_num_inputs", "index_topk_blocks"),
+    )),
+    (2, (
+        *("num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
+        *("linear_num_key_heads", "swa_num_key_value_heads", "n_shared_experts", "num_query_groups", "o_groups"),
+        *("zero_expert_num", "hc_mult", "hc_count"),
+    )),
+    (1, ("n_group", "topk_group", "num_expert_group", "n_groups", "mamba_n_groups")),
+    (16, (
+        *("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"),
+        *("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_head", "mamba_head_dim"),
+        *("index_head_dim", "d_head", "dim_head", "kv_channels", "attention_head_dim", "hidden_size_per_layer_input"),
+        *("kv_lora_rank", "o_lora_rank", "router_hidden_size", "laurel_rank", "adapter_rank", "hc_lowrank"),
+        *("mamba_d_state", "ssm_state_size", "state_size", "chunk_size", "mamba_chunk_size", "index_topk"),
+        *("attention_head_size", "gated_norm_rank", "mamba_headdim", "query_pre_attn_scalar", "index_block_size"),
+    )),
+    (8, (
+        *("rotary_dim", "sliding_window", "attention_chunk_size", "local_attention", "window_size", "mamba_dt_rank"),
+        *("attention_window_size", "sliding_window_size", "keep_window_size", "time_step_rank", "floor_scale"),
+        *("log_scaling_n_floor", "rel_extent", "block_size", "local_attention_window_len"),
+    )),
+    (32, ("q_lora_rank", "qk_head_dim", "original_max_position_embeddings")),
+    (LENGTH, (
+        *("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "context_length"),
+        *("model_max_length", "max_source_positions"),
+    )),
+)
+SIZE_OF = {name: size for size, names in SIZES for name in names}
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
+
+SPECIAL: dict[str, dict[str, Any]] = {}
+"""What a type's tiny config needs beside the sizes."""
+
+
+def tiny_config(model_type: str) -> Any:
+    """Of a few layers, one or two of each kind that the type has."""
+    cls = CONFIG_MAPPING[model_type]
+    return cls(**_shrunk(cls, SPECIAL.get(model_type, {})))
+
+
+def _shrunk(cls: Any, special: dict[str, Any]) -> dict[str, Any]:
+    own = cls()
+    options: dict[str, Any] = {}
+    for name, value in own.to_dict().items():
+        if name in TOKENS and value is not None:
+            options[name] = TOKENS.index(name) % 3
+        elif name in SIZE_OF and value is not None and not isinstance(value, bool):
+            options[name] = [SIZE_OF[name]] * LAYERS if isinstance(value, list) else SIZE_OF[name]
+        elif isinstance(value, list) and len(value) >= LAYERS and name.endswith(("layer_types", "block_type", "types")):
+            kinds = sorted(set(value), key=value.index)
+            options[name] = [kinds[place % len(kinds)] for place in range(LAYERS)]
+        elif name in own.sub_configs and value is not None:
+            options[name] = _shrunk(type(getattr(own, name)), special.get(name, {}))
+    return options | special
+
+
+def tiny_of_type(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random causal LM."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = tiny_config(model_type)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+        return randomize(model).to(dtype)
