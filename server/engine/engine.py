@@ -42,8 +42,9 @@ from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.step import Share, Step, finish_launch
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
 from prerope.server.models.batch import build_batch
-from prerope.server.models.model import DTYPES, Model, load_model
+from prerope.server.models.model import Model, load_model
 from prerope.server.models.probe import probe
+from prerope.server.models.weights import DTYPES
 from torch import Tensor
 
 if TYPE_CHECKING:
