@@ -11,9 +11,7 @@ from prerope.rope.rotation import Table, rotate, table
 from torch import Tensor
 
 
-def method_scores(
-    query: Tensor, key: Tensor, method: PositionMethod, start: int = 0, *, first_key: int = 0
-) -> Tensor:
+def method_scores(query: Tensor, key: Tensor, method: PositionMethod, start: int = 0, *, first_key: int = 0) -> Tensor:
     """Unscaled scores of rows start, start + 1, …: query [R, H, D] and key [n, H, D], raw fp32 → [H, R, n] fp32.
 
     The keys are those at first_key, first_key + 1, …

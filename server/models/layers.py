@@ -1,9 +1,9 @@
 """Attention modules and decoder layers of the common shape, without what transformers does around it in Python.
 
-Trial runs record what enters and leaves them, at positions on both sides of every length that the config names, and once
-with loud input to attention, so that a scale that depends on positions and a clip that is rarely reached both show. A
-module that has the parts and gives the same results from them gets the short forward; anything else keeps transformers'
-own:
+Trial runs record what enters and leaves them, at positions on both sides of every length that the config names, and
+once with loud input to attention, so that a scale that depends on positions and a clip that is rarely reached both
+show. A module that has the parts and gives the same results from them gets the short forward; anything else keeps
+transformers' own:
 
     attention   q, k and v from three linear layers, one more behind; between them nothing, or a norm of each head of q
                 and of k; no window, sinks or soft-cap

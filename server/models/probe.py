@@ -96,9 +96,9 @@ def far_windows(model: Model, positions: ModelPositions) -> list[int]:
         if method.run_end(0) == UNBOUNDED:
             starts.add(length - FAR_ROWS // 2)
             continue
-        # transformers reads all rows of a forward as its last one: a window is within one run, and ends where that does.
+        # transformers reads all rows of a forward as its last one: a window lies in one run, at its end.
         for end in map(method.run_end, (length - 1, length)):
-            starts.add((length if end == UNBOUNDED else end - FAR_ROWS))
+            starts.add(length if end == UNBOUNDED else end - FAR_ROWS)
     chosen = sorted(start for start in starts if 0 < start <= LONGEST)
     if len(chosen) > MOST_WINDOWS:
         chosen = [chosen[place * len(chosen) // MOST_WINDOWS] for place in range(MOST_WINDOWS - 1)] + chosen[-1:]

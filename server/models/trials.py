@@ -55,7 +55,7 @@ def named_lengths(config: Any) -> list[int]:
 
 
 def trial_positions(config: Any) -> Tensor:
-    """[PROBE_LENGTH] int64, ascending: 0, around every length that the config names, and up to four times the longest."""
+    """[PROBE_LENGTH] int64, ascending: 0, around every length that the config names, up to four times the longest."""
     lengths = named_lengths(config) or [PROBE_LENGTH]
     edges = sorted({length + step for length in lengths for step in (-1, 0, 1)})
     if len(edges) > PROBE_LENGTH // 2:

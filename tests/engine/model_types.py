@@ -20,51 +20,108 @@ MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 LAYERS, LENGTH, VOCABULARY = 4, 64, 128
 SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
     (VOCABULARY, ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size", "decoder_vocab_size")),
-    (64, (
-        *("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "emb_dim", "embedding_dim"),
-        *("lru_width", "attention_hidden_size", "input_embedding_size", "output_embedding_size"),
-    )),
-    (96, (
-        *("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner", "dim_ff", "dff", "ffn_hidden_size"),
-        *("shared_expert_intermediate_size", "shared_intermediate_size", "dense_intermediate_size", "decoder_ffn_dim"),
-        *("encoder_ffn_dim", "intermediate_size_mlp", "expert_ffn_hidden_size", "shared_experts_intermediate_size"),
-        *("moe_shared_expert_intermediate_size", "feed_forward_size", "d_inner"),
-    )),
-    (LAYERS, (
-        *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"),
-        *("num_decoder_layers", "num_encoder_layers", "num_blocks", "num_layers_per_stack"),
-    )),
-    (4, (
-        *("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "attention_heads"),
-        *("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "num_experts"),
-        *("num_local_experts", "n_routed_experts", "moe_num_experts", "index_n_heads", "swa_num_attention_heads"),
-        *("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
-        *("num_attention_heads_per_layer", "altup_num_inputs", "index_topk_blocks"),
-    )),
-    (2, (
-        *("num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"),
-        *("linear_num_key_heads", "swa_num_key_value_heads", "n_shared_experts", "num_query_groups", "o_groups"),
-        *("zero_expert_num", "hc_mult", "hc_count"),
-    )),
+    (
+        64,
+        (
+            *("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "emb_dim", "embedding_dim"),
+            *("lru_width", "attention_hidden_size", "input_embedding_size", "output_embedding_size"),
+        ),
+    ),
+    (
+        96,
+        (
+            *("intermediate_size", "ffn_dim", "moe_intermediate_size", "n_inner", "dim_ff", "dff", "ffn_hidden_size"),
+            *(
+                "shared_expert_intermediate_size",
+                "shared_intermediate_size",
+                "dense_intermediate_size",
+                "decoder_ffn_dim",
+            ),
+            *("encoder_ffn_dim", "intermediate_size_mlp", "expert_ffn_hidden_size", "shared_experts_intermediate_size"),
+            *("moe_shared_expert_intermediate_size", "feed_forward_size", "d_inner"),
+        ),
+    ),
+    (
+        LAYERS,
+        (
+            *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"),
+            *("num_decoder_layers", "num_encoder_layers", "num_blocks", "num_layers_per_stack"),
+        ),
+    ),
+    (
+        4,
+        (
+            *("num_attention_heads", "n_head", "num_heads", "n_heads", "decoder_attention_heads", "attention_heads"),
+            *("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads", "num_experts"),
+            *("num_local_experts", "n_routed_experts", "moe_num_experts", "index_n_heads", "swa_num_attention_heads"),
+            *("linear_num_value_heads", "linear_num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
+            *("num_attention_heads_per_layer", "altup_num_inputs", "index_topk_blocks"),
+        ),
+    ),
+    (
+        2,
+        (
+            *(
+                "num_key_value_heads",
+                "num_kv_heads",
+                "num_experts_per_tok",
+                "num_experts_per_token",
+                "moe_topk",
+                "moe_k",
+            ),
+            *("linear_num_key_heads", "swa_num_key_value_heads", "n_shared_experts", "num_query_groups", "o_groups"),
+            *("zero_expert_num", "hc_mult", "hc_count"),
+        ),
+    ),
     (1, ("n_group", "topk_group", "num_expert_group", "n_groups", "mamba_n_groups")),
-    (16, (
-        *("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"),
-        *("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_head", "mamba_head_dim"),
-        *("index_head_dim", "d_head", "dim_head", "kv_channels", "attention_head_dim", "hidden_size_per_layer_input"),
-        *("kv_lora_rank", "o_lora_rank", "router_hidden_size", "laurel_rank", "adapter_rank", "hc_lowrank"),
-        *("mamba_d_state", "ssm_state_size", "state_size", "chunk_size", "mamba_chunk_size", "index_topk"),
-        *("attention_head_size", "gated_norm_rank", "mamba_headdim", "query_pre_attn_scalar", "index_block_size"),
-    )),
-    (8, (
-        *("rotary_dim", "sliding_window", "attention_chunk_size", "local_attention", "window_size", "mamba_dt_rank"),
-        *("attention_window_size", "sliding_window_size", "keep_window_size", "time_step_rank", "floor_scale"),
-        *("log_scaling_n_floor", "rel_extent", "block_size", "local_attention_window_len"),
-    )),
+    (
+        16,
+        (
+            *("head_dim", "global_head_dim", "swa_head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"),
+            *("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_head", "mamba_head_dim"),
+            *(
+                "index_head_dim",
+                "d_head",
+                "dim_head",
+                "kv_channels",
+                "attention_head_dim",
+                "hidden_size_per_layer_input",
+            ),
+            *("kv_lora_rank", "o_lora_rank", "router_hidden_size", "laurel_rank", "adapter_rank", "hc_lowrank"),
+            *("mamba_d_state", "ssm_state_size", "state_size", "chunk_size", "mamba_chunk_size", "index_topk"),
+            *("attention_head_size", "gated_norm_rank", "mamba_headdim", "query_pre_attn_scalar", "index_block_size"),
+        ),
+    ),
+    (
+        8,
+        (
+            *(
+                "rotary_dim",
+                "sliding_window",
+                "attention_chunk_size",
+                "local_attention",
+                "window_size",
+                "mamba_dt_rank",
+            ),
+            *("attention_window_size", "sliding_window_size", "keep_window_size", "time_step_rank", "floor_scale"),
+            *("log_scaling_n_floor", "rel_extent", "block_size", "local_attention_window_len"),
+        ),
+    ),
     (32, ("q_lora_rank", "qk_head_dim", "original_max_position_embeddings")),
-    (LENGTH, (
-        *("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "context_length"),
-        *("model_max_length", "max_source_positions"),
-    )),
+    (
+        LENGTH,
+        (
+            *(
+                "max_position_embeddings",
+                "n_positions",
+                "max_seq_len",
+                "n_ctx",
+                "max_target_positions",
+                "context_length",
+            ),
+            *("model_max_length", "max_source_positions"),
+        ),
+    ),
 )
 SIZE_OF = {name: size for size, names in SIZES for name in names}
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.server.models.layers import PlainAttention
 from prerope.server.models.model import Model
 from prerope.server.models.probe import TOLERANCE, probe
 
@@ -80,6 +81,26 @@ def test_frequencies_from_the_config(name: str) -> None:
     model = Model(transformers_model)
     probe(model)
     assert generate(tiny_engine(model, max_batched_tokens=64), prompts, greedy(NUM_TOKENS)) == expected
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
+    "olmo": {"clip_qkv": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", SPECIAL)
+def test_what_only_far_or_loud_rows_show(family: str, dtype: torch.dtype) -> None:
+    """Ministral 3 scales the queries of rows past its trained length, and OLMo clips: no short forward may drop it."""
+    transformers_model = tiny(family, **SPECIAL[family])
+    prompts = [prompt_of(length, seed=length) for length in LENGTHS]
+    expected = transformers_greedy(transformers_model, prompts)
+    model = Model(transformers_model.to(dtype))
+    probe(model)
+    assert not any(isinstance(layer.module.forward, PlainAttention) for layer in model.layers)
+    if dtype == torch.float32:
+        assert generate(tiny_engine(model, max_batched_tokens=64), prompts, greedy(NUM_TOKENS)) == expected
 
 
 def test_longrope_past_the_trained_length_differs_from_transformers_in_early_rows_only() -> None:

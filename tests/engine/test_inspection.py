@@ -121,6 +121,22 @@ def test_the_probe_catches_a_soft_cap_that_is_left_out(monkeypatch: pytest.Monke
         probe(model)
 
 
+def test_the_probe_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong in steps of single rows alone is found, too."""
+    sabotage = Sabotage(2, scale=0.3)
+
+    def attend(
+        query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
+    ) -> Tensor:
+        single = all(sequence.count == 1 for sequence in metadata.sequences)
+        return (sabotage if single else paged_attention)(query, keys, values, metadata, options)
+
+    model = Model(tiny("llama"))
+    monkeypatch.setattr(model_module, "attention_on", lambda _: attend)
+    with pytest.raises(ConfigurationError, match=r"llama.*layer model\.layers\.2\.self_attn"):
+        probe(model)
+
+
 def test_the_probe_catches_the_wrong_pairing() -> None:
     model = Model(tiny("cohere"))
     assert probe(model) < 1e-4
