@@ -49,7 +49,9 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     gc.freeze()  # nor is a request to wait while they are looked through
     gc.enable()
     app = create_app(settings)
-    server = DrainingServer(app.state.service, app, _url(settings.host, listener.getsockname()[1]))
+    service = app.state.service
+    url = _url(settings.host, listener.getsockname()[1])
+    server = DrainingServer(service, app, url, once_ready=service.workers.start)
     asyncio.run(server.run_until_done(listener))
     if server.failure is None:
         return 0

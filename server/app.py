@@ -57,6 +57,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        service.workers.close()
         await service.engine.shutdown(service.settings.shutdown_timeout_s)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import structlog
@@ -38,7 +39,10 @@ class DrainingServer(uvicorn.Server):
     `failure` is why the process must exit with an error: the model could not be loaded, or the engine died.
     """
 
-    def __init__(self, service: Service, app: FastAPI, url: str) -> None:
+    def __init__(
+        self, service: Service, app: FastAPI, url: str, *, once_ready: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """once_ready: what is done then, beside serving."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -53,6 +57,7 @@ class DrainingServer(uvicorn.Server):
         self.failure: BaseException | None = None
         self._service = service
         self._url = url
+        self._once_ready = once_ready
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -102,6 +107,8 @@ class DrainingServer(uvicorn.Server):
             )
             return
         self._announce()
+        if self._once_ready is not None:
+            await self._once_ready()
         await engine.wait_until_stopped()
         if engine.failure is not None:
             log.error("the engine died", exc_info=engine.failure)

@@ -16,7 +16,10 @@ from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
 from prerope.server.settings import Settings
-from prerope.server.structured.compile import Grammars
+from prerope.server.structured.grammars import Grammars
+from prerope.server.workers.lanes import LANES
+from prerope.server.workers.pool import Workers
+from prerope.server.world import World
 
 if TYPE_CHECKING:
     from prerope.server.engine.engine import Engine
@@ -38,6 +41,7 @@ class Service:
     model_name: str = field(init=False)
     engine: AsyncEngine = field(init=False)
     metrics: Metrics = field(init=False)
+    workers: Workers = field(init=False)
     grammars: Grammars = field(init=False)
     stage: str = "starting"
     _tokenizer: Tokenizer | None = None
@@ -47,7 +51,8 @@ class Service:
         self.model_name = checkpoint_name(self.settings.model_id)
         self.engine = AsyncEngine(self._load)
         self.metrics = Metrics(self.model_name, self._snapshot)
-        self.grammars = Grammars(lambda: self.tokenizer)
+        self.workers = Workers(lambda: World(self.tokenizer), LANES)
+        self.grammars = Grammars(lambda: self.tokenizer, self.workers)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -86,6 +91,7 @@ class Service:
         from prerope.server.engine.engine import Engine
         from prerope.server.log import route_transformers_log
         from prerope.server.models.end_tokens import describe
+        from prerope.server.structured.compile import prepare_tables
         from prerope.server.tokenizer import Tokenizer
 
         route_transformers_log()
@@ -95,6 +101,7 @@ class Service:
         tokenizer = Tokenizer.load(checkpoint)
         _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
         self.report(describe(tokenizer.end_tokens, tokenizer.hf))
+        prepare_tables(tokenizer)  # here too
         engine = Engine.load(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids)
         self._tokenizer = tokenizer
         return engine

@@ -71,10 +71,24 @@ class Tokenizer:
             )
         return cls(hf, end_tokens(checkpoint, hf))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self._hf, self.end_tokens)
+
     @property
     def hf(self) -> Any:
         """transformers' tokenizer itself, for libraries that read it."""
         return self._hf
+
+    @cached_property
+    def backend_json(self) -> str:
+        """The whole tokenizer as text, for libraries that read it."""
+        return str(self._backend.to_str())
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The one end-of-sequence token that the tokenizer itself names."""
+        token_id: int | None = self._hf.eos_token_id
+        return token_id
 
     @property
     def eos_token_ids(self) -> frozenset[int]:

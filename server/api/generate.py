@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import generate_logprobs
 from prerope.server.api.ready import ReadyService
 from prerope.server.api.requests.schemas import GenerateRequest
@@ -25,7 +26,7 @@ router = APIRouter(tags=["generate"])
 @router.post("/generate", summary="Continue a prompt")
 async def generate(body: GenerateRequest, request: Request, service: ReadyService) -> Response:
     """Continue a prompt (text or token ids), as one JSON reply or as a stream of server-sent events."""
-    running = await start(service, body.lowered(), "gen", time.perf_counter())
+    running = await while_connected(request, start(service, body.lowered(), "gen", time.perf_counter()))
     if body.stream:
         return event_stream(_events(service, running, body))
     (reply,) = await read_all(request, running.generations)

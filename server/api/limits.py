@@ -21,7 +21,7 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
-from prerope.server.structured.compile import CompiledGrammar
+from prerope.server.structured.matcher import CompiledGrammar
 
 SEEDS = 2**63
 

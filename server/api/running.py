@@ -24,7 +24,7 @@ from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
-from prerope.server.structured.compile import GrammarText
+from prerope.server.structured.text import GrammarText
 
 
 @dataclass(frozen=True, slots=True)

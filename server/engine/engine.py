@@ -37,6 +37,7 @@ from prerope.server.engine.limits import check_fits, check_room, retry_after_s, 
 from prerope.server.engine.memory.sizing import CacheSize, size_cache
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
+from prerope.server.engine.sampling.mask import wait_for_masks
 from prerope.server.engine.scheduler import Scheduled, Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.step import Share, Step, finish_launch
@@ -187,6 +188,7 @@ class Engine:
         """Launch a step and collect it, or the one before it; (request id, output) of every request that has news."""
         began = time.monotonic()
         outputs = self._abort_expired(began)
+        wait_for_masks(self.scheduler.sequences)
         before, plan = self._in_flight, self.scheduler.schedule()
         self._in_flight = self._launch(plan, before, began) if plan else None
         if before is not None:

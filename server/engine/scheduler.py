@@ -11,7 +11,8 @@ cannot grow, the sequence of highest rank number (latest, least urgent) is preem
 waits to be recomputed, from cached blocks where they survive.
 
 Sequences may have a token that a step in flight samples. It is scheduled like any other, unless it will be their last;
-and a sequence that was preempted meanwhile is admitted again when it is known.
+and a sequence that was preempted meanwhile is admitted again when it is known. One whose grammar has not yet said what
+may come next is left out of the step.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Scheduler:
         """The next step; decodes first. Blocks for all of it are allocated when this returns."""
         plan: list[Scheduled] = []
         decoding = sorted((s for s in self.running.values() if s.decoding and not s.ending), key=lambda s: s.rank)
+        decoding = [sequence for sequence in decoding if not sequence.waits_for_mask]
         for sequence in decoding[: self.max_batched_tokens]:
             if sequence.request_id in self.running and self._grow(sequence, sequence.num_tokens, plan):
                 plan.append(Scheduled(sequence, 1, sequence.num_computed_tokens))
@@ -96,6 +98,7 @@ class Scheduler:
             return
         self._admit()
         prefills = sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank)
+        prefills = [sequence for sequence in prefills if not sequence.waits_for_mask]
         for sequence, num_tokens in share(prefills, budget):
             if sequence.request_id in self.running:
                 self._schedule_prefill(sequence, num_tokens, plan)

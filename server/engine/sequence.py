@@ -131,6 +131,11 @@ class Sequence:
         )
 
     @property
+    def waits_for_mask(self) -> bool:
+        """Whether what may come next is still being computed."""
+        return self.matcher is not None and not self.matcher.ready.done()
+
+    @property
     def num_remaining_tokens(self) -> int:
         """Tokens whose K and V are still to be computed; 1 is a decode step."""
         return len(self.token_ids) - self.num_computed_tokens

@@ -1,196 +1,182 @@
-"""Grammars by llguidance: JSON schemas, regular expressions and Lark grammars, compiled for one tokenizer and kept.
-
-Compiling takes milliseconds to seconds and happens on a thread, one at a time; clients send the same schema again and
-again, so what was compiled is kept, least recently used last. The engine gets `CompiledGrammar`, which it knows as
-`server.engine.sampling.mask.Grammar`.
+"""llguidance's compiler: JSON schemas, regular expressions and Lark grammars for one tokenizer.
 
 JSON may be compact, on one line with spaces, or indented; whitespace is bounded, so that a model cannot fill its reply
 with it and a bounded schema has a longest reply. A schema's own `x-guidance` key is overruled in that.
+
+What compiling takes cannot be told from the text: 45 characters of a schema can ask for minutes and for more memory
+than there is. So each grammar is compiled on trial first, as a `Trial` in a process that can be killed, and then here,
+at a cost that is known.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
+import contextlib
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prerope.server.errors import InvalidRequest
+from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, shorten, yield_to_others
+from prerope.server.structured.text import GrammarText, json_options
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from prerope.server.tokenizer import Tokenizer
 
-MAX_GRAMMAR_CHARS = 65_536
-"""Of a schema, as JSON, or of the text of a regex or grammar: the choices or tools of one request together."""
+T = TypeVar("T")
 
 STACK_BYTES = 512 * 2**20
 """llguidance follows rules and references by recursion, some 8 KiB a level, and a stack overflow ends the process.
 A chain of one rule in six characters fits into this five times over; pages that are not touched cost nothing."""
 
-MAX_REASON_CHARS = 300
-MAX_COMPILED = 64
+MAX_COMPILED_BYTES = 64 * 2**20
+"""Of one grammar, with its first mask."""
+
+LEAST_BYTES = 32 * 2**10
+"""What any grammar is counted as."""
 
 MAX_LEXER_STATES = 30_000
 """Of one sequence, at 1–2 KiB each; llguidance's own 250 000 would be half a gigabyte."""
 
-JSON_WHITESPACE = r"[ ]|\r?\n[ \t]{0,32}"
-"""At most this at each place where JSON allows whitespace."""
+PAGE_BYTES = 4096
 
-Kind = Literal["json", "regex", "lark"]
+
+class HasTokenizer(Protocol):
+    """What a trial needs of the workers' world."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
 
 
 @dataclass(frozen=True, slots=True)
-class GrammarText:
-    """What a client asks for: `text` is a JSON schema, a regex or a grammar. `param` is the request's field."""
+class Cost:
+    """What compiling a grammar took, and computing its first mask."""
 
-    kind: Kind
-    text: str
-    param: str = field(compare=False)
-    compact: bool = False
+    num_bytes: int
+    seconds: float
 
-    def __post_init__(self) -> None:
-        """Raises InvalidRequest where it is too long."""
-        if len(self.text) > MAX_GRAMMAR_CHARS:
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A task for a worker: compile a grammar and say what that took. InvalidRequest for what cannot be compiled."""
+
+    wanted: GrammarText
+
+    def run(self, world: HasTokenizer) -> Cost:
+        tables = token_tables(world.tokenizer, self.wanted.param)
+        warm_up(world.tokenizer)  # the pages that any grammar touches are not this one's
+        before, began = resident_bytes(), time.perf_counter()
+        future = on_a_deep_stack(lambda: new_matcher(self.wanted, tables))
+        matcher = future.result()
+        num_bytes = max(resident_bytes() - before, len(self.wanted.text), LEAST_BYTES)
+        del matcher
+        if num_bytes > MAX_COMPILED_BYTES:
             raise InvalidRequest(
-                f"'{self.param}' has {len(self.text)} characters; at most {MAX_GRAMMAR_CHARS} make a grammar",
-                param=self.param,
+                f"'{self.wanted.param}' takes {num_bytes // 2**20} MiB of memory once it is compiled; at most "
+                f"{MAX_COMPILED_BYTES // 2**20} MiB are accepted",
+                param=self.wanted.param,
                 code="grammar_too_large",
             )
+        return Cost(num_bytes, time.perf_counter() - began)
 
 
-def json_text(value: Any, param: str) -> str:
-    """`value` as JSON. A body may nest deeper than Python can write."""
+def compile_here(wanted: GrammarText, tokenizer: Tokenizer, cost: Cost) -> CompiledGrammar:
+    """The grammar, in this process. For what a trial has shown to be cheap."""
+    tables = token_tables(tokenizer, wanted.param)
+    matcher = new_matcher(wanted, tables)
+    began = time.perf_counter()
+    matcher.deep_copy().compute_bitmask()
+    slow = time.perf_counter() - began > QUICK_S
+    return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow)
+
+
+def new_matcher(wanted: GrammarText, tables: LLTokenizer) -> LLMatcher:
+    """One whose first mask is computed: it is the slowest, and copies begin with what it found."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        raise InvalidRequest(
-            f"'{param}' nests too deep to be compiled", param=param, code="grammar_too_large"
-        ) from None
-
-
-def json_options(compact: bool = False) -> dict[str, Any]:
-    """What llguidance is told about whitespace in JSON (its `x-guidance`)."""
-    return {"whitespace_flexible": False} if compact else {"whitespace_pattern": JSON_WHITESPACE}
-
-
-class TokenMatcher:
-    """llguidance's matcher as the engine's `Matcher`."""
-
-    __slots__ = ("_failure", "_inner")
-
-    def __init__(self, inner: LLMatcher) -> None:
-        self._inner = inner
-        self._failure = ""
-
-    def mask(self) -> bytes:
-        return self._inner.compute_bitmask()
-
-    def accept(self, token_id: int) -> None:
-        if not self._inner.consume_token(token_id) and not self._inner.is_error():
-            self._failure = "a token was drawn that it forbids"
-
-    @property
-    def accepting(self) -> bool:
-        return self._inner.is_accepting()
-
-    @property
-    def finished(self) -> bool:
-        return self._inner.is_stopped()
-
-    @property
-    def failure(self) -> str:
-        return _shorten(self._inner.get_error()) if self._inner.is_error() else self._failure
-
-
-class CompiledGrammar:
-    """A grammar over one tokenizer's tokens. Safe to share: a matcher is a copy."""
-
-    __slots__ = ("_prototype", "_tokenizer")
-
-    def __init__(self, prototype: LLMatcher, tokenizer: LLTokenizer) -> None:
-        self._prototype = prototype
-        self._tokenizer = tokenizer
-
-    def matcher(self) -> TokenMatcher:
-        return TokenMatcher(self._prototype.deep_copy())
-
-    def prefix(self) -> Prefix:
-        return Prefix(self._prototype.deep_copy(), self._tokenizer)
-
-
-class Prefix:
-    """Tells whether the reply's text up to a place is complete by the grammar; places come in rising order."""
-
-    def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer) -> None:
-        self._start = inner
-        self._tokenizer = tokenizer
-        self._inner = inner.deep_copy()
-        self._num_read = 0
-
-    def complete(self, text: str) -> bool:
-        """Whether `text`, the reply so far, could be the whole reply. Work is for what is new since the last call."""
-        if len(text) < self._num_read:
-            self._inner, self._num_read = self._start.deep_copy(), 0
-        new = self._tokenizer.greedy_tokenize(text[self._num_read :])
-        self._num_read = len(text)
-        return self._inner.consume_tokens(new) and self._inner.is_accepting()
-
-
-class Grammars:
-    """Compiles and keeps grammars. The tokenizer's tables are built at the first one, once."""
-
-    def __init__(self, tokenizer: Callable[[], Tokenizer]) -> None:
-        self._get_tokenizer = tokenizer
-        self._tokenizer: LLTokenizer | None = None
-        self._kept: OrderedDict[GrammarText, CompiledGrammar] = OrderedDict()
-        self._one_at_a_time = asyncio.Lock()
-
-    async def compile(self, wanted: GrammarText) -> CompiledGrammar:
-        """InvalidRequest, with llguidance's reason, for what it cannot compile."""
-        if wanted not in self._kept:
-            async with self._one_at_a_time:  # of two with the same schema, the second finds it kept
-                if wanted not in self._kept:
-                    self._kept[wanted] = await asyncio.to_thread(_on_a_deep_stack, self._compile, wanted)
-        self._kept.move_to_end(wanted)
-        grammar = self._kept[wanted]
-        if len(self._kept) > MAX_COMPILED:
-            self._kept.popitem(last=False)
-        return grammar
-
-    def _compile(self, wanted: GrammarText) -> CompiledGrammar:
-        from llguidance import LLMatcher, LLParserLimits
-
-        if self._tokenizer is None:
-            self._tokenizer = token_tables(self._get_tokenizer(), wanted.param)
-        limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
-        try:
-            matcher = LLMatcher(self._tokenizer, _to_llguidance(wanted), log_level=0, limits=limits)
-        except ValueError as error:
-            raise _refusal(wanted, str(error)) from None
-        matcher.compute_bitmask()  # the first is the slowest, and copies begin with what it found
-        if matcher.is_error():
-            raise _refusal(wanted, matcher.get_error())
-        return CompiledGrammar(matcher, self._tokenizer)
+        matcher = LLMatcher(tables, _to_llguidance(wanted), log_level=0, limits=limits)
+    except ValueError as error:
+        raise _refusal(wanted, str(error)) from None
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _refusal(wanted, matcher.get_error())
+    return matcher
 
 
 def token_tables(tokenizer: Tokenizer, param: str) -> LLTokenizer:
-    """The vocabulary as llguidance wants it: about a second for a large one. InvalidRequest where it cannot read it."""
-    from llguidance import hf
-
-    try:
-        return hf.from_tokenizer(tokenizer.hf)
-    except Exception as error:
+    """The vocabulary as llguidance wants it: half a second for a middling one, with the interpreter's lock held, so a
+    server asks for it while it loads. InvalidRequest where llguidance cannot read the tokenizer."""
+    tables = _tables(tokenizer.backend_json, tokenizer.eos_token_id)
+    if isinstance(tables, str):
         raise InvalidRequest(
-            f"'{param}' is not supported with this model: llguidance cannot read its tokenizer "
-            f"({_shorten(str(error))})",
+            f"'{param}' is not supported with this model: llguidance cannot read its tokenizer ({tables})",
             param=param,
             code="unsupported_field",
-        ) from error
+        )
+    return tables
+
+
+def prepare_tables(tokenizer: Tokenizer) -> None:
+    """Build them now, for later."""
+    _tables(tokenizer.backend_json, tokenizer.eos_token_id)
+
+
+def warm_up(tokenizer: Tokenizer) -> None:
+    """Build the tables and compile something."""
+    with contextlib.suppress(InvalidRequest):
+        new_matcher(GrammarText("json", "{}", "json_schema"), token_tables(tokenizer, "json_schema"))
+
+
+@lru_cache(maxsize=1)
+def _tables(backend: str, eos_token_id: int | None) -> LLTokenizer | str:
+    """The tables of the one tokenizer of a process, or why there are none."""
+    from llguidance import LLTokenizer
+
+    try:
+        return LLTokenizer(backend, eos_token=eos_token_id)
+    except Exception as error:
+        return shorten(str(error))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def on_a_deep_stack(function: Callable[[], T], *, nice: bool = False) -> Future[T]:
+    """`function()` on a thread of its own, which nobody waits for at exit."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            if nice:
+                yield_to_others()
+            value = function()
+        except BaseException as error:
+            result.set_exception(error)
+        else:
+            result.set_result(value)
+
+    with _stack_size:
+        before = threading.stack_size(STACK_BYTES)  # of threads started from now on
+        try:
+            threading.Thread(target=run, name="grammar", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return result
+
+
+_stack_size = threading.Lock()
 
 
 def _to_llguidance(wanted: GrammarText) -> str:
@@ -208,32 +194,7 @@ def _to_llguidance(wanted: GrammarText) -> str:
 def _refusal(wanted: GrammarText, reason: str) -> InvalidRequest:
     names = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar"}
     return InvalidRequest(
-        f"'{wanted.param}' is no {names[wanted.kind]} that can be compiled: {_shorten(reason)}",
+        f"'{wanted.param}' is no {names[wanted.kind]} that can be compiled: {shorten(reason)}",
         param=wanted.param,
         code="bad_grammar",
     )
-
-
-def _shorten(reason: str) -> str:
-    text = " ".join(reason.split())
-    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 1] + "…"
-
-
-def _on_a_deep_stack(function: Callable[[GrammarText], CompiledGrammar], wanted: GrammarText) -> CompiledGrammar:
-    """`function(wanted)` on a thread of its own."""
-    result: Future[CompiledGrammar] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(function(wanted))
-        except BaseException as error:
-            result.set_exception(error)
-
-    before = threading.stack_size(STACK_BYTES)  # of threads started from now on
-    try:
-        thread = threading.Thread(target=run, name="grammar")
-        thread.start()
-    finally:
-        threading.stack_size(before)
-    thread.join()
-    return result.result()

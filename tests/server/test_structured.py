@@ -20,8 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 from prerope.server.models.checkpoint import Checkpoint
-from prerope.server.structured.compile import MAX_COMPILED, MAX_GRAMMAR_CHARS, Grammars, GrammarText
+from prerope.server.structured.grammars import Grammars
+from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
 from prerope.server.tokenizer import TextStream, Tokenizer
+from prerope.server.workers.lanes import LANES
+from prerope.server.workers.pool import Workers
+from prerope.server.world import World
 from pydantic import BaseModel, Field
 
 MODEL = "tiny-llama"
@@ -374,18 +378,25 @@ def test_refusals_are_the_clients_exceptions(client: OpenAI) -> None:
 # --- compiling ---
 
 
-def test_compiled_grammars_are_kept_and_bounded(tokenizer: Tokenizer) -> None:
+def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        grammars = Grammars(lambda: tokenizer)
+        workers = Workers(lambda: World(tokenizer), LANES)
+        grammars = Grammars(lambda: tokenizer, workers)
+        grammars.kept.max_bytes = 4 * 2**20
         first = await grammars.compile(GrammarText("regex", "a0", "regex"))
         assert await grammars.compile(GrammarText("regex", "a0", "guided_regex")) is first
+        assert await grammars.compile(GrammarText("regex", "a0", "regex"), "another tenant") is not first
         assert await grammars.compile(GrammarText("lark", 'start: "a0"', "grammar")) is not first
-        for index in range(1, MAX_COMPILED):
-            await grammars.compile(GrammarText("regex", f"a{index}", "regex"))
-        assert await grammars.compile(GrammarText("regex", "a0", "regex")) is not first
         twice = GrammarText("json", "{}", "json_schema")
         one, other = await asyncio.gather(grammars.compile(twice), grammars.compile(twice))
         assert one is other
+        large = await grammars.compile(GrammarText("regex", "a" * 8000, "regex"))
+        assert 2**20 < large.num_bytes <= grammars.kept.num_bytes <= grammars.kept.max_bytes
+        for index in range(6):
+            await grammars.compile(GrammarText("regex", f"{index}" * 8000, "regex"))
+            assert grammars.kept.num_bytes <= grammars.kept.max_bytes
+        assert await grammars.compile(GrammarText("regex", "a0", "regex")) is not first
+        workers.close()
 
     asyncio.run(main())
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
 from prerope.server.api.requests.structured import quoted
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.compile import GrammarText, json_options, json_text
+from prerope.server.structured.text import GrammarText, json_options, json_text
 from prerope.server.tokenizer import Tokenizer
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
+from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import ChatRequest
@@ -28,7 +29,7 @@ router = APIRouter()
 @router.post("/chat/completions", summary="Answer a chat")
 async def chat_completions(body: ChatRequest, request: Request, service: ReadyService) -> Response:
     """OpenAI's chat completions: the model's chat template writes the prompt."""
-    running = await start(service, body.lowered(), "chatcmpl", time.perf_counter())
+    running = await while_connected(request, start(service, body.lowered(), "chatcmpl", time.perf_counter()))
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head, writer = Head.new(running.id, kind, service.model_name), _Writer(service, body, running)
     if body.stream:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import completion_logprobs, prompt_tokens
 from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
@@ -28,7 +29,7 @@ router.include_router(openai_models.router)
 @router.post("/completions", summary="Complete one or several prompts")
 async def completions(body: CompletionRequest, request: Request, service: ReadyService) -> Response:
     """OpenAI's completions: n choices a prompt, numbered prompt by prompt."""
-    running = await start(service, body.lowered(), "cmpl", time.perf_counter())
+    running = await while_connected(request, start(service, body.lowered(), "cmpl", time.perf_counter()))
     head = Head.new(running.id, "text_completion", service.model_name)
     writer = _Writer(service, body, running.generations)
     if body.stream:

@@ -19,7 +19,7 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import Tool, ToolChoice
 from prerope.server.api.requests.documents import Documents
-from prerope.server.structured.compile import GrammarText
+from prerope.server.structured.text import GrammarText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from prerope.server.api.auth.allowance import current_lease
 from prerope.server.api.requests.body import MAX_SHOWN, Refusal, RequestBody, Text, json_type, unicode_text
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.compile import CompiledGrammar, GrammarText, json_text
+from prerope.server.structured.matcher import CompiledGrammar
+from prerope.server.structured.text import GrammarText, json_text
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 if TYPE_CHECKING:
@@ -214,5 +216,8 @@ def only_one(found: list[GrammarText | None]) -> GrammarText | None:
 
 
 async def compiled(service: Service, wanted: GrammarText | None) -> CompiledGrammar | None:
-    """The grammar, from a thread or from an earlier request. InvalidRequest says why it cannot be compiled."""
-    return None if wanted is None else await service.grammars.compile(wanted)
+    """The grammar, new or from an earlier request. InvalidRequest says why it cannot be compiled."""
+    if wanted is None:
+        return None
+    tenant = current_lease().tenant if service.settings.prefix_sharing == "key" else ""
+    return await service.grammars.compile(wanted, tenant)

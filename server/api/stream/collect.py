@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request
+from prerope.server.api.connected import client_gone
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.errors import ClientGone
 
@@ -23,7 +24,7 @@ _Item = tuple[int, Piece | Exception | None]
 
 async def read_all(request: Request, generations: Sequence[Generation]) -> list[Reply]:
     """Every generation, to its end. Raises ClientGone, and aborts them all, when the client leaves before that."""
-    gone = asyncio.create_task(_client_gone(request))
+    gone = asyncio.create_task(client_gone(request))
     replies = [asyncio.create_task(generation.reply()) for generation in generations]
     work = asyncio.gather(*replies)
     try:
@@ -74,12 +75,6 @@ async def _pump(index: int, generation: Generation, queue: asyncio.Queue[_Item])
         await queue.put((index, None))
     except Exception as error:
         await queue.put((index, error))
-
-
-async def _client_gone(request: Request) -> None:
-    """Returns once the client has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _close(tasks: Sequence[asyncio.Future[Any]], generations: Sequence[Generation]) -> None:

@@ -15,7 +15,7 @@ from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, 
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.metrics import Metrics
 from prerope.server.service import Service
-from prerope.server.structured.compile import CompiledGrammar
+from prerope.server.structured.matcher import CompiledGrammar
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
     Grammar ─ matcher() ─ Matcher, one a sequence ─ mask() before each draw ─ accept() after it ─ finished
 
 Only sampled tokens advance a matcher: a preempted sequence is computed again, and its matcher stays where it was.
+A mask may take longer than a step. It is computed beside the steps, and a row whose mask is late is left out of them.
 How a grammar meets the other parameters: bias and penalties come first, and what is forbidden stays forbidden;
 temperature, top-k, top-p and min-p choose among what is allowed. End-of-sequence is allowed exactly where the grammar
 accepts. `min_tokens` and `ignore_eos` put the end off while another token is allowed, and no longer. Stop ids end a
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -24,8 +26,23 @@ if TYPE_CHECKING:
     from prerope.server.engine.sequence import Sequence
 
 
+MASK_WAIT_S = 0.005
+"""How long a step waits for masks, all of its rows together; rows that are late stay out of the step."""
+
+IDLE_WAIT_S = 0.05
+"""The same where nothing else can run. Commands wait so long, too."""
+
+
 class Matcher(Protocol):
     """How far one sequence has come in its grammar. Raises nothing: what goes wrong is in `failure`."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether its next mask is being computed, or there."""
+
+    @property
+    def ready(self) -> Future[bytes]:
+        """Done when `mask` need not wait; begins it."""
 
     def mask(self) -> bytes:
         """A bit for each token id, lowest first, set where it may come next. Ids past the end may not.
@@ -54,6 +71,19 @@ class Grammar(Protocol):
 
     def matcher(self) -> Matcher:
         """A new one, at the beginning."""
+
+
+def wait_for_masks(sequences: Iterable[Sequence]) -> None:
+    """Give masks that are being computed a moment, before a step is scheduled: other rows do not wait for slow ones."""
+    late, others = [], False
+    for sequence in sequences:
+        matcher = sequence.matcher
+        if matcher is not None and matcher.begun and not matcher.ready.done():
+            late.append(matcher.ready)
+        else:
+            others = True
+    if late and not wait(late, MASK_WAIT_S).done and not others:
+        wait(late, IDLE_WAIT_S, FIRST_COMPLETED)
 
 
 def constrain(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> None:

@@ -1,0 +1,154 @@
+"""llguidance's matchers as the engine knows them, their masks computed beside the engine's steps.
+
+What comes next after a token takes microseconds in most grammars and a good part of a second in some that a client may
+write. So a mask is begun on a thread as soon as its token is known, and the engine runs the rows whose masks are there.
+llguidance lets the interpreter's lock go meanwhile. Rows whose masks are quick do not queue behind others: those have
+threads of their own, which yield the cores to everybody else.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+QUICK_S = 0.002
+"""A matcher whose last mask took longer is a slow one."""
+
+NUM_THREADS = 2
+"""Of each kind."""
+
+NICE = 10
+"""How much the threads of slow masks yield to the engine's."""
+
+MAX_REASON_CHARS = 300
+
+
+class TokenMatcher:
+    """llguidance's matcher as the engine's `Matcher`: one thread at a time, the engine's or that of a mask."""
+
+    __slots__ = ("_accepting", "_failure", "_finished", "_inner", "_mask", "_slow")
+
+    def __init__(self, inner: LLMatcher, *, slow: bool = False) -> None:
+        self._inner = inner
+        self._slow = slow
+        self._failure = ""
+        self._accepting = inner.is_accepting()
+        self._finished = inner.is_stopped()
+        self._mask = None if slow else self._begin()  # a slow one is begun when its sequence runs
+
+    @property
+    def begun(self) -> bool:
+        return self._mask is not None
+
+    @property
+    def ready(self) -> Future[bytes]:
+        if self._mask is None:
+            self._mask = self._begin()
+        return self._mask
+
+    def mask(self) -> bytes:
+        return self.ready.result()
+
+    def accept(self, token_id: int) -> None:
+        self.ready.result()
+        if not self._inner.consume_token(token_id) and not self._inner.is_error():
+            self._failure = "a token was drawn that it forbids"
+        if self._inner.is_error():
+            self._failure = shorten(self._inner.get_error())
+        self._accepting, self._finished = self._inner.is_accepting(), self._inner.is_stopped()
+        if not self._failure and not self._finished:
+            self._mask = self._begin()
+
+    @property
+    def accepting(self) -> bool:
+        return self._accepting
+
+    @property
+    def finished(self) -> bool:
+        return self._finished
+
+    @property
+    def failure(self) -> str:
+        return self._failure
+
+    def _begin(self) -> Future[bytes]:
+        return threads(self._slow).submit(self._compute)
+
+    def _compute(self) -> bytes:
+        began = time.perf_counter()
+        mask = self._inner.compute_bitmask()
+        self._slow = time.perf_counter() - began > QUICK_S
+        return mask
+
+
+class CompiledGrammar:
+    """A grammar over one tokenizer's tokens. Safe to share: a matcher is a copy.
+
+    Attributes:
+        num_bytes: what it takes of memory.
+    """
+
+    __slots__ = ("_lock", "_prototype", "_slow", "_tokenizer", "num_bytes")
+
+    def __init__(self, prototype: LLMatcher, tokenizer: LLTokenizer, num_bytes: int = 0, *, slow: bool = False) -> None:
+        self._prototype = prototype
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()  # llguidance's objects may be used by one thread at a time
+        self._slow = slow
+        self.num_bytes = num_bytes
+
+    def matcher(self) -> TokenMatcher:
+        return TokenMatcher(self._copy(), slow=self._slow)
+
+    def prefix(self) -> Prefix:
+        return Prefix(self._copy(), self._tokenizer)
+
+    def _copy(self) -> LLMatcher:
+        with self._lock:
+            return self._prototype.deep_copy()
+
+
+class Prefix:
+    """Tells whether the reply's text up to a place is complete by the grammar; places come in rising order."""
+
+    def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer) -> None:
+        self._start = inner
+        self._tokenizer = tokenizer
+        self._inner = inner.deep_copy()
+        self._num_read = 0
+
+    def complete(self, text: str) -> bool:
+        """Whether `text`, the reply so far, could be the whole reply. Work is for what is new since the last call."""
+        if len(text) < self._num_read:
+            self._inner, self._num_read = self._start.deep_copy(), 0
+        new = self._tokenizer.greedy_tokenize(text[self._num_read :])
+        self._num_read = len(text)
+        return self._inner.consume_tokens(new) and self._inner.is_accepting()
+
+
+@cache
+def threads(slow: bool) -> ThreadPoolExecutor:
+    """Those that compute masks: slow ones, or the others."""
+    return ThreadPoolExecutor(
+        NUM_THREADS,
+        thread_name_prefix="slow-mask" if slow else "mask",
+        initializer=yield_to_others if slow else None,
+    )
+
+
+def yield_to_others() -> None:
+    """The calling thread runs when nobody else wants the core, more or less (Linux, where threads have a nice each)."""
+    if os.path.isdir("/proc/self/task"):  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+
+
+def shorten(reason: str) -> str:
+    text = " ".join(reason.split())
+    return text if len(text) <= MAX_REASON_CHARS else text[: MAX_REASON_CHARS - 1] + "…"

@@ -1,0 +1,1 @@
+"""Work whose size a client chooses, in processes that can be killed."""

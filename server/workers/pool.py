@@ -1,0 +1,291 @@
+"""Tasks in killable processes, for an event loop: `await workers.run(task, …)`.
+
+Nothing waits for ever. A task that passes its limits, or whose process crashes, is an error with words; one that
+nobody waits for any more is killed at once. In each lane so many run at a time, and tenants take turns, so that none
+can fill it with its own. The processes come from one zygote (`server.workers.zygote`), which starts when it is first
+needed or by `start`, is started again when it has died, and keeps a child in waiting, since a fork takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from prerope.server.errors import EngineUnavailable, InvalidRequest
+from prerope.server.workers.messages import EXIT, HEADER, Limits, Order, Outcome, Task, pack
+
+log = structlog.get_logger(__name__)
+
+READ_LIMIT = 2**20
+EXIT_GRACE_S = 5.0
+"""Seconds between the end of a child's socket and word of how it ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Tasks of one kind: how many at once, what each may use, and what it is called in an error."""
+
+    name: str
+    at_once: int
+    limits: Limits
+    doing: str
+
+
+class Turns:
+    """So many at once; whoever waits gets in tenant by tenant, in turn."""
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncIterator[None]:
+        """Within it, one of the places is taken."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(tenant)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    async def _wait(self, tenant: str) -> None:
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(mine)
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled():  # the place came as we left
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            tenant, queue = self._waiting.popitem(last=False)
+            mine = queue.popleft()
+            if queue:
+                self._waiting[tenant] = queue  # to the end of the line
+            if not mine.done():
+                mine.set_result(None)
+                return
+        self._free += 1
+
+
+@dataclass(slots=True)
+class _Child:
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    pid: int | None = None
+
+    async def receive(self) -> Any:
+        (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+        return pickle.loads(await self.reader.readexactly(size))
+
+    def end(self) -> None:
+        """Kill it, whatever it does."""
+        self.writer.transport.abort()
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+@dataclass(slots=True)
+class _Zygote:
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    standby: deque[_Child] = field(default_factory=deque)
+    ended: dict[int, int] = field(default_factory=dict)
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+    alive: bool = True
+
+    def listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.control.setblocking(False)
+        loop.add_reader(self.control, self._hear, loop)
+
+    def _hear(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            data = self.control.recv(EXIT.size * 64)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.alive = False
+            loop.remove_reader(self.control)
+        for pid, status in EXIT.iter_unpack(data[: len(data) // EXIT.size * EXIT.size]):
+            self.ended[pid] = status
+            while len(self.ended) > 1024:  # of children that nobody asks about
+                self.ended.pop(next(iter(self.ended)))
+        self.told.set()
+
+    async def status(self, pid: int) -> int | None:
+        """How a child ended, whose socket is closed; None where nobody knows."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EXIT_GRACE_S):
+                while pid not in self.ended and self.alive:
+                    self.told.clear()
+                    await self.told.wait()
+        return self.ended.pop(pid, None)
+
+    def close(self) -> None:
+        for child in self.standby:
+            child.end()
+        self.standby.clear()
+        self.alive = False
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Workers:
+    """Runs tasks in children of one zygote, which has `world()`. All methods are called on the event loop."""
+
+    def __init__(self, world: Callable[[], Any], lanes: tuple[Lane, ...]) -> None:
+        """world: called on a thread when a zygote starts; its `prepare()` is called there, its tasks get it."""
+        self._world = world
+        self.lanes = {lane.name: lane for lane in lanes}
+        self._turns = {lane.name: Turns(lane.at_once) for lane in lanes}
+        self._zygote: _Zygote | None = None
+        self._starting = asyncio.Lock()
+        self._closed = False
+        self.num_run = 0
+        self.num_failed = 0
+
+    async def start(self) -> None:
+        """Start the zygote now rather than at the first task."""
+        await self._ready_zygote()
+
+    async def run(self, task: Task, lane: str, *, tenant: str = "", param: str | None = None) -> Any:
+        """What the task returns. InvalidRequest where it passes a limit of its lane or crashes its process."""
+        kind = self.lanes[lane]
+        async with self._turns[lane].turn(tenant):
+            self.num_run += 1
+            zygote = await self._ready_zygote()
+            child = zygote.standby.popleft() if zygote.standby else await self._fork(zygote)
+            self._keep_one_waiting(zygote)
+            try:
+                outcome = await _ask(child, Order(task, kind.limits))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                self.num_failed += 1
+                raise await self._explained(zygote, child, kind, param) from None
+            finally:
+                child.end()
+        if outcome.out_of_memory:
+            self.num_failed += 1
+            raise _too_much_memory(kind, param)
+        if outcome.failure is not None:
+            raise outcome.failure
+        return outcome.value
+
+    def close(self) -> None:
+        """Kill everything, at once."""
+        self._closed = True
+        if self._zygote is not None:
+            with contextlib.suppress(Exception):
+                asyncio.get_running_loop().remove_reader(self._zygote.control)
+            self._zygote.close()
+            self._zygote = None
+
+    async def _explained(self, zygote: _Zygote, child: _Child, kind: Lane, param: str | None) -> Exception:
+        status = None if child.pid is None else await zygote.status(child.pid)
+        if status == -signal.SIGXCPU:
+            return InvalidRequest(
+                f"{kind.doing} took more than {kind.limits.cpu_s} s of CPU time; send less of it, or something simpler",
+                param=param,
+                code="too_much_work",
+            )
+        if status is not None:
+            log.warning("a worker crashed", lane=kind.name, status=status)
+            return _too_much_memory(kind, param)
+        return EngineUnavailable("a helper process was lost; send the request again", code="worker_lost")
+
+    # --- the zygote and its children ---
+
+    async def _ready_zygote(self) -> _Zygote:
+        async with self._starting:
+            if self._closed:
+                raise EngineUnavailable("the server is shutting down and takes no new requests", code="draining")
+            if self._zygote is None or not self._zygote.alive:
+                if self._zygote is not None:
+                    log.warning("the process that workers are forked from has died; it is started again")
+                    self._zygote.close()
+                loop = asyncio.get_running_loop()
+                self._zygote = await asyncio.to_thread(_start, self._world)
+                self._zygote.listen(loop)
+            return self._zygote
+
+    async def _fork(self, zygote: _Zygote) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(zygote.control, [b"+"], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                zygote.alive = False
+                raise EngineUnavailable(
+                    "a helper process was lost; send the request again", code="worker_lost"
+                ) from None
+        reader, writer = await asyncio.open_connection(sock=ours, limit=READ_LIMIT)
+        return _Child(reader, writer)
+
+    def _keep_one_waiting(self, zygote: _Zygote) -> None:
+        async def fork() -> None:
+            with contextlib.suppress(EngineUnavailable):
+                child = await self._fork(zygote)
+                if zygote.alive and not self._closed:
+                    zygote.standby.append(child)
+                else:
+                    child.end()
+
+        if not zygote.standby:
+            task = asyncio.create_task(fork())
+            self._forking = task  # a task that nobody holds may vanish
+
+
+async def _ask(child: _Child, order: Order) -> Outcome:
+    if child.pid is None:
+        child.pid = await child.receive()
+    child.writer.write(pack(order))
+    await child.writer.drain()
+    outcome: Outcome = await child.receive()
+    return outcome
+
+
+def _start(world: Callable[[], Any]) -> _Zygote:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        where = f"import sys; sys.path[:] = {sys.path!r}; from prerope.server.workers.zygote import main"
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"{where}; main({theirs.fileno()})"],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    ours.sendall(pack(world()))
+    return _Zygote(process, ours)
+
+
+def _too_much_memory(kind: Lane, param: str | None) -> InvalidRequest:
+    return InvalidRequest(
+        f"{kind.doing} took more than {kind.limits.memory_bytes // 2**20} MiB of memory, or crashed; send less of it, "
+        "or something simpler",
+        param=param,
+        code="too_much_work",
+    )
