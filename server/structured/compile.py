@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, shorten, yield_to_others
+from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, shorten
 from prerope.server.structured.text import GrammarText, json_options
 
 if TYPE_CHECKING:
@@ -68,13 +68,8 @@ class Trial:
     wanted: GrammarText
 
     def run(self, world: HasTokenizer) -> Cost:
-        tables = token_tables(world.tokenizer, self.wanted.param)
-        warm_up(world.tokenizer)  # the pages that any grammar touches are not this one's
-        before, began = resident_bytes(), time.perf_counter()
-        future = on_a_deep_stack(lambda: new_matcher(self.wanted, tables))
-        matcher = future.result()
-        num_bytes = max(resident_bytes() - before, len(self.wanted.text), LEAST_BYTES)
-        del matcher
+        cost = on_a_deep_stack(lambda: self._measured(world.tokenizer)).result()
+        num_bytes = cost.num_bytes
         if num_bytes > MAX_COMPILED_BYTES:
             raise InvalidRequest(
                 f"'{self.wanted.param}' takes {num_bytes // 2**20} MiB of memory once it is compiled; at most "
@@ -82,7 +77,16 @@ class Trial:
                 param=self.wanted.param,
                 code="grammar_too_large",
             )
-        return Cost(num_bytes, time.perf_counter() - began)
+        return cost
+
+    def _measured(self, tokenizer: Tokenizer) -> Cost:
+        warm_up(tokenizer)  # the pages that any grammar touches are not this one's
+        tables = token_tables(tokenizer, self.wanted.param)
+        before, began = resident_bytes(), time.perf_counter()
+        matcher = new_matcher(self.wanted, tables)
+        cost = Cost(max(resident_bytes() - before, LEAST_BYTES), time.perf_counter() - began)
+        del matcher
+        return cost
 
 
 def compile_here(wanted: GrammarText, tokenizer: Tokenizer, cost: Cost) -> CompiledGrammar:
@@ -153,14 +157,12 @@ def resident_bytes() -> int:
         return 0
 
 
-def on_a_deep_stack(function: Callable[[], T], *, nice: bool = False) -> Future[T]:
+def on_a_deep_stack(function: Callable[[], T]) -> Future[T]:
     """`function()` on a thread of its own, which nobody waits for at exit."""
     result: Future[T] = Future()
 
     def run() -> None:
         try:
-            if nice:
-                yield_to_others()
             value = function()
         except BaseException as error:
             result.set_exception(error)

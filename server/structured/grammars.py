@@ -72,9 +72,7 @@ class Grammars:
         try:
             cost: Cost = await self._workers.run(Trial(wanted), LANE, tenant=key[0], param=wanted.param)
             tokenizer = self._tokenizer()
-            grammar = await asyncio.wrap_future(
-                on_a_deep_stack(lambda: compile_here(wanted, tokenizer, cost), nice=True)
-            )
+            grammar = await asyncio.wrap_future(on_a_deep_stack(lambda: compile_here(wanted, tokenizer, cost)))
         except InvalidRequest as refusal:
             self.refused.put(key, refusal, 512 + len(refusal.message))
             raise

@@ -3,12 +3,11 @@
 What comes next after a token takes microseconds in most grammars and a good part of a second in some that a client may
 write. So a mask is begun on a thread as soon as its token is known, and the engine runs the rows whose masks are there.
 llguidance lets the interpreter's lock go meanwhile. Rows whose masks are quick do not queue behind others: those have
-threads of their own, which yield the cores to everybody else.
+threads of their own.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +20,9 @@ if TYPE_CHECKING:
 QUICK_S = 0.002
 """A matcher whose last mask took longer is a slow one."""
 
-NUM_THREADS = 2
-"""Of each kind."""
-
-NICE = 10
-"""How much the threads of slow masks yield to the engine's."""
+NUM_QUICK = 2
+"""Threads for quick masks. Slow ones have one, and are not to take more than a core. (Threads that yield the core to
+others would do so with the interpreter's lock in their hands.)"""
 
 MAX_REASON_CHARS = 300
 
@@ -136,17 +133,7 @@ class Prefix:
 @cache
 def threads(slow: bool) -> ThreadPoolExecutor:
     """Those that compute masks: slow ones, or the others."""
-    return ThreadPoolExecutor(
-        NUM_THREADS,
-        thread_name_prefix="slow-mask" if slow else "mask",
-        initializer=yield_to_others if slow else None,
-    )
-
-
-def yield_to_others() -> None:
-    """The calling thread runs when nobody else wants the core, more or less (Linux, where threads have a nice each)."""
-    if os.path.isdir("/proc/self/task"):  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    return ThreadPoolExecutor(1 if slow else NUM_QUICK, thread_name_prefix="slow-mask" if slow else "mask")
 
 
 def shorten(reason: str) -> str:

@@ -380,9 +380,8 @@ def test_refusals_are_the_clients_exceptions(client: OpenAI) -> None:
 
 def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        workers = Workers(lambda: World(tokenizer), LANES)
         grammars = Grammars(lambda: tokenizer, workers)
-        grammars.kept.max_bytes = 4 * 2**20
+        grammars.kept.max_bytes = 16 * 2**20
         first = await grammars.compile(GrammarText("regex", "a0", "regex"))
         assert await grammars.compile(GrammarText("regex", "a0", "guided_regex")) is first
         assert await grammars.compile(GrammarText("regex", "a0", "regex"), "another tenant") is not first
@@ -396,9 +395,16 @@ def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -
             await grammars.compile(GrammarText("regex", f"{index}" * 8000, "regex"))
             assert grammars.kept.num_bytes <= grammars.kept.max_bytes
         assert await grammars.compile(GrammarText("regex", "a0", "regex")) is not first
-        workers.close()
 
-    asyncio.run(main())
+    workers = Workers(lambda: World(tokenizer), LANES)
+
+    async def closing() -> None:
+        try:
+            await main()
+        finally:
+            workers.close()
+
+    asyncio.run(closing())
 
 
 @given(st.lists(st.sampled_from(["x", "ab", "cd", "a", "b", "c", "d", "e", "🙂"]), max_size=12), st.data())

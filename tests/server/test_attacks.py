@@ -1,0 +1,66 @@
+"""What one client can do to the others: each attack in full, beside a probe of /health and somebody's stream.
+
+The server is a process of its own with a tiny model, whose steps take a millisecond or two, so a stream's bound here is
+time; `python -m tests.server.attacks URL` makes the same attacks on any server and prints what they did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server import attacks
+from tests.server.attacks import ATTACKS, Bystander
+from tests.server.test_cli import free_port, start, wait_for
+
+WORST_HEALTH_S = 1.0
+WORST_GAP_S = 2.0
+"""On cores that other tests use too. Before there were limits these were 3 to 40 s."""
+
+
+@pytest.fixture(scope="module")
+def url(tiny_checkpoint: Path) -> Iterator[str]:
+    port = free_port()
+    process = start(
+        *("--model-id", str(tiny_checkpoint), "--port", str(port), "--log-level", "error", "--rope-method", "rope"),
+        *("--kv-cache-memory", "64MiB", "--max-model-len", "32768", "--shutdown-timeout-s", "1"),
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{url}/ready")
+        httpx.post(f"{url}/generate", json={"prompt": "a", "max_tokens": 1, "regex": "a"}, timeout=60)
+        yield url
+        process.terminate()
+        assert process.wait(10) == 0, "the attacks keep the process from its end"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_nobody_else_is_held_up(url: str, name: str) -> None:
+    with Bystander(url) as bystander:
+        statuses = ATTACKS[name](url)
+    assert bystander.worst_health_s < WORST_HEALTH_S
+    assert bystander.worst_gap_s < WORST_GAP_S
+    assert set(statuses) <= {200, 400, 408, 413, 429}, statuses
+
+
+def test_a_refused_grammar_is_remembered_and_an_abandoned_one_is_killed(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=30) as http:
+        first = http.post("/generate", json=attacks.HUGE_SCHEMA)
+        assert first.status_code == 400
+        assert first.json()["error"]["code"] == "too_much_work"
+        assert "CPU time" in first.json()["error"]["message"]
+        again = http.post("/generate", json=attacks.HUGE_SCHEMA, timeout=1)
+        assert again.json() == first.json()
+        abandoned = {"prompt": "Hi", "json_schema": {"type": "integer", "multipleOf": 99999971}}
+        for _ in range(8):
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/generate", json=abandoned, timeout=0.3)
+        assert (
+            http.post("/generate", json={"prompt": "Hi", "regex": "ab", "max_tokens": 4}, timeout=3).status_code == 200
+        )
