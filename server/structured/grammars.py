@@ -60,8 +60,8 @@ class Grammars:
         making.num_waiting += 1
         try:
             return await asyncio.shield(making.task)
-        except InvalidRequest as refusal:
-            raise _said_of(wanted, refusal) from None
+        except InvalidRequest as refused:
+            raise _said_of(wanted, refused) from None
         finally:
             making.num_waiting -= 1
             if not making.num_waiting:
@@ -73,8 +73,8 @@ class Grammars:
             cost: Cost = await self._workers.run(Trial(wanted), LANE, tenant=key[0], param=wanted.param)
             tokenizer = self._tokenizer()
             grammar = await asyncio.wrap_future(on_a_deep_stack(lambda: compile_here(wanted, tokenizer, cost)))
-        except InvalidRequest as refusal:
-            self.refused.put(key, refusal, 512 + len(refusal.message))
+        except InvalidRequest as refused:
+            self.refused.put(key, refused, 512 + len(refused.message))
             raise
         self.kept.put(key, grammar, grammar.num_bytes)
         return grammar

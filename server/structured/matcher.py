@@ -60,8 +60,8 @@ class TokenMatcher:
         if self._inner.is_error():
             self._failure = shorten(self._inner.get_error())
         self._accepting, self._finished = self._inner.is_accepting(), self._inner.is_stopped()
-        if not self._failure and not self._finished:
-            self._mask = self._begin()
+        ended = self._failure or self._finished
+        self._mask = None if ended else self._begin()
 
     @property
     def accepting(self) -> bool:

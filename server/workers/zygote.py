@@ -47,11 +47,11 @@ def main(control_fd: int) -> NoReturn:
         gc.freeze()  # children share these pages until they write to them
         gc.disable()
         while True:
-            ready, _, _ = select.select([control, wake], [], [])
+            ready, _, _ = select.select([control.fileno(), wake], [], [])
             if wake in ready:
                 os.read(wake, 4096)
                 _tell_of_the_ended(control)
-            if control in ready and not _fork(control, world):
+            if control.fileno() in ready and not _fork(control, world):
                 break
     os._exit(0)
 

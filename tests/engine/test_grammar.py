@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -263,9 +264,12 @@ class _Failing:
     """A matcher whose library gives up after two tokens."""
 
     accepting = finished = False
+    begun = True
 
     def __init__(self) -> None:
         self.accepted = 0
+        self.ready: Future[bytes] = Future()
+        self.ready.set_result(b"")
 
     def matcher(self) -> _Failing:
         return _Failing()
