@@ -20,8 +20,6 @@ from prerope.server.flags import load_settings
 from prerope.server.log import configure_logging
 from prerope.server.settings import Settings, let_waiting_threads_sleep
 
-BACKLOG = 2048
-
 
 def main() -> NoReturn:
     """The console script."""
@@ -63,7 +61,8 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        both = host == "::" and socket.has_dualstack_ipv6()  # every interface, and IPv4 with it
+        return socket.create_server(address[:2], family=family, dualstack_ipv6=both)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigurationError(

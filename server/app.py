@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata, resources
+from importlib import metadata
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
-from prerope.server.api import generate, health
+from prerope.server.api import generate, health, pages
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldLease
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.api.errors import install_error_handlers
+from prerope.server.api.hosts import HostCheck
 from prerope.server.api.middleware import BodyLimit, ClientTimeout, KeyCheck, RequestContext
 from prerope.server.api.openai import completions as openai
 from prerope.server.api.openapi.document import install_document
@@ -28,16 +28,17 @@ def create_app(settings: Settings) -> FastAPI:
     service = Service(settings)
     app = FastAPI(title="PreRoPE", version=_version(), lifespan=_lifespan, redoc_url=None)
     app.state.service = service
-    for module in (generate, openai, tokenize, health):
+    for module in (generate, openai, tokenize, health, pages):
         app.include_router(module.router)
-    app.add_api_route("/", _playground, response_class=HTMLResponse, include_in_schema=False)
     install_error_handlers(app)
     install_document(app, needs_key=bool(settings.api_keys or settings.api_key_file))
     # The last added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)
     app.add_middleware(HoldLease, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
-    app.add_middleware(KeyCheck, keys=KeyRing(settings.api_keys, settings.api_key_file))
+    keys = KeyRing(settings.api_keys, settings.api_key_file)
+    app.add_middleware(KeyCheck, keys=keys, metrics_keys=KeyRing(settings.metrics_keys))
+    app.add_middleware(HostCheck, allowed=settings.host_names, default_all=keys.asks)
     app.add_middleware(RequestContext, metrics=service.metrics)
     if settings.cors_origins:
         app.add_middleware(
@@ -59,12 +60,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         service.workers.close()
         await service.engine.shutdown(service.settings.shutdown_timeout_s)
-
-
-async def _playground() -> HTMLResponse:
-    """A page to try the server from a browser, with nothing to download."""
-    page = resources.files("prerope.server.api").joinpath("playground.html").read_text(encoding="utf-8")
-    return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
 
 
 def _version() -> str:

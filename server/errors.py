@@ -70,8 +70,15 @@ class ModelNotFound(RequestError):
     type = "not_found_error"
 
 
+class WrongHost(RequestError):
+    """The Host header names another server: a page elsewhere may have had its name resolve to this address."""
+
+    status = 421
+    type = "invalid_request_error"
+
+
 class BodyTimeout(RequestError):
-    """The client began a body and sent no more of it."""
+    """The client began a body and sent no more of it, or too slowly."""
 
     status = 408
     type = "timeout_error"
@@ -81,6 +88,13 @@ class BodyTooLarge(RequestError):
     """The request body exceeds the limit in bytes."""
 
     status = 413
+    type = "invalid_request_error"
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is compressed."""
+
+    status = 415
     type = "invalid_request_error"
 
 
@@ -111,6 +125,13 @@ class ClientGone(RequestError):
 
 class EngineUnavailable(RequestError):
     """The engine is loading, draining or dead."""
+
+    status = 503
+    type = "service_unavailable_error"
+
+
+class ServerFull(RequestError):
+    """All connections that the server takes are in use."""
 
     status = 503
     type = "service_unavailable_error"

@@ -12,25 +12,18 @@ from types import FrameType
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from prerope.server.api.middleware import ABORT
+from prerope.server.connection import ACCEPTED_AT_ONCE, Connection, Door, room_for
 from prerope.server.errors import ConfigurationError, OutOfMemory, first_line
 from prerope.server.log import LEVELS
 from prerope.server.service import Service
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = structlog.get_logger(__name__)
 
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
 CLOSE_GRACE_S = 5
 """Seconds that connections get to close once the engine is done: all replies are complete or aborted by then."""
 EXAMPLE_BODY = """{"prompt": "The capital of France is", "max_tokens": 16}"""
-
-
-class Connection(H11Protocol):
-    """uvicorn's, which also lets the app drop it: a client that does not read cannot be waited for."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, ABORT: transport.abort}
 
 
 class DrainingServer(uvicorn.Server):
@@ -43,10 +36,13 @@ class DrainingServer(uvicorn.Server):
         self, service: Service, app: FastAPI, url: str, *, once_ready: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         """once_ready: what is done then, beside serving."""
+        self.door = Door(service.settings.max_connections)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Connection,
+                http=Connection.behind(self.door),
+                backlog=ACCEPTED_AT_ONCE,
+                timeout_keep_alive=service.settings.keep_alive_s,
                 log_config=None,
                 log_level=max(LEVELS["warning"], LEVELS[service.settings.log_level]),
                 access_log=False,
@@ -64,10 +60,17 @@ class DrainingServer(uvicorn.Server):
     async def run_until_done(self, listener: socket.socket) -> None:
         """Serve until a signal has been obeyed or the engine has failed."""
         self._loop = asyncio.get_running_loop()
+        self.door.room = room_for(self._service.settings.max_connections)
         _give_up_on_silence(listener, self._service.settings.client_timeout_s)
         watcher = asyncio.create_task(self._watch())
         await self.serve(sockets=[listener])
         watcher.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, and the kernel's queue as long as it was: asyncio has one number for it and for a turn's work."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """uvicorn's signal handler. Not recorded as captured: the process ends by its exit code, not by the signal."""

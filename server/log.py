@@ -1,14 +1,19 @@
 """The log: one structlog pipeline to stderr for our lines and for those of the libraries, as text or as JSON.
 
 Lines carry the request's id where there is one (bound by `server.api.middleware`). No line ever carries a prompt, a
-reply or an API key: callers log counts and names.
+reply or an API key: callers log counts and names. What clients can cause as often as they like cannot fill a disk: of
+each kind of line there are so many in so many seconds, and then a number (`KindLimit`).
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -26,6 +31,57 @@ NOISY = {
 
 
 TRACED_FRAMES = 8
+
+LINES_OF_A_KIND, WINDOW_S = 50, 10.0
+MAX_KINDS, KIND_CHARS = 1000, 100
+
+
+@dataclass(slots=True)
+class _Window:
+    """Of one kind of line."""
+
+    until: float
+    lines: int = 0
+
+
+class KindLimit(logging.Filter):
+    """At most so many lines of a kind in a window; the first one after it says how many were left out.
+
+    A kind is a logger, the words of the event, and its status where it has one. Requests that were served are the
+    access log, and all there.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._windows: dict[tuple[Any, ...], _Window] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        event = record.msg if isinstance(record.msg, dict) else {"event": record.msg}
+        status = event.get("status")
+        if isinstance(status, int) and 0 < status < 400:
+            return True
+        kind = (record.name, record.levelno, str(event.get("event"))[:KIND_CHARS], status)
+        window = self._windows.get(kind)
+        now, left_out = self._clock(), 0
+        if window is None or now >= window.until:
+            left_out = max(0, window.lines - LINES_OF_A_KIND) if window is not None else 0
+            if len(self._windows) >= MAX_KINDS:
+                self._windows.clear()
+            window = self._windows[kind] = _Window(now + WINDOW_S)
+        window.lines += 1
+        if left_out:
+            _note(record, f"{left_out} more of this kind were left out")
+        elif window.lines == LINES_OF_A_KIND:
+            _note(record, f"more of this kind are left out for up to {WINDOW_S:g} s")
+        return window.lines <= LINES_OF_A_KIND
+
+
+def _note(record: logging.LogRecord, note: str) -> None:
+    if isinstance(record.msg, dict):
+        record.msg = record.msg | {"note": note}
+    else:
+        record.msg, record.args = f"{record.getMessage()} ({note})", None
 
 
 def configure_logging(level: str, log_format: str) -> None:
@@ -46,6 +102,7 @@ def configure_logging(level: str, log_format: str) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(KindLimit())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,

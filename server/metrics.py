@@ -117,7 +117,7 @@ class Metrics:
         generation_tokens: int,
         timings: Timings | None = None,
     ) -> None:
-        """One sequence ended; `timings` are the engine's, missing where the server ended it (a stop string)."""
+        """One sequence ended; `timings` are the engine's, missing where it ended before its first token."""
         seen = self._histograms
         self._success.labels(self._label["model_name"], reason).inc()
         seen["e2e"].observe(e2e_s)

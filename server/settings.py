@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+import tempfile
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -31,9 +34,25 @@ def let_waiting_threads_sleep() -> None:
 
 
 def default_cache_dir() -> Path:
-    """Where converted checkpoints are kept: the XDG cache folder of the user."""
+    """Where converted checkpoints are kept: the XDG cache folder of the user, or a temporary one without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
-    return (Path(base) if base else Path.home() / ".cache") / "prerope"
+    if base:
+        return Path(base) / "prerope"
+    try:
+        return Path.home() / ".cache" / "prerope"
+    except RuntimeError:  # neither HOME nor an entry for this user, as in containers with a number for a user
+        return _temporary_folder()
+
+
+@lru_cache
+def _temporary_folder() -> Path:
+    """This user's alone: kernels are loaded from it, so one that others could have made or may write is not taken."""
+    folder = Path(tempfile.gettempdir(), f"prerope-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="prerope-"))
 
 
 def _lower(value: object) -> object:
@@ -52,19 +71,32 @@ def _method(value: str) -> str:
     return value
 
 
+def _listed(value: str | None) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(one.strip() for one in (value or "").split(",") if one.strip())
+
+
 def _keys(value: SecretStr) -> SecretStr:
-    if not any(key.strip() for key in value.get_secret_value().split(",")):
+    if not _listed(value.get_secret_value()):
         raise ValueError("no key")
     return value
 
 
 def read_key_file(path: Path) -> tuple[str, ...]:
     """The keys of a file: one a line, blank lines and lines that begin with # left out. OSError or ValueError."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())  # editors may write a BOM
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError("no key")
     return keys
+
+
+def _expanded(value: Path) -> Path:
+    """With ~ for the home folder, where no shell has put it in."""
+    try:
+        return value.expanduser()
+    except RuntimeError as error:
+        raise ValueError("no home folder") from error
 
 
 def _key_file(value: Path) -> Path:
@@ -78,7 +110,8 @@ def _key_file(value: Path) -> Path:
 Device = Annotated[str, BeforeValidator(_lower), AfterValidator(_device)]
 Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method)]
 ApiKeys = Annotated[SecretStr, AfterValidator(_keys)]
-KeyFile = Annotated[Path, AfterValidator(_key_file)]
+Folder = Annotated[Path, AfterValidator(_expanded)]
+KeyFile = Annotated[Path, AfterValidator(_expanded), AfterValidator(_key_file)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_lower)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 PrefixSharing = Annotated[Literal["key", "all"], BeforeValidator(_lower)]
@@ -115,7 +148,7 @@ class Settings(BaseSettings):
         description="Of linear layers, the output head left out. int8: half the bytes of bfloat16, with a scale for "
         "each output; on the CPU, with torchao installed",
     )
-    cache_dir: Path = Field(
+    cache_dir: Folder = Field(
         default_factory=default_cache_dir,
         description="Where converted copies of GGUF models and the built C kernels are kept",
         json_schema_extra={"allowed": "a writable folder", "default": "$XDG_CACHE_HOME/prerope, else ~/.cache/prerope"},
@@ -128,6 +161,25 @@ class Settings(BaseSettings):
         json_schema_extra={"allowed": "an address or a host name"},
     )
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    allowed_hosts: str | None = Field(
+        default=None,
+        description="Names that requests may call the server by (the Host header). Unset, where keys are asked for: "
+        "any; else addresses and names that nobody can register (localhost, one label, .local, .internal), so that no "
+        "page of the web reaches a server without keys by DNS rebinding",
+        json_schema_extra={"allowed": "names separated by commas, *.example.com for all below one, or *"},
+    )
+    max_connections: int = Field(
+        default=2048,
+        ge=1,
+        le=1_000_000,
+        description="Connections at once, or what `ulimit -n` leaves room for. One more takes the place of the one "
+        "that has been idle longest, and gets a 503 where all carry requests",
+    )
+    keep_alive_s: int = Field(
+        default=75,
+        ge=1,
+        description="Seconds that a connection may be idle between two requests; more than that of a proxy before it",
+    )
     api_key: ApiKeys | None = Field(
         default=None,
         description="Keys of which a request must carry one (Authorization: Bearer KEY); unset: no key is asked for",
@@ -138,6 +190,12 @@ class Settings(BaseSettings):
         description="More keys, from a file that is read again within a second of a change; while it cannot be read "
         "or holds none, its last keys go on",
         json_schema_extra={"allowed": "a readable file with one key a line; lines that begin with # are comments"},
+    )
+    metrics_key: ApiKeys | None = Field(
+        default=None,
+        description="Keys of which a request to /metrics must carry one; unset: it is open, and who reads it twice "
+        "learns how many tokens others sent between",
+        json_schema_extra={"allowed": "one key, or several separated by commas"},
     )
     max_seqs_per_key: int | None = Field(
         default=None,
@@ -158,7 +216,7 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Seconds that a client may leave the server waiting, with the next piece of its body or with its "
-        "reply unread, before its connection is cut",
+        "reply unread, before its connection is cut; a body must also come at 16 KiB a second, after as many seconds",
     )
 
     # Positions
@@ -265,8 +323,16 @@ class Settings(BaseSettings):
     @property
     def api_keys(self) -> tuple[str, ...]:
         """The accepted keys of API_KEY; those of API_KEY_FILE, which may change, are not among them."""
-        value = self.api_key.get_secret_value() if self.api_key else ""
-        return tuple(key.strip() for key in value.split(",") if key.strip())
+        return _listed(self.api_key.get_secret_value() if self.api_key else None)
+
+    @property
+    def metrics_keys(self) -> tuple[str, ...]:
+        return _listed(self.metrics_key.get_secret_value() if self.metrics_key else None)
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """Those of ALLOWED_HOSTS."""
+        return _listed(self.allowed_hosts)
 
     @property
     def asks_for_key(self) -> bool:
@@ -275,7 +341,7 @@ class Settings(BaseSettings):
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
-        return tuple(origin.strip() for origin in (self.cors_allow_origin or "").split(",") if origin.strip())
+        return _listed(self.cors_allow_origin)
 
     def rope_spec(self) -> RopeSpec:
         """The deployment's position method, unresolved."""

@@ -6,6 +6,7 @@ traceback, a path, or text from a prompt.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from prerope.server.errors import (
     QueueFull,
     RequestError,
     Unauthorized,
+    UnsupportedEncoding,
 )
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -79,6 +81,8 @@ async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if _is_encoded(request):
+        return error_response(_encoded(request))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind and "json" not in kind and "body" in error.errors()[0]["loc"][:1]:
         return error_response(
@@ -95,6 +99,8 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         return error_response(error.__cause__)
     if isinstance(error.__cause__, ClientDisconnect):
         return error_response(ClientGone("the client closed the connection before its request was complete"))
+    if error.__cause__ is not None and error.status_code == 400:
+        return error_response(_encoded(request) if _is_encoded(request) else _unreadable(error.__cause__))
     messages = {
         404: "There is no such route; /docs lists them.",
         405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",
@@ -102,6 +108,29 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     message = messages.get(error.status_code, str(error.detail))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": body}, status_code=error.status_code, headers=_plain(error.headers))
+
+
+def _is_encoded(request: Request) -> bool:
+    """Whether the body is said to be compressed."""
+    return request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity")
+
+
+def _encoded(request: Request) -> RequestError:
+    given = request.headers["content-encoding"][:SHOWN_CHARS]
+    return UnsupportedEncoding(f"The body is compressed (Content-Encoding: {given}); send it as it is.")
+
+
+def _unreadable(reason: BaseException) -> RequestError:
+    """Why a body that came whole cannot be read as JSON. Its words are not repeated."""
+    if isinstance(reason, UnicodeDecodeError):
+        message = f"The body is not valid UTF-8: at byte {reason.start}."
+    elif isinstance(reason, RecursionError):
+        message = "The body is nested too deeply."
+    elif isinstance(reason, ValueError):  # of Python's own limit to what takes quadratic time
+        message = f"The body holds a number of more than {sys.get_int_max_str_digits()} digits."
+    else:
+        message = "The body could not be read as JSON."
+    return InvalidRequest(message, code="invalid_json")
 
 
 def _plain(headers: Mapping[str, str] | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What happens to every HTTP request before and after its endpoint: an id, the key, limits, a log line.
 
-    CORS → RequestContext (id, log, metric, last resort for errors) → KeyCheck → HoldLease (`lease`) → ClientTimeout
-         → BodyLimit → routes
+    CORS → RequestContext (id, log, metric, last resort for errors) → HostCheck (`hosts`) → KeyCheck
+         → HoldLease (`auth.allowance`) → ClientTimeout → BodyLimit → routes
 
 Plain ASGI, so that streams pass through unbuffered.
 """
@@ -27,11 +27,20 @@ log = structlog.get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 """Routes that ask for no key: probes, scrapers, and pages that hold no data of anybody's."""
+METRICS_PATH = "/metrics"
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """Routes that are called every few seconds; they are logged as debug lines."""
 
 ABORT = "abort_connection"
-"""In the scope's state: a function that drops the connection with what is not yet sent (`server.http`)."""
+"""In the scope's state: a function that drops the connection with what is not yet sent (`server.connection`)."""
+
+FILLER = "filler"
+"""In the scope's state: bytes that mean nothing between two pieces of this reply (`server.connection`)."""
+
+SSE_COMMENT = b": \n\n"
+
+MIN_BODY_RATE = 16 * 2**10
+"""Bytes a second that a body must come with on average, after CLIENT_TIMEOUT_S of grace."""
 
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
@@ -55,7 +64,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                _complete_head(scope, message, request_id)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -83,6 +92,18 @@ class RequestContext:
         write("request", method=method, path=handler, status=status, seconds=round(seconds, 3))
 
 
+def _complete_head(scope: Scope, message: Message, request_id: str) -> None:
+    headers = MutableHeaders(scope=message)
+    headers["x-request-id"] = request_id
+    headers["x-content-type-options"] = "nosniff"
+    kind = headers.get("content-type", "")
+    if kind.startswith("text/event-stream"):
+        scope.setdefault("state", {})[FILLER] = SSE_COMMENT
+    elif kind.startswith("text/html"):  # no page elsewhere may show ours as its own
+        headers["x-frame-options"] = "DENY"
+        headers.setdefault("content-security-policy", "frame-ancestors 'none'")
+
+
 def _template(scope: Scope) -> str:
     """The path with its parameters' names for their values. (FastAPI's route object lacks its router's prefix.)"""
     if "route" not in scope:
@@ -98,23 +119,34 @@ def _template(scope: Scope) -> str:
 class KeyCheck:
     """Refuses requests without one of the keys; notes in the scope whose key it is, as `tenant`."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, metrics_keys: KeyRing) -> None:
+        """metrics_keys: those that open /metrics, and nothing else."""
         self.app = app
         self.keys = keys
+        self.metrics_keys = metrics_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.keys.asks and scope["path"] not in OPEN_PATHS:
-            scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-            tenant = self.keys.tenant(given.strip().encode("latin-1"))  # the bytes as they came
-            if scheme.lower() != "bearer" or tenant is None:
-                problem = "The API key is wrong." if given else "An API key is needed."
-                raise Unauthorized(f"{problem} Send the header Authorization: Bearer KEY.", code="invalid_api_key")
-            scope["tenant"] = tenant
+        if scope["type"] == "http":
+            path = scope["path"].rstrip("/") or "/"  # with a slash more it is sent on to the route
+            if path == METRICS_PATH and self.metrics_keys.asks:
+                self._tenant(scope, self.metrics_keys, "METRICS_KEY")
+            elif path not in OPEN_PATHS and self.keys.asks:
+                scope["tenant"] = self._tenant(scope, self.keys, "KEY")
         await self.app(scope, receive, send)
+
+    @staticmethod
+    def _tenant(scope: Scope, keys: KeyRing, shown: str) -> str:
+        """Whose key the request carries. Raises Unauthorized."""
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        tenant = keys.tenant(given.strip().encode("latin-1"))  # the bytes as they came
+        if scheme.lower() != "bearer" or tenant is None:
+            problem = "The API key is wrong." if given else "An API key is needed."
+            raise Unauthorized(f"{problem} Send the header Authorization: Bearer {shown}.", code="invalid_api_key")
+        return tenant
 
 
 class ClientTimeout:
-    """Cuts a client that lets the server wait: that sends no more of its body, or reads no more of its reply."""
+    """Cuts a client that lets the server wait: that sends its body too slowly, or reads no more of its reply."""
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
         self.app = app
@@ -124,21 +156,21 @@ class ClientTimeout:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body_is_read = False
+        now = asyncio.get_running_loop().time
+        body_is_read, latest = False, now() + self.seconds
 
         async def receive_in_time() -> Message:
-            nonlocal body_is_read
+            nonlocal body_is_read, latest
             if body_is_read:  # what comes now is the client's leaving, whenever that is
                 return await receive()
+            silent = now() + self.seconds
             try:
-                async with asyncio.timeout(self.seconds):
+                async with asyncio.timeout_at(min(silent, latest)):
                     message = await receive()
             except TimeoutError:
-                raise BodyTimeout(
-                    f"No more of the body came for {self.seconds:g} s (CLIENT_TIMEOUT_S); send it again.",
-                    code="body_timeout",
-                ) from None
+                raise _body_timeout(self.seconds, silent=silent <= latest) from None
             body_is_read = not message.get("more_body", False)
+            latest += len(message.get("body", b"")) / MIN_BODY_RATE
             return message
 
         async def send_in_time(message: Message) -> None:
@@ -153,6 +185,13 @@ class ClientTimeout:
                 ) from None
 
         await self.app(scope, receive_in_time, send_in_time)
+
+
+def _body_timeout(seconds: float, *, silent: bool) -> BodyTimeout:
+    what = f"No more of the body came for {seconds:g} s"
+    if not silent:
+        what = f"The body comes at less than {MIN_BODY_RATE} bytes a second, after {seconds:g} s for its beginning"
+    return BodyTimeout(f"{what} (CLIENT_TIMEOUT_S); send it again.", code="body_timeout")
 
 
 async def _abort(scope: Scope) -> None:

@@ -27,7 +27,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of one finished request: in the queue, then to the first token, then to the end."""
+    """Seconds of one request: in the queue, then to the first token, then to the end, or until now."""
 
     queue_s: float
     prefill_s: float
@@ -44,8 +44,9 @@ class TokenOutput:
         prompt_logprobs: once, with the first event after the prefill: one per prompt token, the first is None.
         num_prompt_tokens, num_cached_tokens, num_processed_tokens: the prompt, how much of it came from the
             prefix cache, and how much is computed so far (cached included).
-        finish_reason: set on the last event; `timings` with it.
+        finish_reason: set on the last event.
         document_cached_tokens: of each document that is read on its own, how many of its tokens were in the cache.
+        timings: until now, with every event that has tokens or ends the request: its reader may end it there.
         failure: on the last event of a request that failed alone; its caller gets the error.
     """
 

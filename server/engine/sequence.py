@@ -205,7 +205,7 @@ class Sequence:
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
             document_cached_tokens=tuple(map(self._cached_of, self.request.documents)) if finish_reason else (),
-            timings=self._timings() if finish_reason else None,
+            timings=self._timings() if token_ids or finish_reason else None,
             failure=failure,
         )
 

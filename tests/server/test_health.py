@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ def url(serve_module: Any, tiny_checkpoint: Path) -> str:
             model_id=str(tiny_checkpoint),
             api_key="one, two",
             cors_allow_origin="https://page.example",
-            max_body_bytes="4KiB",
+            max_body_bytes="8KiB",
         )
     )
 
@@ -160,6 +162,23 @@ def test_metrics_count_what_happened_under_vllms_names(http: httpx.Client) -> No
     assert after["process_resident_memory_bytes"] > 0
 
 
+def test_a_request_that_a_stop_string_ended_is_in_every_histogram(http: httpx.Client) -> None:
+    text = http.post("/generate", json=BODY | {"max_tokens": 8, "ignore_eos": True}).json()["text"]
+    before = samples(http.get("/metrics").text)
+    reply = http.post("/generate", json=BODY | {"max_tokens": 300, "ignore_eos": True, "stop": text[len(text) // 2 :]})
+    assert reply.json()["finish_reason"] == "stop"
+    after = samples(http.get("/metrics").text)
+    phases = ("queue_time", "prefill_time", "decode_time", "time_per_output_token")
+    names = ["vllm:e2e_request_latency_seconds", *(f"vllm:request_{phase}_seconds" for phase in phases)]
+    for name in names:
+        assert (
+            after[f'{name}_count{{model_name="tiny-llama"}}'] == before[f'{name}_count{{model_name="tiny-llama"}}'] + 1
+        )
+    timings = reply.json()["timings"]
+    assert min(timings.values()) >= 0
+    assert sum(timings.values()) > 0
+
+
 def test_routes_are_counted_by_their_template(http: httpx.Client) -> None:
     http.get("/v1/models/tiny-llama")
     http.get("/no/such/route")
@@ -188,9 +207,9 @@ def test_each_of_several_keys_opens(url: str, key: str) -> None:
     assert httpx.post(f"{url}/generate", json=BODY, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/", "/docs", "/openapi.json", "/health/"])
 def test_probes_and_pages_need_no_key(url: str, path: str) -> None:
-    assert httpx.get(url + path).status_code == 200
+    assert httpx.get(url + path, follow_redirects=True).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -204,15 +223,15 @@ def test_everything_else_does(url: str, path: str) -> None:
 
 
 def test_a_body_over_the_limit_is_refused_by_its_declared_length(http: httpx.Client) -> None:
-    error = error_of(http.post("/generate", json=BODY | {"prompt": "a" * 5000}), 413)
-    assert "4096" in error["message"]
+    error = error_of(http.post("/generate", json=BODY | {"prompt": "a" * 9000}), 413)
+    assert "8192" in error["message"]
     assert "MAX_BODY_BYTES" in error["message"]
 
 
 def test_a_body_over_the_limit_is_refused_without_a_declared_length(http: httpx.Client) -> None:
     def chunks() -> Iterator[bytes]:
         yield b'{"prompt": "'
-        for _ in range(50):
+        for _ in range(100):
             yield b"a" * 100
         yield b'"}'
 
@@ -228,7 +247,8 @@ def test_a_body_over_the_limit_is_refused_without_a_declared_length(http: httpx.
         (b"[1, 2]", "application/json", "JSON object"),
         (b'"text"', "application/json", "JSON object"),
         (b"prompt=hello", "application/x-www-form-urlencoded", "Content-Type: application/json"),
-        (b'{"prompt": "\xff"}', "application/json", ""),
+        (b'{"prompt": "\xff"}', "application/json", "not valid UTF-8: at byte 12"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 4400 + b"}", "application/json", "more than 4300 digits"),
         (b"[" * 2000, "application/json", ""),
     ],
 )
@@ -237,6 +257,22 @@ def test_a_body_that_is_no_json_object_is_a_bad_request(
 ) -> None:
     response = http.post("/generate", content=content, headers={"Content-Type": kind})
     assert said in error_of(response, 400)["message"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "identity"])
+def test_a_compressed_body_is_refused_as_such(url: str, encoding: str) -> None:
+    headers = {"Content-Encoding": encoding, "Content-Type": "application/json", "Authorization": "Bearer two"}
+    content = gzip.compress(json.dumps(BODY).encode())
+    message = httpx.post(f"{url}/generate", content=content, headers=headers).json()["error"]["message"]
+    assert (f"Content-Encoding: {encoding}" in message) is (encoding != "identity")
+
+
+def test_no_refusal_repeats_a_long_number(http: httpx.Client) -> None:
+    digits = "9" * 3000
+    for field in (f'"logit_bias": {{"5": {digits}}}', f'"seed": {digits}', f'"top_k": {digits}', f'"stop": [{digits}]'):
+        content = f'{{"prompt": "a", {field}}}'
+        response = http.post("/generate", content=content, headers={"Content-Type": "application/json"})
+        assert len(error_of(response, 400)["message"]) < 300
 
 
 # --- ids, routes, origins ---

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+from prerope.server import settings
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import allowed_text, environment_table, load_settings
 from prerope.server.settings import Settings
@@ -179,3 +181,34 @@ def test_the_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert load_settings([]).cache_dir == tmp_path / "prerope"
     monkeypatch.setenv("CACHE_DIR", str(tmp_path / "own"))
     assert load_settings([]).cache_dir == tmp_path / "own"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_settings(["--cache-dir", "~/own"]).cache_dir == tmp_path / "own"
+
+
+def test_without_a_home_the_cache_is_a_temporary_folder_of_this_user_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kernels are loaded from it: one that others may write, or a link, is not taken."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(settings.tempfile, "tempdir", str(tmp_path))
+    usual = tmp_path / f"prerope-{os.getuid()}"
+    assert settings._temporary_folder.__wrapped__() == usual
+    assert usual.stat().st_mode & 0o777 == 0o700
+    assert settings._temporary_folder.__wrapped__() == usual
+    usual.chmod(0o777)
+    other = settings._temporary_folder.__wrapped__()
+    assert other != usual
+    assert other.stat().st_mode & 0o777 == 0o700
+    usual.rmdir()
+    usual.symlink_to(other)
+    assert settings._temporary_folder.__wrapped__() not in (usual, other)
+
+
+def test_a_byte_order_mark_is_not_part_of_a_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("first\nsecond\n", encoding="utf-8-sig")
+    assert settings.read_key_file(file) == ("first", "second")

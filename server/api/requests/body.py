@@ -135,6 +135,11 @@ def token_ids(value: Any, param: str) -> list[int]:
     return value
 
 
+def shown_number(number: float) -> str:
+    """A number of any size, short enough for an error message."""
+    return str(number) if isinstance(number, float) or abs(number) < 10**20 else "beyond 20 digits"
+
+
 def json_type(value: object) -> str:
     """What JSON calls the type of `value`, with the article that a sentence needs."""
     match value:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prerope.server.api.chat.messages import Message, as_template_input
-from prerope.server.api.requests.body import MAX_SHOWN
+from prerope.server.api.requests.body import MAX_SHOWN, shown_number
 from prerope.server.api.requests.documents import TokenizedPrompt, assembled
 from prerope.server.api.requests.internal import Chat, Prompt
 from prerope.server.errors import InvalidRequest, ModelNotFound
@@ -113,11 +113,6 @@ def check_token_ids(service: Service, ids: Sequence[int], param: str) -> None:
             f"'{param}[{index}]' is {shown_number(token_id)}; the model's token ids go from 0 to {vocab_size - 1}",
             param=param,
         )
-
-
-def shown_number(number: int) -> str:
-    """An integer of any size, short enough for an error message."""
-    return str(number) if abs(number) < 10**20 else "beyond 20 digits"
 
 
 def _check_characters(service: Service, num_chars: int, param: str) -> None:

@@ -11,7 +11,16 @@ from typing import Annotated, Any, ClassVar
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from prerope.server.api.chat.messages import Message
-from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, json_type, token_ids, unicode_text
+from prerope.server.api.requests.body import (
+    INT32_MAX,
+    MAX_SHOWN,
+    RequestBody,
+    Text,
+    json_type,
+    shown_number,
+    token_ids,
+    unicode_text,
+)
 from prerope.server.api.requests.documents import DocumentFields
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.structured import GenerateConstraints
@@ -81,7 +90,7 @@ def _biased_token(key: Any) -> int:
 
 def _bias(key: Any, bias: Any) -> float:
     if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-        shown = bias if isinstance(bias, float | int) else json_type(bias)
+        shown = shown_number(bias) if isinstance(bias, float | int) else json_type(bias)
         raise InvalidRequest(f"'logit_bias[{key}]' must be a number from -100 to 100, not {shown}", param="logit_bias")
     return float(bias)
 

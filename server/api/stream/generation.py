@@ -93,6 +93,7 @@ class Generation:
         self._transcript = Transcript(service.tokenizer, stop, shown_special_ids, may_stop)
         self._stopwatch = _Stopwatch(service.metrics, arrived)
         self._outputs = service.engine.submit(request)
+        self._engine_timings: Timings | None = None
         self._ended = False
 
     def __aiter__(self) -> Generation:
@@ -106,7 +107,7 @@ class Generation:
             if piece.finish_reason is not None:
                 found = zip(self._spans, output.document_cached_tokens, strict=False)
                 self.documents = [{"tokens": span.stop - span.start, "cached_tokens": cached} for span, cached in found]
-                self._end(piece.finish_reason, output.timings)
+                self._end(piece.finish_reason)
                 await self._outputs.aclose()  # after a stop string the engine would go on
             if piece != Piece():  # else everything is held back
                 return piece
@@ -115,7 +116,7 @@ class Generation:
     async def aclose(self) -> None:
         """Abort if still running. Safe at any time: never started, or while another task waits for a piece."""
         if not self._ended:
-            self._end(FinishReason.ABORT, None)
+            self._end(FinishReason.ABORT)
         await self._outputs.aclose()
 
     async def reply(self) -> Reply:
@@ -139,6 +140,7 @@ class Generation:
         return Piece(text, tuple(tokens), output.prompt_logprobs, progress, reason)
 
     def _count(self, output: TokenOutput) -> None:
+        self._engine_timings = output.timings or self._engine_timings
         if output.token_ids:
             self._stopwatch.tokens_came()
         self.usage = Usage(
@@ -147,10 +149,10 @@ class Generation:
             cached_tokens=output.num_cached_tokens,
         )
 
-    def _end(self, reason: FinishReason, timings: Timings | None) -> None:
+    def _end(self, reason: FinishReason) -> None:
         self._ended = True
-        self.timings = timings or self._stopwatch.timings()
-        self._stopwatch.stop(reason, self.usage, timings)
+        self.timings = self._engine_timings or self._stopwatch.timings()
+        self._stopwatch.stop(reason, self.usage, self._engine_timings)
 
 
 class _Stopwatch:
@@ -172,7 +174,7 @@ class _Stopwatch:
         self._last = now
 
     def timings(self) -> Timings:
-        """Where the engine gives none, since a stop string ended the sequence: the queue is counted as prefill."""
+        """Where the engine gave none, since the sequence ended before its first token: all of it counts as prefill."""
         first = self._last if self._first is None else self._first
         return Timings(queue_s=0.0, prefill_s=first - self._arrived, decode_s=self._last - first)
 

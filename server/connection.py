@@ -1,0 +1,220 @@
+"""One client's connection: uvicorn's h11 protocol, with bounds on what a client may hold and for how long.
+
+    accepted ─┬─ idle ── header, HEADER_TIMEOUT_S ──┬── request ── reply ──┐
+              │   └───────────────── kept alive, KEEP_ALIVE_S ─────────────┘
+              └─ refused with a 503, where all others carry requests
+
+There is room for a number of connections below the limit of file descriptors. Where it is used up, a new one takes the
+place of the one that has been idle longest, so that whoever opens many and sends nothing pushes out his own.
+
+A client that has closed its side may be gone or may still read ("half-closed", as of `nc -N`); TCP does not tell until
+something is sent. So something is sent that means nothing, and the kernel is asked what came of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import socket
+from pathlib import Path
+from typing import Any
+
+import h11
+import structlog
+from prerope.server.api.errors import error_body
+from prerope.server.api.middleware import ABORT, FILLER
+from prerope.server.errors import ServerFull
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+log = structlog.get_logger(__name__)
+
+HEADER_TIMEOUT_S = 10.0
+"""From a connection's opening, or from the first byte of a later request, to the end of that request's header."""
+
+ACCEPTED_AT_ONCE = 16
+"""Connections that are accepted in one turn of the event loop. Three turns later, those are closed that had to go."""
+
+SPARE_DESCRIPTORS = 128
+"""For connections that were just accepted or dropped, and for the files and pipes of the engine."""
+
+MAX_LINGERING, LINGER_S = 16, 0.5
+"""Refused connections that are left open until their 503 is read, at once and how long; others are reset."""
+
+TCP_CLOSE_WAIT = 8
+"""Of Linux's tcp_info: the client has closed its side, and nothing says that it does not read."""
+GONE_CHECK_S = 0.25
+
+
+def room_for(wanted: int) -> int:
+    """How many connections there may be: `wanted`, or fewer where the limit of descriptors, raised if need be, is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    folder = Path("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")
+    needed = wanted + len(os.listdir(folder)) + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, wanted + soft - needed))
+    if room < wanted:
+        log.warning(f"{room} connections at once instead of MAX_CONNECTIONS={wanted}: `ulimit -n` is {soft}")
+    return room
+
+
+class Door:
+    """All connections of a server, and who may come in beside them."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.lingering: set[Refused] = set()
+        self._open: set[Connection] = set()
+        self._idle: dict[Connection, None] = {}  # the one that is so longest first
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def let_in(self, connection: Connection) -> bool:
+        """Whether there is room, or somebody idle to make it."""
+        if len(self._open) >= self.room:
+            if not self._idle:
+                return False
+            longest = next(iter(self._idle))
+            self.leave(longest)
+            longest.transport.abort()
+            log.warning("MAX_CONNECTIONS reached: the connection that was idle longest is closed", room=self.room)
+        self._open.add(connection)
+        self._idle[connection] = None
+        return True
+
+    def mark(self, connection: Connection, *, idle: bool) -> None:
+        """Whether it carries no request now."""
+        if not idle:
+            self._idle.pop(connection, None)
+        elif connection in self._open:
+            self._idle.setdefault(connection)
+
+    def leave(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        self._idle.pop(connection, None)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, behind a door. The app may drop it: a client that does not read cannot be waited for."""
+
+    door: Door
+    """That of the server; set in the subclass that `behind` makes."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _gone_timer: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def behind(cls, door: Door) -> type[Connection]:
+        """The class of one server's connections: uvicorn makes instances by itself."""
+        return type(cls.__name__, (cls,), {"door": door})
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if not self.door.let_in(self):
+            refuse(transport, self.door)
+            return
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, ABORT: transport.abort}
+        self._note_state(expecting=True)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._note_state(expecting=True)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._note_state(expecting=False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.door.leave(self)
+        for timer in (self._header_timer, self._gone_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _note_state(self, *, expecting: bool) -> None:
+        """Idle or not; and where a header is expected, or begun, until when. (uvicorn's timer is for silence.)"""
+        self.door.mark(self, idle=not self._answering)
+        if self._answering and self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        elif not self._answering and expecting and self._header_timer is None:
+            self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._header_is_late)
+
+    def _header_is_late(self) -> None:
+        log.debug("connection closed: no whole request came", seconds=HEADER_TIMEOUT_S)
+        self.transport.abort()
+
+    # --- half-closed connections ---
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether to stay open: for a client that has sent its request whole, and does not turn out to be gone."""
+        if not self._answering or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
+            return False
+        filler = self._filler()
+        if filler is None:
+            return False
+        self.cycle.keep_alive = False
+        self.transport.write(filler)
+        self._close_if_gone()
+        return True
+
+    def _filler(self) -> bytes | None:
+        """What means nothing here, and what a client that is gone answers with a reset. None: there is no such."""
+        if self.cycle.response_started:
+            filler = self.scope["state"].get(FILLER)
+            return None if filler is None else self.conn.send(h11.Data(data=filler))
+        if self.scope["http_version"] != "1.1":  # older clients know no interim replies
+            return None
+        return self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+
+    def _close_if_gone(self) -> None:
+        if not self._answering or self.transport.is_closing():
+            return
+        connection: socket.socket = self.transport.get_extra_info("socket")
+        if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSE_WAIT:
+            self.transport.abort()
+        else:
+            self._gone_timer = self.loop.call_later(GONE_CHECK_S, self._close_if_gone)
+
+
+class Refused(asyncio.Protocol):
+    """A connection that gets a 503 whatever it asks, and is closed once the client has read it or had the time to."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._door.lingering.discard(self)
+
+
+def refuse(transport: asyncio.Transport, door: Door) -> None:
+    """Tell a client that there is no room, without reading what it sends."""
+    error = ServerFull(f"All {door.room} connections that this server takes are in use (MAX_CONNECTIONS).")
+    log.warning("connection refused: all others carry requests (MAX_CONNECTIONS)", room=door.room)
+    body = json.dumps(error_body(error)).encode()
+    head = (
+        f"HTTP/1.1 {error.status} Service Unavailable\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+    )
+    refused = Refused(door)
+    transport.set_protocol(refused)
+    transport.write(head.encode() + body)
+    if len(door.lingering) >= MAX_LINGERING:
+        transport.close()
+        return
+    door.lingering.add(refused)  # closed with what it sent unread, it would be reset, and the reply with it
+    transport.write_eof()
+    asyncio.get_running_loop().call_later(LINGER_S, _close, transport)
+
+
+def _close(transport: Any) -> None:
+    if not transport.is_closing():
+        transport.abort()

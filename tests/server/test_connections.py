@@ -1,0 +1,280 @@
+"""What clients can do with connections alone, and what it costs the others: nothing that is not bounded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from prerope.server import connection as doors
+from prerope.server.log import LINES_OF_A_KIND, WINDOW_S, KindLimit
+
+from tests.faults import Faults
+from tests.server.test_cli import ENVIRONMENT, ROOT, free_port, wait_for
+
+ROOM, TIMEOUT_S, HEADER_S = 12, 1.0, 0.6
+HALF_HEADER = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nX-More: "
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def url(serve_module: Any, tiny_checkpoint: Path) -> str:
+    settings = {"max_connections": ROOM, "client_timeout_s": TIMEOUT_S, "keep_alive_s": 30, "max_model_len": 512}
+    return str(serve_module(model_id=str(tiny_checkpoint), **settings))
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doors, "HEADER_TIMEOUT_S", HEADER_S)
+
+
+def connect(url: str) -> socket.socket:
+    where = urlsplit(url)
+    connection = socket.create_connection((where.hostname, where.port), timeout=20)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def raw(body: dict[str, Any], path: str = "/generate", version: str = "1.1") -> bytes:
+    text = json.dumps(body).encode()
+    head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(text)}\r\n\r\n".encode() + text
+
+
+def seconds_until_closed(connection: socket.socket, trickle: bytes | None = None, every_s: float = 0.1) -> float:
+    """Until the server cuts it, a byte of `trickle` being sent now and then."""
+    began = time.monotonic()
+    connection.settimeout(every_s)
+    try:
+        while time.monotonic() - began < 20:
+            try:
+                if not connection.recv(65536):
+                    break
+            except TimeoutError:
+                if trickle is not None:
+                    connection.send(trickle)
+    except OSError:
+        pass
+    return time.monotonic() - began
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.005)
+
+
+# --- how many ---------------------------------------------------------------------------------------------------------
+
+
+def test_idle_connections_keep_nobody_out(url: str) -> None:
+    """Five times as many as there is room for: each new one takes the place of the oldest, and /health is as ever."""
+    with ExitStack() as stack:
+        for _ in range(5 * ROOM):
+            stack.enter_context(closing(connect(url))).send(HALF_HEADER)
+        for _ in range(10):
+            began = time.monotonic()
+            assert httpx.get(f"{url}/health").status_code == 200
+            assert time.monotonic() - began < 0.25
+
+
+def test_where_all_carry_requests_one_more_is_told_so_at_once(url: str, serve_module: Any) -> None:
+    running = serve_module.running(url)
+    faults = Faults(running.service.engine.engine)
+    until(lambda: not len(running.http.door))
+    faults.forward.hold()
+    with ExitStack() as stack:
+        stack.callback(faults.forward.release)
+        busy = [stack.enter_context(closing(connect(url))) for _ in range(ROOM)]
+        for connection in busy:
+            connection.sendall(raw({"prompt": "a", "max_tokens": 1}))
+        until(lambda: len(running.service.engine._streams) == ROOM)
+        began = time.monotonic()
+        for _ in range(3 * doors.MAX_LINGERING):  # past the number that may linger, too
+            refused = stack.enter_context(closing(connect(url)))
+        response = httpx.get(f"{url}/health")
+        assert time.monotonic() - began < 2
+        assert response.status_code == 503
+        assert "MAX_CONNECTIONS" in response.json()["error"]["message"]
+        assert response.headers["retry-after"] == "1"
+        assert seconds_until_closed(refused) < 2
+        faults.forward.release()
+        for connection in busy:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    until(lambda: httpx.get(f"{url}/health").status_code == 200)
+
+
+def test_the_limit_of_descriptors_is_one_of_connections(tiny_checkpoint: Path) -> None:
+    """With `ulimit -n 256`, 400 half headers: others are served, and the log says a few lines."""
+    port = free_port()
+    flags = ("--model-id", str(tiny_checkpoint), "--port", str(port), "--kv-cache-memory", "16MiB")
+    served = subprocess.Popen(
+        [sys.executable, "-m", "prerope.server", *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{url}/ready")
+        with ExitStack() as stack:
+            for _ in range(400):
+                stack.enter_context(closing(connect(url))).send(HALF_HEADER)
+            answers = [httpx.get(f"{url}/health", timeout=5).status_code for _ in range(10)]
+            reply = httpx.post(f"{url}/generate", json={"prompt": "a", "max_tokens": 2}, timeout=30)
+        assert answers == [200] * 10
+        assert reply.status_code == 200
+    finally:
+        served.terminate()
+        _, err = served.communicate(timeout=60)
+    assert "`ulimit -n` is 256" in err
+    assert len(err) < 20_000, err
+
+
+def test_room_is_made_by_raising_the_soft_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [64, 4096]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(slice(None), pair))
+    assert doors.room_for(1000) == 1000
+    assert 1000 < limits[0] < 2000
+    assert 3000 < doors.room_for(100_000) < 4096
+    assert limits == [4096, 4096]
+
+
+# --- how long ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sent", [b"", HALF_HEADER, HEALTH + HALF_HEADER], ids=["nothing", "first", "second"])
+def test_a_header_has_its_time(url: str, sent: bytes) -> None:
+    """Whatever trickles in: the time counts from its beginning."""
+    with closing(connect(url)) as connection:
+        connection.sendall(sent)
+        assert HEADER_S - 0.1 < seconds_until_closed(connection, b"x") < HEADER_S + 2
+
+
+def test_a_kept_connection_may_be_silent_for_longer(url: str) -> None:
+    with closing(connect(url)) as connection:
+        for _ in range(2):
+            connection.sendall(HEALTH)
+            reply = b""
+            while not reply.endswith(b"}"):
+                reply += connection.recv(4096)
+            assert reply.startswith(b"HTTP/1.1 200")
+            time.sleep(1.5 * HEADER_S)
+
+
+def test_a_body_that_trickles_has_an_end(url: str) -> None:
+    """No silence is as long as CLIENT_TIMEOUT_S, but a byte now and then is not 16 KiB a second."""
+    with closing(connect(url)) as connection:
+        connection.sendall(raw({"prompt": "a"}).replace(b"Length: ", b"Length: 9"))
+        began = time.monotonic()
+        connection.settimeout(0.1)
+        reply = b""
+        while not reply and time.monotonic() - began < 20:
+            try:
+                reply = connection.recv(4096)
+            except TimeoutError:
+                connection.send(b" ")
+        assert reply.startswith(b"HTTP/1.1 408")
+        assert b"bytes a second" in reply
+        assert TIMEOUT_S - 0.1 < time.monotonic() - began < TIMEOUT_S + 2
+        assert seconds_until_closed(connection, b" ") < HEADER_S + 2
+
+
+def test_a_body_that_nobody_wants_is_not_waited_for_either(url: str) -> None:
+    """The reply is complete; the rest of the body goes on, byte by byte."""
+    with closing(connect(url)) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 404")
+        assert seconds_until_closed(connection, b" ") < HEADER_S + 2
+
+
+# --- half-closed ------------------------------------------------------------------------------------------------------
+
+BODY = {"prompt": "a", "max_tokens": 30, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_has_closed_its_side_gets_its_reply(url: str, serve_module: Any, stream: bool) -> None:
+    faults = Faults(serve_module.running(url).service.engine.engine)
+    faults.forward.slow_down(0.03)  # it is asked more than once whether it is gone
+    with closing(connect(url)) as connection:
+        connection.sendall(raw(BODY | {"stream": stream}))
+        connection.shutdown(socket.SHUT_WR)
+        reply = connection.makefile("rb").read()
+    faults.forward.slow_down(0)
+    final = reply.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert final.startswith(b"HTTP/1.1 200")
+    if stream:
+        assert b"data: [DONE]" in final
+    else:
+        assert final != reply, "asked whether it is gone before there was anything else to send"
+        assert len(json.loads(final.partition(b"\r\n\r\n")[2])["token_ids"]) == 30
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_client_that_is_gone_is_not_taken_for_one(url: str, serve_module: Any, version: str, stream: bool) -> None:
+    engine = serve_module.running(url).service.engine
+    faults = Faults(engine.engine)
+    faults.forward.slow_down(0.05)
+    with closing(connect(url)) as connection:
+        connection.sendall(raw(BODY | {"stream": stream, "max_tokens": 400}, version=version))
+        until(lambda: len(engine._streams) == 1)
+        if stream:
+            connection.recv(100)
+    before = engine.stats().generation_tokens
+    until(lambda: not engine._streams)
+    assert engine.stats().generation_tokens - before < 20
+    faults.forward.slow_down(0)
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def limit() -> tuple[KindLimit, Clock]:
+    clock = Clock()
+    return KindLimit(clock), clock
+
+
+def line(message: Any, *args: Any) -> logging.LogRecord:
+    return logging.LogRecord("asyncio", logging.ERROR, __file__, 1, message, args, None)
+
+
+def test_a_kind_of_line_cannot_flood_the_log(limit: tuple[KindLimit, Clock]) -> None:
+    """Its number is told instead; other kinds and served requests are all written."""
+    kinds, clock = limit
+    passed = [kinds.filter(line("no %s left", "descriptors")) for _ in range(1000)]
+    assert passed == [True] * LINES_OF_A_KIND + [False] * (1000 - LINES_OF_A_KIND)
+    assert all(kinds.filter(line({"event": "request", "status": 200})) for _ in range(1000))
+    assert sum(kinds.filter(line({"event": "request", "status": 401})) for _ in range(1000)) == LINES_OF_A_KIND
+    assert kinds.filter(line("something else"))
+    clock.now = WINDOW_S
+    first, refused = line("no %s left", "descriptors"), line({"event": "request", "status": 401})
+    assert kinds.filter(first)
+    assert kinds.filter(refused)
+    assert first.getMessage() == "no descriptors left (950 more of this kind were left out)"
+    assert refused.msg["note"].startswith("950 more")
