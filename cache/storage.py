@@ -66,6 +66,21 @@ class KVStorage:
             rows = tensor.view(-1, *tensor.shape[2:])
             rows.index_copy_(0, target, rows.index_select(0, source))
 
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """K and V of all layers of these blocks: [n, block bytes] uint8 on the device."""
+        index = torch.tensor(blocks, device=self.keys[0].device)
+        rows = (tensor.index_select(0, index).flatten(1).view(torch.uint8) for tensor in (*self.keys, *self.values))
+        return torch.cat(list(rows), dim=1)
+
+    def write_blocks(self, blocks: Sequence[int], payloads: Tensor) -> None:
+        """What `read_blocks` gave, into these blocks."""
+        index, start = torch.tensor(blocks, device=self.keys[0].device), 0
+        for tensor in (*self.keys, *self.values):
+            size = tensor[0].numel() * tensor.itemsize
+            rows = payloads[:, start : start + size].contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+            tensor.index_copy_(0, index, rows.to(tensor.device))
+            start += size
+
 
 def _store_in_c(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> bool:
     """`KVStorage.store` by the C kernel; False where there is none or a tensor is not as it copies them."""

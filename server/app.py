@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib import metadata
 
 from fastapi import FastAPI
+from prerope.cache.tier import folder_secret
 from prerope.server.api import generate, health, pages
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldLease
@@ -16,6 +17,7 @@ from prerope.server.api.hosts import HostCheck
 from prerope.server.api.middleware import BodyLimit, ClientTimeout, KeyCheck, RequestContext
 from prerope.server.api.openai import completions as openai
 from prerope.server.api.openapi.document import install_document
+from prerope.server.errors import ConfigurationError
 from prerope.server.service import Service
 from prerope.server.settings import Settings
 from starlette.middleware.cors import CORSMiddleware
@@ -36,7 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)
     app.add_middleware(HoldLease, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
-    keys = KeyRing(settings.api_keys, settings.api_key_file)
+    keys = KeyRing(settings.api_keys, settings.api_key_file, secret=_tenants(settings))
     app.add_middleware(KeyCheck, keys=keys, metrics_keys=KeyRing(settings.metrics_keys))
     app.add_middleware(HostCheck, allowed=settings.host_names, default_all=keys.asks)
     app.add_middleware(RequestContext, metrics=service.metrics)
@@ -49,6 +51,18 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=EXPOSED_HEADERS,
         )
     return app
+
+
+def _tenants(settings: Settings) -> bytes | None:
+    """The secret that names tenants: kept with what is kept for them over restarts."""
+    if settings.cache_tier_dir is None or not settings.asks_for_key:
+        return None
+    try:
+        return folder_secret(settings.cache_tier_dir)
+    except OSError as error:
+        raise ConfigurationError(
+            f"CACHE_TIER_DIR is {settings.cache_tier_dir}: it cannot be used ({error}); name a folder of your own"
+        ) from error
 
 
 @asynccontextmanager

@@ -32,6 +32,8 @@ class EngineConfig:
         max_queued_requests, max_queued_tokens: waiting requests and their prompt tokens before a 429.
         cache_dir: where built kernels are kept; None builds them anew each time.
         request_timeout_s: a request older than this is aborted; None never.
+        tier_dir, tier_bytes: where blocks are kept beyond the cache and the process, and how much of them.
+        tier_memory: bytes of host memory for blocks beyond the cache.
         cuda_graphs: on a GPU, launch decode steps as graphs.
         overlap: launch a step before the tokens of the one before it are read; None: on a GPU.
     """
@@ -53,5 +55,8 @@ class EngineConfig:
     max_queued_tokens: int = 4_000_000
     cache_dir: Path | None = None
     request_timeout_s: float | None = None
+    tier_dir: Path | None = None
+    tier_bytes: int = 10 * 2**30
+    tier_memory: int = 0
     cuda_graphs: bool = True
     overlap: bool | None = None

@@ -170,6 +170,7 @@ class EngineCollector(Collector):
             ("prerope:num_blocks", "Cache blocks in all.", stats.num_blocks),
             ("prerope:num_blocks_free", "Cache blocks that can be allocated.", stats.num_free_blocks),
             ("prerope:num_blocks_cached", "Cache blocks kept for later prompts.", stats.num_cached_blocks),
+            ("prerope:tier_bytes", "What CACHE_TIER_DIR holds.", stats.tiers.num_bytes),
             ("prerope:last_step_seconds", "Duration of the last step.", stats.last_step_s),
             ("prerope:prefill_tokens_per_second", "Measured prefill speed.", stats.prefill_tokens_per_s),
         ):
@@ -182,6 +183,15 @@ class EngineCollector(Collector):
             ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queried_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
+            ("prerope:tier_blocks_read", "Cache blocks read from CACHE_TIER_DIR or memory.", stats.tiers.num_read),
+            ("prerope:tier_blocks_written", "Cache blocks written to CACHE_TIER_DIR.", stats.tiers.num_written),
+            (
+                "prerope:tier_blocks_dropped",
+                "Cache blocks not written.",
+                stats.tiers.num_dropped_writes,
+            ),
+            ("prerope:tier_write_failures", "Writes to CACHE_TIER_DIR that failed.", stats.tiers.num_failed_writes),
+            ("prerope:tier_files_damaged", "Damaged files that were deleted.", stats.tiers.num_damaged),
             ("prerope:steps", "Engine steps.", stats.num_steps),
         ):
             family = CounterMetricFamily(name, text, labels=["model_name"])

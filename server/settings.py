@@ -297,6 +297,19 @@ class Settings(BaseSettings):
         description="Who may reuse whose prefixes. key: requests with the same API key, so that nobody can time or "
         "count what others sent; all: everybody. Without keys all do; a request's cache_salt separates further",
     )
+    cache_tier_dir: Path | None = Field(
+        default=None,
+        description="Folder in which keys and values of prefixes and documents outlive the process; unset: none",
+        json_schema_extra={"allowed": "a writable folder"},
+    )
+    cache_tier_size: ByteSize = Field(
+        default=ByteSize(10 * 2**30), ge=MEBIBYTE, description="Most that CACHE_TIER_DIR holds; the oldest goes first"
+    )
+    cache_tier_memory: ByteSize = Field(
+        default=ByteSize(0),
+        ge=0,
+        description="Host memory for keys and values that the cache has no room for; 0: none. For GPUs",
+    )
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Waiting sequences (prompts times choices) before a 429"
     )
@@ -362,4 +375,11 @@ class Settings(BaseSettings):
 
         shared = {field.name for field in fields(EngineConfig)} & type(self).model_fields.keys()
         own = {name: getattr(self, name) for name in shared}
-        return EngineConfig(rope=self.rope_spec(), block_size=self.kv_block_size, **own)
+        return EngineConfig(
+            rope=self.rope_spec(),
+            block_size=self.kv_block_size,
+            tier_dir=self.cache_tier_dir,
+            tier_bytes=self.cache_tier_size,
+            tier_memory=self.cache_tier_memory,
+            **own,
+        )

@@ -5,7 +5,7 @@ A sequence here is anything with a block table, token ids and a `PrefixHasher` (
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -111,21 +111,41 @@ class KVCacheManager:
             sequence.block_table.extend(self.pool.allocate(missing))
         return True
 
-    def remember(self, sequence: Cacheable, start: int, stop: int | None = None) -> None:
-        """Make findable the blocks that tokens `start` … `stop` − 1 filled, computed and known; None: all computed."""
+    def remember(self, sequence: Cacheable, start: int, stop: int | None = None) -> list[tuple[int, bytes]]:
+        """Make findable the blocks that tokens `start` … `stop` − 1 filled, computed and known; None: all computed.
+
+        Returns (block, hash) of those that were not known before.
+        """
         stop = sequence.num_computed_tokens if stop is None else stop
-        first, full = start // self.block_size, stop // self.block_size
         if not self.prefix_caching:
-            return
+            return []
+        first, full = start // self.block_size, stop // self.block_size
+        filled = []
+        if first < full:
+            hashes = sequence.hasher.extend(sequence.token_ids, stop)
+            filled = list(zip(sequence.block_table[first:full], hashes[first:full], strict=True))
         if stop == len(sequence.token_ids) and self._ends_for_good(sequence):
             tail = sequence.hasher.tail(sequence.token_ids)
-            if tail is not None:
-                self.pool.remember(sequence.block_table[full], tail)
-        if first == full:
-            return
-        hashes = sequence.hasher.extend(sequence.token_ids, stop)
-        for block, block_hash in zip(sequence.block_table[first:full], hashes[first:full], strict=True):
+            filled += [] if tail is None else [(sequence.block_table[full], tail)]
+        return [(block, block_hash) for block, block_hash in filled if self.pool.remember(block, block_hash)]
+
+    def unknown(self, chain: Sequence[bytes]) -> Sequence[bytes]:
+        """The rest of a chain of hashes after the blocks that are known."""
+        known = next((index for index, one in enumerate(chain) if self.pool.find(one) is None), len(chain))
+        return chain[known:]
+
+    def adopt(self, hashes: Sequence[bytes]) -> list[tuple[int, bytes]]:
+        """Free blocks for contents that come from elsewhere and are known from now on; (block, hash), as many as fit.
+
+        The caller fills them before anything else is done with the cache.
+        """
+        wanted = [one for one in hashes if self.prefix_caching and self.pool.find(one) is None]
+        blocks = self.pool.allocate(min(len(wanted), self.pool.num_free))
+        adopted = list(zip(blocks, wanted, strict=False))
+        for block, block_hash in adopted:
             self.pool.remember(block, block_hash)
+        self.pool.release(blocks)
+        return adopted
 
     def slots(self, sequence: Cacheable, start: int, stop: int) -> list[int]:
         """Where K and V of tokens `start` … `stop` − 1 are, as slots of the whole cache."""

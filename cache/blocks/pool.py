@@ -65,12 +65,14 @@ class BlockPool:
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)  # nothing to lose: reuse it first
 
-    def remember(self, block: int, block_hash: bytes) -> None:
-        """The block, held and full, has this content from now on; of equal blocks the first stays the known one."""
+    def remember(self, block: int, block_hash: bytes) -> bool:
+        """The block, held and full, has this content from now on; False: an equal one is known, and stays so."""
         assert self._ref_counts[block] > 0
-        if self._hash_of[block] is None and block_hash not in self._block_of:
-            self._hash_of[block] = block_hash
-            self._block_of[block_hash] = block
+        if self._hash_of[block] is not None or block_hash in self._block_of:
+            return False
+        self._hash_of[block] = block_hash
+        self._block_of[block_hash] = block
+        return True
 
     def _forget(self, block: int) -> None:
         block_hash = self._hash_of[block]

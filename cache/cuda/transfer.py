@@ -1,7 +1,8 @@
-"""Host to device without waiting: what is sent is staged in pinned memory, which the copy holds until it is done."""
+"""Between host and device without waiting: through pinned memory, which a copy holds until it is done."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,3 +16,14 @@ def send(values: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def bring_back(values: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """A tensor on the host, whole once the function has returned, which any thread may call. On the CPU: as it is."""
+    if values.device.type != "cuda":
+        return values, lambda: None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(values.device))
+    return host, event.synchronize

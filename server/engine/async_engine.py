@@ -215,6 +215,7 @@ class AsyncEngine:
             engine = self._load()
             self._post(self._set_ready, engine)
             self._serve(engine)
+            engine.close()
         except BaseException as failure:  # whatever it was, nobody else would hear of it
             self._post(self._die, _explained(failure))
         else:

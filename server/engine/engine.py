@@ -15,16 +15,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from prerope.cache.blocks.documents import filled_from
+from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
 from prerope.cache.cuda.transfer import send
 from prerope.cache.kernels.build import prepare
 from prerope.cache.storage import KVStorage
+from prerope.cache.tier import TierStats
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.reading import MethodError
 from prerope.rope.spec import RopeSpec
@@ -41,6 +43,7 @@ from prerope.server.engine.sampling.mask import wait_for_masks
 from prerope.server.engine.scheduler import Scheduled, Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.step import Share, Step, finish_launch
+from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
 from prerope.server.models.batch import build_batch
 from prerope.server.models.model import Model, load_model
@@ -82,6 +85,7 @@ class Engine:
         self._overlap = on_gpu if config.overlap is None else config.overlap
         self._sample_on_device = on_gpu or self._overlap
         self.graphs: DecodeGraphs | None = None
+        self.tiers: Tiers | None = None
         self._in_flight: Step | None = None
         self._positions: dict[RopeSpec, ModelPositions] = {}
         self._counters = Counters()
@@ -119,6 +123,9 @@ class Engine:
             f"{size.num_bytes / 2**30:.2f} GiB"
         )
         engine = cls(model, config, positions, size)
+        if config.prefix_caching and (config.tier_dir is not None or config.tier_memory):
+            tier = open_tier(model, config, engine.storage, report)
+            engine.tiers = Tiers(tier, engine.storage, engine.scheduler.cache)
         if model.device.type == "cuda":
             warm_up(model, config, size.max_model_len, engine.storage, report)
             engine.graphs = capture_graphs(model, engine.storage, config, engine.info, report)
@@ -144,18 +151,19 @@ class Engine:
         generator, timeout = None, self.config.request_timeout_s
         if sampling.seed is not None:
             generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        self.scheduler.add(
-            Sequence(
-                request=request,
-                positions=positions,
-                hasher=PrefixHasher(self.config.block_size, positions, request.cache_salt, request.documents),
-                generator=generator,
-                token_ids=list(request.prompt_token_ids),
-                num_prompt_tokens=len(request.prompt_token_ids),
-                matcher=None if sampling.grammar is None else sampling.grammar.matcher(),
-                deadline=min(request.deadline, math.inf if timeout is None else time.monotonic() + timeout),
-            )
+        sequence = Sequence(
+            request=request,
+            positions=positions,
+            hasher=PrefixHasher(self.config.block_size, positions, request.cache_salt, request.documents),
+            generator=generator,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            matcher=None if sampling.grammar is None else sampling.grammar.matcher(),
+            deadline=min(request.deadline, math.inf if timeout is None else time.monotonic() + timeout),
         )
+        if self.tiers is not None:
+            self.tiers.ask(sequence)
+        self.scheduler.add(sequence)
 
     def check(self, request: EngineRequest) -> None:
         """InvalidRequest for what can never run. Reads nothing that a step changes, so any thread may call it."""
@@ -178,6 +186,11 @@ class Engine:
         """Abort everything: what has generated something ends with that, and the rest fails with `reason`."""
         return [(sequence.request_id, self._cut(sequence, reason)) for sequence in self.scheduler.sequences]
 
+    def close(self) -> None:
+        """Write what the tiers are still to get."""
+        if self.tiers is not None:
+            self.tiers.tier.close()
+
     def has_work(self) -> bool:
         """Whether `step` has something to do: sequences, or a step that is still to be collected."""
         return self.scheduler.has_work() or self._in_flight is not None
@@ -189,6 +202,8 @@ class Engine:
         began = time.monotonic()
         outputs = self._abort_expired(began)
         wait_for_masks(self.scheduler.sequences)
+        if self.tiers is not None:
+            self.tiers.take_in(self.scheduler.waiting.values())
         before, plan = self._in_flight, self.scheduler.schedule()
         self._in_flight = self._launch(plan, before, began) if plan else None
         if before is not None:
@@ -196,6 +211,8 @@ class Engine:
         if self._in_flight is not None and not (self._overlap and self._in_flight.may_stay):
             now, self._in_flight = self._in_flight, None
             outputs += self._collect(now)
+        if self.tiers is not None and not plan and before is None and self.scheduler.has_work():
+            self.tiers.wait()
         return outputs
 
     def _abort_expired(self, now: float) -> list[tuple[str, TokenOutput]]:
@@ -228,6 +245,7 @@ class Engine:
     def _collect(self, step: Step) -> list[tuple[str, TokenOutput]]:
         """What a step's tokens mean for its sequences, those left out that have finished or gone since its launch."""
         outputs: list[tuple[str, TokenOutput]] = []
+        filled: list[tuple[int, bytes]] = []
         tokens = iter(step.arrival.wait())
         for share in step.shares:
             sequence = share.sequence
@@ -238,8 +256,10 @@ class Engine:
                 continue
             sequence.num_processed_tokens = read
             if share.cached:
-                known_from = filled_from(sequence.request.documents, share.start)
-                self.scheduler.cache.remember(sequence, known_from, share.stop)
+                documents = sequence.request.documents
+                known = self.scheduler.cache.remember(sequence, filled_from(documents, share.start), share.stop)
+                # Behind a document that was copied, only the very same prompt could use it.
+                filled += known if share.stop <= next_copied(documents, 0, share.stop) else ()
             if isinstance(sequence, DocumentReader):
                 outputs += self._progress_of(sequence)
             elif token is not None:
@@ -248,6 +268,8 @@ class Engine:
                 outputs.append(self._finish(sequence, (), None, FinishReason.LENGTH))
             elif sequence.request.report_progress:
                 outputs.append((sequence.request_id, sequence.output()))
+        if self.tiers is not None:
+            self.tiers.keep(filled)
         self._counters.end_step(step.began, step.num_prefilled)
         return outputs
 
@@ -299,6 +321,7 @@ class Engine:
             generation_tokens=counters.generation_tokens,
             prefix_queried_tokens=scheduler.cache.queried_tokens,
             prefix_hit_tokens=scheduler.cache.hit_tokens,
+            tiers=TierStats() if self.tiers is None else replace(self.tiers.tier.stats),
             last_step_s=counters.last_step_s,
             prefill_tokens_per_s=counters.prefill_tokens_per_s,
         )

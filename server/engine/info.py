@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from prerope.cache.tier import TierStats
 from prerope.rope.model import ModelPositions
 
 
@@ -73,5 +74,6 @@ class EngineStats:
     generation_tokens: int
     prefix_queried_tokens: int
     prefix_hit_tokens: int
+    tiers: TierStats
     last_step_s: float
     prefill_tokens_per_s: float

@@ -161,6 +161,8 @@ class Scheduler:
         for sequence in sorted(self.waiting.values(), key=lambda s: s.rank):
             if len(self.running) >= self.max_num_seqs or sequence.num_pending:
                 return
+            if sequence.fetch is not None:
+                continue
             needed = self.cache.blocks_to_admit(sequence) + self._blocks_to_read(sequence)
             if needed > spare:
                 return
@@ -206,6 +208,8 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.copies = [copy for copy in self.copies if copy.sequence is not sequence]
         self._close(sequence)
+        if sequence.fetch is not None:
+            sequence.fetch.cancelled, sequence.fetch = True, None
         self.cache.release(sequence)
 
     def take_copies(self) -> list[Copy]:

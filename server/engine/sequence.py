@@ -12,6 +12,7 @@ import torch
 from prerope.cache.blocks.documents import DocumentSpan
 from prerope.cache.blocks.manager import BlockTable
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.tier import Fetch
 from prerope.rope.model import ModelPositions
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import Matcher
@@ -62,6 +63,7 @@ class Sequence:
         matcher: how far the output has come in its grammar, where it has one.
         deadline: the request's, or the deployment's where that comes first.
         reader: reads the document that this sequence has come to, where that has not been read yet.
+        fetch: blocks of its beginning or its documents that a tier is reading; it is not admitted before they are here.
         documents_found: of each document that was copied, how many of its tokens were in the cache at the first try.
     """
 
@@ -80,6 +82,7 @@ class Sequence:
     num_cached_tokens: int = 0
     block_table: BlockTable = field(default_factory=BlockTable)
     reader: Sequence | None = None
+    fetch: Fetch | None = None
     documents_found: dict[DocumentSpan, int] = field(default_factory=dict)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

@@ -4,6 +4,7 @@ order, the chunks, the neighbours, preemption and what the cache knows."""
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from prerope.cache.blocks.documents import DocumentSpan, filled_from, layout, ne
 from prerope.rope.spec import METHOD_NAMES, RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.models.model import Model
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -229,3 +231,36 @@ def test_spans() -> None:
     assert filled_from(spans_of([4, 4], reread=0, prefix=4), 12) == 4
     assert layout(spans, 0, 9) == b""
     assert layout(spans, 8, 16) != layout(spans_of([9, 4, 20], reread=5, prefix=4), 8, 16)
+
+
+def with_tier(model: Model, folder: Path, **options: Any) -> Engine:
+    engine = tiny_engine(model, tier_dir=folder, **options)
+    engine.tiers = Tiers(open_tier(model, engine.config, engine.storage, print), engine.storage, engine.scheduler.cache)
+    return engine
+
+
+@pytest.mark.parametrize("num_blocks", [100, 24])
+def test_a_restart_finds_prefixes_and_documents(
+    model: Model, documents: list[list[int]], tmp_path: Path, num_blocks: int
+) -> None:
+    order = documents[::-1]
+    expected = reply(tiny_engine(model), asked("cold", order))
+    plain = request("plain", prompt_of(70, seed=5), greedy(NEW, logprobs=0))
+    plain_expected = reply(tiny_engine(model), plain)
+    first = with_tier(model, tmp_path)
+    run(first, [asked("first", documents), plain])
+    first.close()
+    second = with_tier(model, tmp_path, num_blocks=num_blocks)
+    assert reply(second, plain) == plain_expected
+    outputs = run(second, [asked("again", order)])["again"]
+    assert tokens_of(outputs) == expected[0]
+    assert second.tiers is not None
+    assert second.tiers.tier.stats.num_read >= 10
+    assert outputs[-1].num_cached_tokens == sum(max(0, length - 4) for length in LENGTHS)
+    assert_idle(second)
+    other = with_tier(Model(tiny("llama", seed=1)), tmp_path)
+    run(other, [asked("other", documents)])
+    assert other.tiers is not None
+    assert other.tiers.tier.stats.num_read == 0
+    second.close()
+    other.close()

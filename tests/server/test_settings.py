@@ -137,9 +137,14 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "max_queued_requests": 5,
         "max_queued_tokens": 6,
         "request_timeout_s": 7.5,
+        "cache_tier_dir": Path("elsewhere"),
+        "cache_tier_size": 2**22,
+        "cache_tier_memory": 2**23,
     }
     config = Settings(**values).engine_config()  # type: ignore[arg-type]
     assert config.block_size == values.pop("kv_block_size")
+    assert config.tier_dir == values.pop("cache_tier_dir")
+    assert (config.tier_bytes, config.tier_memory) == (values.pop("cache_tier_size"), values.pop("cache_tier_memory"))
     for name, value in values.items():
         assert getattr(config, name) == value, name
 

@@ -25,8 +25,15 @@ REREAD_S = 1.0
 class KeyRing:
     """The keys of API_KEY, and of API_KEY_FILE as it is now. A file that has lost its keys never opens the server."""
 
-    def __init__(self, keys: Sequence[str], file: Path | None = None, clock: Callable[[], float] = time.monotonic):
-        self._secret = secrets.token_bytes(32)
+    def __init__(
+        self,
+        keys: Sequence[str],
+        file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        secret: bytes | None = None,
+    ):
+        """secret: of the digests that name tenants; None: a new one, with which no tenant is known after a restart."""
+        self._secret = secret or secrets.token_bytes(32)
         self._fixed = [self._digest(key.encode()) for key in keys]
         self._from_file: list[bytes] = []
         self._file = file

@@ -1,0 +1,1 @@
+"""What reading documents on their own costs in quality, and saves in time."""

@@ -1,0 +1,119 @@
+"""Between an engine and the tiers below its cache: what a step has filled goes out, what is awaited comes in."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import time
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Rows
+from importlib import metadata
+
+import torch
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.cache.cuda.transfer import bring_back
+from prerope.cache.storage import KVStorage
+from prerope.cache.tier import BlockTier
+from prerope.server.config import EngineConfig
+from prerope.server.engine.documents import DocumentReader
+from prerope.server.engine.sequence import Sequence
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.model import Model
+from torch import Tensor, nn
+
+BLOCKS_A_STEP = 64
+"""Taken in before a step at most, so that reading a long prompt's blocks stops nobody."""
+WAIT_S = 0.002
+"""Of a step that has nothing to do but to wait for a tier."""
+SAMPLES = 4096
+"""Values of each tensor that stand for a model's weights."""
+
+
+class Tiers:
+    """A `BlockTier` beside one cache. All methods are of the engine's thread."""
+
+    def __init__(self, tier: BlockTier, storage: KVStorage, cache: KVCacheManager) -> None:
+        self.tier, self._storage, self._cache = tier, storage, cache
+
+    def ask(self, sequence: Sequence) -> None:
+        """Begin to fetch what the tiers have of a new sequence; it is admitted when that has come."""
+        chains = [self._cache.unknown(chain) for chain in self._chains(sequence)]
+        chains = [chain for chain in chains if chain and self.tier.holds(chain[0])]
+        if chains:
+            sequence.fetch = self.tier.fetch(chains)
+
+    def _chains(self, sequence: Sequence) -> Iterable[list[bytes]]:
+        usable = sequence.num_reusable_tokens // self._cache.block_size
+        yield sequence.hasher.extend(sequence.token_ids)[:usable]
+        for document in sequence.request.documents:
+            if document.copied < document.stop:
+                reader = DocumentReader.of(sequence, document, self._cache.block_size)
+                tail = reader.hasher.tail(reader.token_ids)
+                yield [*reader.hasher.hashes, *([] if tail is None else [tail])]
+
+    def take_in(self, waiting: Iterable[Sequence]) -> None:
+        """Blocks that have come for those that wait, `BLOCKS_A_STEP` at most."""
+        room = BLOCKS_A_STEP
+        for sequence in waiting:
+            fetch = sequence.fetch
+            if fetch is None:
+                continue
+            ended, arrived = fetch.done.is_set(), list[tuple[bytes, Tensor]]()
+            while len(arrived) < room:
+                try:
+                    arrived.append(fetch.blocks.get_nowait())
+                except queue.Empty:
+                    break
+            room -= len(arrived)
+            self._install(arrived)
+            if ended and fetch.blocks.empty():
+                sequence.fetch = None
+
+    def _install(self, arrived: Rows[tuple[bytes, Tensor]]) -> None:
+        payloads = dict(arrived)
+        adopted = self._cache.adopt(list(payloads))
+        if adopted:
+            contents = torch.stack([payloads[block_hash] for _, block_hash in adopted])
+            self._storage.write_blocks([block for block, _ in adopted], contents)
+
+    def wait(self) -> None:
+        """A moment, where sequences wait for nothing but a tier."""
+        time.sleep(WAIT_S)
+
+    def keep(self, filled: Rows[tuple[int, bytes]]) -> None:
+        """Blocks that a step has filled, by (block, hash)."""
+        if filled:
+            blocks, hashes = [block for block, _ in filled], [block_hash for _, block_hash in filled]
+            payloads, arrived = bring_back(self._storage.read_blocks(blocks))
+            self.tier.write(hashes, payloads, arrived)
+
+
+def open_tier(model: Model, config: EngineConfig, storage: KVStorage, report: Callable[[str], None]) -> BlockTier:
+    """The tiers that a deployment asks for. Raises ConfigurationError where the folder cannot be used."""
+    shapes = [(tuple(t.shape[1:]), str(t.dtype)) for t in (*storage.keys, *storage.values)]
+    identity = model_identity(model.raw.model, metadata.version("prerope"), config.weight_quantization, shapes)
+    try:
+        tier = BlockTier(
+            config.tier_dir,
+            identity,
+            folder_limit=config.tier_bytes,
+            memory_limit=config.tier_memory,
+            report=report,
+        )
+    except OSError as error:
+        raise ConfigurationError(
+            f"CACHE_TIER_DIR is {config.tier_dir}: it cannot be read ({error.strerror}); name a folder of your own"
+        ) from error
+    report(f"cache tiers hold {tier.stats.num_bytes / 2**30:.2f} GiB for this model")
+    return tier
+
+
+def model_identity(model: nn.Module, *more: object) -> bytes:
+    """Of what K and V depend on beside tokens and positions: samples of every weight, and whatever else is given."""
+    h = hashlib.blake2b(repr(more).encode(), digest_size=32)
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        plain = getattr(tensor, "qdata", tensor).detach().reshape(-1)
+        picked = plain[:: max(1, plain.numel() // SAMPLES)].cpu().contiguous()
+        h.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        h.update(picked.view(torch.uint8).numpy().data)
+    return h.digest()
