@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from prerope.server.engine import engine
-from prerope.server.engine.scheduler import OLDEST_SHARE, Scheduled, Scheduler
+from prerope.server.engine.scheduler import OLDEST_SHARE, Scheduler
+from prerope.server.engine.step import Scheduled
 
 POLICIES = ("ours", "fifo")
 
@@ -25,8 +26,12 @@ class FifoScheduler(Scheduler):
         self._admit()
         for sequence in sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank):
             num_tokens = min(sequence.num_remaining_tokens, budget)
-            if num_tokens and sequence.request_id in self.running and self._grow(sequence, num_tokens, plan):
-                plan.append(Scheduled(sequence, num_tokens, sequence.num_computed_tokens))
+            if (
+                num_tokens
+                and sequence.request_id in self.running
+                and self._grow(sequence, sequence.num_computed_tokens + num_tokens, plan)
+            ):
+                plan.append(Scheduled.of(sequence, num_tokens, sequence.num_computed_tokens))
                 budget -= num_tokens
 
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from prerope.cache.tier import folder_secret
 from prerope.server.api import generate, health, pages
 from prerope.server.api import tokens as tokenize
-from prerope.server.api.auth.allowance import Allowance, HoldLease
+from prerope.server.api.auth.allowance import Allowance, HoldRequest
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.api.errors import install_error_handlers
 from prerope.server.api.hosts import HostCheck
@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
     # The last added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)
-    app.add_middleware(HoldLease, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
+    app.add_middleware(HoldRequest, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
     keys = KeyRing(settings.api_keys, settings.api_key_file, secret=_tenants(settings))
     app.add_middleware(KeyCheck, keys=keys, metrics_keys=KeyRing(settings.metrics_keys))
     app.add_middleware(HostCheck, allowed=settings.host_names, default_all=keys.asks)

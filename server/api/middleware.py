@@ -1,7 +1,7 @@
 """What happens to every HTTP request before and after its endpoint: an id, the key, limits, a log line.
 
     CORS → RequestContext (id, log, metric, last resort for errors) → HostCheck (`hosts`) → KeyCheck
-         → HoldLease (`auth.allowance`) → ClientTimeout → BodyLimit → routes
+         → HoldRequest (`auth.allowance`) → ClientTimeout → BodyLimit → routes
 
 Plain ASGI, so that streams pass through unbuffered.
 """

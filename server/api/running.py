@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, ToolCallReader
 from prerope.server.api.chat.tools import ToolUse
-from prerope.server.api.limits import admit, max_tokens_that_fit, new_id, sampling_params
+from prerope.server.api.limits import admit, new_id, sampling_params
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.prompts import chat_ids, check_model, tokenized
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
+from prerope.server.engine.limits import check_documents, max_tokens_that_fit
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 from prerope.server.structured.text import GrammarText
@@ -66,6 +67,7 @@ async def start(service: Service, request: GenerationRequest, prefix: str, arriv
     use = None if chat is None else ToolUse.of(service.tokenizer, chat)
     grammar = await compiled(service, _constraint(request, use))
     choices = []
+    info, asked, default = service.engine.info, request.sampling.max_tokens, request.sampling.default_max_tokens
     for prompt in await _tokenized(service, request.input, use):
         if prompt.documents and request.output.prompt_logprobs is not None:
             raise InvalidRequest(
@@ -73,11 +75,12 @@ async def start(service: Service, request: GenerationRequest, prefix: str, arriv
                 "out, or set document_attention to 'full'",
                 param="documents",
             )
-        max_tokens = max_tokens_that_fit(service, len(prompt.ids), request.sampling)
+        max_tokens = max_tokens_that_fit(info, len(prompt.ids), asked, default)
+        check_documents(prompt.documents, len(prompt.ids), max_tokens, info)
         for index in range(request.n):
             choices.append((prompt, sampling_params(service, request, max_tokens, index=index, grammar=grammar)))
     shown = frozenset[int]() if use is None else frozenset(use.marks.values())
-    generations = await admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
+    generations = admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
     return Running(request_id, request, generations, use)
 
 

@@ -9,8 +9,9 @@ from fastapi import APIRouter
 from prerope.server.api.logprobs import token_string
 from prerope.server.api.ready import ReadyService
 from prerope.server.api.requests.internal import Chat, Prompt
-from prerope.server.api.requests.prompts import chat_ids, check_model, check_token_ids, tokenized
+from prerope.server.api.requests.prompts import chat_ids, check_model, tokenized
 from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
+from prerope.server.engine.limits import check_vocabulary
 
 router = APIRouter(tags=["tokens"])
 
@@ -36,6 +37,6 @@ async def tokenize(body: TokenizeRequest, service: ReadyService) -> dict[str, An
 async def detokenize(body: DetokenizeRequest, service: ReadyService) -> dict[str, Any]:
     """The text of the ids, special tokens included, so that /tokenize gives the ids back."""
     check_model(service, body.model)
-    check_token_ids(service, body.tokens, "tokens")
+    check_vocabulary(body.tokens, service.engine.info, "tokens")
     text = await asyncio.to_thread(service.tokenizer.decode, body.tokens, skip_special_tokens=False)
     return {"prompt": text}

@@ -13,7 +13,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,6 +23,7 @@ from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.info import Backlog, EngineStats, ModelInfo
+from prerope.server.engine.limits import check_room, retry_after_s
 from prerope.server.engine.output_stream import OutputStream
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import EngineRequest
@@ -52,7 +53,7 @@ class _Abort:
 
 
 _Command = EngineRequest | _Abort | _Drain
-_Delivery = tuple[str, TokenOutput | RequestError]
+_Delivery = tuple[str, TokenOutput]
 
 
 class AsyncEngine:
@@ -115,31 +116,33 @@ class AsyncEngine:
             raise EngineUnavailable("the engine is loading its model; see /ready", code=self.state.value)
         return self._stats
 
-    def submit(self, request: EngineRequest) -> OutputStream:
-        """Queue a request. Refusals are raised here, before anything is queued."""
-        engine = self.engine
+    def submit(self, requests: Sequence[EngineRequest]) -> list[OutputStream]:
+        """Queue the sequences of one request, all or, where the queue has no room for them, none.
+
+        Their lengths and token ids are within the limits: see `engine.limits`.
+        """
+        engine, num_tokens = self.engine, sum([len(request.prompt_token_ids) for request in requests])
         if self.state is EngineState.DRAINING:
             raise EngineUnavailable("the server is shutting down and takes no new requests", code="draining")
-        engine.check(request)
-        engine.check_queue(self._backlog(), len(request.prompt_token_ids))
+        stats = self.stats()
+        check_room(engine.config, self._backlog(stats), num_tokens, len(requests), stats.prefill_tokens_per_s)
+        return [self._queue(request) for request in requests]
+
+    def _queue(self, request: EngineRequest) -> OutputStream:
         request_id = request.request_id
         assert request_id not in self._streams, "request ids are unique"
-        stream = OutputStream(lambda: self._abort(request_id))
-        self._streams[request_id] = stream
+        stream = self._streams[request_id] = OutputStream(lambda: self._abort(request_id))
         self._unseen[request_id] = len(request.prompt_token_ids)
         self._inbox.put(request)
         return stream
 
-    def check_queue(self, num_prompt_tokens: int, num_sequences: int) -> None:
-        """Whether there is room for all sequences of a request; see `Engine.check_queue`."""
-        self.engine.check_queue(self._backlog(), num_prompt_tokens, num_sequences)
-
     def retry_after_s(self) -> int:
         """Seconds until what is here now is read, for those who are refused."""
-        return 1 if self._engine is None else self._engine.retry_after_s(self._backlog())
+        if self._stats is None:
+            return 1
+        return retry_after_s(self._backlog(self._stats), self._stats.prefill_tokens_per_s)
 
-    def _backlog(self) -> Backlog:
-        stats = self.stats()
+    def _backlog(self, stats: EngineStats) -> Backlog:
         return Backlog(
             stats.num_waiting + len(self._unseen),
             stats.num_waiting_tokens + sum(self._unseen.values()),
@@ -175,15 +178,13 @@ class AsyncEngine:
         self._stats = stats
         for request_id in taken:
             self._unseen.pop(request_id, None)
-        for request_id, item in deliveries:
+        for request_id, output in deliveries:
             stream = self._streams.get(request_id)
             if stream is None:
                 continue
-            if isinstance(item, TokenOutput) and item.failure is not None:
-                item = item.failure
-            if isinstance(item, RequestError) or item.finish_reason is not None:
+            if output.finish_reason is not None:
                 del self._streams[request_id]
-            stream.put(item)
+            stream.put(output if output.failure is None else output.failure)
 
     def _set_ready(self, engine: Engine) -> None:
         self._engine = engine
@@ -229,7 +230,8 @@ class AsyncEngine:
         deadline: float | None = None
         while True:
             commands = self._take(wait=not engine.has_work() and deadline is None)
-            taken, deliveries = [], []
+            taken: list[str] = []
+            deliveries: list[_Delivery] = []
             for command in commands:
                 if isinstance(command, _Drain):
                     deadline = command.deadline
@@ -237,7 +239,7 @@ class AsyncEngine:
                     engine.abort(command.request_id)
                 else:
                     taken.append(command.request_id)
-                    deliveries += _add(engine, command)
+                    engine.add(command)
             if deadline is not None and time.monotonic() >= deadline:
                 deliveries += engine.abort_all(_shut_down())
             if engine.has_work():
@@ -253,14 +255,6 @@ class AsyncEngine:
                 commands.append(self._inbox.get_nowait())
             except queue.Empty:
                 return commands
-
-
-def _add(engine: Engine, request: EngineRequest) -> list[_Delivery]:
-    try:
-        engine.add(request)
-    except RequestError as refusal:
-        return [(request.request_id, refusal)]
-    return []
 
 
 def _shut_down() -> EngineUnavailable:

@@ -32,17 +32,16 @@ from prerope.rope.reading import MethodError
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.documents import DocumentReader
-from prerope.server.engine.endings import finish_reason, follow_grammar
 from prerope.server.engine.graphs import DecodeGraphs, capture_graphs
-from prerope.server.engine.info import Backlog, Counters, EngineStats, ModelInfo
-from prerope.server.engine.limits import check_fits, check_room, retry_after_s, too_late
+from prerope.server.engine.info import Counters, EngineStats, ModelInfo
+from prerope.server.engine.limits import too_late
 from prerope.server.engine.memory.sizing import CacheSize, size_cache
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import wait_for_masks
-from prerope.server.engine.scheduler import Scheduled, Scheduler
+from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
-from prerope.server.engine.step import Share, Step, finish_launch
+from prerope.server.engine.step import Scheduled, Step, finish_launch
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
 from prerope.server.models.batch import build_batch
@@ -144,9 +143,9 @@ class Engine:
         return self._positions[spec]
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request, or refuse with InvalidRequest what can never run."""
-        self.check(request)
+        """Queue a request that is within all limits: its caller has seen to that, once, by `engine.limits`."""
         sampling = request.sampling
+        assert 0 < len(request.prompt_token_ids) <= self.info.max_model_len - sampling.max_tokens
         positions = request.positions or self.info.positions
         generator, timeout = None, self.config.request_timeout_s
         if sampling.seed is not None:
@@ -164,18 +163,6 @@ class Engine:
         if self.tiers is not None:
             self.tiers.ask(sequence)
         self.scheduler.add(sequence)
-
-    def check(self, request: EngineRequest) -> None:
-        """InvalidRequest for what can never run. Reads nothing that a step changes, so any thread may call it."""
-        check_fits(request, self.info)
-
-    def check_queue(self, backlog: Backlog, num_prompt_tokens: int, num_sequences: int = 1) -> None:
-        """Room for a request's sequences; see `refusals.check_room`. Reads nothing that a step changes but the rate."""
-        check_room(self.config, backlog, num_prompt_tokens, num_sequences, self._counters.prefill_tokens_per_s)
-
-    def retry_after_s(self, backlog: Backlog) -> int:
-        """Seconds until what waits and what runs is read, at the measured prefill rate; at least 1."""
-        return retry_after_s(backlog, self._counters.prefill_tokens_per_s)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """Forget a request and release its blocks now; its last output, or None where there is no such request."""
@@ -229,16 +216,14 @@ class Engine:
         for copy in self.scheduler.take_copies():
             slots = np.asarray([copy.source, copy.target], dtype=np.int64)
             self.storage.copy(*send(slots, self.model.device))
-        shares = [Share.of(scheduled) for scheduled in plan]
-        logits = self._forward(shares, None if before is None else before.arrival.tokens)
+        logits = self._forward(plan, None if before is None else before.arrival.tokens)
         on_device, ends = self._sample_on_device, self.info.eos_token_ids
-        return finish_launch(shares, logits, ends, on_device=on_device, began=began)
+        return finish_launch(plan, logits, ends, on_device=on_device, began=began)
 
-    def _forward(self, shares: list[Share], sampled: Tensor | None) -> Tensor:
-        """Logits of the shares' rows; `sampled` are the tokens of the step in flight, if there is one."""
+    def _forward(self, plan: list[Scheduled], sampled: Tensor | None) -> Tensor:
+        """Logits of the plan's rows; `sampled` are the tokens of the step in flight, if there is one."""
         block_size = self.config.block_size
-        chunks = [share.chunk(block_size) for share in shares]
-        batch = build_batch(chunks, block_size, self.model.device, sampled)
+        batch = build_batch([one.chunk(block_size) for one in plan], block_size, self.model.device, sampled)
         logits = None if self.graphs is None else self.graphs.logits(batch)
         return self.model.forward(batch, self.storage) if logits is None else logits
 
@@ -247,24 +232,24 @@ class Engine:
         outputs: list[tuple[str, TokenOutput]] = []
         filled: list[tuple[int, bytes]] = []
         tokens = iter(step.arrival.wait())
-        for share in step.shares:
-            sequence = share.sequence
-            token = next(tokens) if share.samples else None
-            read = min(share.stop, sequence.num_prompt_tokens)
-            self._counters.prompt_tokens += max(0, read - share.start)
+        for one in step.scheduled:
+            sequence, stop = one.sequence, one.stop
+            token = next(tokens) if one.samples else None
+            processed = min(stop, sequence.num_prompt_tokens)
+            self._counters.prompt_tokens += max(0, processed - one.start)
             if not self.scheduler.holds(sequence):
                 continue
-            sequence.num_processed_tokens = read
-            if share.cached:
+            sequence.num_processed_tokens = processed
+            if one.cached:
                 documents = sequence.request.documents
-                known = self.scheduler.cache.remember(sequence, filled_from(documents, share.start), share.stop)
+                known = self.scheduler.cache.remember(sequence, filled_from(documents, one.start), stop)
                 # Behind a document that was copied, only the very same prompt could use it.
-                filled += known if share.stop <= next_copied(documents, 0, share.stop) else ()
+                filled += known if stop <= next_copied(documents, 0, stop) else ()
             if isinstance(sequence, DocumentReader):
                 outputs += self._progress_of(sequence)
             elif token is not None:
                 outputs.append(self._take(sequence, token, step.scored.get(sequence)))
-            elif share.stop == sequence.num_tokens:
+            elif stop == sequence.num_tokens:
                 outputs.append(self._finish(sequence, (), None, FinishReason.LENGTH))
             elif sequence.request.report_progress:
                 outputs.append((sequence.request_id, sequence.output()))
@@ -283,14 +268,14 @@ class Engine:
         """A sampled token, and whether the sequence ends with it."""
         sequence.append(token)
         self._counters.generation_tokens += 1
-        if failure := follow_grammar(sequence, token, self.info.eos_token_ids):
+        if failure := sequence.advance_grammar(token, self.info.eos_token_ids):
             self.scheduler.remove(sequence.request_id)
             return sequence.request_id, sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
-        told = None if scored is None else (scored,)
-        reason = finish_reason(sequence, token, self.info.eos_token_ids)
+        logprobs = None if scored is None else (scored,)
+        reason = sequence.finish_reason(token, self.info.eos_token_ids)
         if reason is not None:
-            return self._finish(sequence, (token,), told, reason)
-        return sequence.request_id, sequence.output((token,), logprobs=told)
+            return self._finish(sequence, (token,), logprobs, reason)
+        return sequence.request_id, sequence.output((token,), logprobs=logprobs)
 
     def _finish(
         self,
@@ -309,9 +294,9 @@ class Engine:
         scheduler, pool, counters = self.scheduler, self.scheduler.cache.pool, self._counters
         return EngineStats(
             num_running=len(scheduler.running),
-            num_running_tokens=sum(s.num_remaining_tokens for s in scheduler.running.values()),
+            num_running_tokens=sum([s.num_remaining_tokens for s in scheduler.running.values()]),
             num_waiting=len(scheduler.waiting),
-            num_waiting_tokens=sum(s.num_remaining_tokens for s in scheduler.waiting.values()),
+            num_waiting_tokens=sum([s.num_remaining_tokens for s in scheduler.waiting.values()]),
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,

@@ -1,56 +1,68 @@
-"""Why a request is not run: it can never fit, there is no room for it now, or its time is over.
+"""The limits of a request, each in one function: vocabulary, length, room in the queue, time.
 
-Errors name the limit, the value given and the remedy. Nothing here reads what a step changes.
+Each is checked once, before a request is queued; whoever queues trusts that. Errors name the limit, the value given
+and the remedy. Nothing here reads what a step changes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Several
 
-from prerope.cache.blocks.documents import largest_reading
+from prerope.cache.blocks.documents import DocumentSpan, largest_reading
 from prerope.server.config import EngineConfig
 from prerope.server.engine.info import Backlog, ModelInfo
-from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.sequence import Sequence
 from prerope.server.errors import DeadlineExceeded, InvalidRequest, QueueFull
 
 ASSUMED_PREFILL_RATE = 1000.0
 """Tokens a second for Retry-After, until a prefill has been measured."""
 
 
-def check_fits(request: EngineRequest, info: ModelInfo) -> None:
-    """InvalidRequest for what can never run: no tokens, unknown ones, or more than the model or the cache takes."""
-    ids, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
-    if not ids:
-        raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt", code="empty_prompt")
-    low, high = min(ids), max(ids)
-    if low < 0 or high >= info.vocab_size:
+def check_vocabulary(token_ids: Several[int], info: ModelInfo, param: str) -> None:
+    """InvalidRequest unless every id is in the model's vocabulary. `param` names the request's field."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < info.vocab_size):
+        index, wrong = next((i, token) for i, token in enumerate(token_ids) if not 0 <= token < info.vocab_size)
+        shown = str(wrong) if abs(wrong) < 10**20 else "beyond 20 digits"
         raise InvalidRequest(
-            f"token id {low if low < 0 else high} in the prompt is outside the vocabulary: ids go from 0 to "
-            f"{info.vocab_size - 1}",
-            param="prompt",
+            f"'{param}[{index}]' is {shown}; the model's token ids go from 0 to {info.vocab_size - 1}",
+            param=param,
             code="bad_token_id",
         )
-    reading = largest_reading(request.documents, 0)
-    if reading and len(ids) + max_tokens + reading > info.num_cache_tokens:
+
+
+def max_tokens_that_fit(info: ModelInfo, num_prompt_tokens: int, asked: int | None, default: int | None) -> int:
+    """Tokens to generate: as asked, or refused; where nothing is asked, the default (None: all that fit), capped."""
+    room = info.max_model_len - num_prompt_tokens
+    if asked is None and room >= 1:
+        return room if default is None else min(default, room)
+    if asked is not None and asked <= room:
+        return asked
+    wanted = "leaves no room to generate" if asked is None else f"max_tokens is {asked}"
+    raise InvalidRequest(
+        f"the prompt has {_plural(num_prompt_tokens, 'token')} and {wanted}: prompt and output together may have "
+        f"{_plural(info.max_model_len, 'token')}; shorten the prompt, lower max_tokens or raise MAX_MODEL_LEN",
+        param="prompt" if room < 1 else "max_tokens",
+        code="context_length_exceeded",
+    )
+
+
+def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: int, info: ModelInfo) -> None:
+    """InvalidRequest where a prompt of so many tokens and the reader of its longest document do not fit the cache."""
+    reading = largest_reading(spans, 0)
+    total = num_tokens + max_tokens + reading
+    if reading and total > info.num_cache_tokens:
         raise InvalidRequest(
-            f"the prompt has {len(ids)} tokens, max_tokens is {max_tokens}, and the longest document, read on its own "
-            f"behind the prefix, takes {reading} tokens meanwhile, together {len(ids) + max_tokens + reading}: the "
-            f"cache holds {info.num_cache_tokens}; shorten or split it, or raise KV_CACHE_MEMORY",
+            f"the prompt has {num_tokens} tokens, max_tokens is {max_tokens}, and the longest document, read on its own "
+            f"behind the prefix, takes {reading} tokens meanwhile, together {total}: the cache holds "
+            f"{info.num_cache_tokens}; shorten or split it, or raise KV_CACHE_MEMORY",
             param="documents",
             code="context_length_exceeded",
         )
-    limits = (
-        (info.max_model_len, "the limit is {}", "MAX_MODEL_LEN"),
-        (info.num_cache_tokens, "the cache holds {}", "KV_CACHE_MEMORY"),
-    )
-    for limit, said, setting in limits:
-        if len(ids) + max_tokens > limit:
-            raise InvalidRequest(
-                f"the prompt has {len(ids)} tokens and max_tokens is {max_tokens}, together {len(ids) + max_tokens}: "
-                f"{said.format(limit)}; shorten either, or raise {setting}",
-                param="prompt" if len(ids) >= limit else "max_tokens",
-                code="context_length_exceeded",
-            )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def check_room(

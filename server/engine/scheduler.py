@@ -25,16 +25,9 @@ from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_c
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.sequence import Sequence
+from prerope.server.engine.step import Scheduled
 
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
-
-
-class Scheduled(NamedTuple):
-    """`num_new_tokens` of one sequence, from token `start` on."""
-
-    sequence: Sequence
-    num_new_tokens: int
-    start: int
 
 
 class Copy(NamedTuple):
@@ -89,7 +82,7 @@ class Scheduler:
         decoding = [sequence for sequence in decoding if not sequence.waits_for_mask]
         for sequence in decoding[: self.max_batched_tokens]:
             if sequence.request_id in self.running and self._grow(sequence, sequence.num_tokens, plan):
-                plan.append(Scheduled(sequence, 1, sequence.num_computed_tokens))
+                plan.append(Scheduled.of(sequence, 1, sequence.num_computed_tokens))
         self._schedule_prefills(self.max_batched_tokens - len(plan), plan)
         return plan
 
@@ -112,7 +105,7 @@ class Scheduler:
                 stop = min(position + num_tokens, next_copied(documents, position, sequence.num_tokens))
                 if not self._grow(sequence, stop, plan):
                     return
-                plan.append(Scheduled(sequence, stop - position, position))
+                plan.append(Scheduled.of(sequence, stop - position, position))
                 num_tokens, position, rows = num_tokens - (stop - position), stop, True
                 continue
             reader = self._open(sequence, document, position)
@@ -146,7 +139,7 @@ class Scheduler:
         start = reader.num_computed_tokens
         count = min(num_tokens, reader.num_remaining_tokens)
         if count and self._grow(reader, start + count, plan):
-            plan.append(Scheduled(reader, count, start))
+            plan.append(Scheduled.of(reader, count, start))
 
     def _copy(self, reader: DocumentReader, position: int) -> None:
         """From `position` of the parent to the document's end; the reader's work is done then."""

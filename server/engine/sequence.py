@@ -17,7 +17,7 @@ from prerope.rope.model import ModelPositions
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import Matcher
 from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.errors import RequestError
+from prerope.server.errors import InvalidRequest, RequestError
 
 UNKNOWN = -1
 """Stands in `token_ids` for a token that a step in flight samples. No embedding has it."""
@@ -114,7 +114,7 @@ class Sequence:
 
     @property
     def ending(self) -> bool:
-        """Its last token is pending: no step follows. That `max_tokens` is within every limit, `refusals` saw to."""
+        """Its last token is pending: no step follows. That `max_tokens` is within every limit, `limits` saw to."""
         return self.num_pending > 0 and self.num_output_tokens >= self.sampling.max_tokens
 
     @property
@@ -185,6 +185,28 @@ class Sequence:
         self.output_counts[token_id] += 1
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
+
+    def advance_grammar(self, token_id: int, eos_token_ids: frozenset[int]) -> InvalidRequest | None:
+        """Take a sampled token into the grammar, if there is one; why the output cannot go on, where it cannot."""
+        if self.matcher is None:
+            return None
+        if token_id not in eos_token_ids:
+            self.matcher.accept(token_id)
+        if not self.matcher.failure:
+            return None
+        return InvalidRequest(
+            f"the output cannot follow its grammar any further: {self.matcher.failure}", code="grammar_failed"
+        )
+
+    def finish_reason(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why the sequence ends after `token_id`, the last token that is known; None where it goes on."""
+        sampling, num_generated = self.request.sampling, self.num_generated_tokens
+        if self.matcher is not None and (token_id in eos_token_ids or self.matcher.finished):
+            return FinishReason.STOP
+        ends = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | eos_token_ids
+        if token_id in ends and num_generated >= sampling.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_generated >= sampling.max_tokens else None
 
     def output(
         self,

@@ -16,29 +16,37 @@ from prerope.cache.blocks.manager import BlockTable
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.device import sample_on_device
 from prerope.server.engine.sampling.host import logprobs, sample, score_prompt
-from prerope.server.engine.scheduler import Scheduled
 from prerope.server.engine.sequence import Sequence
 from prerope.server.models.batch import Chunk
 from torch import Tensor
 
 
-class Share(NamedTuple):
-    """A sequence's tokens `start` … `stop` − 1, the blocks that it had then, and whether the step samples its next."""
+class Scheduled(NamedTuple):
+    """Tokens `start` … `stop` − 1 of a sequence that one step computes.
+
+    Attributes:
+        samples: whether the step samples the token after them.
+        block_table: the blocks of the sequence when it was scheduled, which reach as far as `stop`.
+    """
 
     sequence: Sequence
+    num_new_tokens: int
     start: int
-    stop: int
     num_logits: int
     samples: bool
     block_table: BlockTable
 
     @classmethod
-    def of(cls, scheduled: Scheduled) -> Share:
-        """Of a sequence as it is before the launch."""
-        sequence, count, start = scheduled
-        last = start + count == sequence.num_tokens
+    def of(cls, sequence: Sequence, num_new_tokens: int, start: int) -> Scheduled:
+        """Of a sequence as it is before the launch, its blocks allocated."""
+        last = start + num_new_tokens == sequence.num_tokens
         samples = last and sequence.num_output_tokens < sequence.sampling.max_tokens
-        return cls(sequence, start, start + count, sequence.num_logits(start, count), samples, sequence.block_table)
+        num_logits = sequence.num_logits(start, num_new_tokens)
+        return cls(sequence, num_new_tokens, start, num_logits, samples, sequence.block_table)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_new_tokens
 
     @property
     def cached(self) -> bool:
@@ -46,12 +54,13 @@ class Share(NamedTuple):
         return self.sequence.block_table is self.block_table
 
     def chunk(self, block_size: int) -> Chunk:
-        sequence = self.sequence
-        pending = sequence.num_pending > 0 and self.stop == sequence.num_tokens
+        """What the model's forward is given of it."""
+        sequence, stop = self.sequence, self.start + self.num_new_tokens
+        pending = sequence.num_pending > 0 and stop == sequence.num_tokens
         return Chunk(
-            sequence.token_ids[self.start : self.stop],
+            sequence.token_ids[self.start : stop],
             self.start,
-            self.block_table.head(-(-self.stop // block_size)),
+            self.block_table.head(-(-stop // block_size)),
             sequence.positions,
             self.num_logits,
             sequence.pending_place if pending else None,
@@ -84,12 +93,12 @@ class Step:
     """What was launched at `began`, in seconds of `time.monotonic()`.
 
     Attributes:
-        arrival: a token for each share that samples, in their order.
+        arrival: a token for each that samples, in their order.
         scored: log-probabilities of those that asked for them.
         may_stay: the next step may be launched before the tokens of this one are known.
     """
 
-    shares: list[Share]
+    scheduled: list[Scheduled]
     arrival: Arrival
     scored: dict[Sequence, TokenLogprobs]
     may_stay: bool
@@ -97,45 +106,53 @@ class Step:
 
     @property
     def num_prefilled(self) -> int:
-        return sum(stop - start for _, start, stop, *_ in self.shares if stop - start > 1)
+        return sum([one.num_new_tokens for one in self.scheduled if one.num_new_tokens > 1])
 
 
 def finish_launch(
-    shares: list[Share], logits: Tensor, eos_token_ids: frozenset[int], *, on_device: bool, began: float
+    scheduled: list[Scheduled], logits: Tensor, eos_token_ids: frozenset[int], *, on_device: bool, began: float
 ) -> Step:
     """After the forward: sample, and let each sequence be where the step will leave it.
 
-    logits [N, V] fp32, the shares' rows in order; may be changed. on_device: sample there what need not be on the host.
+    logits [N, V] fp32, rows in the order of `scheduled`; may be changed. on_device: sample there what need not be on
+    the host.
     """
-    may_stay = not any(share.sequence.chosen_on_host for share in shares if share.num_logits)
-    rows, row = [], 0
-    for share in shares:
-        row += share.num_logits
-        if share.sequence.sampling.prompt_logprobs is not None:
-            first = share.stop - share.num_logits
-            score_prompt(share.sequence, first, logits[row - share.num_logits : row])
-        if share.samples:
+    sampled, rows, row, may_stay = [], [], 0, True
+    for one in scheduled:
+        sequence = one.sequence
+        row += one.num_logits
+        if one.num_logits and sequence.chosen_on_host:
+            may_stay = False
+        if sequence.request.sampling.prompt_logprobs is not None:
+            score_prompt(sequence, one.start + one.num_new_tokens - one.num_logits, logits[row - one.num_logits : row])
+        if one.samples:
             rows.append(row - 1)
-    sampled = [share.sequence for share in shares if share.samples]
+            sampled.append(sequence)
     tokens, scored = choose(logits if len(rows) == row else logits[rows], sampled, eos_token_ids, on_device=on_device)
-    for share in shares:
-        share.sequence.num_computed_tokens = share.stop
+    for one in scheduled:
+        one.sequence.num_computed_tokens = one.start + one.num_new_tokens
     for place, sequence in enumerate(sampled):
         sequence.expect(place)
-    return Step(shares, Arrival(tokens), scored, may_stay, began)
+    return Step(scheduled, Arrival(tokens), scored, may_stay, began)
 
 
 def choose(
     logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], *, on_device: bool
 ) -> tuple[Tensor, dict[Sequence, TokenLogprobs]]:
     """(token ids [N] int64, log-probabilities asked for) of logits [N, V] fp32, one row a sequence; may be changed."""
-    on_host = [place for place, sequence in enumerate(sequences) if not on_device or sequence.chosen_on_host]
-    if not on_host:
-        return sample_on_device(logits, sequences), {}
-    if len(on_host) == len(sequences):
-        return _choose_on_host(logits, sequences, eos_token_ids)
     # Where a row is sampled is its own affair: a seeded request does not see its neighbours.
-    rest = [place for place in range(len(sequences)) if place not in set(on_host)]
+    on_host, rest, greedy = [], [], True
+    for place, sequence in enumerate(sequences):
+        drawn = sequence.request.sampling.temperature > 0
+        if sequence.chosen_on_host or (drawn and not on_device):
+            on_host.append(place)
+        else:
+            rest.append(place)
+            greedy = greedy and not drawn
+    if not on_host:
+        return logits.argmax(dim=-1) if greedy else sample_on_device(logits, sequences), {}
+    if not rest:
+        return _choose_on_host(logits, sequences, eos_token_ids)
     tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     tokens[rest] = sample_on_device(logits[rest], [sequences[place] for place in rest])
     tokens[on_host], scored = _choose_on_host(logits[on_host], [sequences[place] for place in on_host], eos_token_ids)

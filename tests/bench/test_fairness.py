@@ -49,7 +49,7 @@ class Steps:
         plan = self.scheduler.schedule()
         for one in arriving:
             self.scheduler.add(one)
-        for one, count in plan:
+        for one, count, *_ in plan:
             known = one.num_computed_tokens
             one.num_computed_tokens += count
             self.scheduler.cache.remember(one, known)

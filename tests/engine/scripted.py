@@ -11,8 +11,9 @@ from prerope.rope.frequencies import Rotary
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.scheduler import Scheduled, Scheduler
+from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.step import Scheduled
 
 BLOCK = 16
 POSITIONS = resolve_model(RopeSpec(method="rerope"), {"": Rotary(16, 16, 1e4, "default", 64, 64)}, None)
@@ -70,7 +71,7 @@ class Script:
         plan = self.scheduler.schedule()
         self.steps += 1
         self._check(plan, decoding)
-        for one, count, _ in plan:
+        for one, count, *_ in plan:
             known = one.num_computed_tokens
             one.num_computed_tokens += count
             self.cache.remember(one, known)
@@ -83,14 +84,14 @@ class Script:
 
     def _check(self, plan: list[Scheduled], decoding: list[Sequence]) -> None:
         running, preempted = self.scheduler.running, self.scheduler.preempted
-        assert sum(count for _, count, _ in plan) <= self.budget
-        assert len({one.request_id for one, _, _ in plan}) == len(plan)
+        assert sum(count for _, count, *_ in plan) <= self.budget
+        assert len({one.request_id for one, *_ in plan}) == len(plan)
         assert len(running) <= self.scheduler.max_num_seqs
-        for one, count, _ in plan:
+        for one, count, *_ in plan:
             assert one.request_id in running, "scheduled, but preempted since"
             assert 1 <= count <= one.num_remaining_tokens
             assert len(one.block_table) * self.cache.block_size >= one.num_computed_tokens + count
-        scheduled = {one.request_id for one, _, _ in plan}
+        scheduled = {one.request_id for one, *_ in plan}
         passed_over = {one.request_id for one in decoding} - scheduled - preempted
         assert not passed_over, "a decode neither ran nor made room for another"
 

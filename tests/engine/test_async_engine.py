@@ -78,7 +78,7 @@ def test_streams_side_by_side(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model)) as engine:
             assert engine.state is EngineState.READY
-            streams = [engine.submit(request(str(i), prompt, greedy(10))) for i, prompt in enumerate(prompts)]
+            streams = [engine.submit([request(str(i), prompt, greedy(10))])[0] for i, prompt in enumerate(prompts)]
             outputs = await asyncio.gather(*(collect(stream) for stream in streams))
             assert [tokens_of(one) for one in outputs] == expected
             assert [one[-1].finish_reason for one in outputs] == [FinishReason.LENGTH] * 3
@@ -92,13 +92,9 @@ def test_streams_side_by_side(model: Model) -> None:
 def test_refusals_are_raised_by_the_call_itself(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model)) as engine:
-            with pytest.raises(InvalidRequest, match="no tokens"):
-                engine.submit(request("0", [], greedy(1)))
-            with pytest.raises(InvalidRequest, match="the limit is 256"):
-                engine.submit(request("0", prompt_of(256), greedy(1)))
             with pytest.raises(InvalidRequest, match="unknown position method"):
                 engine.resolve_positions(RopeSpec(method="spiral"))
-            assert len(await collect(engine.submit(request("0", prompt_of(5), greedy(2))))) == 2
+            assert len(await collect(engine.submit([request("0", prompt_of(5), greedy(2))])[0])) == 2
 
     go(scenario)
 
@@ -106,15 +102,18 @@ def test_refusals_are_raised_by_the_call_itself(model: Model) -> None:
 def test_the_queue_counts_what_the_thread_has_not_seen_yet(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model, max_queued_requests=3, max_queued_tokens=100)) as engine:
-            streams = [engine.submit(request(str(i), prompt_of(10), greedy(2))) for i in range(3)]
+            streams = [engine.submit([request(str(i), prompt_of(10), greedy(2))])[0] for i in range(3)]
             with pytest.raises(QueueFull, match="MAX_QUEUED_REQUESTS, 3"):
-                engine.submit(request("refused", prompt_of(10), greedy(2)))
+                engine.submit([request("refused", prompt_of(10), greedy(2))])
             await asyncio.gather(*(collect(stream) for stream in streams))
             await until(lambda: idle(engine))
-            stream = engine.submit(request("3", prompt_of(60), greedy(2)))
+            stream = engine.submit([request("3", prompt_of(60), greedy(2))])[0]
             with pytest.raises(QueueFull, match="60 prompt tokens are waiting and 50 more"):
-                engine.submit(request("refused", prompt_of(50), greedy(2)))
+                engine.submit([request("refused", prompt_of(50), greedy(2))])
             await collect(stream)
+            with pytest.raises(InvalidRequest, match="4 sequences"):
+                engine.submit([request(str(i), prompt_of(5), greedy(2)) for i in range(4, 8)])
+            assert idle(engine), "all of a request or nothing"
 
     go(scenario)
 
@@ -125,7 +124,7 @@ def test_closing_a_stream_frees_its_blocks(model: Model, num_outputs: int) -> No
 
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model, max_batched_tokens=16, max_num_seqs=8)) as engine:
-            stream = engine.submit(request("0", prompt_of(30), greedy(200), report_progress=True))
+            stream = engine.submit([request("0", prompt_of(30), greedy(200), report_progress=True)])[0]
             for _ in range(num_outputs):
                 await anext(stream)
             await stream.aclose()
@@ -133,7 +132,7 @@ def test_closing_a_stream_frees_its_blocks(model: Model, num_outputs: int) -> No
             with pytest.raises(StopAsyncIteration):
                 await anext(stream)
             assert engine.stats().generation_tokens < 200
-            assert len(await collect(engine.submit(request("1", prompt_of(5), greedy(2))))) == 2
+            assert len(await collect(engine.submit([request("1", prompt_of(5), greedy(2))])[0])) == 2
 
     go(scenario)
 
@@ -141,7 +140,7 @@ def test_closing_a_stream_frees_its_blocks(model: Model, num_outputs: int) -> No
 def test_cancelling_the_reader_frees_its_blocks(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model)) as engine:
-            reader = asyncio.create_task(collect(engine.submit(request("0", prompt_of(20), greedy(200)))))
+            reader = asyncio.create_task(collect(engine.submit([request("0", prompt_of(20), greedy(200))])[0]))
             await until(lambda: engine.stats().generation_tokens > 2)
             reader.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -155,13 +154,13 @@ def test_cancelling_the_reader_frees_its_blocks(model: Model) -> None:
 def test_shutdown_finishes_what_runs_and_refuses_the_rest(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model)) as engine:
-            stream = engine.submit(request("0", prompt_of(20), greedy(60)))
+            stream = engine.submit([request("0", prompt_of(20), greedy(60))])[0]
             reader = asyncio.create_task(collect(stream))
             stopping = asyncio.create_task(engine.shutdown(TIMEOUT_S))
             await asyncio.sleep(0)
             assert engine.state is EngineState.DRAINING
             with pytest.raises(EngineUnavailable, match="shutting down"):
-                engine.submit(request("late", prompt_of(5), greedy(2)))
+                engine.submit([request("late", prompt_of(5), greedy(2))])
             await stopping
             outputs = await reader
             assert len(tokens_of(outputs)) == 60
@@ -176,7 +175,7 @@ def test_shutdown_aborts_what_is_left_at_the_timeout(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: slow_engine(model)) as engine:
             readers = [
-                asyncio.create_task(collect(engine.submit(request(str(i), prompt_of(20), greedy(200)))))
+                asyncio.create_task(collect(engine.submit([request(str(i), prompt_of(20), greedy(200))])[0]))
                 for i in range(3)
             ]
             await until(lambda: engine.stats().generation_tokens > 0)
@@ -214,14 +213,14 @@ def test_a_step_that_raises_fails_every_stream(model: Model) -> None:
 
         failing.step = explode  # type: ignore[method-assign]
         async with served(lambda: failing) as engine:
-            streams = [engine.submit(request(str(i), prompt_of(20), greedy(50))) for i in range(3)]
+            streams = [engine.submit([request(str(i), prompt_of(20), greedy(50))])[0] for i in range(3)]
             results = await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
             assert [type(result) for result in results] == [EngineFailure] * 3
             assert all("out of luck" not in str(result) for result in results), "a client is not shown the inside"
             assert engine.state is EngineState.DEAD
             assert str(engine.failure) == "out of luck"
             with pytest.raises(EngineUnavailable, match="stopped after an error"):
-                engine.submit(request("late", prompt_of(5), greedy(2)))
+                engine.submit([request("late", prompt_of(5), greedy(2))])
             await engine.wait_until_stopped()
             await streams[0].aclose()
 
@@ -257,7 +256,7 @@ def test_before_it_is_loaded(model: Model) -> None:
         engine.start()
         assert engine.state is EngineState.LOADING
         for call in (
-            lambda: engine.submit(request("0", prompt_of(5), greedy(2))),
+            lambda: engine.submit([request("0", prompt_of(5), greedy(2))]),
             lambda: engine.info,
             engine.stats,
             lambda: engine.resolve_positions(RopeSpec()),
@@ -266,7 +265,7 @@ def test_before_it_is_loaded(model: Model) -> None:
                 call()
         allowed.set()
         await engine.wait_until_loaded()
-        assert len(await collect(engine.submit(request("0", prompt_of(5), greedy(2))))) == 2
+        assert len(await collect(engine.submit([request("0", prompt_of(5), greedy(2))])[0])) == 2
         await engine.shutdown(1)
 
     go(scenario)
@@ -296,7 +295,7 @@ def test_the_loop_is_free_while_the_engine_steps(model: Model) -> None:
 
     async def scenario() -> None:
         async with served(lambda: slow_engine(model)) as engine:
-            reader = asyncio.create_task(collect(engine.submit(request("0", prompt_of(20), greedy(10)))))
+            reader = asyncio.create_task(collect(engine.submit([request("0", prompt_of(20), greedy(10))])[0]))
             turns = 0
             while not reader.done():
                 await asyncio.sleep(0)
@@ -313,8 +312,8 @@ def test_a_reader_that_does_not_read_is_cut_off(model: Model, monkeypatch: pytes
 
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model)) as engine:
-            unread = engine.submit(request("unread", prompt_of(20), greedy(200)))
-            assert len(tokens_of(await collect(engine.submit(request("read", prompt_of(20), greedy(100)))))) == 100
+            unread = engine.submit([request("unread", prompt_of(20), greedy(200))])[0]
+            assert len(tokens_of(await collect(engine.submit([request("read", prompt_of(20), greedy(100))])[0]))) == 100
             await until(lambda: idle(engine))
             assert unread._items.qsize() == 8 + 2
             for _ in range(9):
@@ -343,7 +342,7 @@ def test_a_step_that_never_ends_is_left_at_shutdown(model: Model, monkeypatch: p
         engine = AsyncEngine(lambda: stuck)
         engine.start()
         await engine.wait_until_loaded()
-        stream = engine.submit(request("0", prompt_of(20), greedy(50)))
+        stream = engine.submit([request("0", prompt_of(20), greedy(50))])[0]
         await anext(stream)
         for _ in range(2):  # the second time there is nothing to wait for
             await engine.shutdown(0.1)
@@ -359,8 +358,8 @@ def test_a_step_that_never_ends_is_left_at_shutdown(model: Model, monkeypatch: p
 def test_what_has_no_token_at_the_drains_end_fails(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: slow_engine(model, max_num_seqs=1)) as engine:
-            first = asyncio.create_task(collect(engine.submit(request("0", prompt_of(20), greedy(200)))))
-            waiting = engine.submit(request("1", prompt_of(20), greedy(200)))
+            first = asyncio.create_task(collect(engine.submit([request("0", prompt_of(20), greedy(200))])[0]))
+            waiting = engine.submit([request("1", prompt_of(20), greedy(200))])[0]
             await until(lambda: engine.stats().generation_tokens > 0)
             await engine.shutdown(0.05)
             assert (await first)[-1].finish_reason is FinishReason.ABORT

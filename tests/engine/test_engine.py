@@ -10,11 +10,11 @@ import pytest
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.info import Backlog
+from prerope.server.engine.limits import check_vocabulary, max_tokens_that_fit
 from prerope.server.engine.memory.sizing import size_cache
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
+from prerope.server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.model import Model
 
@@ -49,23 +49,21 @@ def only(engine: Engine, prompt: list[int], sampling: SamplingParams, **options:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("prompt", "max_tokens", "message", "param", "code"),
-    [
-        ([], 1, "no tokens", "prompt", "empty_prompt"),
-        ([5, VOCABULARY], 1, f"token id {VOCABULARY} .* 0 to {VOCABULARY - 1}", "prompt", "bad_token_id"),
-        ([-1], 1, "token id -1 .* outside the vocabulary", "prompt", "bad_token_id"),
-        ([5] * 256, 1, "256 tokens .* 257: the limit is 256.*MAX_MODEL_LEN", "prompt", "context_length_exceeded"),
-        ([5] * 200, 57, "200 tokens .* 257: the limit is 256", "max_tokens", "context_length_exceeded"),
-    ],
-)
-def test_what_can_never_run(
-    engine: Engine, prompt: list[int], max_tokens: int, message: str, param: str, code: str
-) -> None:
-    with pytest.raises(InvalidRequest, match=message) as refusal:
-        engine.add(request("0", prompt, greedy(max_tokens)))
-    assert (refusal.value.param, refusal.value.code) == (param, code)
-    assert_idle(engine)
+@pytest.mark.parametrize("wrong", [-1, VOCABULARY, 10**30])
+def test_token_ids_outside_the_vocabulary(engine: Engine, wrong: int) -> None:
+    check_vocabulary([0, VOCABULARY - 1], engine.info, "prompt")
+    with pytest.raises(InvalidRequest, match=rf"'prompt\[1\]' is .* 0 to {VOCABULARY - 1}") as refusal:
+        check_vocabulary([5, wrong], engine.info, "prompt")
+    assert (refusal.value.param, refusal.value.code) == ("prompt", "bad_token_id")
+
+
+def test_lengths_that_fit_and_that_do_not(engine: Engine) -> None:
+    for asked, default, granted in ((56, None, 56), (0, None, 0), (None, None, 56), (None, 16, 16), (None, 400, 56)):
+        assert max_tokens_that_fit(engine.info, 200, asked, default) == granted
+    for prompt, asked, param in ((256, 1, "prompt"), (300, None, "prompt"), (200, 57, "max_tokens")):
+        with pytest.raises(InvalidRequest, match=rf"{prompt} tokens .* 256 tokens.* MAX_MODEL_LEN") as refusal:
+            max_tokens_that_fit(engine.info, prompt, asked, None)
+        assert (refusal.value.param, refusal.value.code) == (param, "context_length_exceeded")
 
 
 def test_the_longest_request_runs(engine: Engine) -> None:
@@ -85,30 +83,6 @@ def test_a_bad_method_of_a_request(engine: Engine) -> None:
         "one object, so that plans are shared"
     )
     assert engine.resolve_positions(RopeSpec(method="model")) is engine.info.positions
-
-
-def test_the_queue_limits(model: Model) -> None:
-    engine = tiny_engine(model, max_queued_requests=3, max_queued_tokens=100)
-    engine.check_queue(Backlog(2, 50), 50)
-    engine.check_queue(Backlog(0, 0), 250)  # alone it may wait, however long it is
-    with pytest.raises(
-        QueueFull, match=r"3 requests are waiting and 1 more would pass MAX_QUEUED_REQUESTS, 3"
-    ) as refusal:
-        engine.check_queue(Backlog(3, 30), 1)
-    assert refusal.value.retry_after_s >= 1
-    with pytest.raises(QueueFull, match=r"50 prompt tokens are waiting and 51 more .* MAX_QUEUED_TOKENS, 100"):
-        engine.check_queue(Backlog(2, 50), 51)
-
-
-def test_what_the_cache_cannot_hold_is_refused_at_once(model: Model) -> None:
-    engine = tiny_engine(model, num_blocks=4)
-    for prompt, max_tokens, param in ((40, 25, "max_tokens"), (64, 1, "prompt")):
-        with pytest.raises(
-            InvalidRequest, match=rf"{prompt} tokens.* {prompt + max_tokens}: the cache holds 64.*KV_CACHE_MEMORY"
-        ) as refusal:
-            engine.add(request("0", prompt_of(prompt), greedy(max_tokens)))
-        assert refusal.value.param == param
-    assert len(tokens_of(only(engine, prompt_of(40), greedy(24)))) == 24
 
 
 def test_running_and_waiting_tokens_are_those_still_to_be_computed(model: Model) -> None:

@@ -28,7 +28,7 @@ def test_streams_side_by_side() -> None:
 
     async def scenario() -> None:
         async with served(engine) as served_engine:
-            streams = [served_engine.submit(one) for one in requests]
+            streams = [served_engine.submit([one])[0] for one in requests]
             outputs = await asyncio.gather(*(collect(stream) for stream in streams))
             assert [tokens_of(one) for one in outputs] == [expected(one) for one in requests]
             await until(lambda: idle(served_engine))
@@ -40,7 +40,7 @@ def test_streams_side_by_side() -> None:
 def test_closing_a_stream_frees_its_blocks_and_ends_the_step_in_flight(num_outputs: int) -> None:
     async def scenario() -> None:
         async with served(engine) as served_engine:
-            stream = served_engine.submit(request("0", random_prompt(9), greedy(LONGEST)))
+            stream = served_engine.submit([request("0", random_prompt(9), greedy(LONGEST))])[0]
             for _ in range(num_outputs):
                 await anext(stream)
             await stream.aclose()
@@ -55,7 +55,7 @@ def test_shutdown_collects_or_drops_the_step_in_flight() -> None:
         for timeout_s, ends in ((60.0, {FinishReason.LENGTH}), (0.0, {FinishReason.LENGTH, FinishReason.ABORT})):
             async with served(engine) as served_engine:
                 one = request("0", random_prompt(9), greedy(LONGEST))
-                stream = served_engine.submit(one)
+                stream = served_engine.submit([one])[0]
                 first = await anext(stream)
                 await served_engine.shutdown(timeout_s)
                 outputs = [first, *await collect(stream)]
@@ -80,7 +80,7 @@ def test_a_step_that_dies_in_flight_fails_every_stream(monkeypatch: pytest.Monke
     async def scenario() -> None:
         async with served(lambda: doomed) as served_engine:
             streams = [
-                served_engine.submit(request(str(i), random_prompt(5, seed=i), greedy(LONGEST))) for i in range(3)
+                served_engine.submit([request(str(i), random_prompt(5, seed=i), greedy(LONGEST))])[0] for i in range(3)
             ]
             results = await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
             assert [type(result) for result in results] == [EngineFailure] * 3

@@ -11,7 +11,7 @@ import pytest
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
-from prerope.server.engine.step import Share
+from prerope.server.engine.step import Scheduled
 from prerope.server.models.batch import Chunk
 
 from tests.engine.scripted_model import VOCABULARY, Alternating, expected, random_prompt, scripted_engine
@@ -111,15 +111,15 @@ def test_histories() -> None:
     assert not any(history.num_stayed for history in run_histories(overlap=False))
 
 
-def as_decoded(share: Share, block_size: int, chunk: Callable[..., Chunk] = Share.chunk) -> Chunk:
-    return replace(chunk(share, block_size), pending_place=None)
+def as_decoded(one: Scheduled, block_size: int, chunk: Callable[..., Chunk] = Scheduled.chunk) -> Chunk:
+    return replace(chunk(one, block_size), pending_place=None)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        pytest.param(Share, "chunk", as_decoded, id="the ids of pending tokens are not looked up"),
-        pytest.param(Share, "cached", True, id="blocks are remembered for sequences that lost them"),
+        pytest.param(Scheduled, "chunk", as_decoded, id="the ids of pending tokens are not looked up"),
+        pytest.param(Scheduled, "cached", True, id="blocks are remembered for sequences that lost them"),
         pytest.param(Scheduler, "holds", lambda *_: True, id="what has ended or gone goes on"),
         pytest.param(Sequence, "chosen_on_host", False, id="nobody waits for the history that a draw takes"),
         pytest.param(Sequence, "num_generated_tokens", Sequence.num_output_tokens, id="pending tokens count as known"),

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from prerope.server.engine.scheduler import Scheduled, share
+from prerope.server.engine.scheduler import share
 from prerope.server.engine.sequence import UNKNOWN, Sequence
+from prerope.server.engine.step import Scheduled
 
 from tests.engine.scripted import Script, sequence, unique
 
 
 def counts(plan: list[Scheduled]) -> dict[str, int]:
-    return {one.request_id: count for one, count, _ in plan}
+    return {one.request_id: count for one, count, *_ in plan}
 
 
 # --- one budget for prefill and decode --------------------------------------------------------------------------------
@@ -94,8 +95,8 @@ def test_decodes_come_first_and_take_one_token_each() -> None:
     script.step()
     script.add(sequence(unique(100)))
     plan = script.step()
-    assert [count for _, count, _ in plan] == [1] * 6 + [2]
-    assert [one for one, _, _ in plan[:6]] == streams
+    assert [count for _, count, *_ in plan] == [1] * 6 + [2]
+    assert [one for one, *_ in plan[:6]] == streams
 
 
 # --- admission, priority, preemption ----------------------------------------------------------------------------------

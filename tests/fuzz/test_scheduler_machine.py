@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
 from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.scheduler import OLDEST_SHARE, Scheduled
+from prerope.server.engine.scheduler import OLDEST_SHARE
 from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.step import Scheduled
 
 from tests.engine.scripted import POSITIONS, RecordingScheduler
 from tests.fuzz.budget import budget
@@ -103,7 +104,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_steps += 1
         self._check_plan(plan, decoding)
         self._check_order(plan, running, decoding)
-        for one, count, _ in plan:
+        for one, count, *_ in plan:
             self.model.run(one, count, list(self.scheduler.sequences))
             if one.num_output_tokens == one.sampling.max_tokens:
                 self._check_output(one)
@@ -128,21 +129,21 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _check_plan(self, plan: list[Scheduled], decoding: list[Sequence]) -> None:
         running = self.scheduler.running
-        assert sum(count for _, count, _ in plan) <= self.budget
-        assert len({one.request_id for one, _, _ in plan}) == len(plan)
+        assert sum(count for _, count, *_ in plan) <= self.budget
+        assert len({one.request_id for one, *_ in plan}) == len(plan)
         assert len(running) <= self.scheduler.max_num_seqs
-        for one, count, _ in plan:
+        for one, count, *_ in plan:
             assert running.get(one.request_id) is one, "scheduled, but preempted since"
             assert 1 <= count <= one.num_remaining_tokens
             assert len(one.block_table) * BLOCK >= one.num_computed_tokens + count
-        decodes = [one for one, _, _ in plan if one in decoding]
-        assert [one for one, _, _ in plan[: len(decodes)]] == sorted(decodes, key=lambda one: one.rank), "decodes first"
+        decodes = [one for one, *_ in plan if one in decoding]
+        assert [one for one, *_ in plan[: len(decodes)]] == sorted(decodes, key=lambda one: one.rank), "decodes first"
         missing = {one.request_id for one in decoding} - {one.request_id for one in decodes}
         assert missing <= self.scheduler.preempted, "a stream got no token, and made no room either"
 
     def _check_order(self, plan: list[Scheduled], before: dict[str, Sequence], decoding: list[Sequence]) -> None:
         running, waiting = self.scheduler.running, self.scheduler.waiting
-        granted = {one.request_id: count for one, count, _ in plan}
+        granted = {one.request_id: count for one, count, *_ in plan}
         for preempted in self.scheduler.preempted & waiting.keys():
             one = waiting[preempted]
             assert (one.block_table, one.num_computed_tokens) == ([], 0)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from prerope.server.api.auth import keys as auth_keys
-from prerope.server.api.auth.allowance import Allowance, Lease
+from prerope.server.api.auth.allowance import Allowance, Hold
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.config import EngineConfig
 from prerope.server.engine.info import Backlog
@@ -242,7 +243,7 @@ def test_retry_after_over_http(serve: Any, tiny_checkpoint: Path) -> None:
         bodies = [{"prompt": [5] * length, "max_tokens": 1} for length in (300, 200)]
         with in_background(*(partial(http.post, GENERATE, json=body) for body in bodies)) as replies:
             until(lambda: len(engine._streams) == 2)
-            engine.engine._counters.prefill_tokens_per_s = 20.0
+            engine._stats = replace(engine.stats(), prefill_tokens_per_s=20.0)
             response = http.post(GENERATE, json={"prompt": "a", "max_tokens": 1})
             assert "2 requests are waiting and 1 more" in error_of(response, 429)["message"]
             assert int(response.headers["retry-after"]) == 500 / 20
@@ -266,18 +267,18 @@ def test_a_refused_request_leaves_nothing_behind(serve: Any, tiny_checkpoint: Pa
 
 def test_an_allowance_counts_sequences_of_each_tenant() -> None:
     allowance = Allowance(4, lambda: 9)
-    first, second, other = Lease("one", allowance), Lease("one", allowance), Lease("two", allowance)
-    first.hold(1)
-    first.hold(3)
-    second.hold(1)
+    first, second, other = Hold("one", allowance), Hold("one", allowance), Hold("two", allowance)
+    first.count(1)
+    first.count(3)
+    second.count(1)
     with pytest.raises(KeyBusy, match=r"3 sequences .* 2 more would pass MAX_SEQS_PER_KEY, 4.* 9 s") as refusal:
-        second.hold(2)
+        second.count(2)
     assert refusal.value.retry_after_s == 9
     with pytest.raises(InvalidRequest, match=r"5 sequences .* at most 4 .*MAX_SEQS_PER_KEY"):
-        other.hold(5)
-    other.hold(4)
+        other.count(5)
+    other.count(4)
     assert allowance.in_use == {"one": 4, "two": 4}
-    Lease("", allowance).hold(100)  # without keys there is nobody to count for
+    Hold("", allowance).count(100)  # without keys there is nobody to count for
 
 
 @pytest.fixture(scope="module")

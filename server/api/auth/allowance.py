@@ -1,6 +1,6 @@
 """What one HTTP request holds until its reply has ended: a share of its key's sequences, and its generations.
 
-    KeyCheck ─ tenant ─ HoldLease ─┬─ endpoint ─ admit: hold(n sequences), close_at_end(generation)
+    KeyCheck ─ tenant ─ HoldRequest ─┬─ endpoint ─ admit: count(n sequences), close_at_end(generations)
                                    └─ the reply has ended, or the client is gone: everything is given back
 
 Whatever way a request ends, also before its stream is first read, nothing that it started outlives it.
@@ -9,7 +9,7 @@ Whatever way a request ends, also before its stream is first read, nothing that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Protocol
 
@@ -57,7 +57,7 @@ class Allowance:
             del self.in_use[tenant]
 
 
-class Lease:
+class Hold:
     """One request's. Without an allowance nothing is counted.
 
     Attributes:
@@ -70,14 +70,14 @@ class Lease:
         self._held = 0
         self._closing: list[Closable] = []
 
-    def hold(self, num_sequences: int) -> None:
+    def count(self, num_sequences: int) -> None:
         """Count as this many sequences from now on. InvalidRequest or KeyBusy, and nothing changed."""
         if self._allowance is not None and num_sequences > self._held:
             self._allowance.take(self.tenant, num_sequences - self._held, self._held)
             self._held = num_sequences
 
-    def close_at_end(self, closable: Closable) -> None:
-        self._closing.append(closable)
+    def close_at_end(self, closables: Sequence[Closable]) -> None:
+        self._closing.extend(closables)
 
     async def end(self) -> None:
         """Give everything back. Generations close without waiting, so a cancelled task does this too."""
@@ -88,16 +88,16 @@ class Lease:
             self._held = 0
 
 
-_current: ContextVar[Lease | None] = ContextVar("lease", default=None)
+_current: ContextVar[Hold | None] = ContextVar("hold", default=None)
 
 
-def current_lease() -> Lease:
+def current_hold() -> Hold:
     """That of the request being answered; an empty one outside of any."""
-    return _current.get() or Lease()
+    return _current.get() or Hold()
 
 
-class HoldLease:
-    """Opens a lease for each request and ends it with the reply. A POST is one sequence until it asks for more."""
+class HoldRequest:
+    """Opens a hold for each request and ends it with the reply. A POST is one sequence until it asks for more."""
 
     def __init__(self, app: ASGIApp, allowance: Allowance) -> None:
         self.app = app
@@ -107,12 +107,12 @@ class HoldLease:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        lease = Lease(scope.get("tenant", ""), self.allowance)
+        hold = Hold(scope.get("tenant", ""), self.allowance)
         if scope["method"] == "POST":
-            lease.hold(1)
-        token = _current.set(lease)
+            hold.count(1)
+        token = _current.set(hold)
         try:
             await self.app(scope, receive, send)
         finally:
             _current.reset(token)
-            await lease.end()
+            await hold.end()

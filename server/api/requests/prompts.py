@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prerope.server.api.chat.messages import Message, as_template_input
-from prerope.server.api.requests.body import MAX_SHOWN, shown_number
+from prerope.server.api.requests.body import MAX_SHOWN
 from prerope.server.api.requests.documents import TokenizedPrompt, assembled
 from prerope.server.api.requests.internal import Chat, Prompt
+from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest, ModelNotFound
 from prerope.server.service import Service
 
@@ -59,7 +60,7 @@ async def _ids(
         ids = await _off_loop(len(given), lambda: encode(given, add_special_tokens=special))
     else:
         ids = given
-        check_token_ids(service, ids, param)
+    check_vocabulary(ids, service.engine.info, param)
     if not ids and not may_be_empty:
         raise InvalidRequest(f"'{param}' is empty: the model needs at least one token to continue", param=param)
     return ids
@@ -88,6 +89,7 @@ async def chat_ids(service: Service, chat: Chat, *, tools: Sequence[Mapping[str,
         return tokenizer.encode(text, add_special_tokens=False)  # it writes the special tokens itself
 
     ids = await _off_loop(INLINE_CHARS + 1 if tools else num_chars, encode)
+    check_vocabulary(ids, service.engine.info, "messages")
     if not ids:
         raise InvalidRequest("'messages' come to no token at all through the chat template", param="messages")
     return ids
@@ -102,17 +104,6 @@ def _check_tool_messages(service: Service, messages: Sequence[Message]) -> None:
             raise InvalidRequest(
                 f"{given} are not supported: the model's chat template knows no tools", param="messages"
             )
-
-
-def check_token_ids(service: Service, ids: Sequence[int], param: str) -> None:
-    """Every id is in the model's vocabulary."""
-    vocab_size = service.engine.info.vocab_size
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        index, token_id = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
-        raise InvalidRequest(
-            f"'{param}[{index}]' is {shown_number(token_id)}; the model's token ids go from 0 to {vocab_size - 1}",
-            param=param,
-        )
 
 
 def _check_characters(service: Service, num_chars: int, param: str) -> None:

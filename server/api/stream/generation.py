@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from prerope.server.api.stream.transcript import Token, Transcript
+from prerope.server.engine.output_stream import OutputStream
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.metrics import Metrics
@@ -64,7 +65,7 @@ class Reply:
 
 
 class Generation:
-    """An async iterator of pieces. Construction submits the request, so that a refusal is raised there.
+    """An async iterator of pieces, from the outputs of one sequence.
 
     Attributes:
         usage: grows as pieces arrive.
@@ -77,11 +78,13 @@ class Generation:
         self,
         service: Service,
         request: EngineRequest,
+        outputs: OutputStream,
         stop: Sequence[str],
         arrived: float,
         shown_special_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """arrived: `time.perf_counter()` when the HTTP request came. shown_special_ids: see `TextStream`."""
+        """outputs: of the request, which has been submitted. arrived: `time.perf_counter()` when the HTTP request came.
+        shown_special_ids: see `TextStream`."""
         self.prompt_token_ids = request.prompt_token_ids
         self.rope = (request.positions or service.engine.info.positions).describe()
         self.usage = Usage(prompt_tokens=len(request.prompt_token_ids))
@@ -92,7 +95,7 @@ class Generation:
         may_stop = grammar.prefix().complete if stop and isinstance(grammar, CompiledGrammar) else None
         self._transcript = Transcript(service.tokenizer, stop, shown_special_ids, may_stop)
         self._stopwatch = _Stopwatch(service.metrics, arrived)
-        self._outputs = service.engine.submit(request)
+        self._outputs = outputs
         self._engine_timings: Timings | None = None
         self._ended = False
 
