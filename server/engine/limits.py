@@ -53,8 +53,8 @@ def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: i
     total = num_tokens + max_tokens + reading
     if reading and total > info.num_cache_tokens:
         raise InvalidRequest(
-            f"the prompt has {num_tokens} tokens, max_tokens is {max_tokens}, and the longest document, read on its own "
-            f"behind the prefix, takes {reading} tokens meanwhile, together {total}: the cache holds "
+            f"the prompt has {num_tokens} tokens, max_tokens is {max_tokens}, and the longest document, read on its "
+            f"own behind the prefix, takes {reading} tokens meanwhile, together {total}: the cache holds "
             f"{info.num_cache_tokens}; shorten or split it, or raise KV_CACHE_MEMORY",
             param="documents",
             code="context_length_exceeded",
