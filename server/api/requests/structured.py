@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from prerope.server.api.auth.allowance import current_lease
+from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.requests.body import MAX_SHOWN, Refusal, RequestBody, Text, json_type, unicode_text
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.matcher import CompiledGrammar
@@ -219,5 +219,5 @@ async def compiled(service: Service, wanted: GrammarText | None) -> CompiledGram
     """The grammar, new or from an earlier request. InvalidRequest says why it cannot be compiled."""
     if wanted is None:
         return None
-    tenant = current_lease().tenant if service.settings.prefix_sharing == "key" else ""
+    tenant = current_hold().tenant if service.settings.prefix_sharing == "key" else ""
     return await service.grammars.compile(wanted, tenant)
