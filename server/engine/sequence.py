@@ -229,7 +229,7 @@ class Sequence:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
-            document_cached_tokens=tuple(map(self._cached_of, self.request.documents)) if finish_reason else (),
+            document_cached_tokens=tuple(map(self._cached_of, self.request.documents)),
             timings=self._timings() if token_ids or finish_reason else None,
             failure=failure,
         )

@@ -200,7 +200,7 @@ def test_progress_of_a_long_prefill(model: Model) -> None:
 def test_counts_and_timings(engine: Engine) -> None:
     outputs = only(engine, prompt_of(40), greedy(7))
     assert {output.num_prompt_tokens for output in outputs} == {40}
-    assert [output.timings is None for output in outputs] == [True] * 6 + [False]
+    assert all(output.timings is not None for output in outputs), "its reader may end it at any of them"
     timings = outputs[-1].timings
     assert timings is not None
     assert min(timings.queue_s, timings.prefill_s, timings.decode_s) >= 0

@@ -75,3 +75,10 @@ def test_refusals_name_what_is_wrong(http: httpx.Client, fields: dict[str, Any],
     reply = http.post("/generate", json={"prompt": QUESTION, "documents": TEXTS, "max_tokens": 4, **fields})
     assert reply.status_code == 400
     assert re.search(words, reply.json()["error"]["message"])
+
+
+def test_a_stop_string_ends_with_the_documents_all_the_same(http: httpx.Client) -> None:
+    text = ask(http)["text"]
+    stopped = ask(http, stop=[text[1:3]])
+    assert stopped["finish_reason"] == "stop"
+    assert len(stopped["documents"]) == len(TEXTS)
