@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.schemes import scheme_of
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -56,7 +57,7 @@ def check_folder(folder: Path) -> None:
         raise _refused(
             folder, f"an adapter ({ADAPTER}) lies beside the base model; {_merging(folder)}, or move it away"
         )
-    quantized = bool(config.get("quantization_config") or config.get("quantization"))
+    quantized = scheme_of(config, folder) is not None
     for file in weight_files(folder):
         _check_dtypes(folder, file.name, read_header(file), quantized)
     _check_other_files(folder)

@@ -12,11 +12,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.models.folder import some
+from prerope.server.models.schemes import SCHEMES, check_scheme, dequantising, scheme_of
 from torch import nn
 
 if TYPE_CHECKING:
@@ -41,10 +43,12 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
     """
     from transformers import AutoModelForCausalLM
 
+    config, scheme = _config_and_scheme(checkpoint, report)
     try:
         with _quiet_report():
             model, info = AutoModelForCausalLM.from_pretrained(
                 checkpoint.source,
+                config=config,
                 dtype=DTYPES.get(dtype, "auto"),
                 attn_implementation="eager",
                 trust_remote_code=False,
@@ -55,6 +59,8 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
             )
     except Exception as error:  # a config may hold anything, and model classes raise whatever they meet
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
+    if scheme == "bitsandbytes":
+        model = model.dequantize(config.dtype)
     unexpected = info["unexpected_keys"]
     wrong = incomplete(info) or strange(model, unexpected) or not_finite(model)
     if wrong:
@@ -62,6 +68,18 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
     if unexpected:
         report(f"left out, since it is not the decoder's: {len(unexpected)} weights, as {some(sorted(unexpected), 1)}")
     return model.eval()
+
+
+def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) -> tuple[Any, str | None]:
+    """The checkpoint's config, asking for dense weights where they are quantised by a scheme that can be read."""
+    config = checkpoint.config()
+    folder = Path(checkpoint.source)
+    scheme = scheme_of(config.to_dict(), folder if folder.is_dir() else None)
+    if scheme is None:
+        return config, None
+    check_scheme(checkpoint.name, scheme)
+    report(f"dequantising weights of {SCHEMES[scheme].title}")
+    return dequantising(config), scheme
 
 
 def incomplete(report: dict[str, Any]) -> str | None:
