@@ -56,7 +56,7 @@ class Checkpoint:
             return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
         except Exception as error:  # a config may hold anything, and its class raises whatever it meets
             raise ConfigurationError(
-                f"MODEL_ID: {self.name!r} cannot be served: its config.json cannot be read: {first_line(error)}"
+                f"MODEL_ID: {self.name!r} cannot be loaded: its config.json cannot be read: {first_line(error)}"
             ) from error
 
 

@@ -210,6 +210,10 @@ def _refusal(config: Any) -> str | None:
     text = config.get_text_config()
     if getattr(text, "kv_lora_rank", None):
         return "multi-head latent attention (MLA) caches a compressed state, not keys"
+    if config.model_type == "paligemma":
+        return (
+            "a row of its prompt reads what follows it, too (a prefix language model), and raw keys are read causally"
+        )
     if text.model_type.startswith("hunyuan"):
         return "it normalises queries and keys after the rotation, so its attention does not read rotated raw keys"
     if not getattr(text, "rope_parameters", None):

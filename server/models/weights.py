@@ -41,12 +41,10 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
 
     Only safetensors are read, and no code that comes with a checkpoint is run.
     """
-    from transformers import AutoModelForCausalLM
-
     config, scheme = _config_and_scheme(checkpoint, report)
     try:
         with _quiet_report():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = _class_for(config).from_pretrained(
                 checkpoint.source,
                 config=config,
                 dtype=DTYPES.get(dtype, "auto"),
@@ -67,6 +65,8 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be served: {wrong}")
     if unexpected:
         report(f"left out, since it is not the decoder's: {len(unexpected)} weights, as {some(sorted(unexpected), 1)}")
+    if dropped := drop_other_senses(model):
+        report(f"text alone is served: {', '.join(dropped)} left out")
     return model.eval()
 
 
@@ -80,6 +80,34 @@ def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) ->
     check_scheme(checkpoint.name, scheme)
     report(f"dequantising weights of {SCHEMES[scheme].title}")
     return dequantising(config), scheme
+
+
+def _class_for(config: Any) -> Any:
+    """transformers' class of causal models or, for a type that has none, the one that reads images beside text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    multimodal = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if multimodal and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def drop_other_senses(model: Any) -> list[str]:
+    """Take what sees and hears out of a multimodal model, which a text never reaches; the names of what was taken."""
+    decoder = model.get_decoder()
+    inner = getattr(model, "model", None)
+    if model.config is model.config.get_text_config() or inner is None or decoder is inner:
+        return []
+    others = [
+        name for name, child in inner.named_children() if not any(module is decoder for module in child.modules())
+    ]
+    for name in others:
+        setattr(inner, name, nn.Identity())
+    return others
 
 
 def incomplete(report: dict[str, Any]) -> str | None:

@@ -71,7 +71,9 @@ def _config(header: Header) -> Any:
     """transformers' config of the file, with what it leaves out."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(header.file.parent, gguf_file=header.file.name, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        header.file.parent, gguf_file=header.file.name, local_files_only=True, trust_remote_code=False
+    )
     config.dtype = torch.bfloat16
     embedding = header.tensor("token_embd.weight")
     if embedding is not None:
@@ -168,6 +170,7 @@ def _write_by_transformers(header: Header, config: Any, folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
         local_files_only=True,
+        trust_remote_code=False,
         output_loading_info=True,
     )
     if wrong := incomplete(info):

@@ -1,0 +1,88 @@
+"""Folders of models that see: their text model is served, and says what the whole says of a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.models.model import Model, load_model
+from prerope.server.models.probe import probe
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from tests.engine.tiny_models import SHAPE, generate, greedy, prompt_of, tiny_engine
+
+TEXT = SHAPE | {"num_hidden_layers": 2}
+EYE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "num_heads": 2,
+    "depth": 1,
+    "embed_dim": 32,
+    "out_hidden_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+}
+AXES = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mistral3": ({"model_type": "mistral"}, {"model_type": "pixtral"}),
+    "qwen2_vl": ({"rope_parameters": AXES}, {"hidden_size": 64}),
+    "qwen2_5_vl": ({"rope_parameters": AXES}, {}),
+    "qwen3_vl": ({"rope_parameters": AXES | {"mrope_interleaved": True}}, {"deepstack_visual_indexes": [0]}),
+    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model"}),
+    "internvl": ({"model_type": "qwen2"}, {"image_size": [28, 28], "patch_size": [14, 14]}),
+    "glm4v": ({"rope_parameters": AXES | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}, {}),
+    "smolvlm": ({"model_type": "llama"}, {}),
+    "idefics3": ({"model_type": "llama"}, {}),
+    "gemma3": ({"sliding_window": 8, "query_pre_attn_scalar": 16}, {"model_type": "siglip_vision_model"}),
+    "paligemma": ({"model_type": "gemma"}, {"model_type": "siglip_vision_model"}),
+}
+
+
+def saved(family: str, folder: Path) -> Path:
+    """A tiny random model with an eye, in fp32."""
+    text, eye = FAMILIES[family]
+    config = AutoConfig.for_model(family, tie_word_embeddings=False, text_config=TEXT | text, vision_config=EYE | eye)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.data = torch.randn_like(parameter) * 0.16
+            elif "norm" in name:
+                parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> tuple[Model, list[str]]:
+    lines: list[str] = []
+    model = load_model(Checkpoint(str(folder), folder.name), "float32", "cpu", lines.append)
+    probe(model)
+    return model, lines
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
+def test_the_text_model_is_served_and_equals_the_whole(family: str, tmp_path: Path) -> None:
+    folder = saved(family, tmp_path / family)
+    prompt = prompt_of(20)
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    expected = whole.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    model, lines = load(folder)
+    assert any("text alone is served" in line for line in lines)
+    assert not any("vis" in name for name, _ in model.raw.model.named_parameters())
+    assert generate(tiny_engine(model), [prompt], greedy(8)) == [expected[0, 20:].tolist()]
+
+
+def test_a_prefix_language_model_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="reads what follows it"):
+        load(saved("paligemma", tmp_path / "paligemma"))
