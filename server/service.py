@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import structlog
-from fastapi import Request
+from fastapi import Depends, Request
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
@@ -120,3 +120,13 @@ def get_service(request: Request) -> Service:
     """The FastAPI dependency."""
     service: Service = request.app.state.service
     return service
+
+
+async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread
+    """The service of an endpoint that needs the model: EngineUnavailable unless the engine takes requests."""
+    service = get_service(request)
+    service.require_ready()
+    return service
+
+
+ReadyService = Annotated[Service, Depends(ready_service)]

@@ -21,7 +21,9 @@ def cpu_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:
     """See `cache.attention.dispatch.Attention`. Here alone is decided what goes through which kernel."""
-    plan = plan_step(metadata, options) if can_decode(query, keys, values) else None
+    plan = plan_step(metadata, options)
+    if plan is not None and not can_decode(query, keys, values):
+        plan = None
     if plan is not None and plan.num_rows == len(query):
         return decode(plan, query.float(), keys, values, options).to(query.dtype)
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])

@@ -11,14 +11,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import generate_logprobs
-from prerope.server.api.ready import ReadyService
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Piece
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.service import Service
+from prerope.server.service import ReadyService, Service
 
 router = APIRouter(tags=["generate"])
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter
 from prerope.server.api.logprobs import token_string
-from prerope.server.api.ready import ReadyService
 from prerope.server.api.requests.internal import Chat, Prompt
 from prerope.server.api.requests.prompts import chat_ids, check_model, tokenized
 from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
 from prerope.server.engine.limits import check_vocabulary
+from prerope.server.service import ReadyService
 
 router = APIRouter(tags=["tokens"])
 

@@ -123,7 +123,7 @@ class Sequence:
 
         Otherwise the draw is made where the logits are, and the step after it may be launched before it is known.
         """
-        sampling = self.sampling
+        sampling = self.request.sampling
         return (
             self.matcher is not None
             or sampling.has_penalties

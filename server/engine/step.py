@@ -39,8 +39,9 @@ class Scheduled(NamedTuple):
     @classmethod
     def of(cls, sequence: Sequence, num_new_tokens: int, start: int) -> Scheduled:
         """Of a sequence as it is before the launch, its blocks allocated."""
-        last = start + num_new_tokens == sequence.num_tokens
-        samples = last and sequence.num_output_tokens < sequence.sampling.max_tokens
+        num_tokens = len(sequence.token_ids)
+        num_output_tokens = num_tokens - sequence.num_prompt_tokens
+        samples = start + num_new_tokens == num_tokens and num_output_tokens < sequence.request.sampling.max_tokens
         num_logits = sequence.num_logits(start, num_new_tokens)
         return cls(sequence, num_new_tokens, start, num_logits, samples, sequence.block_table)
 
@@ -56,7 +57,7 @@ class Scheduled(NamedTuple):
     def chunk(self, block_size: int) -> Chunk:
         """What the model's forward is given of it."""
         sequence, stop = self.sequence, self.start + self.num_new_tokens
-        pending = sequence.num_pending > 0 and stop == sequence.num_tokens
+        pending = sequence.num_pending > 0 and stop == len(sequence.token_ids)
         return Chunk(
             sequence.token_ids[self.start : stop],
             self.start,

@@ -49,7 +49,8 @@ class Batch:
 
 def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, sampled: Tensor | None = None) -> Batch:
     """Pack chunks, in order. sampled: [n] int64 on the device: the tokens of the step before, computed or not yet."""
-    ids, positions, slots, logit_rows, pending_rows, pending_places = (array("q") for _ in range(6))
+    ids, positions, slots, logit_rows = array("q"), array("q"), array("q"), array("q")
+    pending_rows, pending_places = array("q"), array("q")
     sequences = []
     for chunk in chunks:
         first, stop = len(ids), chunk.start + len(chunk.token_ids)

@@ -14,14 +14,13 @@ from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import ChatRequest
-from prerope.server.api.ready import ReadyService
 from prerope.server.api.running import Running, parts_of, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.api.stream.transcript import Token
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.service import Service
+from prerope.server.service import ReadyService, Service
 
 router = APIRouter()
 

@@ -14,12 +14,11 @@ from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.ready import ReadyService
 from prerope.server.api.running import start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece
 from prerope.server.api.stream.sse import event_stream
-from prerope.server.service import Service
+from prerope.server.service import ReadyService, Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 router.include_router(openai_chat.router)

@@ -7,9 +7,8 @@ from typing import Any
 
 from fastapi import APIRouter
 from prerope.rope.spec import METHOD_NAMES
-from prerope.server.api.ready import ReadyService
 from prerope.server.api.requests.prompts import check_model
-from prerope.server.service import Service
+from prerope.server.service import ReadyService, Service
 
 router = APIRouter()
 

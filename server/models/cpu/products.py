@@ -82,17 +82,15 @@ class _Scratch:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
         self.pointer = ctypes.c_void_p(0)
-        self._wanted: dict[tuple[int, int, int], int] = {}  # rows, inputs, threads → floats
 
-    def fit(self, plan: KernelLinear, inputs: int) -> ctypes.c_void_p:
-        """Room for this plan, and for as many rows of `inputs` members."""
-        key = (plan.rows, inputs, plan.threads)
-        if key not in self._wanted:
-            self._wanted[key] = _kernels().prerope_linear_scratch(*map(ctypes.c_int64, (*key, FEW_ROWS)))
-        if self._buffer.numel() < self._wanted[key]:
-            self._buffer = torch.empty(self._wanted[key])
+    def fit(self, plan: KernelLinear, inputs: int) -> tuple[int, int]:
+        """Make room for this plan's (rows, threads), which are returned, and for as many rows of `inputs` members."""
+        rows, threads = plan.rows, plan.threads
+        wanted = _kernels().prerope_linear_scratch(*map(ctypes.c_int64, (rows, inputs, threads, FEW_ROWS)))
+        if self._buffer.numel() < wanted:
+            self._buffer = torch.empty(wanted)
             self.pointer = ctypes.c_void_p(self._buffer.data_ptr())
-        return self.pointer
+        return rows, threads
 
 
 _scratch = _Scratch()
@@ -124,6 +122,7 @@ class Products:
         self._reference = ctypes.byref(self.plan)
         self._multiply = _kernels().prerope_linear
         self._most_values = self.inputs * most_rows_in_c()
+        self._fitted = (0, 0)  # rows and threads that scratch has room for: it never shrinks
 
     def point(self, outs: Sequence[Tensor]) -> None:
         """Results go to these tensors [rows, features], until the next call."""
@@ -149,7 +148,9 @@ class Products:
             return [functional.linear(x, weight, bias) for weight, bias in self._weights]
         x = x.contiguous()
         outs = self.aim(x)
-        self._multiply(self._reference, _FEW, _scratch.fit(self.plan, self.inputs))
+        if self._fitted != (self.plan.rows, self.plan.threads):
+            self._fitted = _scratch.fit(self.plan, self.inputs)
+        self._multiply(self._reference, _FEW, _scratch.pointer)
         return outs
 
 
@@ -164,6 +165,7 @@ class GatedProducts:
         self._most_inputs = max(gate.in_features, down.in_features)
         self._multiply = _kernels().prerope_gated
         self._most_values = gate.in_features * most_rows_in_c()
+        self._fitted = (0, 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
@@ -173,7 +175,10 @@ class GatedProducts:
         x = x.contiguous()
         gated, _up = self._first.aim(x)
         (out,) = self._second.aim(gated)
-        self._multiply(*self._references, _FEW, _scratch.fit(self._first.plan, self._most_inputs))
+        plan = self._first.plan
+        if self._fitted != (plan.rows, plan.threads):
+            self._fitted = _scratch.fit(plan, self._most_inputs)
+        self._multiply(*self._references, _FEW, _scratch.pointer)
         return out
 
 

@@ -114,11 +114,18 @@ class Stack:
 
     def _layer_by_layer(self, hidden: Tensor, attend: Attend) -> Tensor:
         """hidden [T, hidden] → what leaves the last layer."""
+        num_rows, head_dim = len(hidden), self._head_dim
         for place, (layer, options) in enumerate(zip(self._parts, self._layer_options, strict=True)):
             before_attention, before_mlp = layer.norms
-            query, key, value = layer.attention.heads(layer.query_key_value(before_attention(hidden)))
-            rows = attend(place, query, key, value, options)
-            (output,) = layer.output(rows.view(len(rows), -1))
+            query, key, value = layer.query_key_value(before_attention(hidden))
+            rows = attend(
+                place,
+                query.view(num_rows, -1, head_dim),
+                key.view(num_rows, -1, head_dim),
+                value.view(num_rows, -1, head_dim),
+                options,
+            )
+            (output,) = layer.output(rows.view(num_rows, -1))
             hidden = hidden + output
             hidden = hidden + layer.mlp(before_mlp(hidden))
         return hidden
@@ -154,7 +161,7 @@ class Stack:
         assert kernels is not None
         scratch = max(self._plans, key=lambda plan: plan.num_items).scratch(self._query_heads, self._head_dim)
         tensors = (hidden, metadata.slot_mapping, self._row, self._x, self._query, self._out, scratch)
-        step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *(tensor.data_ptr() for tensor in tensors))
+        step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *map(torch.Tensor.data_ptr, tensors))
         kernels.prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
         return hidden
 
