@@ -7,9 +7,11 @@ the text that the non-streamed reply carries, byte for byte, however the tokens 
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prerope.server.errors import ConfigurationError, InvalidRequest, first_line
@@ -69,6 +71,8 @@ class Tokenizer:
             raise ConfigurationError(
                 f"{checkpoint.name}: no fast tokenizer ({type(hf).__name__}); a tokenizer.json is needed."
             )
+        if not hf.chat_template:
+            hf.chat_template = _processor_template(Path(checkpoint.source))
         return cls(hf, end_tokens(checkpoint, hf))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -353,3 +357,12 @@ def _decoder_types(backend: Any) -> set[str]:
     state = backend.decoder.__getstate__() if backend.decoder is not None else b"{}"
     found = set(re.findall(r'"type":\s*"(\w+)"', bytes(state).decode()))
     return found - {"Sequence"}
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template of a multimodal folder whose processor has it and whose tokenizer has none."""
+    try:
+        template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return template if isinstance(template, str) else None

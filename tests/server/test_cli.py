@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from prerope.server import __main__ as entry
 from prerope.server.flags import environment_table
 from prerope.server.http import CLOSE_GRACE_S
 from prerope.server.settings import SPIN_COUNT, Settings
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent.parent
 INHERITED = ("PATH", "CUDA_VISIBLE_DEVICES")
@@ -117,6 +119,19 @@ def test_a_model_that_is_not_there_stops_the_start_without_a_traceback(tmp_path:
     last = err.splitlines()[-1]
     assert last.startswith("prerope: MODEL_ID=")
     assert "does not exist" in last
+
+
+def test_a_checkpoint_that_is_not_whole_stops_the_start_in_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Nothing of transformers' own report, and no traceback, stands around the line that says what to do."""
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "lacking"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    code, _, err = run("--model-id", str(folder), "--port", str(free_port()), "--log-level", "warning")
+    assert code == 1
+    lines = [line for line in err.splitlines() if "prerope: " in line or "Traceback" in line or "REPORT" in line]
+    assert len(lines) == 1
+    assert "lacks 1 weights that its config asks for: model.norm.weight" in lines[0]
 
 
 @pytest.mark.parametrize(

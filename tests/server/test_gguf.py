@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from prerope.rope.frequencies import Rotary, llama3, plain
 from prerope.rope.methods import resolve
 from prerope.rope.spec import RopeSpec
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.models.gguf import convert, header
+from prerope.server.models.model import load_model
+from prerope.server.models.probe import probe
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -232,3 +235,57 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert not (resumed / "stale").exists()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(resumed).items())
     assert weights(resumed).keys() == whole.keys()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_damage_ends_in_a_traceback(copy_of: Callable[[Path], Path], tmp_path: Path, seed: int) -> None:
+    """Bytes of the header replaced at random: what is not refused in one line is converted."""
+    draw = random.Random(seed)
+    file = write_gguf(tmp_path / "model.gguf")
+    content = bytearray(file.read_bytes())
+    for _ in range(draw.randint(1, 6)):
+        content[draw.randrange(1800)] = draw.randrange(256)
+    file.write_bytes(content)
+    refused = ""
+    try:
+        copy_of(file)
+    except ConfigurationError as error:
+        refused = str(error)
+    assert "\n" not in refused
+
+
+def test_what_a_family_states_of_its_experts_is_read(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    file = tmp_path / "moe.gguf"
+    hidden, width, experts = 32, 48, 4
+
+    def values(writer: Any) -> None:
+        writer.add_key_length(16)
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(width)
+
+    def tensors(dense: dict[str, Any]) -> dict[str, Any]:
+        shapes = {
+            "attn_q": (64, hidden),
+            "attn_k": (32, hidden),
+            "attn_v": (32, hidden),
+            "attn_output": (hidden, 64),
+            "attn_q_norm": (16,),
+            "attn_k_norm": (16,),
+            "ffn_gate_inp": (experts, hidden),
+            "ffn_gate_exps": (experts, width, hidden),
+            "ffn_up_exps": (experts, width, hidden),
+            "ffn_down_exps": (experts, hidden, width),
+        }
+        kept = {name: tensor for name, tensor in dense.items() if "attn_" not in name and "ffn_" not in name}
+        norms = {f"blk.0.{name}_norm.weight": np.ones(hidden, dtype=np.float32) for name in ("attn", "ffn")}
+        drawn = np.random.default_rng(1)
+        return (
+            kept | norms | {f"blk.0.{n}.weight": drawn.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+        )
+
+    folder = copy_of(write_gguf(file, architecture="qwen3moe", values=values, tensors=tensors))
+    model = load_model(Checkpoint(str(folder), "moe"), "float32", "cpu", lambda _: None)
+    probe(model)
+    loaded = model.raw.model.state_dict()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in weights(folder).items())

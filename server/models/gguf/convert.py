@@ -38,6 +38,16 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """Values of `tokenizer.ggml.pre` whose tokenizers split every digit off before the byte-level split."""
 
+STATED = {
+    "head_dim": "attention.key_length",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "logit_scale": "logit_scale",
+}
+"""What a file states and transformers leaves at its class's default, in part of the families: attribute → key."""
+
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Under `tokenizer.ggml.`: end of text, of a turn, of a message."""
 
@@ -78,9 +88,10 @@ def _config(header: Header) -> Any:
     embedding = header.tensor("token_embd.weight")
     if embedding is not None:
         config.vocab_size = embedding.shape[0]
-    head_dim = header.own("attention.key_length")
-    if head_dim is not None and hasattr(config, "head_dim") and not hasattr(config, "global_head_dim"):
-        config.head_dim = int(head_dim)
+    for name, key in STATED.items():
+        value = header.own(key)
+        if isinstance(value, int | float) and hasattr(config, name) and not hasattr(config, f"global_{name}"):
+            setattr(config, name, value)
     if getattr(config, "rope_parameters", None):
         tensors = {name: _dequantised(tensor) for name in ROPE_TENSORS if (tensor := header.tensor(name))}
         set_rope(config, header, tensors)

@@ -74,8 +74,8 @@ class Header:
 def read_header(file: Path) -> Header:
     """The header of a file, or of all parts of a split one as if they were one file."""
     first, *others = [_read_file(part) for part in parts_of(file)]
-    if not others and first.values.get("split.count", 1) > 1:
-        count = first.values["split.count"]
+    count = first.values.get("split.count", 1)
+    if not others and isinstance(count, int) and count > 1:
         raise ConfigurationError(
             f"{file.name} is one of {count} parts of a split model, under another name: name them all as they were, "
             f"NAME-00001-of-{count:05}.gguf, or join them with llama.cpp's gguf-split --merge"
@@ -104,7 +104,7 @@ def _read_file(file: Path) -> Header:
                 header = _parse(file, data)
             except (struct.error, IndexError, OverflowError) as error:
                 raise _cut_short(file, f"{size} bytes, which end inside its header") from error
-            except (ValueError, KeyError, UnicodeDecodeError) as error:
+            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 raise ConfigurationError(
                     f"transformers cannot read {file.name}: its header is damaged: {error}"
                 ) from error
