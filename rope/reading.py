@@ -91,12 +91,18 @@ class Part:
     d_min: int = 0
     d_max: int = UNBOUNDED
 
+    def edges(self, reach: int = UNBOUNDED, longest: int = UNBOUNDED) -> tuple[int, int, int, int]:
+        """(first_key, stop_key, d_min, d_max) where rows read keys with i − j < reach only; none is past `longest`."""
+        d_max = min(self.d_max, reach, longest)
+        return max(self.first_key, 0), min(self.stop_key, longest), min(max(self.d_min, 0), longest), d_max
+
     def keys(self, start: int, stop: int, reach: int = UNBOUNDED) -> tuple[int, int]:
         """The keys [first, last + 1) that any of the rows [start, stop) reads; empty where first ≥ last + 1.
 
         reach: rows read keys with i − j < reach only, a layer's sliding window.
         """
-        return max(self.first_key, start - min(self.d_max, reach) + 1, 0), min(self.stop_key, stop - self.d_min)
+        first_key, stop_key, d_min, d_max = self.edges(reach)
+        return max(first_key, start - d_max + 1), min(stop_key, stop - d_min)
 
     def reads(self, i: Tensor, j: Tensor) -> Tensor:
         """[R] rows and [n] keys → [R, n] bool."""

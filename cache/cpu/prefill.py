@@ -76,7 +76,7 @@ class _Read:
     def edges(self) -> tuple[int, int, int, int]:
         if self.part is None:
             return 0, UNBOUNDED, 0, self.reach
-        return self.part.first_key, self.part.stop_key, self.part.d_min, min(self.part.d_max, self.reach)
+        return self.part.edges(self.reach)
 
 
 @dataclass(slots=True)

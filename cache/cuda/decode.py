@@ -146,8 +146,7 @@ class SingleRows:
 
 def _record(key: PlanKey, part: Part, slot: int | None) -> tuple[int, ...]:
     """`READ_FIELDS`, but for the turn, which is the row's own. slot None: keys as they lie in the cache."""
-    d_max = min(part.d_max, key.reach, LONGEST)
-    edges = max(part.first_key, 0), min(part.stop_key, LONGEST), min(max(part.d_min, 0), LONGEST), d_max
+    edges = part.edges(key.reach, LONGEST)
     if slot is None:
         return *edges, -1, 0, LONGEST, LONGEST // key.tile, 1, 0, 0
     period = min(part.key.period or LONGEST, LONGEST)

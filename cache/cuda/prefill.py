@@ -29,7 +29,7 @@ from prerope.cache.cuda.plan import (
 )
 from prerope.cache.cuda.tables import LONGEST, KeyMap, QueryAngles, places_of
 from prerope.cache.cuda.transfer import send
-from prerope.rope.reading import Part, Reading
+from prerope.rope.reading import Part, PositionMethod, Reading
 from torch import Tensor
 
 FADING_ROWS = 1024  # of a run: keys after its first row grow by exp(-decay) each, and must not overflow fp16
@@ -79,14 +79,11 @@ class _Read:
     span: Hashable = None
 
     def edges(self) -> tuple[int, int, int, int]:
-        part = self.part
-        d_max = min(part.d_max, self.reach, LONGEST)
-        return max(part.first_key, 0), min(part.stop_key, LONGEST), max(part.d_min, 0), d_max
+        return self.part.edges(self.reach, LONGEST)
 
     def keys(self) -> tuple[int, int]:
         """[low, stop) of the keys that any row reads."""
-        first_key, stop_key, d_min, d_max = self.edges()
-        return max(first_key, self.run.first - d_max + 1), min(stop_key, self.run.stop - d_min)
+        return self.part.keys(self.run.first, self.run.stop, self.reach)
 
 
 Spans = dict[Hashable, _Span]
@@ -223,21 +220,33 @@ def plan_chunks(metadata: AttentionMetadata, key: PlanKey, device: torch.device)
     )
 
 
+def num_turned_keys(method: PositionMethod, start: int, stop: int) -> int:
+    """Rows of scratch that the rows [start, stop) of one sequence read from, were they all read in one pass."""
+    builder = _Builder(tile=1, reach=LONGEST, num_parts=0, scratch_rows=LONGEST)
+    for run in _method_runs(0, 0, method, start, stop):
+        builder.add(run)
+    return sum(span.stop - span.low for spans in builder.spans for span in spans.values())
+
+
 def _runs(number: int, sequence: SequenceRows, key: PlanKey, rotary_dim: int) -> list[_Run]:
-    method, start = key.method(sequence), sequence.start
+    method, start, stop = key.method(sequence), sequence.start, sequence.length
     packed = sequence.first - start
     if method is None:
         reading = still(rotary_dim // 2)
-        return [_Run(number, packed, start, sequence.length, reading, list(reading.parts), None)]
-    scale = method.query_scale(torch.arange(start, sequence.length))
+        return [_Run(number, packed, start, stop, reading, list(reading.parts), None)]
+    return _method_runs(number, packed, method, start, stop)
+
+
+def _method_runs(number: int, packed: int, method: PositionMethod, start: int, stop: int) -> list[_Run]:
+    scale = method.query_scale(torch.arange(start, stop))
     runs = []
-    for begin, end, reading in method.runs(start, sequence.length):
+    for begin, end, reading in method.runs(start, stop):
         most = FADING_ROWS if reading.decay is not None else end - begin
         for first in range(begin, end, most):
-            stop = min(first + most, end)
-            own = None if scale is None else scale[first - start : stop - start].numpy()
-            seen = [part for part in reading.parts if operator.lt(*part.keys(first, stop))]
-            runs.append(_Run(number, packed, first, stop, reading, seen, own))
+            last = min(first + most, end)
+            own = None if scale is None else scale[first - start : last - start].numpy()
+            seen = [part for part in reading.parts if operator.lt(*part.keys(first, last))]
+            runs.append(_Run(number, packed, first, last, reading, seen, own))
     return runs
 
 

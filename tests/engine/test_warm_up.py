@@ -16,7 +16,7 @@ from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.reading import MethodError
 from prerope.rope.spec import METHOD_NAMES, RopeSpec
 from prerope.server.config import EngineConfig
-from prerope.server.engine.memory.warm_up import allowed_positions, turned_keys, warm_up, worst_steps
+from prerope.server.engine.memory.warm_up import allowed_positions, warm_up, worst_steps
 from prerope.server.engine.sequence import Sequence
 from prerope.server.models.batch import Batch
 from prerope.server.models.model import Model
@@ -144,15 +144,6 @@ def every_position(model: Model, length: int) -> dict[str, ModelPositions]:
         except MethodError:
             continue
     return found
-
-
-@pytest.mark.parametrize(("start", "count"), [(0, 50), (0, 2000), (30, 300), (1700, 300), (700, 1300), (1990, 10)])
-def test_turned_keys_are_those_of_the_plan(model: Model, start: int, count: int) -> None:
-    found = every_position(model, 2000)
-    assert len(found) > 15
-    for name, positions in found.items():
-        expected = scratch_of_plan(positions, start, count, "", 16)
-        assert turned_keys(positions.methods[""], start, start + count) == expected, name
 
 
 @pytest.mark.parametrize("budget", [64, 600, 2000])

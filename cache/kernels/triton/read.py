@@ -61,7 +61,7 @@ def load_dims(rows, dims, lane, COUNT: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def read_instead(key, first_key, stop_key):
-    """Of keys that are not to be read the nearest one that is: loads need no mask then, and their scores have one."""
+    """Clamps the index of a key into the range that is read, so that loads need no mask; scores are masked later."""
     return tl.minimum(tl.maximum(key, first_key), stop_key - 1)
 
 

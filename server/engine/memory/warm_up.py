@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from prerope.cache.blocks.prefix import PrefixHasher
-from prerope.cache.cuda.prefill import FADING_ROWS
+from prerope.cache.cuda.prefill import num_turned_keys
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.reading import ROW_LENGTH_BUCKET, MethodError, PositionMethod
@@ -106,22 +106,7 @@ def _hungriest(allowed: list[ModelPositions], start: int, stop: int) -> tuple[Mo
     def of_all(measure: Callable[[PositionMethod, int, int], int]) -> ModelPositions:
         return max(allowed, key=lambda one: max(measure(method, start, stop) for method in one.methods.values()))
 
-    return of_all(turned_keys), of_all(_num_parts)
-
-
-def turned_keys(method: PositionMethod, start: int, stop: int) -> int:
-    """Keys of scratch that rows [start, stop) of a chunk read from: each map's once, and those that fade once a run."""
-    spans: dict[object, tuple[int, int]] = {}
-    for begin, end, reading in method.runs(start, stop):
-        most = end - begin if reading.decay is None else FADING_ROWS
-        for first in range(begin, end, most):
-            for part in reading.parts:
-                low, high = part.keys(first, min(first + most, end))
-                if low < high and not (part.key.still and reading.decay is None):
-                    name = part.key, reading.decay, 0 if reading.decay is None else first
-                    before = spans.get(name, (low, high))
-                    spans[name] = min(low, before[0]), max(high, before[1])
-    return sum(high - low for low, high in spans.values())
+    return of_all(num_turned_keys), of_all(_num_parts)
 
 
 def _num_parts(method: PositionMethod, start: int, stop: int) -> int:
