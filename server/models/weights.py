@@ -97,7 +97,10 @@ def _class_for(config: Any) -> Any:
 
 
 def drop_other_senses(model: Any) -> list[str]:
-    """Take what sees and hears out of a multimodal model, which a text never reaches; the names of what was taken."""
+    """Take what sees and hears out of a multimodal model, which a text never reaches; the names of what was taken.
+
+    Embeddings of other senses stay: where ids of all senses are one vocabulary, a text's forward asks where it ends.
+    """
     decoder = model.get_decoder()
     inner = getattr(model, "model", None)
     if model.config is model.config.get_text_config() or inner is None or decoder is inner:

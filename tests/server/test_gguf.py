@@ -19,11 +19,12 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.models.gguf import convert, header
+from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.model import load_model
 from prerope.server.models.probe import probe
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, Gemma3TextConfig, StableLmConfig
 
 from tests.server.test_checkpoint import write_gguf
 
@@ -131,6 +132,34 @@ def test_rotation_that_no_config_can_say_is_refused_by_name(
     copy_of: Callable[[Path], Path], tmp_path: Path, values: Values, said: str
 ) -> None:
     assert said in refusal(copy_of, write_gguf(tmp_path / "model.gguf", values=values))
+
+
+@pytest.mark.parametrize(("count", "width"), [(4, 4), (8, 8), (16, 16)])
+def test_the_width_of_the_rotation_is_the_file_s(count: int, width: int) -> None:
+    config = StableLmConfig(hidden_size=64, num_attention_heads=4, partial_rotary_factor=0.25)
+    values = {
+        "general.architecture": "stablelm",
+        "stablelm.rope.dimension_count": count,
+        "stablelm.rope.freq_base": 5e4,
+    }
+    set_rope(config, header.Header(Path("model.gguf"), values, {}, ()), {})
+    rotary = Rotary.from_config(config)
+    assert (rotary.head_dim, rotary.dim, rotary.base) == (16, width, 5e4)
+
+
+def test_only_full_attention_is_scaled_where_layers_are_of_two_kinds() -> None:
+    config = Gemma3TextConfig(head_dim=16)
+    values = {
+        "general.architecture": "gemma3",
+        "gemma3.rope.freq_base": 1e6,
+        "gemma3.rope.freq_base_swa": 2e4,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 8.0,
+    }
+    set_rope(config, header.Header(Path("model.gguf"), values, {}, ()), {})
+    full, sliding = (Rotary.from_config(config, kind) for kind in ("full_attention", "sliding_attention"))
+    assert (full.rope_type, full.base, full.parameters["factor"]) == ("linear", 1e6, 8.0)
+    assert (sliding.rope_type, sliding.base) == ("default", 2e4)
 
 
 # --- whole, in parts, damaged ---
