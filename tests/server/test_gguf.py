@@ -18,7 +18,8 @@ from prerope.rope.methods import resolve
 from prerope.rope.spec import RopeSpec
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
-from prerope.server.models.gguf import convert, header
+from prerope.server.models.gguf import header
+from prerope.server.models.gguf import tensors as gguf_tensors
 from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.model import load_model
 from prerope.server.models.probe import probe
@@ -228,7 +229,7 @@ def test_it_is_parsed_once_and_tells_its_progress(tmp_path: Path, monkeypatch: p
     read_file = header._read_file
     monkeypatch.setattr(header, "_read_file", lambda file: parsed.append(file) or read_file(file))
     monkeypatch.setattr(gguf, "GGUFReader", lambda *_: pytest.fail("parsed by another reader"))
-    monkeypatch.setattr(convert, "REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(gguf_tensors, "REPORT_EVERY_S", 0.0)
     lines: list[str] = []
     resolve_checkpoint(str(write_gguf(tmp_path / "model.gguf")), None, lines.append, cache_dir=tmp_path / "cache")
     assert len(parsed) == 1
@@ -241,8 +242,8 @@ def test_a_killed_conversion_goes_on_where_it_was(
     file = write_gguf(tmp_path / "model.gguf", layers=4)
     whole = weights(copy_of(file))
     again = write_gguf(tmp_path / "again.gguf", layers=4)
-    monkeypatch.setattr(convert, "PART_BYTES", 1)
-    save_file, saved = convert.save_file, []
+    monkeypatch.setattr(gguf_tensors, "PART_BYTES", 1)
+    save_file, saved = gguf_tensors.save_file, []
 
     def killed_at_the_third(tensors: Any, part: Path, metadata: Any) -> None:
         if len(saved) == 2:
@@ -251,13 +252,15 @@ def test_a_killed_conversion_goes_on_where_it_was(
         saved.append(part)
         save_file(tensors, part, metadata)
 
-    monkeypatch.setattr(convert, "save_file", killed_at_the_third)
+    monkeypatch.setattr(gguf_tensors, "save_file", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         copy_of(again)
     partial = next((tmp_path / "cache").glob("again*.partial"))
     assert len(list(partial.glob("*.safetensors"))) == 2
     (partial / "stale").touch()
-    monkeypatch.setattr(convert, "save_file", lambda *arguments: saved.append(arguments[1]) or save_file(*arguments))
+    monkeypatch.setattr(
+        gguf_tensors, "save_file", lambda *arguments: saved.append(arguments[1]) or save_file(*arguments)
+    )
     resumed = copy_of(again)
     parts = set(json.loads((resumed / "model.safetensors.index.json").read_text())["weight_map"].values())
     assert len(saved) == len(parts), "no part was made twice"
