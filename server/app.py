@@ -14,7 +14,7 @@ from prerope.server.api.auth.allowance import Allowance, HoldRequest
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.api.errors import install_error_handlers
 from prerope.server.api.hosts import HostCheck
-from prerope.server.api.middleware import BodyLimit, ClientTimeout, KeyCheck, RequestContext
+from prerope.server.api.middleware import BodyLimit, ClientTimeout, FieldReport, HeadAsGet, KeyCheck, RequestContext
 from prerope.server.api.openai import completions as openai
 from prerope.server.api.openapi.document import install_document
 from prerope.server.errors import ConfigurationError
@@ -22,7 +22,7 @@ from prerope.server.service import Service
 from prerope.server.settings import Settings
 from starlette.middleware.cors import CORSMiddleware
 
-EXPOSED_HEADERS = ["x-request-id", "retry-after"]
+EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields"]
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -35,6 +35,8 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     install_document(app, needs_key=bool(settings.api_keys or settings.api_key_file))
     # The last added is the outermost.
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(FieldReport, strict=settings.strict_fields)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)
     app.add_middleware(HoldRequest, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))

@@ -15,6 +15,7 @@ from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
+from prerope.server.sampling_defaults import EMBEDDED, SamplingDefaults, sampling_defaults
 from prerope.server.settings import Settings
 from prerope.server.structured.grammars import Grammars
 from prerope.server.workers.lanes import LANES
@@ -33,26 +34,38 @@ class Service:
     """Everything an endpoint may use; one for each app, at `app.state.service`.
 
     Attributes:
-        model_name: what clients call the model.
+        served_names: what clients may call the model; replies use the first.
+        sampling_defaults: how tokens are chosen where a request does not say; known once the model is loaded.
         stage: what loading does now, for people who ask /ready.
     """
 
     settings: Settings
-    model_name: str = field(init=False)
+    served_names: tuple[str, ...] = field(init=False)
     engine: AsyncEngine = field(init=False)
     metrics: Metrics = field(init=False)
     workers: Workers = field(init=False)
     grammars: Grammars = field(init=False)
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     stage: str = "starting"
     _tokenizer: Tokenizer | None = None
     _started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.model_name = checkpoint_name(self.settings.model_id)
+        self.served_names = self.settings.served_names or (checkpoint_name(self.settings.model_id),)
         self.engine = AsyncEngine(self._load)
         self.metrics = Metrics(self.model_name, self._snapshot)
         self.workers = Workers(lambda: World(self.tokenizer), LANES)
         self.grammars = Grammars(lambda: self.tokenizer, self.workers)
+
+    @property
+    def model_name(self) -> str:
+        """What replies call the model."""
+        return self.served_names[0]
+
+    def serves(self, model: str) -> bool:
+        """Whether a request for `model` is for this one. The only model takes any name, unless SERVED_MODEL_NAME is
+        set: then it takes those."""
+        return self.settings.served_model_name is None or model in self.served_names
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -101,6 +114,8 @@ class Service:
         tokenizer = Tokenizer.load(checkpoint)
         _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
         self.report(describe(tokenizer.end_tokens, tokenizer.hf))
+        if settings.generation_config == "auto":
+            self.sampling_defaults = EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint)
         prepare_tables(tokenizer)  # here too
         engine = Engine.load(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids)
         self._tokenizer = tokenizer

@@ -114,6 +114,7 @@ Folder = Annotated[Path, AfterValidator(_expanded)]
 KeyFile = Annotated[Path, AfterValidator(_expanded), AfterValidator(_key_file)]
 Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_lower)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
+GenerationConfig = Annotated[Literal["auto", "none"], BeforeValidator(_lower)]
 PrefixSharing = Annotated[Literal["key", "all"], BeforeValidator(_lower)]
 WeightQuantization = Annotated[Literal["none", "int8"], BeforeValidator(_lower)]
 LogFormat = Annotated[Literal["text", "json"], BeforeValidator(_lower)]
@@ -131,6 +132,17 @@ class Settings(BaseSettings):
         default=None,
         description="Model to serve; unset: the embedded SmolLM2-135M-Instruct",
         json_schema_extra={"allowed": "a local folder, a Hugging Face hub id or a .gguf file"},
+    )
+    served_model_name: str | None = Field(
+        default=None,
+        description="What clients call the model, and aliases; replies use the first, and requests for another name "
+        "get a 404. Unset: the model's own name, and a request may name any",
+        json_schema_extra={"allowed": "names separated by commas"},
+    )
+    generation_config: GenerationConfig = Field(
+        default="auto",
+        description="How tokens are chosen where a request does not say. auto: as the model's generation_config.json "
+        "recommends (temperature, top_p, top_k, min_p, repetition_penalty); none: temperature 1 and nothing else",
     )
     revision: str | None = Field(
         default=None,
@@ -210,6 +222,11 @@ class Settings(BaseSettings):
     )
     max_body_bytes: ByteSize = Field(
         default=ByteSize(16 * MEBIBYTE), ge=1024, description="Largest request body; a larger one gets a 413"
+    )
+    strict_fields: bool = Field(
+        default=True,
+        description="Refuse fields of a request that are not honoured and ask for something. false: leave them out, "
+        "name them in the reply's header x-ignored-fields, and log them",
     )
     client_timeout_s: float = Field(
         default=60.0,
@@ -355,6 +372,11 @@ class Settings(BaseSettings):
     @property
     def cors_origins(self) -> tuple[str, ...]:
         return _listed(self.cors_allow_origin)
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names of SERVED_MODEL_NAME."""
+        return tuple(name for part in (self.served_model_name or "").split(",") if (name := part.strip()))
 
     def rope_spec(self) -> RopeSpec:
         """The deployment's position method, unresolved."""

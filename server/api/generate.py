@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.connected import while_connected
-from prerope.server.api.logprobs import generate_logprobs
+from prerope.server.api.logprobs import generate_logprobs, vllm_prompt_logprobs
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import in_turn, read_all
@@ -29,7 +29,7 @@ async def generate(body: GenerateRequest, request: Request, service: ReadyServic
     if body.stream:
         return event_stream(_events(service, running, body))
     (reply,) = await read_all(request, running.generations)
-    whole = Piece(reply.text, reply.tokens, finish_reason=reply.finish_reason)
+    whole = Piece(reply.text, reply.tokens, reply.prompt_logprobs, finish_reason=reply.finish_reason)
     return JSONResponse({**_printed(service, whole, body), **_ending(running, reply.finish_reason)})
 
 
@@ -51,6 +51,8 @@ def _printed(service: Service, piece: Piece, body: GenerateRequest) -> dict[str,
     printed: dict[str, Any] = {"text": piece.text, "token_ids": [token.token_id for token in piece.tokens]}
     if body.logprobs is not None:
         printed["logprobs"] = generate_logprobs(service.tokenizer, piece.tokens)
+    if piece.prompt_logprobs is not None:
+        printed["prompt_logprobs"] = vllm_prompt_logprobs(service.tokenizer, piece.prompt_logprobs)
     return printed
 
 

@@ -1,10 +1,16 @@
-"""For probes and scrapers: /health (the process is up), /ready (requests are taken), /metrics."""
+"""For probes, routers and scrapers.
+
+/live     200 while the process runs: for whoever restarts it
+/health   200 while requests are taken, 503 while loading, draining or dead: what routers and load balancers read
+/ready    the same, with the reason and the model's name
+/ping     as /health, by SageMaker's name for it
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.service import Service, get_service
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -13,13 +19,41 @@ router = APIRouter(tags=["health"])
 ServiceDependency = Annotated[Service, Depends(get_service)]
 
 
-@router.get("/health", summary="Is the process up")
-async def health() -> dict[str, str]:
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "loading, draining or dead"}}
+
+
+@router.get("/live", summary="Does the process run")
+async def live() -> dict[str, str]:
     """200 from the first second on, while the model loads too."""
     return {"status": "ok"}
 
 
-@router.get("/ready", summary="Are requests taken", responses={503: {"description": "loading, draining or dead"}})
+@router.get("/health", summary="Are requests taken", responses=NOT_READY)
+async def health(service: ServiceDependency) -> dict[str, str]:
+    """200 while requests are taken; 503 while the model loads, while draining and once the engine is dead."""
+    service.require_ready()
+    return {"status": "ok"}
+
+
+@router.get("/ping", summary="Are requests taken", responses=NOT_READY)
+async def ping(service: ServiceDependency) -> dict[str, str]:
+    """As /health."""
+    return await health(service)
+
+
+@router.post("/ping", summary="Are requests taken", responses=NOT_READY)
+async def ping_by_post(service: ServiceDependency) -> dict[str, str]:
+    """As /health."""
+    return await health(service)
+
+
+@router.get("/version", summary="The server's version")
+async def version(request: Request) -> dict[str, str]:
+    """Of this package."""
+    return {"version": request.app.version}
+
+
+@router.get("/ready", summary="Are requests taken", responses=NOT_READY)
 async def ready(service: ServiceDependency) -> dict[str, str]:
     """200 once the model is loaded and the engine is alive; until then, and while draining, 503 with the reason."""
     service.require_ready()

@@ -9,6 +9,7 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
+from typing import TypeVar
 
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
@@ -27,6 +28,11 @@ SEEDS = 2**63
 
 GREEDY_BELOW = 1e-4
 """A temperature this low draws the best token anyway, and one much lower would overflow the logits."""
+
+LEAST_TOP_P = 1e-6
+"""A top-p this low keeps the best token alone."""
+
+N = TypeVar("N", int, float)
 
 
 def new_id(prefix: str) -> str:
@@ -47,6 +53,30 @@ def positions_of(service: Service, rope: RopeSpec | None) -> ModelPositions | No
     return service.engine.resolve_positions(rope)
 
 
+def truncated(service: Service, ids: list[int], request: GenerationRequest) -> list[int]:
+    """A prompt cut as the request asks; −1 leaves room for what is to be generated."""
+    truncation, sampling = request.truncation, request.sampling
+    if truncation is None:
+        return ids
+    num_tokens = truncation.num_tokens
+    if num_tokens < 0:
+        asked = sampling.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
+        num_tokens = max(1, service.engine.info.max_model_len - (1 if asked is None else asked))
+    if num_tokens == 0:
+        raise InvalidRequest(
+            "'truncate_prompt_tokens' is 0: the model needs at least one token to continue",
+            param="truncate_prompt_tokens",
+        )
+    return ids[-num_tokens:] if truncation.side == "left" else ids[:num_tokens]
+
+
+def bad_token_ids(service: Service, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token ids of words at the beginning of a text and after a space: what may not be drawn one after another."""
+    encode = service.tokenizer.encode
+    spelled = (tuple(encode(space + word, add_special_tokens=False)) for word in words for space in ("", " "))
+    return tuple(dict.fromkeys(ids for ids in spelled if ids))
+
+
 def sampling_params(
     service: Service,
     request: GenerationRequest,
@@ -65,24 +95,33 @@ def sampling_params(
     info = service.engine.info
     check_vocabulary(fields.stop_token_ids, info, "stop_token_ids")
     check_vocabulary(list(fields.logit_bias), info, "logit_bias")
+    check_vocabulary(fields.allowed_token_ids or (), info, "allowed_token_ids")
+    defaults = service.sampling_defaults
+    temperature = _given(fields.temperature, defaults.temperature)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=fields.min_tokens,
-        temperature=0.0 if fields.temperature < GREEDY_BELOW else fields.temperature,
-        top_p=fields.top_p,
-        top_k=max(fields.top_k, 0),
-        min_p=fields.min_p,
-        repetition_penalty=fields.repetition_penalty,
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_p=max(_given(fields.top_p, defaults.top_p), LEAST_TOP_P),
+        top_k=max(_given(fields.top_k, defaults.top_k), 0),
+        min_p=_given(fields.min_p, defaults.min_p),
+        repetition_penalty=_given(fields.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,
         logit_bias=fields.logit_bias,
         stop_token_ids=frozenset(fields.stop_token_ids),
+        allowed_token_ids=None if fields.allowed_token_ids is None else tuple(fields.allowed_token_ids),
+        bad_token_ids=bad_token_ids(service, fields.bad_words),
         ignore_eos=fields.ignore_eos,
         seed=None if fields.seed is None else (fields.seed + index) % SEEDS,
         logprobs=output.logprobs,
         prompt_logprobs=output.prompt_logprobs,
         grammar=grammar,
     )
+
+
+def _given(asked: N | None, default: N) -> N:
+    return default if asked is None else asked
 
 
 def prefix_salt(service: Service, tenant: str, cache_salt: str) -> str:
@@ -121,9 +160,8 @@ def admit(
         )
         for index, (prompt, sampling) in enumerate(prompts)
     ]
-    stop = request.sampling.stop
     generations = [
-        Generation(service, sequence, outputs, stop, arrived, shown_special_ids)
+        Generation(service, sequence, outputs, request, arrived, shown_special_ids)
         for sequence, outputs in zip(sequences, service.engine.submit(sequences), strict=True)
     ]
     hold.close_at_end(generations)

@@ -80,6 +80,29 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], num_alternative
     return {"content": content, "refusal": None}
 
 
+def vllm_prompt_logprobs(
+    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs | None]
+) -> list[dict[str, dict[str, Any]] | None]:
+    """`prompt_logprobs` as vLLM has them: a token of the prompt's, and the likeliest in its place, by id.
+
+    The rank of a token that is not among the likeliest is not known: null.
+    """
+    return [None if entry is None else _by_id(tokenizer, entry) for entry in logprobs]
+
+
+def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, dict[str, Any]]:
+    ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1)}
+    scored = {entry.token_id: (entry.logprob, None)} | ranked
+    return {
+        str(token_id): {
+            "logprob": finite(logprob),
+            "rank": rank,
+            "decoded_token": token_string(tokenizer, token_id),
+        }
+        for token_id, (logprob, rank) in scored.items()
+    }
+
+
 def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": token_string(tokenizer, token_id),

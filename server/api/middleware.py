@@ -1,7 +1,7 @@
 """What happens to every HTTP request before and after its endpoint: an id, the key, limits, a log line.
 
     CORS → RequestContext (id, log, metric, last resort for errors) → HostCheck (`hosts`) → KeyCheck
-         → HoldRequest (`auth.allowance`) → ClientTimeout → BodyLimit → routes
+         → HoldRequest (`auth.allowance`) → ClientTimeout → BodyLimit → FieldReport → HeadAsGet → routes
 
 Plain ASGI, so that streams pass through unbuffered.
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable
 import structlog
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.api.errors import error_response, internal_error, known_method
+from prerope.server.api.requests.leniency import HEADER, reporting
 from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, RequestError, Unauthorized
 from prerope.server.log import trace
 from prerope.server.metrics import Metrics
@@ -25,10 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = structlog.get_logger(__name__)
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+PROBES = frozenset({"/live", "/health", "/ready", "/ping", "/metrics"})
+OPEN_PATHS = PROBES | {"/", "/version", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
 """Routes that ask for no key: probes, scrapers, and pages that hold no data of anybody's."""
 METRICS_PATH = "/metrics"
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
+QUIET_PATHS = PROBES
 """Routes that are called every few seconds; they are logged as debug lines."""
 
 ABORT = "abort_connection"
@@ -235,3 +237,46 @@ class BodyLimit:
                 "(MAX_BODY_BYTES raises it).",
                 code="body_too_large",
             )
+
+
+class FieldReport:
+    """Names fields of a request that were left out in a header of its reply, and in the log."""
+
+    def __init__(self, app: ASGIApp, strict: bool) -> None:
+        self.app = app
+        self.strict = strict
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        with reporting(strict=self.strict) as report:
+
+            async def send_with_names(message: Message) -> None:
+                if message["type"] == "http.response.start" and report.names:
+                    MutableHeaders(scope=message)[HEADER] = ", ".join(report.names)
+                    log.warning("fields were ignored", fields=report.names)
+                await send(message)
+
+            await self.app(scope, receive, send_with_names)
+
+
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered: the same status and headers, and no body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_no_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        scope["method"] = "GET"
+        try:
+            await self.app(scope, receive, send_no_body)
+        finally:
+            scope["method"] = "HEAD"

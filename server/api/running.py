@@ -10,15 +10,14 @@ Everything that can be refused is refused in `start`, before a stream has begun.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, ToolCallReader
 from prerope.server.api.chat.tools import ToolUse
-from prerope.server.api.limits import admit, new_id, sampling_params
+from prerope.server.api.limits import admit, new_id, sampling_params, truncated
 from prerope.server.api.requests.documents import TokenizedPrompt
-from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
+from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.prompts import chat_ids, check_model, tokenized
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
@@ -68,7 +67,7 @@ async def start(service: Service, request: GenerationRequest, prefix: str, arriv
     grammar = await compiled(service, _constraint(request, use))
     choices = []
     info, asked, default = service.engine.info, request.sampling.max_tokens, request.sampling.default_max_tokens
-    for prompt in await _tokenized(service, request.input, use):
+    for prompt in await _tokenized(service, request, use):
         if prompt.documents and request.output.prompt_logprobs is not None:
             raise InvalidRequest(
                 "log-probabilities of the prompt are not there for documents that were read on their own: leave them "
@@ -98,11 +97,14 @@ def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText 
     return use.grammar
 
 
-async def _tokenized(service: Service, given: Sequence[Prompt] | Chat, use: ToolUse | None) -> list[TokenizedPrompt]:
+async def _tokenized(service: Service, request: GenerationRequest, use: ToolUse | None) -> list[TokenizedPrompt]:
+    given, cut = request.input, request.truncation is not None
     if isinstance(given, Chat):
-        return [TokenizedPrompt(await chat_ids(service, given, tools=() if use is None else use.for_template))]
+        ids = await chat_ids(service, given, tools=() if use is None else use.for_template, to_be_cut=cut)
+        return [TokenizedPrompt(truncated(service, ids, request))]
     prompts = []
     for prompt in given:
-        prompts.append(await tokenized(service, prompt))
+        read = await tokenized(service, prompt, to_be_cut=cut)
+        prompts.append(TokenizedPrompt(truncated(service, read.ids, request), read.documents))
         await asyncio.sleep(0)  # a thousand short prompts are no reason to hold other streams up
     return prompts

@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter
+from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.logprobs import token_string
-from prerope.server.api.requests.internal import Chat, Prompt
+from prerope.server.api.requests.internal import Prompt
 from prerope.server.api.requests.prompts import chat_ids, check_model, tokenized
 from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
 from prerope.server.engine.limits import check_vocabulary
@@ -21,7 +22,9 @@ async def tokenize(body: TokenizeRequest, service: ReadyService) -> dict[str, An
     """The very ids that a generating endpoint would make of the same prompt or messages."""
     check_model(service, body.model)
     if body.messages is not None:
-        ids = await chat_ids(service, Chat(messages=body.messages, add_generation_prompt=body.add_generation_prompt))
+        chat = body.chat()
+        use = ToolUse.of(service.tokenizer, chat)
+        ids = await chat_ids(service, chat, tools=() if use is None else use.for_template)
     elif body.prompt:
         prompt = Prompt(given=body.prompt, add_special_tokens=body.add_special_tokens)
         ids = (await tokenized(service, prompt)).ids

@@ -128,6 +128,7 @@ class Sequence:
             self.matcher is not None
             or sampling.has_penalties
             or bool(sampling.logit_bias)
+            or sampling.has_bans
             or self.num_output_tokens < sampling.min_tokens
             or sampling.logprobs is not None
             or sampling.prompt_logprobs is not None

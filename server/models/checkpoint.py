@@ -66,7 +66,10 @@ def checkpoint_name(model_id: str | None) -> str:
         return EMBEDDED_NAME
     path = Path(model_id).expanduser()
     if path.is_dir():
-        return path.resolve().name
+        folder = path.resolve()
+        if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):  # of the hub's cache
+            return "/".join(folder.parent.parent.name.split("--")[1:])
+        return folder.name
     if path.suffix == ".gguf":
         return path.stem
     return path.name if path.is_file() else model_id

@@ -167,7 +167,7 @@ def test_the_port_answers_while_the_model_loads_and_a_signal_then_ends_with_zero
     process: tuple[subprocess.Popen[str], str],
 ) -> None:
     server, url = process
-    wait_for(f"{url}/health")
+    wait_for(f"{url}/live")
     server.send_signal(signal.SIGTERM)
     server.communicate(timeout=30)
     assert server.returncode == 0

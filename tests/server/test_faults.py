@@ -424,7 +424,7 @@ def test_a_step_that_raises(serve: Any, tiny_checkpoint: Path, error: BaseExcept
             assert reply.result().json()["error"]["code"] == code
         assert f'"code":"{code}"' in streamed.result().text
         assert streamed.result().text.startswith("event: error")
-        assert http.get("/health").status_code == 200
+        assert http.get("/live").status_code == 200
         for response in (http.get("/ready"), http.post(GENERATE, json=BODY)):
             assert response.status_code == 503
             assert response.json()["error"]["code"] == "dead"

@@ -70,12 +70,14 @@ def loading_held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     release.set()
 
 
-def test_while_the_model_loads_the_process_is_healthy_and_not_ready(
+def test_while_the_model_loads_the_process_lives_and_is_not_ready(
     serve: Any, tiny_checkpoint: Path, loading_held: threading.Event
 ) -> None:
     url = serve(model_id=str(tiny_checkpoint), wait=False)
     with httpx.Client(base_url=url, timeout=30) as http:
-        assert http.get("/health").status_code == 200
+        assert http.get("/live").status_code == http.head("/live").status_code == 200
+        assert [http.get(path).status_code for path in ("/health", "/ping")] == [503, 503]
+        assert http.head("/health").status_code == 503
         response = http.get("/ready")
         assert "loading" in error_of(response, 503)["message"]
         assert int(response.headers["retry-after"]) > 0
@@ -83,6 +85,8 @@ def test_while_the_model_loads_the_process_is_healthy_and_not_ready(
         assert 'prerope:engine_ready{model_name="tiny-llama"} 0.0' in http.get("/metrics").text
         loading_held.set()
         serve.running(url).wait_until_ready()
+        assert [http.get(path).status_code for path in ("/health", "/ping", "/live")] == [200, 200, 200]
+        assert http.post("/ping").status_code == 200
         assert http.get("/ready").json() == {"status": "ready", "model": "tiny-llama"}
         assert http.post("/generate", json=BODY).status_code == 200
 
@@ -120,7 +124,8 @@ def test_a_draining_server_is_not_ready_and_refuses_new_work(serve: Any, tiny_ch
         eventually(lambda: running.service.engine.state == "draining")
         with httpx.Client(base_url=url, timeout=30) as other:
             assert "shutting down" in error_of(other.get("/ready"), 503)["message"]
-            assert other.get("/health").status_code == 200
+            assert other.get("/health").status_code == 503
+            assert other.get("/live").status_code == 200
             assert "shutting down" in error_of(other.post("/generate", json=BODY), 503)["message"]
         rest = list(lines)
     assert rest[-2:] == ["data: [DONE]", ""]
@@ -207,7 +212,10 @@ def test_each_of_several_keys_opens(url: str, key: str) -> None:
     assert httpx.post(f"{url}/generate", json=BODY, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/", "/docs", "/openapi.json", "/health/"])
+PAGES = ["/live", "/health", "/ping", "/version", "/ready", "/metrics", "/", "/docs", "/openapi.json", "/health/"]
+
+
+@pytest.mark.parametrize("path", PAGES)
 def test_probes_and_pages_need_no_key(url: str, path: str) -> None:
     assert httpx.get(url + path, follow_redirects=True).status_code == 200
 
@@ -321,3 +329,12 @@ def test_the_page_comes_with_the_server(http: httpx.Client) -> None:
     assert response.headers["content-type"].startswith("text/html")
     assert "/generate" in response.text
     assert "https://" not in response.text.replace("https://page.example", ""), "it must work without a network"
+
+
+def test_head_is_answered_wherever_get_is(http: httpx.Client, url: str) -> None:
+    for path in ("/", "/health", "/ready", "/metrics", "/version", "/v1/models", "/v1/models/tiny-llama", "/docs"):
+        got, headed = http.get(path), http.head(path)
+        assert (headed.status_code, headed.content) == (got.status_code, b""), path
+        assert headed.headers["content-type"] == got.headers["content-type"]
+    assert httpx.head(f"{url}/v1/models").status_code == 401
+    assert http.head("/generate").status_code == 405

@@ -330,7 +330,12 @@ BAD: list[tuple[str, dict[str, Any], str, list[str]]] = [
         ["give one"],
     ),
     (CHAT, {**USER, "structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag", ["grammar"]),
-    (CHAT, {**USER, "structured_outputs": {"jason": {}}}, "structured_outputs.jason", ["did you mean", "json"]),
+    (
+        CHAT,
+        {**USER, "structured_outputs": {"jason": {"type": "object"}}},
+        "structured_outputs.jason",
+        ["did you mean", "json"],
+    ),
     (COMPLETIONS, {**TEXT, "structured_outputs": {"json": "{"}}, "structured_outputs.json", ["JSON schema"]),
     (COMPLETIONS, {**TEXT, "guided_regex": "(a"}, "guided_regex", ["regular expression"]),
     (COMPLETIONS, {**TEXT, "guided_regex": "(?=a)b"}, "guided_regex", ["regular expression", "look"]),

@@ -6,12 +6,18 @@ Pictures are refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from prerope.server.api.requests.body import MAX_SHOWN, Refusal, RequestBody, Text, json_type, unicode_text
+from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type, unicode_text
+from prerope.server.api.requests.foreign import EMPTY, MESSAGE, PART, TOOL_CALL, Foreign, is_empty
+from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic_core import from_json
+
+MAX_NAME = 128
+"""Characters of the name of a function."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -31,18 +37,26 @@ def _content(value: Any) -> str:
 
 
 def _part(part: Any, param: str) -> str:
+    if isinstance(part, str):
+        return unicode_text(part, param)
     if not isinstance(part, dict):
         raise InvalidRequest(f"'{param}' must be an object, not {json_type(part)}", param="messages")
-    if part.get("type") != "text":
+    name = TEXT_PARTS.get(str(part.get("type", "text")))
+    if name is None:
         shown = str(part.get("type"))[:MAX_SHOWN]
         raise InvalidRequest(f"'{param}' has the type '{shown}'; only 'text' is supported", param="messages")
-    extra = sorted(part.keys() - {"type", "text"})
-    if extra:
-        raise InvalidRequest(f"unknown field '{param}.{extra[0][:MAX_SHOWN]}'", param="messages", code="unknown_field")
-    return unicode_text(part.get("text"), f"{param}.text")
+    for extra in sorted(part.keys() - {"type", name}):
+        foreign = PART.get(extra)
+        if not (is_empty(part[extra]) or (foreign is not None and foreign.asks_for_nothing(part[extra]))):
+            if current_report().strict:
+                shown = f"{param}.{extra[:MAX_SHOWN]}"
+                raise InvalidRequest(f"unknown field '{shown}'", param="messages", code="unknown_field")
+            current_report().ignore(f"messages.{param}.{extra}")
+    return unicode_text(part.get(name), f"{param}.{name}")
 
 
-_AUDIO = Refusal("this server reads and writes text only")
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Types of parts that are text, and the field that has it."""
 
 _CONTENT_SCHEMA: dict[str, Any] = {
     "anyOf": [
@@ -51,41 +65,55 @@ _CONTENT_SCHEMA: dict[str, Any] = {
             "type": "array",
             "items": {
                 "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "properties": {
+                    "type": {"const": "text"},
+                    "text": {"type": "string"},
+                    **{name: {"description": "Accepted and ignored."} for name in PART},
+                },
                 "required": ["type", "text"],
-                "additionalProperties": False,
+                "additionalProperties": {"enum": list(EMPTY)},
             },
         },
     ]
 }
 
 
+def _arguments(value: Any) -> Any:
+    """Some clients keep the arguments as the object that they were read into."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
 class CalledFunction(RequestBody):
-    """A function and its arguments: the text of a JSON object, as the model wrote it."""
+    """A function and its arguments: the text of a JSON object, as the model wrote it, whole or cut short."""
 
     path: ClassVar[str] = "messages.tool_calls.function."
 
-    name: Text = Field(max_length=64)
-    arguments: Text
+    name: Text = Field(max_length=MAX_NAME)
+    arguments: Annotated[Text, BeforeValidator(_arguments)] = ""
 
-    def parsed(self) -> dict[str, Any]:
-        """Chat templates write the arguments themselves and want them as an object."""
-        try:
-            arguments = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
+    @model_validator(mode="after")
+    def _arguments_are_an_object(self) -> CalledFunction:
+        if self.arguments.strip() and not self.arguments.lstrip().startswith("{"):
             raise InvalidRequest(
                 "'messages.tool_calls.function.arguments' must be the text of a JSON object", param="messages"
             )
-        return arguments
+        return self
+
+    def parsed(self) -> dict[str, Any] | str:
+        """Chat templates write the arguments themselves and want them as an object. A call of ours that was cut short
+        comes back as it is: of such a one, what can be read; the text itself where that is nothing."""
+        try:
+            arguments = from_json(self.arguments.strip() or "{}", allow_partial="trailing-strings")
+        except ValueError:
+            arguments = None
+        return arguments if isinstance(arguments, dict) else self.arguments
 
 
 class ToolCall(RequestBody):
     """A call that the assistant made earlier."""
 
     path: ClassVar[str] = "messages.tool_calls."
-    ignored: ClassVar[frozenset[str]] = frozenset({"index"})  # of a stream's delta
+    foreign: ClassVar[Mapping[str, Foreign]] = TOOL_CALL
 
     id: Text | None = Field(None, max_length=256)
     type: Literal["function"] = "function"
@@ -96,25 +124,29 @@ class Message(RequestBody):
     """One message of a chat. Replies of this API can be sent back as they came."""
 
     path: ClassVar[str] = "messages."
-    ignored: ClassVar[frozenset[str]] = frozenset({"annotations"})
-    unsupported: ClassVar[dict[str, Refusal]] = {
-        "function_call": Refusal("use 'tool_calls'"),
-        "audio": _AUDIO,
-        "refusal": Refusal("put the words of a refusal into 'content'"),
-    }
+    foreign: ClassVar[Mapping[str, Foreign]] = MESSAGE
 
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Annotated[str, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
-    name: Text | None = Field(None, max_length=64)
+    name: Text | None = Field(None, max_length=256)
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Text | None = Field(None, max_length=256)
+    reasoning_content: Text | None = Field(None, description="What the assistant thought: for the chat template.")
 
     @model_validator(mode="before")
     @classmethod
-    def _calls_need_no_text(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
-            return {**data, "content": ""}
-        return data
+    def _as_it_was_answered(cls, data: Any) -> Any:
+        """What replies of this API and of others hold: no text beside calls, a refusal for a text, thoughts by either
+        of their names."""
+        if not isinstance(data, dict):
+            return data
+        message = dict(data)
+        refusal, thought = message.pop("refusal", None), message.pop("reasoning", None)
+        if message.get("content") is None and message.get("role") in ("assistant", "tool"):
+            message["content"] = refusal or ""
+        if isinstance(thought, str) and not message.get("reasoning_content"):
+            message["reasoning_content"] = thought
+        return message
 
     @model_validator(mode="after")
     def _roles_of_tool_fields(self) -> Message:
@@ -125,7 +157,11 @@ class Message(RequestBody):
 
     @property
     def num_chars(self) -> int:
-        return len(self.content) + sum(len(call.function.arguments) for call in self.tool_calls or ())
+        return (
+            len(self.content)
+            + len(self.reasoning_content or "")
+            + sum(len(call.function.arguments) for call in self.tool_calls or ())
+        )
 
 
 def as_template_input(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:

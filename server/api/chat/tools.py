@@ -15,11 +15,12 @@ so that it always parses. Under `auto` it is free text, and `tool_calls` finds t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
+from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
 from prerope.server.api.requests.structured import quoted
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText, json_options, json_text
@@ -49,8 +50,9 @@ class Function(RequestBody):
     """
 
     path: ClassVar[str] = "tools.function."
+    foreign: ClassVar[Mapping[str, Foreign]] = FUNCTION
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")
     description: Text | None = None
     parameters: Annotated[dict[str, Any], BeforeValidator(_schema_of_object)] | None = None
     strict: bool = False
@@ -66,6 +68,7 @@ class Tool(RequestBody):
     """`{"type": "function", "function": {…}}`."""
 
     path: ClassVar[str] = "tools."
+    foreign: ClassVar[Mapping[str, Foreign]] = TOOL
 
     type: Literal["function"]
     function: Function
@@ -83,6 +86,8 @@ def _choice(value: Any) -> ToolChoice:
     match value:
         case "none" | "auto" | "required":
             return ToolChoice(value)
+        case "any":  # Mistral's word
+            return ToolChoice("required")
         case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
             return ToolChoice("required", name)
     raise InvalidRequest(
@@ -97,7 +102,7 @@ ToolChoiceField = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"enum": ["none", "auto", "required"]},
+                {"enum": ["none", "auto", "required", "any"]},
                 {
                     "type": "object",
                     "properties": {
@@ -132,7 +137,7 @@ class ToolFields(RequestBody):
         if twice is not None:
             raise InvalidRequest(f"'tools' holds two functions of the name '{twice}'", param="tools")
         choice = self.tool_choice
-        if choice is None or choice.mode == "none":
+        if choice is None or choice.mode == "none" or (choice.mode == "auto" and not names):
             return self
         if not names:
             raise InvalidRequest("'tool_choice' needs 'tools' to choose from", param="tool_choice")

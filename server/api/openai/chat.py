@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
 from prerope.server.api.connected import while_connected
-from prerope.server.api.logprobs import chat_logprobs
+from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.running import Running, parts_of, start
@@ -35,7 +35,8 @@ async def chat_completions(body: ChatRequest, request: Request, service: ReadySe
         return event_stream(_chunks(head, running.generations, writer))
     replies = await read_all(request, running.generations)
     printed = [writer.choice(index, reply) for index, reply in enumerate(replies)]
-    return JSONResponse({**head.fields, "choices": printed, "usage": usage(running.generations, body.n)})
+    used = usage(running.generations, body.n)
+    return JSONResponse({**head.fields, "choices": printed, "usage": used, **writer.of_prompt(replies[0])})
 
 
 class _Writer:
@@ -50,12 +51,25 @@ class _Writer:
     def choice(self, index: int, reply: Reply) -> dict[str, Any]:
         """A whole reply."""
         read = self._running.chat_reply(reply)
-        return {
+        choice = {
             "index": index,
             "message": {"role": "assistant", "refusal": None, **_message(read)},
             "logprobs": self._logprobs(reply.tokens),
             "finish_reason": _finish_reason(reply.finish_reason, len(read.calls)),
         }
+        return choice | self._token_ids(reply.tokens)
+
+    def of_prompt(self, reply: Reply) -> dict[str, Any]:
+        """What is told of the prompt, beside the choices."""
+        told: dict[str, Any] = {}
+        if self.body.prompt_logprobs is not None:
+            told["prompt_logprobs"] = vllm_prompt_logprobs(self._tokenizer, reply.prompt_logprobs or ())
+        if self.body.return_token_ids:
+            told["prompt_token_ids"] = list(self._running.generations[0].prompt_token_ids)
+        return told
+
+    def _token_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {"token_ids": [token.token_id for token in tokens]} if self.body.return_token_ids else {}
 
     def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """What a piece adds to a choice of a stream; its log-probabilities go with the first delta."""
@@ -65,6 +79,8 @@ class _Writer:
             deltas = [{"content": ""}]
         logprobs = [self._logprobs(piece.tokens), *(self._logprobs(()) for _ in deltas[1:])]
         parts = [delta_part(index, delta, scored) for delta, scored in zip(deltas, logprobs, strict=False)]
+        if parts:
+            parts[0] |= self._token_ids(piece.tokens)
         if piece.finish_reason is not None:
             parts.append(delta_part(index, {}, reason=_finish_reason(piece.finish_reason, reader.num_calls)))
         return parts
@@ -115,9 +131,14 @@ async def _chunks(
     body = writer.body
     fields = head.chunk_fields(body.include_usage)
     async with in_turn(generations) as pieces:
+        told = writer.of_prompt(Reply())
         for index in range(len(generations)):
-            yield {**fields, "choices": [delta_part(index, {"role": "assistant", "content": "", "refusal": None})]}
+            first = delta_part(index, {"role": "assistant", "content": "", "refusal": None})
+            yield {**fields, "choices": [first], **told}
+            told = {}
         async for index, piece in pieces:
+            if body.usage_so_far:
+                fields = {**fields, "usage": usage(generations, body.n)}
             for part in writer.parts(index, piece):
                 yield {**fields, "choices": [part]}
     if body.include_usage:

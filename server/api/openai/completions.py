@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.connected import while_connected
-from prerope.server.api.logprobs import completion_logprobs, prompt_tokens
+from prerope.server.api.logprobs import completion_logprobs, prompt_tokens, vllm_prompt_logprobs
 from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.running import start
 from prerope.server.api.stream.collect import in_turn, read_all
-from prerope.server.api.stream.generation import Generation, Piece
+from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.service import ReadyService, Service
 
@@ -34,9 +35,30 @@ async def completions(body: CompletionRequest, request: Request, service: ReadyS
     if body.stream:
         return event_stream(_chunks(head, writer))
     replies = await read_all(request, running.generations)
-    pieces = (Piece(r.text, r.tokens, r.prompt_logprobs, finish_reason=r.finish_reason) for r in replies)
-    choices = [writer.choice(index, piece) for index, piece in enumerate(pieces)]
-    return JSONResponse({**head.fields, "choices": choices, "usage": usage(running.generations, body.n)})
+    choices = [writer.choice(place, _whole(replies[place])) for place in _best(replies, body)]
+    for index, choice in enumerate(choices):
+        choice["index"] = index
+    return JSONResponse({**head.fields, "choices": choices, "usage": usage(running.generations, body.num_drawn)})
+
+
+def _whole(reply: Reply) -> Piece:
+    return Piece(reply.text, reply.tokens, reply.prompt_logprobs, finish_reason=reply.finish_reason)
+
+
+def _best(replies: Sequence[Reply], body: CompletionRequest) -> list[int]:
+    """The places of the replies that are given: of each prompt's the `n` likeliest by the mean of a token."""
+    drawn, n = body.num_drawn, body.n
+    if drawn == n:
+        return list(range(len(replies)))
+    scores = [_mean_logprob(reply) for reply in replies]
+    firsts = range(0, len(replies), drawn)
+    ranked = [sorted(range(first, first + drawn), key=lambda place: -scores[place]) for first in firsts]
+    return [place for places in ranked for place in places[:n]]
+
+
+def _mean_logprob(reply: Reply) -> float:
+    scored = [token.logprobs.logprob for token in reply.tokens if token.logprobs is not None]
+    return sum(scored) / len(scored) if scored else -math.inf
 
 
 class _Writer:
@@ -53,23 +75,30 @@ class _Writer:
         prompt = self._prompt(index) if first and self.body.echo else ""
         if first:
             self._echoed[index] = len(prompt)
-        return {
+        choice: dict[str, Any] = {
             "index": index,
             "text": prompt + piece.text,
             "logprobs": self._logprobs(index, piece),
             "finish_reason": piece.finish_reason,
         }
+        if self.body.prompt_logprobs is not None:
+            scored = piece.prompt_logprobs
+            choice["prompt_logprobs"] = scored and vllm_prompt_logprobs(self._tokenizer, scored)
+        if self.body.return_token_ids:
+            choice["token_ids"] = [token.token_id for token in piece.tokens]
+            choice["prompt_token_ids"] = list(self.generations[index].prompt_token_ids) if first else None
+        return choice
 
     def _prompt(self, index: int) -> str:
         """The prompt as it was given, or as its ids read."""
-        given = self.body.prompt[index // self.body.n]
+        given = self.body.prompt[index // self.body.num_drawn]
         return given if isinstance(given, str) else self._tokenizer.decode(given)
 
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
         if self.body.logprobs is None:
             return None
         printed = completion_logprobs(self._tokenizer, piece.tokens, self.body.logprobs, self._echoed[index])
-        if piece.prompt_logprobs is None:
+        if piece.prompt_logprobs is None or not self.body.echo:
             return printed
         echoed = prompt_tokens(self._tokenizer, self.generations[index].prompt_token_ids, piece.prompt_logprobs)
         before = completion_logprobs(self._tokenizer, echoed, self.body.logprobs)
@@ -81,6 +110,8 @@ async def _chunks(head: Head, writer: _Writer) -> AsyncGenerator[dict[str, Any],
     fields = head.chunk_fields(body.include_usage)
     async with in_turn(generations) as pieces:
         async for index, piece in pieces:
+            if body.usage_so_far:
+                fields = {**fields, "usage": usage(generations, body.n)}
             yield {**fields, "choices": [writer.choice(index, piece)]}
     if body.include_usage:
         yield {**fields, "choices": [], "usage": usage(generations, body.n)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
 from prerope.rope.spec import METHOD_NAMES
-from prerope.server.api.requests.prompts import check_model
+from prerope.server.api.requests.prompts import not_served
 from prerope.server.service import ReadyService, Service
 
 router = APIRouter()
@@ -17,27 +18,31 @@ _STARTED = int(time.time())
 
 @router.get("/models", summary="List the model served")
 async def list_models(service: ReadyService) -> dict[str, Any]:
-    """A list of one."""
-    return {"object": "list", "data": [_card(service)]}
+    """One model, under each of its names."""
+    return {"object": "list", "data": [_card(service, name) for name in service.served_names]}
 
 
 @router.get("/models/{model:path}", summary="Describe a model")
 async def retrieve_model(model: str, service: ReadyService) -> dict[str, Any]:
     """The model by its name, which may hold a slash."""
-    check_model(service, model)
-    return _card(service)
+    if model not in service.served_names:
+        raise not_served(service, model)
+    return _card(service, model)
 
 
-def _card(service: Service) -> dict[str, Any]:
+def _card(service: Service, name: str) -> dict[str, Any]:
     """OpenAI's fields, vLLM's `max_model_len`, and how positions are read."""
     info = service.engine.info
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": _STARTED,
         "owned_by": "prerope",
+        "root": service.model_name,
+        "parent": None,
         "max_model_len": info.max_model_len,
         "train_length": info.train_length,
+        "default_sampling_params": asdict(service.sampling_defaults),
         "rope": info.positions.describe(),
         "rope_per_request": service.settings.rope_per_request,
         "rope_methods": list(METHOD_NAMES),

@@ -1,18 +1,19 @@
 """What clients may send to /v1/completions and /v1/chat/completions: OpenAI's fields, and vLLM's extras by its names.
 
-A field of OpenAI's is honoured, or refused by name, or listed as one that may be ignored since nothing the user gets
-depends on it.
+A field that is not among them asks for nothing, or is refused by name: `server.api.requests.foreign` says which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import ToolFields
-from prerope.server.api.requests.body import INT32_MAX, Refusal, RequestBody, Text, json_type, token_ids, unicode_text
-from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt
-from prerope.server.api.requests.schemas import MAX_LOGPROBS, SamplingFields
+from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text, json_type, token_ids, unicode_text
+from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
+from prerope.server.api.requests.schemas import MAX_LOGPROBS, SamplingFields, asks_for_reply
 from prerope.server.api.requests.structured import OpenAIConstraints
 from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -23,48 +24,41 @@ MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
 """Of completions, where none are asked for (OpenAI's)."""
 
-IGNORED = frozenset(
-    {
-        "user",  # who asks: for abuse reports
-        "safety_identifier",  # the same
-        "metadata",  # labels for OpenAI's dashboard
-        "store",  # keep a copy for OpenAI's dashboard
-        "service_tier",  # price and queue; there is one tier here
-        "prompt_cache_key",  # routing to a warm cache; one cache here
-        "prompt_cache_retention",
-        "prompt_cache_options",
-        "prediction",  # a hint that makes the same reply come sooner
-    }
-)
-
 
 class StreamOptions(RequestBody):
-    """`include_usage`: one more chunk, without choices, that carries the usage of the whole request."""
+    """`include_usage`: one more chunk, without choices, that carries the usage of the whole request.
+    `continuous_usage_stats`: with it, each chunk tells the usage so far. Without `stream` neither asks for anything."""
 
     path: ClassVar[str] = "stream_options."
-    ignored: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})  # padding against traffic analysis
+    foreign: ClassVar[Mapping[str, Foreign]] = STREAM_OPTIONS
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class OpenAIFields(SamplingFields, OpenAIConstraints):
     """What both OpenAI endpoints share."""
 
-    ignored: ClassVar[frozenset[str]] = IGNORED
-
     model: Text | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
 
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not in a stream.")
+
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> OpenAIFields:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("'stream_options' needs 'stream': true", param="stream_options")
+    def _prompts_are_scored_whole(self) -> OpenAIFields:
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("'prompt_logprobs' are not streamed: leave 'stream' out", param="prompt_logprobs")
         return self
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def usage_so_far(self) -> bool:
+        """Whether each chunk tells the usage."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def shared(self) -> dict[str, Any]:
         return {**super().shared(), "model": self.model, "n": self.n, "constraint": self.wanted_grammar()}
@@ -103,26 +97,26 @@ _PROMPTS_SCHEMA: dict[str, Any] = {
 class CompletionRequest(OpenAIFields):
     """POST /v1/completions."""
 
-    unsupported: ClassVar[dict[str, Refusal]] = {
-        "suffix": Refusal("models served here complete at the end only", harmless=("",)),
-    }
-
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPTS_SCHEMA)]
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Only the value of n.")
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="Completions drawn, of which the n likeliest a token are given."
+    )
+    add_special_tokens: bool = Field(True, description="To prompts that are text, as the tokenizer does.")
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.n:
+        if self.best_of is not None and self.best_of < self.n:
             raise InvalidRequest(
-                f"'best_of' is {self.best_of} and 'n' is {self.n}: ranking completions is not supported, "
-                "so best_of must equal n",
-                param="best_of",
+                f"'best_of' is {self.best_of} and 'n' is {self.n}: there are no {self.n} best of fewer", param="best_of"
             )
-        if len(self.prompt) * self.n > MAX_PROMPTS:
+        if self.num_drawn > self.n and self.stream:
+            raise InvalidRequest("'best_of' is known at the end only: leave 'stream' out", param="best_of")
+        if len(self.prompt) * self.num_drawn > MAX_PROMPTS:
             raise InvalidRequest(
-                f"{len(self.prompt)} prompts of {self.n} choices each are {len(self.prompt) * self.n} completions; "
+                f"{len(self.prompt)} prompts of {self.num_drawn} choices each are "
+                f"{len(self.prompt) * self.num_drawn} completions; "
                 f"one request takes at most {MAX_PROMPTS}",
                 param="n",
             )
@@ -130,43 +124,54 @@ class CompletionRequest(OpenAIFields):
             raise InvalidRequest("'max_tokens' is 0, which asks for nothing unless 'echo' is true", param="max_tokens")
         return self
 
+    @property
+    def num_drawn(self) -> int:
+        """Completions of each prompt, of which the best `n` are given."""
+        return self.best_of or self.n
+
     def lowered(self) -> GenerationRequest:
         many = len(self.prompt) > 1
         names = (f"prompt[{index}]" if many else "prompt" for index in range(len(self.prompt)))
-        scores_prompt = self.echo and (self.logprobs is not None or self.max_tokens == 0)
+        prompt_logprobs = self.prompt_logprobs
+        if self.echo and prompt_logprobs is None and (self.logprobs is not None or self.max_tokens == 0):
+            prompt_logprobs = self.logprobs or 0
+        ranked = 0 if self.num_drawn > self.n else None
         return GenerationRequest(
-            input=[Prompt(given=given, param=name) for given, name in zip(self.prompt, names, strict=True)],
+            input=[
+                Prompt(given=given, param=name, add_special_tokens=self.add_special_tokens)
+                for given, name in zip(self.prompt, names, strict=True)
+            ],
             sampling=self.sampling(default_max_tokens=DEFAULT_MAX_TOKENS),
-            output=Output(logprobs=self.logprobs, prompt_logprobs=self.logprobs or 0 if scores_prompt else None),
-            **self.shared(),
+            output=self.output(
+                logprobs=ranked if self.logprobs is None else self.logprobs, prompt_logprobs=prompt_logprobs
+            ),
+            **self.shared() | {"n": self.num_drawn},
         )
 
 
 class ChatRequest(OpenAIFields, ToolFields):
     """POST /v1/chat/completions."""
 
-    unsupported: ClassVar[dict[str, Refusal]] = {
-        "functions": Refusal("use 'tools'", harmless=([],)),
-        "function_call": Refusal("use 'tool_choice'", harmless=("none",)),
-        "modalities": Refusal("this server reads and writes text only", harmless=(["text"],)),
-        "audio": Refusal("this server reads and writes text only"),
-        "moderation": Refusal("no moderation model runs here"),
-        "web_search_options": Refusal("the server reaches no web"),
-        "reasoning_effort": Refusal("use 'chat_template_kwargs' for what the model's template offers"),
-        "verbosity": Refusal("ask for it in a message"),
-    }
+    foreign: ClassVar[Mapping[str, Foreign]] = CHAT
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = Field(False, description="The reply goes on with the last message.")
+    add_special_tokens: bool = Field(False, description="Beside those that the chat template writes.")
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
+    documents: list[dict[str, Any]] = Field(default_factory=list, description="Handed to the chat template.")
+    reasoning_effort: str | float | None = Field(None, description="Handed to the chat template; none: no thinking.")
+    include_reasoning: bool = Field(True, description="Whether thoughts are told, as reasoning_content.")
+    separate_reasoning: bool = Field(True, description="Whether thoughts are told apart from the content (SGLang).")
+    stream_reasoning: bool = Field(True, description="Whether thoughts are streamed as they come (SGLang).")
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
         if self.max_completion_tokens is not None and self.max_tokens not in (None, self.max_completion_tokens):
             raise InvalidRequest(
@@ -189,10 +194,19 @@ class ChatRequest(OpenAIFields, ToolFields):
                 tools=self.tools,
                 tool_choice=self.tool_choice,
                 parallel_tool_calls=self.parallel_tool_calls,
-                add_generation_prompt=self.add_generation_prompt,
-                template_kwargs=self.chat_template_kwargs,
+                add_generation_prompt=asks_for_reply(self.add_generation_prompt, self.continue_final_message),
+                continue_final_message=self.continue_final_message,
+                add_special_tokens=self.add_special_tokens,
+                template_kwargs=self._template_kwargs(),
             ),
             sampling=self.sampling(max_tokens=max_tokens),
-            output=Output(logprobs=self.num_logprobs),
+            output=self.output(logprobs=self.num_logprobs, prompt_logprobs=self.prompt_logprobs),
             **self.shared(),
         )
+
+    def _template_kwargs(self) -> dict[str, Any]:
+        """What the model's template is told beside messages and tools; it takes what it knows."""
+        told: dict[str, Any] = {"documents": self.documents} if self.documents else {}
+        if self.reasoning_effort is not None:
+            told |= {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
+        return told | self.chat_template_kwargs

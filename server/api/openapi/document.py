@@ -45,7 +45,10 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/models/{model}": Operation(replies.ModelCard, MODEL),
     "/tokenize": Operation(replies.TokenizeReply, (*MODEL, errors.QueueFull)),
     "/detokenize": Operation(replies.DetokenizeReply, (*MODEL, errors.QueueFull)),
-    "/health": Operation(replies.HealthReply),
+    "/live": Operation(replies.HealthReply),
+    "/health": Operation(replies.HealthReply, NOT_READY),
+    "/ping": Operation(replies.HealthReply, NOT_READY),
+    "/version": Operation(replies.VersionReply),
     "/ready": Operation(replies.ReadyReply, NOT_READY),
     "/metrics": Operation("text/plain"),
 }

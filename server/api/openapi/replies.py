@@ -76,6 +76,18 @@ class DocumentUsage(ReplyBody):
     cached_tokens: Count
 
 
+class PromptLogprob(ReplyBody):
+    """Of a token of the prompt, or of a likely one in its place; the rank is null where it is not among those."""
+
+    logprob: float
+    rank: Annotated[int, Field(ge=1)] | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""One a token of the prompt, by token id; null for the first."""
+
+
 class GenerateEnd(ReplyBody):
     """The last event of a stream, before [DONE]."""
 
@@ -93,6 +105,7 @@ class GenerateReply(GenerateEnd):
     text: str
     token_ids: list[Count]
     logprobs: list[ScoredToken] = Field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = Field(default_factory=list)
 
 
 class GeneratePiece(ReplyBody):
@@ -102,6 +115,7 @@ class GeneratePiece(ReplyBody):
     text: str
     token_ids: list[Count]
     logprobs: list[ScoredToken] = Field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = Field(default_factory=list)
 
 
 class PrefillProgress(ReplyBody):
@@ -152,6 +166,9 @@ class CompletionChunkChoice(ReplyBody):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Ending | None
+    token_ids: list[Count] = Field(default_factory=list, description="With return_token_ids.")
+    prompt_token_ids: list[Count] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionChoice(CompletionChunkChoice):
@@ -236,6 +253,7 @@ class ChatChoice(ReplyBody):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatEnding
+    token_ids: list[Count] = Field(default_factory=list, description="With return_token_ids.")
 
 
 class ChatReply(OpenAIHead):
@@ -244,6 +262,8 @@ class ChatReply(OpenAIHead):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: OpenAIUsage
+    prompt_token_ids: list[Count] = Field(default_factory=list, description="With return_token_ids.")
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ToolFunctionDelta(ReplyBody):
@@ -278,6 +298,7 @@ class ChatChunkChoice(ReplyBody):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatEnding | None
+    token_ids: list[Count] = Field(default_factory=list, description="With return_token_ids.")
 
 
 class ChatChunk(OpenAIHead):
@@ -286,6 +307,7 @@ class ChatChunk(OpenAIHead):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: OpenAIUsage | None = None
+    prompt_token_ids: list[Count] = Field(default_factory=list, description="In the first, with return_token_ids.")
 
 
 # --- the others -------------------------------------------------------------------------------------------------------
@@ -298,7 +320,10 @@ class ModelCard(ReplyBody):
     object: Literal["model"]
     created: Count
     owned_by: str
+    root: str = Field(description="The name that replies have.")
+    parent: None
     max_model_len: Count
+    default_sampling_params: dict[str, float] = Field(description="What holds where a request does not say.")
     train_length: Count
     rope: dict[str, Any]
     rope_per_request: bool
@@ -306,7 +331,7 @@ class ModelCard(ReplyBody):
 
 
 class ModelList(ReplyBody):
-    """A list of one."""
+    """The model, under each of its names."""
 
     object: Literal["list"]
     data: list[ModelCard]
@@ -328,9 +353,15 @@ class DetokenizeReply(ReplyBody):
 
 
 class HealthReply(ReplyBody):
-    """The process is up."""
+    """It is as asked."""
 
     status: Literal["ok"]
+
+
+class VersionReply(ReplyBody):
+    """Of the server's package."""
+
+    version: str
 
 
 class ReadyReply(ReplyBody):

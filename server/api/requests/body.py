@@ -1,6 +1,7 @@
 """What every JSON request body has in common: names are checked, nulls mean the default, refusals say what to do.
 
-Knows neither the engine nor the tokenizer: checks that need the model (vocabulary, length) live in `admission`.
+Knows neither the engine nor the tokenizer: checks that need the model (vocabulary, length) live in
+`server.api.limits`.
 A check of our own raises InvalidRequest directly; pydantic lets it through, and the reply keeps its words.
 """
 
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
+from prerope.server.api.requests.foreign import EMPTY, Foreign, is_empty
+from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationInfo, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -21,27 +24,18 @@ MAX_SHOWN = 64
 INT32_MAX = 2**31 - 1
 
 
-class Refusal(NamedTuple):
-    """Why a field that others know is refused, and the values of it that ask for nothing."""
-
-    reason: str
-    harmless: tuple[object, ...] = ()
-
-
 class RequestBody(BaseModel):
     """A JSON object whose unknown, unsupported and harmless fields are told apart by name.
 
     Attributes:
         path: where this object sits in the request, for the `param` of an error ("rope." or nothing).
-        ignored: fields that official clients send and whose absence cannot change what the user gets.
-        unsupported: fields of the same API that this server does not honour.
+        foreign: fields of others' schemas that are not honoured (`server.api.requests.foreign`).
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     path: ClassVar[str] = ""
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    unsupported: ClassVar[Mapping[str, Refusal]] = {}
+    foreign: ClassVar[Mapping[str, Foreign]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -51,19 +45,29 @@ class RequestBody(BaseModel):
         known = cls._names()
         given: dict[str, Any] = {}
         for name, value in data.items():
-            if value is None or name in cls.ignored:
-                continue
-            if name in known:
+            if name not in known:
+                cls._leave_out(name, value)
+            elif value is not None:
                 given[name] = value
-            elif name not in cls.unsupported:
-                raise cls._unknown(name)
-            elif value not in cls.unsupported[name].harmless:
-                raise InvalidRequest(
-                    f"'{cls.path}{name}' is not supported: {cls.unsupported[name].reason}",
+        return given
+
+    @classmethod
+    def _leave_out(cls, name: str, value: object) -> None:
+        """A field that is none of ours: it asks for nothing, or it is refused, or with STRICT_FIELDS=false reported."""
+        report, foreign = current_report(), cls.foreign.get(name)
+        if is_empty(value) or (foreign is not None and foreign.asks_for_nothing(value) and not foreign.hint):
+            return
+        if report.strict and (foreign is None or not foreign.hint):
+            raise (
+                cls._unknown(name)
+                if foreign is None
+                else InvalidRequest(
+                    f"'{cls.path}{name}' is not supported: {foreign.reason}",
                     param=cls.path + name,
                     code="unsupported_field",
                 )
-        return given
+            )
+        report.ignore(cls.path + name)
 
     @classmethod
     def _names(cls) -> list[str]:
@@ -81,17 +85,21 @@ class RequestBody(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The document says what `_check_names` does: null is the default, and some names more may ask for nothing."""
+        """The document says what `_check_names` does: null is the default, and other names may ask for nothing."""
         schema = handler(core_schema)
         body = handler.resolve_ref_schema(schema)
         required = body.get("required", [])
         properties = {
             name: field if name in required else _nullable(field) for name, field in body.get("properties", {}).items()
         }
-        properties |= {name: {"description": "Accepted and ignored."} for name in sorted(cls.ignored)}
-        for name, refusal in cls.unsupported.items():
-            properties[name] = {"enum": [None, *refusal.harmless], "description": f"Not supported: {refusal.reason}."}
+        for name, foreign in cls.foreign.items():
+            if foreign.any_value or foreign.hint:
+                properties.setdefault(name, {"description": "Accepted and ignored."})
+            else:
+                said = f"Not supported: {foreign.reason}."
+                properties.setdefault(name, {"enum": [*EMPTY, *foreign.harmless], "description": said})
         body["properties"] = properties
+        body["additionalProperties"] = {"enum": list(EMPTY)}
         return schema
 
 

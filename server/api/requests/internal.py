@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from prerope.rope.spec import RopeSpec
 from prerope.server.api.chat.messages import Message
@@ -33,6 +33,14 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """To so many tokens of a prompt; −1: as many as the context has room for. The last of them stay, or the first."""
+
+    num_tokens: int
+    side: Literal["left", "right"] = "left"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
     """Messages for the model's chat template, and the tools that a reply may or must call."""
 
@@ -41,12 +49,16 @@ class Chat:
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen and when a reply ends, by the names of OpenAI and vLLM.
+
+    None is the model's own default (`server.service.SamplingDefaults`), and neutral where it has none.
 
     Attributes:
         max_tokens: as asked; None leaves it to `default_max_tokens`.
@@ -56,16 +68,18 @@ class Sampling:
     max_tokens: int | None = None
     default_max_tokens: int | None = None
     min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
     ignore_eos: bool = False
     seed: int | None = None
 
@@ -77,11 +91,15 @@ class Output:
     Attributes:
         logprobs: None, or how many alternatives beside each token of the reply (0: the token alone).
         prompt_logprobs: the same of the prompt.
+        include_stop: the text ends with the stop string that ended it.
+        skip_special_tokens: special tokens are no text.
         report_progress: pieces without text while a long prompt is read.
     """
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    include_stop: bool = False
+    skip_special_tokens: bool = True
     report_progress: bool = False
 
 
@@ -102,6 +120,7 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     output: Output = field(default_factory=Output)
     constraint: GrammarText | None = None
+    truncation: Truncation | None = None
     rope: RopeSpec | None = None
     cache_salt: str = ""
     priority: int = 0

@@ -19,7 +19,7 @@ INLINE_CHARS = 2_000
 
 TEMPLATE_ARGUMENTS = frozenset(
     {
-        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+        *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "tokenize"),
         *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
@@ -28,20 +28,30 @@ TEMPLATE_ARGUMENTS = frozenset(
 
 
 def check_model(service: Service, model: str | None) -> None:
-    """The `model` field names the served model, or is missing."""
-    if model is not None and model != service.model_name:
-        raise ModelNotFound(
-            f"the model '{model[:MAX_SHOWN]}' is not served here; this server serves '{service.model_name}'",
-            param="model",
-            code="model_not_found",
-        )
+    """The `model` field names the served model, or is missing or empty."""
+    if model and not service.serves(model):
+        raise not_served(service, model)
 
 
-async def tokenized(service: Service, prompt: Prompt) -> TokenizedPrompt:
-    """A prompt's token ids, and where its documents are."""
+def not_served(service: Service, model: str) -> ModelNotFound:
+    served = " and ".join(f"'{name}'" for name in service.served_names)
+    return ModelNotFound(
+        f"the model '{model[:MAX_SHOWN]}' is not served here; this server serves {served}",
+        param="model",
+        code="model_not_found",
+    )
+
+
+async def tokenized(service: Service, prompt: Prompt, *, to_be_cut: bool = False) -> TokenizedPrompt:
+    """A prompt's token ids, and where its documents are. to_be_cut: it may be longer than what fits."""
     asked = prompt.documents
     if asked is None:
-        return TokenizedPrompt(await _ids(service, prompt.given, prompt.param, special=prompt.add_special_tokens))
+        special = prompt.add_special_tokens
+        return TokenizedPrompt(await _ids(service, prompt.given, prompt.param, special=special, to_be_cut=to_be_cut))
+    if to_be_cut:
+        raise InvalidRequest(
+            "'truncate_prompt_tokens' would cut the documents: send fewer of them", param="truncate_prompt_tokens"
+        )
     prefix = await _ids(service, asked.prefix, "document_prefix", special=prompt.add_special_tokens, may_be_empty=True)
     documents = []
     for index, one in enumerate(asked.given):
@@ -51,11 +61,18 @@ async def tokenized(service: Service, prompt: Prompt) -> TokenizedPrompt:
 
 
 async def _ids(
-    service: Service, given: str | list[int], param: str, *, special: bool = False, may_be_empty: bool = False
+    service: Service,
+    given: str | list[int],
+    param: str,
+    *,
+    special: bool = False,
+    may_be_empty: bool = False,
+    to_be_cut: bool = False,
 ) -> list[int]:
     """Token ids of text, or ids as they are."""
     if isinstance(given, str):
-        _check_characters(service, len(given), param)
+        if not to_be_cut:
+            _check_characters(service, len(given), param)
         encode = service.tokenizer.encode
         ids = await _off_loop(len(given), lambda: encode(given, add_special_tokens=special))
     else:
@@ -66,11 +83,14 @@ async def _ids(
     return ids
 
 
-async def chat_ids(service: Service, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+async def chat_ids(
+    service: Service, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), to_be_cut: bool = False
+) -> list[int]:
     """Token ids of a chat, through the model's template, which is told of `tools`."""
     messages = chat.messages
     num_chars = sum(message.num_chars for message in messages)
-    _check_characters(service, num_chars, "messages")
+    if not to_be_cut:
+        _check_characters(service, num_chars, "messages")
     _check_tool_messages(service, messages)
     kwargs = dict(chat.template_kwargs)
     reserved = sorted(kwargs.keys() & TEMPLATE_ARGUMENTS)
@@ -84,9 +104,16 @@ async def chat_ids(service: Service, chat: Chat, *, tools: Sequence[Mapping[str,
 
     def encode() -> list[int]:
         told = [dict(tool) for tool in tools]
-        text = tokenizer.render_chat(rendered, tools=told, add_generation_prompt=chat.add_generation_prompt, **kwargs)
-        _check_characters(service, len(text), "messages")  # a template may write more than it was given
-        return tokenizer.encode(text, add_special_tokens=False)  # it writes the special tokens itself
+        text = tokenizer.render_chat(
+            rendered,
+            tools=told,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            **kwargs,
+        )
+        if not to_be_cut:
+            _check_characters(service, len(text), "messages")  # a template may write more than it was given
+        return tokenizer.encode(text, add_special_tokens=chat.add_special_tokens)  # it writes the special ones itself
 
     ids = await _off_loop(INLINE_CHARS + 1 if tools else num_chars, encode)
     check_vocabulary(ids, service.engine.info, "messages")

@@ -6,11 +6,13 @@ Names, types and ranges are settled here; what depends on the model is checked i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.tools import MAX_TOOLS, Tool
 from prerope.server.api.requests.body import (
     INT32_MAX,
     MAX_SHOWN,
@@ -22,16 +24,19 @@ from prerope.server.api.requests.body import (
     unicode_text,
 )
 from prerope.server.api.requests.documents import DocumentFields
-from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
+from prerope.server.api.requests.foreign import BODY, CHAT, Foreign
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling, Truncation
 from prerope.server.api.requests.structured import GenerateConstraints
 from prerope.server.errors import InvalidRequest
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 256
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 256
 MAX_LOGPROBS = 20
+MODELS_OWN = "Without it the model's own default, which /v1/models tells."
 DEFAULT_MAX_TOKENS = 256
 """Of /generate, where none are asked for."""
 
@@ -58,13 +63,19 @@ def _stop(value: Any) -> list[str]:
     if len(strings) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"'stop' takes at most {MAX_STOP_STRINGS} strings, not {len(strings)}", param="stop")
     for index, text in enumerate(strings):
-        if not unicode_text(text, f"stop[{index}]"):
-            raise InvalidRequest(f"'stop[{index}]' is empty: it would stop before the first token", param="stop")
-        if len(text) > MAX_STOP_CHARS:
+        if len(unicode_text(text, f"stop[{index}]")) > MAX_STOP_CHARS:
             raise InvalidRequest(
                 f"'stop[{index}]' takes at most {MAX_STOP_CHARS} characters, not {len(text)}", param="stop"
             )
-    return strings
+    return [text for text in strings if text]
+
+
+def _bad_words(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"'bad_words' must be a list of strings, not {json_type(value)}", param="bad_words")
+    if len(value) > MAX_BAD_WORDS:
+        raise InvalidRequest(f"'bad_words' takes at most {MAX_BAD_WORDS} words, not {len(value)}", param="bad_words")
+    return [word for index, text in enumerate(value) if (word := unicode_text(text, f"bad_words[{index}]"))]
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -107,7 +118,7 @@ LogitBias = Annotated[
         }
     ),
 ]
-_STOP_STRING: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOP_STRING: dict[str, Any] = {"type": "string", "maxLength": MAX_STOP_CHARS}
 Stop = Annotated[
     list[str],
     BeforeValidator(_stop),
@@ -118,6 +129,19 @@ StopTokenIds = Annotated[
     Field(max_length=MAX_STOP_TOKEN_IDS),
     BeforeValidator(lambda value: token_ids(value, "stop_token_ids")),
     WithJsonSchema({**_IDS_SCHEMA, "maxItems": MAX_STOP_TOKEN_IDS}),
+]
+
+
+AllowedTokenIds = Annotated[
+    list[int],
+    Field(min_length=1),
+    BeforeValidator(lambda value: token_ids(value, "allowed_token_ids")),
+    WithJsonSchema({**_IDS_SCHEMA, "minItems": 1}),
+]
+BadWords = Annotated[
+    list[str],
+    BeforeValidator(_bad_words),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}, "maxItems": MAX_BAD_WORDS}),
 ]
 
 
@@ -160,20 +184,32 @@ class RopeFields(RequestBody):
 
 
 class SamplingFields(RequestBody):
-    """How to choose tokens and when to end, under the names of OpenAI and vLLM."""
+    """How to choose tokens and when to end, under the names of OpenAI, vLLM and SGLang."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = BODY
 
     max_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
-    temperature: float = Field(1.0, ge=0, le=10)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=INT32_MAX, description="0 and -1 keep all tokens.")
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    temperature: float | None = Field(None, ge=0, le=10, description=MODELS_OWN)
+    top_p: float | None = Field(None, ge=0, le=1, description=f"0 keeps the likeliest token. {MODELS_OWN}")
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description=f"0 and -1 keep all tokens. {MODELS_OWN}")
+    min_p: float | None = Field(None, ge=0, le=1, description=MODELS_OWN)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, description=MODELS_OWN)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias = Field(default_factory=dict)
     stop: Stop = Field(default_factory=list)
     stop_token_ids: StopTokenIds = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    no_stop_trim: bool = Field(False, description="SGLang's name of include_stop_str_in_output.")
+    skip_special_tokens: bool = True
+    allowed_token_ids: AllowedTokenIds | None = Field(None, description="No other token is drawn.")
+    bad_words: BadWords = Field(default_factory=list, description="Are not written, with or without a space before.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=INT32_MAX, description="Tokens of the prompt that are read; -1: as many as fit."
+    )
+    truncation_side: Literal["left", "right"] = Field("left", description="left: the last tokens stay.")
+    return_token_ids: bool = False
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
@@ -188,9 +224,16 @@ class SamplingFields(RequestBody):
         """These fields as the internal request has them; `more` are those that a dialect names otherwise."""
         return Sampling(**{name: getattr(self, name) for name in SAMPLING_NAMES} | more)
 
+    def output(self, **more: Any) -> Output:
+        """What is told of a reply; `more` are the fields that dialects name otherwise."""
+        include_stop = self.include_stop_str_in_output or self.no_stop_trim
+        return Output(include_stop=include_stop, skip_special_tokens=self.skip_special_tokens, **more)
+
     def shared(self) -> dict[str, Any]:
         """What else the internal request has of these fields."""
+        limit = self.truncate_prompt_tokens
         return {
+            "truncation": None if limit is None else Truncation(num_tokens=limit, side=self.truncation_side),
             "rope": None if self.rope is None else self.rope.spec(),
             "cache_salt": self.cache_salt,
             "priority": self.priority,
@@ -207,13 +250,25 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
     prompt: PromptField
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives beside each token.")
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Likewise, of the prompt.")
+    add_special_tokens: bool = Field(True, description="To a prompt that is text, as the tokenizer does.")
     return_progress: bool = Field(False, description="With stream: events while a long prompt is read.")
 
     def lowered(self) -> GenerationRequest:
         return GenerationRequest(
-            input=[Prompt(given=self.prompt, documents=self.wanted_documents())],
+            input=[
+                Prompt(
+                    given=self.prompt,
+                    add_special_tokens=self.add_special_tokens,
+                    documents=self.wanted_documents(),
+                )
+            ],
             sampling=self.sampling(default_max_tokens=DEFAULT_MAX_TOKENS),
-            output=Output(logprobs=self.logprobs, report_progress=self.stream and self.return_progress),
+            output=self.output(
+                logprobs=self.logprobs,
+                prompt_logprobs=self.prompt_logprobs,
+                report_progress=self.stream and self.return_progress,
+            ),
             constraint=self.wanted_grammar(),
             **self.shared(),
         )
@@ -222,11 +277,16 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
 class TokenizeRequest(RequestBody):
     """POST /tokenize, in vLLM's shape: a prompt or chat messages."""
 
+    foreign: ClassVar[Mapping[str, Foreign]] = CHAT
+
     model: Text | None = None
     prompt: Text | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = Field(True, description="For a prompt; a chat template writes its own.")
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -235,9 +295,32 @@ class TokenizeRequest(RequestBody):
             raise InvalidRequest("give 'prompt' or 'messages', one of the two", param="prompt")
         return self
 
+    def chat(self) -> Chat:
+        """The messages as the internal request has them."""
+        return Chat(
+            messages=self.messages or [],
+            tools=self.tools,
+            add_generation_prompt=asks_for_reply(self.add_generation_prompt, self.continue_final_message),
+            continue_final_message=self.continue_final_message,
+            template_kwargs=self.chat_template_kwargs,
+        )
+
+
+def asks_for_reply(add_generation_prompt: bool | None, continue_final_message: bool) -> bool:
+    """Whether the chat template is to open a reply; to go on with the last message is the contrary of it."""
+    if add_generation_prompt and continue_final_message:
+        raise InvalidRequest(
+            "'continue_final_message' goes on with the last message and 'add_generation_prompt' opens a new one: give "
+            "one of them",
+            param="continue_final_message",
+        )
+    return not continue_final_message if add_generation_prompt is None else add_generation_prompt
+
 
 class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = BODY
 
     model: Text | None = None
     tokens: Annotated[list[int], PlainValidator(lambda value: token_ids(value, "tokens")), WithJsonSchema(_IDS_SCHEMA)]

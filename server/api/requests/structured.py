@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from prerope.server.api.auth.allowance import current_hold
-from prerope.server.api.requests.body import MAX_SHOWN, Refusal, RequestBody, Text, json_type, unicode_text
+from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type, unicode_text
+from prerope.server.api.requests.foreign import FORMAT, IGNORED, Foreign
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.matcher import CompiledGrammar
 from prerope.server.structured.text import GrammarText, json_text
@@ -67,7 +68,7 @@ class JsonSchemaFormat(RequestBody):
     """`response_format.json_schema`. The schema is followed whether `strict` is set or not."""
 
     path: ClassVar[str] = "response_format.json_schema."
-    ignored: ClassVar[frozenset[str]] = frozenset({"strict", "description"})
+    foreign: ClassVar[Mapping[str, Foreign]] = FORMAT
 
     name: Text = Field(max_length=64)
     schema_: JsonSchema = Field(alias="schema")
@@ -106,10 +107,12 @@ class StructuredOutputs(RequestBody):
     """vLLM's `structured_outputs`: one of its five constraints."""
 
     path: ClassVar[str] = "structured_outputs."
-    unsupported: ClassVar[dict[str, Refusal]] = {
-        "structural_tag": Refusal("write a 'grammar'"),
-        "whitespace_pattern": Refusal("JSON whitespace is bounded; 'disable_any_whitespace' leaves none"),
-        "disable_additional_properties": Refusal("say so in the schema", harmless=(False,)),
+    foreign: ClassVar[Mapping[str, Foreign]] = {
+        "structural_tag": Foreign("write a 'grammar'"),
+        "whitespace_pattern": Foreign("JSON whitespace is bounded; 'disable_any_whitespace' leaves none"),
+        "disable_additional_properties": Foreign("say so in the schema"),
+        "disable_fallback": IGNORED,
+        "backend": IGNORED,
     }
 
     json_: JsonSchemaOrText | None = Field(None, alias="json")

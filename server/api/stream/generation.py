@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from prerope.server.api.requests.internal import GenerationRequest
 from prerope.server.api.stream.transcript import Token, Transcript
 from prerope.server.engine.output_stream import OutputStream
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
@@ -77,23 +78,30 @@ class Generation:
     def __init__(
         self,
         service: Service,
-        request: EngineRequest,
+        sequence: EngineRequest,
         outputs: OutputStream,
-        stop: Sequence[str],
+        request: GenerationRequest,
         arrived: float,
         shown_special_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """outputs: of the request, which has been submitted. arrived: `time.perf_counter()` when the HTTP request came.
+        """outputs: of the sequence, submitted. arrived: `time.perf_counter()` when the HTTP request came.
         shown_special_ids: see `TextStream`."""
-        self.prompt_token_ids = request.prompt_token_ids
-        self.rope = (request.positions or service.engine.info.positions).describe()
-        self.usage = Usage(prompt_tokens=len(request.prompt_token_ids))
+        self.prompt_token_ids = sequence.prompt_token_ids
+        self.rope = (sequence.positions or service.engine.info.positions).describe()
+        self.usage = Usage(prompt_tokens=len(sequence.prompt_token_ids))
         self.timings: Timings | None = None
-        self._spans = request.documents
+        self._spans = sequence.documents
         self.documents: list[dict[str, int]] = []
-        grammar = request.sampling.grammar
+        grammar, stop, output = sequence.sampling.grammar, request.sampling.stop, request.output
         may_stop = grammar.prefix().complete if stop and isinstance(grammar, CompiledGrammar) else None
-        self._transcript = Transcript(service.tokenizer, stop, shown_special_ids, may_stop)
+        self._transcript = Transcript(
+            service.tokenizer,
+            stop,
+            shown_special_ids,
+            may_stop,
+            include_stop=output.include_stop,
+            skip_special_tokens=output.skip_special_tokens,
+        )
         self._stopwatch = _Stopwatch(service.metrics, arrived)
         self._outputs = outputs
         self._engine_timings: Timings | None = None

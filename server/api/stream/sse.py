@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 5
 SEPARATOR = "\n"
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 # By default it cuts streams at a signal; here they may finish (`server.http`).
 AppStatus.enable_automatic_graceful_drain = False
@@ -63,4 +64,6 @@ def _error_frame(error: RequestError) -> bytes:
 
 
 def _encode(event: Any) -> bytes:
-    return json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """As one line for every reader: many split text at the line ends of Unicode, too, which JSON leaves as they are."""
+    text = json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate(LINE_ENDS).encode()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.tokenizer import TextStream, Tokenizer
@@ -36,11 +37,15 @@ class Transcript:
         stop: Sequence[str] = (),
         shown_special_ids: frozenset[int] = frozenset(),
         may_stop: Callable[[str], bool] | None = None,
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> None:
-        """The last two are `TextStream`'s."""
-        self._text = TextStream(tokenizer, stop, shown_special_ids=shown_special_ids, may_stop=may_stop)
+        """From the third on they are `TextStream`'s."""
+        shown: dict[str, Any] = {"skip_special_tokens": skip_special_tokens, "shown_special_ids": shown_special_ids}
+        self._text = TextStream(tokenizer, stop, include_stop, may_stop=may_stop, **shown)
         # Without stop strings nothing can be cut, and the text itself tells where tokens start.
-        self._uncut = TextStream(tokenizer, shown_special_ids=shown_special_ids) if stop else None
+        self._uncut = TextStream(tokenizer, **shown) if stop else None
         self._num_uncut = 0
         self._num_released = 0
         self._held: deque[Token] = deque()

@@ -1,7 +1,7 @@
 """From logits to tokens: one row a sequence, each with its own parameters and its own random stream.
 
-Order, as in transformers: logit bias, penalties, forbidden ends, the grammar's mask; then temperature, top-k, top-p,
-min-p; then the draw.
+Order, as in transformers: logit bias, penalties, bans, forbidden ends, the grammar's mask; then temperature, top-k,
+top-p, min-p; then the draw.
 A draw takes one uniform number from the sequence's own generator and inverts the distribution, so a seeded request
 gives the same tokens whatever else is in the batch. Log-probabilities are of the raw logits, before any of this.
 """
@@ -19,6 +19,9 @@ from torch import Tensor
 
 NUCLEUS_CANDIDATES = 512
 """Top-p looks at this many tokens first and sorts the whole vocabulary only where they hold too little mass."""
+
+BANNED = -1e30
+"""Added to a logit, as good as minus infinity."""
 
 PROMPT_LOGPROB_ROWS = 256
 """Rows of logits turned into prompt log-probabilities at once: memory is this times the vocabulary."""
@@ -51,9 +54,27 @@ def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> No
         output = list(sequence.output_counts)
         counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
         row[output] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sampling.has_bans:
+        ban(row, sequence)
     if sequence.matcher is None and sequence.num_output_tokens < sampling.min_tokens:
         ends = sampling.stop_token_ids | eos_token_ids
         row[[end for end in ends if end < row.shape[0]]] = float("-inf")
+
+
+def ban(row: Tensor, sequence: Sequence) -> None:
+    """Lower what is not allowed by more than any logit, in place on one row [V]: where a grammar or `min_tokens` leaves
+    nothing else, it is drawn after all."""
+    sampling, output = sequence.sampling, sequence.token_ids[sequence.num_prompt_tokens :]
+    banned = [
+        bad[-1]
+        for bad in sampling.bad_token_ids
+        if bad[-1] < row.shape[0] and (len(bad) == 1 or tuple(output[1 - len(bad) :]) == bad[:-1])
+    ]
+    row[banned] += BANNED
+    if sampling.allowed_token_ids is not None:
+        allowed = row[list(sampling.allowed_token_ids)]
+        row += BANNED
+        row[list(sampling.allowed_token_ids)] = allowed
 
 
 def draw(row: Tensor, sampling: SamplingParams, generator: torch.Generator | None) -> int:

@@ -23,6 +23,8 @@ class SamplingParams:
         repetition_penalty: over prompt and output (CTRL, Keskar 2019); 1 is off.
         presence_penalty, frequency_penalty: over the output (OpenAI); 0 is off.
         logit_bias: token id → added to its logit before anything else.
+        allowed_token_ids: no other token is drawn, as far as a grammar leaves a choice.
+        bad_token_ids: sequences of tokens that are not drawn one after another, likewise.
         seed: makes this request's draws reproducible, whatever else is in the batch.
         logprobs: None, or how many alternatives to return beside each sampled token (0 is the token alone).
         prompt_logprobs: the same for every prompt token but the first, from token `prompt_logprobs_start` on; rows
@@ -41,6 +43,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_token_ids: frozenset[int] = frozenset()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
@@ -51,6 +55,10 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def has_bans(self) -> bool:
+        return self.allowed_token_ids is not None or bool(self.bad_token_ids)
 
     @property
     def has_penalties(self) -> bool:

@@ -1,0 +1,412 @@
+"""What others write into their bodies: fields that ask for nothing are taken, what would matter is refused by name.
+
+The tables are drawn from request schemas: `DEFAULTS` is each schema's own defaults, which a client or router that
+serialises its model sends along, and `HISTORY` is what clients send back of a reply.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
+from prerope.server.api.requests import foreign
+from prerope.server.api.requests.leniency import HEADER, reporting
+from prerope.server.errors import InvalidRequest
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+USER: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+SHARED: dict[str, Any] = {
+    # vLLM
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "include_stop_str_in_output": False,
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "stop_token_ids": [],
+    "truncate_prompt_tokens": None,
+    "truncation_side": None,
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "prompt_logprobs": None,
+    "logprob_token_ids": None,
+    "watermarking": None,
+    "priority": 0,
+    "echo": False,
+    "request_id": "a1b2",
+    "session_id": "s",
+    "return_tokens_as_token_ids": None,
+    "return_token_ids": None,
+    "routed_experts_prompt_start": 0,
+    "return_token_offsets": False,
+    "return_mm_kwargs": True,
+    "cache_salt": None,
+    "kv_transfer_params": None,
+    "ec_transfer_params": None,
+    "vllm_xargs": None,
+    "repetition_detection": None,
+    "stream_interval": None,
+    "thinking_token_budget": -1,
+    "structured_outputs": None,
+    "response_format": None,
+    # SGLang and its router
+    "return_hidden_states": False,
+    "return_routed_experts": False,
+    "routed_experts_start_len": 0,
+    "regex": None,
+    "return_cached_tokens_details": False,
+    "top_k": -1,
+    "min_p": 0.0,
+    "ebnf": None,
+    "stop_regex": None,
+    "repetition_penalty": 1.0,
+    "no_stop_trim": False,
+    "lora_path": None,
+    "session_params": None,
+    "rid": "r-1",
+    "custom_params": None,
+    "custom_logit_processor": None,
+    "images_config": None,
+    "bootstrap_host": None,
+    "bootstrap_port": None,
+    "bootstrap_room": None,
+    "routed_dp_rank": None,
+    "data_parallel_rank": None,
+    "extra_key": None,
+    "ngram_corpus_id": None,
+    "custom_labels": None,
+    "json_schema": None,
+    # OpenAI, LiteLLM
+    "user": "u",
+    "metadata": {"a": "b"},
+    "store": False,
+    "service_tier": "auto",
+    "logit_bias": {},
+    "seed": None,
+    "stream_options": None,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "suffix": None,
+    "stop": [],
+    "litellm_metadata": {"x": 1},
+    "cache_control": {"type": "ephemeral"},
+    "prediction": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {**SHARED, "best_of": 1, "n": 1, "logprobs": None, "add_special_tokens": True, "suffix": ""},
+    CHAT: {
+        **SHARED,
+        "logprobs": False,
+        "top_logprobs": 0,
+        "tools": None,
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "reasoning_effort": "low",
+        "include_reasoning": True,
+        "separate_reasoning": True,
+        "stream_reasoning": True,
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "add_special_tokens": False,
+        "documents": None,
+        "chat_template": None,
+        "chat_template_kwargs": None,
+        "media_io_kwargs": None,
+        "mm_processor_kwargs": None,
+        "return_prompt_text": None,
+        "return_prompt_token_ids": False,
+        "task": None,
+        "return_meta_info": False,
+        "input_ids": None,
+        "max_dynamic_patch": None,
+        "use_audio_in_video": False,
+        "functions": None,
+        "function_call": None,
+        "modalities": ["text"],
+        "audio": None,
+        "moderation": None,
+        "web_search_options": None,
+        "verbosity": "medium",
+        "safety_identifier": "x",
+        "prompt_cache_key": "k",
+    },
+}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+HISTORY: list[dict[str, Any]] = [
+    {"role": "assistant", "content": "hi", "refusal": None, "annotations": [], "audio": None, "function_call": None},
+    {"role": "assistant", "content": "hi", "refusal": "", "tool_calls": []},
+    {"role": "assistant", "content": None},
+    {"role": "assistant", "content": None, "refusal": "No."},
+    {"role": "assistant", "content": "hi", "reasoning_content": "hm", "reasoning": "hm"},
+    {"role": "assistant", "content": "hi", "reasoning": None, "provider_specific_fields": {"refusal": None}},
+    {"role": "assistant", "content": "hi", "thinking_blocks": [{"type": "thinking"}], "reasoning_details": [{}]},
+    {"role": "assistant", "content": [{"type": "output_text", "text": "hi", "annotations": [], "logprobs": []}]},
+    {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+    {"type": "message", "id": "m1", "status": "completed", "role": "user", "content": "hi"},
+    {"role": "user", "content": "hi", "cache_control": {"type": "ephemeral"}},
+    {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "user", "content": [{"type": "input_text", "text": "hi", "prompt_cache_breakpoint": {}}]},
+    {"role": "user", "content": "hi", "name": "someone"},
+]
+
+
+@pytest.fixture(scope="module")
+def url(serve_module: Any, tiny_checkpoint: Path) -> str:
+    return str(serve_module(model_id=str(tiny_checkpoint), rope_method="rope", max_model_len=256))
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def answered(response: httpx.Response) -> dict[str, Any]:
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def test_defaults_of_others_ask_for_nothing(http: httpx.Client) -> None:
+    for path, defaults in DEFAULTS.items():
+        body = USER if path == CHAT else {"prompt": "hi", "max_tokens": 2}
+        plain = answered(http.post(path, json={**body, "temperature": 0}))
+        told = http.post(path, json={**defaults, **body, "temperature": 0})
+        assert answered(told)["choices"] == plain["choices"]
+        assert told.headers.get(HEADER) == ("verbosity" if path == CHAT else None), "a hint is not kept quiet about"
+
+
+@pytest.mark.parametrize("message", HISTORY, ids=lambda message: json.dumps(message)[:70])
+def test_what_comes_back_in_a_history(http: httpx.Client, message: dict[str, Any]) -> None:
+    history = [*USER["messages"], message, {"role": "user", "content": "And?"}]
+    answered(http.post(CHAT, json={**USER, "messages": history}))
+
+
+@given(st.from_regex(r"[a-z_]{1,20}", fullmatch=True), st.sampled_from(foreign.EMPTY))
+def test_what_is_empty_asks_for_nothing_whatever_its_name(name: str, empty: Any) -> None:
+    known = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()
+    if name not in known:
+        assert ChatRequest.model_validate({**USER, name: empty}) == ChatRequest.model_validate(USER)
+        message = {**USER["messages"][0], name: empty}
+        if name not in ("role", "content", "type", "text"):
+            assert ChatRequest.model_validate({**USER, "messages": [message]}).messages[0].content == "hi"
+
+
+@pytest.mark.parametrize("table", ["BODY", "CHAT"])
+def test_every_refusal_says_what_to_do(table: str) -> None:
+    """Each foreign field is taken where it asks for nothing, and refused by its name where it does not."""
+    request = ChatRequest if table == "CHAT" else CompletionRequest
+    body = USER if table == "CHAT" else {"prompt": "hi"}
+    for name, row in getattr(foreign, table).items():
+        if name in request.model_fields:
+            continue
+        for value in (*foreign.EMPTY, *row.harmless):
+            request.model_validate({**body, name: value})
+        if row.any_value or row.hint:
+            request.model_validate({**body, name: "anything"})
+            continue
+        with pytest.raises(InvalidRequest, match=name) as refused:
+            request.model_validate({**body, name: "anything"})
+        assert row.reason in refused.value.message
+        with reporting(strict=False) as report:
+            request.model_validate({**body, name: "anything"})
+        assert report.names == [name]
+
+
+def test_lenient_servers_say_what_they_ignore(serve: Any, tiny_checkpoint: Path) -> None:
+    url = serve(model_id=str(tiny_checkpoint), strict_fields=False, max_model_len=256)
+    part = {"type": "text", "text": "hi", "colour": "red"}
+    body = {
+        "messages": [{"role": "user", "content": [part], "mood": "good"}],
+        "max_tokens": 2,
+        "tempature": 1,
+        "a b": 2,
+    }
+    response = httpx.post(url + CHAT, json=body)
+    answered(response)
+    named = {"messages.content[0].colour", "messages.mood", "tempature", "a_b"}
+    assert set(response.headers[HEADER].split(", ")) == named
+    assert HEADER not in httpx.post(url + CHAT, json=USER).headers
+    assert httpx.post(url + CHAT, json={**USER, "temperature": "hot"}).status_code == 400
+
+
+def test_any_model_name_is_served_until_names_are_given(http: httpx.Client, serve: Any, tiny_checkpoint: Path) -> None:
+    assert answered(http.post(CHAT, json={**USER, "model": "gpt-7"}))["model"] == "tiny-llama"
+    url = serve(model_id=str(tiny_checkpoint), served_model_name="mine, gpt-4o", max_model_len=64)
+    listed = httpx.get(f"{url}/v1/models").json()["data"]
+    assert [card["id"] for card in listed] == ["mine", "gpt-4o"]
+    assert httpx.get(f"{url}/v1/models/gpt-4o").json()["root"] == "mine"
+    assert answered(httpx.post(url + CHAT, json={**USER, "model": "gpt-4o"}))["model"] == "mine"
+    assert httpx.post(url + CHAT, json={**USER, "model": "tiny-llama"}).status_code == 404
+
+
+def test_a_snapshot_of_the_hub_has_the_models_name(tmp_path: Path) -> None:
+    from prerope.server.models.checkpoint import checkpoint_name
+
+    folder = tmp_path / "models--org--some-model" / "snapshots" / "0123abcd"
+    folder.mkdir(parents=True)
+    assert checkpoint_name(str(folder)) == "org/some-model"
+
+
+def test_the_checkpoints_sampling_defaults(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "tiny-llama"
+    shutil.copytree(tiny_checkpoint, folder)
+    path = folder / "generation_config.json"
+    recommended = {"temperature": 0.5, "top_k": 1, "top_p": 0.9, "do_sample": True, "min_p": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | recommended))
+    url = serve(model_id=str(folder), max_model_len=128)
+    (card,) = httpx.get(f"{url}/v1/models").json()["data"]
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert card["default_sampling_params"] == neutral | {"temperature": 0.5, "top_k": 1, "top_p": 0.9}
+
+    def texts(url: str, **more: Any) -> set[str]:
+        bodies = [{"prompt": "Once", "max_tokens": 8, "seed": seed, **more} for seed in range(3)]
+        return {answered(httpx.post(f"{url}/generate", json=body))["text"] for body in bodies}
+
+    assert len(texts(url)) == 1, "the model's top_k of 1 holds"
+    assert len(texts(url, top_k=-1, top_p=1, temperature=1)) == 3, "a request has the last word"
+    assert len(texts(url, top_k=-1, top_p=0, temperature=2)) == 1, "top_p 0 keeps the best token"
+    off = serve(model_id=str(folder), generation_config="none", max_model_len=128)
+    assert httpx.get(f"{off}/v1/models").json()["data"][0]["default_sampling_params"] == neutral
+    assert len(texts(off)) == 3
+
+
+# --- options of vLLM and SGLang ---
+
+
+def ids_of(http: httpx.Client, **body: Any) -> list[int]:
+    reply = answered(http.post("/generate", json={"prompt": "One two three", "max_tokens": 12, **body}))
+    return list(reply["token_ids"])
+
+
+def test_tokens_that_are_allowed_and_words_that_are_not(http: httpx.Client) -> None:
+    plain = ids_of(http, temperature=0)
+    assert set(ids_of(http, allowed_token_ids=[5, 6, 7], temperature=2, ignore_eos=True)) <= {5, 6, 7}
+    words = [http.post("/detokenize", json={"tokens": plain[:1]}).json()["prompt"].strip()]
+    banned = ids_of(http, temperature=0, bad_words=words)
+    assert plain[0] not in banned
+    two = http.post("/detokenize", json={"tokens": plain[1:3]}).json()["prompt"]
+    pair = http.post("/tokenize", json={"prompt": two}).json()["tokens"]
+    if pair == plain[1:3]:
+        assert ids_of(http, temperature=0, bad_words=[two])[:2] == plain[:2], "only the second of them is not drawn"
+        assert ids_of(http, temperature=0, bad_words=[two])[2] != plain[2]
+    constrained = {"choice": ["yes", "no"], "bad_words": ["yes", "no", "y", "n"], "allowed_token_ids": [5]}
+    reply = answered(http.post("/generate", json={"prompt": "Well?", "max_tokens": 5, **constrained}))
+    assert reply["text"] in ("yes", "no"), "a grammar has the last word"
+
+
+@pytest.mark.parametrize("name", ["include_stop_str_in_output", "no_stop_trim"])
+def test_the_stop_string_may_stay(http: httpx.Client, name: str) -> None:
+    body = {"prompt": "One two three", "temperature": 0, "max_tokens": 30}
+    text = answered(http.post(COMPLETIONS, json=body))["choices"][0]["text"]
+    stop = text[len(text) // 2 :][:3]
+    stops = [stop, *(f"never {i}" for i in range(20))]
+    for stream in (False, True):
+        reply = http.post(COMPLETIONS, json={**body, "stop": stops, name: True, "stream": stream})
+        found = streamed_text(reply) if stream else answered(reply)["choices"][0]["text"]
+        assert found == text[: text.index(stop)] + stop
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: {")]
+    return [json.loads(line) for line in lines]
+
+
+def streamed_text(response: httpx.Response) -> str:
+    return "".join(choice["text"] for event in events(response) for choice in event["choices"])
+
+
+def test_line_ends_of_unicode_do_not_cut_events(http: httpx.Client) -> None:
+    """httpx and requests split lines where str.splitlines does."""
+    text = "a\u2028b\u2029c\u0085d"
+    body = {"prompt": "Say it.", "choice": [text], "stream": True, "max_tokens": 30}
+    response = http.post("/generate", json=body)
+    assert not set(response.text) & set("\u2028\u2029\u0085")
+    assert "".join(event.get("text", "") for event in events(response)) == text
+
+
+def test_usage_so_far_and_token_ids(http: httpx.Client) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    for path, body in ((CHAT, USER), (COMPLETIONS, {"prompt": "hi"})):
+        body = {**body, "max_tokens": 5, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+        whole = answered(http.post(path, json=body))
+        chunks = events(http.post(path, json={**body, **options}))
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["usage"] is not None]
+        assert counts == sorted(counts)
+        assert counts[-1] == 5
+        assert len(counts) > 3
+        ids = [i for chunk in chunks for choice in chunk["choices"] for i in choice.get("token_ids") or ()]
+        assert ids == whole["choices"][0]["token_ids"]
+        of_prompt = whole if path == CHAT else whole["choices"][0]
+        first = chunks[0] if path == CHAT else chunks[0]["choices"][0]
+        assert first["prompt_token_ids"] == of_prompt["prompt_token_ids"]
+        assert len(of_prompt["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
+
+
+def test_prompt_logprobs_are_those_of_echo(http: httpx.Client) -> None:
+    body = {"prompt": "One two three four", "max_tokens": 1}
+    echoed = answered(http.post(COMPLETIONS, json={**body, "echo": True, "logprobs": 1}))["choices"][0]["logprobs"]
+    scored = answered(http.post(COMPLETIONS, json={**body, "prompt_logprobs": 1}))["choices"][0]["prompt_logprobs"]
+    assert scored[0] is None
+    for token, logprob, entry in zip(echoed["tokens"][1:], echoed["token_logprobs"][1:], scored[1:], strict=False):
+        assert any(one["decoded_token"] == token and abs(one["logprob"] - logprob) < 1e-4 for one in entry.values())
+        assert [one["rank"] for one in entry.values()].count(1) == 1
+    chat = answered(http.post(CHAT, json={**USER, "prompt_logprobs": 0}))
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+
+
+def test_best_of_gives_the_likeliest(http: httpx.Client) -> None:
+    body = {"prompt": ["One two", "Three"], "max_tokens": 6, "seed": 3, "logprobs": 0, "ignore_eos": True}
+    drawn = answered(http.post(COMPLETIONS, json={**body, "n": 5}))["choices"]
+    best = answered(http.post(COMPLETIONS, json={**body, "n": 2, "best_of": 5}))
+    assert [choice["index"] for choice in best["choices"]] == list(range(4))
+    for first, given_first in ((0, 0), (5, 2)):
+        ranked = sorted(drawn[first : first + 5], key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+        expected = [choice["text"] for choice in ranked[:2]]
+        assert [choice["text"] for choice in best["choices"][given_first : given_first + 2]] == expected
+    assert best["usage"]["completion_tokens"] == 60, "all that were drawn count"
+
+
+def test_prompts_are_truncated_where_that_is_asked_for(http: httpx.Client) -> None:
+    ids = answered(http.post("/tokenize", json={"prompt": "a b c d e f g h"}))["tokens"]
+    body = {"prompt": ids, "max_tokens": 1, "return_token_ids": True}
+
+    def read(**more: Any) -> list[int]:
+        reply = answered(http.post(COMPLETIONS, json={**body, **more}))
+        return list(reply["choices"][0]["prompt_token_ids"])
+
+    assert read(truncate_prompt_tokens=3) == ids[-3:]
+    assert read(truncate_prompt_tokens=3, truncation_side="right") == ids[:3]
+    assert read(truncate_prompt_tokens=100) == ids
+    assert len(read(prompt="word " * 5000, truncate_prompt_tokens=-1, max_tokens=6)) == 250
+    assert http.post(COMPLETIONS, json={**body, "truncate_prompt_tokens": 0}).status_code == 400
+
+
+def test_special_tokens_may_be_shown(http: httpx.Client) -> None:
+    special = answered(http.post("/tokenize", json={"prompt": "<|im_end|>"}))["tokens"]
+    body = {"prompt": "x", "allowed_token_ids": special, "max_tokens": 2, "ignore_eos": True}
+    assert answered(http.post("/generate", json=body))["text"] == ""
+    assert answered(http.post("/generate", json={**body, "skip_special_tokens": False}))["text"] == "<|im_end|>" * 2
+
+
+def test_a_reply_goes_on_with_the_last_message(http: httpx.Client) -> None:
+    messages = [*USER["messages"], {"role": "assistant", "content": "The answer is"}]
+    told = {"messages": messages, "continue_final_message": True}
+    ids = answered(http.post("/tokenize", json=told))["tokens"]
+    text = answered(http.post("/detokenize", json={"tokens": ids}))["prompt"]
+    assert text.endswith("<|im_start|>assistant\nThe answer is")
+    reply = answered(http.post(CHAT, json={**USER, **told, "return_token_ids": True, "add_generation_prompt": False}))
+    assert reply["prompt_token_ids"] == ids
+    both = http.post(CHAT, json={**USER, **told, "add_generation_prompt": True})
+    assert both.json()["error"]["param"] == "continue_final_message"
