@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
-from prerope.cache.cpu.decode import can_decode, decode, plan_step
-from prerope.cache.cpu.prefill import can_prefill, prefill
+from prerope.cache.cpu.decode import can_attend, decode, plan_step
+from prerope.cache.cpu.prefill import prefill
 from torch import Tensor
 
 FALLBACK_SCORES = 2**22  # (row, key, query head) that the fallback scores at once; each takes some tens of bytes
@@ -21,20 +21,19 @@ def cpu_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:
     """See `cache.attention.dispatch.Attention`. Here alone is decided what goes through which kernel."""
-    plan = plan_step(metadata, options)
-    if plan is not None and not can_decode(query, keys, values):
-        plan = None
+    native = can_attend(query, keys, values)
+    plan = plan_step(metadata, options) if native else None
     if plan is not None and plan.num_rows == len(query):
-        return decode(plan, query.float(), keys, values, options).to(query.dtype)
+        return decode(plan, query, keys, values, options)
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     if plan is not None:
-        out[plan.rows] = decode(plan, query[plan.rows].float(), keys, values, options).to(query.dtype)
-    attend = prefill if can_prefill(query, keys, values) else _fallback
+        out[plan.rows] = decode(plan, query[plan.rows], keys, values, options)
+    attend = prefill if native else _fallback
     for sequence in metadata.sequences:
         if plan is not None and sequence.count == 1:
             continue
         packed = slice(sequence.first, sequence.first + sequence.count)
-        out[packed] = attend(query[packed], keys, values, sequence, metadata, options).to(query.dtype)
+        out[packed] = attend(query[packed], keys, values, sequence, metadata, options)
     return out
 
 

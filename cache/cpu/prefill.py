@@ -1,7 +1,7 @@
 """Prefill chunks on the CPU: many query rows of one sequence, through the C kernel.
 
 What the kernel needs beside the tensors (which keys, turned by what, seen by which rows) is the same for all layers of
-a rotary group, so it is worked out once a step. See `kernels/c/prefill.c` for runs, passes and reads.
+a rotary group, so it is worked out once a step. See kernels/c/chunk.c for runs, passes and reads.
 """
 
 from __future__ import annotations
@@ -14,79 +14,57 @@ from typing import Any
 import numpy as np
 import torch
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
-from prerope.cache.cpu.decode import DTYPES, MAX_DIM
-from prerope.cache.cpu.tables import key_table, query_table
-from prerope.cache.kernels.build import library
-from prerope.rope.reading import UNBOUNDED, AngleMap, Part, Reading
-from prerope.rope.rotation import Table
+from prerope.cache.cpu.decode import MAX_ROWS, kernel_shape
+from prerope.cache.cpu.turns import NO_POSITIONS, READINGS, KernelReading, KeyTurns, query_turns
+from prerope.cache.kernels.build import kernels
+from prerope.rope.reading import UNBOUNDED, PositionMethod
 from torch import Tensor
 
-TILE_ROWS = 96  # rows × query heads of a KV head that the kernel takes at once
-ROWS = 6  # of its products; a tile is filled up to a multiple
 
+class _KernelRead(ctypes.Structure):
+    """`Read` of kernels/c/attend.h."""
 
-def can_prefill(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernel is there and takes these shapes and dtypes."""
-    return (
-        library() is not None
-        and keys.dtype in DTYPES
-        and query.dtype in DTYPES
-        and max(keys.shape[3], values.shape[3]) <= MAX_DIM
-        and query.shape[1] // keys.shape[2] <= TILE_ROWS
-    )
-
-
-class _Shape(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("query_heads", "kv_heads", "head_dim", "value_dim", "rotary_dim")),
-        *((name, ctypes.c_int64) for name in ("block_size", "start", "query_dtype", "dtype", "interleaved")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_void_p) for name in ("turns", "query")),
+        *((name, ctypes.c_int64) for name in ("first_key", "stop_key", "d_min", "d_max")),
     ]
 
 
-class _Plan(ctypes.Structure):
+class _KernelPlan(ctypes.Structure):
+    """`Plan` of kernels/c/chunk.c."""
+
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("num_passes", "num_runs", "num_tiles")),
-        *((name, ctypes.c_void_p) for name in ("low", "high", "key_cos", "key_sin", "reads")),
-        *((name, ctypes.c_void_p) for name in ("first_key", "stop_key", "d_min", "d_max", "query_cos", "query_sin")),
-        *((name, ctypes.c_void_p) for name in ("run_first", "tile_run", "tile_first", "tile_stop", "tile_state")),
-        *((name, ctypes.c_void_p) for name in ("row_scale", "blocks")),
+        *((name, ctypes.c_int64) for name in ("start", "num_passes", "num_runs", "num_tiles")),
+        *((name, ctypes.c_void_p) for name in ("low", "high", "turns", "first_read", "reads", "run_first")),
+        *((name, ctypes.c_void_p) for name in ("tile_run", "tile_first", "tile_stop", "row_scale", "blocks")),
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """One sequence of a step, read by one rotary group. `owned` holds what `plan` points to."""
+    """One sequence of a step, read by one rotary group. `held` owns what `plan` points to."""
 
-    plan: _Plan
-    owned: list[Any]
-    rotary_dim: int
-    interleaved: bool
+    plan: _KernelPlan
+    held: tuple[Any, ...]
+    method: PositionMethod | None
 
 
 @dataclass(slots=True)
 class _Read:
-    """What the rows of one run see of a pass."""
+    """What the rows of one run see of a pass, and what their queries are turned by."""
 
     run: int
-    part: Part | None  # None: a layer without positions
-    table: Table | None
-    reach: int
-
-    def edges(self) -> tuple[int, int, int, int]:
-        if self.part is None:
-            return 0, UNBOUNDED, 0, self.reach
-        return self.part.edges(self.reach)
+    edges: tuple[int, int, int, int]  # as in the kernel
+    turns: Tensor | None
 
 
 @dataclass(slots=True)
 class _Pass:
     """Keys [low, high) turned in one way, and who reads them."""
 
+    turns: KeyTurns
     low: int
     high: int
-    part: Part | None
-    reading: Reading | None
     reads: list[_Read] = field(default_factory=list)
 
 
@@ -98,108 +76,102 @@ def prefill(
     metadata: AttentionMetadata,
     options: AttentionOptions,
 ) -> Tensor:
-    """[R, Hq, Dv] fp32: attention of the rows of one sequence, query [R, Hq, D]; the rest as in `paged_attention`."""
-    kernel = library()
-    assert kernel is not None
+    """[R, Hq, Dv]: attention of the rows of one sequence, query [R, Hq, D]; the rest as in `paged_attention`."""
     query = query.contiguous()
     group_size = query.shape[1] // keys.shape[2]
     key = ("prefill", sequence.first, options.group, options.sliding_window, group_size)
     plan = metadata.plans.get(key)
     if plan is None:
         plan = metadata.plans[key] = _plan(sequence, options, group_size)
-    shape = _Shape(
-        query.shape[1], keys.shape[2], keys.shape[3], values.shape[3], plan.rotary_dim,
-        metadata.block_size, sequence.start, DTYPES[query.dtype], DTYPES[keys.dtype], plan.interleaved,
-        options.scale, options.softcap or 0.0,
-    )  # fmt: skip
-    needed = kernel.prerope_prefill_scratch(ctypes.byref(shape), ctypes.byref(plan.plan))
+    shape = kernel_shape(query.shape[1], query.dtype, keys, values, plan.method, options)
+    needed = kernels().prerope_chunk_scratch(ctypes.byref(shape), ctypes.byref(plan.plan))
     scratch = metadata.plans.get("prefill scratch")
     if scratch is None or scratch.numel() < needed:
         scratch = metadata.plans["prefill scratch"] = torch.empty(needed)
-    out = torch.empty(query.shape[0], query.shape[1], values.shape[3])
+    out = query.new_empty(*query.shape[:2], values.shape[3])
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     pointers = [
         None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
         for tensor in (query, keys, values, sinks, scratch, out)
     ]
-    kernel.prerope_prefill(ctypes.byref(shape), ctypes.byref(plan.plan), *pointers)
+    kernels().prerope_chunk(ctypes.byref(shape), ctypes.byref(plan.plan), *pointers)
     return out
 
 
 def _plan(sequence: SequenceRows, options: AttentionOptions, group_size: int) -> PrefillPlan:
     method = options.method(sequence)
-    positions = torch.arange(sequence.start, sequence.length)
-    scale = None if method is None else method.query_scale(positions)
-    runs, passes = _passes(sequence, options)
-    tiles = _tiles(runs, group_size)
-    tables = [None if p.reading is None else _key_table(p, sequence.start) for p in passes]
-    reads = [read for p in passes for read in p.reads]
+    scale = None if method is None else method.query_scale(torch.arange(sequence.start, sequence.length))
+    scale = None if scale is None else scale.float().contiguous()
+    runs = _runs(method, sequence)
+    passes = _passes(runs, sequence.start, options.sliding_window or UNBOUNDED)
     counts = [sum(read.run == run for read in p.reads) for p in passes for run in range(len(runs))]
-    scales = None if scale is None else scale.float().contiguous()
+    reads = [(p, read) for p in passes for read in p.reads]
     arrays = [
-        *_int64([(p.low, p.high) for p in passes]),
-        *_pointers(tables),
+        *_int64([(p.low, p.high, ctypes.addressof(p.turns.kernel)) for p in passes]),
         np.cumsum([0, *counts], dtype=np.int64),
-        *_int64([read.edges() for read in reads]),
-        *_pointers([read.table for read in reads]),
-        *_int64([(first,) for first, _ in runs]),
-        *_int64([tile[:3] for tile in tiles]),
-        np.cumsum([0, *(tile[3] for tile in tiles)], dtype=np.int64),
-        np.zeros(0) if scales is None else scales.numpy(),
-        sequence.block_table.numpy().astype(np.int32),
+        *_int64([(first,) for first, _, _ in runs]),
+        *_int64(_tiles([run[:2] for run in runs], MAX_ROWS // group_size)),
     ]
-    addresses = [array.ctypes.data if array.size else None for array in arrays]
-    return PrefillPlan(
-        plan=_Plan(len(passes), len(runs), len(tiles), *addresses),
-        owned=[arrays, scales, tables, reads],
-        rotary_dim=0 if method is None else method.rotary.dim,
-        interleaved=method is not None and method.rotary.interleaved,
+    low, high, turns, first_read, run_first, *tiles = (array.ctypes.data for array in arrays)
+    kernel_reads = (_KernelRead * len(reads))(
+        *(_KernelRead(ctypes.addressof(p.turns.kernel), _address(read.turns), *read.edges) for p, read in reads)
     )
+    return PrefillPlan(
+        plan=_KernelPlan(
+            sequence.start, len(passes), len(runs), len(arrays[-1]),
+            low, high, turns, first_read, ctypes.addressof(kernel_reads), run_first,
+            *tiles, _address(scale), sequence.block_table.data_ptr(),
+        ),
+        held=(arrays, kernel_reads, passes, runs, scale, sequence),
+        method=method,
+    )  # fmt: skip
 
 
-def _passes(sequence: SequenceRows, options: AttentionOptions) -> tuple[list[tuple[int, int]], list[_Pass]]:
-    """Runs [first, stop) in rows of the chunk; and the passes, their reads ordered by run."""
-    method, start = options.method(sequence), sequence.start
-    reach = UNBOUNDED if options.sliding_window is None else options.sliding_window
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _runs(method: PositionMethod | None, sequence: SequenceRows) -> list[tuple[int, int, KernelReading]]:
+    """(first row of the chunk, stop, reading)."""
     if method is None:
-        low = max(0, start - reach + 1)
-        return [(0, sequence.count)], [_Pass(low, sequence.length, None, None, [_Read(0, None, None, reach)])]
-    runs, passes = [], dict[AngleMap | None, _Pass]()
-    for run, (first, stop, reading) in enumerate(method.runs(start, sequence.length)):
-        runs.append((first - start, stop - start))
-        for part in reading.parts:
-            low, high = part.keys(first, stop, reach)
+        return [(0, sequence.count, NO_POSITIONS)]
+    return [
+        (first - sequence.start, stop - sequence.start, READINGS.kept(reading, method.rotary.dim, stop))
+        for first, stop, reading in method.runs(sequence.start, sequence.length)
+    ]
+
+
+def _passes(runs: Sequence[tuple[int, int, KernelReading]], start: int, reach: int) -> list[_Pass]:
+    """Their reads are ordered by run. A row meets its parts in their order, those of one map span by span."""
+    passes: list[_Pass] = []
+    for run, (first, stop, reading) in enumerate(runs):
+        before, last, least = None, -1, 0
+        for part, (turns, edges) in enumerate(zip(reading.turns, reading.edges, strict=True)):
+            if turns is not before:  # whether or not anything is read of the parts between two of one map
+                before, least = turns, last + 1
+            first_key, stop_key, d_min, d_max = *edges[:3], min(edges[3], reach)
+            low, high = max(first_key, start + first - d_max + 1, 0), min(stop_key, start + stop - d_min)
             if low >= high:
                 continue
-            own = passes.setdefault(None if part.key.still else part.key, _Pass(low, high, part, reading))
+            last = next((n for n in range(least, len(passes)) if passes[n].turns is turns), len(passes))
+            if last == len(passes):
+                passes.append(_Pass(turns, low, high))
+            own = passes[last]
             own.low, own.high = min(own.low, low), max(own.high, high)
-            own.reads.append(_Read(run, part, query_table(reading, part, first, stop, start), reach))
-    return runs, list(passes.values())
+            queries = query_turns(reading, part, start + first, stop - first)
+            own.reads.append(_Read(run, (first_key, stop_key, d_min, d_max), queries))
+    return passes
 
 
-def _key_table(keys: _Pass, origin: int) -> Table | None:
-    assert keys.part is not None
-    assert keys.reading is not None
-    return key_table(keys.reading, keys.part, keys.low, keys.high, origin)
-
-
-def _tiles(runs: Sequence[tuple[int, int]], group_size: int) -> list[tuple[int, int, int, int]]:
-    """(run, first row, stop row, rows × heads as the kernel keeps them)."""
-    size = TILE_ROWS // group_size
-    tiles = []
-    for run, (first, stop) in enumerate(runs):
-        for begin in range(first, stop, size):
-            end = min(begin + size, stop)
-            tiles.append((run, begin, end, -(-(end - begin) * group_size // ROWS) * ROWS))
-    return tiles
+def _tiles(runs: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int, int]]:
+    """(run, first row, stop row)."""
+    return [
+        (run, begin, min(begin + size, stop))
+        for run, (first, stop) in enumerate(runs)
+        for begin in range(first, stop, size)
+    ]
 
 
 def _int64(rows: Sequence[Sequence[int]]) -> list[Any]:
     """Each column as a contiguous array."""
     return [np.array(column, dtype=np.int64) for column in zip(*rows, strict=True)]
-
-
-def _pointers(tables: Sequence[Table | None]) -> list[Any]:
-    """Addresses of cos and of sin; 0 where nothing turns."""
-    pairs = [(0, 0) if table is None else (table.cos.data_ptr(), table.sin.data_ptr()) for table in tables]
-    return [np.array(column, dtype=np.uint64) for column in zip(*pairs, strict=True)]

@@ -13,14 +13,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parent / "c"
 FLAGS = [
-    *("-O3", "-march=native", "-fPIC", "-fopenmp"),
-    *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-freciprocal-math"),
+    *("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+    "-ffp-contract=off",  # nothing that lets a compiler round otherwise in one kernel than in another
 ]
 
 _library: ctypes.CDLL | None = None
@@ -28,6 +30,12 @@ _library: ctypes.CDLL | None = None
 
 def library() -> ctypes.CDLL | None:
     """The kernels, when `prepare` has found or built them."""
+    return _library
+
+
+def kernels() -> ctypes.CDLL:
+    """The kernels, which must be there."""
+    assert _library is not None
     return _library
 
 
@@ -51,9 +59,10 @@ def prepare(directory: Path | None) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = _first_error(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
         return f"the C kernels could not be built ({reason}): attention runs in torch, slower"
-    for name in ("decode", "prefill", "linear", "gated", "rms_norm", "store", "layers"):
+    for name in ("chunk", "rows", "query_turns", "linear", "gated", "rms_norm", "store", "layers"):
         getattr(loaded, f"prerope_{name}").restype = None
-    loaded.prerope_prefill_scratch.restype = loaded.prerope_linear_scratch.restype = ctypes.c_int64
+    for name in ("chunk_scratch", "rows_scratch", "linear_scratch", "plan_rows", "has_dots"):
+        getattr(loaded, f"prerope_{name}").restype = ctypes.c_int64
     _library = loaded
     return "the C kernels are loaded"
 
@@ -64,15 +73,23 @@ def _build(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         sources, linked = sorted(SOURCES.glob("*.c")), Path(folder, "kernels.so")
         compiled = [Path(folder, source.stem + ".o") for source in sources]
-        commands = [
+        _run_all(
             [compiler, *FLAGS, *wide, "-c", str(source), "-o", str(to)]
             for source, to in zip(sources, compiled, strict=True)
-        ]
+        )
         # Linked without -fopenmp: its symbols are resolved against the runtime that torch brought.
-        commands.append([compiler, "-shared", *map(str, compiled), "-o", str(linked), "-lm"])
-        for command in commands:
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        _run_all([[compiler, "-shared", *map(str, compiled), "-o", str(linked), "-lm"]])
         os.replace(linked, target)
+
+
+def _run_all(commands: Iterable[list[str]]) -> None:
+    """Side by side; raises what the first that fails raises."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [
+            pool.submit(subprocess.run, command, check=True, capture_output=True, text=True) for command in commands
+        ]
+        for run in runs:
+            run.result()
 
 
 def _first_error(stderr: str) -> str:

@@ -24,8 +24,7 @@ def attend(step: Paged, options: AttentionOptions, *, kernel: bool) -> Tensor:
     if kernel:
         return cpu_attention(*arguments)
     with (
-        patch("prerope.cache.cpu.attention.can_decode", return_value=False),
-        patch("prerope.cache.cpu.attention.can_prefill", return_value=False),
+        patch("prerope.cache.cpu.attention.can_attend", return_value=False),
         patch("prerope.cache.cpu.attention.FALLBACK_SCORES", 2**16),  # a few rows a tile
     ):
         return cpu_attention(*arguments)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from prerope.cache.attention.dispatch import paged_attention
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
-from prerope.cache.cpu.prefill import can_prefill, prefill
+from prerope.cache.cpu.decode import can_attend
+from prerope.cache.cpu.prefill import prefill
 from torch import Tensor
 
 from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
@@ -21,7 +23,7 @@ TOLERANCE = 1e-5
 
 def through_kernel(step: Paged, options: AttentionOptions) -> Tensor:
     """[T, Hq, Dv] fp32, single rows too."""
-    assert can_prefill(step.query, step.keys, step.values)
+    assert can_attend(step.query, step.keys, step.values)
     parts = [
         prefill(step.query[s.first : s.first + s.count], step.keys, step.values, s, step.metadata, options)
         for s in step.metadata.sequences
@@ -83,15 +85,30 @@ def test_contexts_of_several_spans(name: str) -> None:
         assert difference(step, options) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in METHOD_NAMES if name != "xpos"])  # xPos fades from a chunk's start
-def test_a_row_does_not_depend_on_its_chunk(name: str) -> None:
-    """To the bit, so that a prompt's chunks, which depend on what else is served, cannot change what it is answered."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_row_does_not_depend_on_its_chunk(name: str, dtype: torch.dtype) -> None:
+    """To the bit, single rows beside others included, so that a reply cannot depend on what else is served."""
     positions = one_group(method(name, rotary(16, 16), window=32, logn=True))
-    step = paged([(40, 600)], [positions])
+    step = paged([(40, 600)], [positions], dtype=dtype)
     options = AttentionOptions(0.25, "", 500, sinks=torch.ones(4))
     whole = through_kernel(step, options)
-    for at in ([1, 2, 90, 353], [24, 216, 472], [599]):
-        assert torch.equal(through_kernel(cut(step, at), options), whole)
+    for at in ([1, 2, 90, 353], [24, 216, 472], [599], range(1, 600, 2), [*range(200, 240)]):
+        pieces = cut(step, list(at))
+        assert torch.equal(through_kernel(pieces, options), whole)
+        assert torch.equal(paged_attention(step.query, step.keys, step.values, pieces.metadata, options), whole)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [((9, 3), 64), ((8, 1), 128), ((20, 1), 24)])
+@pytest.mark.parametrize("name", ["rope", "dynamic_leaky", "dual_chunk", "xpos"])
+def test_a_row_of_a_long_context_is_the_same_alone(name: str, heads: tuple[int, int], dim: int) -> None:
+    """Over several spans, with soft-cap and without."""
+    positions = one_group(method(name, rotary(dim, dim), window=32))
+    step = paged([(2000, 100)], [positions], heads=heads[0], kv_heads=heads[1], head_dim=dim, dtype=torch.bfloat16)
+    for options in (AttentionOptions(dim**-0.5, ""), AttentionOptions(dim**-0.5, "", 1500, 20.0)):
+        whole = through_kernel(step, options)
+        pieces = cut(step, [1, 2, 50, 51])
+        assert torch.equal(paged_attention(step.query, step.keys, step.values, pieces.metadata, options), whole)
 
 
 def test_a_row_does_not_depend_on_the_number_of_threads() -> None:

@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.cache.cpu.arithmetic import multiplies_pairs
 from prerope.cache.kernels.build import library
-from prerope.server.models.cpu.products import FEW_ROWS, KERNELS, Products, RMSNorm, can_multiply
+from prerope.server.models.cpu.products import (
+    FEW_ROWS,
+    KERNELS,
+    GatedProducts,
+    Products,
+    RMSNorm,
+    can_multiply,
+)
 from prerope.server.models.model import Model
 from prerope.server.models.modules import Siblings, fast_modules
 from prerope.server.models.probe import TOLERANCE, probe
@@ -25,12 +33,21 @@ def needs_kernels(decode_kernel: str) -> None:
         pytest.skip(decode_kernel)
 
 
-def linear(features: int, inputs: int, *, bias: bool = False) -> nn.Linear:
-    return nn.Linear(inputs, features, bias=bias).bfloat16().requires_grad_(False)
+def linear(features: int, inputs: int, *, bias: bool = False, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    return nn.Linear(inputs, features, bias=bias).to(dtype).requires_grad_(False)
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+@pytest.fixture(params=["pairs", "widened"])
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to multiply bf16, where the processor has both."""
+    pairs = request.param == "pairs"
+    if pairs and not multiplies_pairs():
+        pytest.skip("this processor does not multiply pairs of bf16")
+    monkeypatch.setattr("prerope.server.models.cpu.products.multiplies_pairs", lambda: pairs)
 
 
 def exact(x: Tensor, module: nn.Linear) -> Tensor:
@@ -38,6 +55,7 @@ def exact(x: Tensor, module: nn.Linear) -> Tensor:
     return x.double() @ module.weight.double().T + bias
 
 
+@pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("inputs", [32, 192])
 def test_products_are_exact_to_one_rounding(rows: int, inputs: int) -> None:
@@ -50,20 +68,37 @@ def test_products_are_exact_to_one_rounding(rows: int, inputs: int) -> None:
         assert ((out.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-5).all()
 
 
-@pytest.mark.parametrize("rows", [9, 300])
-def test_rows_do_not_depend_on_each_other_or_on_threads(rows: int) -> None:
-    """Within the few and within the many; and from three threads, as from one."""
-    products, x = Products([linear(100, 64)]), random(rows, 64)
-    (together,) = products(x)
-    least = 1 if rows <= FEW_ROWS else FEW_ROWS + 1
-    (first,) = products(x[:least].contiguous())
-    assert torch.equal(first, together[:least])
-    torch.set_num_threads(3)
-    try:
-        (threaded,) = products(x)
-    finally:
-        torch.set_num_threads(1)
-    assert torch.equal(threaded, together)
+@pytest.mark.parametrize("rows", [1, 16, 17, 300])
+def test_products_of_fp32(rows: int) -> None:
+    linears, x = (
+        [linear(n, 96, bias=n == 17, dtype=torch.float32) for n in (17, 64)],
+        random(rows, 96, dtype=torch.float32),
+    )
+    for out, module in zip(Products(linears)(x), linears, strict=True):
+        torch.testing.assert_close(out.double(), exact(x, module), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_do_not_depend_on_each_other_or_on_threads(dtype: torch.dtype) -> None:
+    """To the bit: alone, among the few, among the many; and from three threads, as from one."""
+    linears, x = [linear(n, 576, bias=n == 33, dtype=dtype) for n in (100, 33)], random(300, 576, dtype=dtype)
+    products, gated = (
+        Products(linears),
+        GatedProducts(*(linear(*s, dtype=dtype) for s in ((64, 576), (64, 576), (96, 64)))),
+    )
+    norm = RMSNorm(random(576, dtype=dtype), 1e-5, add_one=False)
+    calls = [lambda x: products(x)[0], lambda x: products(x)[1], gated, norm]
+    for call in calls:
+        together = call(x)
+        for rows in (1, 2, 3, 7, FEW_ROWS, FEW_ROWS + 1, 65):
+            for first in (0, 300 - rows):
+                assert torch.equal(call(x[first : first + rows].contiguous()), together[first : first + rows])
+        torch.set_num_threads(3)
+        try:
+            assert torch.equal(call(x), together)
+        finally:
+            torch.set_num_threads(1)
 
 
 def test_not_a_number_stays_one() -> None:
@@ -79,7 +114,6 @@ def test_not_a_number_stays_one() -> None:
     [
         nn.Linear(40, 32).bfloat16(),
         nn.Linear(32, 8).bfloat16(),
-        nn.Linear(32, 32),
         nn.Linear(32, 32).half(),
         nn.Identity(),
     ],

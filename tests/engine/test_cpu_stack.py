@@ -95,9 +95,9 @@ def test_chunks_and_many_rows_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch)
     assert max(steps) <= FEW_ROWS
 
 
-def test_heads_that_the_decode_kernel_does_not_take_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its buffers hold 16 query heads a KV head; here there are 20."""
-    model = bf16("llama", hidden_size=160, num_attention_heads=20, num_key_value_heads=1, head_dim=32)
+def test_heads_that_the_kernels_do_not_take_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their buffers hold 96 query heads a KV head; here there are 100."""
+    model = bf16("llama", hidden_size=1600, num_attention_heads=100, num_key_value_heads=1, head_dim=32)
     assert model.stack is not None
     steps = counted(monkeypatch)
     outputs, _ = decoded(model, 2, "rope")

@@ -19,8 +19,7 @@ typedef struct {
     Linear query_key_value, output, gate_up, down; /* parts point to buffers that all layers share */
     char *keys, *values;                           /* [slots, Hkv, D] bf16: this layer's cache */
     const Shape *shape;
-    const Plan *plan;
-    const float *scales; /* [rows] on the query, or null */
+    const RowPlan *plan;
 } Layer;
 
 typedef struct {
@@ -28,14 +27,18 @@ typedef struct {
     uint16_t *h;          /* [rows, hidden], in place */
     const int64_t *slots; /* [rows]: where the rows' K and V go */
     uint16_t *row;        /* [rows, widest input]: what a product reads */
-    float *x;             /* [rows padded to 8, widest input]: the same, widened */
-    float *query, *out;   /* [rows, Hq, D] */
-    float *scratch;       /* as in prerope_decode */
+    float *x;             /* [rows, widest input]: the same, widened, where a product wants it so */
+    float *scratch;       /* as in prerope_rows */
 } Step;
 
-INLINE void multiply(Linear linear, const Step *step) {
+INLINE const void *read_by(const Linear *linear, const Step *step, const uint16_t *row) {
+    return linear_is_wide(linear) ? (const void *)step->x : row;
+}
+
+/* A loop; `row`: what step->x is made of. */
+INLINE void multiply(Linear linear, const Step *step, const uint16_t *row) {
     linear.rows = step->rows;
-    linear_few(&linear, step->x);
+    linear_few(&linear, read_by(&linear, step, row));
 }
 
 /* h += added, where there is any, and its norm to x, for the product that reads it. */
@@ -46,39 +49,36 @@ static void enter(const Step *step, const uint16_t *added, const Norm *norm, con
         uint16_t *h = step->h + r * n, *to = step->row + r * n;
         if (added) add_rows(h, added + r * n, n);
         if (!norm) continue;
-        rms_norm(h, norm->weight, to, n, (float)norm->eps, norm->add_one);
-        linear_widen(next, to, step->x + r * n);
+        rms_norm(h, norm->weight, to, n, (float)norm->eps, norm->add_one, BF16);
+        linear_ready(next, to, step->x + r * n);
     }
 }
 
 static void attend(const Step *step, const Layer *layer) {
     const Shape *shape = layer->shape;
     const Part *parts = layer->query_key_value.parts;
-    int64_t query = shape->num_query_heads * shape->head_dim, key = shape->num_kv_heads * shape->head_dim;
+    int64_t query = shape->query_heads * shape->head_dim, key_bytes = shape->kv_heads * shape->head_dim * 2;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < step->rows; r++) {
-        float scale = layer->scales ? layer->scales[r] : 1.0f;
-        memcpy(layer->keys + step->slots[r] * key * 2, parts[1].out + r * key, key * 2);
-        memcpy(layer->values + step->slots[r] * key * 2, parts[2].out + r * key, key * 2);
-        for (int64_t i = 0; i < query; i += 16)
-            *(v16 *)(step->query + r * query + i) = load16(parts[0].out, r * query + i, BF16) * scale;
+        memcpy(layer->keys + step->slots[r] * key_bytes, (char *)parts[1].out + r * key_bytes, key_bytes);
+        memcpy(layer->values + step->slots[r] * key_bytes, (char *)parts[2].out + r * key_bytes, key_bytes);
     }
-    decode_items(shape, layer->plan, step->rows, step->query, layer->keys, layer->values, step->scratch);
+    rows_attend(shape, layer->plan, parts[0].out, layer->keys, layer->values, step->scratch);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < step->rows; r++) {
-        decode_merge(shape, layer->plan, r, 0, step->scratch, step->out);
-        narrow_row(step->out + r * query, step->row + r * query, query);
-        linear_widen(&layer->output, step->row + r * query, step->x + r * query);
+        row_finish(shape, layer->plan, r, 0, step->scratch, step->row);
+        linear_ready(&layer->output, step->row + r * query, step->x + r * query);
     }
 }
 
 static void gate(const Step *step, const Layer *layer) {
     const Part *parts = layer->gate_up.parts;
+    uint16_t *gates = parts[0].out, *ups = parts[1].out;
     int64_t n = parts->features;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < step->rows; r++) {
-        silu_mul(parts[0].out + r * n, parts[1].out + r * n, n);
-        linear_widen(&layer->down, parts[0].out + r * n, step->x + r * n);
+        silu_mul(gates + r * n, ups + r * n, n, BF16);
+        linear_ready(&layer->down, gates + r * n, step->x + r * n);
     }
 }
 
@@ -89,13 +89,13 @@ void prerope_layers(const Layer *layers, int64_t num_layers, const Step *step) {
         const uint16_t *added = 0;
         for (const Layer *layer = layers; layer < layers + num_layers; layer++) {
             enter(step, added, &layer->before_attention, &layer->query_key_value);
-            multiply(layer->query_key_value, step);
+            multiply(layer->query_key_value, step, step->row);
             attend(step, layer);
-            multiply(layer->output, step);
+            multiply(layer->output, step, step->row);
             enter(step, layer->output.parts->out, &layer->before_mlp, &layer->gate_up);
-            multiply(layer->gate_up, step);
+            multiply(layer->gate_up, step, step->row);
             gate(step, layer);
-            multiply(layer->down, step);
+            multiply(layer->down, step, layer->gate_up.parts->out);
             added = layer->down.parts->out;
         }
         enter(step, added, 0, 0);

@@ -1,10 +1,15 @@
-/* Products of bf16 activations and weights, bf16 as they lie in the checkpoint or int8 with a scale a row, fp32 arithmetic,
- * and what stands between them in a layer: RMS norm and SiLU gate. Every result is rounded to bf16 where torch's modules
- * round it. An int8 member is exact in fp32, and its row's scale multiplies the finished sum.
+/* Products of activations and weights, and what stands between them in a layer: RMS norm and SiLU gate.
  *
- * Few rows are bound by reading the weights: they are streamed once, 32 members of a weight row at a time. Many rows are
- * bound by arithmetic: a panel of 48 weight rows is widened and transposed into L2, and tiles of 8 rows run over it. An
- * output is summed in an order that depends on neither the other rows nor the number of threads.
+ * There is one order. 16 lanes run along a weight row, over 32 of its members after the other, and are folded at the end;
+ * so the weights are read where the checkpoint or torchao put them. One row or hundreds, streamed from memory or from a
+ * panel in L2, a product is `dots`, and its result depends on neither the other rows nor the number of threads.
+ *
+ * What the lanes do is the product's *kind*. Of bf16, either pairs are multiplied by the processor's bf16 dot products, or
+ * both sides are widened to fp32: the two round differently, so a deployment keeps to one of them. An int8 member is exact
+ * in bf16 and in fp32, and its row's scale multiplies the finished sum. Results are rounded where torch's modules round.
+ *
+ * Few rows are bound by reading the weights, many by arithmetic: for them a panel of weight rows is copied, as the lanes
+ * want them, into L2, and tiles of rows run over it.
  */
 #include <stddef.h>
 
@@ -14,15 +19,12 @@
 #define BLOCK 16 /* weight rows of a unit of work of few rows */
 #define BESIDE 4  /* of them are streamed side by side: 16, and 1, were slower */
 #define AHEAD 4096 /* bytes before its use that a weight is asked for */
-#define PANEL 48
-#define TILE 8
-#define LEAST_ROWS 128 /* of many rows, a unit of work */
+#define PANEL 32 /* weight rows of a unit of work of many rows */
+#define TILE 4   /* rows that run over a panel together */
+#define LEAST_ROWS 64 /* of many rows, a unit of work */
 
 int omp_get_thread_num(void);
 
-INLINE u32x16 pairs_at(const uint16_t *from) { return *(const u32x16 *)from; }
-INLINE v16 even(u32x16 pairs) { return (v16)(pairs << 16); }
-INLINE v16 odd(u32x16 pairs) { return (v16)(pairs & 0xffff0000u); }
 INLINE v16 bytes_at(const int8_t *from) {
 #ifdef __AVX512F__
     i32x16 wide = (i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
@@ -32,15 +34,11 @@ INLINE v16 bytes_at(const int8_t *from) {
     return __builtin_convertvector(wide, v16);
 }
 
-/* To the nearest bf16, ties to even. */
-INLINE u16x16 narrow16(v16 x) {
-    u32x16 bits = (u32x16)x, nan = (u32x16)(x != x);
-    u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), u16x16);
-}
-INLINE v16 widen16(u16x16 x) { return (v16)(__builtin_convertvector(x, u32x16) << 16); }
-INLINE v16 round16(v16 x) { return widen16(narrow16(x)); }
 INLINE float widen(uint16_t x) { return load1(&x, 0, BF16); }
+INLINE int in_pairs(int kind) { return kind == DOTS || kind == BYTE_DOTS; }
+INLINE int dtype_of(int kind) { return kind == FULL ? FP32 : BF16; } /* of activations, biases and results */
+INLINE int64_t weight_size(int kind) { return kind == FULL ? 4 : kind == WIDENED || kind == DOTS ? 2 : 1; }
+INLINE int64_t panel_size(int kind) { return in_pairs(kind) ? 2 : 4; }
 
 /* The part that unit `number` falls into, when each part has ceil(features / size) of them; number becomes the part's own. */
 INLINE const Part *part_of(const Linear *linear, int64_t size, int64_t *number) {
@@ -55,11 +53,22 @@ static int64_t num_units(const Linear *linear, int64_t size) {
     return units;
 }
 
-/* --- few rows --------------------------------------------------------------------------------------------------------- */
+/* 32 members of a weight row as the lanes take them: two vectors of floats, or one of pairs. */
+INLINE void weigh(const char *at, v16 *first, v16 *second, const int kind) {
+    if (kind == FULL) *first = *(const v16 *)at, *second = *(const v16 *)(at + 64);
+    if (kind == DOTS) *first = *(const v16 *)at;
+    if (kind == WIDENED) {
+        u32x16 pairs = pairs_at((const uint16_t *)at);
+        *first = even(pairs), *second = odd(pairs);
+    }
+    if (kind == BYTES || kind == BYTE_DOTS) *first = bytes_at((const int8_t *)at), *second = bytes_at((const int8_t *)at + 16);
+    if (kind == BYTE_DOTS) *first = (v16)narrow32(*first, *second);
+}
 
-/* x [R, in] as `linear_widen` leaves it, against weight rows n, n + 1, … of 16/R: sums [R, 16/R]. */
-INLINE v16 dots(const float *x, const Part *part, int64_t n, int64_t in, const int R, const int int8) {
-    const int C = 16 / R, beside = C < BESIDE ? C : BESIDE;
+/* R rows of x, as `linear_ready` leaves them, against the 16/R weight rows from `weight` on: sums [R, 16/R]. */
+INLINE v16 dots(const char *const *x, const char *weight, int64_t stride, int64_t in, const int R, const int kind,
+                const int stream) {
+    const int C = 16 / R, beside = C < BESIDE ? C : BESIDE, pairs = in_pairs(kind);
     v16 all[16];
 #pragma GCC unroll 16
     for (int begin = 0; begin < C; begin += beside) {
@@ -70,24 +79,24 @@ INLINE v16 dots(const float *x, const Part *part, int64_t n, int64_t in, const i
             v16 low[8], high[8];
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                low[r] = *(const v16 *)(x + r * in + k);
-                high[r] = *(const v16 *)(x + r * in + k + 16);
+                low[r] = held16(*(const v16 *)(x[r] + k * (pairs ? 2 : 4)));
+                if (!pairs) high[r] = held16(*(const v16 *)(x[r] + k * 4 + 64));
             }
 #pragma GCC unroll 4
             for (int c = 0; c < beside; c++) {
-                const char *at = (const char *)part->weight + ((n + begin + c) * in + k) * (int8 ? 1 : 2);
-                __builtin_prefetch(at + AHEAD);
+                const char *at = weight + (begin + c) * stride + k * weight_size(kind);
+                if (stream) __builtin_prefetch(at + AHEAD);
                 v16 first, second;
-                if (int8) {
-                    first = bytes_at((const int8_t *)at), second = bytes_at((const int8_t *)at + 16);
-                } else {
-                    u32x16 pairs = pairs_at((const uint16_t *)at);
-                    first = even(pairs), second = odd(pairs);
+                weigh(at, &first, &second, kind);
+                first = held16(first);
+                if (!pairs) second = held16(second);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) {
+                    v16 *to = sum + r * beside + c;
+                    *to = pairs ? dot16(*to, (u32x16)first, (u32x16)low[r]) : fma16(first, low[r], *to);
                 }
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++) sum[r * beside + c] += first * low[r];
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) sum[r * beside + c] += second * high[r];
+                for (int r = 0; r < R && !pairs; r++) sum[r * beside + c] = fma16(second, high[r], sum[r * beside + c]);
             }
         }
 #pragma GCC unroll 8
@@ -98,159 +107,177 @@ INLINE v16 dots(const float *x, const Part *part, int64_t n, int64_t in, const i
     return fold16(all, 0);
 }
 
-INLINE void rows_of(const Linear *linear, const Part *part, int64_t first, const float *x, const int R, const int int8) {
-    const int C = 16 / R;
-    for (int64_t row = 0; row < linear->rows; row += R)
-        for (int64_t n = first; n < first + BLOCK; n += C) {
-            v16 sums = dots(x + row * linear->in, part, n, linear->in, R, int8);
-            for (int c = 0; c < C && int8; c++)
-                for (int r = 0; r < R; r++) sums[r * C + c] *= part->scales[n + c];
-            for (int c = 0; c < C && part->bias; c++)
-                for (int r = 0; r < R; r++) sums[r * C + c] += widen(part->bias[n + c]);
-            u16x16 out = narrow16(sums);
-            for (int r = 0; r < R && row + r < linear->rows; r++)
-                memcpy(part->out + (row + r) * part->features + n, (uint16_t *)&out + r * C, sizeof(uint16_t) * C);
-        }
+/* C members, again for each of the 16/C rows. */
+INLINE v16 for_each_row(const float *from, const int C) {
+    float all[16] __attribute__((aligned(64)));
+    for (int r = 0; r < 16 / C; r++) memcpy(all + r * C, from, sizeof(float) * C);
+    return *(v16 *)all;
 }
 
-INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const float *x, const int R) {
-    if (part->scales) rows_of(linear, part, first, x, R, 1);
-    else rows_of(linear, part, first, x, R, 0);
+/* Sums [R, 16/R] of outputs n, n + 1, … to rows row, row + 1, … */
+INLINE void put(const Linear *linear, const Part *part, v16 sums, int64_t row, int64_t n, const int R, const int kind) {
+    const int C = 16 / R, dtype = dtype_of(kind), size = dtype == FP32 ? 4 : 2;
+    if (part->scales) sums *= for_each_row(part->scales + n, C);
+    if (part->bias) {
+        float bias[16];
+        for (int c = 0; c < C; c++) bias[c] = load1(part->bias, n + c, dtype);
+        sums += for_each_row(bias, C);
+    }
+    u16x16 narrow = narrow16(sums);
+    const char *from = dtype == FP32 ? (const char *)&sums : (const char *)&narrow;
+    for (int r = 0; r < R && row + r < linear->rows; r++)
+        memcpy((char *)part->out + ((row + r) * part->features + n) * size, from + r * C * size, size * C);
 }
 
-INLINE int64_t rows_together(int64_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
+/* Rows row, row + 1, …, the last one again where there are no more. */
+INLINE void rows_at(const Linear *linear, const char *x, int64_t row, const char **rows, const int R, const int kind) {
+    for (int r = 0; r < R; r++) rows[r] = x + least(row + r, linear->rows - 1) * linear->in * panel_size(kind);
+}
 
-/* In the order that `dots` takes members of the weights in: of every 32, for bf16, the even ones before the odd ones. */
-void linear_widen(const Linear *linear, const uint16_t *from, float *to) {
-    int int8 = linear->parts->scales != 0;
-    for (int64_t i = 0; i < linear->in; i += 32) {
-        *(v16 *)(to + i) = int8 ? load16(from, i, BF16) : even(pairs_at(from + i));
-        *(v16 *)(to + i + 16) = int8 ? load16(from, i + 16, BF16) : odd(pairs_at(from + i));
+/* --- few rows --------------------------------------------------------------------------------------------------------- */
+
+INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const char *x, const int R, const int kind) {
+    int64_t stride = linear->in * weight_size(kind);
+    for (int64_t row = 0; row < linear->rows; row += R) {
+        const char *rows[8];
+        rows_at(linear, x, row, rows, R, kind);
+        for (int64_t n = first; n < first + BLOCK; n += 16 / R)
+            put(linear, part, dots(rows, (const char *)part->weight + n * stride, stride, linear->in, R, kind, 1), row, n,
+                R, kind);
     }
 }
 
-void linear_few(const Linear *linear, const float *x) {
-    int64_t units = num_units(linear, BLOCK), together = rows_together(linear->rows);
+#define APART static __attribute__((noinline))
+#define BLOCK_OF(kind) \
+    APART void block_of_##kind(const Linear *linear, const Part *part, int64_t first, const char *x) { \
+        int64_t rows = linear->rows; \
+        if (rows == 1) block_of(linear, part, first, x, 1, kind); \
+        else if (rows == 2) block_of(linear, part, first, x, 2, kind); \
+        else if (rows <= 4) block_of(linear, part, first, x, 4, kind); \
+        else block_of(linear, part, first, x, 8, kind); \
+    }
+BLOCK_OF(FULL)
+BLOCK_OF(WIDENED)
+BLOCK_OF(DOTS)
+BLOCK_OF(BYTES)
+BLOCK_OF(BYTE_DOTS)
+
+int linear_is_wide(const Linear *linear) { return linear->kind == WIDENED || linear->kind == BYTES; }
+
+/* In the order that the lanes take members of the weights in: of every 32 of bf16, the even ones before the odd ones. */
+void linear_ready(const Linear *linear, const uint16_t *from, float *to) {
+    int byte = linear->kind == BYTES;
+    for (int64_t i = 0; i < linear->in && linear_is_wide(linear); i += 32) {
+        *(v16 *)(to + i) = byte ? load16(from, i, BF16) : even(pairs_at(from + i));
+        *(v16 *)(to + i + 16) = byte ? load16(from, i + 16, BF16) : odd(pairs_at(from + i));
+    }
+}
+
+void linear_few(const Linear *linear, const void *x) {
+    int64_t units = num_units(linear, BLOCK);
 #pragma omp for schedule(guided, 2) /* long stretches of weights, and short ones to end together */
     for (int64_t unit = 0; unit < units; unit++) {
         int64_t number = unit;
         const Part *part = part_of(linear, BLOCK, &number);
         /* The last block starts early where features are no multiple of it: some are worked out twice. */
-        int64_t first = number * BLOCK + BLOCK <= part->features ? number * BLOCK : part->features - BLOCK;
-        switch (together) {
-            case 1: block_of(linear, part, first, x, 1); break;
-            case 2: block_of(linear, part, first, x, 2); break;
-            case 4: block_of(linear, part, first, x, 4); break;
-            default: block_of(linear, part, first, x, 8);
+        int64_t first = least(number * BLOCK, part->features - BLOCK);
+        switch (linear->kind) {
+            case FULL: block_of_FULL(linear, part, first, x); break;
+            case WIDENED: block_of_WIDENED(linear, part, first, x); break;
+            case DOTS: block_of_DOTS(linear, part, first, x); break;
+            case BYTES: block_of_BYTES(linear, part, first, x); break;
+            default: block_of_BYTE_DOTS(linear, part, first, x);
         }
     }
 }
 
-static void few(const Linear *linear, float *x) {
-    int64_t in = linear->in, rows = linear->rows, together = rows_together(rows);
-    for (int64_t row = 0; row < rows; row++) linear_widen(linear, linear->x + row * in, x + row * in);
-    memset(x + rows * in, 0, sizeof(float) * ((rows + together - 1) / together * together - rows) * in);
+static void few(const Linear *linear, float *scratch) {
+    int64_t in = linear->in, rows = linear->rows;
+    const void *x = linear_is_wide(linear) ? scratch : linear->x;
+    for (int64_t row = 0; row < rows; row++)
+        linear_ready(linear, (const uint16_t *)linear->x + row * in, scratch + row * in);
 #pragma omp parallel num_threads(linear->threads)
     linear_few(linear, x);
 }
 
 /* --- many rows -------------------------------------------------------------------------------------------------------- */
 
-/* 32 members of a weight row as pairs: bf16, or int8 whose sign reaches across the pair. */
-INLINE u32x16 weight_pairs(const Part *part, int64_t at, const int int8) {
-    if (int8) return (u32x16)__builtin_convertvector(*(const i16x16 *)((const int8_t *)part->weight + at), i32x16);
-    return pairs_at((const uint16_t *)part->weight + at);
-}
-INLINE v16 even_of(u32x16 pairs, const int int8) {
-    return int8 ? __builtin_convertvector((i32x16)(pairs << 24) >> 24, v16) : even(pairs);
-}
-INLINE v16 odd_of(u32x16 pairs, const int int8) {
-    return int8 ? __builtin_convertvector((i32x16)pairs >> 8, v16) : odd(pairs);
-}
-
-/* Weight rows [first, first + 48) to panel [in, 48], fp32, without scales; zeros past the last. */
-INLINE void pack_kind(const Part *part, int64_t first, int64_t in, float *panel, const int int8) {
-    for (int64_t n = 0; n < PANEL; n += 16)
+INLINE void pack_as(const Part *part, int64_t first, int64_t count, int64_t in, char *panel, const int kind) {
+    for (int64_t c = 0; c < count; c++) {
+        const char *from = (const char *)part->weight + (first + c) * in * weight_size(kind);
+        char *to = panel + c * in * panel_size(kind);
         for (int64_t k = 0; k < in; k += 32) {
-            v16 pairs[16];
-            for (int c = 0; c < 16; c++) {
-                int64_t at = first + n + c;
-                pairs[c] = at < part->features ? (v16)weight_pairs(part, at * in + k, int8) : (v16){};
-            }
-            transpose16(pairs);
-            for (int i = 0; i < 16; i++) {
-                *(v16 *)(panel + (k + 2 * i) * PANEL + n) = even_of((u32x16)pairs[i], int8);
-                *(v16 *)(panel + (k + 2 * i + 1) * PANEL + n) = odd_of((u32x16)pairs[i], int8);
-            }
-        }
-}
-
-static void pack(const Part *part, int64_t first, int64_t in, float *panel) {
-    if (part->scales) pack_kind(part, first, in, panel, 1);
-    else pack_kind(part, first, in, panel, 0);
-}
-
-/* x [8, in] against a panel; `count` columns and `rows` rows of the result are written. */
-static void tile(const float *x, const float *panel, int64_t in, const Part *part, int64_t first, int64_t row,
-                 int64_t rows) {
-    v16 sum[TILE][PANEL / 16];
-#pragma GCC unroll 8
-    for (int r = 0; r < TILE; r++)
-#pragma GCC unroll 3
-        for (int v = 0; v < PANEL / 16; v++) sum[r][v] = (v16){};
-    for (int64_t k = 0; k < in; k++) {
-        const v16 *at = (const v16 *)(panel + k * PANEL);
-        v16 a = at[0], b = at[1], c = at[2];
-        for (int v = 0; v < PANEL / 16; v++) __builtin_prefetch(at + v + 16 * PANEL / 16);
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE; r++) {
-            float value = x[r * in + k];
-            sum[r][0] += a * value;
-            sum[r][1] += b * value;
-            sum[r][2] += c * value;
-        }
-    }
-    for (int v = 0; v < PANEL / 16; v++) {
-        int64_t n = first + 16 * v, count = part->features - n < 16 ? part->features - n : 16;
-        v16 bias = {}, scale = (v16){} + 1.0f;
-        for (int64_t c = 0; c < count && part->bias; c++) bias[c] = widen(part->bias[n + c]);
-        for (int64_t c = 0; c < count && part->scales; c++) scale[c] = part->scales[n + c];
-        for (int64_t r = 0; r < rows && count > 0; r++) {
-            u16x16 out = narrow16(sum[r][v] * scale + bias);
-            memcpy(part->out + (row + r) * part->features + n, &out, sizeof(uint16_t) * count);
+            v16 low, high;
+            __builtin_prefetch(from + k * weight_size(kind) + AHEAD);
+            weigh(from + k * weight_size(kind), &low, &high, kind);
+            *(v16 *)(to + k * panel_size(kind)) = low;
+            if (!in_pairs(kind)) *(v16 *)(to + k * 4 + 64) = high;
         }
     }
 }
+
+static void pack(const Linear *linear, const Part *part, int64_t first, int64_t count, char *panel) {
+    switch (linear->kind) {
+        case FULL: pack_as(part, first, count, linear->in, panel, FULL); break;
+        case WIDENED: pack_as(part, first, count, linear->in, panel, WIDENED); break;
+        case DOTS: pack_as(part, first, count, linear->in, panel, DOTS); break;
+        case BYTES: pack_as(part, first, count, linear->in, panel, BYTES); break;
+        default: pack_as(part, first, count, linear->in, panel, BYTE_DOTS);
+    }
+}
+
+/* Rows [begin, end) of x against a panel of `count` ≥ 4 weight rows, as `kind` finds them there: FULL or DOTS. */
+INLINE void tiles(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, const char *x,
+                  int64_t begin, int64_t end, const int kind, const int of) {
+    int64_t in = linear->in, stride = in * panel_size(kind);
+    for (int64_t row = begin; row < end; row += TILE) {
+        const char *rows[TILE];
+        rows_at(linear, x, row, rows, TILE, kind);
+        for (int64_t n = 0; n < count; n += 16 / TILE) {
+            int64_t at = least(n, count - 16 / TILE);
+            put(linear, part, dots(rows, panel + at * stride, stride, in, TILE, kind, 0), row, first + at, TILE, of);
+        }
+    }
+}
+#define TILES(name, kind, of) \
+    APART void name(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, \
+                    const char *x, int64_t begin, int64_t end) { \
+        tiles(linear, part, first, count, panel, x, begin, end, kind, of); \
+    }
+TILES(tiles_full, FULL, FULL)
+TILES(tiles_widened, FULL, WIDENED)
+TILES(tiles_dots, DOTS, DOTS)
 
 static void many(const Linear *linear, float *scratch) {
-    int64_t in = linear->in, rows = linear->rows, padded = (rows + TILE - 1) / TILE * TILE;
+    int64_t in = linear->in, rows = linear->rows, size = panel_size(linear->kind);
     int64_t panels = num_units(linear, PANEL), cuts = 4 * linear->threads / panels + 1;
-    int64_t most = (rows + LEAST_ROWS - 1) / LEAST_ROWS;
-    cuts = cuts < most ? cuts : most;
-    int64_t step = (padded / TILE + cuts - 1) / cuts * TILE;
-    float *x = scratch, *panel = scratch + padded * in;
+    cuts = least(cuts, (rows + LEAST_ROWS - 1) / LEAST_ROWS);
+    int64_t step = (rows + TILE * cuts - 1) / (TILE * cuts) * TILE;
+    const char *x = linear_is_wide(linear) ? (const char *)scratch : linear->x;
+    char *panel = (char *)(scratch + rows * in);
 #pragma omp parallel num_threads(linear->threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * in; i += 16) *(v16 *)(x + i) = load16(linear->x, i, BF16);
-#pragma omp for schedule(static)
-        for (int64_t i = rows * in; i < padded * in; i += 16) *(v16 *)(x + i) = (v16){};
-        float *mine = panel + omp_get_thread_num() * PANEL * in;
+        for (int64_t row = 0; row < rows; row++)
+            linear_ready(linear, (const uint16_t *)linear->x + row * in, scratch + row * in);
+        char *mine = panel + omp_get_thread_num() * PANEL * in * size;
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < panels * cuts; unit++) {
-            int64_t number = unit / cuts, begin = unit % cuts * step, end = begin + step < rows ? begin + step : rows;
+            int64_t number = unit / cuts, begin = unit % cuts * step, end = least(begin + step, rows);
+            if (begin >= end) continue;
             const Part *part = part_of(linear, PANEL, &number);
-            if (begin < end) pack(part, number * PANEL, in, mine);
-            for (int64_t row = begin; row < end; row += TILE)
-                tile(x + row * in, mine, in, part, number * PANEL, row, end - row < TILE ? end - row : TILE);
+            int64_t count = least(PANEL, part->features), first = least(number * PANEL, part->features - count);
+            pack(linear, part, first, count, mine);
+            if (linear->kind == FULL) tiles_full(linear, part, first, count, mine, x, begin, end);
+            else if (in_pairs(linear->kind)) tiles_dots(linear, part, first, count, mine, x, begin, end);
+            else tiles_widened(linear, part, first, count, mine, x, begin, end);
         }
     }
 }
 
 /* Floats of scratch that `prerope_linear` wants for this many rows. */
 int64_t prerope_linear_scratch(int64_t rows, int64_t in, int64_t threads, int64_t few_rows) {
-    int64_t padded = (rows + TILE - 1) / TILE * TILE * in;
-    return rows <= few_rows ? padded : padded + threads * PANEL * in;
+    return rows * in + (rows <= few_rows ? 0 : threads * PANEL * in);
 }
 
 /* in: a multiple of 32; features: at least 16. */
@@ -260,57 +287,70 @@ void prerope_linear(const Linear *linear, int64_t few_rows, float *scratch) {
     else many(linear, scratch);
 }
 
+/* Whether this processor multiplies pairs of bf16. */
+int64_t prerope_has_dots(void) { return HAS_DOTS; }
+
 /* --- between products ------------------------------------------------------------------------------------------------- */
 
 /* gate, up [n] → gate: silu(gate)·up, each rounded. n: a multiple of 16. */
-void silu_mul(uint16_t *gate, const uint16_t *up, int64_t n) {
+INLINE void silu_as(void *gate, const void *up, int64_t n, const int dtype) {
     for (int64_t i = 0; i < n; i += 16) {
-        v16 x = load16(gate, i, BF16), small = larger(x, -x);
+        v16 x = load16(gate, i, dtype), small = larger(x, -x);
         v16 e = exp_neg16(-small); /* of −|x|, so that nothing overflows */
         i32x16 negative = x < 0.0f;
-        v16 top = (v16)((negative & (i32x16)e) | (~negative & (i32x16)((v16){} + 1.0f)));
-        *(u16x16 *)(gate + i) = narrow16(round16(x * top / (1.0f + e)) * load16(up, i, BF16));
+        v16 top = (v16)((negative & (i32x16)e) | (~negative & (i32x16)all16(1.0f)));
+        v16 result = x * top / (1.0f + e);
+        store16(gate, i, (dtype == BF16 ? round16(result) : result) * load16(up, i, dtype), dtype);
     }
 }
 
+void silu_mul(void *gate, const void *up, int64_t n, int64_t dtype) {
+    if (dtype == BF16) silu_as(gate, up, n, BF16);
+    else silu_as(gate, up, n, FP32);
+}
+
 /* x [n] → out: x/√(mean x² + eps), rounded, times weight, rounded; with `add_one` times 1 + weight, rounded once. */
-void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t n, float eps, int64_t add_one) {
+INLINE void norm_as(const void *x, const void *weight, void *out, int64_t n, float eps, int64_t add_one, const int dtype) {
     v16 sum = {};
     for (int64_t i = 0; i < n; i += 16) {
-        v16 value = load16(x, i, BF16);
-        sum += value * value;
+        v16 value = load16(x, i, dtype);
+        sum = fma16(value, value, sum);
     }
     float total = 0.0f;
     for (int lane = 0; lane < 16; lane++) total += sum[lane];
     float factor = 1.0f / sqrtf(total / n + eps);
     for (int64_t i = 0; i < n; i += 16) {
-        v16 value = load16(x, i, BF16) * factor, w = load16(weight, i, BF16);
-        value = add_one ? value * (1.0f + w) : round16(value) * w;
-        *(u16x16 *)(out + i) = narrow16(value);
+        v16 value = load16(x, i, dtype) * factor, w = load16(weight, i, dtype);
+        if (dtype == BF16 && !add_one) value = round16(value);
+        store16(out, i, value * (add_one ? 1.0f + w : w), dtype);
     }
 }
 
-/* n: a multiple of 16, as below. */
+void rms_norm(const void *x, const void *weight, void *out, int64_t n, float eps, int64_t add_one, int64_t dtype) {
+    if (dtype == BF16) norm_as(x, weight, out, n, eps, add_one, BF16);
+    else norm_as(x, weight, out, n, eps, add_one, FP32);
+}
+
+/* n: a multiple of 16. */
 void add_rows(uint16_t *to, const uint16_t *from, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) *(u16x16 *)(to + i) = narrow16(load16(to, i, BF16) + load16(from, i, BF16));
 }
 
-void narrow_row(const float *from, uint16_t *to, int64_t n) {
-    for (int64_t i = 0; i < n; i += 16) *(u16x16 *)(to + i) = narrow16(*(const v16 *)(from + i));
-}
-
-/* x, out: [rows, n] */
-void prerope_rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t rows, int64_t n, float eps,
-                      int64_t add_one) {
+/* x, out: [rows, n] of fp32 or bf16, as the weight. */
+void prerope_rms_norm(const char *x, const void *weight, char *out, int64_t rows, int64_t n, float eps, int64_t add_one,
+                      int64_t dtype) {
+    int64_t size = n * (dtype == BF16 ? 2 : 4);
 #pragma omp parallel for schedule(static) if (rows * n > 65536)
-    for (int64_t row = 0; row < rows; row++) rms_norm(x + row * n, weight, out + row * n, n, eps, add_one);
+    for (int64_t row = 0; row < rows; row++) rms_norm(x + row * size, weight, out + row * size, n, eps, add_one, dtype);
 }
 
 /* x → second(silu(gate x)·(up x)), where gate and up are the parts of `first` and second->x is where gate's result is. */
 void prerope_gated(const Linear *first, const Linear *second, int64_t few_rows, float *scratch) {
     prerope_linear(first, few_rows, scratch);
-    int64_t rows = first->rows, n = first->parts[0].features;
+    int64_t rows = first->rows, n = first->parts[0].features, dtype = dtype_of(first->kind);
+    int64_t size = n * (dtype == BF16 ? 2 : 4);
+    char *gate = first->parts[0].out, *up = first->parts[1].out;
 #pragma omp parallel for schedule(static) if (rows * n > 65536)
-    for (int64_t row = 0; row < rows; row++) silu_mul(first->parts[0].out + row * n, first->parts[1].out + row * n, n);
+    for (int64_t row = 0; row < rows; row++) silu_mul(gate + row * size, up + row * size, n, dtype);
     prerope_linear(second, few_rows, scratch);
 }

@@ -4,47 +4,45 @@
 
 /* --- linear.c --- */
 
+/* Weights in fp32; in bf16, widened or multiplied in pairs; in int8 with scales, likewise. Activations, biases and results
+ * are fp32 with weights in fp32, else bf16. */
+enum { FULL = 0, WIDENED = 1, DOTS = 2, BYTES = 3, BYTE_DOTS = 4 };
+
 typedef struct {
-    const void *weight;     /* [features, in], bf16, or int8 where there are scales: all parts of a product alike */
-    const float *scales;    /* [features] or null: what a row of int8 is multiplied by */
-    const uint16_t *bias;   /* [features] or null */
-    uint16_t *out;          /* [rows, features] */
+    const void *weight;  /* [features, in] */
+    const float *scales; /* [features] or null: what a row of int8 is multiplied by */
+    const void *bias;    /* [features] or null */
+    void *out;           /* [rows, features] */
     int64_t features;
 } Part;
 
 typedef struct {
-    int64_t rows, in, num_parts, threads;
-    const uint16_t *x; /* [rows, in] */
+    int64_t rows, in, num_parts, threads, kind;
+    const void *x;     /* [rows, in] */
     const Part *parts; /* products of the same x */
 } Linear;
 
-void linear_widen(const Linear *linear, const uint16_t *from, float *to); /* a row, as `linear_few` reads it */
-void linear_few(const Linear *linear, const float *x);                    /* a loop: few rows, x widened and padded to 8 */
-void silu_mul(uint16_t *gate, const uint16_t *up, int64_t n);
-void rms_norm(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t n, float eps, int64_t add_one);
+int linear_is_wide(const Linear *linear); /* whether it reads bf16 widened to floats, as `linear_ready` leaves a row */
+void linear_ready(const Linear *linear, const uint16_t *from, float *to);
+void linear_few(const Linear *linear, const void *x);                            /* a loop: few rows, x made ready */
+void silu_mul(void *gate, const void *up, int64_t n, int64_t dtype);
+void rms_norm(const void *x, const void *weight, void *out, int64_t n, float eps, int64_t add_one, int64_t dtype);
 void add_rows(uint16_t *to, const uint16_t *from, int64_t n); /* to += from, rounded */
-void narrow_row(const float *from, uint16_t *to, int64_t n);
 
-/* --- decode.c --- */
+/* --- rows.c --- */
 
 typedef struct {
-    int64_t num_query_heads, num_kv_heads, head_dim, rotary_dim, block_size, max_blocks;
-    int64_t dtype;        /* of keys and values */
-    int64_t interleaved;  /* pairs are (2m, 2m+1) */
-    float scale, softcap; /* softcap 0: off */
+    int64_t query_heads, kv_heads, head_dim, value_dim, rotary_dim, block_size;
+    int64_t query_dtype, dtype; /* of queries and results; of keys and values */
+    int64_t interleaved;        /* pairs are (2m, 2m+1) */
+    int64_t dots;               /* keys and values of bf16 are multiplied in pairs */
+    float scale, softcap;       /* softcap 0: off */
 } Shape;
 
-typedef struct {
-    const int32_t *start, *stop, *turn, *table; /* [segments]: positions [start, stop), rows of turns, of tables */
-    const float *turns;                         /* [turns, 2, rotary_dim/2]: cos, sin */
-    const float *tables;                        /* [tables, TILE, 2, rotary_dim/2] */
-    const int32_t *item_row, *item_begin, *item_end; /* [items]: row, segments [begin, end) */
-    const int32_t *row_items;                   /* [rows + 1]: items of each row */
-    const int32_t *blocks;                      /* [rows, max_blocks] */
-} Plan;
+typedef struct RowPlan RowPlan;
 
-/* A loop over the items of `rows` rows; `scratch` as in prerope_decode. */
-void decode_items(const Shape *shape, const Plan *plan, int64_t rows, const float *query, const void *keys,
-                  const void *values, float *scratch);
-/* The items of one row, merged: out [rows, Hq, D]. */
-void decode_merge(const Shape *shape, const Plan *plan, int64_t row, const float *sinks, const float *scratch, float *out);
+/* A loop over the work of all rows, query [rows, Hq, D]; `scratch` as in prerope_rows. */
+void rows_attend(const Shape *shape, const RowPlan *plan, const void *query, const void *keys, const void *values,
+                 float *scratch);
+/* What was found for one row, merged, to out [rows, Hq, Dv]. */
+void row_finish(const Shape *shape, const RowPlan *plan, int64_t row, const float *sinks, float *scratch, void *out);

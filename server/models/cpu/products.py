@@ -1,8 +1,8 @@
 """The C kernels of cache/kernels/c/linear.c as calls on tensors: products, the gated MLP, the RMS norm.
 
-Activations are bf16; weights are bf16, or int8 with a scale a row. They are read where transformers or torchao put
-them, so they must not move afterwards. Scratch is shared and pointers are kept in place from call to call: one thread
-at a time, as a `Model` has it.
+Activations are bf16 and weights bf16 or int8 with a scale a row, or both are fp32. Weights are read where transformers
+or torchao put them, so they must not move afterwards. Scratch is shared and pointers are kept in place from call to
+call: one thread at a time, as a `Model` has it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from prerope.cache.kernels.build import library
+from prerope.cache.cpu.arithmetic import multiplies_pairs
+from prerope.cache.kernels.build import kernels, library
 from prerope.server.models.cpu.linear import fast_linears
 from prerope.server.models.modules import Kernels
 from prerope.server.models.quantization import int8_rows, is_quantized
@@ -23,6 +24,8 @@ FEW_ROWS = 16
 """Up to this many rows the weights are streamed; above, they are widened into panels."""
 
 MULTIPLE, LEAST_FEATURES = 32, 16
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+FULL, WIDENED, DOTS, BYTES, BYTE_DOTS = range(5)
 
 
 class KernelPart(ctypes.Structure):
@@ -38,7 +41,7 @@ class KernelLinear(ctypes.Structure):
     """`Linear` of kernels/c/parts.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "num_parts", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "num_parts", "threads", "kind")),
         ("x", ctypes.c_void_p),
         ("parts", ctypes.c_void_p),
     ]
@@ -48,21 +51,33 @@ def can_multiply(linear: nn.Module) -> bool:
     """Whether `Products` takes this module."""
     if type(linear) is not nn.Linear or library() is None:
         return False
-    weight = linear.weight
-    if weight.dtype != torch.bfloat16 or not (_bf16(weight) or int8_rows(weight)):
+    weight, bias = linear.weight, linear.bias
+    if not (_plain(weight) or (weight.dtype == torch.bfloat16 and int8_rows(weight))):
         return False
     fits = linear.in_features % MULTIPLE == 0 and linear.out_features >= LEAST_FEATURES
-    return fits and (linear.bias is None or _bf16(linear.bias))
+    return fits and (bias is None or (_plain(bias) and bias.dtype == weight.dtype))
 
 
-def most_rows_in_c() -> int:
-    """More rows go to torch: with matrix tiles (AMX) its bf16 products are several times as fast."""
-    return FEW_ROWS if torch.cpu._is_amx_tile_supported() else sys.maxsize
+def most_rows_in_c(weight: Tensor) -> int:
+    """More rows go to torch: with matrix tiles (AMX) its bf16 products are several times as fast.
+
+    They sum in another order than ours of few rows: there, a reply may depend on what else is served.
+    """
+    return FEW_ROWS if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else sys.maxsize
 
 
-def _bf16(tensor: Tensor) -> bool:
-    plain = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+def _plain(tensor: Tensor) -> bool:
+    plain = tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()
     return plain and not is_quantized(tensor)
+
+
+def _kind(weight: Tensor) -> int:
+    """What a product with this weight is to kernels/c/parts.h."""
+    if weight.dtype == torch.float32:
+        return FULL
+    if is_quantized(weight):
+        return BYTE_DOTS if multiplies_pairs() else BYTES
+    return DOTS if multiplies_pairs() else WIDENED
 
 
 def _constant(weight: Tensor) -> Tensor:
@@ -86,7 +101,7 @@ class _Scratch:
     def fit(self, plan: KernelLinear, inputs: int) -> tuple[int, int]:
         """Make room for this plan's (rows, threads), which are returned, and for as many rows of `inputs` members."""
         rows, threads = plan.rows, plan.threads
-        wanted = _kernels().prerope_linear_scratch(*map(ctypes.c_int64, (rows, inputs, threads, FEW_ROWS)))
+        wanted = kernels().prerope_linear_scratch(*map(ctypes.c_int64, (rows, inputs, threads, FEW_ROWS)))
         if self._buffer.numel() < wanted:
             self._buffer = torch.empty(wanted)
             self.pointer = ctypes.c_void_p(self._buffer.data_ptr())
@@ -97,31 +112,26 @@ _scratch = _Scratch()
 _FEW = ctypes.c_int64(FEW_ROWS)
 
 
-def _kernels() -> ctypes.CDLL:
-    kernels = library()
-    assert kernels is not None
-    return kernels
-
-
 class Products:
-    """Linear layers that read the same input, in one call. Each must pass `can_multiply`; bf16 in and out.
+    """Linear layers that read the same input, in one call. Each must pass `can_multiply`; in and out of their dtype.
 
-    Either all of them have bf16 weights or all int8.
+    All of them have weights of one kind.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.inputs = linears[0].in_features
         assert all(can_multiply(linear) and linear.in_features == self.inputs for linear in linears)
-        assert len({is_quantized(linear.weight) for linear in linears}) == 1
+        kind = _kind(linears[0].weight)
+        assert all(_kind(linear.weight) == kind for linear in linears)
         self._weights = [
             (_constant(linear.weight), None if linear.bias is None else linear.bias.detach()) for linear in linears
         ]
         self.features = [linear.out_features for linear in linears]
         self._parts = (KernelPart * len(linears))(*(_part(weight, bias) for weight, bias in self._weights))
-        self.plan = KernelLinear(0, self.inputs, len(linears), 1, None, ctypes.addressof(self._parts))
+        self.plan = KernelLinear(0, self.inputs, len(linears), 1, kind, None, ctypes.addressof(self._parts))
         self._reference = ctypes.byref(self.plan)
-        self._multiply = _kernels().prerope_linear
-        self._most_values = self.inputs * most_rows_in_c()
+        self._multiply = kernels().prerope_linear
+        self._most_values = self.inputs * most_rows_in_c(linears[0].weight)
         self._fitted = (0, 0)  # rows and threads that scratch has room for: it never shrinks
 
     def point(self, outs: Sequence[Tensor]) -> None:
@@ -163,8 +173,8 @@ class GatedProducts:
         self._first, self._second = Products([gate, up]), Products([down])
         self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
         self._most_inputs = max(gate.in_features, down.in_features)
-        self._multiply = _kernels().prerope_gated
-        self._most_values = gate.in_features * most_rows_in_c()
+        self._multiply = kernels().prerope_gated
+        self._most_values = gate.in_features * most_rows_in_c(gate.weight)
         self._fitted = (0, 0)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -183,15 +193,16 @@ class GatedProducts:
 
 
 class RMSNorm:
-    """x/√(mean x² + eps)·weight, rounded to bf16 before the weight; with `add_one`, ·(1 + weight) and rounded once."""
+    """x/√(mean x² + eps)·weight, in bf16 rounded before the weight; with `add_one`, ·(1 + weight) and rounded once."""
 
     def __init__(self, weight: Tensor, eps: float, *, add_one: bool) -> None:
         assert can_normalise(weight)
         self.weight, self.eps, self.add_one = weight.detach(), eps, add_one
         self._width = len(weight)
-        self._normalise = _kernels().prerope_rms_norm
+        self._normalise = kernels().prerope_rms_norm
         self._pointer = ctypes.c_void_p(self.weight.data_ptr())
-        self._options = ctypes.c_int64(self._width), ctypes.c_float(eps), ctypes.c_int64(add_one)
+        options = (ctypes.c_float(eps), ctypes.c_int64(add_one), ctypes.c_int64(DTYPES[weight.dtype]))
+        self._options = ctypes.c_int64(self._width), *options
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., width] → the same shape."""
@@ -209,7 +220,7 @@ class RMSNorm:
 
 def can_normalise(weight: Tensor) -> bool:
     """Whether `RMSNorm` takes this weight."""
-    return library() is not None and _bf16(weight) and weight.dim() == 1 and len(weight) % 16 == 0
+    return library() is not None and _plain(weight) and weight.dim() == 1 and len(weight) % 16 == 0
 
 
 def _gated(first: Sequence[nn.Linear], down: nn.Linear) -> GatedProducts | None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from prerope.cache.attention.types import AttentionMetadata
-from prerope.cache.cpu.decode import DecodePlan, DecodeShape, can_decode, plan_step
-from prerope.cache.kernels.build import library
+from prerope.cache.cpu.decode import DecodePlan, KernelShape, can_attend, kernel_shape, plan_step
+from prerope.cache.kernels.build import kernels
 from prerope.cache.storage import KVStorage
 from prerope.server.models.batch import Batch
 from prerope.server.models.cpu.products import (
@@ -40,14 +40,14 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Norm) for name in ("before_attention", "before_mlp")),
         *((name, KernelLinear) for name in ("query_key_value", "output", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "shape", "plan", "scales")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "shape", "plan")),
     ]
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "hidden", "threads")),
-        *((name, ctypes.c_void_p) for name in ("h", "slots", "row", "x", "query", "out", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("h", "slots", "row", "x", "scratch")),
     ]
 
 
@@ -88,12 +88,11 @@ class Stack:
         features = [products.features for products in first.products]
         self._outs = [[_rows(width, torch.bfloat16) for width in widths] for widths in features]
         self._row, self._x = _rows(widest, torch.bfloat16), _rows(widest, torch.float32)
-        heads = (-1, self._query_heads, self._head_dim)
-        self._query, self._out = (_rows(features[0][0], torch.float32).view(heads) for _ in range(2))
+        self._query = self._outs[0][0].view(-1, self._query_heads, self._head_dim)
         self._layers = (_Layer * len(layers))(*map(self._as_struct, layers))
         self._storage: KVStorage | None = None
         self._plans: list[DecodePlan] = []
-        self._shapes: list[DecodeShape] = []
+        self._shapes: list[KernelShape] = []
 
     def _as_struct(self, part: _Parts) -> _Layer:
         for products, outs in zip(part.products, self._outs, strict=True):
@@ -135,14 +134,14 @@ class Stack:
         if len(metadata.sequences) > FEW_ROWS or len(metadata.slot_mapping) != len(metadata.sequences):
             return False
         keys, values = storage.keys[0], storage.values[0]
-        if keys.dtype != torch.bfloat16 or not can_decode(self._query, keys, values):
+        if keys.dtype != torch.bfloat16 or not can_attend(self._query, keys, values):
             return False
         plans = [plan_step(metadata, options) for options in self._options]
         self._plans = [plan for plan in plans if plan is not None]
         if len(self._plans) < len(plans):
             return False
         self._shapes = [
-            plan.shape(self._query_heads, keys, options)
+            kernel_shape(self._query_heads, torch.bfloat16, keys, values, plan.method, options)
             for plan, options in zip(self._plans, self._options, strict=True)
         ]
         if storage is not self._storage:
@@ -152,17 +151,14 @@ class Stack:
         for layer, asks in zip(self._layers, self._asks, strict=True):
             plan = self._plans[asks]
             layer.plan, layer.shape = ctypes.addressof(plan.plan), ctypes.addressof(self._shapes[asks])
-            layer.scales = None if plan.scale is None else plan.scale.data_ptr()
         return True
 
     def run(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
         """hidden [T, hidden], contiguous → what leaves the last layer, in place."""
-        kernels = library()
-        assert kernels is not None
-        scratch = max(self._plans, key=lambda plan: plan.num_items).scratch(self._query_heads, self._head_dim)
-        tensors = (hidden, metadata.slot_mapping, self._row, self._x, self._query, self._out, scratch)
+        scratch = max(self._plans, key=lambda plan: plan.num_items).scratch(self._shapes[0])
+        tensors = (hidden, metadata.slot_mapping, self._row, self._x, scratch)
         step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *map(torch.Tensor.data_ptr, tensors))
-        kernels.prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
+        kernels().prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
         return hidden
 
 
@@ -185,7 +181,7 @@ def _parts(module: nn.Module) -> _Parts | None:
     if not isinstance(layer, PlainLayer) or not isinstance(layer.attention.forward, PlainAttention):
         return None
     attention, before_attention, before_mlp = layer.attention.forward, layer.before_attention, layer.before_mlp
-    if attention.head_norms:
+    if attention.head_norms or attention.output.weight.dtype != torch.bfloat16:
         return None
     norms, gated = (before_attention.forward, before_mlp.forward), layer.mlp.forward
     if not isinstance(gated, GatedProducts) or not isinstance(norms[0], RMSNorm) or not isinstance(norms[1], RMSNorm):

@@ -1,0 +1,354 @@
+/* See attend.h. */
+#include "attend.h"
+
+#define APART static __attribute__((noinline)) /* inlined together, the loops would lack registers */
+#ifdef __AVX512F__
+#define WIDE 4 /* 24 sums, 4 vectors of b and 1 of a: 29 of 32 registers */
+#else
+#define WIDE 1 /* a vector of 16 takes several registers */
+#endif
+
+/* --- products ---------------------------------------------------------------------------------------------------------- */
+
+INLINE v16 broadcast(const float *from) { return all16(*from); }
+INLINE u32x16 broadcast_word(const float *from) {
+    uint32_t word;
+    memcpy(&word, from, 4);
+    return (u32x16){} + word;
+}
+
+/* c [R, 16·n] = fades·c + a [R, depth] · b [depth, 16·n], of floats or of words; without fades, c's old content is lost. */
+INLINE void multiply(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, const float *fades,
+                     float *c, int64_t c_stride, const int R, const int n, const int dots) {
+    v16 sum[ROWS][WIDE];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < n; v++) sum[r][v] = fades ? fades[r] * *(const v16 *)(c + r * c_stride + 16 * v) : (v16){};
+    for (int64_t k = 0; k < depth; k++) {
+        v16 x[WIDE];
+#pragma GCC unroll 8
+        for (int v = 0; v < n; v++) x[v] = *(const v16 *)(b + k * b_stride + 16 * v);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const float *at = a + r * a_stride + k;
+#pragma GCC unroll 8
+            for (int v = 0; v < n; v++)
+                sum[r][v] = dots ? dot16(sum[r][v], broadcast_word(at), (u32x16)x[v]) : fma16(broadcast(at), x[v], sum[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int v = 0; v < n; v++) *(v16 *)(c + r * c_stride + 16 * v) = sum[r][v];
+}
+
+#define MULTIPLY(R, n) \
+    case 10 * R + n: \
+        if (dots) multiply(a, a_stride, b, b_stride, depth, fades, c, c_stride, R, n, 1); \
+        else multiply(a, a_stride, b, b_stride, depth, fades, c, c_stride, R, n, 0); \
+        break;
+#define MULTIPLY_ROWS(n) MULTIPLY(1, n) MULTIPLY(2, n) MULTIPLY(3, n) MULTIPLY(4, n) MULTIPLY(5, n) MULTIPLY(6, n)
+
+/* The same for any width of whole vectors, and up to ROWS rows. */
+APART void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, const float *fades,
+                   float *c, int64_t c_stride, int64_t rows, int64_t vectors, int64_t dots) {
+    for (int64_t n; vectors > 0; vectors -= n, b += 16 * n, c += 16 * n) {
+        n = vectors == WIDE + 1 && WIDE > 2 ? WIDE - 1 : least(vectors, WIDE); /* not 4 and 1 but 3 and 2 */
+        switch (10 * rows + n) {
+            MULTIPLY_ROWS(1)
+#if WIDE > 1
+            MULTIPLY_ROWS(2) MULTIPLY_ROWS(3) MULTIPLY_ROWS(4)
+#endif
+        }
+    }
+}
+
+/* --- packing ----------------------------------------------------------------------------------------------------------- */
+
+/* 16 heads [16, from + dim] of floats or words to columns n … n + 15 of a tile. */
+INLINE void columns(const float *heads, int64_t stride, int64_t words, float *tile) {
+    for (int64_t w = 0; w < words; w += 16) {
+        v16 square[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) square[i] = *(const v16 *)(heads + i * stride + w);
+        transpose16(square);
+        for (int i = 0; i < 16 && w + i < words; i++) *(v16 *)(tile + (w + i) * KEYS) = square[i];
+    }
+}
+
+INLINE void pack_values(const Shape *shape, const char *const *from, int64_t n, float *to, const int dtype) {
+    int64_t dim = shape->value_dim, width = padded(dim);
+    float last[2][32] = {};
+    for (int64_t d = 0; d < width; d += 16) {
+        v16 value[2] = {};
+        for (int i = 0; i < 2; i++) {
+            if (!from[i]) continue; /* a key that is not read: weighed with 0, anything finite will do */
+            if (d + 16 <= dim) value[i] = load16(from[i], d, dtype);
+            else {
+                for (int64_t lane = 0; d + lane < dim; lane++) last[i][lane] = load1(from[i], d + lane, dtype);
+                if (d < dim) value[i] = *(v16 *)last[i];
+            }
+        }
+        if (shape->dots) *(u32x16 *)(to + n / 2 * width + d) = ((u32x16)value[0] >> 16) | (u32x16)odd((u32x16)value[1]);
+        else {
+            *(v16 *)(to + n * width + d) = value[0];
+            *(v16 *)(to + (n + 1) * width + d) = value[1];
+        }
+    }
+}
+
+INLINE void pack_as(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
+                    const Packed *to, const int dtype) {
+    int64_t dim = shape->head_dim, wide = padded(dim), words = words_of(shape), rotary = shape->rotary_dim;
+    int64_t size = dtype == FP32 ? 4 : 2, slot = 0, offset = shape->block_size;
+    const float *table = 0;
+    if (turns->bases) table = turns->tables + (int64_t)turns->table[tile / KEYS] * KEYS * rotary;
+    float raw[MAX_DIM], heads[16][MAX_DIM] __attribute__((aligned(64)));
+    const char *values[2];
+    for (int64_t i = 0; i < 16; i++)
+        for (int64_t d = dim; d < wide; d++) heads[i][d] = 0.0f;
+    for (int64_t n = 0; n < KEYS; n++) {
+        int64_t j = tile + n;
+        float *head = heads[n % 16];
+        values[n % 2] = 0;
+        if (j >= low && j < high) {
+            if (offset >= shape->block_size) {
+                offset = j % shape->block_size;
+                slot = source->blocks[j / shape->block_size] * shape->block_size + offset;
+            }
+            int64_t at = slot * shape->kv_heads + source->head;
+            values[n % 2] = (const char *)source->values + at * shape->value_dim * size;
+            unpair(source->keys, at * dim, table ? raw : head, dim, rotary, shape->interleaved, dtype);
+            if (table) turn(raw, head, table + n * rotary, table + n * rotary + rotary / 2, dim, rotary);
+            slot++, offset++;
+        } else {
+            memset(head, 0, sizeof(float) * dim);
+        }
+        if (shape->dots) /* in place: a vector of words is written where its two of floats were read */
+            for (int64_t d = 0; d < wide; d += 32)
+                *(u32x16 *)(head + d / 2) = narrow32(*(v16 *)(head + d), *(v16 *)(head + d + 16));
+        if (n % 2) pack_values(shape, values, n - 1, to->values, dtype);
+        if (n % 16 == 15) columns(heads[0], MAX_DIM, words, to->keys + n - 15);
+        if (shape->dots)
+            for (int64_t d = dim; d < wide && n % 16 == 15; d++)
+                for (int64_t i = 0; i < 16; i++) heads[i][d] = 0.0f;
+    }
+}
+
+void pack_tile(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
+               const Packed *to) {
+    if (shape->dtype == BF16) pack_as(shape, source, turns, tile, low, high, to, BF16);
+    else if (shape->dtype == FP16) pack_as(shape, source, turns, tile, low, high, to, FP16);
+    else pack_as(shape, source, turns, tile, low, high, to, FP32);
+}
+
+/* --- rows over blocks of keys ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    float query[MAX_ROWS * MAX_DIM], turned[MAX_ROWS * MAX_DIM], scores[MAX_ROWS * BLOCK];
+    float fades[MAX_ROWS];
+    int64_t low[MAX_ROWS], high[MAX_ROWS]; /* keys that a row sees */
+    int32_t from[MAX_ROWS], to[MAX_ROWS];  /* the same in the block at hand */
+    int32_t own[MAX_ROWS];                 /* the tile that a row is in */
+} __attribute__((aligned(64))) Tile;
+
+/* Queries turned, and multiplied by all that multiplies scores, so that these are powers of two's exponents. */
+APART int64_t turn_queries(const Shape *shape, const Rows *rows, const Read *read, int64_t kv_head, Tile *tile) {
+    int64_t dim = shape->head_dim, wide = padded(dim), group = group_of(shape), rotary = shape->rotary_dim, r = 0;
+    float unit = shape->scale * (shape->softcap > 0.0f ? 1.0f / shape->softcap : LOG2_E), raw[MAX_DIM];
+    for (int64_t row = rows->first; row < rows->stop; row++) {
+        int64_t i = rows->start + row;
+        float scale = rows->scale ? unit * rows->scale[row] : unit;
+        for (int64_t g = 0; g < group; g++, r++) {
+            float *to = tile->query + r * wide;
+            int64_t from = (row * shape->query_heads + kv_head * group + g) * dim;
+            unpair(rows->query, from, raw, dim, rotary, shape->interleaved, shape->query_dtype);
+            for (int64_t d = 0; d < dim; d++) raw[d] *= scale;
+            const float *cos = read->query + (row - rows->run) * rotary;
+            if (read->query) turn(raw, to, cos, cos + rotary / 2, dim, rotary);
+            else memcpy(to, raw, sizeof(float) * dim);
+            for (int64_t d = dim; d < wide; d++) to[d] = 0.0f;
+            tile->low[r] = most(read->first_key, i - read->d_max + 1);
+            tile->high[r] = least(read->stop_key, i - read->d_min + 1);
+            tile->own[r] = i / KEYS;
+        }
+    }
+    return r;
+}
+
+/* Queries as a tile's keys want them: R(−κ(t0)), and in pairs. */
+APART void turn_back(const Shape *shape, const Turns *turns, int64_t at, int64_t rows, Tile *tile) {
+    int64_t dim = shape->head_dim, wide = padded(dim), rotary = shape->rotary_dim, half = rotary / 2;
+    const float *base = turns->bases ? turns->bases + at / KEYS * rotary : 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = tile->query + r * wide;
+        float *to = tile->turned + r * wide;
+        if (base) {
+            turn(from, to, base, base + half, dim, rotary);
+            for (int64_t d = dim; d < wide; d++) to[d] = 0.0f;
+        } else memcpy(to, from, sizeof(float) * wide);
+        if (turns->fades) {
+            const float *fade = turns->fades + most(tile->own[r] - at / KEYS, 0) * half; /* less: not seen */
+            for (int64_t m = 0; m < half; m++) to[m] *= fade[m], to[half + m] *= fade[m];
+        }
+        if (shape->dots)
+            for (int64_t d = 0; d < wide; d += 32)
+                *(u32x16 *)(to + d / 2) = narrow32(*(v16 *)(to + d), *(v16 *)(to + d + 16));
+    }
+}
+
+INLINE v16 capped(v16 x, float cap) {
+    const i32x16 sign = (i32x16){} + INT32_MIN;
+    v16 e = exp2_neg16((v16)((i32x16)x | sign) * (2.0f * LOG2_E));
+    v16 tanh = (1.0f - e) / (1.0f + e);
+    return (v16)((i32x16)tanh | ((i32x16)x & sign)) * (cap * LOG2_E);
+}
+
+/* Lanes of vector v that the row sees. */
+INLINE i32x16 seen(const Tile *tile, int64_t row, int v) {
+    i32x16 lane = (i32x16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * v;
+    return (lane >= tile->from[row]) & (lane < tile->to[row]);
+}
+
+/* Scores to weights in place, in pairs if need be; maxima and sums move on, `fades` is what earlier results fade by. */
+APART void soften(Tile *tile, int64_t rows, float softcap, int64_t dots, const State *state) {
+    for (int64_t begin = 0; begin < rows; begin += 16) {
+        v16 best[16];
+        int64_t count = least(16, rows - begin);
+        for (int64_t n = 0; n < 16; n++) {
+            v16 *x = (v16 *)(tile->scores + (begin + n) * BLOCK);
+            best[n] = all16(LOWEST);
+            if (n >= count) continue;
+            if (softcap > 0.0f)
+                for (int v = 0; v < BLOCK / 16; v++) x[v] = capped(x[v], softcap);
+            if (tile->to[begin + n] - tile->from[begin + n] < BLOCK)
+                for (int v = 0; v < BLOCK / 16; v++) {
+                    i32x16 in = seen(tile, begin + n, v);
+                    x[v] = (v16)((in & (i32x16)x[v]) | (~in & (i32x16)best[n]));
+                }
+            for (int v = 0; v < BLOCK / 16; v++) best[n] = larger(best[n], x[v]);
+        }
+        float tops[16], before[16] = {};
+        memcpy(before, state->maxima + begin, sizeof(float) * count);
+        v16 now = larger(*(v16 *)before, fold16(best, 1));
+        memcpy(tops, &now, sizeof tops);
+        memcpy(state->maxima + begin, tops, sizeof(float) * count);
+        *(v16 *)(tile->fades + begin) = exp2_neg16(*(v16 *)before - now);
+        for (int64_t n = 0; n < count; n++) {
+            v16 *x = (v16 *)(tile->scores + (begin + n) * BLOCK), *sum = (v16 *)(state->sums + (begin + n) * 16), total = {};
+            float top = tops[n];
+#pragma GCC unroll 8
+            for (int v = 0; v < BLOCK / 16; v++) x[v] = exp2_neg16(x[v] - top);
+            if (tile->to[begin + n] - tile->from[begin + n] < BLOCK)
+                for (int v = 0; v < BLOCK / 16; v++) x[v] = (v16)(seen(tile, begin + n, v) & (i32x16)x[v]);
+            for (int v = 0; v < BLOCK / 16; v++) total += x[v];
+            *sum = fma16(*sum, all16(tile->fades[begin + n]), total);
+#pragma GCC unroll 8
+            for (int v = 0; v < BLOCK / 16 && dots; v += 2) *(u32x16 *)(x + v / 2) = narrow32(x[v], x[v + 1]);
+        }
+    }
+}
+
+/* Of the block at hand, the keys that rows [r, stop) see. */
+INLINE void seen_by(const Tile *tile, int64_t r, int64_t stop, int32_t *from, int32_t *to) {
+    *from = BLOCK, *to = 0;
+    for (; r < stop; r++)
+        if (tile->from[r] < tile->to[r]) {
+            *from = least(*from, tile->from[r]);
+            *to = most(*to, tile->to[r]);
+        }
+}
+
+/* Sums of the block's values to `found`. */
+INLINE void weigh(const Shape *shape, Tile *tile, int64_t rows, const float *values, const State *found) {
+    int64_t width = padded(shape->value_dim), shift = shape->dots ? 1 : 0;
+    for (int64_t r = 0; r < rows; r += ROWS) {
+        int32_t from, to;
+        seen_by(tile, r, least(r + ROWS, rows), &from, &to);
+        if (from >= to) continue; /* then nothing fades either */
+        from = from >> shift, to = (to + shift) >> shift;
+        product(tile->scores + r * BLOCK + from, BLOCK, values + from * width, width, to - from, tile->fades + r,
+                found->out + r * width, width, least(ROWS, rows - r), width / 16, shape->dots);
+    }
+}
+
+int attend(const Shape *shape, const Rows *rows, const Read *read, const Source *source, int64_t begin, int64_t end,
+           const Packed *packed, const State *found) {
+    int64_t low = most(read->first_key, rows->start + rows->first - read->d_max + 1);
+    int64_t high = least(read->stop_key, rows->start + rows->stop - read->d_min);
+    low = most(low, begin), high = least(high, end);
+    if (low >= high) return 0;
+    Tile tile;
+    float keys[packed ? 1 : packed_keys(shape, BLOCK)] __attribute__((aligned(64)));
+    float values[packed ? 1 : packed_values(shape, BLOCK)] __attribute__((aligned(64)));
+    int64_t count = turn_queries(shape, rows, read, source->head, &tile), wide = padded(shape->head_dim);
+    state_clear(found, count, shape->value_dim);
+    for (int64_t block = low / BLOCK * BLOCK; block < high; block += BLOCK) {
+        for (int64_t r = 0; r < count; r++) {
+            tile.from[r] = least(most(most(tile.low[r], low) - block, 0), BLOCK);
+            tile.to[r] = most(least(least(tile.high[r], high) - block, BLOCK), tile.from[r]);
+        }
+        Packed here = {keys, values};
+        if (packed) {
+            here.keys = packed->keys + packed_keys(shape, block - begin);
+            here.values = packed->values + packed_values(shape, block - begin);
+        }
+        for (int64_t k = 0; k < BLOCK; k += KEYS) {
+            Packed at = {here.keys + packed_keys(shape, k), here.values + packed_values(shape, k)};
+            if (block + k >= high || block + k + KEYS <= low) continue;
+            if (!packed) pack_tile(shape, source, read->turns, block + k, low, high, &at);
+            turn_back(shape, read->turns, block + k, count, &tile);
+            for (int64_t r = 0; r < count; r += ROWS) {
+                int32_t from, to;
+                seen_by(&tile, r, least(r + ROWS, count), &from, &to);
+                if (from < k + KEYS && to > k)
+                    product(tile.turned + r * wide, wide, at.keys, KEYS, words_of(shape), 0, tile.scores + r * BLOCK + k,
+                            BLOCK, least(ROWS, count - r), KEYS / 16, shape->dots);
+            }
+        }
+        soften(&tile, count, shape->softcap, shape->dots, found);
+        weigh(shape, &tile, count, here.values, found);
+    }
+    return 1;
+}
+
+/* --- states ------------------------------------------------------------------------------------------------------------ */
+
+void state_clear(const State *state, int64_t rows, int64_t dim) {
+    memset(state->out, 0, sizeof(float) * rows * padded(dim));
+    memset(state->sums, 0, sizeof(float) * rows * 16);
+    for (int64_t r = 0; r < rows; r++) state->maxima[r] = LOWEST;
+}
+
+void state_merge(const State *to, const State *from, int64_t rows, int64_t dim) {
+    int64_t width = padded(dim);
+    for (int64_t r = 0; r < rows; r++) {
+        float best = to->maxima[r] > from->maxima[r] ? to->maxima[r] : from->maxima[r];
+        v16 shares = exp2_neg16((v16){to->maxima[r] - best, from->maxima[r] - best});
+        v16 own = all16(shares[0]), other = all16(shares[1]);
+        to->maxima[r] = best;
+        v16 *sums = (v16 *)(to->sums + 16 * r);
+        *sums = fma16(*sums, own, *(v16 *)(from->sums + 16 * r) * other);
+        for (int64_t d = 0; d < width; d += 16) {
+            v16 *out = (v16 *)(to->out + r * width + d);
+            *out = fma16(*out, own, *(v16 *)(from->out + r * width + d) * other);
+        }
+    }
+}
+
+void state_finish(const Shape *shape, const State *state, int64_t row, const float *sink, int64_t out_at, void *out) {
+    int64_t dim = shape->value_dim;
+    float sum = 0.0f, weight = 1.0f, *from = state->out + row * padded(dim);
+    for (int lane = 0; lane < 16; lane++) sum += state->sums[row * 16 + lane];
+    if (sink) {
+        float own = *sink * LOG2_E, best = fmaxf(state->maxima[row], own);
+        v16 parts = exp2_neg16((v16){state->maxima[row] - best, own - best});
+        weight = parts[0];
+        sum = sum * weight + parts[1];
+    }
+    weight = sum > 0.0f ? weight / sum : 0.0f; /* a row that sees no key gets 0 */
+    int64_t d = 0;
+    for (; d + 16 <= dim; d += 16) store16(out, out_at + d, *(v16 *)(from + d) * weight, shape->query_dtype);
+    for (; d < dim; d++) store1(out, out_at + d, from[d] * weight, shape->query_dtype);
+}
