@@ -131,7 +131,7 @@ class KernelReading:
         decay = None if reading is None else reading.decay
         parts = () if reading is None else reading.parts
         self.turns = [_turns_of(part.key, decay) for part in parts] or [KeyTurns(None, None)]
-        self.edges = [(part.first_key, part.stop_key, part.d_min, part.d_max) for part in parts]
+        self.edges = [part.edges() for part in parts]
         self.edges = self.edges or [(0, UNBOUNDED, 0, UNBOUNDED)]
         self._growing = [turns for turns in self.turns if turns.grows]
         self._parts = (_KernelPart * len(self.turns))(
