@@ -39,14 +39,16 @@ def reading_scores(
     i, j = torch.arange(start, start + len(query)), torch.arange(first_key, first_key + len(key))
     scores = query.new_full((query.shape[1], len(query), len(key)), float("-inf"))
     for part in reading.parts:
-        turned_query = rotate(query, turns(reading, part.query, i, i - start, query.device), interleaved=interleaved)
-        turned_key = rotate(key, turns(reading, part.key, j, start - j, key.device), interleaved=interleaved)
+        turned_query = rotate(
+            query, _rotation_table(reading, part.query, i, i - start, query.device), interleaved=interleaved
+        )
+        turned_key = rotate(key, _rotation_table(reading, part.key, j, start - j, key.device), interleaved=interleaved)
         product = torch.einsum("ihd,jhd->hij", turned_query, turned_key)
         scores = torch.where(part.reads(i, j).to(scores.device), product, scores)
     return scores
 
 
-def turns(reading: Reading, angles: AngleMap, positions: Tensor, fade: Tensor, device: torch.device) -> Table:
+def _rotation_table(reading: Reading, angles: AngleMap, positions: Tensor, fade: Tensor, device: torch.device) -> Table:
     """Of [T] positions, times the attention factor, and faded by exp(decay·fade).
 
     Decay meets in the product of query and key alone: any row may be the one from which both fade, and one near them

@@ -46,7 +46,7 @@ def _jagged_rerope(t: Target) -> Rule:
             f"group (ROPE_GROUP) is {block}: jagged_rerope reads up to window + group tokens at their exact distance, "
             f"so it must be at most {t.train_length - window}, the trained length less the window (ROPE_WINDOW)"
         )
-    near, far_query, still = AngleMap(own.theta), _still(own, offset=window), _still(own)
+    near, far_query, still = AngleMap(own.theta), _constant(own, offset=window), _constant(own)
 
     def reading(run_end: int) -> Reading:
         edge = run_end - window + 1 - block
@@ -209,7 +209,7 @@ def _two_parts(own: Reading, window: int, far_query: AngleMap, far_key: AngleMap
     return Reading((Part(near, near, d_max=window), Part(far_query, far_key, d_min=window)), own.attention_factor)
 
 
-def _still(own: Reading, offset: int = 0) -> AngleMap:
+def _constant(own: Reading, offset: int = 0) -> AngleMap:
     """One angle for all positions: that of position `offset`."""
     return AngleMap(torch.zeros_like(own.theta), offset=offset * own.theta if offset else None)
 
