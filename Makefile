@@ -2,6 +2,7 @@
 #
 #   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
+#   make test-slow   the tests that take long by themselves: a soak, GPU stages at toy size, whole processes
 #   make check   format, lint, types, import direction, docs drift
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
 #   make gpu     kernels, decode steps and tests on a CUDA card, into bench/out/gpu   (ARGS="--tests 0": ten minutes)
@@ -33,7 +34,7 @@ endif
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help serve test check bench gpu soak docs lock clean
+.PHONY: help serve test test-slow check bench gpu soak docs lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,7 +43,10 @@ serve: $(VENV)/.serve
 	@exec $(BIN)/python -m prerope.server $(ARGS)
 
 test: $(VENV)/.develop
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/.develop
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 
 check: $(VENV)/.develop
 	$(BIN)/ruff format --check .

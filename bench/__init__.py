@@ -11,6 +11,3 @@ OUTPUT_FOLDER = Path(__file__).parent / "out"
 
 class BenchError(Exception):
     """Why nothing can be measured; the message is for the user."""
-
-
-WIDTH = 160  # of tables that go to a file or a pipe

@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -32,17 +32,17 @@ from prerope.server.errors import PreRopeError
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
 from prerope.server.settings import default_cache_dir
-from rich.console import Console
 from tqdm import tqdm
 
-from bench import OUTPUT_FOLDER, WIDTH
-from bench.decode_report import DecodeReport, Rounds, save
-from bench.machine import describe_machine
-from bench.quality import parse_lengths, parse_methods
-from bench.report import publish
+from bench import BenchError
+from bench.shared import options
+from bench.shared.machine import describe_machine
+from bench.shared.methods import method_list
+from bench.shared.report import NOTHING, Report, Table, context_axis
 
 DEFAULT_METHODS = "rope,rerope,yarn,dynamic_leaky"
 DEFAULT_CONTEXTS = "1024,2048,4096,8192,16384,32768"
+Rounds = dict[tuple[str, int], list[float]]  # (method, context) → ms a step, a value a round
 CACHE_SHARE = 0.8  # of free memory: refused beyond, not swapped
 
 
@@ -94,35 +94,35 @@ def cells(
                 yield number, context, method
 
 
-def measure(engine: Engine, options: argparse.Namespace) -> Rounds:
+def measure(engine: Engine, asked: argparse.Namespace) -> Rounds:
     """ms a step by (method, context), a value a round."""
-    positions = {method.label: engine.resolve_positions(method.spec) for method in options.methods}
-    decoding = Decoding(engine, options.rows)
+    positions = {method.label: engine.resolve_positions(method.spec) for method in asked.methods}
+    decoding = Decoding(engine, asked.rows)
     fill(engine.storage)
     for method in positions:  # pages touched and scratch made, for the longest step
-        decoding.step(positions[method], options.contexts[-1])
-    found: Rounds = {(method, context): [] for method in positions for context in options.contexts}
-    total = options.rounds * len(found)
-    with tqdm(cells(options.contexts, list(positions), options.rounds), total=total, unit=" cells") as bar:
+        decoding.step(positions[method], asked.contexts[-1])
+    found: Rounds = {(method, context): [] for method in positions for context in asked.contexts}
+    total = asked.rounds * len(found)
+    with tqdm(cells(asked.contexts, list(positions), asked.rounds), total=total, unit=" cells") as bar:
         for number, context, method in bar:
             bar.set_description(f"round {number + 1}, {context:,} tokens, {method}", refresh=False)
-            found[method, context].append(1e3 * decoding.seconds(positions[method], context, options.steps))
+            found[method, context].append(1e3 * decoding.seconds(positions[method], context, asked.steps))
     return found
 
 
-def load_engine(options: argparse.Namespace, say: Callable[[str], None]) -> Engine:
+def load_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     """As it is served, with room for all rows at the longest context and no more."""
     config = EngineConfig(
-        dtype=options.dtype,
-        device=options.device,
-        max_model_len=options.contexts[-1],
-        max_num_seqs=options.rows,
-        max_batched_tokens=max(512, options.rows),
-        kv_cache_memory=_memory_for_cache(options.device),
+        dtype=asked.dtype,
+        device=asked.device,
+        max_model_len=asked.contexts[-1],
+        max_num_seqs=asked.rows,
+        max_batched_tokens=max(512, asked.rows),
+        kv_cache_memory=_memory_for_cache(asked.device),
         prefix_caching=False,
         cache_dir=default_cache_dir(),
     )
-    return Engine.load(resolve_checkpoint(options.model, None, say), config, say)
+    return Engine.load(resolve_checkpoint(asked.model, None, say), config, say)
 
 
 def _memory_for_cache(device: str) -> int | None:
@@ -131,52 +131,138 @@ def _memory_for_cache(device: str) -> int | None:
     return None if on_gpu else int(psutil.virtual_memory().available * CACHE_SHARE)
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m bench.decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = options.parser("decode", __doc__)
     add = parser.add_argument
-    add("--methods", type=parse_methods, default=DEFAULT_METHODS, metavar="A,B", help="compared with the first")
-    add("--contexts", type=parse_lengths, default=DEFAULT_CONTEXTS, metavar="N,N", help=f"default: {DEFAULT_CONTEXTS}")
-    add("--rows", type=int, default=1, help="sequences in a step; default: 1")
-    add("--rounds", type=int, default=20, help="default: 20")
-    add("--steps", type=int, default=5, help="of a cell in a round; default: 5")
-    add("--threads", type=int, default=torch.get_num_threads())
-    add("--model", metavar="MODEL", help="local folder, hub id or .gguf; default: the embedded model")
-    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default: auto")
-    add("--device", default="auto", help="default: auto")
-    add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for JSON, markdown and plot; default: bench/out")
-    options = parser.parse_args(arguments)
-    for name in ("rows", "rounds", "steps", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least 1")
-    if options.contexts[0] <= options.steps:
-        parser.error(f"--contexts {options.contexts[0]}: must be more than the {options.steps} --steps that end there")
-    labels = [method.label for method in options.methods]
-    if len(set(labels)) < len(labels):
-        parser.error(f"--methods {','.join(labels)}: each once")
-    return options
+    add("--methods", type=method_list, default=DEFAULT_METHODS, metavar="A,B", help="compared with the first")
+    add("--contexts", type=options.counts, default=DEFAULT_CONTEXTS, metavar="N,N", help="tokens at a cell's last step")
+    add("--rows", type=options.count, default=1, help="sequences that decode side by side")
+    add("--rounds", type=options.count, default=20, help="figures are medians of these")
+    add("--steps", type=options.count, default=5, help="of a cell in a round")
+    add("--threads", type=options.count, default=torch.get_num_threads())
+    add("--model", metavar="MODEL", help="local folder, hub id or .gguf; without it the embedded model")
+    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add("--device", default="auto")
+    asked = parser.parse_args(arguments)
+    asked.contexts = sorted(set(asked.contexts))
+    if asked.contexts[0] <= asked.steps:
+        parser.error(f"--contexts {asked.contexts[0]}: must be more than the {asked.steps} --steps that end there")
+    return asked
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    torch.set_num_threads(options.threads)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """ms of a step by (method, context), a value a round in one order for all. The first method is the reference."""
+
+    methods: Sequence[str]
+    contexts: Sequence[int]
+    rounds: Mapping[tuple[str, int], Sequence[float]]
+    about: Mapping[str, Any]
+
+    @property
+    def reference(self) -> str:
+        return self.methods[0]
+
+    def milliseconds(self, method: str, context: int) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.rounds[method, context])
+
+    def ratio(self, method: str, context: int) -> float:
+        """To the reference: the median of the rounds' ratios, for what slows a round slows both."""
+        pairs = zip(self.rounds[method, context], self.rounds[self.reference, context], strict=True)
+        return statistics.median(ours / theirs for ours, theirs in pairs)
+
+    def slope(self, method: str) -> float:
+        """µs a step for 1000 more tokens of context: least squares through the medians."""
+        return slope(self.contexts, [self.milliseconds(method, context) for context in self.contexts])
+
+    def slope_differences(self, method: str) -> list[float]:
+        """The method's slope less the reference's, of each round."""
+
+        def slopes(name: str) -> list[float]:
+            by_round = zip(*(self.rounds[name, context] for context in self.contexts), strict=True)
+            return [slope(self.contexts, values) for values in by_round]
+
+        return [ours - theirs for ours, theirs in zip(slopes(method), slopes(self.reference), strict=True)]
+
+    def row(self, method: str) -> list[str]:
+        times = [f"{self.milliseconds(method, n):.2f}" for n in self.contexts]
+        compared = [f"{statistics.median(self.slope_differences(method)):+.0f}"]
+        compared += [f"{self.ratio(method, n):.3f}" for n in self.contexts]
+        if method == self.reference:
+            compared = [NOTHING] * len(compared)
+        return [method, *times, f"{self.slope(method):.0f}", *compared]
+
+    def notes(self) -> list[str]:
+        about, rows = self.about, self.about["rows"]
+        each = "one sequence" if rows == 1 else f"{rows} sequences"
+        return [
+            f"{about['model']}, {about['dtype']}, trained on {about['train_length']:,} tokens: ms of a decode step of "
+            f"{each} (forward and argmax, no scheduler), medians of {about['rounds']} interleaved rounds of "
+            f"{about['steps']} steps, {about['threads']} thread{'s'[: about['threads'] != 1]}, {about['date']} on "
+            f"{about['cpu']}.",
+            f"Slope: µs a step for 1000 more tokens of context, least squares through the medians. × is the ratio to "
+            f"{self.reference} and Δ slope the difference from its slope: medians over the rounds.",
+            "; ".join(self._slope_note(method) for method in self.methods)
+            + f". A token of context is {about['cache_bytes_per_token']:,} bytes of K and V a sequence.",
+        ]
+
+    def _slope_note(self, method: str) -> str:
+        """With the rate at which that slope reads the cache; a slope of nothing or less is noise, and has none."""
+        found = self.slope(method)
+        num_bytes = 1000 * self.about["rows"] * self.about["cache_bytes_per_token"]
+        rate = f" ({num_bytes / found / 1e3:.1f} GB/s)" if found > 0 else ""
+        return f"{method} {found:.0f} µs per 1000 tokens{rate}"
+
+
+def slope(contexts: Sequence[int], milliseconds: Sequence[float]) -> float:
+    """µs for 1000 tokens, by least squares; 0 of a single context."""
+    if len(contexts) < 2:
+        return 0.0
+    return 1e6 * statistics.linear_regression(contexts, milliseconds).slope
+
+
+def report(found: Decoded) -> Report:
+    times, ratios = (f"ms at {n:,}" for n in found.contexts), (f"× at {n:,}" for n in found.contexts)
+    headings = ["method", *times, "slope", "Δ slope", *ratios]
+    table = Table(headings, [found.row(method) for method in found.methods], found.notes())
+    cells = [{"method": m, "context": n, "rounds_ms": list(ms)} for (m, n), ms in found.rounds.items()]
+    data = {"about": dict(found.about), "cells": cells}
+    return Report("decode", [table], data, lambda figure: draw(found, figure))
+
+
+def draw(found: Decoded, figure: Any) -> None:
+    """ms of a step against context length, a line a method."""
+    figure.set_size_inches(8, 5)
+    panel = figure.subplots()
+    for method in found.methods:
+        line = [found.milliseconds(method, context) for context in found.contexts]
+        panel.plot(found.contexts, line, marker="o", markersize=4, label=f"{method}, {found.slope(method):.0f} µs")
+    context_axis(panel, found.contexts)
+    rows = found.about["rows"]
+    title = f"{found.about['model']}, {rows} sequence{'s'[: rows != 1]}"
+    panel.set(ylim=(0, None), ylabel="ms a decode step", title=title)
+    panel.legend(title="slope per 1000 tokens")
+
+
+def main(arguments: Sequence[str] | None) -> int:
+    asked, console = parse_arguments(arguments), options.console()
+    torch.set_num_threads(asked.threads)
     about = describe_machine()
     try:
-        engine = load_engine(options, lambda line: console.print(line, highlight=False))
-        found = measure(engine, options)
+        engine = load_engine(asked, console.print)
+        rounds = measure(engine, asked)
     except PreRopeError as error:
-        print(f"bench.decode: {error}", file=sys.stderr)
-        return 1
+        raise BenchError(str(error)) from None
     token_bytes = sum(layer.shape.token_bytes(engine.storage.keys[0].dtype) for layer in engine.model.layers)
-    about |= {"model": checkpoint_name(options.model), "dtype": engine.info.dtype, "device": engine.info.device}
-    about |= {name: getattr(options, name) for name in ("rows", "rounds", "steps", "threads")}
+    about |= {"model": checkpoint_name(asked.model), "dtype": engine.info.dtype, "device": engine.info.device}
+    about |= {name: getattr(asked, name) for name in ("rows", "rounds", "steps", "threads")}
     about |= {"train_length": engine.info.train_length, "cache_bytes_per_token": token_bytes}
-    report = DecodeReport([method.label for method in options.methods], options.contexts, found, about)
-    publish(report, save, options.out, console)
+    report(Decoded([method.label for method in asked.methods], asked.contexts, rounds, about)).publish(
+        asked.out, console
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.run("decode", main)

@@ -34,10 +34,11 @@ from pathlib import Path
 
 import torch
 
-from bench import OUTPUT_FOLDER
+from bench import BenchError
+from bench.shared import options
+from bench.shared.report import Table
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("triton", "transformers", "rich", "psutil")
 GRACE_S = 60.0
 """From when a stage should stop by itself until it is ended."""
 
@@ -52,43 +53,26 @@ class Stage:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How a stage ended; `last` is the last line that it printed."""
-
-    name: str
-    status: int
-    seconds: float
-    cut: bool
-    last: str
-
-    @property
-    def told(self) -> str:
-        if self.cut:
-            return "ended at its limit"
-        return "done" if self.status == 0 else f"failed, status {self.status}"
-
-
-def stages(options: argparse.Namespace) -> list[Stage]:
+def stages(asked: argparse.Namespace) -> list[Stage]:
     """Those with more than 0 minutes."""
-    kernels = [sys.executable, "-m", "bench.kernels", "--minutes", str(options.kernels), "--out", str(options.out)]
-    step = [sys.executable, "-m", "bench.step", "--minutes", str(options.step), "--out", str(options.out)]
+    kernels = [sys.executable, "-m", "bench.kernels", "--minutes", str(asked.kernels), "--out", str(asked.out)]
+    step = [sys.executable, "-m", "bench.step", "--minutes", str(asked.step), "--out", str(asked.out)]
     tests = [sys.executable, "-m", "pytest", "-n", "4", "--dist", "loadfile", "-p", "no:cacheprovider"]
-    if options.toy:
+    if asked.toy:
         kernels, step = [*kernels, "--toy"], [*step, "--shape", "toy", "--device", "cpu", "--threads", "1"]
     else:
         step += ["--shape", "llama-3-8b", "--device", "cuda"]
-    device = {"DEVICE": "cpu" if options.toy else "cuda", "OMP_NUM_THREADS": "1"}
+    device = {"DEVICE": "cpu" if asked.toy else "cuda", "OMP_NUM_THREADS": "1"}
     found = [
-        (options.kernels, Stage("kernels", kernels, 60 * options.kernels + GRACE_S)),
-        (options.step, Stage("step", step, 60 * options.step + GRACE_S)),
-        (options.tests, Stage("tests", tests, 60 * options.tests, device)),
+        (asked.kernels, Stage("kernels", kernels, 60 * asked.kernels + GRACE_S)),
+        (asked.step, Stage("step", step, 60 * asked.step + GRACE_S)),
+        (asked.tests, Stage("tests", tests, 60 * asked.tests, device)),
     ]
     return [stage for minutes, stage in found if minutes > 0]
 
 
-def run(stage: Stage, folder: Path) -> Ending:
-    """To its end or its limit; what it prints goes to the terminal and to NAME.log."""
+def run(stage: Stage, folder: Path) -> list[str]:
+    """To its end or its limit; what it prints goes on and to NAME.log. [name, minutes, ending, last line]."""
     for suffix in ("json", "md", "log"):  # of an earlier run
         (folder / f"{stage.name}.{suffix}").unlink(missing_ok=True)
     began, last, cut = time.monotonic(), "", threading.Event()
@@ -118,73 +102,51 @@ def run(stage: Stage, folder: Path) -> Ending:
             timer.cancel()
             if process.poll() is None:  # interrupted
                 os.killpg(process.pid, signal.SIGKILL)
-    return Ending(stage.name, status, time.monotonic() - began, cut.is_set(), last)
+    told = "ended at its limit" if cut.is_set() else "done" if status == 0 else f"failed, status {status}"
+    return [stage.name, f"{(time.monotonic() - began) / 60:.1f}", told, last]
 
 
-def results(endings: Sequence[Ending], command: str, folder: Path) -> str:
+def results(endings: Sequence[list[str]], command: str, folder: Path) -> str:
     """A section for RESULTS.md: the card, how each stage ended, and the tables of those that measured."""
-    lines = [f"## GPU: {_card(folder)}", "", "```sh", command, "```", ""]
-    lines += ["| stage | minutes | ended |", "|---|---:|---|"]
-    lines += [f"| {ending.name} | {ending.seconds / 60:.1f} | {ending.told} |" for ending in endings]
-    for ending in endings:
-        tables = folder / f"{ending.name}.md"
-        told = tables.read_text(encoding="utf-8").strip() if tables.exists() else f"Its last line: `{ending.last}`"
-        lines += ["", f"### {ending.name}", "", told]
-    return "\n".join(lines) + "\n"
+    found = [folder / f"{name}.json" for name in ("kernels", "step")]
+    cards = [json.loads(path.read_text(encoding="utf-8"))["machine"]["device"] for path in found if path.exists()]
+    table = Table(["stage", "minutes", "ended"], [ending[:3] for ending in endings], left=(0, 2))
+    parts = [f"## GPU: {(cards or ['not measured'])[0]}", f"```sh\n{command}\n```", table.markdown()]
+    for name, _, _, last in endings:
+        tables = folder / f"{name}.md"
+        told = tables.read_text(encoding="utf-8") if tables.exists() else f"Its last line: `{last}`"
+        parts += [f"### {name}", told.strip()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _card(folder: Path) -> str:
-    for name in ("kernels", "step"):
-        path = folder / f"{name}.json"
-        if path.exists():
-            return str(json.loads(path.read_text(encoding="utf-8"))["machine"]["device"])
-    return "not measured"
-
-
-def missing(toy: bool) -> str | None:
-    """Why nothing can run here; None where it can."""
-    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if absent:
-        return f"not installed: {', '.join(absent)}; pip install -e '.[test,bench]' brings all"
-    if not toy and not torch.cuda.is_available():
-        return "torch sees no CUDA device; --toy needs none"
-    return None
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.gpu", description="All that a GPU is asked, in one command.")
+def main(arguments: Sequence[str] | None) -> int:
+    parser = options.parser("gpu", __doc__, "gpu")
     add = parser.add_argument
     add("--toy", action="store_true", help="toy sizes on the CPU, kernels under Triton's interpreter, no tests")
-    add("--kernels", type=float, default=4.0, metavar="MINUTES", help="default: 4; 0 leaves the stage out")
-    add("--step", type=float, default=3.5, metavar="MINUTES", help="default: 3.5; 0 leaves the stage out")
-    add("--tests", type=float, metavar="MINUTES", help="default: 15; 0 leaves the stage out")
-    add("--out", type=Path, default=OUTPUT_FOLDER / "gpu", help="folder of all files; default: bench/out/gpu")
-    options = parser.parse_args(arguments)
-    if options.tests is None:
-        options.tests = 0.0 if options.toy else 15.0
-    options.out = options.out.absolute()
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    reason = missing(options.toy)
-    if reason is not None:
-        print(f"bench.gpu: {reason}", file=sys.stderr)
-        return 1
-    options.out.mkdir(parents=True, exist_ok=True)
-    command = "python -m bench.gpu" + (" --toy" if options.toy else "")
-    command += f" --kernels {options.kernels:g} --step {options.step:g} --tests {options.tests:g}"
-    endings: list[Ending] = []
-    for stage in stages(options):
+    add("--kernels", type=float, default=4.0, metavar="MINUTES", help="0 leaves the stage out")
+    add("--step", type=float, default=3.5, metavar="MINUTES", help="0 leaves the stage out")
+    add("--tests", type=float, metavar="MINUTES", help="15, and none with --toy; 0 leaves the stage out")
+    asked = parser.parse_args(arguments)
+    if asked.tests is None:
+        asked.tests = 0.0 if asked.toy else 15.0
+    asked.out = asked.out.absolute()
+    if importlib.util.find_spec("triton") is None:
+        raise BenchError("Triton is not installed; pip install -e '.[test,bench]' brings all")
+    if not asked.toy and not torch.cuda.is_available():
+        raise BenchError("torch sees no CUDA device; --toy needs none")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    command = "python -m bench.gpu" + (" --toy" if asked.toy else "")
+    command += f" --kernels {asked.kernels:g} --step {asked.step:g} --tests {asked.tests:g}"
+    endings: list[list[str]] = []
+    for stage in stages(asked):
         print(f"--- {stage.name}, at most {stage.limit_s / 60:.1f} minutes", flush=True)
-        endings.append(run(stage, options.out))
+        endings.append(run(stage, asked.out))
         # Written after each stage: what comes later may not end.
-        (options.out / "results.md").write_text(results(endings, command, options.out), encoding="utf-8")
-    for ending in endings:
-        print(f"{ending.name}: {ending.told} after {ending.seconds / 60:.1f} minutes; {ending.last}")
-    return 1 if any(ending.status for ending in endings) else 0
+        (asked.out / "results.md").write_text(results(endings, command, asked.out), encoding="utf-8")
+    for name, minutes, told, last in endings:
+        print(f"{name}: {told} after {minutes} minutes; {last}")
+    return int(any(told != "done" for _, _, told, _ in endings))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.run("gpu", main)

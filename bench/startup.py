@@ -14,31 +14,32 @@ it depends on which other programs run. "Private" is what is backed by no file, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import random
 import re
 import secrets
 import signal
-import socket
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
-from rich.console import Console
 from tqdm import tqdm
 
-from bench import OUTPUT_FOLDER, WIDTH
-from bench.machine import describe_machine
-from bench.report import publish
-from bench.startup_report import FIRST_TOKEN, Memory, Start, StartupReport, save
-from bench.streams import read_completion
+from bench import BenchError
+from bench.shared import options
+from bench.shared.machine import describe_machine
+from bench.shared.report import Report, Table
+from bench.shared.servers import free_port
+from bench.shared.streams import read_completion
 
 MILESTONES = {
     "imports": re.compile(r"Loading the tokenizer"),
@@ -55,8 +56,38 @@ POLL_S, STOP_S = 0.005, 30.0
 TOKEN_IDS = range(100, 1000)  # plain tokens of any vocabulary
 
 
-class StartFailed(Exception):
+FIRST_TOKEN = "first token"
+
+
+class StartFailed(BenchError):
     """The server did not get as far as its first token; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one process. `private`: of `rss`, what no file backs."""
+
+    rss: int
+    uss: int
+    private: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One start: milestone → second at which it was reached, in order; memory by the moment it was looked at.
+
+    second_ttft: seconds to the first token of the next request, when everything has run once.
+    """
+
+    at: Mapping[str, float]
+    second_ttft: float
+    memory: Mapping[str, Memory]
+    cache_bytes: int
+
+    def phases(self) -> dict[str, float]:
+        """Seconds that each milestone took after the one before it."""
+        times = pairwise([0.0, *self.at.values()])
+        return {name: until - since for name, (since, until) in zip(self.at, times, strict=True)}
 
 
 @dataclass(slots=True)
@@ -118,7 +149,7 @@ def started(port: int, settings: Sequence[str]) -> Iterator[tuple[subprocess.Pop
 
 def run_once(settings: Sequence[str], timeout_s: float, *, fill: bool = False) -> Start:
     """One start, measured."""
-    port = _free_port()
+    port = free_port()
     with started(port, settings) as (process, log), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         client.timeout = httpx.Timeout(timeout_s)
         at = {name: log.wait_for(pattern, timeout_s) for name, pattern in MILESTONES.items()}
@@ -162,11 +193,6 @@ def _memory(process: psutil.Process) -> Memory:
     return Memory(found.rss, found.uss, found.rss - found.shared)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def weight_bytes(settings: Sequence[str]) -> tuple[str, int | None]:
     """(the model's name, bytes of its safetensors); None for those of a hub id."""
     from prerope.server.flags import load_settings
@@ -178,42 +204,94 @@ def weight_bytes(settings: Sequence[str]) -> tuple[str, int | None]:
     return checkpoint.name, sum(file.stat().st_size for file in files) or None
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m bench.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """Medians over the starts."""
+
+    starts: Sequence[Start]
+    about: Mapping[str, Any]
+
+    def phase(self, name: str) -> float:
+        return statistics.median(start.phases()[name] for start in self.starts)
+
+    def reached(self, name: str) -> list[float]:
+        """Seconds since the process began, of each start."""
+        return [start.at[name] for start in self.starts]
+
+    def memory(self, moment: str) -> Memory:
+        """Medians; of the starts that have this moment."""
+        found = [start.memory[moment] for start in self.starts if moment in start.memory]
+        return Memory(*(round(statistics.median(getattr(m, name) for m in found)) for name in Memory.__slots__))
+
+    def moments(self) -> list[str]:
+        return list(dict.fromkeys(moment for start in self.starts for moment in start.memory))
+
+    def row(self, name: str) -> list[str]:
+        at = self.reached(name)
+        return [name, f"{self.phase(name):.2f}", f"{statistics.median(at):.2f}", f"{min(at):.2f}–{max(at):.2f}"]
+
+    def notes(self) -> list[str]:
+        about, starts = self.about, self.starts
+        again = statistics.median(start.second_ttft for start in starts)
+        weights = about["weight_bytes"]
+        held = f"weights {_mib(weights)}, " if weights else ""
+        seen = "; ".join(f"{moment} {self._memory_note(moment)}" for moment in self.moments())
+        return [
+            f"{about['model']}: medians of {len(starts)} start{'s'[: len(starts) != 1]}, seconds since the process "
+            f"began, the prompt of 128 tokens sent as soon as /ready answers; the next such prompt has its first token "
+            f"after {again:.2f} s. {about['date']} on {about['cpu']}, {about['cores']} cores.",
+            f"Memory: {held}cache {_mib(starts[0].cache_bytes)}, which takes memory as it is written to. {seen}.",
+        ]
+
+    def _memory_note(self, moment: str) -> str:
+        found = self.memory(moment)
+        return f"{_mib(found.rss)} resident (private {_mib(found.private)}, USS {_mib(found.uss)})"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def report(found: Startup) -> Report:
+    rows = [found.row(name) for name in found.starts[0].at]
+    table = Table(["until", "took, s", "at, s", "range, s"], rows, found.notes())
+    return Report("startup", [table], asdict(found), lambda figure: draw(found, figure))
+
+
+def draw(found: Startup, figure: Any) -> None:
+    """A bar of the phases, by their medians."""
+    figure.set_size_inches(9, 2)
+    panel, left = figure.subplots(), 0.0
+    for name in found.starts[0].at:
+        took = found.phase(name)
+        panel.barh(0, took, left=left, label=f"{name}, {took:.2f} s")
+        left += took
+    panel.set_yticks([])
+    panel.set(
+        xlabel="seconds since the process began", title=f"{found.about['model']}: from the start to the first token"
     )
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1.1), fontsize=8)
+
+
+def main(arguments: Sequence[str] | None) -> int:
+    parser = options.parser("startup", __doc__)
     add = parser.add_argument
-    add("--rounds", type=int, default=5, help="starts that count; default: 5")
+    add("--rounds", type=options.count, default=5, help="starts that count")
     add("--cold", action="store_true", help="count the first start too, whose files may not be in memory yet")
     add("--fill", action="store_true", help="write to the whole cache in the last round, and measure memory again")
-    add("--timeout", type=float, default=300, help="seconds without a sign of life; default: 300")
-    add("--out", type=Path, default=OUTPUT_FOLDER, help="folder for JSON, markdown and plot; default: bench/out")
+    add("--timeout", type=float, default=300, help="seconds without a sign of life")
     add("settings", nargs="*", metavar="-- --FLAG VALUE", help="settings of the server")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: must be at least 1")
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    asked, console = parser.parse_args(arguments), options.console()
     about = describe_machine()
-    about["model"], about["weight_bytes"] = weight_bytes(options.settings)
-    left_out = 0 if options.cold else 1
-    total = left_out + options.rounds
+    about["model"], about["weight_bytes"] = weight_bytes(asked.settings)
+    left_out = 0 if asked.cold else 1
+    total = left_out + asked.rounds
     starts = []
-    try:
-        for number in tqdm(range(total), unit=" starts"):
-            fill = options.fill and number == total - 1
-            starts.append(run_once(options.settings, options.timeout, fill=fill))
-    except StartFailed as error:
-        print(f"bench.startup: {error}", file=sys.stderr)
-        return 1
-    report = StartupReport(starts[left_out:], about)
-    publish(report, save, options.out, console)
+    for number in tqdm(range(total), unit=" starts"):
+        starts.append(run_once(asked.settings, asked.timeout, fill=asked.fill and number == total - 1))
+    report(Startup(starts[left_out:], about)).publish(asked.out, console)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.run("startup", main)

@@ -17,7 +17,7 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.tokenizer import Tokenizer
 
-from bench.documents import default_texts
+from bench.shared.text import default_texts
 
 PREFIX = "Documents:\n\n"
 FULL = "full attention"

@@ -10,8 +10,8 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.tokenizer import Tokenizer
 
-from bench.documents import default_texts
 from bench.reuse.quality import PREFIX, Case, prompt_of
+from bench.shared.text import default_texts
 
 NUM_DOCUMENTS, LENGTH = 10, 1500
 

@@ -50,7 +50,7 @@ def counts(text: str) -> list[int]:
     """Whole numbers of at least 1, separated by commas."""
     try:
         return [count(part) for part in text.split(",")]
-    except ValueError:
+    except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, like 128,2048") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prerope.rope.spec import RopeSpec
 
-from bench.calibration import FAMILIES, calibrate, environment, label, num_readings
+from bench.quality.calibration import FAMILIES, calibrate, environment, label, num_readings
 
 LENGTH = 8192
 WINDOW_COSTS = {1024: 0.3, None: 0.2, 3072: 0.1, 4096: 0.4}
@@ -41,4 +41,4 @@ def test_what_is_worse_on_held_out_documents_is_not_recommended() -> None:
     assert found.gain < 0
     assert found.recommended == RopeSpec(method="auto")
     assert environment(found.recommended) == ["ROPE_METHOD=auto"]
-    assert "not recommended" in found.notes()[0]
+    assert "not recommended" in found.table().notes[0]

@@ -16,7 +16,7 @@ from prerope.server.engine.sequence import EngineRequest
 from prerope.server.models.checkpoint import Checkpoint
 
 from bench import decode
-from bench.decode_report import DecodeReport, slope
+from bench.decode import Decoded, slope
 
 ABOUT = {"rows": 1, "rounds": 3, "steps": 5, "threads": 1, "model": "m", "dtype": "float32", "train_length": 8}
 ABOUT |= {"date": "today", "cpu": "one", "cache_bytes_per_token": 1000}
@@ -83,13 +83,13 @@ def test_methods_are_compared_within_a_round() -> None:
         ("rerope", 1000): [11.0, 33.0, 90.0],
         ("rerope", 2000): [18.0, 54.0, 18.0],
     }
-    report = DecodeReport(["rope", "rerope"], [1000, 2000], rounds, ABOUT)
+    report = Decoded(["rope", "rerope"], [1000, 2000], rounds, ABOUT)
     assert report.ratio("rerope", 1000) == pytest.approx(1.1)
     assert report.ratio("rerope", 2000) == pytest.approx(0.9)
     assert report.slope("rope") == pytest.approx(10_000)
     assert report.slope_differences("rerope") == pytest.approx([-3000, -9000, -82_000])
-    assert report.rows()[0] == ["rope", "10.00", "20.00", "10000", "–", "–", "–"]
-    assert report.rows()[1] == ["rerope", "33.00", "18.00", "-15000", "-9000", "1.100", "0.900"]
+    assert report.row("rope") == ["rope", "10.00", "20.00", "10000", "–", "–", "–"]
+    assert report.row("rerope") == ["rerope", "33.00", "18.00", "-15000", "-9000", "1.100", "0.900"]
     assert "rope 10000 µs per 1000 tokens (0.1 GB/s)" in report.notes()[-1]
 
 
@@ -98,10 +98,9 @@ def test_what_it_leaves(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert decode.main([*map(str, asked), "--threads", "1", "--rows", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "decode.json").read_text())
     assert found["about"]["cache_bytes_per_token"] == 2 * 2 * (16 + 16) * 4  # layers, KV heads, key and value, fp32
-    assert [result["method"] for result in found["results"]] == ["rope", "rerope:window=8"]
-    for result in found["results"]:
-        assert [cell["context"] for cell in result["cells"]] == [32, 64]
-        assert all(len(cell["rounds_ms"]) == 2 and min(cell["rounds_ms"]) > 0 for cell in result["cells"])
+    cells = [(cell["method"], cell["context"]) for cell in found["cells"]]
+    assert cells == [(method, n) for method in ("rope", "rerope:window=8") for n in (32, 64)]
+    assert all(len(cell["rounds_ms"]) == 2 and min(cell["rounds_ms"]) > 0 for cell in found["cells"])
     assert (tmp_path / "decode.png").stat().st_size > 1000
     assert str(tmp_path) not in json.dumps(found)
 
@@ -110,7 +109,7 @@ def test_what_it_leaves(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--contexts", "5,64"], "more than the 5 --steps"),
-        (["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (["--rounds", "0"], "0: must be at least 1"),
         (["--methods", "rope,rope"], "each once"),
         (["--methods", "ropes"], "no position method"),
     ],

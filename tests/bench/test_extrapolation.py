@@ -15,14 +15,16 @@ from prerope.rope.methods import resolve
 from prerope.rope.spec import RopeSpec
 from torch import Tensor
 
-from bench import extrapolation, extrapolation_training
-from bench.documents import TextTooShort
-from bench.extrapolation import SIZES, Size, main
-from bench.extrapolation_model import MethodAttention, Model, Shape, TrainedAttention
-from bench.extrapolation_report import ExtrapolationReport, as_json, save
-from bench.extrapolation_rows import accuracies, distinct_rows, tables, trained_accuracy
-from bench.extrapolation_text import Text, baselines, held_out_rows, library_documents, prepare, split
-from bench.extrapolation_training import OtherTraining, Recipe, train
+import bench.extrapolation.__main__ as extrapolation
+from bench import BenchError
+from bench.extrapolation import training as extrapolation_training
+from bench.extrapolation.__main__ import SIZES, Size, main
+from bench.extrapolation.model import MethodAttention, Model, Shape, TrainedAttention
+from bench.extrapolation.report import Extrapolated
+from bench.extrapolation.rows import accuracies, distinct_rows, tables, trained_accuracy
+from bench.extrapolation.text import Text, baselines, held_out_rows, library_documents, prepare, split
+from bench.extrapolation.training import OtherTraining, Recipe, train
+from bench.shared.text import TextTooShort
 
 
 def shape_of(variant: str, **parameters: int) -> Shape:
@@ -153,7 +155,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     shape, recipe = shape_of("logn"), Recipe(steps=14, batch=4, seed=1, warmup=3)
     whole = train(shape, recipe, stream, tmp_path / "whole", "cpu").state_dict()
     train(shape, recipe, stream, tmp_path / "cut", "cpu", stop_after=7)
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["model.json", "training.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["model.json", "training.pt"]
     resumed = train(shape, recipe, stream, tmp_path / "cut", "cpu").state_dict()
     loaded = train(shape, recipe, stream, tmp_path / "cut", "cpu").state_dict()
     for name, tensor in whole.items():
@@ -189,7 +191,7 @@ def test_the_text_is_kept_and_whole_documents_are_held_out(tmp_path: Path) -> No
     assert list(text.held_out) == ["document 5", "document 15"]
     assert all(torch.equal(text.held_out[name], again.held_out[name]) for name in text.held_out)
     assert int((text.train == 0).sum()) == 18  # ends of documents
-    with pytest.raises(ValueError, match="choose another --out"):
+    with pytest.raises(BenchError, match="choose another --out"):
         prepare(tmp_path, 301)
 
 
@@ -298,40 +300,31 @@ def test_a_whole_run_fills_every_row_and_a_second_one_measures_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SIZES, "tiny", TINY)
-    prepare(tmp_path / "text", 300, DOCUMENTS)
+    prepare(tmp_path / "tiny" / "text", 300, DOCUMENTS)
     arguments = ["--size", "tiny", "--seeds", "0,1", "--out", str(tmp_path)]
     assert main([*arguments, "--report-only"]) == 0
     assert "Baseline-log n†" in capsys.readouterr().out
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    kept = json.loads((tmp_path / "extrapolation.json").read_text())
+    kept = json.loads((tmp_path / "tiny" / "extrapolation.json").read_text())
     assert [entry["row"] for entry in kept["results"]] == [row.label for rows in tables(16).values() for row in rows]
     assert all(len(entry["plain %"]) == 2 and len(entry["repeated % by position"]) == 8 for entry in kept["results"])
-    assert (tmp_path / "extrapolation.md").read_text().count("±") > 3 * 50
+    assert (tmp_path / "tiny" / "extrapolation.md").read_text().count("±") > 3 * 50
     monkeypatch.setattr(extrapolation, "measure", lambda *_: pytest.fail("measured again"))
     assert main(arguments) == 0
     assert capsys.readouterr().out == printed
 
 
-def test_a_report_shows_means_spreads_and_what_is_missing(tmp_path: Path) -> None:
+def test_a_report_shows_means_spreads_and_what_is_missing() -> None:
     seeds = [
         {"trained": {"plain": 0.5}, "rows": {"Baseline": {"repeated": [0.5, 0.1], "plain": [0.4, 0.2]}}},
         {"trained": {"plain": 0.52}, "rows": {"Baseline": {"repeated": [0.5, 0.3], "plain": [0.4, 0.2]}}},
     ]
-    about = TINY.__class__.__dataclass_fields__.keys()
-    report = ExtrapolationReport(
-        128, seeds, dict.fromkeys(about, 1) | {"seeds": [0, 1], "parameters": 1, "hfwa_window": 9, "machine": "a cpu"}
-    )
-    first, _, _, fourth = report.sections()[0].rows()[:4]
-    assert first == ["Baseline", "51.00 ± 1.41", "35.00 ± 7.07", "30.00 ± 0.00", "49.41", "24.17", "23.16"]
-    assert fourth[:4] == ["PI-RoPE", "51.00 ± 1.41", "–", "–"]
-    assert as_json(report)["results"][0]["repeated % by position"] == pytest.approx([50, 20])
-    assert all(path.stat().st_size > 0 for path in save(report, tmp_path))
-
-
-def test_a_report_counts_the_rows_that_a_seed_lacks() -> None:
-    measured = {"repeated": [0.5], "plain": [0.4]}
-    seeds = [{"rows": {"Baseline": measured, "HFWA": measured, "YaRN": measured}}, {"rows": {"YaRN": measured}}]
-    assert ExtrapolationReport(128, seeds, {}).of_fewer_seeds() == ["Baseline", "HFWA"]
-    assert ExtrapolationReport(128, seeds[:1], {}).of_fewer_seeds() == []
-    assert ExtrapolationReport(128, [], {}).of_fewer_seeds() == []
+    found = Extrapolated(128, seeds, {})
+    table = found.table("Methods", tables(128)["Methods"])
+    assert table.rows[0] == ["Baseline", "51.00 ± 1.41", "35.00 ± 7.07", "30.00 ± 0.00", "49.41", "24.17", "23.16"]
+    assert table.rows[3][:4] == ["PI-RoPE", "51.00 ± 1.41", "–", "–"]
+    assert found.by_position("Baseline", "repeated") == pytest.approx([50, 20])
+    more = {"rows": {"YaRN": {"repeated": [0.5], "plain": [0.4]}}}
+    assert Extrapolated(128, [*seeds, more], {}).of_fewer_seeds() == ["Baseline", "YaRN"]
+    assert Extrapolated(128, [], {}).of_fewer_seeds() == []

@@ -16,11 +16,11 @@ from prerope.cache.blocks.manager import KVCacheManager
 from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import Sequence
 
-from bench.client import ServerUnusable
-from bench.fairness import parse_arguments, steps_bound
-from bench.fairness_load import Latencies
-from bench.fairness_policy import FifoScheduler, most_steps, scheduling
-from bench.fairness_report import FairnessReport, as_json, markdown, save
+from bench import BenchError
+from bench.fairness.__main__ import steps_bound
+from bench.fairness.load import Latencies
+from bench.fairness.policy import FifoScheduler, most_steps, scheduling
+from bench.fairness.report import Fairness, report
 from tests.conftest import Servers
 from tests.engine.scripted import sequence, unique
 
@@ -138,19 +138,17 @@ def test_the_rival_is_served_by_the_products_own_app(serve: Servers, tiny_checkp
 
 
 def options(**changes: float) -> argparse.Namespace:
-    found = parse_arguments([])
-    vars(found).update(changes)
-    return found
+    return argparse.Namespace(**{"budget": 512, "short_tokens": 64, "short_every": 4.0} | changes)
 
 
 def test_the_bound_of_a_measurement_counts_the_short_requests_that_come_together() -> None:
     assert steps_bound(options(), 1.0) == 2
     assert steps_bound(options(short_tokens=300), 1.0) == 3
-    with pytest.raises(ServerUnusable, match="raise --short-every"):
+    with pytest.raises(BenchError, match="raise --short-every"):
         steps_bound(options(short_every=0.01), 3.0)
 
 
-def report(ours: list[float], fifo: list[float], *, waiting: float = 0.0) -> FairnessReport:
+def found(ours: list[float], fifo: list[float], *, waiting: float = 0.0) -> Fairness:
     """A step of 1 s: the bounds are 2 s and 1 s."""
     about = {"date": "today", "cpu": "a", "cores": 2, "in_flight": 2, "long_tokens": 6144, "short_tokens": 64}
     about |= {"short_every": 4, "seconds": 100}
@@ -159,21 +157,22 @@ def report(ours: list[float], fifo: list[float], *, waiting: float = 0.0) -> Fai
         "ours": Latencies([(float(at), ttft) for at, ttft in enumerate(ours)], [(9.0, waiting)], gaps, 3),
         "fifo": Latencies([(float(at), ttft) for at, ttft in enumerate(fifo)], [(9.0, 40.0)], gaps, 3),
     }
-    return FairnessReport(about, latencies, budget=512, chunk_s=1.0, steps=2)
+    return Fairness(about, latencies, budget=512, chunk_s=1.0, steps=2)
 
 
 def test_a_report_says_whether_the_bounds_held(tmp_path: Path) -> None:
-    good = report([1.0, 1.5, 1.9], [20.0, 30.0])
+    good = found([1.0, 1.5, 1.9], [20.0, 30.0])
     assert good.held
     assert good.keeps("fifo") == (False, True)
-    assert "Both bounds held" in markdown(good)
-    assert "25.00" not in markdown(good), "the request that FIFO left without an answer counts as what it waited"
-    assert as_json(good)["bounds_s"] == {"ttft": 2.0, "gap": 1.0}
-    assert [path.stat().st_size > 0 for path in save(good, tmp_path)] == [True] * 3
+    made = report(good)
+    assert [path.stat().st_size > 0 for path in made.save(tmp_path)] == [True] * 3
+    text = (tmp_path / "fairness.md").read_text()
+    assert "Both bounds held" in text
+    assert "25.00" not in text, "the request that FIFO left without an answer counts as what it waited"
 
 
 def test_a_slow_answer_and_one_that_never_came_break_the_bound() -> None:
-    assert not report([1.0, 2.5], [20.0]).held
-    assert not report([1.0, 1.0], [20.0], waiting=7.0).held
-    assert report([1.0, 1.0], [20.0], waiting=1.5).held, "it had just come"
-    assert not report([], [20.0]).held, "nothing was measured"
+    assert not found([1.0, 2.5], [20.0]).held
+    assert not found([1.0, 1.0], [20.0], waiting=7.0).held
+    assert found([1.0, 1.0], [20.0], waiting=1.5).held, "it had just come"
+    assert not found([], [20.0]).held, "nothing was measured"

@@ -10,9 +10,10 @@ import pytest
 import torch
 from prerope.cache.attention.reference import reference_attention
 
-from bench import kernels
-from bench.kernels_cases import FULL, RAW, TOY, low_precision
-from bench.kernels_report import KernelReport, Result
+import bench.kernels.__main__ as kernels
+from bench import BenchError
+from bench.kernels.cases import FULL, RAW, TOY, low_precision
+from bench.kernels.report import Found, Result
 
 triton = pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled for a GPU here")
@@ -31,7 +32,7 @@ def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
     assert all(result["seconds"] > 0 and result["share"] > 0 for result in found["results"])
     assert all(0 < ratio <= 1.5 for ratio in found["errors over a torch run's"].values())
     assert (found["left_out"], found["silent_peers"]) == ({}, {})
-    verdicts = {target["target"]: target["verdict"] for target in found["targets"]}
+    verdicts = {target["name"]: target["verdict"] for target in found["targets"]}
     assert verdicts["error ÷ a plain torch run's"] == "reached"
     assert "not measured" not in verdicts.values()
     shown = capsys.readouterr().out
@@ -54,8 +55,8 @@ def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
 def test_a_run_without_time_says_what_it_left_out(tmp_path: Path) -> None:
     bench = kernels.Bench(TOY, torch.device("cpu"), print)
     bench.run(0.0, tmp_path)
-    assert len(bench.report.left_out) == len(TOY.methods) + 3
-    assert all(target.verdict == "not measured" for target in bench.report.targets())
+    assert len(bench.found.left_out) == len(TOY.methods) + 3
+    assert all(target.verdict == "not measured" for target in bench.found.targets())
 
 
 class Once:
@@ -71,7 +72,7 @@ def test_every_case_of_full_size_keeps_its_tensors_on_one_device(monkeypatch: py
     meta = torch.device("meta")
     bench = kernels.Bench.__new__(kernels.Bench)
     bench.plan, bench.device, bench.say, bench.clock = FULL, meta, lambda _: None, Once()  # type: ignore[assignment]
-    bench.report, bench.rates = KernelReport(FULL, {}), {"byte/s": 1.0, "FLOP/s": 1.0}
+    bench.found, bench.rates = Found(FULL, {}), {"byte/s": 1.0, "FLOP/s": 1.0}
     monkeypatch.setattr(kernels, "cuda_attention", lambda query, *_: torch.empty_like(query))
     monkeypatch.setattr(kernels, "cuda_store", lambda key, _, keys, *__: keys.view(key.shape).copy_(key))
     for method in FULL.only_checked:
@@ -83,14 +84,14 @@ def test_every_case_of_full_size_keeps_its_tensors_on_one_device(monkeypatch: py
     for _, name, call in bench._cases():
         if not name.startswith("check"):
             call()
-    assert bench.report.silent == {}
-    largest = max(result.work for result in bench.report.results if result.kernel == "decode")
+    assert bench.found.silent == {}
+    largest = max(result.work for result in bench.found.results if result.kernel == "decode")
     assert 5e9 < largest <= FULL.most_bytes
-    assert {result.over["SDPA"] for result in bench.report.results if result.kernel != "store"} == {1.0}
+    assert {result.over["SDPA"] for result in bench.found.results if result.kernel != "store"} == {1.0}
 
 
 def test_targets_take_the_worst_large_case() -> None:
-    report = KernelReport(FULL, {})
+    report = Found(FULL, {})
 
     def add(kernel: str, method: str, context: int, seconds: float, work: float, share: float) -> None:
         report.results.append(Result(kernel, "llama-3-8b", method, 1, context, seconds, work, share))
@@ -112,7 +113,7 @@ def test_targets_take_the_worst_large_case() -> None:
     assert targets["error ÷ a plain torch run's"].verdict == "not measured"
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert kernels.main([]) == 1
-    assert "--toy" in capsys.readouterr().err
+    with pytest.raises(BenchError, match="--toy"):
+        kernels.main([])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 from pathlib import Path
 
 import pytest
 from prerope.server.engine.outputs import TokenLogprobs
 
-from bench.documents import (
+from bench.quality.__main__ import mean_loss, parse_arguments
+from bench.quality.readings import Readings, reading_key
+from bench.quality.report import REFERENCE, Quality, report
+from bench.shared.methods import method_list
+from bench.shared.report import spaced
+from bench.shared.text import (
     Document,
     TextTooShort,
     context,
@@ -18,12 +22,10 @@ from bench.documents import (
     default_texts,
     docstring_text,
     ending_at,
+    is_prose,
     reference_text,
+    reference_words,
 )
-from bench.quality import mean_loss, parse_arguments, parse_lengths, parse_method
-from bench.quality_report import REFERENCE, QualityReport, save, spaced
-from bench.readings import Readings, reading_key
-from bench.report import markdown
 
 
 def logprobs(*values: float) -> list[TokenLogprobs | None]:
@@ -96,47 +98,45 @@ def test_long_docstrings_are_taken_once_each_in_the_order_of_the_modules(tmp_pat
     assert [paragraph.split()[0] for paragraph in text.split("\n\n")] == ["shared", "module"]
 
 
+def test_the_words_of_prompts_are_prose() -> None:
+    assert len(reference_words()) > 30_000
+    assert is_prose("A sentence of words, long enough to be read as prose by anybody who happens to see it here.")
+    assert not is_prose("+--------+ a table with words in it that is long enough to be prose, were it not drawn so")
+
+
 def test_a_method_may_bring_parameters() -> None:
-    method = parse_method("rerope:window=2048:logn")
-    assert (method.spec.method, method.spec.window, method.spec.logn) == ("rerope", 2048, True)
-    assert method.label == "rerope:window=2048:logn"
-    assert parse_method("yarn:factor=2").spec.factor == 2.0
+    first, second = method_list("rerope:window=2048:logn,yarn:factor=2")
+    assert (first.spec.method, first.spec.window, first.spec.logn) == ("rerope", 2048, True)
+    assert first.label == "rerope:window=2048:logn"
+    assert second.spec.factor == 2.0
 
 
-@pytest.mark.parametrize("text", ["nonsense", "yarn:factor", "yarn:factor=two", "yarn:colour=1", "rerope:window=1.5"])
+@pytest.mark.parametrize("text", ["nonsense", "yarn:factor=two", "yarn:colour=1", "rerope:window=1.5", "rope,rope"])
 def test_a_wrong_method_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        parse_method(text)
+        method_list(text)
 
 
 def test_lengths_are_ascending_and_more_than_the_tokens_that_count(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse_lengths("16384,8192") == [8192, 16384]
+    assert parse_arguments(["--lengths", "16384,8192"]).lengths == [8192, 16384]
     with pytest.raises(SystemExit):
         parse_arguments(["--lengths", "512", "--last", "1024"])
     assert "below the shortest length, 512" in capsys.readouterr().err
 
 
-def report_of(losses: dict[tuple[str, int], list[float]]) -> QualityReport:
-    methods, lengths = (list(dict.fromkeys(key[i] for key in losses)) for i in (0, 1))
-    about = {"model": "tiny", "dtype": "float32", "train_length": 8, "last": 4, "documents": ["one", "two"]}
-    return QualityReport(methods, lengths, losses, about | {"date": "2020-01-01", "cpu": "a cpu"})  # type: ignore[arg-type]
-
-
 def test_differences_are_taken_document_by_document(tmp_path: Path) -> None:
-    report = report_of(
-        {
-            (REFERENCE, 8): [1.0, 3.0],
-            (REFERENCE, 16): [2.0, 4.0],
-            ("yarn", 8): [1.0, 3.0],
-            ("yarn", 16): [2.1, 4.3],
-        }
-    )
-    mean, spread = report.difference("yarn", 16)
-    assert mean == pytest.approx(0.2)
-    assert spread == pytest.approx(math.sqrt(0.02))
-    assert report.spread("yarn", 16) > 1
-    assert "| yarn | 2.000 ± 1.414 | 3.200 ± 1.556 | +0.000 ± 0.000 | +0.200 ± 0.141 |" in markdown(report)
-    assert all(path.stat().st_size > 0 for path in save(report, tmp_path))
+    about = {"model": "tiny", "dtype": "float32", "train_length": 8, "last": 4, "documents": ["one", "two"]}
+    losses = {
+        (REFERENCE, 8): [1.0, 3.0],
+        (REFERENCE, 16): [2.0, 4.0],
+        ("yarn", 8): [1.0, 3.0],
+        ("yarn", 16): [2.1, 4.3],
+    }
+    found = Quality([REFERENCE, "yarn"], [8, 16], losses, about | {"date": "2020-01-01", "cpu": "a cpu"})
+    assert found.differences("yarn", 16) == pytest.approx([0.1, 0.3])
+    assert all(path.stat().st_size > 0 for path in report(found).save(tmp_path))
+    row = "| yarn | 2.000 ± 1.414 | 3.200 ± 1.556 | +0.000 ± 0.000 | +0.200 ± 0.141 |"
+    assert row in (tmp_path / "quality.md").read_text()
 
 
 def test_labels_are_moved_apart_and_keep_their_order() -> None:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import pytest
 
-from bench.soak import errors_in, main
-from bench.soak_bad import bad_tasks
-from bench.soak_client import Outcome, Reply, check
-from bench.soak_plan import DECK, GENERATE, Library, LongPlan, MixedPlan, Task
-from bench.soak_verdicts import judge_blocks, judge_memory, judge_replies, judge_resources, trend
-from bench.soak_watch import Gauges, Resources, Sample
-from bench.streams import StreamFailed
+from bench import BenchError
+from bench.shared.streams import StreamFailed
+from bench.shared.text import Library
+from bench.soak.__main__ import main
+from bench.soak.client import Outcome, SoakClient, check
+from bench.soak.plan import DECK, GENERATE, Task, TaskMaker, bad_tasks, long_tasks, mixed_tasks
+from bench.soak.verdicts import judge_blocks, judge_log, judge_memory, judge_replies, judge_resources, trend
+from bench.soak.watch import Gauges, Resources, Sample
 
 MEBIBYTE = 2**20
-LIBRARY = Library([f"word{i}" for i in range(3000)], list(range(5000)))
+LIBRARY = Library(lambda text: range(2 * len(text.split())), num_words=3000)
 
 
 # --- the whole thing --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_minute_of_mixed_traffic_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The real server as a process of its own, prompts of 8k and 16k tokens included; the model is tiny."""
     flags = ["--model-id", str(tiny_checkpoint), "--kv-cache-memory", "14MiB", "--long-pause", "2", "--clients", "4"]
@@ -50,31 +54,22 @@ def test_a_minute_of_mixed_traffic_leaves_nothing_behind(tiny_checkpoint: Path, 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def plan(seed: int = 0, client: int = 0) -> MixedPlan:
-    return MixedPlan(LIBRARY, bad_tasks(1000, keyed=True), seed, client)
+def plan(seed: int = 0, client: int = 0) -> Iterator[Task]:
+    return mixed_tasks(LIBRARY, bad_tasks(1000, keyed=True), seed, client)
 
 
-def test_a_plan_is_the_same_for_a_seed_and_differs_between_clients() -> None:
-    first, again, other, reseeded = plan(), plan(), plan(client=1), plan(seed=1)
-    tasks = [first.next() for _ in range(60)]
-    assert tasks == [again.next() for _ in range(60)]
-    assert tasks != [other.next() for _ in range(60)]
-    assert tasks != [reseeded.next() for _ in range(60)]
-
-
-def test_a_plan_has_every_kind_in_every_round() -> None:
-    mixed = plan()
-    tasks = [mixed.next() for _ in range(210)]
+def test_a_plan_has_every_kind_in_every_round_and_is_the_same_for_a_seed() -> None:
+    tasks, again, other = ([*itertools.islice(plan(client=client), 210)] for client in (0, 0, 1))
+    assert tasks == again != other
     for begin in range(0, 210, 21):
-        kinds = [task.kind for task in tasks[begin : begin + 21]]
-        assert {kind: kinds.count(kind) for kind in kinds} == DECK
+        assert Counter(task.kind for task in tasks[begin : begin + 21]) == DECK
     assert {task.streams for task in tasks if task.kind == "short"} == {True, False}
     assert len({task.path for task in tasks if task.kind == "short"}) == 3
-    assert len({task.detail for task in tasks if task.kind == "bad"}) == len(mixed.bad)
+    assert len({task.detail for task in tasks if task.kind == "bad"}) == len(bad_tasks(1000, keyed=True))
 
 
 def test_shared_prompts_share_their_beginning_among_clients_and_others_share_none() -> None:
-    shared = [plan(client=client).task("shared").body for client in range(12)]
+    shared = [TaskMaker(LIBRARY, [], 0, client).task("shared").body for client in range(12)]
     beginnings = {tuple(body["prompt"][:600]) for body in shared if isinstance(body, dict)}
     assert 1 < len(beginnings) <= 4
     draw = random.Random(0)
@@ -82,9 +77,8 @@ def test_shared_prompts_share_their_beginning_among_clients_and_others_share_non
 
 
 def test_long_prompts_are_exact_and_the_longest_is_rare() -> None:
-    long = LongPlan(LIBRARY, [8192, 16384], seed=0, pause_s=1.0)
-    tasks = [long.next() for _ in range(9)]
-    assert sorted(task.kind for task in tasks) == ["16k"] * 3 + ["8k"] * 6
+    tasks = [*itertools.islice(long_tasks(LIBRARY, [8192, 16384], seed=0), 9)]
+    assert Counter(task.kind for task in tasks) == {"16k": 3, "8k": 6}
     for task in tasks:
         assert isinstance(task.body, dict)
         assert len(task.body["prompt"]) == (8192 if task.kind == "8k" else 16384)
@@ -98,12 +92,15 @@ USAGE = b'data: {"finish_reason": "length", "usage": {"prompt_tokens": 1, "compl
 DONE = b"data: [DONE]\n\n"
 
 
+Reply = tuple[int, dict[str, str], list[tuple[float, bytes]]]
+
+
 def reply(body: bytes, status: int = 200, **headers: str) -> Reply:
-    return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, [(3.0, body)])
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, [(3.0, body)]
 
 
 def test_a_whole_stream_gives_its_times() -> None:
-    stream = check(STREAMED, reply(TOKEN + USAGE + DONE), 1.0)
+    stream = check(STREAMED, *reply(TOKEN + USAGE + DONE), 1.0)
     assert stream is not None
     assert stream.ttft == 2.0
 
@@ -125,11 +122,11 @@ def test_a_whole_stream_gives_its_times() -> None:
 )
 def test_what_must_not_be_is_told(task: Task, given: Reply, message: str) -> None:
     with pytest.raises((StreamFailed, ValueError, KeyError), match=message):
-        check(task, given, 0.0)
+        check(task, *given, 0.0)
 
 
 def test_a_refusal_as_declared_is_fine() -> None:
-    assert check(STREAMED, reply(b'{"error": {"message": "full", "type": "x"}}', 429, retry_after="2"), 0.0) is None
+    assert check(STREAMED, *reply(b'{"error": {"message": "full", "type": "x"}}', 429, retry_after="2"), 0.0) is None
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -199,27 +196,19 @@ def test_an_unanswered_request_a_problem_and_a_500_do_not_hold() -> None:
 
 
 def test_errors_and_tracebacks_are_found_in_a_log(tmp_path: Path) -> None:
-    log = tmp_path / "prerope.server.log"
+    log = tmp_path / "server.log"
+    log.write_text('{"level": "warning", "event": "w"}\n')
+    assert judge_log(log).held
     log.write_text('{"level": "warning", "event": "w"}\n{"level": "error", "event": "boom"}\nTraceback (most recent\n')
-    assert errors_in(log) == ["boom ", "Traceback (most recent"]
+    assert not judge_log(log).held
+    assert judge_log(log).finding.startswith("2 errors: boom ; Traceback (most recent")
 
 
-def test_a_server_that_is_not_there_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--url", "http://127.0.0.1:9", "--ready-timeout", "0.1", "--seconds", "30"]) == 1
-    assert "nothing ready" in capsys.readouterr().err
-
-
-def test_the_clients_errors_are_outcomes() -> None:
-    """A refused connection is a problem of the run, not an exception in it."""
-    from bench.soak_client import SoakClient
-
-    async def ask() -> Outcome:
-        client = SoakClient("http://127.0.0.1:9", None, 5.0)
-        outcome = await client.perform(Task("short", GENERATE, {"prompt": "Hello"}))
-        await client.http.aclose()
-        return outcome
-
-    outcome = asyncio.run(ask())
+def test_a_refused_connection_is_a_problem_of_the_run_and_no_exception_in_it() -> None:
+    client = SoakClient("http://127.0.0.1:9", None, 5.0)
+    asyncio.run(client.perform(Task("short", GENERATE, {"prompt": "Hello"})))
+    (outcome,) = client.outcomes
     assert outcome.status == 0
-    assert outcome.problem.startswith("short at /generate: ConnectError")
-    assert issubclass(httpx.ConnectError, httpx.HTTPError)
+    assert "ConnectError" in outcome.problem
+    with pytest.raises(BenchError, match="nothing ready"):
+        main(["--url", "http://127.0.0.1:9", "--ready-timeout", "0.1", "--seconds", "30"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 import time
@@ -15,8 +14,7 @@ from prerope.server.service import Service
 from prerope.server.settings import Settings
 
 from bench import startup
-from bench.startup import CACHE_LINE, MILESTONES, Log, StartFailed
-from bench.startup_report import FIRST_TOKEN, Memory, Start, StartupReport, save
+from bench.startup import CACHE_LINE, FIRST_TOKEN, MILESTONES, Log, Memory, Start, StartFailed, Startup, report
 
 ABOUT = {"model": "m", "weight_bytes": 2**20, "date": "today", "cpu": "one", "cores": 2}
 
@@ -69,30 +67,24 @@ def test_a_wrong_setting_ends_the_measurement() -> None:
 def test_phases_add_up_to_the_first_token_and_medians_are_of_each() -> None:
     starts = [start(1, 2, 3, 4, 5, 6, 7), start(2, 3, 5, 9, 10, 11, 12), start(3, 4, 5, 6, 7, 8, 20, rss=2**22)]
     assert all(sum(one.phases().values()) == pytest.approx(one.at[FIRST_TOKEN]) for one in starts)
-    report = StartupReport(starts, ABOUT)
-    assert report.phase("inspection") == 1
-    assert report.rows()[-1] == [FIRST_TOKEN, "1.00", "12.00", "7.00–20.00"]
-    assert report.memory("ready").rss == 3 * 2**20
-    assert "ready 3 MiB resident (private 2 MiB, USS 1 MiB)" in report.notes()[-1]
+    found = Startup(starts, ABOUT)
+    assert found.phase("inspection") == 1
+    assert found.row(FIRST_TOKEN) == [FIRST_TOKEN, "1.00", "12.00", "7.00–20.00"]
+    assert found.memory("ready").rss == 3 * 2**20
+    assert "ready 3 MiB resident (private 2 MiB, USS 1 MiB)" in found.notes()[-1]
 
 
 def test_a_moment_that_one_start_has_is_told(tmp_path: Path) -> None:
     starts = [start(1, 2, 3, 4, 5, 6, 7), start(1, 2, 3, 4, 5, 6, 7)]
     filled = Start(starts[1].at, 0.5, {**starts[1].memory, "cache written to": Memory(9, 9, 9)}, 2**20)
-    save(StartupReport([starts[0], filled], ABOUT), tmp_path)
-    found = json.loads((tmp_path / "startup.json").read_text())
-    assert found["memory_bytes"]["cache written to"] == {"rss": 9, "uss": 9, "private": 9}
-    assert found["phases"]["weights"] == {"took_s": 1, "at_s": 3}
+    found = Startup([starts[0], filled], ABOUT)
+    report(found).save(tmp_path)
+    assert "cache written to 0 MiB resident" in (tmp_path / "startup.md").read_text()
+    assert found.memory("cache written to") == Memory(9, 9, 9)
+    assert found.row("weights") == ["weights", "1.00", "3.00", "3.00–3.00"]
     assert (tmp_path / "startup.png").stat().st_size > 1000
 
 
 def test_private_memory_is_what_no_file_backs() -> None:
     info = SimpleNamespace(rss=100, uss=50, shared=30)
     assert startup._memory(SimpleNamespace(memory_full_info=lambda: info)) == Memory(100, 50, 70)
-
-
-def test_settings_of_the_server_come_after_two_dashes() -> None:
-    options = startup.parse_arguments(["--rounds", "2", "--", "--max-model-len", "64"])
-    assert options.settings == ["--max-model-len", "64"]
-    with pytest.raises(SystemExit):
-        startup.parse_arguments(["--rounds", "0"])

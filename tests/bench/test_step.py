@@ -12,9 +12,11 @@ import torch
 from prerope.cache.kernels.build import prepare
 from prerope.server.config import EngineConfig
 
-from bench import step, step_floor, step_parts
+import bench.step.__main__ as step
 from bench.shared.shapes import MODELS
-from bench.step_report import FloorReport
+from bench.step import floor as step_floor
+from bench.step import parts as step_parts
+from bench.step.report import Found
 
 
 def test_what_is_inside_a_part_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def test_a_toy_shape_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_the_floor_and_the_ratios() -> None:
     about = {"copy_bytes_per_s": 1000.0, "prompt": 64}
-    report = FloorReport(["rope", "rerope"], 500, 10, about)
+    report = Found(["rope", "rerope"], 500, 10, about)
     report.decode = {("rope", 8, 100): [10.0, 30.0, 10.0], ("rerope", 8, 100): [9.0, 27.0, 90.0]}
     report.prefill = {"rope": [100.0, 50.0], "rerope": [80.0, 40.0]}
     assert report.floor(8, 100) == pytest.approx(8.5)
@@ -128,7 +130,7 @@ def test_the_floor_and_the_ratios() -> None:
 def test_what_does_not_fit_or_comes_too_late_is_told() -> None:
     asked = options("--rows", 1)
     floor = step_floor.Floor(step_floor.load_engine(MODELS["toy"], asked, lambda _: None), ["rope"], asked.steps)
-    report = FloorReport(["rope"], 1, 1, {"copy_bytes_per_s": 1.0, "prompt": 96})
+    report = Found(["rope"], 1, 1, {"copy_bytes_per_s": 1.0, "prompt": 96})
     assert "left out, the cache holds" in step_floor.measure(floor, report, ("rope", 99, 96), float("inf"))
     assert "left out, the time was up" in step_floor.measure(floor, report, ("rope", 1, 96), 0.0)
     assert report.decode == {}
@@ -136,7 +138,7 @@ def test_what_does_not_fit_or_comes_too_late_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--rows", "0"], "--rows 0: must be at least 1"), (["--methods", "rope", "rope"], "each once")],
+    [(["--rows", "0"], "0: must be at least 1"), (["--methods", "rope", "rope"], "each once")],
 )
 def test_a_wrong_option_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.streams import Event, StreamFailed, read_completion, split_events, tokens_per_event
+from bench.shared.streams import StreamFailed, read_completion, split_events, tokens_per_event
 
 
 def sse(*bodies: dict[str, Any] | str) -> bytes:
@@ -20,10 +20,6 @@ def chunk(text: str, **more: Any) -> dict[str, Any]:
 
 def usage(completion: int, prompt: int = 5) -> dict[str, Any]:
     return {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": completion}}
-
-
-def event(text: str, num_tokens: int | None = None) -> Event:
-    return Event(0.0, text, num_tokens)
 
 
 def test_events_arrive_when_their_last_byte_does() -> None:
@@ -52,7 +48,6 @@ def test_one_token_an_event() -> None:
     assert completion.ttft == 0.5
     assert completion.gaps == [1.0]
     assert completion.time_per_token == 1.0
-    assert completion.finish_reason == "length"
     assert completion.prompt_tokens == 5
 
 
@@ -72,22 +67,19 @@ def test_a_growing_usage_says_how_many_tokens_an_event_has() -> None:
     assert read_completion(0.0, pieces).token_times == (1.0, 1.0, 2.0)
 
 
-def test_a_surplus_is_shared_out_by_length_of_text() -> None:
-    assert tokens_per_event([event("a"), event("a long piece of text"), event("b")], 6) == [1, 4, 1]
-    assert tokens_per_event([event("x"), event("x"), event("")], 5) == [3, 2, 0]
-
-
-def test_fewer_tokens_than_events_count_the_first() -> None:
-    assert tokens_per_event([event("a"), event("b"), event("c")], 2) == [1, 1, 0]
-
-
-def test_what_the_server_says_must_add_up_to_be_believed() -> None:
-    assert tokens_per_event([event("a", 1), event("b", 1)], 3) == [2, 1]
-    assert tokens_per_event([event("a", 1), event("b", None)], 2) == [1, 1]
-
-
-def test_tokens_without_any_text_still_count() -> None:
-    assert tokens_per_event([event("")], 4) == [4]
+@pytest.mark.parametrize(
+    ("texts", "said", "total", "counts"),
+    [
+        (["a", "a long piece of text", "b"], [None] * 3, 6, [1, 4, 1]),
+        (["a", "b", "c"], [None] * 3, 2, [1, 1, 0]),
+        (["a", "b"], [1, None], 2, [1, 1]),
+        (["a", "bc"], [2, 1], 3, [2, 1]),
+        ([""], [None], 4, [4]),
+    ],
+)
+def test_tokens_of_events(texts: list[str], said: list[int | None], total: int, counts: list[int]) -> None:
+    """As the server says where that adds up; else one an event with text, a surplus by length, fewer the first."""
+    assert tokens_per_event(texts, said, total) == counts
 
 
 def test_chat_deltas_are_text() -> None:

@@ -85,12 +85,14 @@ def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
     assert len(engine.graphs._graphs) == captured, "the start has captured all that this deployment needs"
 
 
+@pytest.mark.slow
 def test_layers_that_read_in_several_ways() -> None:
     """Sliding windows and full attention, each with its own rotary embedding: a plan each in one graph."""
     lengths = (5, 40)
     assert outputs(with_graphs(served("gemma3_text")), lengths) == outputs(served("gemma3_text"), lengths)
 
 
+@pytest.mark.slow
 def test_a_request_with_a_method_of_its_own() -> None:
     """Beside others; its graphs are captured when it comes."""
     found = []
@@ -132,6 +134,7 @@ def test_rows_that_fill_a_graph_up_store_nothing() -> None:
         assert len(touched) == 2, "a block a sequence"
 
 
+@pytest.mark.slow
 def test_tables_made_anew_are_captured_anew() -> None:
     """A graph that reads the tensors of before would give other tokens."""
     lengths = (70, 66)

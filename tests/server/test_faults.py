@@ -478,6 +478,7 @@ def test_a_dead_engine_ends_the_process_with_an_error(
         assert "locals" not in err, "variables may hold what was sent"
 
 
+@pytest.mark.slow
 def test_a_step_that_never_ends_does_not_keep_the_process(tiny_checkpoint: Path) -> None:
     """The request that hangs in it gets an error once SHUTDOWN_TIMEOUT_S is over."""
     with process(tiny_checkpoint, "hang", SHUTDOWN_TIMEOUT_S="1") as (served, url), ThreadPoolExecutor(1) as pool:
@@ -497,6 +498,7 @@ def test_a_step_that_never_ends_does_not_keep_the_process(tiny_checkpoint: Path)
 ENDLESS = {"prompt": "Hello", "max_tokens": 8000, "ignore_eos": True, "stream": True}
 
 
+@pytest.mark.slow
 def test_what_outlasts_the_drain_ends_with_what_it_has(tiny_checkpoint: Path) -> None:
     with (
         process(tiny_checkpoint, "quote", SHUTDOWN_TIMEOUT_S="1") as (served, url),

@@ -1,0 +1,1 @@
+"""Do Su's extrapolation tables hold for small models trained from scratch?"""

@@ -1,0 +1,1 @@
+"""Do long prompts make short requests wait, and running streams stutter?"""

@@ -1,0 +1,1 @@
+"""How fast are the GPU kernels, beside the card and other kernels?"""

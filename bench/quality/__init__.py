@@ -1,0 +1,1 @@
+"""How well does each position method read a long text?"""

@@ -1,0 +1,93 @@
+"""One point of the measurement: some streams at once to one server, and what they add up to. Times are seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+
+from bench.shared.machine import DISTURBED_CORES, OthersMeter, listeners
+from bench.shared.servers import Server
+from bench.shared.streams import Completion, StreamFailed
+
+Figures = dict[str, float]
+"""By name: medians over the streams of `ttft` and `time_per_token`; `gap_p50` and `gap_p99` over all tokens;
+`output_rate` and `total_rate`, generated and all tokens a second."""
+
+TIMES = ("ttft", "time_per_token", "gap_p50", "gap_p99")  # smaller is better; of rates larger is
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Point:
+    """`prompt_tokens` in every prompt, `num_streams` requests at once."""
+
+    prompt_tokens: int
+    num_streams: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.prompt_tokens:,} × {self.num_streams}"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One round of one point at one server. `others_cores`: what programs that are no part of it used meanwhile."""
+
+    completions: tuple[Completion, ...]
+    wall_s: float
+    failures: tuple[str, ...] = ()
+    others_cores: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        return self.others_cores > DISTURBED_CORES
+
+
+async def run_point(server: Server, prompts: Sequence[str], num_tokens: int) -> Run:
+    """All prompts at once, one stream each. A stream that fails is reported, and the others still count."""
+    processes = listeners(server.url)
+    meter, started = OthersMeter(processes), time.perf_counter()
+    results = await asyncio.gather(*(server.complete(prompt, num_tokens) for prompt in prompts), return_exceptions=True)
+    wall_s = time.perf_counter() - started
+    others = meter.cores() if processes else 0.0
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, (StreamFailed, httpx.HTTPError)):
+            raise result
+    failures = tuple(f"{type(r).__name__}: {r}" for r in results if isinstance(r, BaseException))
+    return Run(tuple(r for r in results if isinstance(r, Completion)), wall_s, failures, others)
+
+
+def run_figures(run: Run) -> Figures | None:
+    """One round's; None where a stream failed, for then fewer streams shared the server."""
+    if run.failures or not run.completions:
+        return None
+    gaps = [gap for completion in run.completions for gap in completion.gaps]
+    per_token = [t for completion in run.completions if (t := completion.time_per_token) is not None]
+    generated = sum(len(completion.token_times) for completion in run.completions)
+    prompts = sum(completion.prompt_tokens for completion in run.completions)
+    return {
+        "ttft": statistics.median(completion.ttft for completion in run.completions),
+        "time_per_token": statistics.median(per_token) if per_token else math.nan,
+        "gap_p50": float(np.percentile(gaps, 50)) if gaps else math.nan,
+        "gap_p99": float(np.percentile(gaps, 99)) if gaps else math.nan,
+        "output_rate": generated / run.wall_s,
+        "total_rate": (generated + prompts) / run.wall_s,
+    }
+
+
+def summarise(runs: Sequence[Run]) -> Figures | None:
+    """Medians over the rounds in which every stream succeeded; None where there is no such round."""
+    rounds = [figures for run in runs if (figures := run_figures(run)) is not None]
+    return {name: statistics.median(f[name] for f in rounds) for name in rounds[0]} if rounds else None
+
+
+def speedup(name: str, ours: Figures, peer: Figures) -> float:
+    """How many times as fast as the peer, above 1 where ours is the better, whether `name` is a time or a rate."""
+    above, below = (peer, ours) if name in TIMES else (ours, peer)
+    return above[name] / below[name] if below[name] else math.inf

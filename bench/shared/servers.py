@@ -1,0 +1,167 @@
+"""Servers under measurement: started from a command line, found ready, asked for streams, and stopped.
+
+OpenAI-compatible servers differ in how they are asked for an exact number of tokens and for a usage at the end.
+`Server.connect` tries the dialects once; from then on every request is written in the one that was understood.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench import BenchError
+from bench.shared.streams import Completion, StreamFailed, read_completion
+
+# Tried in this order; the first that a server takes, and ends with a usage, is its dialect.
+DIALECTS: Mapping[str, Mapping[str, Any]] = {
+    "vllm": {"ignore_eos": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    "ignore_eos": {"ignore_eos": True, "stream_options": {"include_usage": True}},
+    # transformers serve refuses unknown fields, takes a generation config as JSON, and always sends a usage.
+    "transformers": {"generation_config": json.dumps({"eos_token_id": -1})},
+    "openai": {"stream_options": {"include_usage": True}},
+    "plain": {},
+}
+STOP_TIMEOUT_S, POLL_S, READY_TIMEOUT_S = 20.0, 0.5, 300.0
+
+
+def http_client(root: str = "", timeout: float | None = None) -> httpx.AsyncClient:
+    """A fresh connection for every request: what stays open on the server is the server's doing."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(base_url=root, timeout=timeout, limits=limits, trust_env=False)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Server:
+    """`name` is what tables call it; `url` goes up to and including /v1."""
+
+    name: str
+    url: str
+    client: httpx.AsyncClient
+    model: str | None = None
+    api_key: str | None = None
+    dialect: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def root(self) -> str:
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    async def connect(self) -> None:
+        """Find the model's name and the dialect.
+
+        Raises:
+            BenchError: nothing worked; the message has the last answer.
+        """
+        if self.api_key:
+            self.headers["Authorization"] = f"Bearer {self.api_key}"
+        failure = "no answer"
+        for model in [self.model] if self.model else [*await self._served_models(), None]:
+            for dialect in DIALECTS:
+                self.model, self.dialect = model, dialect
+                try:
+                    await self.complete("The first words of the book were", 4)
+                    return
+                except (StreamFailed, httpx.HTTPError) as error:
+                    failure = f"{type(error).__name__}: {error}"
+        raise BenchError(f"{self.name} at {self.url}: {failure}")
+
+    async def _served_models(self) -> list[str]:
+        try:
+            reply = await self.client.get(f"{self.url}/models", headers=self.headers)
+            return [entry["id"] for entry in reply.json()["data"]] if reply.is_success else []
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return []  # transformers serve answers 500 without a hub cache, and needs no name
+
+    async def complete(self, prompt: str, num_tokens: int) -> Completion:
+        """Stream `num_tokens` greedy tokens after `prompt`.
+
+        Raises:
+            StreamFailed: a refusal, an error event or an empty stream.
+            httpx.HTTPError: no connection, or a time-out.
+        """
+        body = {"prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "stream": True}
+        body |= ({"model": self.model} if self.model else {}) | dict(DIALECTS[self.dialect])
+        chunks: list[tuple[float, bytes]] = []
+        started = time.perf_counter()
+        async with self.client.stream("POST", f"{self.url}/completions", json=body, headers=self.headers) as reply:
+            if reply.is_error:
+                raise StreamFailed(f"HTTP {reply.status_code}: {(await reply.aread())[:300].decode(errors='replace')}")
+            async for chunk in reply.aiter_raw():
+                chunks.append((time.perf_counter(), chunk))
+        return read_completion(started, chunks)
+
+    async def is_ready(self) -> bool:
+        """Whether the server is up and its model loaded: by the first of its health routes that exists."""
+        for path in ("/ready", "/health", "/v1/models"):
+            try:
+                reply = await self.client.get(f"{self.root}{path}", headers=self.headers)
+            except httpx.HTTPError:
+                return False
+            if reply.status_code != httpx.codes.NOT_FOUND:
+                return reply.is_success
+        return False
+
+    async def ready(self, timeout_s: float, process: subprocess.Popen[bytes] | None = None) -> None:
+        """Wait until it is. Raises BenchError where its process ends, or time is up."""
+        deadline = time.monotonic() + timeout_s
+        while not await self.is_ready():
+            if process is not None and process.poll() is not None:
+                raise BenchError(f"{self.name} ended with status {process.returncode}")
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.name}: nothing ready at {self.url} after {timeout_s:g} s")
+            await asyncio.sleep(POLL_S)
+
+
+@contextlib.asynccontextmanager
+async def launched(
+    server: Server, command: str, log: Path, timeout_s: float = READY_TIMEOUT_S
+) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """Run `command` until the block ends, once the server is ready; its output goes to `log`.
+
+    Raises:
+        BenchError: it ended, or was not ready in time; the message has the end of its output. Also where something
+            answers already: that would be measured in its place.
+    """
+    if await server.is_ready():
+        raise BenchError(f"{server.name}: something answers at {server.url} already: stop it, or drop --launch")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: ASYNC220  starting takes milliseconds, and nothing else runs yet
+            shlex.split(command), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        try:
+            await server.ready(timeout_s, process)
+        except BenchError as error:
+            raise BenchError("\n".join([str(error), *_tail(log)])) from None
+        yield process
+    finally:
+        # The whole group, kindly, then at once: a launcher's children may outlive it.
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-15:]

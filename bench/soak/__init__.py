@@ -1,0 +1,1 @@
+"""Does a server leak, grow, or leave anybody without an answer?"""

@@ -1,0 +1,1 @@
+"""Where does the time of one engine step go, and how far is it from what memory allows?"""
