@@ -15,10 +15,14 @@ import socket
 import sys
 from typing import NoReturn
 
+import structlog
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import load_settings
 from prerope.server.log import configure_logging
-from prerope.server.settings import Settings, let_waiting_threads_sleep
+from prerope.server.machine import cores
+from prerope.server.settings import Settings, let_waiting_threads_sleep, limit_threads
+
+log = structlog.get_logger(__name__)
 
 
 def main() -> NoReturn:
@@ -40,6 +44,9 @@ def main() -> NoReturn:
 def _serve(settings: Settings, listener: socket.socket) -> int:
     """Run until a signal or a failure; the exit code."""
     let_waiting_threads_sleep()
+    bound = cores()
+    threads = limit_threads(max(1, int(bound.amount)))
+    log.info("threads", computing=threads, cores=round(bound.amount, 2), taken_from=bound.source)
     gc.disable()  # importing makes half a million objects that stay: looking through them takes a sixth of the start
     from prerope.server.app import create_app
     from prerope.server.http import DrainingServer

@@ -33,6 +33,13 @@ def let_waiting_threads_sleep() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
 
 
+def limit_threads(num_threads: int) -> int:
+    """Before torch is imported, which reads it once, as the tokenizer its own: unless the environment has a say."""
+    given = os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+    os.environ.setdefault("RAYON_NUM_THREADS", given)
+    return int(given) if given.isdigit() else num_threads
+
+
 def default_cache_dir() -> Path:
     """Where converted checkpoints are kept: the XDG cache folder of the user, or a temporary one without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "").strip()

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from prerope.cache.sealed import find_sealed, sealed_name
 
 SOURCES = Path(__file__).parent / "c"
 FLAGS = [
@@ -50,10 +51,10 @@ def prepare(directory: Path | None) -> str:
         missing = "a C compiler (cc)" if compiler is None else "torch's OpenMP library"
         return f"no {missing} found: attention runs in torch, slower"
     directory = directory or Path(tempfile.mkdtemp(prefix="prerope-"))
-    target = directory / f"kernels-{_fingerprint(compiler)}.so"
+    stem, num_damaged = f"kernels-{_fingerprint(compiler)}", 0
     try:
-        if not target.exists():
-            _build(compiler, target)
+        target, num_damaged = find_sealed(directory, stem, ".so")
+        target = target or _build(compiler, directory, stem)
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         loaded = ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
@@ -64,13 +65,15 @@ def prepare(directory: Path | None) -> str:
     for name in ("chunk_scratch", "rows_scratch", "linear_scratch", "plan_rows", "has_dots"):
         getattr(loaded, f"prerope_{name}").restype = ctypes.c_int64
     _library = loaded
-    return "the C kernels are loaded"
+    damaged = f" (built anew: the copy in {directory} was damaged)" if num_damaged else ""
+    return f"the C kernels are loaded{damaged}"
 
 
-def _build(compiler: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _build(compiler: str, directory: Path, stem: str) -> Path:
+    """Built aside and moved: a file that is there under its name is whole, and two servers may build at once."""
+    directory.mkdir(parents=True, exist_ok=True)
     wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
         sources, linked = sorted(SOURCES.glob("*.c")), Path(folder, "kernels.so")
         compiled = [Path(folder, source.stem + ".o") for source in sources]
         _run_all(
@@ -79,7 +82,9 @@ def _build(compiler: str, target: Path) -> None:
         )
         # Linked without -fopenmp: its symbols are resolved against the runtime that torch brought.
         _run_all([[compiler, "-shared", *map(str, compiled), "-o", str(linked), "-lm"]])
+        target = directory / sealed_name(linked, stem)
         os.replace(linked, target)
+    return target
 
 
 def _run_all(commands: Iterable[list[str]]) -> None:

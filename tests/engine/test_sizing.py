@@ -13,6 +13,7 @@ import torch
 from prerope.cache.storage import KVStorage
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
+from prerope.server.engine.memory import sizing
 from prerope.server.engine.memory.sizing import (
     CONTEXT_BYTES,
     MARGIN_BYTES,
@@ -23,6 +24,7 @@ from prerope.server.engine.memory.sizing import (
     size_cache,
 )
 from prerope.server.errors import ConfigurationError
+from prerope.server.machine import Bound
 from prerope.server.models.model import Model
 
 from tests.engine.tiny_models import tiny
@@ -213,3 +215,20 @@ def test_a_gpu_is_read_when_its_work_is_done() -> None:
         cuda.mock_calls.clear()
         assert memory.peak() == 2
         assert cuda.mock_calls == [call.synchronize(device), call.max_memory_allocated(device)]
+
+
+# --- on a CPU ---------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_cpu_the_cache_is_of_what_is_free_for_this_process(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that was asked for and is more is refused before it is touched, with whose limit it is."""
+    monkeypatch.setattr(sizing, "free_memory", lambda: Bound(BLOCK * 100, "memory.max of /sys/fs/cgroup"))
+    said: list[str] = []
+    many = EngineConfig(max_num_seqs=10**6, max_model_len=64)
+    assert size_cache(model, many, said.append).num_blocks == int(100 * sizing.CPU_SHARE)
+    assert "memory.max of /sys/fs/cgroup" in said[-1]
+    assert size_cache(model, replace(many, kv_cache_memory=BLOCK * 100)).num_blocks == 100
+    with pytest.raises(ConfigurationError, match=r"KV_CACHE_MEMORY.*are free \(memory.max of /sys/fs/cgroup\)"):
+        size_cache(model, replace(many, kv_cache_memory=BLOCK * 101))
+    few = replace(many, kv_cache_memory=BLOCK * 10**6, max_num_seqs=20)
+    assert size_cache(model, few).num_blocks == 80, "what is never used is not asked for"

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 from prerope.cache.storage import KVStorage, block_bytes
 from prerope.rope.model import default_max_model_len, main_group
@@ -24,6 +23,7 @@ from prerope.rope.reading import MethodError
 from prerope.server.config import EngineConfig
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.errors import ConfigurationError
+from prerope.server.machine import free_memory
 from prerope.server.models.model import Model
 from prerope.server.models.weights import DTYPES
 
@@ -93,7 +93,7 @@ def size_cache(
         memory = DeviceMemory(model.device)
     wanted = config.max_model_len or _method_length(model, config)
     if memory is None:
-        return _checked(model, config, wanted, config.kv_cache_memory or _free_host_memory())
+        return _size_on_host(model, config, wanted, report)
     if config.kv_cache_memory is None:
         size = _size_beside_steps(model, config, wanted, memory, report)
     else:
@@ -222,5 +222,15 @@ def _method_length(model: Model, config: EngineConfig) -> int:
         raise ConfigurationError(str(error)) from error
 
 
-def _free_host_memory() -> int:
-    return min(int(psutil.virtual_memory().available * CPU_SHARE), CPU_LIMIT)
+def _size_on_host(model: Model, config: EngineConfig, wanted: int, report: Report) -> CacheSize:
+    """Of what is free for this process; a cache that was asked for and is more than that would end it later."""
+    free = free_memory()
+    share = min(int(free.amount * CPU_SHARE), CPU_LIMIT)
+    size = _checked(model, config, wanted, config.kv_cache_memory or share)
+    if size.num_bytes > free.amount:
+        raise ConfigurationError(
+            f"KV_CACHE_MEMORY: the cache would take {size.num_bytes / 2**30:.2f} GiB, but {free.amount / 2**30:.2f} "
+            f"GiB are free ({free.source}): lower it, lower MAX_MODEL_LEN or MAX_NUM_SEQS, or leave it unset"
+        )
+    report(f"{free.amount / 2**30:.2f} GiB are free ({free.source}); the cache takes {size.num_bytes / 2**30:.2f} GiB")
+    return size
