@@ -334,6 +334,11 @@ class Settings(BaseSettings):
         ge=0,
         description="Host memory for keys and values that the cache has no room for; 0: none. For GPUs",
     )
+    priority_per_request: bool | None = Field(
+        default=None,
+        description="May a request choose its place in the queue (the field `priority`, a step of which counts as 30 s "
+        "of waiting, up to ten). Unset: where no keys are asked for, so that no key is served at the cost of others",
+    )
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Waiting sequences (prompts times choices) before a 429"
     )

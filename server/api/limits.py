@@ -129,6 +129,19 @@ def prefix_salt(service: Service, tenant: str, cache_salt: str) -> str:
     return f"{tenant}{cache_salt}" if service.settings.prefix_sharing == "key" else cache_salt
 
 
+def _priority(service: Service, asked: int) -> int:
+    """As asked, or refused."""
+    allowed = service.settings.priority_per_request
+    if asked and not (not service.settings.asks_for_key if allowed is None else allowed):
+        raise InvalidRequest(
+            "'priority' is not allowed: with API keys, requests are served in the order in which they come; "
+            "PRIORITY_PER_REQUEST=true lets a request choose its place",
+            param="priority",
+            code="priority_not_allowed",
+        )
+    return asked
+
+
 def admit(
     service: Service,
     request_id: str,
@@ -153,7 +166,7 @@ def admit(
             sampling=sampling,
             positions=positions,
             cache_salt=salt,
-            priority=request.priority,
+            priority=_priority(service, request.priority),
             report_progress=request.output.report_progress,
             deadline=deadline,
             documents=prompt.documents,

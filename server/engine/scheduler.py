@@ -224,7 +224,7 @@ def share(prefills: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
     grants = dict.fromkeys(prefills, 0)
     grants[oldest] = min(oldest.num_remaining_tokens, max(1, budget // OLDEST_SHARE))
     left = budget - grants[oldest]
-    by_need = sorted(prefills, key=lambda s: (s.request.priority, s.num_remaining_tokens, s.rank))
+    by_need = sorted(prefills, key=lambda s: (s.priority, s.num_remaining_tokens, s.rank))
     for sequence in by_need:
         more = min(sequence.num_remaining_tokens - grants[sequence], left)
         grants[sequence] += more

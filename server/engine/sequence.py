@@ -23,6 +23,11 @@ UNKNOWN = -1
 """Stands in `token_ids` for a token that a step in flight samples. No embedding has it."""
 
 
+PRIORITY_STEP_S, MAX_PRIORITY = 30.0, 10
+"""A step of priority counts as so many seconds of waiting, and ten are the most: who has waited for longer than that
+passes all that come after, however urgent."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """What a caller hands to the engine.
@@ -30,7 +35,7 @@ class EngineRequest:
     Attributes:
         positions: the resolved position method; None is the deployment's.
         cache_salt: prefixes are shared only among requests with the same salt.
-        priority: lower runs first.
+        priority: lower runs first: a head start, or a handicap, of `PRIORITY_STEP_S` a step.
         report_progress: also yield an output, without tokens, after each prefill chunk.
         deadline: when it is aborted, in seconds of `time.monotonic()`.
         documents: parts of the prompt that are read on their own, in order.
@@ -149,9 +154,14 @@ class Sequence:
         return self.num_output_tokens > 0 and self.num_remaining_tokens == 1
 
     @property
-    def rank(self) -> tuple[int, float]:
+    def rank(self) -> tuple[float, float]:
         """Smaller is served first and preempted last."""
-        return (self.request.priority, self.arrived_at)
+        return (self.arrived_at + PRIORITY_STEP_S * self.priority, self.arrived_at)
+
+    @property
+    def priority(self) -> int:
+        """The request's, within what anybody may have."""
+        return max(-MAX_PRIORITY, min(self.request.priority, MAX_PRIORITY))
 
     @property
     def first_scored_row(self) -> int:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prerope.server.engine.scheduler import share
-from prerope.server.engine.sequence import UNKNOWN, Sequence
+from prerope.server.engine.sequence import MAX_PRIORITY, PRIORITY_STEP_S, UNKNOWN, Sequence
 from prerope.server.engine.step import Scheduled
 
 from tests.engine.scripted import Script, sequence, unique
@@ -143,6 +143,20 @@ def test_lower_priority_numbers_run_first_and_are_preempted_last() -> None:
     assert urgent.request_id in script.scheduler.running
     assert normal.request_id in script.scheduler.waiting
     script.finish()
+
+
+def test_who_has_waited_long_passes_the_most_urgent_newcomer() -> None:
+    """Whatever number it gives: a priority is a head start of seconds, and has an end."""
+    script = Script(100, max_num_seqs=1)
+    old, new = sequence(unique(5), priority=2**31 - 1), sequence(unique(5), priority=-(2**31) + 1)
+    most = 2 * MAX_PRIORITY * PRIORITY_STEP_S
+    for waited, first in ((most - 1, new), (most + 1, old)):
+        old.arrived_at = new.arrived_at - waited
+        script.add(old, new)
+        script.scheduler.schedule()
+        assert list(script.scheduler.running) == [first.request_id]
+        script.scheduler.remove(old.request_id)
+        script.scheduler.remove(new.request_id)
 
 
 def test_the_latest_is_preempted_and_finds_its_blocks_again() -> None:

@@ -448,3 +448,17 @@ def test_a_lower_priority_number_overtakes_in_the_queue(serve: Any, tiny_checkpo
         faults.forward.release()
         assert [future.result().status_code for future in futures] == [200] * 5
     assert done == [0, -2, 0, 3, 5]
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(None, 400), (False, 400), (True, 200)])
+def test_with_keys_a_request_does_not_choose_its_place(
+    serve: Any, tiny_checkpoint: Path, allowed: bool | None, status: int
+) -> None:
+    """One key would be served at the cost of the others."""
+    url = serve(model_id=str(tiny_checkpoint), api_key="a", priority_per_request=allowed)
+    body = {"prompt": "a", "max_tokens": 1}
+    assert httpx.post(url + GENERATE, json=body | {"priority": 0}, headers=bearer("a")).status_code == 200
+    response = httpx.post(url + GENERATE, json=body | {"priority": -(2**31) + 1}, headers=bearer("a"))
+    assert response.status_code == status
+    if status == 400:
+        assert "PRIORITY_PER_REQUEST" in error_of(response, 400)["message"]
