@@ -10,9 +10,11 @@ Everything that can be refused is refused in `start`, before a stream has begun.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prerope.server.api.chat.parts import ChatReply, Part
+from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, ToolCallReader
 from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.limits import admit, new_id, sampling_params, truncated
@@ -26,10 +28,14 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 from prerope.server.structured.text import GrammarText
 
+TAIL = 8
+"""Tokens at the end of a prompt that tell whether the reply begins within thoughts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Running:
     """A request that was admitted. Its generations are numbered prompt by prompt: choice i is of prompt i ÷ n.
+    thinking: replies begin within thoughts.
 
     Whoever gets one reads its generations through `read_all` or `in_turn`, which close them.
     """
@@ -38,11 +44,17 @@ class Running:
     request: GenerationRequest
     generations: list[Generation]
     tools: ToolUse | None = None
+    thinking: bool = False
 
     def reader(self) -> ChatReader:
         """A new reader for the text of one choice of a chat: it tells text from tool calls."""
         use = self.tools
-        return TextReader() if use is None else ToolCallReader(use.form, use.names, parallel=use.parallel)
+        inner = TextReader() if use is None else ToolCallReader(use.form, use.names, parallel=use.parallel)
+        return ReasoningReader(inner, thinking=self.thinking) if self.separates_reasoning else inner
+
+    @property
+    def separates_reasoning(self) -> bool:
+        return isinstance(self.request.input, Chat) and self.request.input.separate_reasoning
 
     def chat_reply(self, reply: Reply) -> ChatReply:
         """A whole reply of a chat."""
@@ -80,7 +92,14 @@ async def start(service: Service, request: GenerationRequest, prefix: str, arriv
             choices.append((prompt, sampling_params(service, request, max_tokens, index=index, grammar=grammar)))
     shown = frozenset[int]() if use is None else frozenset(use.marks.values())
     generations = admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
-    return Running(request_id, request, generations, use)
+    thinking = chat is not None and _thinks(service, choices[0][0].ids)
+    return Running(request_id, request, generations, use, thinking)
+
+
+def _thinks(service: Service, ids: Sequence[int]) -> bool:
+    """Whether a prompt ends within thoughts: some templates begin them."""
+    end = service.tokenizer.decode(list(ids[-TAIL:]), skip_special_tokens=False)
+    return end.rstrip().endswith(BEGIN)
 
 
 def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText | None:

@@ -15,13 +15,13 @@ from typing import Any
 
 import httpx
 import jsonschema
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply
-from prerope.server.api.chat.tool_calls import ToolCallReader
+from prerope.server.api.chat.reasoning import ReasoningReader
+from prerope.server.api.chat.tool_calls import TextReader, ToolCallReader
 from prerope.server.api.chat.tools import HERMES, LLAMA, MISTRAL, SMOLLM2, ToolFormat, ToolUse, format_of
 from prerope.server.api.openai.chat import _Writer
 from prerope.server.api.openai.schemas import ChatRequest
@@ -443,17 +443,77 @@ def test_bad_tools(url: str, body: dict[str, Any], param: str, words: list[str])
 
 
 def test_templates_without_tools(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The embedded model's, and one whose calls are written in a way that is not read here."""
-    calls = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}]
-    history = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": calls}]
+    """The embedded model's, and one whose calls are written in a way that is not read here: tools are told in words."""
     folder = with_template(tiny_checkpoint, tmp_path / MODEL, UNREAD_TEMPLATE)
-    for path, reason in ((tiny_checkpoint, "chat template takes none"), (folder, "format that is not read")):
-        url = serve(model_id=str(path), max_model_len=256)
+    for path in (tiny_checkpoint, folder):
+        url = serve(model_id=str(path), max_model_len=2048)
         with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.BadRequestError, match=reason) as refused:
-                client.chat.completions.create(model=path.name, messages=MESSAGES, tools=TOOLS)
-            assert refused.value.param == "tools"
-            with pytest.raises(openai.BadRequestError, match="knows no tools"):
-                client.chat.completions.create(model=path.name, messages=history, max_tokens=4)  # type: ignore[arg-type]
-            ignored: dict[str, Any] = {"tools": TOOLS, "tool_choice": "none", "max_tokens": 2}
-            assert client.chat.completions.create(model=path.name, messages=MESSAGES, **ignored).choices
+            options: dict[str, Any] = {"model": path.name, "tools": TOOLS, "max_tokens": 200}
+            reply = client.chat.completions.create(messages=MESSAGES, tool_choice="required", seed=1, **options)
+            message = reply.choices[0].message
+            assert checked(message)
+            assert message.tool_calls is not None
+            answers: list[Any] = [
+                {"role": "tool", "tool_call_id": call.id, "content": "21 °C"} for call in message.tool_calls
+            ]
+            history: list[Any] = [*MESSAGES, message, *answers]
+            assert client.chat.completions.create(messages=history, **options | {"max_tokens": 4}).choices
+            sent = [*MESSAGES, message.model_dump(exclude_none=True), *answers]
+            body = {"messages": sent, "tools": TOOLS}
+            ids = httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
+            text = httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+            assert '"name": "get_weather", "description": "Does get_weather."' in text
+            assert f'<tool_call>\n{{"name": "{message.tool_calls[0].function.name}", "arguments": ' in text
+            assert "<tool_response>\n21 °C\n</tool_response>" in text
+            assert "21 °C" in httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+
+
+@pytest.mark.parametrize("cut", ["{", '{"city": "Par', '{"city": "Paris", "unit"', '{"a": nonsense', ""])
+def test_a_call_that_was_cut_short_comes_back(url: str, cut: str) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": cut}}
+    history = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    body = {"messages": [*history, {"role": "user", "content": "Go on."}], "tools": TOOLS, "max_tokens": 2}
+    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+
+
+THOUGHTS = [
+    ("<think>\nHm.\n</think>\n\nYes.", False, "Hm.\n", "Yes."),
+    ("Hm.</think>Yes.", True, "Hm.", "Yes."),
+    ("\n<think>Hm", False, "Hm", ""),
+    ("Yes <think>no</think>", False, "", "Yes <think>no</think>"),
+    ("<thin", False, "", "<thin"),
+    ("", False, "", ""),
+    ("<think>a </thin b</think>c", False, "a </thin b", "c"),
+]
+
+
+@pytest.mark.parametrize(("text", "thinking", "thought", "answer"), THOUGHTS)
+def test_thoughts_are_told_apart(text: str, thinking: bool, thought: str, answer: str) -> None:
+    for pieces in ([text], list(text)):
+        reader = ReasoningReader(TextReader(), thinking=thinking)
+        parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
+        reply = ChatReply.of(parts)
+        assert (reply.reasoning, reply.text) == (thought, answer)
+
+
+def test_thoughts_reach_the_client(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A template that begins thoughts, as DeepSeek's does."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n"
+    folder = with_template(tiny_checkpoint, tmp_path / MODEL, template)
+    url = serve(model_id=str(folder), max_model_len=256)
+    body: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 20, "guided_choice": ["Hm.</think>Warm."]}
+
+    def message(**more: Any) -> dict[str, Any]:
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body | more, timeout=60).json()
+        return dict(reply["choices"][0]["message"])
+
+    assert (message()["reasoning_content"], message()["content"]) == ("Hm.", "Warm.")
+    assert "reasoning_content" not in message(include_reasoning=False)
+    assert message(separate_reasoning=False)["content"] == "Hm.</think>Warm."
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        extra = {"guided_choice": body["guided_choice"]}
+        stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True, extra_body=extra)
+        deltas = [chunk.choices[0].delta for chunk in stream]
+    assert "".join(getattr(delta, "reasoning_content", "") for delta in deltas) == "Hm."
+    assert "".join(delta.content or "" for delta in deltas) == "Warm."

@@ -1,4 +1,5 @@
-"""What a reply in a chat is made of, in no dialect's words: text, and calls of functions with their arguments."""
+"""What a reply in a chat is made of, in no dialect's words: text, thoughts, and calls of functions with their
+arguments."""
 
 from __future__ import annotations
 
@@ -9,6 +10,13 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True, slots=True)
 class TextPart:
     """More of the text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningPart:
+    """More of what the model thinks before it answers."""
 
     text: str
 
@@ -30,7 +38,7 @@ class ArgumentsPart:
     text: str
 
 
-Part = TextPart | CallPart | ArgumentsPart
+Part = TextPart | ReasoningPart | CallPart | ArgumentsPart
 
 
 @dataclass(slots=True)
@@ -47,6 +55,7 @@ class ChatReply:
     """The parts of one reply, put together."""
 
     text: str = ""
+    reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
 
     @classmethod
@@ -56,6 +65,8 @@ class ChatReply:
             match part:
                 case TextPart(text):
                     reply.text += text
+                case ReasoningPart(text):
+                    reply.reasoning += text
                 case CallPart(_, call_id, name):
                     reply.calls.append(Call(call_id, name))
                 case ArgumentsPart(index, text):

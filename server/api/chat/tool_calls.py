@@ -42,7 +42,9 @@ class _State(Enum):
 class ChatReader(Protocol):
     """Reads one reply of a chat: its text goes in as it comes, and parts come out."""
 
-    num_calls: int
+    @property
+    def num_calls(self) -> int:
+        """Calls so far."""
 
     def push(self, text: str) -> list[Part]:
         """The parts that this text makes certain."""

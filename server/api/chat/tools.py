@@ -188,23 +188,11 @@ def format_of(template: str) -> ToolFormat | None:
     return LLAMA if re.search(r'\\?"name\\?":.*\\?"parameters\\?":', template) else None
 
 
-def tool_format(tokenizer: Tokenizer) -> ToolFormat:
-    """The served model's format. InvalidRequest where its template takes no tools, or writes calls in its own way."""
+def own_format(tokenizer: Tokenizer) -> ToolFormat | None:
+    """The format of the served model's template; None where it takes no tools, or writes calls in a way that is not
+    read here: then `untold` tells the model of them."""
     template = tokenizer.template_text(with_tools=True)
-    if not re.search(r"\btools\b", template):
-        raise InvalidRequest(
-            "'tools' is not supported: the model's chat template takes none; describe them in a message instead",
-            param="tools",
-            code="unsupported_field",
-        )
-    found = format_of(template)
-    if found is None:
-        raise InvalidRequest(
-            "'tools' is not supported: the model's chat template writes tool calls in a format that is not read here",
-            param="tools",
-            code="unsupported_field",
-        )
-    return found
+    return format_of(template) if re.search(r"\btools\b", template) else None
 
 
 def special_marks(tokenizer: Tokenizer, form: ToolFormat) -> dict[str, int]:
@@ -259,12 +247,11 @@ class ToolUse:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, chat: Chat) -> ToolUse | None:
-        """None where the model is told of no tools: with tool_choice none it is told of none. InvalidRequest where it
-        cannot take any."""
+        """None where the model is told of no tools: with tool_choice none it is told of none."""
         tools, choice = chat.tools, chat.tool_choice or ToolChoice("auto")
         if not tools or choice.mode == "none":
             return None
-        form = tool_format(tokenizer)
+        form = own_format(tokenizer) or HERMES
         marks = special_marks(tokenizer, form)
         grammar = None
         strict = any(tool.function.strict for tool in tools) and form.begin != ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, TextPart
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
 from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
@@ -53,7 +53,7 @@ class _Writer:
         read = self._running.chat_reply(reply)
         choice = {
             "index": index,
-            "message": {"role": "assistant", "refusal": None, **_message(read)},
+            "message": {"role": "assistant", "refusal": None, **_message(read, thoughts=self.body.include_reasoning)},
             "logprobs": self._logprobs(reply.tokens),
             "finish_reason": _finish_reason(reply.finish_reason, len(read.calls)),
         }
@@ -68,13 +68,16 @@ class _Writer:
             told["prompt_token_ids"] = list(self._running.generations[0].prompt_token_ids)
         return told
 
+    def _tells(self, part: Part) -> bool:
+        return self.body.include_reasoning or not isinstance(part, ReasoningPart)
+
     def _token_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {"token_ids": [token.token_id for token in tokens]} if self.body.return_token_ids else {}
 
     def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """What a piece adds to a choice of a stream; its log-probabilities go with the first delta."""
         reader = self._readers.setdefault(index, self._running.reader())
-        deltas = [_delta(part) for part in parts_of(piece, reader)]
+        deltas = [_delta(part) for part in parts_of(piece, reader) if self._tells(part)]
         if piece.tokens and not deltas:
             deltas = [{"content": ""}]
         logprobs = [self._logprobs(piece.tokens), *(self._logprobs(()) for _ in deltas[1:])]
@@ -90,21 +93,24 @@ class _Writer:
         return None if num_alternatives is None else chat_logprobs(self._tokenizer, tokens, num_alternatives)
 
 
-def _message(reply: ChatReply) -> dict[str, Any]:
+def _message(reply: ChatReply, *, thoughts: bool) -> dict[str, Any]:
     """A reply as a message: `tool_calls` where there are any, and then text only where there is some."""
+    told = {"reasoning_content": reply.reasoning} if reply.reasoning and thoughts else {}
     if not reply.calls:
-        return {"content": reply.text}
+        return {"content": reply.text, **told}
     calls = [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
         for call in reply.calls
     ]
-    return {"content": reply.text or None, "tool_calls": calls}
+    return {"content": reply.text or None, "tool_calls": calls, **told}
 
 
 def _delta(part: Part) -> dict[str, Any]:
     match part:
         case TextPart(text):
             return {"content": text}
+        case ReasoningPart(text):
+            return {"reasoning_content": text}
         case CallPart(index, call_id, name):
             function = {"name": name, "arguments": ""}
             return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}

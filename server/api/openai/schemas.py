@@ -197,6 +197,7 @@ class ChatRequest(OpenAIFields, ToolFields):
                 add_generation_prompt=asks_for_reply(self.add_generation_prompt, self.continue_final_message),
                 continue_final_message=self.continue_final_message,
                 add_special_tokens=self.add_special_tokens,
+                separate_reasoning=self.separate_reasoning,
                 template_kwargs=self._template_kwargs(),
             ),
             sampling=self.sampling(max_tokens=max_tokens),

@@ -244,6 +244,7 @@ class ChatMessage(ReplyBody):
     content: str | None
     refusal: None
     tool_calls: list[ToolCallReply] = Field(default_factory=list)
+    reasoning_content: str = Field("", description="What the model thought, where it wrote thoughts.")
 
 
 class ChatChoice(ReplyBody):
@@ -289,6 +290,7 @@ class ChatDelta(ReplyBody):
     content: str = ""
     refusal: None = None
     tool_calls: list[ToolCallDelta] = Field(default_factory=list)
+    reasoning_content: str = Field("", description="What the model thought, where it wrote thoughts.")
 
 
 class ChatChunkChoice(ReplyBody):

@@ -51,6 +51,7 @@ class Chat:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    separate_reasoning: bool = True
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 

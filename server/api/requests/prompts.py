@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prerope.server.api.chat.messages import Message, as_template_input
+from prerope.server.api.chat.tools import own_format
+from prerope.server.api.chat.untold import as_text
 from prerope.server.api.requests.body import MAX_SHOWN
 from prerope.server.api.requests.documents import TokenizedPrompt, assembled
 from prerope.server.api.requests.internal import Chat, Prompt
 from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest, ModelNotFound
 from prerope.server.service import Service
+
+if TYPE_CHECKING:
+    from prerope.server.tokenizer import Tokenizer
 
 INLINE_CHARS = 2_000
 """Text up to this long is tokenised on the event loop (about a millisecond); longer text on a thread."""
@@ -91,7 +96,6 @@ async def chat_ids(
     num_chars = sum(message.num_chars for message in messages)
     if not to_be_cut:
         _check_characters(service, num_chars, "messages")
-    _check_tool_messages(service, messages)
     kwargs = dict(chat.template_kwargs)
     reserved = sorted(kwargs.keys() & TEMPLATE_ARGUMENTS)
     if reserved:
@@ -100,10 +104,11 @@ async def chat_ids(
             param="chat_template_kwargs",
         )
     rendered = as_template_input(messages, knows_developer=service.tokenizer.template_names("developer"))
-    tokenizer = service.tokenizer
+    tokenizer, told = service.tokenizer, [dict(tool) for tool in tools]
+    if not _knows_tools(tokenizer, messages, told):
+        rendered, told = as_text(rendered, told, system=tokenizer.template_names("system")), []
 
     def encode() -> list[int]:
-        told = [dict(tool) for tool in tools]
         text = tokenizer.render_chat(
             rendered,
             tools=told,
@@ -122,15 +127,13 @@ async def chat_ids(
     return ids
 
 
-def _check_tool_messages(service: Service, messages: Sequence[Message]) -> None:
-    """A template that knows no tools would leave calls out, and write answers as it likes."""
-    names = service.tokenizer.template_names
-    for what, given in (("tool_calls", "'tool_calls'"), ("tool", "messages of role 'tool'")):
-        used = any(message.tool_calls if what == "tool_calls" else message.role == "tool" for message in messages)
-        if used and not names(what):
-            raise InvalidRequest(
-                f"{given} are not supported: the model's chat template knows no tools", param="messages"
-            )
+def _knows_tools(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any]) -> bool:
+    """Whether the template can write what the chat has of tools; one that knows none would leave calls out."""
+    if tools and own_format(tokenizer) is None:
+        return False
+    named = tokenizer.template_names
+    calls, answers = any(m.tool_calls for m in messages), any(m.role == "tool" for m in messages)
+    return (named("tool_calls") or not calls) and (named("tool") or not answers)
 
 
 def _check_characters(service: Service, num_chars: int, param: str) -> None:
