@@ -34,6 +34,11 @@ def library() -> ctypes.CDLL | None:
     return _library
 
 
+def library_path() -> Path | None:
+    """The file that the kernels were loaded from."""
+    return None if _library is None else Path(_library._name)
+
+
 def kernels() -> ctypes.CDLL:
     """The kernels, which must be there."""
     assert _library is not None

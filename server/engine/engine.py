@@ -45,6 +45,7 @@ from prerope.server.engine.step import Scheduled, Step, finish_launch
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
 from prerope.server.models.batch import build_batch
+from prerope.server.models.cpu.trial import choose_arithmetic
 from prerope.server.models.model import Model, load_model
 from prerope.server.models.probe import probe
 from prerope.server.models.weights import DTYPES
@@ -107,6 +108,8 @@ class Engine:
                 f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
             )
         report(prepare(config.cache_dir))
+        if (chosen := choose_arithmetic()) is not None:
+            report(chosen)
         model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization)
         model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
         report("checking the model against transformers' own forward")
