@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save
 from torch import Tensor
 
 MAX_PENDING_WRITES = 512
@@ -242,7 +243,7 @@ class BlockTier:
         try:
             length = int.from_bytes(content[:8], "little")
             header = content[8 : 8 + length]
-            payload = load(content)["block"]
+            payload = tensors_of(content)["block"]
         except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError):
             return None
         ours = payload.dtype == torch.uint8 and payload.dim() == 1
