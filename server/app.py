@@ -12,6 +12,7 @@ from prerope.server.api import generate, health, pages
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldRequest
 from prerope.server.api.auth.keys import KeyRing
+from prerope.server.api.dialects import anthropic, ollama, others, responses
 from prerope.server.api.errors import install_error_handlers
 from prerope.server.api.hosts import HostCheck
 from prerope.server.api.middleware import BodyLimit, ClientTimeout, FieldReport, HeadAsGet, KeyCheck, RequestContext
@@ -32,6 +33,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     for module in (generate, openai, tokenize, health, pages):
         app.include_router(module.router)
+    for dialect in (anthropic, responses, ollama, others):
+        app.include_router(dialect.router, include_in_schema=False)  # their own documentation says what they take
     install_error_handlers(app)
     install_document(app, needs_key=bool(settings.api_keys or settings.api_key_file))
     # The last added is the outermost.

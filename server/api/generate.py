@@ -10,6 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.connected import while_connected
+from prerope.server.api.dialects.others import other_dialect
+from prerope.server.api.dialects.requests.others import AnyGenerateRequest
 from prerope.server.api.logprobs import generate_logprobs, vllm_prompt_logprobs
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.running import Running, start
@@ -23,9 +25,11 @@ router = APIRouter(tags=["generate"])
 
 
 @router.post("/generate", summary="Continue a prompt")
-async def generate(body: GenerateRequest, request: Request, service: ReadyService) -> Response:
+async def generate(body: AnyGenerateRequest, request: Request, service: ReadyService) -> Response:
     """Continue a prompt (text or token ids), as one JSON reply or as a stream of server-sent events."""
     running = await while_connected(request, start(service, body.lowered(), "gen", time.perf_counter()))
+    if not isinstance(body, GenerateRequest):
+        return await other_dialect(service, request, running, body)
     if body.stream:
         return event_stream(_events(service, running, body))
     (reply,) = await read_all(request, running.generations)

@@ -118,6 +118,11 @@ def _template(scope: Scope) -> str:
     return path
 
 
+def is_open(path: str, method: str) -> bool:
+    """Whether a request needs no key: pages and probes are read, never posted to."""
+    return path in OPEN_PATHS and method in ("GET", "HEAD", "OPTIONS")
+
+
 class KeyCheck:
     """Refuses requests without one of the keys; notes in the scope whose key it is, as `tenant`."""
 
@@ -132,14 +137,15 @@ class KeyCheck:
             path = scope["path"].rstrip("/") or "/"  # with a slash more it is sent on to the route
             if path == METRICS_PATH and self.metrics_keys.asks:
                 self._tenant(scope, self.metrics_keys, "METRICS_KEY")
-            elif path not in OPEN_PATHS and self.keys.asks:
+            elif self.keys.asks and not is_open(path, scope["method"]):
                 scope["tenant"] = self._tenant(scope, self.keys, "KEY")
         await self.app(scope, receive, send)
 
     @staticmethod
     def _tenant(scope: Scope, keys: KeyRing, shown: str) -> str:
         """Whose key the request carries. Raises Unauthorized."""
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, given = headers.get("authorization", f"Bearer {headers.get('x-api-key', '')}").partition(" ")
         tenant = keys.tenant(given.strip().encode("latin-1"))  # the bytes as they came
         if scheme.lower() != "bearer" or tenant is None:
             problem = "The API key is wrong." if given else "An API key is needed."

@@ -107,6 +107,11 @@ class Generation:
         self._engine_timings: Timings | None = None
         self._ended = False
 
+    @property
+    def stopped_by_string(self) -> bool:
+        """Whether a stop string has ended it."""
+        return self._transcript.stopped
+
     def __aiter__(self) -> Generation:
         return self
 

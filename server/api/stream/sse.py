@@ -6,6 +6,8 @@
     data: {"error": …}
     data: [DONE]          at the end, unless there was an error
 
+Where events are `named`, as Anthropic's and Responses' are, `event: TYPE` stands before each, and no [DONE] at the end.
+
 The source is closed when the client goes away; closing it must abort what it reads.
 """
 
@@ -33,21 +35,22 @@ LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 AppStatus.enable_automatic_graceful_drain = False
 
 
-def event_stream(source: AsyncGenerator[Any, None]) -> EventSourceResponse:
+def event_stream(source: AsyncGenerator[Any, None], *, named: bool = False) -> EventSourceResponse:
     """`source` as a response. Refusals must be raised before this is called: here the status is already 200."""
     return EventSourceResponse(
-        _frames(source),
+        _frames(source, named=named),
         ping=KEEP_ALIVE_S,
         sep=SEPARATOR,
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep=SEPARATOR),
     )
 
 
-async def _frames(source: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+async def _frames(source: AsyncGenerator[Any, None], *, named: bool = False) -> AsyncGenerator[bytes, None]:
     async with aclosing(source):
         try:
             async for event in source:
-                yield b"data: " + _encode(event) + b"\n\n"
+                name = f"event: {event['type']}\n".encode() if named else b""
+                yield name + b"data: " + _encode(event) + b"\n\n"
         except RequestError as error:
             log.warning("stream failed", status=error.status, code=error.code)
             yield _error_frame(error)
@@ -56,11 +59,12 @@ async def _frames(source: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, No
             log.error("stream failed", trace=trace(error))
             yield _error_frame(internal_error())
             return
-        yield b"data: [DONE]\n\n"
+        if not named:
+            yield b"data: [DONE]\n\n"
 
 
 def _error_frame(error: RequestError) -> bytes:
-    return b"event: error\ndata: " + _encode(error_body(error)) + b"\n\n"
+    return b"event: error\ndata: " + _encode({"type": "error", **error_body(error)}) + b"\n\n"
 
 
 def _encode(event: Any) -> bytes:

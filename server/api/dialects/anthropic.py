@@ -1,0 +1,138 @@
+"""POST /v1/messages and /v1/messages/count_tokens, as Anthropic's clients speak them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, TextPart
+from prerope.server.api.chat.tools import ToolUse
+from prerope.server.api.connected import while_connected
+from prerope.server.api.dialects.common import (
+    chat_events,
+)
+from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.requests.prompts import chat_ids
+from prerope.server.api.running import Running, start
+from prerope.server.api.stream.collect import read_all
+from prerope.server.api.stream.sse import event_stream
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.service import ReadyService, Service
+
+router = APIRouter(tags=["anthropic"])
+
+
+@router.post("/v1/messages", summary="Answer a chat, in Anthropic's shape")
+async def messages(body: MessagesRequest, request: Request, service: ReadyService) -> Response:
+    """Anthropic's messages: text and tool use, whole or as events."""
+    running = await while_connected(request, start(service, body.lowered(), "msg", time.perf_counter()))
+    if body.stream:
+        return event_stream(_events(service, running), named=True)
+    (reply,) = await read_all(request, running.generations)
+    parts = running.chat_reply(reply)
+    return JSONResponse(
+        {
+            **_head(service, running),
+            "content": _content(parts),
+            "stop_reason": _stop_reason(reply.finish_reason, bool(parts.calls), running),
+            "stop_sequence": None,
+            "usage": _usage(running),
+        }
+    )
+
+
+@router.post("/v1/messages/count_tokens", summary="Tokens of a chat, in Anthropic's shape")
+async def count_tokens(
+    body: CountTokensRequest,
+    service: ReadyService,
+) -> JSONResponse:
+    """How many tokens the prompt of such a request has."""
+    chat = body.chat()
+    use = ToolUse.of(service.tokenizer, chat)
+    ids = await chat_ids(service, chat, tools=() if use is None else use.for_template)
+    return JSONResponse({"input_tokens": len(ids)})
+
+
+def _head(service: Service, running: Running) -> dict[str, Any]:
+    return {"id": running.id, "type": "message", "role": "assistant", "model": service.model_name}
+
+
+def _content(reply: ChatReply) -> list[dict[str, Any]]:
+    text = [{"type": "text", "text": reply.text}] if reply.text or not reply.calls else []
+    uses = [
+        {"type": "tool_use", "id": one.id, "name": one.name, "input": json.loads(one.arguments or "{}")}
+        for one in reply.calls
+        if _whole(one.arguments)
+    ]
+    return [*text, *uses]
+
+
+def _whole(arguments: str) -> bool:
+    """Whether a call was written to its end: Anthropic's shape has no place for half an object."""
+    try:
+        return isinstance(json.loads(arguments or "{}"), dict)
+    except ValueError:
+        return False
+
+
+def _stop_reason(reason: FinishReason, has_calls: bool, running: Running) -> str:
+    if reason is FinishReason.STOP:
+        if has_calls:
+            return "tool_use"
+        return "stop_sequence" if running.generations[0].stopped_by_string else "end_turn"
+    return "max_tokens"
+
+
+def _usage(running: Running) -> dict[str, int]:
+    usage = running.generations[0].usage
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "output_tokens": usage.completion_tokens,
+    }
+
+
+async def _events(service: Service, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+    """message_start, blocks one after the other, message_delta with the reason, message_stop."""
+    start_of: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": {**_usage(running)}}
+    yield {"type": "message_start", "message": {**_head(service, running), **start_of}}
+    index, kind, num_calls, reason = -1, "", 0, FinishReason.ABORT
+
+    def begin(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        nonlocal index, kind
+        if index >= 0:
+            yield {"type": "content_block_stop", "index": index}
+        index, kind = index + 1, block["type"]
+        yield {"type": "content_block_start", "index": index, "content_block": block}
+
+    async for piece, parts in chat_events(running):
+        for part in parts:
+            match part:
+                case TextPart(text):
+                    if kind != "text":
+                        for event in begin({"type": "text", "text": ""}):
+                            yield event
+                    yield _delta(index, {"type": "text_delta", "text": text})
+                case CallPart(_, call_id, name):
+                    num_calls += 1
+                    for event in begin({"type": "tool_use", "id": call_id, "name": name, "input": {}}):
+                        yield event
+                case ArgumentsPart(_, text):
+                    yield _delta(index, {"type": "input_json_delta", "partial_json": text})
+        reason = piece.finish_reason or reason
+    if index < 0:
+        for event in begin({"type": "text", "text": ""}):
+            yield event
+    yield {"type": "content_block_stop", "index": index}
+    stopped = {"stop_reason": _stop_reason(reason, num_calls > 0, running), "stop_sequence": None}
+    yield {"type": "message_delta", "delta": stopped, "usage": _usage(running)}
+    yield {"type": "message_stop"}
+
+
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": index, "delta": delta}

@@ -1,0 +1,175 @@
+"""Ollama's API: /api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version. Replies stream as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, TextPart
+from prerope.server.api.connected import while_connected
+from prerope.server.api.dialects.common import (
+    chat_events,
+)
+from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
+from prerope.server.api.running import Running, start
+from prerope.server.api.stream.collect import read_all
+from prerope.server.api.stream.lines import line_stream
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.service import ReadyService, Service
+
+router = APIRouter(prefix="/api", tags=["ollama"])
+
+
+@router.post("/chat", summary="Answer a chat, in Ollama's shape")
+async def chat(
+    body: OllamaChatRequest,
+    request: Request,
+    service: ReadyService,
+) -> Response:
+    """Ollama's chat: JSON lines, or one object where `stream` is false."""
+    running = await while_connected(request, start(service, body.lowered(), "ollama", time.perf_counter()))
+    if body.stream:
+        return line_stream(_lines(service, running, chat=True))
+    (reply,) = await read_all(request, running.generations)
+    parts = running.chat_reply(reply)
+    calls = [_call(one.name, one.arguments) for one in parts.calls]
+    printed = {"role": "assistant", "content": parts.text, **({"tool_calls": calls} if calls else {})}
+    return JSONResponse({**_head(service), "message": printed, **_ending(running, reply.finish_reason)})
+
+
+@router.post("/generate", summary="Continue a prompt, in Ollama's shape")
+async def generate(
+    body: OllamaGenerateRequest,
+    request: Request,
+    service: ReadyService,
+) -> Response:
+    """Ollama's generate: JSON lines, or one object where `stream` is false."""
+    if not body.prompt:  # how its clients load a model ahead of time
+        return JSONResponse({**_head(service), "response": "", "done": True, "done_reason": "load"})
+    running = await while_connected(request, start(service, body.lowered(), "ollama", time.perf_counter()))
+    if body.stream:
+        return line_stream(_lines(service, running, chat=False))
+    (reply,) = await read_all(request, running.generations)
+    return JSONResponse({**_head(service), "response": reply.text, **_ending(running, reply.finish_reason)})
+
+
+async def _lines(service: Service, running: Running, *, chat: bool) -> AsyncGenerator[dict[str, Any], None]:
+    """A line for each piece of text and each whole call, then one with the counts."""
+    head, calls, reason = _head(service), list[tuple[str, str]](), FinishReason.ABORT
+
+    def line(text: str, **more: Any) -> dict[str, Any]:
+        content = {"message": {"role": "assistant", "content": text, **more}} if chat else {"response": text}
+        return {**head, **content, "done": False}
+
+    async for piece, parts in chat_events(running):
+        for part in parts:
+            match part:
+                case TextPart(text) if text:
+                    yield line(text)
+                case CallPart(_, _, name):
+                    calls.append((name, ""))
+                case ArgumentsPart(index, text):
+                    calls[index] = (calls[index][0], calls[index][1] + text)
+        reason = piece.finish_reason or reason
+    if calls:
+        yield line("", tool_calls=[_call(*one) for one in calls])
+    yield {**line(""), **_ending(running, reason)}
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError:  # the reply ended before the call did
+        parsed = {}
+    return {"function": {"name": name, "arguments": parsed}}
+
+
+def _head(service: Service) -> dict[str, Any]:
+    return {"model": service.model_name, "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z")}
+
+
+def _ending(running: Running, reason: FinishReason) -> dict[str, Any]:
+    """Counts, and times in nanoseconds."""
+    (generation,) = running.generations
+    usage, timings = generation.usage, generation.timings
+    prefill, decode = (0.0, 0.0) if timings is None else (timings.queue_s + timings.prefill_s, timings.decode_s)
+    return {
+        "done": True,
+        "done_reason": "stop" if reason is FinishReason.STOP else "length",
+        "total_duration": int(1e9 * (prefill + decode)),
+        "load_duration": 0,
+        "prompt_eval_count": usage.prompt_tokens,
+        "prompt_eval_duration": int(1e9 * prefill),
+        "eval_count": usage.completion_tokens,
+        "eval_duration": int(1e9 * decode),
+    }
+
+
+@router.get("/tags", summary="List the model served, in Ollama's shape")
+async def tags(service: ReadyService) -> dict[str, Any]:
+    """A list of one."""
+    return {"models": [_card(service)]}
+
+
+@router.get("/ps", summary="List the model loaded, in Ollama's shape")
+async def loaded(service: ReadyService) -> dict[str, Any]:
+    """The same list: the model is loaded."""
+    return {"models": [{**_card(service), "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}]}
+
+
+@router.get("/version", summary="The server's version, in Ollama's shape")
+async def version() -> dict[str, str]:
+    """PreRoPE's own version."""
+    return {"version": metadata.version("prerope")}
+
+
+@router.post("/show", summary="Describe the model, in Ollama's shape")
+async def show(body: ShowRequest, service: ReadyService) -> dict[str, Any]:
+    """What Ollama's clients ask before a chat: the context length, and what the model can do."""
+    del body
+    info = service.engine.info
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "details": _details(),
+        "model_info": {"general.architecture": "prerope", "prerope.context_length": info.max_model_len},
+        "capabilities": ["completion", "tools"],
+    }
+
+
+def _details() -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": "prerope",
+        "families": ["prerope"],
+        "parameter_size": "",
+        "quantization_level": "",
+    }
+
+
+def _card(service: Service) -> dict[str, Any]:
+    return {
+        "name": service.model_name,
+        "model": service.model_name,
+        "modified_at": "1970-01-01T00:00:00Z",
+        "size": 0,
+        "digest": "",
+        "details": _details(),
+    }
+
+
+@router.post("/embed", summary="Not served here", include_in_schema=False)
+@router.post("/embeddings", summary="Not served here", include_in_schema=False)
+async def embeddings() -> JSONResponse:
+    """What it is, and what to use instead."""
+    return JSONResponse(
+        {"error": "embeddings are not served here: this server writes text (/api/chat, /api/generate)"}, 501
+    )

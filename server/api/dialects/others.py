@@ -1,0 +1,152 @@
+"""/generate as TGI's and SGLang's clients write it, told from ours by their fields."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from importlib import metadata
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prerope.server.api.connected import while_connected
+from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
+from prerope.server.api.running import Running, start
+from prerope.server.api.stream.collect import in_turn, read_all
+from prerope.server.api.stream.generation import Reply
+from prerope.server.api.stream.sse import event_stream
+from prerope.server.api.stream.transcript import Token
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.service import ReadyService, Service
+
+router = APIRouter(tags=["others"])
+
+
+def logprob_of(token: Token) -> float | None:
+    return None if token.logprobs is None else token.logprobs.logprob
+
+
+def tgi_reply(service: Service, running: Running, body: TgiRequest, reply: Reply) -> dict[str, Any]:
+    """A whole reply."""
+    full = body.inputs if body.parameters.return_full_text else ""
+    printed: dict[str, Any] = {"generated_text": full + reply.text}
+    if body.parameters.details:
+        tokens = [_tgi_token(service, token.token_id, logprob_of(token)) for token in reply.tokens]
+        printed["details"] = {**_tgi_details(running, reply.finish_reason), "prefill": [], "tokens": tokens}
+    return printed
+
+
+def _tgi_token(service: Service, token_id: int, logprob: float | None) -> dict[str, Any]:
+    special = token_id in service.tokenizer.special_ids
+    return {"id": token_id, "text": service.tokenizer.token_text(token_id), "logprob": logprob, "special": special}
+
+
+def _tgi_details(running: Running, reason: FinishReason) -> dict[str, Any]:
+    (generation,) = running.generations
+    reasons = {FinishReason.STOP: "eos_token", FinishReason.LENGTH: "length"}
+    return {
+        "finish_reason": "stop_sequence" if generation.stopped_by_string else reasons.get(reason, "length"),
+        "generated_tokens": generation.usage.completion_tokens,
+        "input_length": generation.usage.prompt_tokens,
+        "seed": running.request.sampling.seed,
+    }
+
+
+async def tgi_events(service: Service, running: Running, body: TgiRequest) -> AsyncGenerator[dict[str, Any], None]:
+    """An event a token; the last one has the whole text. Text that a token does not complete is empty until it does."""
+    text, index, last = body.inputs if body.parameters.return_full_text else "", 0, None
+    async with in_turn(running.generations) as pieces:
+        async for _, piece in pieces:
+            for place, token in enumerate(piece.tokens):
+                if last is not None:
+                    yield last
+                index += 1
+                printed = _tgi_token(service, token.token_id, logprob_of(token))
+                printed["text"] = piece.text if place == len(piece.tokens) - 1 else ""
+                last = {"index": index, "token": printed, "generated_text": None, "details": None}
+            text += piece.text
+            if piece.finish_reason is not None:
+                last = last or {"index": 0, "token": {"id": 0, "text": "", "logprob": 0.0, "special": True}}
+                yield {**last, "generated_text": text, "details": _tgi_details(running, piece.finish_reason)}
+
+
+def sglang_reply(running: Running, body: SglangRequest, reply: Reply) -> dict[str, Any]:
+    """A whole reply; a stream's events have this shape too, with the text so far."""
+    (generation,) = running.generations
+    info: dict[str, Any] = {
+        "id": running.id,
+        "finish_reason": {"type": str(reply.finish_reason)},
+        "prompt_tokens": generation.usage.prompt_tokens,
+        "completion_tokens": generation.usage.completion_tokens,
+        "cached_tokens": generation.usage.cached_tokens,
+    }
+    if body.return_logprob:
+        scored = [(logprob_of(token), token.token_id, None) for token in reply.tokens]
+        info["output_token_logprobs"] = [list(one) for one in scored]
+    return {"text": reply.text, "output_ids": [token.token_id for token in reply.tokens], "meta_info": info}
+
+
+async def sglang_events(running: Running, body: SglangRequest) -> AsyncGenerator[dict[str, Any], None]:
+    """An event a step with all text so far, as SGLang streams."""
+    reply = Reply()
+    async with in_turn(running.generations) as pieces:
+        async for _, piece in pieces:
+            reply.add(piece)
+            if piece.text or piece.tokens or piece.finish_reason is not None:
+                printed = sglang_reply(running, body, reply)
+                if piece.finish_reason is None:
+                    printed["meta_info"]["finish_reason"] = None
+                yield printed
+
+
+async def other_dialect(
+    service: Service, request: Request, running: Running, body: TgiRequest | SglangRequest
+) -> Response:
+    """The reply to a body of /generate that is not ours."""
+    if isinstance(body, TgiRequest):
+        if body.stream:
+            return event_stream(tgi_events(service, running, body))
+        (reply,) = await read_all(request, running.generations)
+        return JSONResponse(tgi_reply(service, running, body, reply))
+    if body.stream:
+        return event_stream(sglang_events(running, body))
+    (reply,) = await read_all(request, running.generations)
+    return JSONResponse(sglang_reply(running, body, reply))
+
+
+@router.post("/generate_stream", summary="Continue a prompt as a stream, in TGI's shape")
+async def generate_stream(body: TgiRequest, request: Request, service: ReadyService) -> Response:
+    """TGI's stream of tokens."""
+    running = await while_connected(request, start(service, body.lowered(), "tgi", time.perf_counter()))
+    return event_stream(tgi_events(service, running, body))
+
+
+@router.post("/", summary="Continue a prompt, in TGI's shape")
+async def compatible(body: TgiRequest, request: Request, service: ReadyService) -> Response:
+    """What huggingface_hub's text_generation sends to a server's address: a list of one reply, or a stream."""
+    running = await while_connected(request, start(service, body.lowered(), "tgi", time.perf_counter()))
+    if body.stream:
+        return event_stream(tgi_events(service, running, body))
+    (reply,) = await read_all(request, running.generations)
+    return JSONResponse([tgi_reply(service, running, body, reply)])
+
+
+@router.get("/info", summary="Describe the model, in TGI's shape")
+async def info(service: ReadyService) -> dict[str, Any]:
+    """What huggingface_hub asks a text generation server."""
+    limits = service.engine.info
+    return {
+        "model_id": service.model_name,
+        "model_dtype": limits.dtype,
+        "model_device_type": limits.device,
+        "max_input_tokens": limits.max_model_len - 1,
+        "max_total_tokens": limits.max_model_len,
+        "max_concurrent_requests": service.settings.max_queued_requests,
+        "version": metadata.version("prerope"),
+    }
+
+
+@router.get("/get_model_info", summary="Describe the model, in SGLang's shape")
+async def model_info(service: ReadyService) -> dict[str, Any]:
+    """What SGLang's clients ask first."""
+    return {"model_path": service.model_name, "tokenizer_path": service.model_name, "is_generation": True}

@@ -1,0 +1,144 @@
+"""What Anthropic's clients send to /v1/messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.tools import Tool, ToolChoice
+from prerope.server.api.dialects.requests.common import (
+    call,
+    function_tool,
+    list_of,
+    message,
+    not_read_here,
+    object_of,
+    text_of,
+)
+from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text
+from prerope.server.api.requests.foreign import IGNORED, Foreign
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
+from prerope.server.errors import InvalidRequest
+from pydantic import Field
+
+
+class CountTokensRequest(RequestBody):
+    """The part of a request that makes its prompt."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
+        {"metadata", "service_tier", "container", "context_management", "cache_control", "betas", "output_config"},
+        IGNORED,
+    )
+
+    model: Text | None = None
+    messages: list[Any] = Field(min_length=1)
+    system: str | list[Any] | None = None
+    tools: list[Any] = Field(default_factory=list)
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+
+    def chat(self) -> Chat:
+        choice = self.tool_choice or {}
+        return Chat(
+            messages=list(self._messages()),
+            tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
+            tool_choice=_choice(choice) if self.tools and choice else None,
+            parallel_tool_calls=choice.get("disable_parallel_tool_use") is not True,
+        )
+
+    def lowered(self) -> GenerationRequest:
+        return GenerationRequest(input=self.chat(), model=self.model, sampling=Sampling(max_tokens=1))
+
+    def _messages(self) -> Iterator[Message]:
+        if self.system:
+            yield message("system", _text(self.system, "system"))
+        for index, one in enumerate(self.messages):
+            given = object_of(one, f"messages[{index}]")
+            yield from _lowered(given, f"messages[{index}]")
+
+
+class MessagesRequest(CountTokensRequest):
+    """POST /v1/messages."""
+
+    max_tokens: int = Field(ge=1, le=INT32_MAX)
+    stream: bool = False
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX)
+    stop_sequences: list[Text] = Field(default_factory=list, max_length=64)
+
+    def lowered(self) -> GenerationRequest:
+        sampling = Sampling(
+            max_tokens=self.max_tokens,
+            temperature=0.0 if self.top_p == 0 else self.temperature,
+            top_p=self.top_p or None,
+            top_k=self.top_k,
+            stop=[text for text in self.stop_sequences if text],
+        )
+        return GenerationRequest(input=self.chat(), model=self.model, sampling=sampling)
+
+
+def _text(value: Any, param: str) -> str:
+    """Text, or blocks of it."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(_block_text(object_of(one, f"{param}[{i}]"), f"{param}[{i}]") for i, one in enumerate(value))
+
+
+def _block_text(block: Any, param: str) -> str:
+    match block.get("type"):
+        case "text":
+            return text_of(block.get("text"), f"{param}.text")
+        case "document" if isinstance(block.get("source"), dict) and block["source"].get("type") == "text":
+            title = f"{block['title']}\n" if block.get("title") else ""
+            return title + text_of(block["source"].get("data"), f"{param}.source.data")
+        case kind:
+            raise not_read_here(kind, param)
+
+
+def _lowered(given: Any, param: str) -> Iterator[Message]:
+    """One message as OpenAI's: results of tools become messages of their own, before the text beside them."""
+    role, content = given.get("role"), given.get("content")
+    if isinstance(content, str) or role not in ("user", "assistant"):
+        yield message(role, text_of(content, f"{param}.content"))
+        return
+    texts, calls = [], []
+    for index, one in enumerate(list_of(content, f"{param}.content")):
+        place = f"{param}.content[{index}]"
+        block = object_of(one, place)
+        match block.get("type"):
+            case "tool_result":
+                result = _text(block.get("content") or "", f"{place}.content")
+                yield message("tool", result, tool_call_id=block.get("tool_use_id"))
+            case "tool_use":
+                calls.append(call(block.get("id"), block.get("name"), json.dumps(block.get("input") or {})))
+            case "thinking" | "redacted_thinking":
+                pass  # of an earlier reply: the model is not told its thoughts again
+            case _:
+                texts.append(_block_text(block, place))
+    if texts or calls:
+        yield message(role, "\n".join(texts), **({"tool_calls": calls} if calls else {}))
+
+
+def _tool(value: Any, param: str) -> Tool:
+    given = object_of(value, param)
+    if given.get("type", "custom") != "custom":
+        raise InvalidRequest(
+            f"'{param}' is a tool that Anthropic runs ('{str(given['type'])[:64]}'); only functions are supported",
+            param="tools",
+            code="unsupported_field",
+        )
+    return function_tool(given.get("name"), given.get("description"), given.get("input_schema"))
+
+
+def _choice(value: dict[str, Any]) -> ToolChoice:
+    match value.get("type"):
+        case "auto" | "none" as mode:
+            return ToolChoice(mode)
+        case "any":
+            return ToolChoice("required")
+        case "tool":
+            return ToolChoice("required", text_of(value.get("name"), "tool_choice.name"))
+    raise InvalidRequest("'tool_choice.type' is auto, any, tool or none", param="tool_choice")

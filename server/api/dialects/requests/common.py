@@ -1,0 +1,59 @@
+"""What adapters share: messages and tools in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.tools import Tool
+from prerope.server.api.requests.body import MAX_SHOWN, json_type
+from prerope.server.errors import InvalidRequest
+from prerope.server.structured.text import GrammarText, json_text
+
+
+def message(role: str, content: str, **more: Any) -> Message:
+    """A message as OpenAI's chat has it."""
+    return Message.model_validate({"role": role, "content": content, **more})
+
+
+def call(call_id: str | None, name: Any, arguments: str) -> dict[str, Any]:
+    """A call that an assistant's message holds."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def function_tool(name: Any, description: Any, parameters: Any) -> Tool:
+    function = {"name": name, "description": description, "parameters": parameters}
+    return Tool.model_validate({"type": "function", "function": {k: v for k, v in function.items() if v is not None}})
+
+
+def object_of(value: Any, param: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"'{param}' must be an object, not {json_type(value)}", param=param)
+    return value
+
+
+def list_of(value: Any, param: str) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"'{param}' must be a list, not {json_type(value)}", param=param)
+    return value
+
+
+def text_of(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"'{param}' must be a string, not {json_type(value)}", param=param)
+    return value
+
+
+def not_read_here(kind: Any, param: str) -> InvalidRequest:
+    """For pictures, sound and files."""
+    return InvalidRequest(
+        f"'{param}' has the type '{str(kind)[:MAX_SHOWN]}': this server reads and writes text only",
+        param=param,
+        code="unsupported_field",
+    )
+
+
+def json_schema(schema: Any, param: str) -> GrammarText:
+    """A reply that follows a JSON schema; `{"type": "object"}` is any object."""
+    return GrammarText("json", json_text(object_of(schema, param), param), param)

@@ -1,0 +1,181 @@
+"""What Ollama's clients send."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.tools import Tool
+from prerope.server.api.dialects.requests.common import (
+    call,
+    json_schema,
+    message,
+    not_read_here,
+    object_of,
+    text_of,
+)
+from prerope.server.api.requests.body import RequestBody, Text
+from prerope.server.api.requests.foreign import IGNORED, Foreign
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt, Sampling
+from prerope.server.api.requests.schemas import Stop
+from prerope.server.errors import InvalidRequest
+from prerope.server.structured.text import GrammarText
+from pydantic import Field
+
+
+class Options(RequestBody):
+    """Ollama's `options`. Those that say how Ollama loads a model ask for nothing here."""
+
+    path: ClassVar[str] = "options."
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
+        {
+            *(
+                "num_ctx",
+                "num_keep",
+                "num_batch",
+                "num_gpu",
+                "main_gpu",
+                "num_thread",
+                "low_vram",
+                "f16_kv",
+                "use_mmap",
+            ),
+            *(
+                "use_mlock",
+                "numa",
+                "vocab_only",
+                "logits_all",
+                "repeat_last_n",
+                "penalize_newline",
+                "typical_p",
+                "tfs_z",
+            ),
+            *("mirostat", "mirostat_tau", "mirostat_eta", "draft_num_predict"),
+        },
+        IGNORED,
+    )
+
+    num_predict: int | None = None
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_k: int | None = Field(None, ge=-1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, ge=0.01, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop = Field(default_factory=list)
+
+    def sampling(self) -> Sampling:
+        asked = self.num_predict
+        return Sampling(
+            max_tokens=asked if asked is not None and asked > 0 else None,  # -1 and -2: to the end
+            temperature=0.0 if self.top_p == 0 else self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p or None,
+            min_p=self.min_p,
+            repetition_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            stop=self.stop,
+        )
+
+
+class OllamaFields(RequestBody):
+    """What both endpoints take."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys({"keep_alive", "think", "truncate", "shift"}, IGNORED)
+
+    model: Text | None = None
+    stream: bool = True
+    format: str | dict[str, Any] | None = None
+    options: Options = Field(default_factory=Options)
+
+    def constraint(self) -> GrammarText | None:
+        if self.format in (None, ""):
+            return None
+        if self.format == "json":
+            return json_schema({"type": "object"}, "format")
+        if isinstance(self.format, str):
+            raise InvalidRequest("'format' is 'json' or a JSON schema", param="format")
+        return json_schema(self.format, "format")
+
+
+class OllamaChatRequest(OllamaFields):
+    """POST /api/chat."""
+
+    messages: list[Any] = Field(default_factory=list)
+    tools: list[Tool] = Field(default_factory=list)
+
+    def lowered(self) -> GenerationRequest:
+        if not self.messages:
+            raise InvalidRequest("'messages' is empty: give at least one", param="messages")
+        chat = Chat(messages=list(self._messages()), tools=self.tools)
+        constraint = self.constraint()
+        return GenerationRequest(
+            input=chat, model=_name(self.model), sampling=self.options.sampling(), constraint=constraint
+        )
+
+    def _messages(self) -> Iterator[Message]:
+        last_ids: list[str] = []
+        for index, one in enumerate(self.messages):
+            place = f"messages[{index}]"
+            given = object_of(one, place)
+            if given.get("images"):
+                raise not_read_here("image", f"{place}.images")
+            more: dict[str, Any] = {}
+            if given.get("tool_calls"):
+                functions = [object_of(object_of(c, place).get("function"), place) for c in given["tool_calls"]]
+                last_ids = [f"call{index:04}{n:04}" for n in range(len(functions))]
+                more["tool_calls"] = [
+                    call(call_id, function.get("name"), json.dumps(function.get("arguments") or {}))
+                    for call_id, function in zip(last_ids, functions, strict=True)
+                ]
+            if given.get("role") == "tool":
+                more["tool_call_id"] = last_ids.pop(0) if last_ids else "call00000000"
+            yield message(given.get("role", ""), text_of(given.get("content") or "", f"{place}.content"), **more)
+
+
+class OllamaGenerateRequest(OllamaFields):
+    """POST /api/generate: a prompt in the model's chat template, or as it is where `raw`."""
+
+    prompt: Text = ""
+    system: Text | None = None
+    raw: bool = False
+    suffix: Text | None = None
+    images: list[Any] | None = None
+    template: Text | None = None
+    context: list[int] | None = None
+
+    def lowered(self) -> GenerationRequest:
+        for name, reason in (
+            ("suffix", "nothing is filled in between here"),
+            ("images", "this server reads and writes text only"),
+            ("template", "the model's own template is used; with raw the prompt is taken as it is"),
+        ):
+            if getattr(self, name):
+                raise InvalidRequest(f"'{name}' is not supported: {reason}", param=name, code="unsupported_field")
+        given: list[Prompt] | Chat = [Prompt(given=self.prompt)]
+        if not self.raw:
+            system = [message("system", self.system)] if self.system else []
+            given = Chat(messages=[*system, message("user", self.prompt)])
+        return GenerationRequest(
+            input=given, model=_name(self.model), sampling=self.options.sampling(), constraint=self.constraint()
+        )
+
+
+def _name(model: str | None) -> str | None:
+    """Ollama's clients write a tag behind every name."""
+    return None if model is None else model.removesuffix(":latest")
+
+
+class ShowRequest(RequestBody):
+    """POST /api/show. Its clients name the model either way."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys({"verbose", "system", "template", "options"}, IGNORED)
+
+    model: Text | None = None
+    name: Text | None = None

@@ -1,0 +1,181 @@
+"""/generate as TGI's and SGLang's clients write it, told from ours by their fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from prerope.server.api.requests.body import RequestBody, Text, token_ids
+from prerope.server.api.requests.foreign import IGNORED, Foreign
+from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
+from prerope.server.api.requests.schemas import GenerateRequest, Stop
+from prerope.server.errors import InvalidRequest
+from prerope.server.structured.text import GrammarText, json_text
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
+
+DEFAULT_TGI_TOKENS = 100
+DEFAULT_SGLANG_TOKENS = 128
+
+
+class TgiParameters(RequestBody):
+    """TGI's `parameters`."""
+
+    path: ClassVar[str] = "parameters."
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
+        {"watermark", "decoder_input_details", "adapter_id", "best_of"}, IGNORED
+    )
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    do_sample: bool = False
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    typical_p: float | None = None
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = None
+    stop: Stop = Field(default_factory=list)
+    stop_sequences: Stop = Field(default_factory=list)
+    truncate: int | None = None
+    details: bool = False
+    return_full_text: bool = False
+    top_n_tokens: int | None = None
+    grammar: dict[str, Any] | None = None
+
+
+class TgiRequest(RequestBody):
+    """POST /generate and /generate_stream of text-generation-inference, and what huggingface_hub sends to `/`."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys({"model"}, IGNORED)
+
+    inputs: Text
+    parameters: TgiParameters = Field(default_factory=TgiParameters)
+    stream: bool = False
+
+    def lowered(self) -> GenerationRequest:
+        given = self.parameters
+        if given.truncate is not None:
+            raise InvalidRequest(
+                "'parameters.truncate' is not supported: prompts are read whole; send a shorter one",
+                param="parameters.truncate",
+                code="unsupported_field",
+            )
+        sampled = given.do_sample or any(v is not None for v in (given.temperature, given.top_k, given.top_p))
+        return GenerationRequest(
+            input=[Prompt(given=self.inputs, param="inputs")],
+            sampling=Sampling(
+                max_tokens=given.max_new_tokens,
+                default_max_tokens=DEFAULT_TGI_TOKENS,
+                temperature=(1.0 if given.temperature is None else given.temperature) if sampled else 0.0,
+                top_k=given.top_k or 0,
+                top_p=given.top_p or 1.0,
+                repetition_penalty=given.repetition_penalty or 1.0,
+                frequency_penalty=given.frequency_penalty or 0.0,
+                stop=given.stop or given.stop_sequences,
+                seed=given.seed,
+            ),
+            output=Output(logprobs=0),
+            constraint=_tgi_grammar(given.grammar),
+        )
+
+
+def _tgi_grammar(given: dict[str, Any] | None) -> GrammarText | None:
+    match given:
+        case None:
+            return None
+        case {"type": "json" | "json_schema", "value": dict(schema)}:
+            return GrammarText(
+                "json", json_text(schema.get("schema", schema), "parameters.grammar"), "parameters.grammar"
+            )
+        case {"type": "regex", "value": str(pattern)}:
+            return GrammarText("regex", pattern, "parameters.grammar")
+    raise InvalidRequest("'parameters.grammar' is {type: json or regex, value: …}", param="parameters.grammar")
+
+
+class SglangSampling(RequestBody):
+    """SGLang's `sampling_params`."""
+
+    path: ClassVar[str] = "sampling_params."
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
+        {"no_stop_trim", "spaces_between_special_tokens", "custom_params"}, IGNORED
+    )
+
+    max_new_tokens: int | None = Field(None, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    stop: Stop = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    n: int = Field(1, ge=1, le=1)
+    json_schema: str | None = None
+    regex: str | None = None
+    sampling_seed: int | None = None
+
+
+class SglangRequest(RequestBody):
+    """POST /generate of SGLang: `text` or `input_ids`, and `sampling_params`."""
+
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
+        {"rid", "lora_path", "return_text_in_logprobs", "logprob_start_len", "return_hidden_states", "log_metrics"},
+        IGNORED,
+    )
+
+    text: Text | None = None
+    input_ids: list[int] | None = None
+    sampling_params: SglangSampling = Field(default_factory=SglangSampling)
+    stream: bool = False
+    return_logprob: bool = False
+    top_logprobs_num: int = Field(0, ge=0, le=20)
+
+    def lowered(self) -> GenerationRequest:
+        if (self.text is None) == (self.input_ids is None):
+            raise InvalidRequest("give 'text' or 'input_ids', one of the two", param="text")
+        ids = None if self.input_ids is None else token_ids(self.input_ids, "input_ids")
+        given = self.sampling_params
+        constraint = None
+        if given.json_schema is not None:
+            constraint = GrammarText("json", given.json_schema, "sampling_params.json_schema")
+        elif given.regex is not None:
+            constraint = GrammarText("regex", given.regex, "sampling_params.regex")
+        return GenerationRequest(
+            input=[Prompt(given=self.text if ids is None else ids, param="text" if ids is None else "input_ids")],  # type: ignore[arg-type]
+            sampling=Sampling(
+                max_tokens=given.max_new_tokens,
+                default_max_tokens=DEFAULT_SGLANG_TOKENS,
+                min_tokens=given.min_new_tokens,
+                temperature=given.temperature,
+                top_p=given.top_p,
+                top_k=max(given.top_k, 0),
+                min_p=given.min_p,
+                frequency_penalty=given.frequency_penalty,
+                presence_penalty=given.presence_penalty,
+                repetition_penalty=given.repetition_penalty,
+                stop=given.stop,
+                stop_token_ids=given.stop_token_ids,
+                ignore_eos=given.ignore_eos,
+                seed=given.sampling_seed,
+            ),
+            output=Output(logprobs=self.top_logprobs_num if self.return_logprob else None),
+            constraint=constraint,
+        )
+
+
+class AnyGenerateRequest(GenerateRequest):
+    """A body of /generate: ours, or TGI's or SGLang's, told by their fields."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_dialect(cls, value: Any, ours: ModelWrapValidatorHandler[Self]) -> Any:
+        given = value.keys() if isinstance(value, dict) else {"prompt"}
+        if "inputs" in given:
+            return TgiRequest.model_validate(value)
+        if "prompt" not in given and given & {"text", "input_ids", "sampling_params"}:
+            return SglangRequest.model_validate(value)
+        return ours(value)

@@ -1,0 +1,245 @@
+"""POST /v1/responses: OpenAI's Responses, what its newest clients call by default.
+
+A conversation goes on by `previous_response_id` while its items are kept: in memory, up to `MAX_KEPT_BYTES` of all
+tenants together, the least recently used ones out first, each found by its own tenant alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prerope.server.api.auth.allowance import current_hold
+from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, TextPart
+from prerope.server.api.connected import while_connected
+from prerope.server.api.dialects.common import (
+    chat_events,
+)
+from prerope.server.api.dialects.requests.responses import ResponsesRequest
+from prerope.server.api.limits import new_id
+from prerope.server.api.running import Running, start
+from prerope.server.api.stream.collect import read_all
+from prerope.server.api.stream.sse import event_stream
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.service import ReadyService, Service
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+MAX_KEPT_BYTES = 64 * 2**20
+MAX_KEPT_ITEMS_BYTES = 8 * 2**20
+"""Of one conversation; a longer one is not kept."""
+
+
+class Conversations:
+    """The items of earlier responses as JSON, by tenant and id."""
+
+    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
+        self._kept: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        self._max_bytes, self.num_bytes = max_bytes, 0
+
+    def keep(self, tenant: str, response_id: str, items: list[Any]) -> None:
+        text = json.dumps(items, separators=(",", ":")).encode()
+        if len(text) > MAX_KEPT_ITEMS_BYTES:
+            return
+        self._kept[tenant, response_id] = text
+        self.num_bytes += len(text)
+        while self.num_bytes > self._max_bytes:
+            self.num_bytes -= len(self._kept.popitem(last=False)[1])
+
+    def find(self, tenant: str, response_id: str) -> list[Any] | None:
+        found = self._kept.get((tenant, response_id))
+        if found is None:
+            return None
+        self._kept.move_to_end((tenant, response_id))
+        items: list[Any] = json.loads(found)
+        return items
+
+
+conversations = Conversations()
+
+
+@router.post("/responses", summary="Answer, in the shape of OpenAI's Responses")
+async def responses(
+    body: ResponsesRequest,
+    request: Request,
+    service: ReadyService,
+) -> Response:
+    """OpenAI's Responses: text and function calls, whole or as events."""
+    if body.previous_response_id is not None:
+        body.goes_on(conversations.find(current_hold().tenant, body.previous_response_id))
+    running = await while_connected(request, start(service, body.lowered(), "resp", time.perf_counter()))
+    printer = _Printer(service, body, running, current_hold().tenant)
+    if body.stream:
+        return event_stream(_events(printer), named=True)
+    (reply,) = await read_all(request, running.generations)
+    return JSONResponse(printer.finished(running.chat_reply(reply), reply.finish_reason))
+
+
+class _Printer:
+    """Prints one response in its states."""
+
+    def __init__(self, service: Service, body: ResponsesRequest, running: Running, tenant: str) -> None:
+        self.body, self.running, self._tenant = body, running, tenant
+        self._model, self._created = service.model_name, int(time.time())
+
+    def response(self, status: str, output: list[Any], **more: Any) -> dict[str, Any]:
+        body = self.body
+        return {
+            "id": self.running.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "model": self._model,
+            "output": output,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": {},
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": None, "summary": None},
+            "store": body.store,
+            "temperature": body.temperature,
+            "text": body.text or {"format": {"type": "text"}},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools,
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            **more,
+        }
+
+    def finished(self, reply: ChatReply, reason: FinishReason, ids: list[str] | None = None) -> dict[str, Any]:
+        """The whole response; its conversation is kept where it may be."""
+        status = "completed" if reason is FinishReason.STOP else "incomplete"
+        output: list[Any] = []
+        if reply.text or not reply.calls:
+            output.append(message_item(new_id("msg"), reply.text, status))
+        output += [call_item(new_id("fc"), one, status) for one in reply.calls]
+        for item, item_id in zip(output, ids or (), strict=False):
+            item["id"] = item_id
+        if self.body.store:
+            conversations.keep(self._tenant, self.running.id, [*self.body.items(), *output])
+        details = None if status == "completed" else {"reason": "max_output_tokens"}
+        return self.response(status, output, incomplete_details=details, usage=self._usage())
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self.running.generations[0].usage
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }
+
+
+def message_item(item_id: str, text: str, status: str) -> dict[str, Any]:
+    content = [text_part(text)] if text or status != "in_progress" else []
+    return {"type": "message", "id": item_id, "status": status, "role": "assistant", "content": content}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def call_item(item_id: str, one: Call, status: str) -> dict[str, Any]:
+    return {
+        "type": "function_call",
+        "id": item_id,
+        "call_id": one.id,
+        "name": one.name,
+        "arguments": one.arguments,
+        "status": status,
+    }
+
+
+class _OpenItem:
+    """An item of a stream, from its first event to its last."""
+
+    def __init__(self, index: int, call: Call | None) -> None:
+        self.index, self.call, self.text = index, call, ""
+        self.id = new_id("msg" if call is None else "fc")
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"item_id": self.id, "output_index": self.index}
+
+    @property
+    def text_place(self) -> dict[str, Any]:
+        return {**self.place, "content_index": 0}
+
+    def item(self, status: str) -> dict[str, Any]:
+        return message_item(self.id, self.text, status) if self.call is None else call_item(self.id, self.call, status)
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "response.output_item.added", "output_index": self.index, "item": self.item("in_progress")}
+        if self.call is None:
+            yield {"type": "response.content_part.added", **self.text_place, "part": text_part("")}
+
+    def more(self, text: str) -> dict[str, Any]:
+        if self.call is None:
+            self.text += text
+            return {"type": "response.output_text.delta", **self.text_place, "delta": text, "logprobs": []}
+        self.call.arguments += text
+        return {"type": "response.function_call_arguments.delta", **self.place, "delta": text}
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        if self.call is None:
+            yield {"type": "response.output_text.done", **self.text_place, "text": self.text, "logprobs": []}
+            yield {"type": "response.content_part.done", **self.text_place, "part": text_part(self.text)}
+        else:
+            named = {"name": self.call.name, "arguments": self.call.arguments}
+            yield {"type": "response.function_call_arguments.done", **self.place, **named}
+        yield {"type": "response.output_item.done", "output_index": self.index, "item": self.item("completed")}
+
+
+async def _events(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]:
+    """The events of a response, numbered."""
+    number = 0
+    async for event in _unnumbered(printer):
+        yield {**event, "sequence_number": number}
+        number += 1
+
+
+async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]:
+    begun = printer.response("in_progress", [])
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
+    items, reply, reason = list[_OpenItem](), ChatReply(), FinishReason.ABORT
+
+    def begin(one: Call | None) -> Iterator[dict[str, Any]]:
+        if items:
+            yield from items[-1].end()
+        items.append(_OpenItem(len(items), one))
+        yield from items[-1].begin()
+
+    async for piece, parts in chat_events(printer.running):
+        for part in parts:
+            events: list[dict[str, Any]] = []
+            match part:
+                case TextPart(text) if text:
+                    if not items or items[-1].call is not None:
+                        events += begin(None)
+                    reply.text += text
+                    events.append(items[-1].more(text))
+                case CallPart(_, call_id, name):
+                    reply.calls.append(Call(call_id, name))
+                    events += begin(reply.calls[-1])
+                case ArgumentsPart(_, text):
+                    events.append(items[-1].more(text))
+            for event in events:
+                yield event
+        reason = piece.finish_reason or reason
+    for event in () if items else begin(None):
+        yield event
+    for event in items[-1].end():
+        yield event
+    whole = printer.finished(reply, reason, [item.id for item in items])
+    yield {"type": f"response.{whole['status']}", "response": whole}

@@ -1,0 +1,289 @@
+"""Other servers' APIs through their own clients: Anthropic's, OpenAI's Responses, Ollama's, TGI's and SGLang's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import ollama
+import openai
+import pytest
+from huggingface_hub import InferenceClient
+from prerope.server.api.dialects.responses import Conversations
+
+TOOL_TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\\n<tools>' + tools | tojson + '</tools> <tool_call> name' }}
+{{- '<|im_end|>\\n' }}{%- endif %}{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- for c in m.tool_calls or [] %}{{ '\\n<tool_call>\\n' + c.function | tojson + '\\n</tool_call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}
+{#- tool system developer -#}"""
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+ASKED = [{"role": "user", "content": "Say something."}]
+MODEL = "tiny-llama"
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def url(serve_module: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random model with a template that takes tools."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("tools") / MODEL
+    shutil.copytree(tiny_checkpoint, folder)
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TOOL_TEMPLATE}))
+    return str(serve_module(model_id=str(folder), max_model_len=2048, api_key="secret"))
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60, headers={"authorization": "Bearer secret"}) as client:
+        yield client
+
+
+def expected_chat(http: httpx.Client, max_tokens: int = 8, **more: Any) -> str:
+    """What OpenAI's endpoint says, greedily."""
+    body = {"messages": ASKED, "max_tokens": max_tokens, "temperature": 0, **more}
+    return http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+
+
+# --- Anthropic ---
+
+
+@pytest.fixture(scope="module")
+def claude(url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as client:
+        yield client
+
+
+def test_anthropic_messages(claude: anthropic.Anthropic, http: httpx.Client) -> None:
+    reply = claude.messages.create(model=MODEL, max_tokens=8, messages=ASKED, extra_body=GREEDY)  # type: ignore[arg-type]
+    assert reply.content[0].type == "text"
+    assert reply.content[0].text == expected_chat(http)
+    assert reply.stop_reason in ("max_tokens", "end_turn")
+    assert reply.usage.output_tokens == 8
+    counted = claude.messages.count_tokens(model=MODEL, messages=ASKED)  # type: ignore[arg-type]
+    assert counted.input_tokens == reply.usage.input_tokens + (reply.usage.cache_read_input_tokens or 0)
+
+
+def test_anthropic_stream_blocks_and_system(claude: anthropic.Anthropic, http: httpx.Client) -> None:
+    blocks = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Say something.", "cache_control": {"type": "ephemeral"}}],
+        }
+    ]
+    with claude.messages.stream(model=MODEL, max_tokens=8, messages=blocks, extra_body=GREEDY) as stream:  # type: ignore[arg-type]
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+    assert text == final.content[0].text == expected_chat(http)  # type: ignore[union-attr]
+    system = claude.messages.create(model=MODEL, max_tokens=8, messages=ASKED, system="Be brief.", extra_body=GREEDY)  # type: ignore[arg-type]
+    both = [{"role": "system", "content": "Be brief."}, *ASKED]
+    assert system.content[0].text == expected_chat(http, messages=both)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropic_tools_there_and_back(claude: anthropic.Anthropic, stream: bool) -> None:
+    tools: Any = [{"name": "weather", "description": "of a city", "input_schema": WEATHER}]
+    asked: Any = {"model": MODEL, "max_tokens": 200, "tools": tools, "tool_choice": {"type": "tool", "name": "weather"}}
+    if stream:
+        with claude.messages.stream(messages=ASKED, **asked) as events:  # type: ignore[arg-type]
+            reply = events.get_final_message()
+    else:
+        reply = claude.messages.create(messages=ASKED, **asked)  # type: ignore[arg-type]
+    assert reply.stop_reason == "tool_use"
+    (use,) = [block for block in reply.content if block.type == "tool_use"]
+    assert use.name == "weather"
+    assert use.input["city"] in ("Paris", "Rome")  # type: ignore[index]
+    history: Any = [
+        *ASKED,
+        {"role": "assistant", "content": [block.model_dump() for block in reply.content]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": "sunny"}]},
+    ]
+    again = claude.messages.create(model=MODEL, max_tokens=4, messages=history, tools=tools)
+    assert again.usage.output_tokens <= 4
+
+
+def test_anthropic_refuses_pictures_by_name(claude: anthropic.Anthropic) -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": "aaaa"}
+    with pytest.raises(anthropic.BadRequestError, match="text only"):
+        claude.messages.create(
+            model=MODEL,
+            max_tokens=4,
+            messages=[{"role": "user", "content": [{"type": "image", "source": source}]}],  # type: ignore[typeddict-item,list-item]
+        )
+
+
+# --- Responses ---
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0) as client:
+        yield client
+
+
+def test_responses_text_and_stream(client: openai.OpenAI, http: httpx.Client) -> None:
+    reply = client.responses.create(model=MODEL, input="Say something.", temperature=0, max_output_tokens=8)
+    assert reply.output_text == expected_chat(http)
+    assert reply.usage is not None
+    assert reply.usage.output_tokens == 8
+    text, types = "", []
+    for event in client.responses.create(
+        model=MODEL,
+        input=ASKED,
+        temperature=0,
+        max_output_tokens=8,
+        stream=True,  # type: ignore[arg-type]
+    ):
+        types.append(event.type)
+        if event.type == "response.output_text.delta":
+            text += event.delta
+    assert text == reply.output_text
+    assert types[:2] == ["response.created", "response.in_progress"]
+    assert types[-1] in ("response.completed", "response.incomplete")
+
+
+def test_responses_go_on(client: openai.OpenAI, http: httpx.Client) -> None:
+    first = client.responses.create(model=MODEL, input="Say something.", temperature=0, max_output_tokens=8)
+    second = client.responses.create(
+        model=MODEL, input="And more.", previous_response_id=first.id, temperature=0, max_output_tokens=8
+    )
+    whole = [*ASKED, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "And more."}]
+    assert second.output_text == expected_chat(http, messages=whole)
+    with pytest.raises(openai.BadRequestError, match="not kept here"):
+        client.responses.create(model=MODEL, input="x", previous_response_id="resp-" + "0" * 32)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_call_functions(client: openai.OpenAI, stream: bool) -> None:
+    tools: Any = [{"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}]
+    asked: Any = {
+        "model": MODEL,
+        "tools": tools,
+        "tool_choice": "required",
+        "max_output_tokens": 400,
+        "parallel_tool_calls": False,
+    }
+    if stream:
+        events = list(client.responses.create(input="The weather?", stream=True, **asked))
+        reply = events[-1].response  # type: ignore[union-attr]
+    else:
+        reply = client.responses.create(input="The weather?", **asked)
+    (item,) = [one for one in reply.output if one.type == "function_call"]
+    assert json.loads(item.arguments)["city"] in ("Paris", "Rome")
+    history: Any = [
+        {"role": "user", "content": "The weather?"},
+        *[one.model_dump() for one in reply.output],
+        {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"},
+    ]
+    assert client.responses.create(model=MODEL, input=history, tools=tools, max_output_tokens=4).status
+
+
+def test_responses_follow_a_schema(client: openai.OpenAI) -> None:
+    form: Any = {"format": {"type": "json_schema", "name": "w", "schema": WEATHER}}
+    reply = client.responses.create(model=MODEL, input="x", text=form, max_output_tokens=100)
+    assert json.loads(reply.output_text)["city"] in ("Paris", "Rome")
+
+
+def test_conversations_have_a_limit_in_bytes() -> None:
+    kept = Conversations(max_bytes=1000)
+    for index in range(50):
+        kept.keep("tenant", f"resp-{index}", ["x" * 100])
+    assert kept.num_bytes <= 1000
+    assert kept.find("tenant", "resp-49") is not None
+    assert kept.find("another", "resp-49") is None
+    assert kept.find("tenant", "resp-0") is None
+
+
+# --- Ollama ---
+
+
+@pytest.fixture(scope="module")
+def llama(url: str) -> Iterator[ollama.Client]:
+    client = ollama.Client(host=url, headers={"authorization": "Bearer secret"})
+    yield client
+    client._client.close()
+
+
+def test_ollama(llama: ollama.Client, http: httpx.Client) -> None:
+    options = {"temperature": 0, "num_predict": 8, "num_ctx": 4096}
+    reply = llama.chat(model=f"{MODEL}:latest", messages=ASKED, options=options)
+    assert reply.message.content == expected_chat(http)
+    assert (reply.done, reply.eval_count) == (True, 8)
+    streamed = list(llama.chat(model=MODEL, messages=ASKED, options=options, stream=True))
+    assert "".join(part.message.content or "" for part in streamed) == reply.message.content
+    assert streamed[-1].done_reason == "length"
+    said = llama.generate(model=MODEL, prompt="Say something.", options=options)
+    assert said.response == reply.message.content
+    raw = llama.generate(model=MODEL, prompt="Say", raw=True, options=options, stream=True)
+    plain = http.post("/generate", json={"prompt": "Say", "max_tokens": 8, "temperature": 0}).json()["text"]
+    assert "".join(part.response for part in raw) == plain
+    assert llama.list().models[0].model == MODEL
+    assert llama.show(MODEL).capabilities == ["completion", "tools"]
+
+
+def test_ollama_tools_and_schemas(llama: ollama.Client) -> None:
+    reply = llama.chat(model=MODEL, messages=ASKED, format=WEATHER, options={"num_predict": 100})
+    assert json.loads(reply.message.content or "")["city"] in ("Paris", "Rome")
+    called = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    history = [*ASKED, {"role": "assistant", "tool_calls": [called]}, {"role": "tool", "content": "sunny"}]
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    assert llama.chat(model=MODEL, messages=history, tools=[tool], options={"num_predict": 4}).done
+    with pytest.raises(ollama.ResponseError, match="not served"):
+        llama.embed(model=MODEL, input="x")
+
+
+# --- TGI and SGLang ---
+
+
+def test_text_generation_inference(url: str, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # for this machine's own address
+    plain = http.post("/generate", json={"prompt": "Say", "max_tokens": 8, "temperature": 0}).json()["text"]
+    hub = InferenceClient(url, token="secret")
+    assert hub.text_generation("Say", max_new_tokens=8) == plain
+    detailed = hub.text_generation("Say", max_new_tokens=8, details=True)
+    assert detailed.details is not None
+    assert detailed.details.generated_tokens == 8
+    assert "".join(hub.text_generation("Say", max_new_tokens=8, stream=True)) == plain
+    body = {"inputs": "Say", "parameters": {"max_new_tokens": 8}}
+    assert http.post("/generate", json=body).json()["generated_text"] == plain
+    events = [line for line in http.post("/generate_stream", json=body).text.splitlines() if "generated_text" in line]
+    assert json.loads(events[-1].removeprefix("data:"))["generated_text"] == plain
+
+
+def test_sglang(http: httpx.Client) -> None:
+    plain = http.post("/generate", json={"prompt": "Say", "max_tokens": 8, "temperature": 0}).json()["text"]
+    body = {"text": "Say", "sampling_params": {"max_new_tokens": 8, "temperature": 0}}
+    reply = http.post("/generate", json=body).json()
+    assert reply["text"] == plain
+    assert reply["meta_info"]["finish_reason"]["type"] == "length"
+    assert reply["meta_info"]["completion_tokens"] == 8
+    lines = [line for line in http.post("/generate", json={**body, "stream": True}).text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2].removeprefix("data: "))["text"] == plain
+
+
+def test_every_door_asks_for_the_key(url: str) -> None:
+    for path, body in (
+        ("/", {"inputs": "x"}),
+        ("/generate_stream", {"inputs": "x"}),
+        ("/v1/messages", {"max_tokens": 1, "messages": ASKED}),
+        ("/v1/responses", {"input": "x"}),
+        ("/api/chat", {"messages": ASKED}),
+        ("/api/generate", {"prompt": "x"}),
+        ("/api/show", {}),
+    ):
+        assert httpx.post(f"{url}{path}", json=body).status_code == 401, path
+    assert httpx.get(f"{url}/api/tags").status_code == 401
+    assert httpx.get(url).status_code == 200
