@@ -51,7 +51,7 @@ OF_LIBRARIES = {
 """Variables of libraries, and a file of theirs that reads each."""
 
 
-OF_GCC = {"math.h", "stdint.h", "stddef.h", "stdlib.h", "string.h", "omp.h", "immintrin.h"}
+OF_GCC = {"math.h", "stdint.h", "stddef.h", "stdlib.h", "string.h", "omp.h", "immintrin.h", "arm_neon.h"}
 """Headers that gcc and libc6-dev bring."""
 
 

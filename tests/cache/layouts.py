@@ -26,7 +26,7 @@ def rotary(head_dim: int, dim: int, *, interleaved: bool = False) -> Rotary:
         "short_factor": [1 + 0.01 * m for m in range(dim // 2)],
         "factor": 4.0,
     }
-    return Rotary(head_dim, dim, 10000.0, "default", TRAINED, 4 * TRAINED, parameters, interleaved)
+    return Rotary(head_dim, dim, 10000.0, "default", TRAINED, TRAINED, parameters, interleaved)
 
 
 def method(

@@ -8,6 +8,7 @@ that is still read. `expected` is the same chain without an engine.
 from __future__ import annotations
 
 import zlib
+from concurrent.futures import Future
 from typing import Any, cast
 
 import numpy as np
@@ -68,8 +69,16 @@ class Alternating:
 
     failure, accepting, finished = "", False, False
 
+    begun = True
+
     def __init__(self) -> None:
         self._odd = True
+
+    @property
+    def ready(self) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        future.set_result(self.mask())
+        return future
 
     def matcher(self) -> Alternating:
         return Alternating()
