@@ -15,7 +15,7 @@ import torch
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.cache.cpu.arithmetic import multiplies_pairs
 from prerope.cache.cpu.turns import READINGS
-from prerope.cache.kernels.build import kernels, library
+from prerope.cache.kernels.build import DTYPES, kernels, reads
 from prerope.rope.reading import UNBOUNDED, PositionMethod
 from torch import Tensor
 
@@ -23,15 +23,13 @@ SPAN = 512
 """Keys that are summed by themselves, of kernels/c/attend.h."""
 MAX_ROWS, MAX_DIM = 96, 256
 """Of kernels/c/attend.h: rows × query heads of a KV head, and dims of a head."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernels are there and take these shapes and dtypes."""
     return (
-        library() is not None
-        and keys.dtype in DTYPES
-        and query.dtype in DTYPES
+        reads(keys.dtype)
+        and reads(query.dtype)
         and max(keys.shape[3], values.shape[3]) <= MAX_DIM
         and query.shape[1] // keys.shape[2] <= MAX_ROWS
     )

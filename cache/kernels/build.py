@@ -24,7 +24,11 @@ SOURCES = Path(__file__).parent / "c"
 FLAGS = [
     *("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
     "-ffp-contract=off",  # nothing that lets a compiler round otherwise in one kernel than in another
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
 ]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What kernels/c/dtypes.h calls the dtypes of queries, keys and values."""
 
 _library: ctypes.CDLL | None = None
 
@@ -43,6 +47,11 @@ def kernels() -> ctypes.CDLL:
     """The kernels, which must be there."""
     assert _library is not None
     return _library
+
+
+def reads(dtype: torch.dtype) -> bool:
+    """Whether the kernels are there and were compiled for queries, keys and values of this dtype."""
+    return _library is not None and dtype in DTYPES and bool(_library.prerope_reads(ctypes.c_int64(DTYPES[dtype])))
 
 
 def prepare(directory: Path | None) -> str:
@@ -67,7 +76,7 @@ def prepare(directory: Path | None) -> str:
         return f"the C kernels could not be built ({reason}): attention runs in torch, slower"
     for name in ("chunk", "rows", "query_turns", "linear", "gated", "rms_norm", "store", "layers"):
         getattr(loaded, f"prerope_{name}").restype = None
-    for name in ("chunk_scratch", "rows_scratch", "linear_scratch", "plan_rows", "has_dots"):
+    for name in ("chunk_scratch", "rows_scratch", "linear_scratch", "plan_rows", "has_dots", "reads"):
         getattr(loaded, f"prerope_{name}").restype = ctypes.c_int64
     _library = loaded
     damaged = f" (built anew: the copy in {directory} was damaged)" if num_damaged else ""
@@ -77,13 +86,11 @@ def prepare(directory: Path | None) -> str:
 def _build(compiler: str, directory: Path, stem: str) -> Path:
     """Built aside and moved: a file that is there under its name is whole, and two servers may build at once."""
     directory.mkdir(parents=True, exist_ok=True)
-    wide = ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         sources, linked = sorted(SOURCES.glob("*.c")), Path(folder, "kernels.so")
         compiled = [Path(folder, source.stem + ".o") for source in sources]
         _run_all(
-            [compiler, *FLAGS, *wide, "-c", str(source), "-o", str(to)]
-            for source, to in zip(sources, compiled, strict=True)
+            [compiler, *FLAGS, "-c", str(source), "-o", str(to)] for source, to in zip(sources, compiled, strict=True)
         )
         # Linked without -fopenmp: its symbols are resolved against the runtime that torch brought.
         _run_all([[compiler, "-shared", *map(str, compiled), "-o", str(linked), "-lm"]])

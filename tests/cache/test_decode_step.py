@@ -47,3 +47,22 @@ def test_beside_chunks() -> None:
 def test_chunks_alone_have_no_plan_of_single_rows() -> None:
     step = paged([(20, 3)], [one_group(method("rope", rotary(16, 16)))])
     assert plan_step(step.metadata, OPTIONS[0]) is None
+
+
+SHAPES = [(group, 64) for group in (1, 2, 3, 4)] + [(group, 128) for group in (1, 2, 3, 4, 6, 7, 8)]
+"""Query heads a KV head, and dims, that the kernel has loops of their own for."""
+
+
+@pytest.mark.usefixtures("decode_kernel")
+@pytest.mark.parametrize(
+    ("group", "head_dim", "rotary_dim"),
+    [(group, dim, dim) for group, dim in [*SHAPES, (5, 64), (4, 80), (2, 96), (2, 112), (3, 256)]]
+    + [(4, 64, 32), (2, 80, 32), (2, 128, 64)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_heads_that_models_have(group: int, head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
+    for name, interleaved in (("rerope", False), ("rope", True)):
+        positions = one_group(method(name, rotary(head_dim, rotary_dim, interleaved=interleaved)))
+        step = paged([(190, 1), (70, 1)], [positions] * 2, heads=2 * group, head_dim=head_dim, dtype=dtype)
+        arguments = (step.query.float(), step.keys, step.values, step.metadata, AttentionOptions(head_dim**-0.5, ""))
+        torch.testing.assert_close(paged_attention(*arguments), reference_attention(*arguments), rtol=0, atol=2e-5)

@@ -14,12 +14,12 @@
 #include <arm_neon.h>
 #endif
 
+#include "dtypes.h"
+
 #define MAX_DIM 256
 #define INLINE static inline __attribute__((always_inline))
 #define LOWEST (-1e30f)
 #define LOG2_E 1.44269504f
-
-enum { FP32 = 0, BF16 = 1, FP16 = 2 };
 
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
@@ -188,7 +188,7 @@ INLINE float load1(const void *base, int64_t at, int dtype) {
 #ifdef __FLT16_MAX__
     return (float)((const _Float16 *)base)[at];
 #else
-    return 0.0f;
+    return NAN; /* never asked for: see capabilities.c */
 #endif
 }
 

@@ -1,0 +1,33 @@
+"""What the C kernels were compiled for is asked of them, and is part of the name of what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from prerope.cache.attention.dispatch import paged_attention
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.attention.types import AttentionOptions
+from prerope.cache.kernels import build
+
+from tests.cache.layouts import method, one_group, paged, rotary
+
+
+@pytest.mark.usefixtures("decode_kernel")
+def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GCC 11 is: keys in fp16 are read by the specification then, and by the kernels where they can be."""
+    kept = [build._fingerprint("cc")]
+    positions = one_group(method("rerope", rotary(64, 64)))
+    step = paged([(90, 1), (0, 40)], [positions] * 2, head_dim=64, dtype=torch.float16)
+    arguments = (step.query, step.keys, step.values, step.metadata, AttentionOptions(0.125, ""))
+    expected = reference_attention(*arguments)
+    assert build.reads(torch.float16)
+    for _ in range(2):
+        torch.testing.assert_close(paged_attention(*arguments), expected, rtol=0, atol=2e-3)
+        monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-U__FLT16_MAX__"])
+        monkeypatch.setattr(build, "_library", None)
+        build.prepare(tmp_path)
+        kept.append(build._fingerprint("cc"))
+        assert [build.reads(dtype) for dtype in build.DTYPES] == [True, True, False]
+    assert kept[0] != kept[1]
