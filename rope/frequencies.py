@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+UNROTATED = "unrotated"
+"""The rope_type of a model without rotary embedding, whose positions are learned, or none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
@@ -23,7 +26,8 @@ class Rotary:
         head_dim: dims of a head; the leading `dim` of them rotate.
         dim: D.
         base: b, `rope_theta` in configs.
-        rope_type: the config's method: default, linear, dynamic, yarn, longrope, llama3 or proportional.
+        rope_type: the config's method: default, linear, dynamic, yarn, longrope, llama3 or proportional; or
+            `UNROTATED`.
         parameters: the config's `rope_parameters`, whole.
         train_length: L: `original_max_position_embeddings` where the config has one, else `max_position_embeddings`.
         max_length: how far the config's own method is meant to reach, see `_reach`.
@@ -42,16 +46,19 @@ class Rotary:
     dual_chunk: Mapping[str, Any] | None = None
 
     @classmethod
-    def from_config(cls, config: Any, layer_type: str | None = None, *, interleaved: bool = False) -> Rotary:
+    def from_config(
+        cls, config: Any, layer_type: str | None = None, *, interleaved: bool = False, head_dim: int | None = None
+    ) -> Rotary:
         """Read a transformers config (or anything with its attributes).
 
         layer_type: the key of this group where `rope_parameters` holds one dict a layer type (Gemma 3).
+        head_dim: where it is known; a config with one a layer (Gemma 4) does not say it.
         Raises KeyError or AttributeError where the config has no rotary parameters.
         """
         parameters: Mapping[str, Any] = config.rope_parameters
         if layer_type is not None:
             parameters = parameters[layer_type]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = head_dim or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rope_type = parameters.get("rope_type", "default")
         partial = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
         # Proportional RoPE spans the whole head and leaves the tail at frequency zero.
@@ -69,6 +76,11 @@ class Rotary:
             interleaved=interleaved,
             dual_chunk=getattr(config, "dual_chunk_attention_config", None) or None,
         )
+
+
+def unrotated(head_dim: int, max_length: int) -> Rotary:
+    """Of a model without one, whose positions end at max_length."""
+    return Rotary(head_dim, 0, 1.0, UNROTATED, max_length, max_length)
 
 
 def _reach(config: Any, parameters: Mapping[str, Any], rope_type: str) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prerope.rope.frequencies import Rotary
+from prerope.rope.frequencies import UNROTATED, Rotary, plain
 from prerope.rope.methods import frequency, windowed  # noqa: F401  (they fill the registry)
-from prerope.rope.reading import MethodError, PositionMethod
+from prerope.rope.reading import MethodError, PositionMethod, Rule, plain_reading
 from prerope.rope.registry import CONFIG_METHODS, METHODS, MethodEntry, Target, own_target
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 
@@ -37,6 +37,8 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
     Raises MethodError.
     """
     name = canonical_name(spec.method)
+    if rotary.rope_type == UNROTATED:
+        return _unrotated(spec, name, rotary, max_model_len)
     if rotary.rope_type not in CONFIG_METHODS:
         raise MethodError(
             f"the model's config has rope_type {rotary.rope_type!r}, which is not one of {', '.join(CONFIG_METHODS)}"
@@ -57,6 +59,22 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
     trained = spec.train_length or (native_length(rotary) if entry.windowed else rotary.train_length)
     target = Target(rotary, spec, trained, _scale(spec, trained, max_model_len), from_config=False)
     return PositionMethod(name, rotary, trained, entry.resolve(target), spec.logn)
+
+
+def _unrotated(spec: RopeSpec, name: str, rotary: Rotary, max_model_len: int | None) -> PositionMethod:
+    """The only way to read keys that carry no rotation, as far as the model knows positions."""
+    if name not in ("auto", "model") or spec.logn:
+        raise MethodError(
+            f"method {name!r}{' with logn' if spec.logn else ''} (ROPE_METHOD) needs keys that rotate, and this model "
+            "has no rotary embedding: use auto or model"
+        )
+    if max_model_len is not None and max_model_len > rotary.max_length:
+        raise MethodError(
+            f"MAX_MODEL_LEN is {max_model_len}, but this model has no rotary embedding, and its own positions end at "
+            f"{rotary.max_length}: lower it to that"
+        )
+    still = plain_reading(plain(0, 1.0))
+    return PositionMethod(UNROTATED, rotary, rotary.train_length, Rule({}, lambda _end: still))
 
 
 def _scale(spec: RopeSpec, train_length: int, max_model_len: int | None) -> float:

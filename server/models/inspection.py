@@ -8,30 +8,18 @@ be exactly that quarter turn, in the half or in the interleaved pairing: a norm 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from prerope.cache.storage import LayerShape
-from prerope.rope.frequencies import Rotary
+from prerope.rope.frequencies import Rotary, unrotated
 from prerope.rope.reading import UNBOUNDED
-from prerope.rope.rotation import Table, rotate
-from prerope.server.models.raw_keys import IdentityRotary, RawKeyModel, cannot_serve
+from prerope.server.models.raw_keys import OWN_MASK, RawKeyModel, cannot_serve
 from prerope.server.models.trials import PROBE_LENGTH, Seen, named_lengths, probe_ids, relative_difference, run_trial
+from prerope.server.models.turning import RawKeyLayer, Turning, as_found, find_turning, raw_key_layer
 from torch import Tensor, nn
 
 MIXED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative, rms: what rounding may change in a row when another row has another token."""
-
-
-@dataclass(frozen=True, slots=True)
-class RawKeyLayer:
-    """One attention layer, as found. group: the rotary group that turns its keys; None: it has no positions."""
-
-    module: nn.Module
-    name: str
-    group: str | None
-    shape: LayerShape
 
 
 def inspect_layers(raw: RawKeyModel) -> tuple[list[RawKeyLayer], dict[str, Rotary]]:
@@ -48,22 +36,44 @@ def inspect_layers(raw: RawKeyModel) -> tuple[list[RawKeyLayer], dict[str, Rotar
     _check_rows(raw, base)
     _check_count(raw, base)
     names = {module: name for name, module in raw.model.named_modules()}
-    groups, rotaries = _turn_each_group(raw, base, names)
-    layers = []
-    for seen in base:
-        shape = LayerShape(seen.key.shape[1], seen.key.shape[2], seen.value.shape[2])
-        if shape.key_dim != shape.value_dim:
-            raise cannot_serve(raw, f"its keys have {shape.key_dim} dims and its values {shape.value_dim}")
-        layers.append(RawKeyLayer(seen.module, names[seen.module], groups.get(seen.module), shape))
+    turnings, groups, rotaries = _turn_each_group(raw, base, names)
+    layers = [
+        raw_key_layer(
+            seen.module,
+            names[seen.module],
+            groups.get(seen.module),
+            seen.key,
+            seen.value,
+            turnings.get(seen.module),
+        )
+        for seen in base
+    ]
+    _drop_rotation(raw, base)
     return layers, rotaries
+
+
+def inputs_of(base: list[Seen]) -> dict[nn.Module, Tensor]:
+    """What entered attention modules, to be held in another trial run."""
+    return {seen.module: seen.inputs for seen in base if seen.inputs is not None}
+
+
+def _drop_rotation(raw: RawKeyModel, base: list[Seen]) -> None:
+    """Take the rotary arithmetic out of attention where queries and keys then are what they were."""
+    raw.drop_rotation(seen.module for seen in base)
+    without = run_trial(raw, inputs_of(base))
+    for was, now in zip(base, without, strict=True):
+        if not torch.equal(was.key, now.key) or not torch.equal(was.query, now.query):
+            raw.keep_rotation(was.module)
 
 
 def _base_run(raw: RawKeyModel) -> list[Seen]:
     """A trial run with masks as rules. Whatever it raises is a family that does something of its own."""
     try:
         with raw.showing_masks():
-            return run_trial(raw, {})[0]
+            return run_trial(raw, {})
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        if "MaskRule" in str(error):
+            raise cannot_serve(raw, OWN_MASK) from error
         reason = (str(error).strip().splitlines() or [""])[0]
         raise cannot_serve(raw, f"its forward does not run on them ({type(error).__name__}: {reason})") from error
 
@@ -75,7 +85,7 @@ def _check_mask(raw: RawKeyModel, seen: Seen) -> None:
     """
     if seen.call.mask is None:
         return
-    edges = {0, *(length + step for length in named_lengths(raw.text_config) for step in (-1, 0, 1))}
+    edges = {0, *(length + step for length in named_lengths(raw) for step in (-1, 0, 1))}
     rows = torch.tensor(sorted(edges | {2 * max(edges), 4 * max(edges)}))
     shifts = torch.tensor(sorted({-1, 0, 1, *edges}))
     row = rows.repeat_interleave(len(shifts))
@@ -108,7 +118,7 @@ def _check_rows(raw: RawKeyModel, base: list[Seen]) -> None:
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
     other = ids.clone()
     other[0] = (other[0] + 1) % raw.text_config.vocab_size
-    again, _ = run_trial(raw, {}, other)
+    again = run_trial(raw, {}, other)
     calls = zip(base, again, strict=True)
     if not base or any(_mixed(was.key[1:], now.key[1:]) or _mixed(was.value[1:], now.value[1:]) for was, now in calls):
         raise cannot_serve(raw, _mixing_module(raw, ids, other))
@@ -162,60 +172,81 @@ def _check_count(raw: RawKeyModel, base: list[Seen]) -> None:
 
 def _turn_each_group(
     raw: RawKeyModel, base: list[Seen], names: Mapping[nn.Module, str]
-) -> tuple[dict[nn.Module, str], dict[str, Rotary]]:
+) -> tuple[dict[nn.Module, Turning], dict[nn.Module, str], dict[str, Rotary]]:
+    turnings: dict[nn.Module, Turning] = {}
     groups: dict[nn.Module, str] = {}
     rotaries: dict[str, Rotary] = {}
-    held = {seen.module: seen.inputs for seen in base}
+    held = inputs_of(base)
     for module_name, identity in raw.identities.items():
         for layer_type in list(identity.turns):
             group = layer_type or (module_name if len(raw.identities) > 1 else "")
             identity.set_turn(layer_type, 0.0, 1.0)
-            turned, _ = run_trial(raw, held)
+            turned = run_trial(raw, held)
             identity.set_turn(layer_type, 1.0, 0.0)
             for before, after in zip(base, turned, strict=True):
-                if not torch.equal(before.key, after.key):
-                    interleaved = _pairing(raw, before, after, identity, names[before.module])
-                    groups[before.module] = group
-                    rotaries[group] = _rotary(raw, layer_type, interleaved)
+                if torch.equal(before.key, after.key):
+                    continue
+                turning = find_turning((before.query, before.key), (after.query, after.key))
+                if turning is None:
+                    raise cannot_serve(
+                        raw,
+                        f"{names[before.module]} does more to queries and keys than rotate them, for example a norm "
+                        "after the rotation",
+                    )
+                turnings[before.module], groups[before.module] = turning, group
+                rotaries[group] = as_found(
+                    _rotary(raw, layer_type, before.key.shape[-1]), turning, before.key.shape[-1], identity.original
+                )
     if not rotaries:
+        return {}, {}, {"": _without_rotation(raw, base)}
+    return turnings, *_merged(raw, groups, rotaries)
+
+
+def _without_rotation(raw: RawKeyModel, base: list[Seen]) -> Rotary:
+    """Of a model in which nothing turns: its positions come with the embeddings, or there are none."""
+    if raw.identities:
         raise cannot_serve(raw, "turning its rotary embedding changes no layer's keys")
-    return groups, rotaries
+    if raw.reach is None:
+        raise cannot_serve(raw, "it has no rotary embedding, and its config does not say how many positions it knows")
+    ids = torch.full((PROBE_LENGTH,), 7, device=raw.model.device)
+    (one, *_rest) = run_trial(raw, {}, ids, torch.full((PROBE_LENGTH,), 3))
+    if _mixed(one.key[:1].expand_as(one.key), one.key):
+        raise cannot_serve(
+            raw, "it counts positions itself, so a chunk of a prompt cannot be told where in the prompt it is"
+        )
+    return unrotated(base[0].key.shape[-1], raw.reach)
 
 
-def _rotary(raw: RawKeyModel, layer_type: str, interleaved: bool) -> Rotary:
+def _merged(
+    raw: RawKeyModel, groups: dict[nn.Module, str], rotaries: dict[str, Rotary]
+) -> tuple[dict[nn.Module, str], dict[str, Rotary]]:
+    """Groups named by their module are one where their embeddings are equal; the only one is called ""."""
+    first = {
+        group: next(other for other, like in rotaries.items() if like == rotary and other in raw.identities)
+        for group, rotary in rotaries.items()
+        if group in raw.identities
+    }
+    alone = len(set(first.values())) == 1 and len(first) == len(rotaries)
+    called = {group: "" if alone else first.get(group, group) for group in rotaries}
+    return {module: called[group] for module, group in groups.items()}, {
+        called[group]: rotary for group, rotary in rotaries.items()
+    }
+
+
+def _rotary(raw: RawKeyModel, layer_type: str, head_dim: int) -> Rotary:
+    if not getattr(raw.text_config, "rope_parameters", None):
+        raise cannot_serve(raw, "its config has no rope_parameters")
     nested = isinstance(raw.text_config.rope_parameters.get(layer_type), dict)
-    return Rotary.from_config(raw.text_config, layer_type if nested else None, interleaved=interleaved)
-
-
-def _pairing(raw: RawKeyModel, before: Seen, after: Seen, identity: IdentityRotary, layer: str) -> bool:
-    """True for interleaved pairs, False for half."""
-    for dim in (identity.width, 2 * identity.width):
-        if dim > before.key.shape[-1]:
-            continue
-        device = before.key.device
-        quarter = Table(torch.zeros(1, dim // 2, device=device), torch.ones(1, dim // 2, device=device))
-        for interleaved in (False, True):
-            if all(
-                torch.allclose(rotate(b, quarter, interleaved=interleaved), a, rtol=1e-2, atol=1e-5)
-                for b, a in ((before.key, after.key), (before.query, after.query))
-            ):
-                return interleaved
-    raise cannot_serve(
-        raw, f"{layer} does more to queries and keys than rotate them, for example a norm after the rotation"
-    )
+    return Rotary.from_config(raw.text_config, layer_type if nested else None, head_dim=head_dim)
 
 
 def _refusal(config: Any) -> str | None:
     """Why an architecture is known not to work; None when nothing is known against it."""
-    text = config.get_text_config()
-    if getattr(text, "kv_lora_rank", None):
-        return "multi-head latent attention (MLA) caches a compressed state, not keys"
+    text = config.get_text_config(decoder=True)
     if config.model_type == "paligemma":
         return (
             "a row of its prompt reads what follows it, too (a prefix language model), and raw keys are read causally"
         )
     if text.model_type.startswith("hunyuan"):
         return "it normalises queries and keys after the rotation, so its attention does not read rotated raw keys"
-    if not getattr(text, "rope_parameters", None):
-        return "its config has no rope_parameters"
     return None

@@ -125,7 +125,7 @@ def layers_of(raw: RawKeyModel, attentions: Sequence[nn.Module]) -> list[nn.Modu
 def record(raw: RawKeyModel, modules: Sequence[nn.Module], loud: Sequence[nn.Module] = ()) -> Recorded:
     """A forward of the probe prompt at its trial positions; what enters the modules of `loud` is multiplied first."""
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
-    positions = trial_positions(raw.text_config).to(ids.device)
+    positions = trial_positions(raw).to(ids.device)
     recorded = Recorded(logit_rows=torch.tensor([0], device=ids.device))
     with torch.inference_mode(), _amplified(loud), _watched(modules, recorded):
         recorded.logits = raw.forward(ids, positions, recorded.logit_rows, recorded.attend)
@@ -207,9 +207,9 @@ def _head_norms(module: nn.Module, head_dim: int) -> list[tuple[nn.Module, ...]]
 @torch.inference_mode()
 def _as_plain_layer(layer: nn.Module, attention: nn.Module, recorded: Recorded) -> PlainLayer | None:
     others = [child for child in layer.children() if child is not attention]
-    x, left = recorded.entered[layer], recorded.left[layer]
+    x, left = recorded.entered.get(layer), recorded.left.get(layer)
     attended = recorded.left[attention]
-    if len(others) != 3 or not isinstance(left, Tensor) or not isinstance(attended, tuple):
+    if x is None or len(others) != 3 or not isinstance(left, Tensor) or not isinstance(attended, tuple):
         return None
     for first, second, mlp in permutations(others):
         if any(sum(1 for _ in norm.parameters()) > 2 or list(norm.children()) for norm in (first, second)):

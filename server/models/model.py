@@ -61,7 +61,6 @@ class Model:
         """backend: that of the model's device, unless another is given."""
         self.raw = RawKeyModel(transformers_model)
         self.layers, self.rotaries = inspect_layers(self.raw)
-        self.raw.drop_rotation(layer.module for layer in self.layers)
         backend = backend or BACKENDS.get(self.device.type)
         self.stack = None if backend is None else self._hasten(backend)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
@@ -78,6 +77,8 @@ class Model:
             self.raw.replace_forward(module, forward)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # merged weights have left holes, which are the cache's from now on
+        if any(layer.arranged for layer in self.layers):
+            return None
         return backend.find_stack(self.raw, layers_of(self.raw, attentions), [layer.group for layer in self.layers])
 
     @contextmanager
@@ -114,7 +115,10 @@ class Model:
 
         def attend_in(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
             place = self._place[module]
-            return attend(place, query, key, value, call.options(self.layers[place].group))
+            layer = self.layers[place]
+            if not layer.arranged:
+                return attend(place, query, key, value, call.options(layer.group))
+            return layer.own(attend(place, *layer.arrange(query, key, value), call.options(layer.group)))
 
         if self.stack is not None:
             return self.stack.logits(batch, storage, attend).float()

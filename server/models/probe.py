@@ -90,7 +90,7 @@ def far_windows(model: Model, positions: ModelPositions) -> list[int]:
     """First rows of the windows of `FAR_ROWS` rows that are probed beyond the prompt, near ones first."""
     method = positions.methods[positions.main]
     trained = method.train_length
-    lengths = {*named_lengths(model.raw.text_config), trained, method.rotary.max_length, 5 * trained // 2, 4 * trained}
+    lengths = {*named_lengths(model.raw), trained, method.rotary.max_length, 5 * trained // 2, 4 * trained}
     starts = set()
     for length in lengths:
         if method.run_end(0) == UNBOUNDED:
@@ -99,7 +99,10 @@ def far_windows(model: Model, positions: ModelPositions) -> list[int]:
         # transformers reads all rows of a forward as its last one: a window lies in one run, at its end.
         for end in map(method.run_end, (length - 1, length)):
             starts.add(length if end == UNBOUNDED else end - FAR_ROWS)
-    chosen = sorted(start for start in starts if 0 < start <= LONGEST)
+    if model.raw.reach is not None:
+        starts.add(model.raw.reach - FAR_ROWS)
+    last = LONGEST if model.raw.reach is None else model.raw.reach - FAR_ROWS
+    chosen = sorted(start for start in starts if 0 < start <= last)
     if len(chosen) > MOST_WINDOWS:
         chosen = [chosen[place * len(chosen) // MOST_WINDOWS] for place in range(MOST_WINDOWS - 1)] + chosen[-1:]
     return chosen
@@ -183,12 +186,13 @@ class _Judge:
         """The specification of attention, over the keys of these rows alone."""
         assert self.start is not None
         sequence = SequenceRows(0, len(self.ids), self.start, torch.empty(0), positions)
-        groups = {layer.module: layer.group for layer in self.model.layers}
+        layers = {layer.module: layer for layer in self.model.layers}
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-            options = call.options(groups[module])
-            rows = attend_sequence(query.float(), key.float(), value.float(), sequence, options)
-            return rows.to(query.dtype).contiguous()
+            layer = layers[module]
+            query, key, value = layer.arrange(query, key, value)
+            rows = attend_sequence(query.float(), key.float(), value.float(), sequence, call.options(layer.group))
+            return layer.own(rows.to(query.dtype))
 
         return attend
 

@@ -12,6 +12,7 @@ some families drop keyword arguments on the way down.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,8 @@ ATTENTION_NAME = "prerope"
 
 TRIAL_NAME = "prerope-trial"
 """The same attention, with masks as rules: a trial run sees which keys transformers would let a layer read."""
+
+OWN_MASK = "its layers choose the keys that a row reads by a mask of their own"
 
 WITHOUT_EFFECT = frozenset(
     (
@@ -91,7 +94,7 @@ def raw_attention(
     """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] → [1, T, Hq, Dv]."""
     rule = attention_mask if isinstance(attention_mask, MaskRule) else None
     if attention_mask is not None and rule is None:
-        raise UnknownAttention("its layers choose the keys that a row reads by a mask of their own")
+        raise UnknownAttention(OWN_MASK)
     for name, given in others.items():
         if given is not None and name not in WITHOUT_EFFECT:
             raise UnknownAttention(f"its attention takes {name!r}, which this server does not know")
@@ -120,12 +123,21 @@ class IdentityRotary(nn.Module):
         # Kept out of the module tree: its buffers are not this model's any more.
         self._original = [original]
         self.turns: dict[str, tuple[float, float]] = {}  # layer type, or "" → (cos, sin)
-        self.width = 0  # of the cos that the original makes: D, or D/2
+        self.widths: dict[str, int] = {}  # likewise → dims of the cos that the original makes: D, or D/2
         self._tables: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def original(self) -> nn.Module:
         return self._original[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """What a family reads of its rotary embedding beside calling it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_original":
+                raise
+            return getattr(self.original, name)
 
     def set_turn(self, layer_type: str, cos: float, sin: float) -> None:
         """From now on every pair of this layer type's q and k is turned by (cos, sin)."""
@@ -137,7 +149,7 @@ class IdentityRotary(nn.Module):
         if key not in self._tables:
             extra = () if layer_type is None else (layer_type,)
             cos, sin = _cos_sin(self.original, x, position_ids[:, :1], *extra)
-            self.width = cos.shape[-1]
+            self.widths[key] = cos.shape[-1]
             turn = self.turns.setdefault(key, (1.0, 0.0))
             self._tables[key] = (torch.full_like(cos, turn[0]), torch.full_like(sin, turn[1]))
         return self._tables[key]
@@ -155,13 +167,16 @@ def _cos_sin(rotary: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor]:
 class RawKeyModel:
     """A transformers causal LM whose attention receives raw q and k, through `handler` of each forward.
 
-    Raises ConfigurationError for a model without a rotary embedding.
+    Attributes:
+        identities: in place of its rotary embeddings; none where it has none, and keys are raw as they are.
+        reach: positions end here, where nothing rotates; None: they do not end.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.text_config: Any = model.config.get_text_config()
-        self.identities = dict(_find_rotaries(model, self.family))
+        self.text_config: Any = _text_config(model.config)
+        self.identities = dict(_find_rotaries(model))
+        self.reach: int | None = None if self.identities else getattr(self.text_config, "max_position_embeddings", None)
         self._forwards: dict[nn.Module, Callable[..., Any]] = {}
         self._install()
 
@@ -180,6 +195,11 @@ class RawKeyModel:
             forward = _without_rotation(module)
             if forward is not None:
                 self.replace_forward(module, forward)
+
+    def keep_rotation(self, module: nn.Module) -> None:
+        """Give an attention module its own forward back."""
+        if self._forwards.pop(module, None) is not None:
+            del module.forward
 
     @contextmanager
     def stock(self) -> Iterator[None]:
@@ -228,22 +248,25 @@ class RawKeyModel:
         return logits[0]
 
 
+def _text_config(config: Any) -> Any:
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"model type {config.model_type!r} cannot be served from raw keys: its config does not say which part of "
+            "it is the decoder"
+        ) from error
+
+
 def cannot_serve(raw: RawKeyModel, reason: str) -> ConfigurationError:
     """A refusal with the model's type and the reason, a clause."""
     return ConfigurationError(f"model type {raw.family!r} cannot be served from raw keys: {reason}")
 
 
-def _find_rotaries(model: nn.Module, family: str) -> Iterator[tuple[str, IdentityRotary]]:
-    found = False
+def _find_rotaries(model: nn.Module) -> Iterator[tuple[str, IdentityRotary]]:
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding") and "vision" not in name:
-            found = True
             yield name, IdentityRotary(module)
-    if not found:
-        raise ConfigurationError(
-            f"model type {family!r} has no rotary embedding to take over: only decoders with rotary positions can be "
-            "served from raw keys"
-        )
 
 
 def _without_rotation(module: nn.Module) -> MethodType | None:
@@ -255,11 +278,24 @@ def _without_rotation(module: nn.Module) -> MethodType | None:
     names = [n for n in getattr(getattr(forward, "__code__", None), "co_names", ()) if n.startswith("apply_rotary")]
     if not isinstance(forward, FunctionType) or not names:
         return None
-    scope = forward.__globals__ | dict.fromkeys(names, _untouched)
+    scope = forward.__globals__ | {name: _untouching(forward.__globals__.get(name)) for name in names}
     copy = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return MethodType(copy, module)
 
 
+def _untouching(rotation: Any) -> Callable[..., Any]:
+    """In place of a rotation of queries and keys, or of either (Gemma 4)."""
+    try:
+        parameters = list(inspect.signature(rotation).parameters)
+    except (TypeError, ValueError):
+        parameters = []
+    return _untouched_one if parameters[1:2] == ["cos"] else _untouched
+
+
 def _untouched(query: Tensor, key: Tensor, *_cos_sin: Any, **_options: Any) -> tuple[Tensor, Tensor]:
     return query, key
+
+
+def _untouched_one(either: Tensor, *_cos_sin: Any, **_options: Any) -> Tensor:
+    return either

@@ -29,7 +29,7 @@ class Seen:
     """One attention call of a trial run: what entered the module, and raw q, k and v as attention received them."""
 
     module: nn.Module
-    inputs: Tensor
+    inputs: Tensor | None
     query: Tensor
     key: Tensor
     value: Tensor
@@ -41,22 +41,24 @@ def probe_ids(vocab_size: int, device: torch.device) -> Tensor:
     return torch.randint(0, vocab_size, (PROBE_LENGTH,), generator=torch.Generator().manual_seed(9708)).to(device)
 
 
-def named_lengths(config: Any) -> list[int]:
-    """Numbers of tokens that a text config names, shortest first: trained lengths, windows, chunks, floors."""
+def named_lengths(raw: RawKeyModel) -> list[int]:
+    """Numbers of tokens that the text config names, shortest first: trained lengths, windows, chunks, floors."""
     found = set()
-    entries = [vars(config)]
+    entries = [vars(raw.text_config)]
     while entries:
         for name, value in entries.pop().items():
             if isinstance(value, dict):
                 entries.append(value)
             elif type(value) is int and any(word in str(name) for word in LENGTH_WORDS) and 2 <= value <= LONGEST:
                 found.add(value)
-    return sorted(found)
+    return sorted(length for length in found if raw.reach is None or length <= raw.reach)
 
 
-def trial_positions(config: Any) -> Tensor:
+def trial_positions(raw: RawKeyModel) -> Tensor:
     """[PROBE_LENGTH] int64, ascending: 0, around every length that the config names, up to four times the longest."""
-    lengths = named_lengths(config) or [PROBE_LENGTH]
+    if raw.reach is not None:
+        return torch.arange(PROBE_LENGTH) * (raw.reach - 1) // (PROBE_LENGTH - 1)
+    lengths = named_lengths(raw) or [PROBE_LENGTH]
     edges = sorted({length + step for length in lengths for step in (-1, 0, 1)})
     if len(edges) > PROBE_LENGTH // 2:
         edges = [edges[place * len(edges) // (PROBE_LENGTH // 2)] for place in range(PROBE_LENGTH // 2)]
@@ -80,26 +82,26 @@ def relative_difference(ours: Tensor, expected: Tensor) -> float:
 
 
 def run_trial(
-    raw: RawKeyModel, held: Mapping[nn.Module, Tensor], ids: Tensor | None = None, *, all_logits: bool = False
-) -> tuple[list[Seen], Tensor]:
-    """One forward of the probe prompt, or of other ids, at positions 0, 1, …; its calls and logits.
+    raw: RawKeyModel, held: Mapping[nn.Module, Tensor], ids: Tensor | None = None, positions: Tensor | None = None
+) -> list[Seen]:
+    """One forward of the probe prompt, or of other ids, at positions 0, 1, … or others; its calls.
 
-    `held` replaces what enters each attention module. all_logits: of every row, else of the first.
+    `held` replaces what enters each attention module.
     """
     calls: list[Seen] = []
     entered: dict[nn.Module, Tensor] = {}
 
     def handler(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
-        calls.append(Seen(module, entered[module], query.clone(), key.clone(), value, call))
+        calls.append(Seen(module, entered.get(module), query.clone(), key.clone(), value, call))
         return own_values(module, query, key, value, call)
 
     device = raw.model.device
     ids = probe_ids(raw.text_config.vocab_size, device) if ids is None else ids
     candidates = [module for module in raw.model.modules() if hasattr(module, "layer_idx")]
-    rows = torch.arange(len(ids) if all_logits else 1, device=device)
+    positions = torch.arange(len(ids)) if positions is None else positions
     with torch.inference_mode(), layer_inputs(candidates, entered, held):
-        logits = raw.forward(ids, torch.arange(len(ids), device=device), rows, handler)
-    return calls, logits
+        raw.forward(ids, positions.to(device), torch.tensor([0], device=device), handler)
+    return calls
 
 
 @contextmanager

@@ -126,7 +126,40 @@ SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
 SIZE_OF = {name: size for size, names in SIZES for name in names}
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id")
 
-SPECIAL: dict[str, dict[str, Any]] = {}
+MLA: dict[str, Any] = {"num_key_value_heads": 4}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_ssm": 128}
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+HALF = PLAIN | {"partial_rotary_factor": 0.5}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v3", "deepseek_v32", "dots3_note_text"), MLA),
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"), MLA),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid"), MAMBA),
+    "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+    "deepseek_v2": MLA | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    "dots3_note": {"text_config": MLA},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96] * LAYERS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mimo_v2_flash": {"rope_parameters": {"full_attention": HALF, "sliding_attention": HALF}},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "ministral": {"head_dim": 16},
+    "ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "olmo": {"clip_qkv": 0.5},
+    "phimoe": {"sliding_window": 8},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * LAYERS},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}
 """What a type's tiny config needs beside the sizes."""
 
 
@@ -152,10 +185,29 @@ def _shrunk(cls: Any, special: dict[str, Any]) -> dict[str, Any]:
     return options | special
 
 
-def tiny_of_type(model_type: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random causal LM."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+MOST_PARAMETERS = 20_000_000
+
+
+class NoTinyModel(Exception):
+    """A type of which no tiny model can be made, or whose own forward does not run on a prompt of tokens."""
+
+
+def tiny_of_type(model_type: str) -> Any:
+    """A random causal LM in fp32."""
+    try:
         config = tiny_config(model_type)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
-        return randomize(model).to(dtype)
+        with torch.device("meta"):
+            sketch = AutoModelForCausalLM.from_config(config)
+        if sum(parameter.numel() for parameter in sketch.parameters()) > MOST_PARAMETERS:
+            raise NoTinyModel("its config has no small sizes")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+            randomize(model.eval())
+        with torch.inference_mode():
+            model(input_ids=torch.arange(3, 9)[None], use_cache=False)
+    except NoTinyModel:
+        raise
+    except Exception as error:  # whatever a config or a forward of transformers raises
+        raise NoTinyModel(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
+    return model

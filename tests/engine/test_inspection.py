@@ -19,23 +19,11 @@ from torch import Tensor
 
 from tests.engine.tiny_models import FAMILIES, prompt_of, tiny
 
-MLA = {
-    "first_k_dense_replace": 4,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-}
-
 
 @pytest.mark.parametrize(
     ("family", "config", "reason"),
     [
         ("hunyuan_v1_dense", {}, "normalises queries and keys after the rotation"),
-        ("deepseek_v3", MLA, "multi-head latent attention"),
-        ("gpt2", {}, "no rotary embedding"),
     ],
 )
 def test_a_family_that_cannot_be_served(family: str, config: dict[str, Any], reason: str) -> None:

@@ -1,0 +1,125 @@
+"""How a layer turns queries and keys, found by trying: which of their dims, in which pairing and in which sense.
+
+A reading turns the leading dims of a head, in a positive sense, and keys and values lie in the cache in the same width.
+A layer that has it otherwise has its dims in another order there, or padded: scores do not see that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from prerope.cache.storage import LayerShape
+from prerope.rope.frequencies import Rotary, plain
+from prerope.rope.rotation import Table, rotate
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Turning:
+    """Of a head: `order` [D] puts the `dim` dims that turn first; interleaved: pairs are neighbours, not halves."""
+
+    order: tuple[int, ...]
+    dim: int
+    interleaved: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether the dims lie so already."""
+        return self.order == tuple(range(len(self.order)))
+
+
+@dataclass(frozen=True, slots=True)
+class RawKeyLayer:
+    """One attention layer, as found.
+
+    Attributes:
+        group: the rotary group that turns its keys; None: it has no positions.
+        shape: of keys and values as they lie in the cache.
+        value_dim: of its own values, which may be padded there.
+        order: of the dims of queries and keys there; None: as the layer gives them.
+    """
+
+    module: nn.Module
+    name: str
+    group: str | None
+    shape: LayerShape
+    value_dim: int
+    order: Tensor | None = None
+
+    @property
+    def arranged(self) -> bool:
+        """Whether what the layer gives lies otherwise in the cache."""
+        return self.order is not None or self.value_dim != self.shape.value_dim
+
+    def arrange(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, H, D] as the layer gives them → as they lie in the cache."""
+        if self.order is not None:
+            query, key = query[..., self.order], key[..., self.order]
+        width = self.shape.key_dim
+        query, key, value = (functional.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
+        return query, key, value
+
+    def own(self, rows: Tensor) -> Tensor:
+        """What attention gives over the cache → as the layer wants it: [T, Hq, value_dim]."""
+        return rows[..., : self.value_dim].contiguous()
+
+
+def raw_key_layer(
+    module: nn.Module, name: str, group: str | None, key: Tensor, value: Tensor, turning: Turning | None
+) -> RawKeyLayer:
+    """key, value [T, Hkv, D] as the layer gives them."""
+    width = max(key.shape[-1], value.shape[-1])
+    shape = LayerShape(key.shape[1], width, width)
+    order = None if turning is None or turning.plain else torch.tensor(turning.order, device=key.device)
+    return RawKeyLayer(module, name, group, shape, value.shape[-1], order)
+
+
+def find_turning(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Turning | None:
+    """From (query, key) [T, H, D] unturned and after a quarter turn; None if no turn explains the change.
+
+    A layer with a norm after the rotation changes more than a turn does, or less.
+    """
+    changed = (before[1] != after[1]).any(0).any(0).nonzero().flatten().tolist()
+    dims, head_dim = len(changed), before[1].shape[-1]
+    if not changed or changed[-1] - changed[0] + 1 != dims or dims % 2:
+        return None
+    rest = [dim for dim in range(head_dim) if dim not in changed]
+    quarter = Table(*(part.to(before[1].device) for part in (torch.zeros(1, dims // 2), torch.ones(1, dims // 2))))
+    for interleaved in (False, True):
+        for order in _both_senses(changed, interleaved):
+            turning = Turning((*order, *rest), dims, interleaved)
+            index = torch.tensor(turning.order, device=before[1].device)
+            if all(
+                torch.allclose(
+                    rotate(b[..., index], quarter, interleaved=interleaved), a[..., index], rtol=1e-2, atol=1e-5
+                )
+                for b, a in zip(before, after, strict=True)
+            ):
+                return turning
+    return None
+
+
+def _both_senses(dims: list[int], interleaved: bool) -> list[list[int]]:
+    """These dims as they are, and with the members of each pair swapped, which turns the other way."""
+    half = len(dims) // 2
+    if interleaved:
+        return [dims, [dim for pair in zip(dims[1::2], dims[::2], strict=True) for dim in pair]]
+    return [dims, dims[half:] + dims[:half]]
+
+
+def as_found(rotary: Rotary, turning: Turning, head_dim: int, embedding: nn.Module) -> Rotary:
+    """What the config says, with the dims that were seen to turn, and the base that plain frequencies have."""
+    rotary = replace(rotary, head_dim=head_dim, dim=turning.dim, interleaved=turning.interleaved)
+    theta = getattr(embedding, "inv_freq", None)
+    if (
+        rotary.rope_type != "default"
+        or not isinstance(theta, Tensor)
+        or len(theta) != turning.dim // 2
+        or len(theta) < 2
+    ):
+        return rotary
+    if torch.allclose(plain(rotary.dim, rotary.base), theta.double().cpu(), rtol=1e-3):
+        return rotary
+    return replace(rotary, base=float(theta[1].double()) ** (-turning.dim / 2))

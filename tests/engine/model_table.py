@@ -1,0 +1,142 @@
+"""What becomes of every decoder type that transformers has, tried on a tiny model; as a table in docs/models.md.
+
+python -m tests.engine.model_table > docs/models.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from prerope.cache.storage import KVStorage
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.batch import Chunk, build_batch
+from prerope.server.models.model import Model, own_positions
+from prerope.server.models.probe import probe
+from torch import Tensor
+
+from tests.engine.model_types import LENGTH, MODEL_TYPES, VOCABULARY, NoTinyModel, tiny_of_type
+
+BLOCK_SIZE = 16
+HEAD = """# Model types
+
+Every decoder type of transformers {version}, each tried on a tiny random model of its own config class: served, and
+then equal to transformers' own logits below and beyond every length that the config names, in fp32 and bf16, in one
+piece, in chunks of 7 and one token at a time; or refused, and why. Whether a checkpoint is served is found out anew at
+every start, on its own weights. Made by `python -m tests.engine.model_table`, held by tests/engine/test_model_types.py.
+
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a type: served, refused, or untried, and the reason."""
+
+    outcome: str
+    reason: str = ""
+
+
+def logits(model: Model, ids: list[int], chunk: int) -> Tensor:
+    """[T, V] of a prompt read `chunk` tokens at a time, through a cache of the model's dtype."""
+    positions = own_positions(model)
+    blocks = list(range(-(-len(ids) // BLOCK_SIZE)))[::-1]
+    storage = KVStorage([layer.shape for layer in model.layers], len(blocks), BLOCK_SIZE, model.dtype, model.device)
+    found = []
+    for start in range(0, len(ids), chunk):
+        part = ids[start : start + chunk]
+        batch = build_batch([Chunk(part, start, blocks, positions, len(part))], BLOCK_SIZE, model.device)
+        found.append(model.forward(batch, storage))
+    return torch.cat(found)
+
+
+def row_errors(ours: Tensor, expected: Tensor) -> Tensor:
+    """[T]: of each row, the rms difference over the expected rms."""
+    return (ours - expected).square().mean(-1).sqrt() / expected.square().mean(-1).sqrt()
+
+
+@torch.inference_mode()
+def stock_logits(transformers_model: Any, ids: list[int]) -> Tensor:
+    output: Tensor = transformers_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+    return output
+
+
+def prompt_for(model_type: str, transformers_model: Any) -> list[int]:
+    """Beyond every length of its config; as long as it knows positions, where it knows so many only."""
+    del model_type
+    known = Model(transformers_model).raw.reach
+    length = LENGTH * 3 // 2 if known is None else known
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def examine(model_type: str) -> Verdict:
+    """Raises AssertionError where a type passes the check and is served wrongly."""
+    try:
+        transformers_model = tiny_of_type(model_type)
+    except NoTinyModel as reason:
+        return Verdict("untried", str(reason))
+    try:
+        ids = prompt_for(model_type, transformers_model)
+        transformers_model = tiny_of_type(model_type)
+        expected = stock_logits(transformers_model, ids)
+        model = Model(transformers_model)
+        probe(model)
+    except ConfigurationError as refusal:
+        return Verdict("refused", re.sub(r"^model type '.*' cannot be served from raw keys: ", "", str(refusal)))
+    for chunk in (len(ids), 7, 1):
+        worst = float(row_errors(logits(model, ids, chunk), expected).max())
+        assert worst < 1e-3, f"{model_type}: {worst:.2g} in chunks of {chunk}, fp32"
+    _examine_bf16(model_type, ids)
+    return Verdict("served")
+
+
+def _examine_bf16(model_type: str, ids: list[int]) -> None:
+    """Of most rows; an expert that another rounding chooses changes a few."""
+    transformers_model = tiny_of_type(model_type).bfloat16()
+    theirs = stock_logits(transformers_model, ids)
+    expected = stock_logits(transformers_model.float(), ids)
+    model = Model(transformers_model.bfloat16())
+    probe(model)
+    allowed = 2 * float(row_errors(theirs, expected).median()) + 1e-2
+    for chunk in (len(ids), 7, 1):
+        median = float(row_errors(logits(model, ids, chunk), expected).median())
+        assert median < allowed, (
+            f"{model_type}: {median:.2g} in chunks of {chunk}, bf16, where {allowed:.2g} is rounding"
+        )
+
+
+def table(verdicts: dict[str, Verdict]) -> str:
+    """The whole page."""
+    lines = ["| type | | reason |", "|---|---|---|"]
+    for model_type, verdict in verdicts.items():
+        reason = verdict.reason.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {model_type} | {verdict.outcome} | {reason} |")
+    counts = {outcome: sum(v.outcome == outcome for v in verdicts.values()) for outcome in OUTCOMES}
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    return HEAD.format(version=metadata.version("transformers")) + f"{told}.\n\n" + "\n".join(lines) + "\n"
+
+
+OUTCOMES = ("served", "refused", "untried")
+
+
+def read_table(page: str) -> dict[str, Verdict]:
+    """The verdicts of such a page."""
+    rows = re.findall(r"^\| ([\w.-]+) \| (\w+) \| (.*) \|$", page, re.MULTILINE)
+    return {model_type: Verdict(outcome, reason.replace("\\|", "|")) for model_type, outcome, reason in rows}
+
+
+if __name__ == "__main__":
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found = {}
+    for name in MODEL_TYPES:
+        print(name, file=sys.stderr)
+        found[name] = examine(name)
+    print(table(found), end="")
