@@ -61,8 +61,9 @@ SHAPES = [(group, 64) for group in (1, 2, 3, 4)] + [(group, 128) for group in (1
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_heads_that_models_have(group: int, head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
+    allowed = 2e-2 if dtype == torch.bfloat16 else 2e-5  # products of bf16 may be in pairs, of rounded operands
     for name, interleaved in (("rerope", False), ("rope", True)):
         positions = one_group(method(name, rotary(head_dim, rotary_dim, interleaved=interleaved)))
         step = paged([(190, 1), (70, 1)], [positions] * 2, heads=2 * group, head_dim=head_dim, dtype=dtype)
         arguments = (step.query.float(), step.keys, step.values, step.metadata, AttentionOptions(head_dim**-0.5, ""))
-        torch.testing.assert_close(paged_attention(*arguments), reference_attention(*arguments), rtol=0, atol=2e-5)
+        torch.testing.assert_close(paged_attention(*arguments), reference_attention(*arguments), rtol=0, atol=allowed)
