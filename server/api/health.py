@@ -35,14 +35,8 @@ async def health(service: ServiceDependency) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/ping", summary="Are requests taken", responses=NOT_READY)
+@router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
 async def ping(service: ServiceDependency) -> dict[str, str]:
-    """As /health."""
-    return await health(service)
-
-
-@router.post("/ping", summary="Are requests taken", responses=NOT_READY)
-async def ping_by_post(service: ServiceDependency) -> dict[str, str]:
     """As /health."""
     return await health(service)
 

@@ -119,8 +119,8 @@ def _template(scope: Scope) -> str:
 
 
 def is_open(path: str, method: str) -> bool:
-    """Whether a request needs no key: pages and probes are read, never posted to."""
-    return path in OPEN_PATHS and method in ("GET", "HEAD", "OPTIONS")
+    """Whether a request needs no key: probes, and pages, which are read. (TGI's clients post prompts to `/`.)"""
+    return path in OPEN_PATHS and (path != "/" or method in ("GET", "HEAD", "OPTIONS"))
 
 
 class KeyCheck:

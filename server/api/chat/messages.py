@@ -13,8 +13,9 @@ from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_
 from prerope.server.api.requests.foreign import EMPTY, MESSAGE, PART, TOOL_CALL, Foreign, is_empty
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
-from pydantic_core import from_json
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchema, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, from_json
 
 MAX_NAME = 128
 """Characters of the name of a function."""
@@ -132,6 +133,14 @@ class Message(RequestBody):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Text | None = Field(None, max_length=256)
     reasoning_content: Text | None = Field(None, description="What the assistant thought: for the chat template.")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """`content` may be missing where an assistant or a tool said nothing."""
+        schema = super().__get_pydantic_json_schema__(core_schema, handler)
+        body = handler.resolve_ref_schema(schema)
+        body["required"] = [name for name in body["required"] if name != "content"]
+        return schema
 
     @model_validator(mode="before")
     @classmethod

@@ -47,7 +47,6 @@ OPERATIONS: dict[str, Operation] = {
     "/detokenize": Operation(replies.DetokenizeReply, (*MODEL, errors.QueueFull)),
     "/live": Operation(replies.HealthReply),
     "/health": Operation(replies.HealthReply, NOT_READY),
-    "/ping": Operation(replies.HealthReply, NOT_READY),
     "/version": Operation(replies.VersionReply),
     "/ready": Operation(replies.ReadyReply, NOT_READY),
     "/metrics": Operation("text/plain"),
