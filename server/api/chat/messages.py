@@ -65,14 +65,18 @@ _CONTENT_SCHEMA: dict[str, Any] = {
         {
             "type": "array",
             "items": {
-                "type": "object",
-                "properties": {
-                    "type": {"const": "text"},
-                    "text": {"type": "string"},
-                    **{name: {"description": "Accepted and ignored."} for name in PART},
-                },
-                "required": ["type", "text"],
-                "additionalProperties": {"enum": list(EMPTY)},
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "object",
+                        "properties": {
+                            "type": {"enum": [*TEXT_PARTS]},
+                            **{name: {"type": "string"} for name in TEXT_PARTS.values()},
+                            **{name: {"description": "Accepted and ignored."} for name in PART},
+                        },
+                        "additionalProperties": {"enum": list(EMPTY)},
+                    },
+                ]
             },
         },
     ]
