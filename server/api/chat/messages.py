@@ -71,7 +71,10 @@ _CONTENT_SCHEMA: dict[str, Any] = {
                         "type": "object",
                         "properties": {
                             "type": {"enum": [*TEXT_PARTS]},
-                            **{name: {"type": "string"} for name in TEXT_PARTS.values()},
+                            **{
+                                name: {"anyOf": [{"type": "string"}, {"enum": list(EMPTY)}]}
+                                for name in TEXT_PARTS.values()
+                            },
                             **{name: {"description": "Accepted and ignored."} for name in PART},
                         },
                         "additionalProperties": {"enum": list(EMPTY)},
