@@ -62,6 +62,7 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 _CONTENT_SCHEMA: dict[str, Any] = {
     "anyOf": [
         {"type": "string"},
+        {"type": "null"},
         {
             "type": "array",
             "items": {
