@@ -54,7 +54,8 @@ def test_a_refused_grammar_is_remembered_and_an_abandoned_one_is_killed(url: str
         first = http.post("/generate", json=attacks.HUGE_SCHEMA)
         assert first.status_code == 400
         assert first.json()["error"]["code"] == "too_much_work"
-        assert "CPU time" in first.json()["error"]["message"]
+        said = first.json()["error"]["message"]
+        assert "CPU time" in said or "of memory" in said  # whichever limit is met first
         again = http.post("/generate", json=attacks.HUGE_SCHEMA, timeout=1)
         assert again.json() == first.json()
         abandoned = {"prompt": "Hi", "json_schema": {"type": "integer", "multipleOf": 99999971}}
