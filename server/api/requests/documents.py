@@ -19,7 +19,7 @@ DEFAULT_PREFIX = "Documents:\n\n"
 """Documents are read worse with nothing before them: some tokens at the beginning of a text draw attention anyway."""
 
 DEFAULT_REREAD = 16
-"""Tokens of a document that are read again at their place, by measurement (bench/RESULTS.md)."""
+"""Tokens of a document that are read again at their place; `python -m bench.reuse` compares others."""
 
 Given = str | list[int]
 Attention = Literal["own", "full"]
