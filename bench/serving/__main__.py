@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.serving.measure import Point, Run, run_point
-from bench.serving.prompts import PromptWriter, local_counter, server_counter
+from bench.serving.prompts import PromptWriter
 from bench.serving.report import Served, one_line, report
 from bench.shared import options
+from bench.shared.counting import local_counter, server_counter
 from bench.shared.machine import describe_machine
 from bench.shared.servers import Server, http_client, launched
 

@@ -21,8 +21,9 @@ import pytest
 from bench import BenchError
 from bench.serving.__main__ import parse_arguments
 from bench.serving.measure import Point, Run, run_figures, run_point, speedup, summarise
-from bench.serving.prompts import PromptWriter, server_counter
+from bench.serving.prompts import PromptWriter
 from bench.serving.report import Served, report
+from bench.shared.counting import server_counter
 from bench.shared.machine import OthersMeter, listeners
 from bench.shared.servers import Server
 from bench.shared.streams import Completion

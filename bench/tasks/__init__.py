@@ -1,0 +1,1 @@
+"""What does a model still find, follow and count in a long prompt?"""

@@ -1,0 +1,115 @@
+"""Needles: facts in a long text that says nothing of them. RULER's four kinds (Hsieh 2024, arXiv 2404.06654), the
+passkey (Mohtashami 2023, arXiv 2305.16300) and key-value retrieval (Liu 2023, arXiv 2307.03172)."""
+
+from __future__ import annotations
+
+from bench.tasks.sheets import Question, Room, Sheet, planted
+from bench.tasks.words import names, numbers, prose, repeated
+
+NUMBER_TOKENS = 10
+"""Of a reply with one number and what may stand around it."""
+
+
+def passkey(room: Room) -> list[Sheet]:
+    """A five-digit key in sentences that repeat; a sheet a depth, the deepest first: what is before it is read once."""
+    intro = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n"
+
+    def sheet(depth: float, filler: int) -> Sheet:
+        (key,) = numbers(room.draw("passkey", depth), 1)
+        fact = f"The pass key is {key}. Remember it. {key} is the pass key."
+        question = Question("\nWhat is the pass key? The pass key is", (key,), depth)
+        return Sheet(intro + planted(repeated(filler), [(depth, fact)]), (question,))
+
+    return [
+        room.fill(lambda filler, depth=depth: sheet(depth, filler), NUMBER_TOKENS)  # type: ignore[misc]
+        for depth in sorted(room.depths, reverse=True)
+    ]
+
+
+def _needle(name: str, number: str) -> str:
+    return f"The special magic number for {name} is {number}."
+
+
+INTRO = "Some special magic numbers are hidden within the following text. Make sure to memorize them.\n"
+
+
+def single(room: Room) -> list[Sheet]:
+    """One needle in prose; a sheet a depth, the deepest first."""
+
+    def sheet(depth: float, filler: int) -> Sheet:
+        draw = room.draw("single", depth)
+        (name,), (number,) = names(draw, 1), numbers(draw, 1)
+        text = planted(prose(room.draw("prose"), filler), [(depth, _needle(name, number))])
+        return Sheet(INTRO + text, (_asked(name, number, depth),))
+
+    return [
+        room.fill(lambda filler, depth=depth: sheet(depth, filler), NUMBER_TOKENS)  # type: ignore[misc]
+        for depth in sorted(room.depths, reverse=True)
+    ]
+
+
+def _asked(name: str, number: str, depth: float) -> Question:
+    text = f"\nQuestion: What is the special magic number for {name}?\nAnswer: The special magic number for {name} is"
+    return Question(text, (number,), depth)
+
+
+def multikey(room: Room) -> list[Sheet]:
+    """A needle at every depth, each of which is asked for: the others are there to be mistaken for it."""
+    draw = room.draw("multikey")
+    keys, values = names(draw, len(room.depths)), numbers(draw, len(room.depths))
+    facts = [(depth, _needle(*pair)) for depth, pair in zip(room.depths, zip(keys, values, strict=True), strict=True)]
+    questions = tuple(_asked(*asked) for asked in zip(keys, values, room.depths, strict=True))
+
+    def sheet(filler: int) -> Sheet:
+        return Sheet(INTRO + planted(prose(room.draw("prose"), filler), facts), questions)
+
+    return [room.fill(sheet, NUMBER_TOKENS)]
+
+
+def multivalue(room: Room) -> list[Sheet]:
+    """One name that has four numbers, all asked for."""
+    draw = room.draw("multivalue")
+    (name,), values = names(draw, 1), numbers(draw, 4)
+    facts = [((part + draw.random()) / 4, _needle(name, value)) for part, value in enumerate(values)]
+    text = f"\nQuestion: What are all the special magic numbers for {name}?\nAnswer: The numbers for {name} are"
+    question = Question(text, tuple(values))
+
+    def sheet(filler: int) -> Sheet:
+        return Sheet(INTRO + planted(prose(room.draw("prose"), filler), facts), (question,))
+
+    return [room.fill(sheet, 5 * NUMBER_TOKENS)]
+
+
+def multiquery(room: Room) -> list[Sheet]:
+    """Four names with a number each, all asked for at once."""
+    draw = room.draw("multiquery")
+    keys, values = names(draw, 4), numbers(draw, 4)
+    facts = [
+        ((part + draw.random()) / 4, _needle(*pair)) for part, pair in enumerate(zip(keys, values, strict=True))
+    ]  # fmt: skip
+    asked = f"{', '.join(keys[:-1])} and {keys[-1]}"
+    text = f"\nQuestion: What are the special magic numbers for {asked}, in this order?\nAnswer: They are"
+    question = Question(text, tuple(values))
+
+    def sheet(filler: int) -> Sheet:
+        return Sheet(INTRO + planted(prose(room.draw("prose"), filler), facts), (question,))
+
+    return [room.fill(sheet, 5 * NUMBER_TOKENS)]
+
+
+def key_value(room: Room) -> list[Sheet]:
+    """A list of pairs from end to end; the pair at each depth is asked for."""
+
+    def sheet(filler: int) -> Sheet:
+        size = max(1, len(room.depths)) + filler
+        draw = room.draw("key_value")
+        keys, values = names(room.draw("keys"), size), [str(draw.randrange(10_000, 100_000)) for _ in range(size)]
+        lines = "\n".join(f"{key}: {value}" for key, value in zip(keys, values, strict=True))
+        questions = []
+        for depth in room.depths:
+            place = min(size - 1, round(depth * size))
+            text = f"\n\nQuestion: Which number stands beside {keys[place]}?\nAnswer: {keys[place]}:"
+            questions.append(Question(text, (values[place],), depth))
+        return Sheet(f"A list of names and their numbers.\n\n{lines}", tuple(questions))
+
+    return [room.fill(sheet, NUMBER_TOKENS)]
