@@ -9,7 +9,8 @@ URL is asked as it is served. `--launch COMMAND` starts the server from here.
 
 Prompts are of at most the asked number of tokens, the reply included. All but the passkey have worked examples before
 them, which a small base model needs. Several questions are asked over one text, so that a server with a prefix cache
-reads it once. Every reply is kept in the output folder, so an interrupted run resumes, and a longer one adds to it.
+reads it once. Every reply is kept in the output folder, so an interrupted run resumes, and a longer one adds to it;
+a server that reads otherwise than before wants a folder or a --name of its own.
 """
 
 from __future__ import annotations
