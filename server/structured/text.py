@@ -47,9 +47,11 @@ def json_text(value: Any, param: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     except RecursionError:
-        raise InvalidRequest(
-            f"'{param}' nests too deep to be compiled", param=param, code="grammar_too_large"
-        ) from None
+        raise too_deep(param) from None
+
+
+def too_deep(param: str) -> InvalidRequest:
+    return InvalidRequest(f"'{param}' nests too deep to be compiled", param=param, code="grammar_too_large")
 
 
 def json_options(compact: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
 import jsonschema
@@ -26,7 +26,7 @@ from prerope.server.tokenizer import TextStream, Tokenizer
 from prerope.server.workers.lanes import LANES
 from prerope.server.workers.pool import Workers
 from prerope.server.world import World
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 MODEL = "tiny-llama"
 MESSAGES: list[Any] = [{"role": "user", "content": "Tell me of a city."}]
@@ -176,6 +176,14 @@ def test_what_vllm_and_generate_take(
 def test_a_schema_for_generate(http: httpx.Client) -> None:
     reply = http.post("/generate", json={"prompt": PROMPT, "max_tokens": ROOM, "json_schema": CITY}).json()
     city(reply["text"])
+
+
+def test_a_set_of_numbers_is_served_and_the_header_names_what_is_not_held(http: httpx.Client) -> None:
+    schema = TypeAdapter(Annotated[set[Annotated[int, Field(ge=0, le=9)]], Field(max_length=3)]).json_schema()
+    answer = http.post("/generate", json={"prompt": "Hi", "max_tokens": 60, "json_schema": schema, "stream": False})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-ignored-fields"] == "json_schema.uniqueItems"
+    assert set(json.loads(answer.json()["text"])) <= set(range(10))
 
 
 def test_whitespace_is_bounded_and_can_be_forbidden(client: OpenAI, tokenizer: Tokenizer) -> None:

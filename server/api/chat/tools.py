@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
 from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
-from prerope.server.api.requests.structured import quoted
+from prerope.server.api.requests.structured import quoted, schema_text
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.text import GrammarText, json_options, json_text
+from prerope.server.structured.text import GrammarText, json_options
 from prerope.server.tokenizer import Tokenizer
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
@@ -61,7 +61,7 @@ class Function(RequestBody):
     def schema_text(self) -> str:
         """The parameters' JSON schema for llguidance."""
         schema = self.parameters or {"properties": {}, "additionalProperties": False}
-        return json_text({**schema, "type": "object", "x-guidance": json_options()}, "tools")
+        return schema_text({**schema, "type": "object", "x-guidance": json_options()}, "tools.function.parameters")
 
 
 class Tool(RequestBody):

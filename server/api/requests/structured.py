@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type, unicode_text
 from prerope.server.api.requests.foreign import FORMAT, IGNORED, Foreign
+from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.matcher import CompiledGrammar
-from prerope.server.structured.text import GrammarText, json_text
+from prerope.server.structured.schemas import enforceable
+from prerope.server.structured.text import GrammarText, json_text, too_deep
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 if TYPE_CHECKING:
@@ -125,11 +127,11 @@ class StructuredOutputs(RequestBody):
     def wanted(self) -> GrammarText:
         compact = self.disable_any_whitespace
         found = [
-            schema_grammar(self.json_, "structured_outputs.json", compact=compact),
+            optional_schema(self.json_, "structured_outputs.json", compact=compact),
             regex_grammar(self.regex, "structured_outputs.regex"),
             choice_grammar(self.choice, "structured_outputs.choice"),
             lark_grammar(self.grammar, "structured_outputs.grammar"),
-            schema_grammar({"type": "object"} if self.json_object else None, "structured_outputs", compact=compact),
+            optional_schema({"type": "object"} if self.json_object else None, "structured_outputs", compact=compact),
         ]
         one = only_one(found)
         if one is None:
@@ -156,7 +158,7 @@ class OpenAIConstraints(RequestBody):
             [
                 None if self.response_format is None else self.response_format.wanted(),
                 None if self.structured_outputs is None else self.structured_outputs.wanted(),
-                schema_grammar(self.guided_json, "guided_json"),
+                optional_schema(self.guided_json, "guided_json"),
                 regex_grammar(self.guided_regex, "guided_regex"),
                 choice_grammar(self.guided_choice, "guided_choice"),
                 lark_grammar(self.guided_grammar, "guided_grammar"),
@@ -176,7 +178,7 @@ class GenerateConstraints(RequestBody):
         """What constrains the output, if anything."""
         return only_one(
             [
-                schema_grammar(self.json_schema, "json_schema"),
+                optional_schema(self.json_schema, "json_schema"),
                 regex_grammar(self.regex, "regex"),
                 choice_grammar(self.choice, "choice"),
                 lark_grammar(self.grammar, "grammar"),
@@ -184,8 +186,25 @@ class GenerateConstraints(RequestBody):
         )
 
 
-def schema_grammar(schema: Mapping[str, Any] | bool | None, param: str, *, compact: bool = False) -> GrammarText | None:
-    return None if schema is None else GrammarText("json", json_text(schema, param), param, compact)
+def schema_grammar(schema: Mapping[str, Any] | bool, param: str, *, compact: bool = False) -> GrammarText:
+    return GrammarText("json", schema_text(schema, param), param, compact)
+
+
+def optional_schema(
+    schema: Mapping[str, Any] | bool | None, param: str, *, compact: bool = False
+) -> GrammarText | None:
+    return None if schema is None else schema_grammar(schema, param, compact=compact)
+
+
+def schema_text(schema: Any, param: str) -> str:
+    """A client's JSON schema as the text that is compiled. A keyword that is not enforced is named in the header."""
+    try:
+        rewritten = enforceable(schema)
+    except RecursionError:
+        raise too_deep(param) from None
+    for keyword in rewritten.dropped:
+        current_report().ignore(f"{param}.{keyword}")
+    return json_text(rewritten.schema, param)
 
 
 def regex_grammar(regex: str | None, param: str) -> GrammarText | None:

@@ -8,8 +8,9 @@ from typing import Any
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import Tool
 from prerope.server.api.requests.body import MAX_SHOWN, json_type
+from prerope.server.api.requests.structured import schema_grammar
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.text import GrammarText, json_text
+from prerope.server.structured.text import GrammarText
 
 
 def message(role: str, content: str, **more: Any) -> Message:
@@ -56,4 +57,4 @@ def not_read_here(kind: Any, param: str) -> InvalidRequest:
 
 def json_schema(schema: Any, param: str) -> GrammarText:
     """A reply that follows a JSON schema; `{"type": "object"}` is any object."""
-    return GrammarText("json", json_text(object_of(schema, param), param), param)
+    return schema_grammar(object_of(schema, param), param)

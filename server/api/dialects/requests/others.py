@@ -9,8 +9,9 @@ from prerope.server.api.requests.body import RequestBody, Text, token_ids
 from prerope.server.api.requests.foreign import IGNORED, Foreign
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.schemas import GenerateRequest, Stop
+from prerope.server.api.requests.structured import schema_grammar
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.text import GrammarText, json_text
+from prerope.server.structured.text import GrammarText
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 DEFAULT_TGI_TOKENS = 100
@@ -84,9 +85,7 @@ def _tgi_grammar(given: dict[str, Any] | None) -> GrammarText | None:
         case None:
             return None
         case {"type": "json" | "json_schema", "value": dict(schema)}:
-            return GrammarText(
-                "json", json_text(schema.get("schema", schema), "parameters.grammar"), "parameters.grammar"
-            )
+            return schema_grammar(schema.get("schema", schema), "parameters.grammar")
         case {"type": "regex", "value": str(pattern)}:
             return GrammarText("regex", pattern, "parameters.grammar")
     raise InvalidRequest("'parameters.grammar' is {type: json or regex, value: …}", param="parameters.grammar")

@@ -1,0 +1,188 @@
+"""JSON schemas as clients write them: what a grammar lets through is valid by jsonschema, and for types by pydantic.
+
+Replies are drawn at random from the grammar alone, byte by byte: a model of any mind could have written them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import functools
+import json
+import pathlib
+import random
+import re
+import uuid
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+import jsonschema
+import numpy as np
+import pydantic
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from prerope.server.structured.compile import new_matcher
+from prerope.server.structured.schemas import enforceable
+from prerope.server.structured.text import GrammarText
+from pydantic import Field, TypeAdapter
+
+NUM_REPLIES = 6
+DULL = b" \r\n\teE"
+"""Whitespace, and exponents: 1e999 is a number of JSON that few can read."""
+
+LONG = 160
+"""Bytes after which a reply is led to its end."""
+
+
+@functools.cache
+def byte_tokens() -> LLTokenizer:
+    return LLTokenizer("byte")
+
+
+def compiled(schema: Any) -> LLMatcher:
+    text = json.dumps(enforceable(schema).schema)
+    return new_matcher(GrammarText("json", text, "json_schema"), byte_tokens())
+
+
+def accepts(matcher: LLMatcher, text: str) -> bool:
+    copy, tokens = matcher.deep_copy(), byte_tokens().tokenize_str(text)
+    return copy.try_consume_tokens(tokens) == len(tokens) and copy.is_accepting()
+
+
+def reply(matcher: LLMatcher, rng: random.Random) -> str | None:
+    """One that the grammar allows; None for one that has not ended in time."""
+    copy, text = matcher.deep_copy(), bytearray()
+    while len(text) < 4 * LONG:
+        if copy.is_stopped() or (copy.is_accepting() and (len(text) > LONG or rng.random() < 0.3)):
+            return text.decode()
+        bits = np.unpackbits(np.frombuffer(copy.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = [int(token) for token in np.flatnonzero(bits) if token < 256]
+        assert allowed, f"the grammar is stuck after {text!r}: {copy.get_error()}"
+        if len(text) > LONG:
+            allowed = [byte for byte in allowed if byte in b'"}],0'] or allowed
+        byte = rng.choice([byte for byte in allowed if byte not in DULL] or allowed)
+        assert copy.consume_token(byte)
+        text.append(byte)
+    return None
+
+
+def replies(schema: Any) -> list[str]:
+    matcher, rng = compiled(schema), random.Random(0)
+    ended = [text for _ in range(NUM_REPLIES) if (text := reply(matcher, rng)) is not None]
+    assert ended
+    return ended
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Node(pydantic.BaseModel):
+    value: Annotated[int, Field(ge=0, le=9)]
+    children: list[Node] = []
+
+
+class Cat(pydantic.BaseModel):
+    kind: Literal["cat"]
+    lives: int
+
+
+class Dog(pydantic.BaseModel):
+    kind: Literal["dog"]
+    name: Annotated[str, Field(max_length=5)]
+
+
+TYPES: list[Any] = [
+    Decimal,
+    set[Colour],
+    set[bool],
+    set[Literal["a", "b", "c", "d", "e"]],
+    Annotated[set[Literal[1, 2, 3]], Field(min_length=2)],
+    dict[Literal["a", "b"], int],
+    dict[Colour, int],
+    dict[uuid.UUID, int],
+    dict[datetime.date, int],
+    dict[Annotated[str, Field(min_length=1, max_length=3)], int],
+    dict[Annotated[str, Field(pattern="^x[0-9]$")], int],
+    tuple[int, str],
+    datetime.datetime,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    uuid.UUID,
+    pydantic.UUID4,
+    pathlib.Path,
+    bytes,
+    pydantic.SecretStr,
+    pydantic.IPvAnyAddress,
+    pydantic.Base64Bytes,
+    Annotated[float, Field(gt=0, lt=1)],
+    Annotated[list[int], Field(min_length=1, max_length=3)],
+    Annotated[Cat | Dog, Field(discriminator="kind")],
+    int | str | None,
+    Node,
+]
+
+
+@pytest.mark.parametrize("type_", TYPES, ids=str)
+def test_what_pydantic_asks_for(type_: Any) -> None:
+    adapter = TypeAdapter(type_)
+    schema = adapter.json_schema()
+    assert not enforceable(schema).dropped
+    validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+    for text in replies(schema):
+        adapter.validate_json(text)
+        validator.validate(json.loads(text))
+
+
+NAMES = {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "integer"}}
+CLOSED = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (NAMES, ["{}", '{"a":1}', '{"a":1,"b":2}'], ['{"c":1}', '{"a":"x"}']),
+        ({**NAMES, "properties": {"a": {"type": "string"}}}, ['{"a":"x","b":2}'], ['{"a":1}', '{"c":1}']),
+        ({**NAMES, "required": ["b"]}, ['{"b":2}'], ["{}", '{"a":1}']),
+        ({"type": "object", "propertyNames": {"maxLength": 2}}, ['{"ab":null}'], ['{"abc":null}']),
+        ({"type": "object", "propertyNames": {"format": "date"}}, ['{"2024-02-29":1}'], ['{"2023-02-29":1}']),
+        ({"type": "object", "propertyNames": {"type": "string"}}, ['{"abc":null}'], ["[]"]),
+        ({"enum": ["a", "b"], "uniqueItems": False}, ['"a"'], ['"c"']),
+        ({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True}, ["[]", '["b","a"]'], ['["a","a"]']),
+        (
+            {"type": "array", "items": {"enum": [1, 2, 3]}, "uniqueItems": True, "minItems": 2, "maxItems": 2},
+            ["[1,2]", "[3,1]"],
+            ["[1]", "[1,1]", "[1,2,3]"],
+        ),
+        ({"type": "object", "patternProperties": {"^x": {"type": "null"}}}, ['{"xy":null}'], ['{"y":1}', '{"xy":1}']),
+        ({**CLOSED, "unevaluatedProperties": False}, ['{"a":1}'], ['{"b":1}']),
+        ({"type": "array", "unevaluatedItems": {"type": "null"}}, ["[null]"], ["[1]"]),
+        ({"type": "integer", "then": {"const": 1}, "minContains": 2}, ["2"], ['"2"']),
+        ({"type": "string", "minLength": 2.0}, ['"ab"'], ['"a"']),
+        ({"format": "date"}, ['"2024-02-29"', "7"], ['"2023-02-29"', '"x"']),
+        ({"type": "string", "format": "date", "pattern": "^2"}, ['"2000-02-29"'], ['"1999-01-01"', '"2100-02-29"']),
+        ({"format": "time"}, ['"23:59:59Z"', '"00:00:00.5+02:00"'], ['"24:00:00Z"', '"00:00:00.1234567Z"']),
+        ({"format": "duration"}, ['"P1Y2M3DT4H5M6S"', '"P2W"'], ['"P"', '"PT"', '"P1D2Y"', '"P1234567D"']),
+        ({"format": "date-time"}, ['"2024-02-29T00:00:00Z"'], ['"2024-02-29"', '"2024-02-30T00:00:00Z"']),
+        ({"format": "json-pointer"}, ['"/a~1b/0"', '""'], ['"a"', '"/~2"']),
+        ({"format": "uuid4"}, ['"2eb8aa08-aa98-41ea-b4aa-73b441d16380"'], ['"2eb8aa08-aa98-11ea-b4aa-73b441d16380"']),
+        ({"anyOf": [{"type": "number"}, {"type": "string", "pattern": "^(?!x)"}]}, ["1.5"], ['"x"', "null"]),
+        (
+            {"properties": {"ab": {"const": "x"}}, "patternProperties": {"^a": {"maxLength": 3}}},
+            ['{"ab":"x","ac":"y"}'],
+            ['{"ac":"four"}', '{"ab":"y"}', '{"ab":"x","ab":"y"}'],
+        ),
+    ],
+    ids=lambda value: re.sub(r"[^\w]+", "-", json.dumps(value))[:60],
+)
+def test_says_the_same_or_less(schema: Any, good: list[str], bad: list[str]) -> None:
+    matcher = compiled(schema)
+    assert [text for text in good if not accepts(matcher, text)] == []
+    assert [text for text in bad if accepts(matcher, text)] == []
+
+
+@pytest.mark.parametrize("format_", ["uuid4", "password", "binary", "file-path", "url", "int32", "ipv4network", "x y"])
+def test_a_format_asks_for_nothing_that_refuses(format_: str) -> None:
+    assert replies({"type": "string", "format": format_, "maxLength": 40})
