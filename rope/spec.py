@@ -28,6 +28,7 @@ METHOD_NAMES: tuple[str, ...] = (
     "dynamic_leaky",
     "self_extend",
     "dual_chunk",
+    "string",
     "streaming",
 )
 """Every name that ROPE_METHOD takes, beside the aliases. `rope.methods` has one entry for each but the first two."""

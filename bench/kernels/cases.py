@@ -53,6 +53,7 @@ FULL = Plan(
         "leaky_rerope",
         "self_extend",
         "dual_chunk",
+        "string",
         "streaming",
     ),
     dtype=torch.bfloat16,

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_GROUP = 65536
 JAGGED_BLOCK = 128
 STREAMING_SINKS = 4
+STRING_LOCAL = 128
 
 
 @method(
@@ -167,6 +168,20 @@ def _chunks(own: Reading, size: int, last: int) -> Callable[[int], tuple[Part, .
 
 
 @method(
+    "string",
+    source="An 2024, arXiv 2410.18745 (STRING)",
+    use="Prompts inside the trained length: the distances that training showed least are not read. It ends near 1.3 L.",
+    takes=("window",),
+)
+def _string(t: Target) -> Rule:
+    """d − w + b past the window w = L/3, b = 128 or half of w: the largest distances go unused."""
+    own, shift = _own_reading(t), _window(t, t.train_length // 3)
+    local = min(STRING_LOCAL, shift // 2)
+    reading = _two_parts(own, shift, AngleMap(own.theta, shift=local - shift), own.parts[0].key)
+    return Rule({"window": shift, "local": local}, lambda _run: reading, warning=_warning(shift, t))
+
+
+@method(
     "streaming",
     source="Xiao 2023, arXiv 2309.17453 (StreamingLLM)",
     use="Endless chats where only the recent past matters. What lies between sinks and window is never read.",
@@ -226,8 +241,10 @@ def _own_reading(t: Target) -> Reading:
     return plain_reading(reading.theta, reading.attention_factor)
 
 
-def _window(t: Target) -> int:
-    window = t.train_length // 4 if t.spec.window is None else t.spec.window
+def _window(t: Target, default: int | None = None) -> int:
+    """As asked for, else the default, else a quarter of the trained length."""
+    given = t.spec.window if default is None or t.spec.window is not None else default
+    window = t.train_length // 4 if given is None else given
     if not 0 < window < t.train_length:
         raise MethodError(
             f"window (ROPE_WINDOW) is {window}: it must be between 1 and {t.train_length - 1}, one less than the "

@@ -58,6 +58,15 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, *, window: int, group: in
     return weighted(torch.where(i[:, None] - j < window, near, far), value)
 
 
+def string(query: Tensor, key: Tensor, value: Tensor, *, shift: int, local: int) -> Tensor:
+    """STRING (An 2024, alg. 1): a diagonal of `shift` true distances, and below it distances that begin at `local`."""
+    dim = query.shape[-1]
+    i, j = torch.arange(len(query)), torch.arange(len(key))
+    near = product(*(rotated(x, p, dim, interleaved=False) for x, p in ((query, i), (key, j))))
+    far = product(*(rotated(x, p, dim, interleaved=False) for x, p in ((query, i - shift + local), (key, j))))
+    return weighted(torch.where(i[:, None] - j < shift, near, far), value)
+
+
 def dual_chunk(query: Tensor, key: Tensor, value: Tensor, *, window: int, length: int) -> Tensor:
     """Dual chunk attention (An 2024): chunks of s = L − w, three query positions, one key position j mod s."""
     size, last = length - window, length - 1

@@ -45,6 +45,15 @@ def test_naive_grouped_definition(group: int, window: int, length: int) -> None:
     assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("length", [1, 65, 300])
+@pytest.mark.parametrize("window", [1, 16, 33])
+def test_naive_string_definition(window: int, length: int) -> None:
+    step = one_sequence("string", length, window=window)
+    query, key, value = (x.double() for x in contiguous(step, 0))
+    expected = naive.string(query, key, value, shift=window, local=window // 2)
+    assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("length", [1, 47, 65, 300])
 @pytest.mark.parametrize("window", [1, 16, 33])
 def test_naive_dual_chunk_definition(window: int, length: int) -> None:

@@ -257,7 +257,7 @@ def test_blocks_are_shared_with_rope(name: str, first: str, model: Model, varian
     outputs = run_all(engine, {"two": pair["two"]}, 200)
     if SPECS[name].method == "rope":
         shared = TRAINED if SPECS[name].logn else 192
-    elif SPECS[name].method in ("rerope", "leaky_rerope", "self_extend", "dual_chunk", "streaming"):
+    elif SPECS[name].method in ("rerope", "leaky_rerope", "self_extend", "dual_chunk", "string", "streaming"):
         shared = WINDOW  # dual_chunk: its first chunk, of L − w; streaming: w and four sinks, in whole blocks
     elif SPECS[name].method == "jagged_rerope":
         shared = TRAINED - BLOCK  # w and a block of 32, less one

@@ -151,6 +151,18 @@ def test_far_meets_near_at_the_window(name: str, window: int) -> None:
         np.testing.assert_allclose(near[0], window * reading.theta, rtol=1e-10)
 
 
+@pytest.mark.parametrize("length", [1024, 8192, 131_072])
+def test_string_leaves_the_largest_third_of_the_distances_unused(length: int) -> None:
+    """The first key of the last row is read at ⅔ L and the local value: far keys go on from 128 (An 2024, fig. 4)."""
+    reading = method("string", length=length).reading_of(0)
+    shift = length // 3
+    for key, seen in ((0, length - 1 - shift + 128), (length - 1 - shift, 128)):
+        query, turned = torch.tensor([length - 1]), torch.tensor([key])
+        (part,) = (part for part in reading.parts if bool(part.reads(query, turned)))
+        angles = part.query.angles(query) - part.key.angles(turned)
+        np.testing.assert_allclose(angles[0], seen * reading.theta, rtol=1e-10)
+
+
 @pytest.mark.parametrize("window", [1, 256, 700])
 @pytest.mark.parametrize("row_length", [1280, 4096, 100_096])
 def test_dynamic_leaky_puts_the_farthest_key_at_the_trained_length(window: int, row_length: int) -> None:

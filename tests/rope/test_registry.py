@@ -16,6 +16,7 @@ from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from tests.rope.published import longrope_trained, trained
 
 WINDOWED = [name for name, entry in METHODS.items() if entry.windowed and name != "streaming"]
+DEFAULT_WINDOW = {"string": 341}
 
 
 def test_every_name_has_an_entry_and_every_entry_a_name() -> None:
@@ -65,7 +66,7 @@ def test_a_wide_window_is_warned_about(name: str) -> None:
     assert warning is not None
     assert all(part in warning for part in ("ROPE_WINDOW", "513", "1024", "256 to 512"))
     assert resolve(RopeSpec(method=name, window=512), trained(length=1024)).rule.warning is None
-    assert resolve(RopeSpec(method=name), trained(length=1024)).parameters["window"] == 256
+    assert resolve(RopeSpec(method=name), trained(length=1024)).parameters["window"] == DEFAULT_WINDOW.get(name, 256)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,8 @@ DISTINCT: dict[str, PositionMethod] = {
     "streaming 256": method("streaming", window=256),
     "streaming 300": method("streaming", window=300),
     "streaming 256 8": method("streaming", window=256, sinks=8),
+    "string 256": method("string", window=256),
+    "string 300": method("string", window=300),
     "dynamic_leaky 256": method("dynamic_leaky", window=256),
     "dynamic_leaky 300": method("dynamic_leaky", window=300),
     "another base": resolve(RopeSpec(method="rope"), trained(base=20000.0)),
@@ -221,6 +224,7 @@ def positions(resolved: PositionMethod) -> ModelPositions:
         (RopeSpec(method="jagged_rerope", window=200, group=16), 215),
         (RopeSpec(method="dual_chunk", window=200), 824),
         (RopeSpec(method="streaming", window=200, sinks=4), 204),
+        (RopeSpec(method="string", window=200), 200),
         (RopeSpec(method="dynamic_leaky", window=200), 1024),
         (RopeSpec(method="dynamic_ntk"), 1024),
         (RopeSpec(method="dynamic_linear"), 1024),
