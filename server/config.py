@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from prerope.rope.spec import RopeSpec
 
 Quantization = Literal["none", "int8"]
+
+STEP_LIMITS = {"cpu": (64, 512), "cuda": (256, 2048)}
+"""Sequences and tokens of one step where nobody set them, by type of device. A step has a cost of its own that more
+rows share; what more rows cost is how long the others wait for their next token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,7 @@ class EngineConfig:
         max_model_len: tokens of prompt and output together; None derives it from the method and the cache.
         max_num_seqs: sequences in one step at most.
         max_batched_tokens: token budget of one step, shared by prefill chunks and decode steps.
+        by_device: which of the two nobody set, so that `on` sets them by the device.
         block_size: tokens a cache block holds.
         kv_cache_memory: bytes for keys and values; None sizes it from free memory.
         gpu_memory_utilization: share of a GPU's memory that the process may use.
@@ -46,6 +51,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
+    by_device: frozenset[str] = frozenset()
     block_size: int = 16
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -60,3 +66,17 @@ class EngineConfig:
     tier_memory: int = 0
     cuda_graphs: bool = True
     overlap: bool | None = None
+
+    def on(self, device_type: str) -> EngineConfig:
+        """With what nobody set as the device would have it, and one limit beside the other as it must be."""
+        num_seqs, tokens = STEP_LIMITS.get(device_type, STEP_LIMITS["cpu"])
+        if "max_batched_tokens" not in self.by_device:
+            num_seqs = min(num_seqs, self.max_batched_tokens)
+        if "max_num_seqs" not in self.by_device:
+            tokens = max(tokens, self.max_num_seqs)
+        return replace(
+            self,
+            by_device=frozenset(),
+            max_num_seqs=num_seqs if "max_num_seqs" in self.by_device else self.max_num_seqs,
+            max_batched_tokens=tokens if "max_batched_tokens" in self.by_device else self.max_batched_tokens,
+        )

@@ -23,7 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from prerope.server.engine.info import EngineStats, ModelInfo
+    from prerope.server.engine.info import EngineStats, GraphStats, ModelInfo
 
 LATENCY_BUCKETS = (
     0.001,
@@ -159,6 +159,7 @@ class EngineCollector(Collector):
         if snapshot.stats is not None:
             yield from self._gauges(snapshot.stats)
             yield from self._counters(snapshot.stats)
+            yield self._graph_info(snapshot.stats.graphs)
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         used = 1 - stats.num_free_blocks / max(stats.num_blocks, 1)
@@ -171,6 +172,8 @@ class EngineCollector(Collector):
             ("prerope:num_blocks_free", "Cache blocks that can be allocated.", stats.num_free_blocks),
             ("prerope:num_blocks_cached", "Cache blocks kept for later prompts.", stats.num_cached_blocks),
             ("prerope:tier_bytes", "What CACHE_TIER_DIR holds.", stats.tiers.num_bytes),
+            ("prerope:cuda_graphs", "CUDA graphs of decode steps.", stats.graphs.num_captured),
+            ("prerope:cuda_graphs_refused", "Kinds of decode step without one.", stats.graphs.num_refused),
             ("prerope:last_step_seconds", "Duration of the last step.", stats.last_step_s),
             ("prerope:prefill_tokens_per_second", "Measured prefill speed.", stats.prefill_tokens_per_s),
         ):
@@ -207,5 +210,12 @@ class EngineCollector(Collector):
         """The deployment's position method and its parameters, as labels."""
         labels = {key: str(value) for key, value in info.positions.describe().items() if not isinstance(value, dict)}
         family = InfoMetricFamily("prerope:position_method", "How positions are read.", labels=["model_name"])
+        family.add_metric([self._model_name], labels)
+        return family
+
+    def _graph_info(self, graphs: GraphStats) -> Metric:
+        """Whether decode steps are CUDA graphs, and why not, as labels."""
+        labels = {"state": "on" if graphs.num_captured else "off", "reason": graphs.why_none}
+        family = InfoMetricFamily("prerope:cuda_graphs_state", "Are decode steps CUDA graphs.", labels=["model_name"])
         family.add_metric([self._model_name], labels)
         return family

@@ -288,12 +288,15 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(
         default=None, ge=1, description="Tokens of prompt and output together; unset: from the method and the cache"
     )
-    max_num_seqs: int = Field(default=64, ge=1, le=4096, description="Sequences in one step")
-    max_batched_tokens: int = Field(
-        default=512,
+    max_num_seqs: int | None = Field(
+        default=None, ge=1, le=4096, description="Sequences in one step; unset: 256 on a GPU, 64 on a CPU"
+    )
+    max_batched_tokens: int | None = Field(
+        default=None,
         ge=1,
         le=1_048_576,
-        description="Token budget of one step, prefill chunks and decode steps together",
+        description="Token budget of one step, prefill chunks and decode steps together; unset: 2048 on a GPU, 512 on "
+        "a CPU",
     )
     kv_block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in a cache block")
     kv_cache_memory: ByteSize | None = Field(
@@ -408,8 +411,10 @@ class Settings(BaseSettings):
         from prerope.server.config import EngineConfig  # here, so that reading settings imports nothing of the engine
 
         shared = {field.name for field in fields(EngineConfig)} & type(self).model_fields.keys()
-        own = {name: getattr(self, name) for name in shared}
+        by_device = frozenset(name for name in ("max_num_seqs", "max_batched_tokens") if getattr(self, name) is None)
+        own = {name: getattr(self, name) for name in shared - by_device}
         return EngineConfig(
+            by_device=by_device,
             rope=self.rope_spec(),
             block_size=self.kv_block_size,
             tier_dir=self.cache_tier_dir,

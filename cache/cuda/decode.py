@@ -9,7 +9,7 @@ with the same layout is replayed by copying into it. Rows that fill a graph up r
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,7 +30,8 @@ from prerope.cache.cuda.plan import (
 )
 from prerope.cache.cuda.tables import LONGEST, KeyMap, places_of
 from prerope.cache.cuda.transfer import send
-from prerope.rope.reading import AngleMap, Part, PositionMethod, Reading
+from prerope.rope.model import ModelPositions
+from prerope.rope.reading import ROW_LENGTH_BUCKET, UNBOUNDED, AngleMap, Part, PositionMethod, Reading
 from torch import Tensor
 
 FoundSlots = tuple[dict[KeyMap, int], dict[AngleMap, int]]
@@ -203,3 +204,42 @@ def plan_rows(metadata: AttentionMetadata, key: PlanKey, device: torch.device) -
     found = rows.find(rows.layout.tables(device))
     buffer = send(rows.fill(rows.layout, found), device)
     return rows.layout.plan(buffer, sent_block_tables(metadata, device))
+
+
+def reserve_tables(
+    keys: Iterable[PlanKey], allowed: Sequence[ModelPositions], readings: int, length: int, device: torch.device
+) -> None:
+    """Room in the tables for what a step turns by, so that the tensors stay, and with them the graphs that read them.
+
+    allowed: methods that requests may have. readings: of one step, were each row of it read in a way of its own: by
+    the method that has most maps, or by any that has the same for all rows. length: tokens of the longest sequence.
+    """
+    wanted = defaultdict[Tables, list[tuple[int, int]]](list)
+    for key in keys:
+        if key.group is None:
+            continue
+        methods = list({id(own): own for own in (positions.methods[key.group] for positions in allowed)}.values())
+        counts = [_num_maps(one, readings, length) for one in methods]
+        shared = [count for one, count in zip(methods, counts, strict=True) if one.run_end(0) == UNBOUNDED]
+        most = [max(count[side] for count in counts) + sum(count[side] for count in shared) for side in (0, 1)]
+        own = tables_of(device, key.rotary_dim(methods[0].rotary), key.tile)
+        wanted[own].append((most[0], most[1]))
+    for tables, numbers in wanted.items():
+        tables.keys.reserve(sum(keys for keys, _ in numbers), length)
+        tables.queries.reserve(sum(queries for _, queries in numbers))
+
+
+def _num_maps(method: PositionMethod, readings: int, length: int) -> tuple[int, int]:
+    """Maps of keys and of queries in so many readings at most, of which a run past the trained length has its own."""
+    last = length - 1
+    runs = [method.reading_of(max(0, row)) for row in (last, last - ROW_LENGTH_BUCKET, 0)]
+    found = []
+    for maps in (
+        ({part.key for part in one.parts} for one in runs),
+        ({part.query for part in one.parts} for one in runs),
+    ):
+        newest, *others = maps
+        known = set[AngleMap]().union(*others)
+        own = newest - known
+        found.append(len(own | known) + len(own) * max(0, readings - len(runs)))
+    return found[0], found[1]

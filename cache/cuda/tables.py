@@ -44,7 +44,7 @@ class Slots(Generic[Held]):
     def reserve(self, count: int) -> None:
         """Room for so many at once. Tensors that are too small are made anew, and all slots with them."""
         if count > self._capacity:
-            self._capacity = max(8, 1 << (count - 1).bit_length())
+            self._capacity = max(8, count)
             self.clear()
 
     def clear(self) -> None:
@@ -62,7 +62,7 @@ class Slots(Generic[Held]):
         wanted = set(wanted)
         needed = len(self._used | wanted)
         if needed > self._capacity:
-            self.reserve(2 * needed)
+            self.reserve(1 << needed.bit_length())
         self._used |= wanted
         for held in wanted & self._held.keys():
             self._held.move_to_end(held)

@@ -33,7 +33,7 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.graphs import DecodeGraphs, capture_graphs
-from prerope.server.engine.info import Counters, EngineStats, ModelInfo
+from prerope.server.engine.info import Counters, EngineStats, GraphStats, ModelInfo
 from prerope.server.engine.limits import too_late
 from prerope.server.engine.memory.sizing import CacheSize, size_cache
 from prerope.server.engine.memory.warm_up import warm_up
@@ -46,7 +46,7 @@ from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
 from prerope.server.models.batch import build_batch
 from prerope.server.models.cpu.trial import choose_arithmetic
-from prerope.server.models.model import Model, load_model
+from prerope.server.models.model import Model, choose_device, load_model
 from prerope.server.models.probe import probe
 from prerope.server.models.weights import DTYPES
 from torch import Tensor
@@ -85,6 +85,7 @@ class Engine:
         self._overlap = on_gpu if config.overlap is None else config.overlap
         self._sample_on_device = on_gpu or self._overlap
         self.graphs: DecodeGraphs | None = None
+        self._no_graphs = "they are for a GPU, and captured when an engine is loaded"
         self.tiers: Tiers | None = None
         self._in_flight: Step | None = None
         self._positions: dict[RopeSpec, ModelPositions] = {}
@@ -102,6 +103,7 @@ class Engine:
 
         end_token_ids: tokens that end a reply, beside those that the model's own configs name.
         """
+        config = config.on(choose_device(config.device).type)
         if config.max_num_seqs > config.max_batched_tokens:
             raise ConfigurationError(
                 f"MAX_NUM_SEQS is {config.max_num_seqs}: it must be at most MAX_BATCHED_TOKENS "
@@ -113,7 +115,7 @@ class Engine:
         model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization)
         model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
         report("checking the model against transformers' own forward")
-        error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype))
+        error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype), config.block_size)
         report(f"the check passed: relative difference {error:.1e}")
         size = size_cache(model, config, report)
         positions = _resolve(model, config.rope, size.max_model_len, ConfigurationError)
@@ -130,8 +132,12 @@ class Engine:
             engine.tiers = Tiers(tier, engine.storage, engine.scheduler.cache)
         if model.device.type == "cuda":
             warm_up(model, config, size.max_model_len, engine.storage, report)
-            engine.graphs = capture_graphs(model, engine.storage, config, engine.info, report)
+            engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
         return engine
+
+    def take_graphs(self, found: DecodeGraphs | str) -> None:
+        """Decode steps are replayed from now on, or, where it is a reason, are not."""
+        self.graphs, self._no_graphs = (None, found) if isinstance(found, str) else (found, "")
 
     # --- requests ---
 
@@ -310,6 +316,7 @@ class Engine:
             prefix_queried_tokens=scheduler.cache.queried_tokens,
             prefix_hit_tokens=scheduler.cache.hit_tokens,
             tiers=TierStats() if self.tiers is None else replace(self.tiers.tier.stats),
+            graphs=GraphStats(why_none=self._no_graphs) if self.graphs is None else self.graphs.stats,
             last_step_s=counters.last_step_s,
             prefill_tokens_per_s=counters.prefill_tokens_per_s,
         )

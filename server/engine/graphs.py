@@ -9,21 +9,22 @@ of its own has one captured when it comes. Steps with a prefill chunk run withou
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from prerope.cache.attention.types import AttentionMetadata, SequenceRows
-from prerope.cache.cuda.decode import FoundSlots, RowLayout, SingleRows, single_rows
-from prerope.cache.cuda.plan import Ints, PlanKey, Tables, block_tables, tables_of
+from prerope.cache.cuda.decode import FoundSlots, RowLayout, SingleRows, reserve_tables, single_rows
+from prerope.cache.cuda.plan import Ints, PlanKey, Tables, block_tables
 from prerope.cache.cuda.transfer import send
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
-from prerope.server.engine.info import ModelInfo
+from prerope.server.engine.capture import Capture, Replay
+from prerope.server.engine.info import GraphStats, ModelInfo
+from prerope.server.engine.memory.warm_up import allowed_positions, readings_of_a_step
 from prerope.server.models.batch import Batch, Chunk, build_batch
 from prerope.server.models.model import Model
 from torch import Tensor
@@ -32,33 +33,12 @@ MAX_GRAPHS = 128
 """The least recently replayed goes first."""
 
 
-Replay = Callable[[], Tensor]
-"""Of something captured: its result is computed again from what its tensors hold now."""
+_Name = tuple[tuple[RowLayout, ...], tuple[tuple[int, int], ...]]
+"""Layouts of what attention reads, and versions of the tables of angles that it reads."""
 
 
-class CudaGraph:
-    """The kernels that `run` launches. Graphs share their working memory: a result is good until any is replayed."""
-
-    def __init__(self, run: Callable[[], Tensor]) -> None:
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            run()  # kernels are compiled and work spaces made outside of the graph
-        current.wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=_pool(), capture_error_mode="thread_local"):
-            self._result = run()
-
-    def __call__(self) -> Tensor:
-        self._graph.replay()
-        return self._result
-
-
-@cache
-def _pool() -> Any:
-    """The memory that all graphs work in."""
-    return torch.cuda.graph_pool_handle()
+class NoGraph(RuntimeError):
+    """Why a step has no graph; the message says it."""
 
 
 def buckets(max_rows: int) -> list[int]:
@@ -70,10 +50,10 @@ def buckets(max_rows: int) -> list[int]:
 @torch.inference_mode()
 def capture_graphs(
     model: Model, storage: KVStorage, config: EngineConfig, info: ModelInfo, report: Callable[[str], None]
-) -> DecodeGraphs | None:
-    """Of a deployment's decode steps; None where they are not wanted, or, with a warning, cannot be captured."""
+) -> DecodeGraphs | str:
+    """Of a deployment's decode steps; why there are none, where they are not wanted or cannot be captured."""
     if not config.cuda_graphs:
-        return None
+        return "CUDA_GRAPHS is false"
     report(f"capturing CUDA graphs of decode steps of up to {config.max_num_seqs} rows")
     graphs = DecodeGraphs(
         model,
@@ -81,21 +61,23 @@ def capture_graphs(
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
-        capture=CudaGraph,
+        capture=Capture(model.device),
+        report=report,
     )
     try:
-        graphs.prepare(info.positions)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        report(f"warning: decode steps run without CUDA graphs, and slower: {reason}; CUDA_GRAPHS=false does not try")
-        return None
+        graphs.prepare(info.positions, allowed_positions(model, config, info.max_model_len), config.max_batched_tokens)
+    except NoGraph as error:
+        report(f"warning: decode steps run without CUDA graphs, and slower: {error}; CUDA_GRAPHS=false does not try")
+        return str(error)
     return graphs
 
 
 class DecodeGraphs:
-    """The graphs of one model and cache. For the engine's thread; `capture` makes a replay of a call."""
+    """The graphs of one model and cache. For the engine's thread; `capture` makes a replay of a call.
+
+    Attributes:
+        refused: why no graph could be captured, by what it would have been for; such steps run without one.
+    """
 
     def __init__(
         self,
@@ -106,74 +88,105 @@ class DecodeGraphs:
         max_num_seqs: int,
         max_model_len: int,
         capture: Callable[[Callable[[], Tensor]], Replay],
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._model, self._storage, self._capture = model, storage, capture
+        self._model, self._storage, self._capture, self._report = model, storage, capture, report
         self._block_size, self._max_model_len = block_size, max_model_len
         self._buckets = buckets(max_num_seqs)
         shape = self._buckets[-1], -(-max_model_len // block_size)
-        self._blocks = torch.zeros(shape, dtype=torch.int32, device=model.device)  # of all graphs
+        # Of all graphs, as only one runs at a time:
+        self._blocks = torch.zeros(shape, dtype=torch.int32, device=model.device)
+        self._logits = torch.empty(shape[0], model.vocab_size, device=model.device)
         self._keys: list[PlanKey] = []
-        self._graphs: OrderedDict[object, _Graph] = OrderedDict()
+        self._graphs: OrderedDict[_Name, _Graph] = OrderedDict()
+        self.refused: dict[_Name, str] = {}
+        self._told = False
 
-    def prepare(self, positions: ModelPositions) -> None:
+    @property
+    def stats(self) -> GraphStats:
+        return GraphStats(len(self._graphs), len(self.refused), next(iter(self.refused.values()), ""))
+
+    def prepare(
+        self, positions: ModelPositions, allowed: Sequence[ModelPositions] = (), max_batched_tokens: int = 1
+    ) -> None:
         """Capture the graphs of this deployment, the largest first: the others find their memory there.
 
-        The cache must be empty: these steps write to its first block.
+        allowed: what else requests may ask for, so that none of them has the tables of angles made anew. The cache must
+        be empty: these steps write to its first block. NoGraph where one cannot be captured.
         """
         largest = self._idle_step(self._buckets[-1], positions)
         self._model.forward(largest, self._storage)
         self._keys = [key for key in largest.metadata.plans if isinstance(key, PlanKey)]
-        self._reserve(positions)
+        readings = readings_of_a_step(self._buckets[-1], max_batched_tokens)
+        reserve_tables(self._keys, (positions, *allowed), readings, self._max_model_len, self._device)
         for rows in reversed(self._buckets):
-            self.logits(self._idle_step(rows, positions))
+            self._replay(self._idle_step(rows, positions))
 
     def logits(self, batch: Batch) -> Tensor | None:
-        """[N, V] fp32, good until the next call; None for a step that is not of single rows, each with its logits."""
+        """[N, V] fp32, good until the next call; None for a step that is not of single rows, each with its logits.
+
+        None, too, where a graph cannot be captured for what a request asks for, which is told once.
+        """
         metadata = batch.metadata
         count = len(metadata.sequences)
         single = all(sequence.count == 1 for sequence in metadata.sequences)
         if not self._keys or not single or len(batch.logit_rows) != count or count > self._buckets[-1]:
             return None
+        try:
+            return self._replay(batch)
+        except NoGraph as reason:
+            if not self._told:
+                self._told = True
+                self._report(f"warning: a decode step has no CUDA graph, and is slower: {reason}")
+            return None
+
+    def _replay(self, batch: Batch) -> Tensor:
+        count = len(batch.metadata.sequences)
         bucket = self._buckets[bisect_left(self._buckets, count)]
-        rows = [single_rows(metadata, key) for key in self._keys]
+        rows = [single_rows(batch.metadata, key) for key in self._keys]
         layouts = [own.layout.filled_up(bucket) for own in rows]
-        tables = [layout.tables(batch.input_ids.device) for layout in layouts]
+        tables = [layout.tables(self._device) for layout in layouts]
         found = _find_angles(rows, tables)
-        graph = self._find_graph(layouts, tables)
+        name = tuple(layouts), tuple(own.versions for own in tables)
+        if name in self.refused:
+            raise NoGraph(self.refused[name])
+        graph = self._find_graph(name)
         filled = zip(rows, layouts, found, strict=True)
         graph.load(batch, [own.fill(layout, slots) for own, layout, slots in filled])
+        if not graph.captured:
+            self._capture_now(graph, name)
         return graph.replay()[:count]
 
-    def _find_graph(self, layouts: Sequence[RowLayout], tables: Sequence[Tables]) -> _Graph:
+    def _capture_now(self, graph: _Graph, name: _Name) -> None:
+        """Now that its tensors hold a step. Want of memory is no reason to go on without."""
+        try:
+            graph.captured = self._capture(graph.step)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            del self._graphs[name]
+            self.refused[name] = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            raise NoGraph(self.refused[name]) from error
+
+    @property
+    def _device(self) -> torch.device:
+        return self._model.device
+
+    def _find_graph(self, name: _Name) -> _Graph:
         """A graph reads the tables that it was captured with: where they have been made anew, it is no longer found."""
-        name = tuple(layouts), tuple(own.versions for own in tables)
         if name not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[name] = _Graph(layouts, self._blocks, self._run, self._capture)
+            self._graphs[name] = _Graph(name[0], self._blocks, self._run)
         self._graphs.move_to_end(name)
         return self._graphs[name]
 
     def _run(self, batch: Batch) -> Tensor:
-        return self._model.forward(batch, self._storage)
+        return self._model.forward(batch, self._storage, self._logits[: len(batch.logit_rows)])
 
     def _idle_step(self, rows: int, positions: ModelPositions) -> Batch:
         chunks = [Chunk([0], 0, [0], positions, 1)] * rows
         return build_batch(chunks, self._block_size, self._model.device)
-
-    def _reserve(self, positions: ModelPositions) -> None:
-        """Room in the tables for whatever steps of these positions turn by, so that graphs stay good."""
-        wanted = defaultdict[Tables, list[int]](list)
-        for key in self._keys:
-            if key.group is not None:
-                method = positions.methods[key.group]
-                parts = [part for _, _, reading in method.runs(0, self._max_model_len) for part in reading.parts]
-                own = tables_of(self._model.device, key.rotary_dim(method.rotary), key.tile)
-                most = self._buckets[-1] * method.num_parts  # each row of a step may have a reading of its own
-                wanted[own].append(min(most, len({part.key for part in parts} | {part.query for part in parts})))
-        for own, counts in wanted.items():
-            own.keys.reserve(sum(counts), self._max_model_len)
-            own.queries.reserve(sum(counts))
 
 
 def _find_angles(rows: Sequence[SingleRows], tables: Sequence[Tables]) -> list[FoundSlots]:
@@ -193,15 +206,14 @@ class _Graph:
         layouts: Sequence[RowLayout],
         blocks: Tensor,
         run: Callable[[Batch], Tensor],
-        capture: Callable[[Callable[[], Tensor]], Replay],
     ) -> None:
         rows, device = layouts[0].rows, blocks.device
         self._layouts, self._blocks = layouts, blocks
         self._buffer = torch.zeros(sum(layout.buffer.size for layout in layouts), dtype=torch.int32, device=device)
         self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)  # ids, positions, slots
         self._logit_rows = torch.arange(rows, device=device)
-        self._run, self._capture = run, capture
-        self._captured: Replay | None = None
+        self._run = run
+        self.captured: Replay | None = None
 
     def load(self, batch: Batch, buffers: Sequence[Ints]) -> None:
         """The step's numbers into the graph's tensors; buffers: of the layouts, on the host."""
@@ -213,12 +225,11 @@ class _Graph:
         self._blocks[:count, : blocks.shape[1]] = blocks
 
     def replay(self) -> Tensor:
-        """Captured at the first call, when the tensors hold a step."""
-        if self._captured is None:
-            self._captured = self._capture(self._step)
-        return self._captured()
+        assert self.captured is not None
+        return self.captured()
 
-    def _step(self) -> Tensor:
+    def step(self) -> Tensor:
+        """What is captured: a forward of what the tensors hold."""
         ids, positions, slots = self._inputs
         plans: dict[Hashable, Any] = {}
         begin = 0

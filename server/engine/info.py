@@ -55,6 +55,18 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class GraphStats:
+    """CUDA graphs of decode steps: how many there are, and for how many kinds of step none could be captured.
+
+    why_none: why there are none, or none for the first such kind; empty where nothing is amiss.
+    """
+
+    num_captured: int = 0
+    num_refused: int = 0
+    why_none: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot; counters are totals. Free blocks can be allocated now; cached ones hold a known prefix.
 
@@ -75,5 +87,6 @@ class EngineStats:
     prefix_queried_tokens: int
     prefix_hit_tokens: int
     tiers: TierStats
+    graphs: GraphStats
     last_step_s: float
     prefill_tokens_per_s: float

@@ -11,8 +11,10 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from prerope.cache.blocks.manager import BlockTable
+from prerope.cache.cuda.transfer import send
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.device import sample_on_device
 from prerope.server.engine.sampling.host import logprobs, sample, score_prompt
@@ -129,7 +131,8 @@ def finish_launch(
         if one.samples:
             rows.append(row - 1)
             sampled.append(sequence)
-    tokens, scored = choose(logits if len(rows) == row else logits[rows], sampled, eos_token_ids, on_device=on_device)
+    chosen = logits if len(rows) == row else rows_of(logits, rows)
+    tokens, scored = choose(chosen, sampled, eos_token_ids, on_device=on_device)
     for one in scheduled:
         one.sequence.num_computed_tokens = one.start + one.num_new_tokens
     for place, sequence in enumerate(sampled):
@@ -155,9 +158,20 @@ def choose(
     if not rest:
         return _choose_on_host(logits, sequences, eos_token_ids)
     tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-    tokens[rest] = sample_on_device(logits[rest], [sequences[place] for place in rest])
-    tokens[on_host], scored = _choose_on_host(logits[on_host], [sequences[place] for place in on_host], eos_token_ids)
+    drawn_here = sample_on_device(rows_of(logits, rest), [sequences[place] for place in rest])
+    tokens.index_copy_(0, _sent(rest, logits.device), drawn_here)
+    theirs, scored = _choose_on_host(rows_of(logits, on_host), [sequences[place] for place in on_host], eos_token_ids)
+    tokens.index_copy_(0, _sent(on_host, logits.device), theirs)
     return tokens, scored
+
+
+def rows_of(logits: Tensor, rows: list[int]) -> Tensor:
+    """These rows of logits. Indexing by a list would wait for the device."""
+    return logits.index_select(0, _sent(rows, logits.device))
+
+
+def _sent(places: list[int], device: torch.device) -> Tensor:
+    return send(np.array(places, dtype=np.int64), device)
 
 
 def _choose_on_host(
@@ -175,4 +189,4 @@ def _choose_on_host(
         for sequence, token in zip(sequences, tokens, strict=True)
         if sequence in raw
     }
-    return torch.tensor(tokens, dtype=torch.int64, device=logits.device), scored
+    return _sent(tokens, logits.device), scored

@@ -105,8 +105,8 @@ class Model:
         return int(self.raw.model.get_output_embeddings().weight.shape[0])
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, storage: KVStorage) -> Tensor:
-        """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`."""
+    def forward(self, batch: Batch, storage: KVStorage, out: Tensor | None = None) -> Tensor:
+        """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`; written to `out` if given."""
         metadata, attention = batch.metadata, attention_on(self.device)
 
         def attend(place: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
@@ -121,8 +121,10 @@ class Model:
             return layer.own(attend(place, *layer.arrange(query, key, value), call.options(layer.group)))
 
         if self.stack is not None:
-            return self.stack.logits(batch, storage, attend).float()
-        return self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend_in).float()
+            logits = self.stack.logits(batch, storage, attend)
+        else:
+            logits = self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend_in)
+        return logits.float() if out is None else out.copy_(logits)
 
 
 def load_model(

@@ -73,16 +73,17 @@ class Trace:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def probe(model: Model, cache_dtype: torch.dtype | None = None) -> float:
+def probe(model: Model, cache_dtype: torch.dtype | None = None, block_size: int = BLOCK_SIZE) -> float:
     """The largest relative difference found; ConfigurationError, naming model type and layer, where it is too large.
 
-    cache_dtype: of keys and values as they will be served; None: the model's own.
+    cache_dtype, block_size: of keys and values as they will be served, so that the GPU's kernels are compiled for
+    nothing else. None: the model's own.
     """
     positions = own_positions(model)
     with _short_window(model):
-        worst = _Judge(model, cache_dtype or model.dtype).worst(positions)
+        worst = _Judge(model, cache_dtype or model.dtype, block_size).worst(positions)
         for start in far_windows(model, positions):
-            worst = max(worst, _Judge(model, model.dtype, start).worst(positions))
+            worst = max(worst, _Judge(model, model.dtype, block_size, start).worst(positions))
     return worst
 
 
@@ -111,8 +112,8 @@ def far_windows(model: Model, positions: ModelPositions) -> list[int]:
 class _Judge:
     """Compares one run of rows. start: None is the prompt, through the cache and the steps as they are served."""
 
-    def __init__(self, model: Model, cache_dtype: torch.dtype, start: int | None = None) -> None:
-        self.model, self.cache_dtype, self.start = model, cache_dtype, start
+    def __init__(self, model: Model, cache_dtype: torch.dtype, block_size: int, start: int | None = None) -> None:
+        self.model, self.cache_dtype, self.block_size, self.start = model, cache_dtype, block_size, start
         ids = probe_ids(model.raw.text_config.vocab_size, model.device)
         self.ids = ids if start is None else ids[:FAR_ROWS]
         # fp32 angles, which transformers has, are off by this at the last of these rows.
@@ -200,9 +201,10 @@ class _Judge:
         """Steps through a small cache, whose blocks lie in no order."""
         model, ids = self.model, self.ids.tolist()
         modules = [layer.module for layer in model.layers]
-        blocks = list(range(-(-PROBE_LENGTH // BLOCK_SIZE)))[::-1]
+        block_size = self.block_size
+        blocks = list(range(-(-PROBE_LENGTH // block_size)))[::-1]
         storage = KVStorage(
-            [layer.shape for layer in model.layers], len(blocks), BLOCK_SIZE, self.cache_dtype, model.device
+            [layer.shape for layer in model.layers], len(blocks), block_size, self.cache_dtype, model.device
         )
         traces = []
         for step in STEPS:
@@ -212,7 +214,7 @@ class _Judge:
             inputs = {} if held is None else {module: x[:, rows] for module, x in held.entered.items()}
             replaced = layer_inputs(modules, trace.entered, inputs) if inputs else nullcontext()
             with replaced, _layer_outputs(modules, trace.left):
-                trace.logits = model.forward(build_batch(chunks, BLOCK_SIZE, model.device), storage)
+                trace.logits = model.forward(build_batch(chunks, block_size, model.device), storage)
             traces.append(trace)
         whole = Trace(logits=torch.cat([trace.logits for trace in traces]))
         if held is not None:

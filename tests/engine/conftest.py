@@ -8,15 +8,15 @@ from prerope.cache.kernels.build import prepare
 from tests.device import DEVICE
 
 OF_THE_CPU = {"test_cpu_kernels", "test_cpu_stack", "test_quantization"}
-OF_THE_INTERPRETER = {"test_cuda_graphs", "test_cuda_layers", "test_cuda_step"}
-"""Modules that put models on the CPU and run what CUDA gets there, kernels under Triton's interpreter."""
+OF_FAKE_TENSORS = {"test_cuda_step", "test_capture"}
+"""Modules that stand in for a card."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def device(request: pytest.FixtureRequest) -> None:
     """Skips, on a card, what is about the CPU."""
     name = request.module.__name__.rpartition(".")[2]
-    if DEVICE != "cpu" and name in OF_THE_CPU | OF_THE_INTERPRETER:
+    if DEVICE != "cpu" and name in OF_THE_CPU | OF_FAKE_TENSORS:
         pytest.skip("runs on the CPU; without DEVICE")
 
 

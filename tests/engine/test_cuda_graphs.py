@@ -1,11 +1,12 @@
-"""Decode steps that are captured once and replayed: the GPU path, under Triton's interpreter, through the engine.
+"""Decode steps that are captured once and replayed, through the engine: on a card, or under Triton's interpreter.
 
-A recording stands for the CUDA graph. It makes the same calls with the same tensors and the same numbers, so whatever
-a step does not copy into the graph's tensors would be that of the step it was captured at.
+Without a card a recording stands for the CUDA graph. It makes the same calls with the same tensors and the same
+numbers, so whatever a step does not copy into the graph's tensors would be that of the step it was captured at.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,12 +18,26 @@ from prerope.cache.cuda.attention import cuda_attention, cuda_store
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
+from prerope.server.engine.capture import Capture, Replay
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.graphs import DecodeGraphs, buckets, capture_graphs
+from prerope.server.engine.info import GraphStats
 from prerope.server.models.model import BACKENDS, Model
+from torch import Tensor
 
+from tests.device import DEVICE
 from tests.engine.recorded import RecordedGraph
-from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine, tokens_of
+from tests.engine.tiny_models import (
+    assert_idle,
+    generate,
+    greedy,
+    prompt_of,
+    request,
+    run,
+    tiny,
+    tiny_engine,
+    tokens_of,
+)
 from tests.kernels.conftest import interpreter
 
 __all__ = ["interpreter"]  # a fixture
@@ -33,7 +48,7 @@ BUCKETS = [1, 3]
 
 @pytest.fixture(autouse=True)
 def gpu_path(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
-    """Attention and store as on a GPU, on tensors of the CPU."""
+    """Attention and store as on a GPU, whatever the tensors are on."""
     del interpreter
     monkeypatch.setattr("prerope.server.models.model.attention_on", lambda _: cuda_attention)
 
@@ -50,15 +65,31 @@ def served(family: str = "llama", method: str = "model") -> Engine:
         shape |= {"layer_types": ["sliding_attention", "full_attention"]}
     model = Model(tiny(family, max_position_embeddings=64, **shape), BACKENDS["cuda"])
     spec = RopeSpec(method=method, window=16 if "leaky" in method or method == "rerope" else None)
-    return tiny_engine(model, spec, max_model_len=128, num_blocks=40, max_num_seqs=3, max_batched_tokens=64)
+    limits = {"max_model_len": 128, "num_blocks": 40, "max_num_seqs": 3, "max_batched_tokens": 64}
+    return tiny_engine(model, spec, **limits, overlap=False)
 
 
-def with_graphs(engine: Engine) -> Engine:
+class CountedGraphs(Capture):
+    """A card's graphs, whose replays count as those of recordings do."""
+
+    def __call__(self, run: Callable[[], Tensor]) -> Replay:
+        replay = super().__call__(run)
+
+        def counted() -> Tensor:
+            RecordedGraph.num_replays += 1
+            return replay()
+
+        return counted
+
+
+def with_graphs(engine: Engine, capture: Any = None) -> Engine:
+    """capture: in place of what captures; otherwise graphs on a card, and recordings without one."""
+    here = (lambda _: RecordedGraph) if DEVICE == "cpu" else CountedGraphs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prerope.server.engine.graphs.CudaGraph", RecordedGraph)
+        patch.setattr("prerope.server.engine.graphs.Capture", here if capture is None else lambda _: capture)
         patch.setattr("prerope.server.engine.graphs.buckets", lambda _: BUCKETS)
-        engine.graphs = capture_graphs(engine.model, engine.storage, engine.config, engine.info, print)
-    assert engine.graphs is not None
+        engine.take_graphs(capture_graphs(engine.model, engine.storage, engine.config, engine.info, print))
+    assert (engine.graphs is not None) == (capture is None)
     return engine
 
 
@@ -83,6 +114,82 @@ def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
     assert outputs(engine, lengths) == expected
     assert RecordedGraph.num_replays >= prepared + 3
     assert len(engine.graphs._graphs) == captured, "the start has captured all that this deployment needs"
+
+
+def test_logits_of_a_graph_are_those_of_the_step() -> None:
+    """Of every step of three sequences, on either side of the trained length."""
+    engine, differences = with_graphs(served(method="dynamic_leaky")), []
+    replayed = DecodeGraphs.logits
+
+    def compared(self: DecodeGraphs, batch: Any) -> Any:
+        ours = replayed(self, batch)
+        if ours is not None:
+            eager = engine.model.forward(batch, engine.storage)  # stores the same rows once more
+            differences.append(float((ours - eager).abs().max() / eager.abs().max()))
+        return ours
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeGraphs, "logits", compared)
+        outputs(engine, (5, 63, 70))
+    assert len(differences) >= 3
+    assert max(differences) <= 1e-5
+
+
+def test_two_engines_in_one_process() -> None:
+    """Each has graphs of its own, and their steps take turns."""
+    methods, prompts = ("rerope", "model"), [prompt_of(30, 1), prompt_of(70, 2)]
+    expected = [generate(served(method=method), prompts, greedy(5)) for method in methods]
+    engines = [with_graphs(served(method=method)) for method in methods]
+    found: list[list[list[int]]] = [[[], []], [[], []]]
+    for engine in engines:
+        for number, prompt in enumerate(prompts):
+            engine.add(request(str(number), prompt, greedy(5)))
+    while any(engine.has_work() for engine in engines):
+        for tokens, engine in zip(found, engines, strict=True):
+            for name, output in engine.step():
+                tokens[int(name)].extend(output.token_ids)
+    assert found == expected
+    assert RecordedGraph.num_replays >= 2 * (len(BUCKETS) + 3)
+
+
+def refusing(_run: Callable[[], Tensor]) -> Replay:
+    raise RuntimeError("called a synchronizing CUDA operation\nand more")
+
+
+def test_a_start_that_cannot_capture_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    engine, expected = with_graphs(served(), refusing), outputs(served(), (5, 20))
+    why = "RuntimeError: called a synchronizing CUDA operation"
+    assert f"warning: decode steps run without CUDA graphs, and slower: {why};" in capsys.readouterr().out
+    assert engine.stats().graphs == GraphStats(why_none=why)
+    assert outputs(engine, (5, 20)) == expected
+
+    def out_of_memory(_run: Callable[[], Tensor]) -> Replay:
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        with_graphs(served(), out_of_memory)
+
+
+def test_a_method_that_cannot_be_captured_in_traffic_runs_without(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told once, and the graphs of the deployment stay."""
+    engine = with_graphs(served())
+    assert engine.graphs is not None
+    engine.graphs._capture = refusing
+    positions = engine.resolve_positions(RopeSpec(method="dual_chunk"))
+    assert outputs(engine, (40, 50), positions=positions) == outputs(served(), (40, 50), positions=positions)
+    assert capsys.readouterr().out.count("warning: a decode step has no CUDA graph, and is slower: RuntimeError") == 1
+    graphs = engine.stats().graphs
+    assert (graphs.num_captured, graphs.num_refused > 0) == (len(BUCKETS), True)
+    assert "synchronizing" in graphs.why_none
+
+
+def test_requests_with_any_method_leave_the_graphs_as_they_are() -> None:
+    """The tables of angles have room for all of them from the start."""
+    engine = with_graphs(served())
+    for name in ("dynamic_ntk", "dual_chunk", "dynamic_leaky"):
+        outputs(engine, (70, 66), positions=engine.resolve_positions(RopeSpec(method=name)))
+    assert engine.graphs is not None
+    assert len({name[1] for name in engine.graphs._graphs}) == 1
 
 
 @pytest.mark.slow

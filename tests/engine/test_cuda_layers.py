@@ -1,4 +1,4 @@
-"""The modules and the forward that a model gets on CUDA, here on the CPU: kernels run under Triton's interpreter.
+"""The modules and the forward that a model gets on CUDA, without a card on the CPU, in Triton's interpreter.
 
 Held to transformers' own modules, logits and `generate`.
 """
@@ -19,6 +19,7 @@ from prerope.server.models.probe import TOLERANCE, probe
 from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 
+from tests.device import DEVICE
 from tests.engine.tiny_models import generate, greedy, prompt_of, tiny, tiny_engine, two_layers
 from tests.kernels.conftest import interpreter
 
@@ -46,7 +47,7 @@ def transformers_greedy(transformers_model: Any, prompts: list[list[int]]) -> li
     options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     found = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=DEVICE)
         output = transformers_model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         found.append(output[0, len(prompt) :].tolist())
     return found
@@ -125,7 +126,7 @@ def num_bytes(transformers_model: Any) -> int:
 def test_merged_weights_are_the_only_ones(family: str) -> None:
     """Parameters lie in the merged tensors, whose bytes are theirs; transformers' own forward gives what it gave."""
     transformers_model = biased(two_layers(family))
-    ids = torch.tensor([prompt_of(20)])
+    ids = torch.tensor([prompt_of(20)], device=DEVICE)
     before, expected = num_bytes(transformers_model), transformers_model(ids).logits
     ours = on_cuda(transformers_model)
     assert num_bytes(transformers_model) == before

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.server.engine import step
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.sampling import device as device_sampler
@@ -118,6 +119,14 @@ def test_a_launch_never_waits_for_the_device(sampling: dict[str, Any], monkeypat
     assert [tokens_of(one) for one in outputs.values()] == [[3] * 4] * 3
 
 
+def test_rows_are_chosen_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that sample among those that are scored, or are chosen on the host: places are sent."""
+    _, unread = on_meta(monkeypatch)
+    logits = torch.zeros(4, VOCABULARY, device="meta")
+    with unread:
+        assert step.rows_of(logits, [0, 2]).shape == (2, VOCABULARY)
+
+
 def test_what_would_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, unread = on_meta(monkeypatch)
     engine.add(request("0", random_prompt(5), greedy(4)))
@@ -145,7 +154,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Unread]:
             return torch.zeros(VOCABULARY, VOCABULARY, device="meta")[batch.input_ids[batch.logit_rows]]
 
     unread = Unread()
-    for module in (batch, device_sampler):
+    for module in (batch, device_sampler, step):
         send = module.send
 
         def sending(*arguments: Any, send: Callable[..., torch.Tensor] = send) -> torch.Tensor:

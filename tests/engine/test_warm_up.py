@@ -84,7 +84,7 @@ def test_the_largest_steps_run(model: Model, per_request: bool, times: int) -> N
         rope_per_request=per_request,
     )
     seen = Watched(model, config, LENGTH)
-    assert seen.shapes() == [CHUNK, CHUNKS, DECODE] * times
+    assert seen.shapes() == [DECODE, CHUNK, CHUNKS] * times
     assert len(seen.lines) == len(seen.batches)
     assert seen.drawn == [((SEQUENCES, VOCABULARY), {0.999})] * 3 * times
     for batch in seen.batches:
@@ -112,9 +112,9 @@ def test_rows_of_a_decode_step_have_maps_of_their_own(model: Model) -> None:
 @pytest.mark.parametrize(
     ("budget", "sequences", "length", "shapes"),
     [
-        (64, 64, 1500, [CHUNK, ([1] * 64, 64)]),
-        (64, 1, 1500, [CHUNK, ([1], 1)]),
-        (64, 4, 20, [([20], 20), ([16] * 4, 64), DECODE]),
+        (64, 64, 1500, [([1] * 64, 64), CHUNK]),
+        (64, 1, 1500, [([1], 1), CHUNK]),
+        (64, 4, 20, [DECODE, ([20], 20), ([16] * 4, 64)]),
         (1, 1, 1, [([1], 1), ([1], 1)]),
     ],
 )
@@ -165,4 +165,4 @@ def test_groups_of_a_model_with_several() -> None:
     gemma = Model(tiny("gemma3_text"))
     allowed = allowed_positions(gemma, CONFIG, 1024)
     assert all(len(one.methods) == 2 for one in allowed)
-    assert Watched(gemma, CONFIG, 300).shapes()[:3] == [CHUNK, CHUNKS, DECODE]
+    assert Watched(gemma, CONFIG, 300).shapes()[:3] == [DECODE, CHUNK, CHUNKS]

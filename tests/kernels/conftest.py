@@ -1,6 +1,7 @@
-"""The kernels under Triton's interpreter, on the CPU; tests/conftest.py asks for it before Triton is imported.
+"""The kernels on the device under test: on a card as they are compiled, else under Triton's interpreter on the CPU, for
+which tests/conftest.py asks before Triton is imported.
 
-Compilation is tested in a process of its own.
+Compilation without a card is tested in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from tests.device import DEVICE
 
 
 class Bounds:
@@ -45,49 +48,55 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 @pytest.fixture(scope="package", autouse=True)
 def interpreter() -> Iterator[None]:
-    """The interpreter, less what makes it slow; bounds are checked, what nobody wrote is NaN, and items are few."""
+    """What nobody wrote is NaN, and items are few; the interpreter, where it is, is made faster and checks bounds."""
     triton = pytest.importorskip("triton")
-    if not triton.knobs.runtime.interpret:
-        pytest.skip("TRITON_INTERPRET is off: kernels are compiled for a GPU here")
     from prerope.cache.kernels.triton import decode
-    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
 
     with pytest.MonkeyPatch.context() as patch:
-        device_function, patched = InterpretedFunction.__call__, set[str]()
-
-        def call(self: Any, *arguments: Any, **named: Any) -> Any:
-            """Of a device function. Patching triton.language anew at every call would be half of all time."""
-            module = self.fn.__module__
-            if module.startswith("cache.") or module in patched:
-                return self.rewrite()(*arguments, **named)
-            patched.add(module)
-            return device_function(self, *arguments, **named)
-
-        bounds = Bounds()
-        host_arguments = GridExecutor._init_args_hst
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-        def launched(self: Any, given: Any, named: Any) -> Any:
-            given, named = host_arguments(self, given, named)
-            bounds.launch([value for value in (*given, *named.values()) if isinstance(value, Tensor)])
-            return given, named
-
-        def checked_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
-            bounds.check(pointers, mask)
-            return load(self, pointers, mask, *others)
-
-        def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
-            bounds.check(pointers, mask)
-            return store(self, pointers, value, mask, *others)
-
-        patch.setattr(InterpretedFunction, "__call__", call)
-        patch.setattr(GridExecutor, "_init_args_hst", launched)
-        patch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
-        patch.setattr(InterpreterBuilder, "create_masked_store", checked_store)
         patch.setattr(decode, "ITEMS", 6)
         patch.setattr(decode, "LEAST_TILES", 1)
-        patch.setattr(decode, "LEAST_UNITS", 1)
-        patch.setattr(decode, "MERGED", 64)
+        if DEVICE == "cpu":
+            assert triton.knobs.runtime.interpret, "there is no card to compile kernels for"
+            patch.setattr(decode, "LEAST_UNITS", 1)
+            patch.setattr(decode, "MERGED", 64)
+            hasten(patch)
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty
         yield
         torch.use_deterministic_algorithms(False)
+
+
+def hasten(patch: pytest.MonkeyPatch) -> None:
+    """The interpreter, with addresses checked."""
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
+
+    device_function, patched = InterpretedFunction.__call__, set[str]()
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        """Of a device function. Patching triton.language anew at every call would be half of all time."""
+        module = self.fn.__module__
+        if module.startswith("cache.") or module in patched:
+            return self.rewrite()(*arguments, **named)
+        patched.add(module)
+        return device_function(self, *arguments, **named)
+
+    bounds = Bounds()
+    host_arguments = GridExecutor._init_args_hst
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def launched(self: Any, given: Any, named: Any) -> Any:
+        given, named = host_arguments(self, given, named)
+        bounds.launch([value for value in (*given, *named.values()) if isinstance(value, Tensor)])
+        return given, named
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        bounds.check(pointers, mask)
+        return load(self, pointers, mask, *others)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+        bounds.check(pointers, mask)
+        return store(self, pointers, value, mask, *others)
+
+    patch.setattr(InterpretedFunction, "__call__", call)
+    patch.setattr(GridExecutor, "_init_args_hst", launched)
+    patch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
+    patch.setattr(InterpreterBuilder, "create_masked_store", checked_store)

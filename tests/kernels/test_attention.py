@@ -16,8 +16,9 @@ from prerope.cache.cuda.decode import plan_rows
 from prerope.cache.cuda.plan import NO_READ, PlanKey
 from prerope.cache.kernels.triton.decode import config, decode
 
-from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, paged, rotary
-from tests.kernels.steps import TOLERANCE, difference
+from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, rotary
+from tests.device import DEVICE
+from tests.kernels.steps import TOLERANCE, difference, paged
 
 # Trained length 64, window 32, tiles of 32 keys and buckets of 256 rows: a row on each side of every edge.
 DECODED = [(position, 1) for position in (0, 31, 32, 33, 64, 257)]
@@ -68,7 +69,7 @@ def test_any_shape(
     embedding = rotary(24, dim, interleaved=interleaved)
     positions = [one_group(method(name, embedding, window=window, logn=logn)) for name in names]
     step = paged(rows, positions, heads=heads[0], kv_heads=heads[1], head_dim=24, block_size=block_size, seed=seed)
-    sink = torch.linspace(-1, 2, heads[0]) if sinks else None
+    sink = torch.linspace(-1, 2, heads[0], device=DEVICE) if sinks else None
     assert difference(step, AttentionOptions(24**-0.5, "", sliding_window, softcap, sink)) <= TOLERANCE
 
 
@@ -105,12 +106,12 @@ def test_rows_that_fill_a_graph_up_give_zeros(sinks: torch.Tensor | None) -> Non
     """The middle row of three reads nothing; its neighbours do not notice."""
     positions = one_group(method("rerope", rotary(16, 16), window=32))
     step = paged([(70, 1), (50, 1), (90, 1)], [positions] * 3, heads=2, kv_heads=1)
-    options = AttentionOptions(0.25, "", sinks=sinks)
+    options = AttentionOptions(0.25, "", sinks=None if sinks is None else sinks.to(DEVICE))
     key = PlanKey(True, 1, config(2, 16, torch.float32).block_n, 1, 16, "", None)
     plan = plan_rows(step.metadata, key, step.query.device)
     reads = plan.reads.view(3, plan.num_parts, -1)
     turn = reads[1, :, 5].clone()
-    reads[1] = torch.tensor(NO_READ, dtype=torch.int32)
+    reads[1] = torch.tensor(NO_READ, dtype=torch.int32, device=DEVICE)
     reads[1, :, 5] = turn
     out = torch.full_like(step.query, float("nan"))
     decode(step.query, step.keys, step.values, plan, options, out)
@@ -146,7 +147,7 @@ def test_nothing_beyond_a_row_is_read() -> None:
         slots = (sequence.block_table[:, None] * 16 + torch.arange(16)).flatten()
         used.view(-1)[slots[: sequence.length]] = True
     for cache in (step.keys, step.values):
-        cache[~used] = float("nan")
+        cache[~used.to(DEVICE)] = float("nan")
     assert torch.equal(before, cuda_attention(step.query, step.keys, step.values, step.metadata, options))
 
 
@@ -159,7 +160,7 @@ def test_plans_are_shared_by_layers_of_a_step() -> None:
         options,
         replace(options, sliding_window=9),
         replace(options, group=None),
-        replace(options, softcap=2.0, sinks=torch.ones(4)),
+        replace(options, softcap=2.0, sinks=torch.ones(4, device=DEVICE)),
         options,
     ):
         assert difference(step, changed) <= TOLERANCE
@@ -183,7 +184,7 @@ def test_scratch_is_bounded(name: str, rows: int) -> None:
 def test_a_query_that_is_a_view_of_merged_projections() -> None:
     positions = one_group(method("rope", rotary(16, 16)))
     step = paged([(20, 1), (3, 7)], [positions] * 2, heads=2, kv_heads=1)
-    merged = torch.randn(8, 4, 16)
+    merged = torch.randn(8, 4, 16, device=DEVICE)
     assert difference(replace(step, query=merged[:, :2]), AttentionOptions(0.25, "")) <= TOLERANCE
 
 

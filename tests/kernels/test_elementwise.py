@@ -16,6 +16,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from tests.device import DEVICE
+
 EPS = 1e-5
 WAYS: dict[Callable[..., Any], dict[str, bool]] = {
     LlamaRMSNorm: {},
@@ -29,7 +31,7 @@ DTYPES = list(UNITS)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
 
 
 def exact(x: Tensor, weight: Tensor, add_one: bool) -> Tensor:
@@ -67,7 +69,7 @@ def test_rows_wider_than_a_program(dtype: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("module", WAYS)
 def test_rounding_is_that_of_transformers(module: Callable[..., Any], dtype: torch.dtype) -> None:
     """In fp16 to the bit, but for members whose fp32 value lies at the very edge of two."""
-    norm = module(192, eps=EPS).to(dtype)
+    norm = module(192, eps=EPS).to(DEVICE, dtype)
     norm.weight.data = random(192, dtype=dtype)
     x, residual = random(40, 192, dtype=dtype), random(40, 192, dtype=dtype) * 4
     ours = rms_norm(x, norm.weight.data, EPS, **WAYS[module])

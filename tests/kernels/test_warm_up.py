@@ -29,9 +29,9 @@ def test_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     warm_up(model, config, 100, storage, lines.append)
     assert [line.split(",")[0] for line in lines] == [
+        "warming up: one row of each of 2 sequences",
         "warming up: the last 8 rows of a prompt of 100",
         "warming up: 4 rows of each of 2 such prompts",
-        "warming up: one row of each of 2 sequences",
     ]
     for tensor in storage.keys + storage.values:
         assert tensor.isfinite().all()

@@ -164,6 +164,9 @@ def test_metrics_count_what_happened_under_vllms_names(http: httpx.Client) -> No
     for name in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions"):
         assert f"vllm:{name}_total{label}" in after
     assert any(name.startswith("prerope:position_method_info{") and 'method="' in name for name in after)
+    state = next(name for name in after if name.startswith("prerope:cuda_graphs_state_info{"))
+    assert 'state="off"' in state
+    assert "for a GPU" in state
     assert after["process_resident_memory_bytes"] > 0
 
 

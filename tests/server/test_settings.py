@@ -147,6 +147,20 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
     assert (config.tier_bytes, config.tier_memory) == (values.pop("cache_tier_size"), values.pop("cache_tier_memory"))
     for name, value in values.items():
         assert getattr(config, name) == value, name
+    assert config.on("cuda") == config
+
+
+def test_limits_of_a_step_that_nobody_set_are_the_devices() -> None:
+    """One that was set bounds the other: each sequence takes a token of a step."""
+
+    def limits(device: str, **values: int) -> tuple[int, int]:
+        config = Settings(**values).engine_config().on(device)  # type: ignore[arg-type]
+        return config.max_num_seqs, config.max_batched_tokens
+
+    assert (limits("cpu"), limits("cuda"), limits("xpu")) == ((64, 512), (256, 2048), (64, 512))
+    assert limits("cuda", max_batched_tokens=100) == (100, 100)
+    assert limits("cuda", max_num_seqs=4000) == (4000, 4000)
+    assert limits("cpu", max_num_seqs=3, max_batched_tokens=99) == (3, 99)
 
 
 def test_every_rope_variable_reaches_the_spec() -> None:

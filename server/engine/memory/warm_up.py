@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.cuda.decode import reserve_tables
+from prerope.cache.cuda.plan import PlanKey
 from prerope.cache.cuda.prefill import num_turned_keys
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions, resolve_model
@@ -54,10 +56,18 @@ def warm_up(model: Model, config: EngineConfig, length: int, storage: KVStorage,
     Raises torch.OutOfMemoryError. `report` gets a line as each step begins.
     """
     under_way: Tensor | None = None
+    allowed = allowed_positions(model, config, length)
+    readings = readings_of_a_step(config.max_num_seqs, config.max_batched_tokens)
     for name, rows in worst_steps(model, config, length):
         report(f"warming up: {name}")
-        under_way = _run(model, config, rows, storage)  # what the step before sampled from is held until then
+        under_way, keys = _run(model, config, rows, storage)  # what the step before sampled from is held until then
+        reserve_tables(keys, allowed, readings, length, model.device)
     del under_way
+
+
+def readings_of_a_step(num_seqs: int, num_tokens: int) -> int:
+    """Ways in which the rows of one step may be read at most: each sequence in its own, and a chunk in several."""
+    return num_seqs + -(-num_tokens // ROW_LENGTH_BUCKET) + 1
 
 
 def worst_steps(model: Model, config: EngineConfig, length: int) -> Iterator[tuple[str, list[Rows]]]:
@@ -67,6 +77,11 @@ def worst_steps(model: Model, config: EngineConfig, length: int) -> Iterator[tup
     methods = {id(one): one for one in (own, *_hungriest([own, *others], length - budget, length))}.values()
     for positions in methods:
         method = positions.describe()["method"]
+        # First, so that the tables it shows the want of are there when the others' memory is measured.
+        yield (
+            f"one row of each of {config.max_num_seqs} sequences, read by {method}",
+            [Rows(_spread(length, number), 1, positions) for number in range(config.max_num_seqs)],
+        )
         yield (
             f"the last {budget} rows of a prompt of {length}, read by {method}",
             [Rows(length - budget, budget, positions)],
@@ -77,10 +92,6 @@ def worst_steps(model: Model, config: EngineConfig, length: int) -> Iterator[tup
                 f"{count} rows of each of {config.max_num_seqs} such prompts, read by {method}",
                 [Rows(length - count, count, positions)] * config.max_num_seqs,
             )
-        yield (
-            f"one row of each of {config.max_num_seqs} sequences, read by {method}",
-            [Rows(_spread(length, number), 1, positions) for number in range(config.max_num_seqs)],
-        )
 
 
 def _spread(length: int, number: int) -> int:
@@ -113,15 +124,16 @@ def _num_parts(method: PositionMethod, start: int, stop: int) -> int:
     return max(len(reading.parts) for _, _, reading in method.runs(start, stop))
 
 
-def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorage) -> Tensor:
-    """A step as the engine runs it; the logits that it sampled from."""
+def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorage) -> tuple[Tensor, list[PlanKey]]:
+    """A step as the engine runs it: the logits that it sampled from, and what its attention was planned for."""
     num_blocks = storage.keys[0].shape[0]
     chunks = []
     for one in rows:
         blocks = np.arange(-(-(one.start + one.count) // config.block_size)) % num_blocks
         ids = [token % model.vocab_size for token in range(one.count)]
         chunks.append(Chunk(ids, one.start, blocks, one.positions, one.count))
-    logits = model.forward(build_batch(chunks, config.block_size, model.device), storage)
+    batch = build_batch(chunks, config.block_size, model.device)
+    logits = model.forward(batch, storage)
     scored = min(PROMPT_LOGPROB_ROWS, len(logits))
     logprobs(logits[:scored], [0] * scored, NUM_ALTERNATIVES)
     sampled = logits[: config.max_num_seqs].clone()
@@ -129,7 +141,7 @@ def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorag
     sample_on_device(sampled, sequences)
     raw = sampled.clone()
     sample(sampled[:1], sequences[:1], model.eos_token_ids)
-    return raw
+    return raw, [key for key in batch.metadata.plans if isinstance(key, PlanKey)]
 
 
 def _sampling(positions: ModelPositions, config: EngineConfig) -> Sequence:
