@@ -135,6 +135,7 @@ def test_logits_of_a_graph_are_those_of_the_step() -> None:
     assert max(differences) <= 1e-5
 
 
+@pytest.mark.slow
 def test_two_engines_in_one_process() -> None:
     """Each has graphs of its own, and their steps take turns."""
     methods, prompts = ("rerope", "model"), [prompt_of(30, 1), prompt_of(70, 2)]
@@ -183,6 +184,7 @@ def test_a_method_that_cannot_be_captured_in_traffic_runs_without(capsys: pytest
     assert "synchronizing" in graphs.why_none
 
 
+@pytest.mark.slow
 def test_requests_with_any_method_leave_the_graphs_as_they_are() -> None:
     """The tables of angles have room for all of them from the start."""
     engine = with_graphs(served())
