@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from prerope.rope.frequencies import Rotary, plain
 from prerope.rope.methods import method_table, resolve
-from prerope.rope.reading import UNBOUNDED, MethodError, PositionMethod
+from prerope.rope.reading import UNBOUNDED, MethodError, PositionMethod, Reading
 from prerope.rope.registry import MethodEntry
 from prerope.rope.spec import ALIASES, RopeSpec
 from torch import Tensor
@@ -53,12 +53,21 @@ def seen(method: PositionMethod, rows: Tensor, keys: Tensor, pair: int = -1) -> 
     """
     trained = method.rotary.base ** (-2.0 * (pair % (method.rotary.dim // 2)) / method.rotary.dim)
     distances = torch.full((len(rows), len(keys)), UNREAD, dtype=torch.float64)
-    for place, row in enumerate(rows.tolist()):
-        at = torch.tensor([row])
-        for part in method.reading_of(row).parts:
-            angles = part.query.angles(at)[:, pair] - part.key.angles(keys)[:, pair]
-            distances[place] = torch.where(part.reads(at, keys)[0], angles / trained, distances[place])
+    for reading, places in _by_reading(method, rows):
+        at = rows[places]
+        for part in reading.parts:
+            angles = part.query.angles(at)[:, None, pair] - part.key.angles(keys)[None, :, pair]
+            distances[places] = torch.where(part.reads(at, keys), angles / trained, distances[places])
     return distances.masked_fill(keys > rows[:, None], torch.nan)
+
+
+def _by_reading(method: PositionMethod, rows: Tensor) -> list[tuple[Reading, Tensor]]:
+    """(reading, indices of the rows that read so), each reading once."""
+    readings = [method.reading_of(row) for row in rows.tolist()]
+    places: dict[Reading, list[int]] = {}
+    for place, reading in enumerate(readings):
+        places.setdefault(reading, []).append(place)
+    return [(reading, torch.tensor(indices)) for reading, indices in places.items()]
 
 
 def draw(method: PositionMethod, length: int, path: Path) -> None:

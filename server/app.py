@@ -8,7 +8,7 @@ from importlib import metadata
 
 from fastapi import FastAPI
 from prerope.cache.tier import folder_secret
-from prerope.server.api import generate, health, pages
+from prerope.server.api import generate, health, pages, positions
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldRequest
 from prerope.server.api.auth.keys import KeyRing
@@ -31,7 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
     service = Service(settings)
     app = FastAPI(title="PreRoPE", version=_version(), lifespan=_lifespan, redoc_url=None)
     app.state.service = service
-    for module in (generate, openai, tokenize, health, pages):
+    for module in (generate, openai, tokenize, positions, health, pages):
         app.include_router(module.router)
     for dialect in (anthropic, responses, ollama, others):
         app.include_router(dialect.router, include_in_schema=False)  # their own documentation says what they take

@@ -45,6 +45,8 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/models/{model}": Operation(replies.ModelCard, MODEL),
     "/tokenize": Operation(replies.TokenizeReply, (*MODEL, errors.QueueFull)),
     "/detokenize": Operation(replies.DetokenizeReply, (*MODEL, errors.QueueFull)),
+    "/rope/methods": Operation(replies.MethodsReply, NOT_READY),
+    "/rope/map": Operation(replies.MapReply, (*NOT_READY, errors.QueueFull)),
     "/live": Operation(replies.HealthReply),
     "/health": Operation(replies.HealthReply, NOT_READY),
     "/version": Operation(replies.VersionReply),

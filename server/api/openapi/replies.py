@@ -339,6 +339,47 @@ class ModelList(ReplyBody):
     data: list[ModelCard]
 
 
+class MethodOffer(ReplyBody):
+    """A position method that the model takes: the parameters that it reads, and how they resolve."""
+
+    name: str
+    summary: str
+    use: str
+    takes: list[str]
+    parameters: dict[str, Any]
+    warning: str | None
+
+
+class MethodRefusal(ReplyBody):
+    """A position method that the model does not take."""
+
+    name: str
+    reason: str
+
+
+class MethodsReply(ReplyBody):
+    """What the model takes, and what the server reads by where a request does not say."""
+
+    default: dict[str, Any]
+    per_request: bool
+    max_model_len: Count
+    train_length: Count
+    methods: list[MethodOffer]
+    refused: list[MethodRefusal]
+
+
+class MapReply(ReplyBody):
+    """`rows[i][j]`: the distance at which token `positions[i]` sees token `positions[j]`, j ≤ i; −1: it does not."""
+
+    length: Count
+    positions: list[Count]
+    rows: list[list[float]]
+    farthest: float
+    train_length: Count
+    rope: dict[str, Any]
+    warning: str | None
+
+
 class TokenizeReply(ReplyBody):
     """`token_strs` are there where the request asks for them."""
 

@@ -1,0 +1,62 @@
+// A reply token by token: the less likely one was, the deeper its colour; under the pointer, what else might have come.
+
+import { el } from "./dom.js";
+
+const card = el("div", { id: "token-card", role: "tooltip", hidden: true });
+
+/** What an event of a stream adds to a variant's tokens: {text, logprob, top}. */
+export function addTokens(variant, event) {
+  if (!event.logprobs) return;
+  const pieces = event.logprobs.map(({ token }) => token);
+  const whole = pieces.join("") === event.text;
+  event.logprobs.forEach((entry, index) => variant.tokens.push({
+    text: whole ? entry.token : index === 0 ? event.text : "", // some are no text by themselves, such as half a letter
+    token: entry.token, logprob: entry.logprob, top: entry.top.map(({ token, logprob }) => [token, logprob]),
+  }));
+}
+
+/** The view itself; arrow keys walk through it. */
+export function tokenView(tokens) {
+  const spans = tokens.map((token, index) => {
+    const span = el("span", { className: "token" }, token.text);
+    span.style.setProperty("--doubt", Math.min(0.75, -token.logprob / 6).toFixed(3));
+    span.index = index;
+    return span;
+  });
+  const view = el("div", { className: "tokens", tabIndex: 0, role: "group", "aria-label": "Tokens; arrow keys walk through them", "aria-describedby": "token-card" }, spans);
+  let at = -1;
+  const show = index => {
+    spans[at]?.classList.remove("at");
+    at = Math.max(0, Math.min(index, spans.length - 1));
+    spans[at].classList.add("at");
+    place(spans[at], tokens[at]);
+  };
+  view.addEventListener("pointerover", event => { if (event.target.index !== undefined) show(event.target.index); });
+  view.addEventListener("pointerleave", () => hide(spans[at]));
+  view.addEventListener("blur", () => hide(spans[at]));
+  view.addEventListener("keydown", event => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    show(at + step);
+  });
+  return view;
+}
+
+function place(span, token) {
+  const percent = logprob => (100 * Math.exp(logprob)).toFixed(Math.exp(logprob) < 0.001 ? 3 : 1);
+  const line = (text, logprob, chosen) => el("tr", { className: chosen ? "chosen" : "" }, el("td", {}, JSON.stringify(text)), el("td", {}, `${percent(logprob)} %`), el("td", {}, logprob.toFixed(2)));
+  const chosenListed = token.top.some(([text]) => text === token.token);
+  card.replaceChildren(el("table", {},
+    token.top.map(([text, logprob]) => line(text, logprob, text === token.token)), chosenListed ? [] : line(token.token, token.logprob, true)));
+  if (!card.isConnected) document.body.append(card);
+  card.hidden = false;
+  const box = span.getBoundingClientRect(), below = box.bottom + card.offsetHeight + 8 < innerHeight;
+  card.style.left = `${Math.max(8, Math.min(box.left, innerWidth - card.offsetWidth - 8))}px`;
+  card.style.top = `${below ? box.bottom + 6 : Math.max(8, box.top - card.offsetHeight - 6)}px`;
+}
+
+function hide(span) {
+  span?.classList.remove("at");
+  card.hidden = true;
+}

@@ -1,0 +1,62 @@
+"""Which position methods the model takes, and what one does: for pickers and pictures."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from fastapi import APIRouter
+from prerope.rope.offers import Offer, distance_map, offers, rotaries_of
+from prerope.server.api.limits import positions_of
+from prerope.server.api.requests.body import INT32_MAX, RequestBody
+from prerope.server.api.requests.schemas import RopeFields
+from prerope.server.service import ReadyService
+from pydantic import Field
+
+router = APIRouter(prefix="/rope", tags=["positions"])
+
+
+class MapRequest(RequestBody):
+    """POST /rope/map."""
+
+    path: ClassVar[str] = ""
+
+    length: int = Field(
+        ge=2, le=INT32_MAX, description="Tokens of the prompt; more than the server takes may be asked."
+    )
+    rope: RopeFields | None = Field(None, description="As in a request; without it the server's own method.")
+
+
+@router.get("/methods", summary="Methods that the model takes")
+async def methods(service: ReadyService) -> dict[str, Any]:
+    """Each method of this server that the model takes, as it resolves, and why it does not take the others."""
+    info = service.engine.info
+    found = offers(rotaries_of(info.positions), info.max_model_len)
+    return {
+        "default": info.positions.describe(),
+        "per_request": service.settings.rope_per_request,
+        "max_model_len": info.max_model_len,
+        "train_length": info.train_length,
+        "methods": [_told(offer) for offer in found if offer.positions is not None],
+        "refused": [{"name": offer.name, "reason": offer.refusal} for offer in found if offer.positions is None],
+    }
+
+
+def _told(offer: Offer) -> dict[str, Any]:
+    assert offer.positions is not None
+    return {
+        "name": offer.name,
+        "summary": offer.summary,
+        "use": offer.use,
+        "takes": list(offer.takes),
+        "parameters": offer.positions.describe(),
+        "warning": " ".join(offer.positions.warnings()) or None,
+    }
+
+
+@router.post("/map", summary="The distances that a method shows")
+async def show_map(body: MapRequest, service: ReadyService) -> dict[str, Any]:
+    """The distance at which each query sees each key, on a small grid over a prompt of this length."""
+    spec = None if body.rope is None else body.rope.spec()
+    positions = positions_of(service, spec) or service.engine.info.positions
+    return {"length": body.length, **await asyncio.to_thread(distance_map, positions, body.length)}

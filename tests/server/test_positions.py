@@ -1,0 +1,55 @@
+"""GET /rope/methods and POST /rope/map: what the model takes is what requests take, and the map is the formula's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+
+@pytest.fixture(scope="module")
+def http(serve_module: Any, tiny_checkpoint: Path) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=serve_module(model_id=str(tiny_checkpoint), max_model_len=2048), timeout=60) as client:
+        yield client
+
+
+def test_the_methods_offered_are_those_that_requests_may_name(http: httpx.Client) -> None:
+    told = http.get("/rope/methods").json()
+    names = {method["name"]: method for method in told["methods"]}
+    refused = {method["name"] for method in told["refused"]}
+    assert names.keys() | refused == set(http.get("/v1/models").json()["data"][0]["rope_methods"])
+    for name in names.keys() | refused:
+        reply = http.post("/generate", json={"prompt": "Hello", "max_tokens": 1, "rope": {"method": name}})
+        assert reply.status_code == (200 if name in names else 400), name
+        if name in names:
+            assert reply.json()["rope"] == names[name]["parameters"]
+    assert names["jagged_rerope"]["takes"] == ["window", "group"]
+
+
+@pytest.mark.parametrize("length", [2, 50, 1000, 2**31 - 1])
+def test_the_map_is_the_formula(http: httpx.Client, length: int) -> None:
+    for rope, formula in (
+        (None, None),
+        ({"method": "rope"}, lambda distance: distance),
+        ({"method": "rerope", "window": 40}, lambda distance: min(distance, 40)),
+        ({"method": "streaming", "window": 40, "sinks": 0}, lambda distance: distance if distance < 40 else -1),
+    ):
+        drawn = http.post("/rope/map", json={"length": length, **({"rope": rope} if rope else {})}).json()
+        places = drawn["positions"]
+        assert (places[0], places[-1], len(places)) == (0, length - 1, min(96, length))
+        assert [len(row) for row in drawn["rows"]] == [*range(1, len(places) + 1)]
+        if formula:
+            for i, row in zip(places, drawn["rows"], strict=True):
+                assert row == pytest.approx([formula(i - j) for j in places[: len(row)]], abs=0.06)
+        elif length > 256:
+            assert drawn["farthest"] <= 256, "auto sees nothing farther than training did"
+
+
+def test_a_method_that_the_model_does_not_take_has_no_map(http: httpx.Client) -> None:
+    refused = http.post("/rope/map", json={"length": 100, "rope": {"method": "longrope"}})
+    assert refused.status_code == 400
+    assert "needs long_factor" in refused.json()["error"]["message"]
+    assert http.post("/rope/map", json={"length": 1}).status_code == 400
