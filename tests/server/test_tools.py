@@ -22,7 +22,7 @@ from openai import OpenAI
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply
 from prerope.server.api.chat.reasoning import ReasoningReader
 from prerope.server.api.chat.tool_calls import TextReader, ToolCallReader
-from prerope.server.api.chat.tools import HERMES, LLAMA, MISTRAL, SMOLLM2, ToolFormat, ToolUse, format_of
+from prerope.server.api.chat.tools import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, SMOLLM2, ToolFormat, ToolUse, format_of
 from prerope.server.api.openai.chat import _Writer
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.internal import Chat
@@ -50,6 +50,10 @@ Functions: {{ tools | tojson }}. Write calls as
 MISTRAL_TEMPLATE = """{%- if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
 {%- for m in messages %}{{ m.role }}: {{ m.content }}
 {% for c in m.tool_calls or [] %}[TOOL_CALLS][{{ c.function | tojson }}]{% endfor %}{% endfor %}"""
+NAMED_TEMPLATE = MISTRAL_TEMPLATE.replace(
+    "[TOOL_CALLS][{{ c.function | tojson }}]",
+    "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
+)
 UNREAD_TEMPLATE = "{{ tools }}<tool_call><function=x>{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -122,6 +126,15 @@ TEXTS: list[tuple[ToolFormat, str, Expected]] = [
         f"[TOOL_CALLS] [{call_text()}, {call_text(OTHER)}]",
         (None, [("get_weather", ARGUMENTS), ("get_weather", OTHER)]),
     ),
+    (
+        MISTRAL_NAMED,
+        f"I look. [TOOL_CALLS]get_weather[ARGS]{ARGUMENTS}[TOOL_CALLS]now[CALL_ID]abc123XYZ[ARGS] {{}} Done.",
+        ("I look. Done.", [("get_weather", ARGUMENTS), ("now", "{}")]),
+    ),
+    (MISTRAL_NAMED, "[TOOL_CALLS]other[ARGS]{}", None),
+    (MISTRAL_NAMED, "[TOOL_CALLS]now[ARGS]1", None),
+    (MISTRAL_NAMED, '[TOOL_CALLS]now[ARGS]{"a": "cut', (None, [("now", '{"a": "cut')])),
+    (MISTRAL_NAMED, "[TOOL_CALLS]" + "x" * 300, None),
     (MISTRAL, "[TOOL] [1]", ("[TOOL] [1]", [])),
     (LLAMA, call_text(key="parameters"), (None, [("get_weather", ARGUMENTS)])),
     (
@@ -164,7 +177,8 @@ def test_how_a_text_is_cut_changes_nothing(case: Any, data: st.DataObject) -> No
 
 
 @given(
-    st.sampled_from([HERMES, SMOLLM2, MISTRAL, LLAMA]), st.text(alphabet='<tool_call>/[]{}":, \nnamegumts', max_size=60)
+    st.sampled_from([HERMES, SMOLLM2, MISTRAL, MISTRAL_NAMED, LLAMA]),
+    st.text(alphabet='<tool_call>/[]{}":, \nnamegumtsTOL_CARGSw', max_size=60),
 )
 def test_any_text_is_read(form: ToolFormat, text: str) -> None:
     """Nothing that a model writes is an error, and text without calls is left as it is."""
@@ -198,7 +212,7 @@ def test_one_call_where_calls_may_not_be_parallel() -> None:
         ('{{- \'<tool_call>\\n{"name": "\' }}{{ tool_call.name }}', HERMES),
         ('<tool_call>[\n{"name": "func_name1", "arguments": {}}]</tool_call>', SMOLLM2),
         ('Respond in the format {"name": function name, "parameters": dictionary}.', LLAMA),
-        ("[TOOL_CALLS]name[ARGS]{}", None),
+        (NAMED_TEMPLATE, MISTRAL_NAMED),
         ("{% for tool in tools %}{{ tool }}{% endfor %}", None),
     ],
 )
@@ -353,9 +367,11 @@ def test_a_conversation_with_calls(client: OpenAI, url: str) -> None:
     assert text.endswith(f"{written}\n<|im_start|>user\n21 °C<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Mistral's mark is one token, which text leaves out: the grammar asks for it by id, and the reader sees it."""
-    folder = with_template(tiny_checkpoint, tmp_path / MODEL, MISTRAL_TEMPLATE, repo_name="[TOOL_CALLS]")
+@pytest.mark.parametrize("template", [MISTRAL_TEMPLATE, NAMED_TEMPLATE], ids=["list", "named"])
+def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_path: Path, template: str) -> None:
+    """Mistral's marks are tokens that text leaves out: the grammar asks for them by id, and the reader sees them."""
+    renamed = {"repo_name": "[TOOL_CALLS]", "file_sep": "[ARGS]"}
+    folder = with_template(tiny_checkpoint, tmp_path / MODEL, template, **renamed)
     tokenizer = Tokenizer.load(Checkpoint(str(folder), MODEL))
     mark = tokenizer.special_id("[TOOL_CALLS]")
     assert mark is not None
@@ -379,6 +395,7 @@ def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_pa
             n=3,
             max_tokens=100,
             logit_bias={str(mark): 100},
+            parallel_tool_calls=False,
         )
     for one in free.choices:
         assert len(checked(one.message)) == 1, "the model is made to write the mark, and the rest follows"

@@ -24,7 +24,13 @@ HEAD = re.compile(
 )
 """A call up to its arguments, as models write it."""
 
+NAME = re.compile(r"\s*([A-Za-z0-9_.-]{1,128})(?:\[CALL_ID\][A-Za-z0-9]{0,64})?")
+"""Before the mark of a format with `args`."""
+
 FIRST_KEY = re.compile(r'\{\s*(?:"((?:[^"\\]|\\.)*)"\s*:|[^\s"])', re.DOTALL)
+MAX_BEFORE_ARGS = 256
+"""Characters of a name and a call id."""
+
 KEYS = frozenset({"name", "arguments", "parameters", "type", "function", "id"})
 
 _ALPHABET = string.ascii_letters + string.digits
@@ -131,6 +137,8 @@ class ToolCallReader:
 
     def _calls(self) -> bool:
         form = self._form
+        if form.args:
+            return self._named_call()
         start = self._buffer.lstrip(_SEPARATORS)
         if form.end and start.startswith(form.end) and not self._mark:
             self._buffer, self._state = start[len(form.end) :], _State.TEXT
@@ -147,6 +155,21 @@ class ToolCallReader:
             self._state, self._depth = _State.ARGUMENTS, 1
             return True
         return self._whole_call(start)
+
+    def _named_call(self) -> bool:
+        """A name, a mark, and arguments up to their closing brace."""
+        before, mark, after = self._buffer.partition(self._form.args)
+        start = after.lstrip()
+        if not mark and len(before) < MAX_BEFORE_ARGS and "{" not in before:
+            return False
+        name = NAME.fullmatch(before)
+        if not mark or name is None or name[1] not in self._names or (start and start[0] != "{"):
+            return self._no_call()
+        if not start:
+            return False
+        self._start_call(name[1])
+        self._buffer, self._state, self._depth = start, _State.ARGUMENTS, 1
+        return True
 
     def _whole_call(self, start: str) -> bool:
         """A call whose parts come in another order is read once it is complete."""
@@ -185,7 +208,8 @@ class ToolCallReader:
                 self._depth -= 1
                 if arguments and self._depth == 1:
                     self._arguments(self._buffer[: place + 1])
-                    self._buffer, self._state = self._buffer[place + 1 :], _State.REST
+                    self._buffer = self._buffer[place + 1 :]
+                    self._state = _State.TEXT if self._form.args else _State.REST
                     return True
                 if self._depth == 0:
                     self._buffer, self._state = self._buffer[place + 1 :], _State.CALLS

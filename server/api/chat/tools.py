@@ -5,6 +5,7 @@ The format is read off the template's own text, not off the model's name:
     Hermes, Qwen, SmolLM3   <tool_call>\\n{"name": …, "arguments": …}\\n</tool_call>      once for each call
     SmolLM2                 <tool_call>[{"name": …, "arguments": …}, …]</tool_call>
     Mistral                 [TOOL_CALLS][{"name": …, "arguments": …}, …]
+    later Mistral           [TOOL_CALLS]name[ARGS]{…}                                    once for each call
     Llama 3.1               {"name": …, "parameters": …}                                as the whole reply
 
 Under tool_choice `required` or a named function the reply follows a grammar made of the functions' parameter schemas,
@@ -159,6 +160,8 @@ class ToolFormat:
         key: what the arguments are called.
         repeats: whether a reply may hold several sections.
         short_ids: the template takes call ids of 9 letters and digits only.
+        args: the mark between a call's name and its arguments; without one a call is JSON as a whole.
+        apart: what separates sections.
     """
 
     begin: str
@@ -169,18 +172,21 @@ class ToolFormat:
     key: str = "arguments"
     repeats: bool = False
     short_ids: bool = False
+    args: str = ""
+    apart: str = "\n"
 
 
 HERMES = ToolFormat("<tool_call>", "\n", None, "\n", "</tool_call>", repeats=True)
 SMOLLM2 = ToolFormat("<tool_call>", "[", ", ", "]", "</tool_call>")
 MISTRAL = ToolFormat("[TOOL_CALLS]", "[", ", ", "]", "", short_ids=True)
+MISTRAL_NAMED = ToolFormat("[TOOL_CALLS]", "", None, "", "", repeats=True, short_ids=True, args="[ARGS]", apart="")
 LLAMA = ToolFormat("", "", None, "", "", key="parameters")
 
 
 def format_of(template: str) -> ToolFormat | None:
     """The format that a chat template writes calls in; None where it is none of these."""
     if "[TOOL_CALLS]" in template:
-        return None if "[ARGS]" in template else MISTRAL
+        return MISTRAL_NAMED if "[ARGS]" in template else MISTRAL
     if "<tool_call>" in template:
         if re.search(r"<tool_call>\s*<function=|<arg_key>", template):  # the XML of later models
             return None
@@ -199,7 +205,7 @@ def special_marks(tokenizer: Tokenizer, form: ToolFormat) -> dict[str, int]:
     """The format's marks that are special tokens: text leaves those out unless it is told to keep them."""
     return {
         mark: token_id
-        for mark in (form.begin, form.end)
+        for mark in (form.begin, form.end, form.args)
         if mark and (token_id := tokenizer.special_id(mark)) is not None
     }
 
@@ -218,7 +224,8 @@ def call_grammar(
 
     calls = "call" if form.between is None or not more else f"call ({quoted(form.between)} call){{0,{more}}}"
     opening, closing = (quoted(text) if text else "" for text in (form.opening, form.closing))
-    sections = f'section ("\\n" section){{0,{more}}}' if form.repeats and more else "section"
+    apart = quoted(form.apart) if form.apart else ""
+    sections = f"section ({apart} section){{0,{more}}}" if form.repeats and more else "section"
     begin = "text_and_mark" if free else mark(form.begin)
     lines = [
         "%llguidance {}",
@@ -230,8 +237,12 @@ def call_grammar(
         lazy = "" if form.begin in marks else "[lazy]"  # text ends where the mark does
         lines += [r"TEXT: /(.|\n)*/", f"text_and_mark{lazy}: TEXT {mark(form.begin)}"]
     for index, function in enumerate(functions):
-        head = quoted(f'{{"name": "{function.name}", "{form.key}": ')
-        lines += [f'call_{index}: {head} arguments_{index} "}}"', f"arguments_{index}: %json {function.schema_text}"]
+        if form.args:
+            call = f"{quoted(function.name)} {mark(form.args)} arguments_{index}"
+        else:
+            head = quoted(f'{{"name": "{function.name}", "{form.key}": ')
+            call = f'{head} arguments_{index} "}}"'
+        lines += [f"call_{index}: {call}", f"arguments_{index}: %json {function.schema_text}"]
     return GrammarText("lark", "\n".join(lines), "tools")
 
 
