@@ -38,12 +38,12 @@ from prerope.server.tokenizer import Tokenizer
 from tqdm import tqdm
 
 from bench import BenchError
-from bench.quality.calibration import Calibration, calibrate, environment, label, num_readings
+from bench.quality.calibration import Calibration, calibrate, num_readings
 from bench.quality.readings import Readings, reading_key
 from bench.quality.report import REFERENCE, Losses, Quality, report
 from bench.shared import options
 from bench.shared.machine import describe_machine
-from bench.shared.methods import method_list
+from bench.shared.methods import environment, label, method_list
 from bench.shared.text import Document, context, cut_documents, default_texts, ending_at, file_text
 
 DEFAULT_METHODS = "rope,linear,ntk,yarn,rerope,leaky_rerope,dynamic_leaky"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from prerope.rope.registry import METHODS
 from prerope.rope.spec import RopeSpec
 
+from bench.shared.methods import label
 from bench.shared.report import Table
 
 FAMILIES = ("dynamic_leaky", "rerope", "yarn", "dynamic_yarn", "dynamic_ntk", "dual_chunk")
@@ -100,17 +101,3 @@ def _windows(best: RopeSpec, train_length: int) -> Iterator[RopeSpec]:
 
 def _logn(best: RopeSpec, _train_length: int) -> Iterator[RopeSpec]:
     yield dataclasses.replace(best, logn=True)
-
-
-def label(spec: RopeSpec) -> str:
-    """As `RopeSpec.parse` reads it."""
-    given = [f"{name}={value}" for name in ("window", "factor") if (value := getattr(spec, name)) is not None]
-    return ":".join([spec.method, *given, *(["logn"] if spec.logn else [])])
-
-
-def environment(spec: RopeSpec) -> list[str]:
-    """The lines to set for a server that reads so."""
-    lines = [f"ROPE_METHOD={spec.method}"]
-    if spec.window is not None:
-        lines.append(f"ROPE_WINDOW={spec.window}")
-    return [*lines, "ROPE_LOGN=true"] if spec.logn else lines

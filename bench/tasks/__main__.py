@@ -11,6 +11,10 @@ Prompts are of at most the asked number of tokens, the reply included. All but t
 them, which a small base model needs. Several questions are asked over one text, so that a server with a prefix cache
 reads it once. Every reply is kept in the output folder, so an interrupted run resumes, and a longer one adds to it;
 a server that reads otherwise than before wants a folder or a --name of its own.
+
+    python -m bench.tasks --calibrate --methods rerope,self_extend,dual_chunk --lengths 16384 --seeds 4
+
+says which method does most, as `bench.quality --calibrate` says which has the lowest loss.
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ from bench import BenchError
 from bench.shared import options
 from bench.shared.counting import local_counter, server_counter
 from bench.shared.machine import describe_machine
-from bench.shared.methods import Method, method_list
+from bench.shared.methods import Method, environment, method_list
 from bench.shared.servers import READY_TIMEOUT_S, Server, http_client, launched
 from bench.tasks.asking import Asker, Replies
+from bench.tasks.calibration import AUTO, choose
 from bench.tasks.families import ENDS_WITHOUT_EXAMPLE, FAMILIES, Prompt, prompts
 from bench.tasks.report import report
 from bench.tasks.scores import Scored, Scores
@@ -85,7 +90,7 @@ async def measure(asked: argparse.Namespace, server: Server, progress: Progress)
 def scored(method: str, prompt: Prompt, reply: str) -> Scored:
     sheet = hashlib.sha256(prompt.beginning.encode()).hexdigest()[:16]
     question = prompt.question
-    return Scored(method, prompt.family, prompt.length, question.depth, sheet, question.score(reply))
+    return Scored(method, prompt.family, prompt.length, prompt.seed, question.depth, sheet, question.score(reply))
 
 
 async def served_length(server: Server) -> int:
@@ -149,11 +154,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--depths", type=depth_list, default="5", metavar="N or A,B", help="of facts: evenly spread, or which")
     add("--seeds", type=options.count, default=3)
     add("--shots", type=int, default=1, help="worked examples before each prompt; the passkey has none")
+    add("--calibrate", action="store_true", help="choose a method on the first half of the seeds, hold it against auto "
+        "on the others, and print its settings")  # fmt: skip
     add("--train-length", type=options.count, help="of the model; without it as this project's server says")
     add("--tokenizer", metavar="FOLDER", help="a model folder to count with; without it the server's /tokenize")
     add("--timeout", type=float, default=3600.0, help="seconds that a reply may take")
     asked = parser.parse_args(arguments)
     asked.lengths = sorted(set(asked.lengths))
+    if asked.calibrate and asked.seeds < 2:
+        parser.error(f"--seeds {asked.seeds}: must be at least 2, some to choose on and some to hold out")
+    if asked.calibrate and all(method.spec != AUTO for method in asked.methods):
+        asked.methods = [Method("auto", AUTO), *asked.methods]
     return asked
 
 
@@ -162,6 +173,10 @@ def main(arguments: Sequence[str] | None) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         scores, model = asyncio.run(run(asked, progress))
+    if asked.calibrate:
+        choice = choose(scores, asked.methods, asked.seeds)
+        choice.table().show(console)
+        console.print("\n".join(environment(choice.recommended)))
     depths = ", ".join(f"{depth:.2f}" for depth in asked.depths)
     about = describe_machine() | {"model": model, "seeds": asked.seeds, "depths": depths, "shots": asked.shots}
     report(scores, about).publish(asked.out, console)

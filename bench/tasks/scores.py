@@ -19,6 +19,7 @@ class Scored:
     method: str
     family: str
     length: int
+    seed: int
     depth: float | None
     sheet: str
     score: float

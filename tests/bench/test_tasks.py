@@ -16,9 +16,11 @@ from prerope.rope.spec import RopeSpec
 from rich.progress import Progress
 
 from bench import BenchError
+from bench.shared.methods import method_list
 from bench.shared.servers import Server
 from bench.tasks.__main__ import measure, parse_arguments, scored
 from bench.tasks.asking import Asker, Replies
+from bench.tasks.calibration import choose
 from bench.tasks.families import FAMILIES, Prompt, prompts
 from bench.tasks.report import report
 from bench.tasks.scores import Mean, Scored, Scores, mean
@@ -166,8 +168,10 @@ def test_scores_are_exact(answers: tuple[str, ...], reply: str, score: float) ->
     assert Question("?", answers).score(reply) == score
 
 
-def reply(score: float, sheet: str = "a", family: str = "f", length: int = 10, method: str = "m") -> Scored:
-    return Scored(method, family, length, 0.5, sheet, score)
+def reply(
+    score: float, sheet: str = "a", family: str = "f", length: int = 10, method: str = "m", seed: int = 0
+) -> Scored:
+    return Scored(method, family, length, seed, 0.5, sheet, score)
 
 
 def test_means_count_each_family_once_and_questions_of_a_sheet_together() -> None:
@@ -188,6 +192,27 @@ def test_the_effective_length_ends_at_the_first_length_that_falls_short() -> Non
     assert scores.effective_length("m") == 8
     assert Scores(["m"], ["f"], sorted(values), 64, replies).effective_length("m") == 32
     assert Scores(["m"], ["f"], [8], 16, replies[2:4]).effective_length("m") is None
+
+
+@pytest.mark.parametrize(
+    ("found", "recommended"),
+    [((0.9, 0.5), "rerope"), ((0.9, 0.1), "auto"), ((0.1, 0.9), "auto"), ((0.4, 0.9), "auto")],
+    ids=["ahead on both", "by chance", "behind where it is chosen", "a tie goes to auto"],
+)
+def test_a_method_is_chosen_on_some_seeds_and_recommended_by_others(
+    found: tuple[float, float], recommended: str
+) -> None:
+    """found: of rerope on searched and held-out seeds; auto has 0.4 on all."""
+    methods = method_list("auto,rerope")
+    replies = [
+        reply(score, f"{seed}", method=method, seed=seed)
+        for method, scores in (("auto", (0.4, 0.4)), ("rerope", found))
+        for seed, score in zip((0, 1, 2, 3), (scores[0], scores[0], scores[1], scores[1]), strict=True)
+    ]
+    choice = choose(Scores(["auto", "rerope"], ["f"], [10], 40, replies), methods, 4)
+    assert choice.recommended.method == recommended
+    assert len(choice.table().rows) == 3
+    assert parse_arguments(["--calibrate", "--methods", "rerope"]).methods == methods
 
 
 def test_the_report_has_every_cell_and_a_map(tmp_path: Path) -> None:
