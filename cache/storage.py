@@ -1,4 +1,7 @@
-"""The tensors of the KV cache: one raw key and one value a token, layer and KV head. Nothing here knows positions."""
+"""The tensors of the KV cache: one raw key and one value a token, layer and KV head. Nothing here knows positions.
+
+Beside them lie the states of layers that keep one for a whole sequence, each in a slot (`cache.blocks.states`).
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,20 @@ class LayerShape:
         return self.num_kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """One tensor of what a layer keeps of a whole sequence."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class KVStorage:
-    """keys[layer] and values[layer]: [num_blocks, block_size, Hkv, D]."""
+    """keys[layer] and values[layer]: [num_blocks, block_size, Hkv, D]; states: [num_states, …] each."""
 
     def __init__(
         self,
@@ -37,12 +52,15 @@ class KVStorage:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        states: Sequence[StateShape] = (),
+        num_states: int = 0,
     ) -> None:
         def allocate(heads: int, dim: int) -> Tensor:
             return _zeros((num_blocks, block_size, heads, dim), dtype, device)
 
         self.keys = [allocate(layer.num_kv_heads, layer.key_dim) for layer in layers]
         self.values = [allocate(layer.num_kv_heads, layer.value_dim) for layer in layers]
+        self.states = [_zeros((num_states, *state.shape), state.dtype, device) for state in states]
 
     def store(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Write key [T, Hkv, D] and value [T, Hkv, Dv] of packed rows to their slots [T]."""

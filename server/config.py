@@ -31,6 +31,7 @@ class EngineConfig:
         by_device: which of the two nobody set, so that `on` sets them by the device.
         block_size: tokens a cache block holds.
         kv_cache_memory: bytes for keys and values; None sizes it from free memory.
+        state_cache_memory: bytes for states of recurrent layers; None takes a share of what the cache has.
         gpu_memory_utilization: share of a GPU's memory that the process may use.
         kv_cache_dtype: auto is the dtype of the activations.
         prefix_caching: keep finished blocks for later prompts with the same beginning.
@@ -54,6 +55,7 @@ class EngineConfig:
     by_device: frozenset[str] = frozenset()
     block_size: int = 16
     kv_cache_memory: int | None = None
+    state_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_dtype: str = "auto"
     prefix_caching: bool = True

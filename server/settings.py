@@ -305,6 +305,13 @@ class Settings(BaseSettings):
         description="Memory for keys and values; unset: on a GPU what the largest steps leave, on a CPU from what is "
         "free",
     )
+    state_cache_memory: ByteSize | None = Field(
+        default=None,
+        ge=1,
+        description="Of KV_CACHE_MEMORY, what states of recurrent layers take (hybrid models: Qwen3.5, LFM2, Granite "
+        "4): one of each running sequence, and those kept for later prompts with the same beginning. Unset: three for "
+        "each of MAX_NUM_SEQS, a quarter of that memory at most",
+    )
     gpu_memory_utilization: float = Field(
         default=0.9,
         gt=0,

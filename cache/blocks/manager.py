@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prerope.cache.blocks.pool import BlockPool
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.states import SequenceState, StateCache, StateRows
 
 
 class BlockTable(list[int]):
@@ -40,17 +41,20 @@ class Cacheable(Protocol):
     block_table: BlockTable
     token_ids: list[int]
     num_computed_tokens: int
+    num_prompt_tokens: int
     hasher: PrefixHasher
+    state: SequenceState | None
 
     @property
     def num_reusable_tokens(self) -> int: ...
 
 
 class KVCacheManager:
-    """Allocation, prefix reuse and release over one `BlockPool`."""
+    """Allocation, prefix reuse and release over one `BlockPool`, and the slots of states where layers keep any."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool, num_states: int = 0) -> None:
         self.pool = BlockPool(num_blocks)
+        self.states = StateCache(num_states, block_size) if num_states else None
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.queried_tokens = 0
@@ -67,8 +71,12 @@ class KVCacheManager:
     def take_prefix(self, sequence: Cacheable) -> int:
         """Start a sequence on the cached blocks of its beginning, as far as it may reuse them; returns their tokens."""
         assert not sequence.block_table
-        blocks = self._cached_blocks(sequence)
+        known = self._known_blocks(sequence)
+        blocks = self._usable(sequence, known)
         self.pool.share(blocks)
+        if self.states is not None:
+            ends = {len(known) * self.block_size, (sequence.num_prompt_tokens - 1) // self.block_size * self.block_size}
+            sequence.state = self.states.open(self._last_hash(sequence, blocks), frozenset(ends))
         sequence.block_table.extend(blocks)
         sequence.num_computed_tokens = min(len(blocks) * self.block_size, len(sequence.token_ids))
         self.queried_tokens += len(sequence.token_ids)
@@ -77,11 +85,38 @@ class KVCacheManager:
 
     def blocks_to_admit(self, sequence: Cacheable) -> int:
         """Free blocks that computing all tokens known so far would use up, cached ones it would take back included."""
-        cached = self._cached_blocks(sequence)
+        cached = self._usable(sequence, self._known_blocks(sequence))
         held = sum(not self.pool.is_free(block) for block in cached)
         return self.blocks_for(len(sequence.token_ids)) - held
 
-    def _cached_blocks(self, sequence: Cacheable) -> list[int]:
+    def has_state_for(self, sequence: Cacheable) -> bool:
+        """Whether there is a slot for its state, where layers keep any."""
+        if self.states is None:
+            return True
+        return self.states.can_open(self._last_hash(sequence, self._usable(sequence, self._known_blocks(sequence))))
+
+    def state_rows(self, steps: Sequence[tuple[Cacheable, int, int]]) -> list[StateRows | None]:
+        """Slots for one step's (sequence, start, stop), each of another sequence; None where no layer keeps a state."""
+        if self.states is None:
+            return [None] * len(steps)
+        rows, states = list[StateRows | None](), []
+        for sequence, start, stop in steps:
+            assert sequence.state is not None
+            states.append(sequence.state)
+            rows.append(self.states.rows(sequence.state, start, stop, keep=self.prefix_caching))
+        self.states.rows_given(states)
+        return rows
+
+    def _usable(self, sequence: Cacheable, known: list[int]) -> list[int]:
+        """Of the known blocks of a beginning, those that may be reused: where layers keep states, up to a kept one."""
+        if self.states is None:
+            return known
+        return known[: self.states.usable(sequence.hasher.hashes[: len(known)])]
+
+    def _last_hash(self, sequence: Cacheable, blocks: list[int]) -> bytes | None:
+        return sequence.hasher.hashes[len(blocks) - 1] if blocks else None
+
+    def _known_blocks(self, sequence: Cacheable) -> list[int]:
         if not self.prefix_caching:
             return []
         blocks = []
@@ -127,6 +162,8 @@ class KVCacheManager:
         if stop == len(sequence.token_ids) and self._ends_for_good(sequence):
             tail = sequence.hasher.tail(sequence.token_ids)
             filled += [] if tail is None else [(sequence.block_table[full], tail)]
+        if self.states is not None and sequence.state is not None:
+            self.states.remember(sequence.state, stop, sequence.hasher.extend(sequence.token_ids, stop))
         return [(block, block_hash) for block, block_hash in filled if self.pool.remember(block, block_hash)]
 
     def unknown(self, chain: Sequence[bytes]) -> Sequence[bytes]:
@@ -157,7 +194,13 @@ class KVCacheManager:
         self.pool.release(sequence.block_table)
         sequence.block_table = BlockTable()
         sequence.num_computed_tokens = 0
+        if self.states is not None and sequence.state is not None:
+            self.states.release(sequence.state)
+            sequence.state = None
 
     def check_integrity(self, sequences: Iterable[Cacheable]) -> None:
         """Assert that blocks and the block tables of all live sequences agree."""
-        self.pool.check_integrity([sequence.block_table for sequence in sequences])
+        held = list(sequences)
+        self.pool.check_integrity([sequence.block_table for sequence in held])
+        if self.states is not None:
+            self.states.pool.check_integrity([one.state.slots for one in held if one.state is not None])

@@ -74,6 +74,13 @@ class BlockPool:
         self._block_of[block_hash] = block
         return True
 
+    def drop(self, block_hash: bytes) -> None:
+        """Nobody is to find this content any more, unless somebody holds it."""
+        block = self._block_of.get(block_hash)
+        if block is not None and self.is_free(block):
+            self._forget(block)
+            self._free.move_to_end(block, last=False)
+
     def _forget(self, block: int) -> None:
         block_hash = self._hash_of[block]
         if block_hash is not None:

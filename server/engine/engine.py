@@ -35,7 +35,7 @@ from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.graphs import DecodeGraphs, capture_graphs
 from prerope.server.engine.info import Counters, EngineStats, GraphStats, ModelInfo
 from prerope.server.engine.limits import too_late
-from prerope.server.engine.memory.sizing import CacheSize, size_cache
+from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size_cache
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import wait_for_masks
@@ -65,9 +65,17 @@ class Engine:
         self.model = model
         self.config = config
         self.storage = KVStorage(
-            [layer.shape for layer in model.layers], size.num_blocks, config.block_size, size.dtype, model.device
+            [layer.shape for layer in model.layers],
+            size.num_blocks,
+            config.block_size,
+            size.dtype,
+            model.device,
+            model.states,
+            size.num_states,
         )
-        cache = KVCacheManager(size.num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        cache = KVCacheManager(
+            size.num_blocks, config.block_size, prefix_caching=config.prefix_caching, num_states=size.num_states
+        )
         self.scheduler = Scheduler(
             cache, max_num_seqs=config.max_num_seqs, max_batched_tokens=config.max_batched_tokens
         )
@@ -80,6 +88,7 @@ class Engine:
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             positions=positions,
+            recurrent=bool(model.states),
         )
         on_gpu = model.device.type == "cuda"
         self._overlap = on_gpu if config.overlap is None else config.overlap
@@ -113,6 +122,7 @@ class Engine:
         if (chosen := choose_arithmetic()) is not None:
             report(chosen)
         model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization)
+        check_recurrent(model, config)
         model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
         report("checking the model against transformers' own forward")
         error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype), config.block_size)
@@ -126,13 +136,18 @@ class Engine:
             f"{described}; max_model_len {size.max_model_len}; cache of {size.num_blocks * config.block_size} tokens, "
             f"{size.num_bytes / 2**30:.2f} GiB"
         )
+        if size.num_states:
+            report(f"{size.num_states} states of recurrent layers, {size.state_bytes / 2**30:.2f} GiB")
         engine = cls(model, config, positions, size)
         if config.prefix_caching and (config.tier_dir is not None or config.tier_memory):
             tier = open_tier(model, config, engine.storage, report)
             engine.tiers = Tiers(tier, engine.storage, engine.scheduler.cache)
         if model.device.type == "cuda":
             warm_up(model, config, size.max_model_len, engine.storage, report)
-            engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
+            if not model.states:
+                engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
+            else:
+                engine.take_graphs("the slots of its recurrent layers' states are looked up on the host")
         return engine
 
     def take_graphs(self, found: DecodeGraphs | str) -> None:
@@ -301,6 +316,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         scheduler, pool, counters = self.scheduler, self.scheduler.cache.pool, self._counters
+        states = None if scheduler.cache.states is None else scheduler.cache.states.pool
         return EngineStats(
             num_running=len(scheduler.running),
             num_running_tokens=sum([s.num_remaining_tokens for s in scheduler.running.values()]),
@@ -309,6 +325,10 @@ class Engine:
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
+            num_states=0 if states is None else states.num_blocks,
+            num_free_states=0 if states is None else states.num_free,
+            num_cached_states=0 if states is None else states.num_cached,
+            state_bytes=sum([tensor.nbytes for tensor in self.storage.states]),
             num_steps=counters.num_steps,
             num_preemptions=scheduler.num_preemptions,
             prompt_tokens=counters.prompt_tokens,

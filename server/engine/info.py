@@ -11,7 +11,10 @@ from prerope.rope.model import ModelPositions
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a caller may know of the loaded model. Lengths in tokens."""
+    """What a caller may know of the loaded model. Lengths in tokens.
+
+    recurrent: layers keep a state of the whole sequence beside keys and values.
+    """
 
     max_model_len: int
     train_length: int
@@ -21,6 +24,7 @@ class ModelInfo:
     dtype: str
     device: str
     positions: ModelPositions
+    recurrent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class GraphStats:
 class EngineStats:
     """A snapshot; counters are totals. Free blocks can be allocated now; cached ones hold a known prefix.
 
+    num_states and the two after it count slots for states of recurrent layers, likewise; state_bytes is all of them.
+
     num_running_tokens and num_waiting_tokens are those whose K and V are still to be computed.
     """
 
@@ -80,6 +86,10 @@ class EngineStats:
     num_blocks: int
     num_free_blocks: int
     num_cached_blocks: int
+    num_states: int
+    num_free_states: int
+    num_cached_states: int
+    state_bytes: int
     num_steps: int
     num_preemptions: int
     prompt_tokens: int

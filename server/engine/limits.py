@@ -48,8 +48,18 @@ def max_tokens_that_fit(info: ModelInfo, num_prompt_tokens: int, asked: int | No
 
 
 def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: int, info: ModelInfo) -> None:
-    """InvalidRequest where a prompt of so many tokens and the reader of its longest document do not fit the cache."""
+    """InvalidRequest where a prompt of so many tokens and the reader of its longest document do not fit the cache.
+
+    Or where a model's recurrent layers have all that stands before a token in one state, which cannot be copied there.
+    """
     reading = largest_reading(spans, 0)
+    if reading and info.recurrent:
+        raise InvalidRequest(
+            "'documents' cannot be read on their own by this model: its recurrent layers keep one state of all that "
+            "was read, so a document's keys and values are no use without it; put the documents into the prompt",
+            param="documents",
+            code="unsupported",
+        )
     total = num_tokens + max_tokens + reading
     if reading and total > info.num_cache_tokens:
         raise InvalidRequest(

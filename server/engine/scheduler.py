@@ -84,7 +84,8 @@ class Scheduler:
             if sequence.request_id in self.running and self._grow(sequence, sequence.num_tokens, plan):
                 plan.append(Scheduled.of(sequence, 1, sequence.num_computed_tokens))
         self._schedule_prefills(self.max_batched_tokens - len(plan), plan)
-        return plan
+        states = self.cache.state_rows([(one.sequence, one.start, one.stop) for one in plan])
+        return [one._replace(state=state) for one, state in zip(plan, states, strict=True)] if any(states) else plan
 
     def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
         if budget <= 0:
@@ -157,7 +158,7 @@ class Scheduler:
             if sequence.fetch is not None:
                 continue
             needed = self.cache.blocks_to_admit(sequence) + self._blocks_to_read(sequence)
-            if needed > spare:
+            if needed > spare or not self.cache.has_state_for(sequence):
                 return
             self.cache.take_prefix(sequence)
             if sequence.scheduled_at is None:

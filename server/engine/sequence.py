@@ -12,6 +12,7 @@ import torch
 from prerope.cache.blocks.documents import DocumentSpan
 from prerope.cache.blocks.manager import BlockTable
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.states import SequenceState
 from prerope.cache.tier import Fetch
 from prerope.rope.model import ModelPositions
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
@@ -67,6 +68,7 @@ class Sequence:
         output_counts: how often each token was generated, for penalties.
         matcher: how far the output has come in its grammar, where it has one.
         deadline: the request's, or the deployment's where that comes first.
+        state: the slots of its state, where layers keep one beside K and V; None before it is admitted.
         reader: reads the document that this sequence has come to, where that has not been read yet.
         fetch: blocks of its beginning or its documents that a tier is reading; it is not admitted before they are here.
         documents_found: of each document that was copied, how many of its tokens were in the cache at the first try.
@@ -86,6 +88,7 @@ class Sequence:
     num_processed_tokens: int = 0
     num_cached_tokens: int = 0
     block_table: BlockTable = field(default_factory=BlockTable)
+    state: SequenceState | None = None
     reader: Sequence | None = None
     fetch: Fetch | None = None
     documents_found: dict[DocumentSpan, int] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from prerope.cache.blocks.manager import BlockTable
+from prerope.cache.blocks.states import StateRows
 from prerope.cache.cuda.transfer import send
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.device import sample_on_device
@@ -29,6 +30,7 @@ class Scheduled(NamedTuple):
     Attributes:
         samples: whether the step samples the token after them.
         block_table: the blocks of the sequence when it was scheduled, which reach as far as `stop`.
+        state: the slots of its state, where layers keep one.
     """
 
     sequence: Sequence
@@ -37,6 +39,7 @@ class Scheduled(NamedTuple):
     num_logits: int
     samples: bool
     block_table: BlockTable
+    state: StateRows | None = None
 
     @classmethod
     def of(cls, sequence: Sequence, num_new_tokens: int, start: int) -> Scheduled:
@@ -67,6 +70,7 @@ class Scheduled(NamedTuple):
             sequence.positions,
             self.num_logits,
             sequence.pending_place if pending else None,
+            self.state,
         )
 
 

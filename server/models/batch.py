@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prerope.cache.attention.types import AttentionMetadata, SequenceRows
+from prerope.cache.blocks.states import StateRows
 from prerope.cache.cuda.transfer import send
 from prerope.rope.model import ModelPositions
 from torch import Tensor
@@ -27,6 +28,7 @@ class Chunk:
     block_table: at least the blocks up to its last token; an int64 array is taken as it is, without a copy.
     num_logits: how many of its last rows want logits.
     pending_place: where its last token is among those that the step before samples; None: it is in `token_ids`.
+    state: the slots of its state, where layers keep one.
     """
 
     token_ids: Sequence[int]
@@ -35,16 +37,21 @@ class Chunk:
     positions: ModelPositions
     num_logits: int
     pending_place: int | None = None
+    state: StateRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """input_ids, position_ids [T] int64; logit_rows [N] int64: packed rows, in chunk order."""
+    """input_ids, position_ids [T] int64; logit_rows [N] int64: packed rows, in chunk order.
+
+    states: of each sequence, where layers keep one.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     logit_rows: Tensor
     metadata: AttentionMetadata
+    states: Sequence[StateRows] = ()
 
 
 def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, sampled: Tensor | None = None) -> Batch:
@@ -70,7 +77,8 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, 
     if pending_rows:
         assert sampled is not None
         input_ids.index_copy_(0, pending, sampled.index_select(0, places))
-    return Batch(input_ids, position_ids, rows, AttentionMetadata(sequences, slot_mapping, block_size))
+    states = [chunk.state for chunk in chunks if chunk.state is not None]
+    return Batch(input_ids, position_ids, rows, AttentionMetadata(sequences, slot_mapping, block_size), states)
 
 
 def _slots(table: Ints, start: int, stop: int, block_size: int) -> list[int]:

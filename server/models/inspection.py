@@ -7,13 +7,14 @@ be exactly that quarter turn, in the half or in the interleaved pairing: a norm 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from prerope.rope.frequencies import Rotary, unrotated
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.models.raw_keys import OWN_MASK, RawKeyModel, cannot_serve
+from prerope.server.models.recurrent import RecurrentLayer
 from prerope.server.models.trials import PROBE_LENGTH, Seen, named_lengths, probe_ids, relative_difference, run_trial
 from prerope.server.models.turning import RawKeyLayer, Turning, as_found, find_turning, raw_key_layer
 from torch import Tensor, nn
@@ -22,8 +23,12 @@ MIXED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative, rms: what rounding may change in a row when another row has another token."""
 
 
-def inspect_layers(raw: RawKeyModel) -> tuple[list[RawKeyLayer], dict[str, Rotary]]:
+def inspect_layers(
+    raw: RawKeyModel, recurrent: Collection[RecurrentLayer] = ()
+) -> tuple[list[RawKeyLayer], dict[str, Rotary]]:
     """Attention layers in call order, and group → rotary embedding as trained.
+
+    recurrent: modules whose states are kept, so that they may take something from one token to the next.
 
     Raises ConfigurationError, with the model type and the reason, for a model that cannot be served from raw keys.
     """
@@ -33,8 +38,10 @@ def inspect_layers(raw: RawKeyModel) -> tuple[list[RawKeyLayer], dict[str, Rotar
     base = _base_run(raw)
     for seen in base:
         _check_mask(raw, seen)
+    if recurrent and not base:
+        raise cannot_serve(raw, "none of its layers attends, so it has no keys to keep")
     _check_rows(raw, base)
-    _check_count(raw, base)
+    _check_count(raw, base, recurrent)
     names = {module: name for name, module in raw.model.named_modules()}
     turnings, groups, rotaries = _turn_each_group(raw, base, names)
     layers = [
@@ -162,11 +169,11 @@ def _every_output(raw: RawKeyModel, ids: Tensor) -> list[tuple[nn.Module, Tensor
     return outputs
 
 
-def _check_count(raw: RawKeyModel, base: list[Seen]) -> None:
+def _check_count(raw: RawKeyModel, base: list[Seen], recurrent: Collection[RecurrentLayer]) -> None:
     expected, modules = raw.text_config.num_hidden_layers, {seen.module for seen in base}
     if len(base) > len(modules):
         raise cannot_serve(raw, f"its {len(modules)} attention modules attend {len(base)} times in a forward")
-    if len(base) != expected:
+    if len(base) != expected and not recurrent:
         raise cannot_serve(raw, f"{len(base)} of its {expected} layers attend through the shared attention interface")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from prerope.cache.attention.dispatch import attention_on
 from prerope.cache.attention.types import AttentionOptions
-from prerope.cache.storage import KVStorage
+from prerope.cache.storage import KVStorage, StateShape
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import Quantization
@@ -25,6 +25,7 @@ from prerope.server.models.layers import Stack, layers_of, plain_layers
 from prerope.server.models.modules import Kernels, fast_modules
 from prerope.server.models.quantization import check_quantization, quantize
 from prerope.server.models.raw_keys import AttentionCall, RawKeyModel
+from prerope.server.models.recurrent import StepStates, find_recurrent, running
 from prerope.server.models.weights import load_weights
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ class Model:
     Attributes:
         layers: attention layers in order, with shapes and rotary groups.
         rotaries: rotary group → the embedding as trained.
+        recurrent: modules that keep a state of a sequence beside keys and values.
         eos_token_ids: tokens that end a reply. From the model's own configs, until `Engine.load` knows them all.
         stack: runs whole steps, where the model has the shape for it: of few rows on the CPU, any on CUDA.
     """
@@ -60,7 +62,8 @@ class Model:
     def __init__(self, transformers_model: Any, backend: Backend | None = None) -> None:
         """backend: that of the model's device, unless another is given."""
         self.raw = RawKeyModel(transformers_model)
-        self.layers, self.rotaries = inspect_layers(self.raw)
+        self.recurrent = find_recurrent(self.raw)
+        self.layers, self.rotaries = inspect_layers(self.raw, self.recurrent)
         backend = backend or BACKENDS.get(self.device.type)
         self.stack = None if backend is None else self._hasten(backend)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
@@ -77,7 +80,7 @@ class Model:
             self.raw.replace_forward(module, forward)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # merged weights have left holes, which are the cache's from now on
-        if any(layer.arranged for layer in self.layers):
+        if self.recurrent or any(layer.arranged for layer in self.layers):
             return None
         return backend.find_stack(self.raw, layers_of(self.raw, attentions), [layer.group for layer in self.layers])
 
@@ -99,6 +102,11 @@ class Model:
     def device(self) -> torch.device:
         device: torch.device = self.raw.model.device
         return device
+
+    @property
+    def states(self) -> tuple[StateShape, ...]:
+        """Of one sequence, in all layers that keep any."""
+        return tuple(shape for layer in self.recurrent for shape in layer.shapes)
 
     @property
     def vocab_size(self) -> int:
@@ -123,7 +131,9 @@ class Model:
         if self.stack is not None:
             logits = self.stack.logits(batch, storage, attend)
         else:
-            logits = self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend_in)
+            states = running(StepStates(metadata.sequences, batch.states, storage)) if self.recurrent else nullcontext()
+            with states:
+                logits = self.raw.forward(batch.input_ids, batch.position_ids, batch.logit_rows, attend_in)
         return logits.float() if out is None else out.copy_(logits)
 
 

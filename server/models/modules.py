@@ -11,6 +11,7 @@ What a device can do is its `Kernels`: C for the CPU (`cpu_kernels`), Triton and
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, permutations
@@ -171,7 +172,8 @@ def _as_rms_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> For
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dtype != dtype or not isinstance(eps, float):
         return None
-    if len(list(module.parameters())) > 1 or list(module.children()):
+    gated = len(inspect.signature(module.forward).parameters) > 1  # another tensor may come with its input
+    if gated or len(list(module.parameters())) > 1 or list(module.children()):
         return None
     norms = kernels.norms(weight, eps)
     if not norms:

@@ -15,7 +15,7 @@ farther from it than transformers' by a little only. There is no switch to skip 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from prerope.cache.attention.reference import attend_sequence
 from prerope.cache.attention.types import SequenceRows
+from prerope.cache.blocks.states import StateRows
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions
 from prerope.rope.reading import UNBOUNDED
@@ -31,6 +32,7 @@ from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.model import Model, own_positions
 from prerope.server.models.precise import in_fp32
 from prerope.server.models.raw_keys import AttentionCall, AttentionHandler
+from prerope.server.models.recurrent import running, together
 from prerope.server.models.trials import (
     LONGEST,
     PROBE_LENGTH,
@@ -116,6 +118,7 @@ class _Judge:
         self.model, self.cache_dtype, self.block_size, self.start = model, cache_dtype, block_size, start
         ids = probe_ids(model.raw.text_config.vocab_size, model.device)
         self.ids = ids if start is None else ids[:FAR_ROWS]
+        self.compared = _compared(model)
         # fp32 angles, which transformers has, are off by this at the last of these rows.
         angle = 0.0 if start is None else (start + FAR_ROWS) * 2**-23
         self.tolerance = max(TOLERANCE[model.dtype], TOLERANCE[cache_dtype]) + angle
@@ -130,11 +133,11 @@ class _Judge:
             ours = self._ours(positions, stock)
         free = self._ours(positions, None)
         worst = 0.0
-        for layer in model.layers:
-            theirs = relative_difference(stock.left[layer.module].float(), precise.left[layer.module])
-            error = relative_difference(ours.left[layer.module].float(), precise.left[layer.module])
+        for module, name in self.compared.items():
+            theirs = relative_difference(stock.left[module].float(), precise.left[module].float())
+            error = relative_difference(ours.left[module].float(), precise.left[module].float())
             worst = max(worst, error)
-            self._check(f"attention layer {layer.name}", error, theirs)
+            self._check(name, error, theirs)
         return max(worst, self._logits(free.logits, stock.logits, exact=exact))
 
     def _logits(self, ours: Tensor, stock: Tensor, *, exact: bool) -> float:
@@ -152,17 +155,19 @@ class _Judge:
         if error <= allowed:
             return
         rows = "" if self.start is None else f" at rows {self.start} to {self.start + FAR_ROWS - 1}"
+        unknown = "this family computes attention in a way that this server does not know"
+        if where.startswith("recurrent"):
+            unknown = "its state cannot be carried from one chunk of a prompt to the next"
         raise ConfigurationError(
             f"model type {self.model.raw.family!r} cannot be served from raw keys: {where}{rows} differ from "
-            f"transformers' own by {error:.2g} relative (at most {allowed:.2g} is rounding), so this family computes "
-            "attention in a way that this server does not know"
+            f"transformers' own by {error:.2g} relative (at most {allowed:.2g} is rounding), so {unknown}"
         )
 
     @torch.inference_mode()
     def _stock(self, held: Trace | None = None, *, fp32: bool = False) -> Trace:
         """transformers' own forward. fp32: of its attention modules on what entered those of `held`, or of all."""
         raw, trace = self.model.raw, Trace()
-        modules = [layer.module for layer in self.model.layers]
+        modules = list(self.compared)
         inputs = {} if held is None else held.entered
         rows = torch.arange(len(self.ids), device=self.ids.device) + (self.start or 0)
         widened = in_fp32(raw.model, None if held is None else modules) if fp32 else nullcontext()
@@ -176,10 +181,10 @@ class _Judge:
         if self.start is None:
             return self._stepped(positions, held)
         raw, trace = self.model.raw, Trace()
-        modules = [layer.module for layer in self.model.layers]
+        modules = list(self.compared)
         rows = torch.arange(len(self.ids), device=self.ids.device)
         replaced = nullcontext() if held is None else layer_inputs(modules, trace.entered, held.entered)
-        with torch.inference_mode(), replaced, _layer_outputs(modules, trace.left):
+        with torch.inference_mode(), replaced, _layer_outputs(modules, trace.left), running(together):
             trace.logits = raw.forward(self.ids, rows + self.start, rows, self._far_attention(positions)).float()
         return trace
 
@@ -198,28 +203,58 @@ class _Judge:
         return attend
 
     def _stepped(self, positions: ModelPositions, held: Trace | None) -> Trace:
-        """Steps through a small cache, whose blocks lie in no order."""
-        model, ids = self.model, self.ids.tolist()
-        modules = [layer.module for layer in model.layers]
-        block_size = self.block_size
-        blocks = list(range(-(-PROBE_LENGTH // block_size)))[::-1]
+        """Steps through a small cache, whose blocks lie in no order.
+
+        States are kept on the way of one chunk of the whole prompt before; each step then begins with these.
+        """
+        model = self.model
+        blocks = list(range(-(-PROBE_LENGTH // self.block_size)))[::-1]
         storage = KVStorage(
-            [layer.shape for layer in model.layers], len(blocks), block_size, self.cache_dtype, model.device
+            [layer.shape for layer in model.layers],
+            len(blocks),
+            self.block_size,
+            self.cache_dtype,
+            model.device,
+            model.states,
+            2 * PROBE_LENGTH,
         )
-        traces = []
-        for step in STEPS:
-            trace = Trace()
-            chunks = [Chunk(ids[start:stop], start, blocks, positions, stop - start) for start, stop in step]
-            rows = slice(step[0][0], step[-1][1])
-            inputs = {} if held is None else {module: x[:, rows] for module, x in held.entered.items()}
-            replaced = layer_inputs(modules, trace.entered, inputs) if inputs else nullcontext()
-            with replaced, _layer_outputs(modules, trace.left):
-                trace.logits = model.forward(build_batch(chunks, block_size, model.device), storage)
-            traces.append(trace)
+
+        def run(step: Iterable[tuple[int, int]], kept: tuple[tuple[int, int], ...] = ()) -> Trace:
+            chunks = [self._chunk(start, stop, blocks, positions, kept) for start, stop in step]
+            return self._step(chunks, storage, held)
+
+        if model.recurrent:
+            starts = sorted(start for step in STEPS for start, _ in step if start)
+            run([(0, PROBE_LENGTH)], tuple((start, start) for start in starts))
+        traces = [run(step) for step in STEPS]
         whole = Trace(logits=torch.cat([trace.logits for trace in traces]))
         if held is not None:
-            whole.left = {module: torch.cat([trace.left[module] for trace in traces], dim=1) for module in modules}
+            whole.left = {module: torch.cat([one.left[module] for one in traces], dim=1) for module in self.compared}
         return whole
+
+    def _chunk(
+        self, start: int, stop: int, blocks: list[int], positions: ModelPositions, kept: tuple[tuple[int, int], ...]
+    ) -> Chunk:
+        """Rows of the prompt; the state before row i is kept in slot i, those behind steps beyond them."""
+        state = StateRows(start or None, PROBE_LENGTH + start, kept) if self.model.recurrent else None
+        ids = self.ids.tolist()[start:stop]
+        return Chunk(ids, start, blocks, positions, len(ids), state=state)
+
+    def _step(self, chunks: Sequence[Chunk], storage: KVStorage, held: Trace | None) -> Trace:
+        trace, modules = Trace(), list(self.compared)
+        rows = slice(chunks[0].start, chunks[-1].start + len(chunks[-1].token_ids))
+        inputs = {} if held is None else {module: x[:, rows] for module, x in held.entered.items()}
+        replaced = layer_inputs(modules, trace.entered, inputs) if inputs else nullcontext()
+        with replaced, _layer_outputs(modules, trace.left):
+            trace.logits = self.model.forward(build_batch(chunks, self.block_size, self.model.device), storage)
+        return trace
+
+
+def _compared(model: Model) -> dict[nn.Module, str]:
+    """Modules whose results are compared, and what they are called. What lies inside of attention is not, by itself."""
+    inside = {part for layer in model.layers for part in layer.module.modules()}
+    named = {layer.module: f"attention layer {layer.name}" for layer in model.layers}
+    return named | {one.module: f"recurrent layer {one.name}" for one in model.recurrent if one.module not in inside}
 
 
 @contextmanager

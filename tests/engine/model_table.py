@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from prerope.cache.blocks.states import StateRows
 from prerope.cache.storage import KVStorage
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.batch import Chunk, build_batch
@@ -45,11 +46,12 @@ def logits(model: Model, ids: list[int], chunk: int) -> Tensor:
     """[T, V] of a prompt read `chunk` tokens at a time, through a cache of the model's dtype."""
     positions = own_positions(model)
     blocks = list(range(-(-len(ids) // BLOCK_SIZE)))[::-1]
-    storage = KVStorage([layer.shape for layer in model.layers], len(blocks), BLOCK_SIZE, model.dtype, model.device)
+    shapes = [layer.shape for layer in model.layers]
+    storage = KVStorage(shapes, len(blocks), BLOCK_SIZE, model.dtype, model.device, model.states, 1)
     found = []
     for start in range(0, len(ids), chunk):
-        part = ids[start : start + chunk]
-        batch = build_batch([Chunk(part, start, blocks, positions, len(part))], BLOCK_SIZE, model.device)
+        part, state = ids[start : start + chunk], StateRows(0 if start else None, 0) if model.recurrent else None
+        batch = build_batch([Chunk(part, start, blocks, positions, len(part), state=state)], BLOCK_SIZE, model.device)
         found.append(model.forward(batch, storage))
     return torch.cat(found)
 

@@ -136,7 +136,10 @@ HALF = PLAIN | {"partial_rotary_factor": 0.5}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v3", "deepseek_v32", "dots3_note_text"), MLA),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"), MLA),
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid"), MAMBA),
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
+    "falcon_h1": MAMBA,
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
     "deepseek_v2": MLA | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
@@ -163,10 +166,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 """What a type's tiny config needs beside the sizes."""
 
 
-def tiny_config(model_type: str) -> Any:
+def tiny_config(model_type: str, **more: Any) -> Any:
     """Of a few layers, one or two of each kind that the type has."""
     cls = CONFIG_MAPPING[model_type]
-    return cls(**_shrunk(cls, SPECIAL.get(model_type, {})))
+    return cls(**_shrunk(cls, SPECIAL.get(model_type, {}) | more))
 
 
 def _shrunk(cls: Any, special: dict[str, Any]) -> dict[str, Any]:
@@ -192,10 +195,10 @@ class NoTinyModel(Exception):
     """A type of which no tiny model can be made, or whose own forward does not run on a prompt of tokens."""
 
 
-def tiny_of_type(model_type: str) -> Any:
-    """A random causal LM in fp32."""
+def tiny_of_type(model_type: str, **more: Any) -> Any:
+    """A random causal LM in fp32; `more` goes into its config."""
     try:
-        config = tiny_config(model_type)
+        config = tiny_config(model_type, **more)
         with torch.device("meta"):
             sketch = AutoModelForCausalLM.from_config(config)
         if sum(parameter.numel() for parameter in sketch.parameters()) > MOST_PARAMETERS:

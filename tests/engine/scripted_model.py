@@ -3,6 +3,8 @@
 What a row reads, through its sequence's block table, is all tokens up to its own, as they were stored when their rows
 ran. So an output is right only if every step had the right ids, wrote them where they belong, and overwrote nothing
 that is still read. `expected` is the same chain without an engine.
+
+The recurrent one makes its logits of a state alone, which says how many tokens it has seen, and which.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from prerope.cache.blocks.prefix import PrefixHasher
-from prerope.cache.storage import KVStorage
+from prerope.cache.storage import KVStorage, StateShape
 from prerope.rope.frequencies import Rotary
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
@@ -36,12 +38,18 @@ POSITIONS = resolve_model(RopeSpec(method="rope"), {"": Rotary(16, 16, 1e4, "def
 
 def logits_after(tokens: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
     """[V] fp32, as good as random."""
-    seed = zlib.crc32(np.asarray(tokens, dtype=np.int64).tobytes())
-    return 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    return logits_of(zlib.crc32(np.asarray(tokens, dtype=np.int64).tobytes()))
+
+
+def logits_of(checksum: int) -> Tensor:
+    """Of all tokens so far."""
+    return 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(checksum))
 
 
 class ScriptedModel:
     """What `Engine` asks of a model."""
+
+    states: tuple[StateShape, ...] = ()
 
     def __init__(self, num_blocks: int) -> None:
         self.layers: list[Any] = []
@@ -61,6 +69,32 @@ class ScriptedModel:
             own = next(s for s in batch.metadata.sequences if s.first <= row < s.first + s.count)
             read = blocks[own.block_table.numpy()].reshape(-1)[: own.start + row - own.first + 1]
             logits.append(logits_after(read)[None])
+        return torch.cat(logits)
+
+
+class RecurrentModel(ScriptedModel):
+    """The same logits, from a state: how many tokens were seen, and their checksum."""
+
+    states = (StateShape((2,), torch.int64),)
+
+    def forward(self, batch: Batch, storage: KVStorage) -> Tensor:
+        ids, wanted, logits = batch.input_ids.numpy(), set(batch.logit_rows.tolist()), [torch.empty(0, VOCABULARY)]
+        assert ids.min() >= 0, "a token that nobody knows"
+        slots = storage.states[0]
+        own, ends = batch.metadata.sequences, [state.target for state in batch.states]
+        assert len(set(ends)) == len(own), "two sequences end in one slot"
+        given = [(0, 0) if state.source is None else slots[state.source].tolist() for state in batch.states]
+        for rows, state, (count, checksum) in zip(own, batch.states, given, strict=True):
+            assert count == rows.start, "the state is that of another position"
+            kept = dict(state.kept)
+            for row in range(rows.first, rows.first + rows.count):
+                checksum, count = zlib.crc32(ids[row : row + 1].tobytes(), checksum), count + 1
+                if row in wanted:
+                    logits.append(logits_of(checksum)[None])
+                if count in kept:
+                    slots[kept.pop(count)] = torch.tensor([count, checksum])
+            assert not kept, "an edge that no row comes to"
+            slots[state.target] = torch.tensor([count, checksum])
         return torch.cat(logits)
 
 
@@ -92,10 +126,11 @@ class Alternating:
         self._odd = not self._odd
 
 
-def scripted_engine(num_blocks: int = 40, model: Any = None, **config: Any) -> Engine:
+def scripted_engine(num_blocks: int = 40, model: Any = None, num_states: int = 12, **config: Any) -> Engine:
     settings = EngineConfig(block_size=BLOCK, max_model_len=MAX_MODEL_LEN, rope=RopeSpec(method="rope"), **config)
     model = cast("Model", model or ScriptedModel(num_blocks))
-    return Engine(model, settings, POSITIONS, CacheSize(num_blocks, 0, torch.float32, MAX_MODEL_LEN))
+    states = num_states if model.states else 0
+    return Engine(model, settings, POSITIONS, CacheSize(num_blocks, 0, torch.float32, MAX_MODEL_LEN, states))
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:

@@ -8,23 +8,37 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from prerope.cache.blocks.states import StateCache
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.step import Scheduled
 from prerope.server.models.batch import Chunk
 
-from tests.engine.scripted_model import VOCABULARY, Alternating, expected, random_prompt, scripted_engine
+from tests.engine.scripted_model import (
+    VOCABULARY,
+    Alternating,
+    RecurrentModel,
+    expected,
+    random_prompt,
+    scripted_engine,
+)
 from tests.engine.tiny_models import assert_idle, greedy, request, tokens_of
 
 
 class History:
     """Requests of all kinds added, aborted and preempted at random, over a cache that is too small for them."""
 
-    def __init__(self, seed: int, *, overlap: bool = True) -> None:
+    def __init__(self, seed: int, *, overlap: bool = True, recurrent: bool = False) -> None:
         self.random = random.Random(seed)
+        budget, num_states = self.random.randint(5, 20), self.random.randint(2, 14)
         self.engine = scripted_engine(
-            num_blocks=24, overlap=overlap, max_num_seqs=5, max_batched_tokens=self.random.randint(5, 20)
+            24,
+            RecurrentModel(24) if recurrent else None,
+            num_states,
+            overlap=overlap,
+            max_num_seqs=5,
+            max_batched_tokens=budget,
         )
         self.requests = {str(number): self._request(str(number)) for number in range(40)}
         self.outputs: dict[str, list[TokenOutput]] = {name: [] for name in self.requests}
@@ -95,8 +109,8 @@ class History:
                 assert [output.finish_reason is None for output in outputs] == [True] * (len(outputs) - 1) + [False]
 
 
-def run_histories(*, overlap: bool) -> list[History]:
-    histories = [History(seed, overlap=overlap) for seed in range(15)]
+def run_histories(*, overlap: bool, recurrent: bool = False) -> list[History]:
+    histories = [History(seed, overlap=overlap, recurrent=recurrent) for seed in range(15)]
     for history in histories:
         history.run()
     return histories
@@ -109,6 +123,28 @@ def test_histories() -> None:
     assert sum(one.prefix_hit_tokens for one in stats) > 1000
     assert sum(history.num_stayed for history in histories) > 100
     assert not any(history.num_stayed for history in run_histories(overlap=False))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_histories_of_a_recurrent_model(overlap: bool) -> None:
+    """Whose outputs are right only if each step began with the state of all tokens before it."""
+    stats = [history.engine.stats() for history in run_histories(overlap=overlap, recurrent=True)]
+    assert sum(one.num_preemptions for one in stats) > 50
+    assert sum(one.prefix_hit_tokens for one in stats) > 500
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        pytest.param("usable", lambda _cache, hashes: len(hashes), id="known blocks are reused without a state"),
+        pytest.param("_edges", lambda _cache, _state, start, stop: {stop} - {start}, id="states are kept off the edge"),
+        pytest.param("rows_given", lambda _cache, _states: None, id="a sequence never reads its own state"),
+    ],
+)
+def test_histories_see_a_wrong_state(name: str, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StateCache, name, broken)
+    with pytest.raises((AssertionError, ValueError, IndexError, KeyError)):
+        run_histories(overlap=True, recurrent=True)
 
 
 def as_decoded(one: Scheduled, block_size: int, chunk: Callable[..., Chunk] = Scheduled.chunk) -> Chunk:

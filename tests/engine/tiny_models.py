@@ -111,12 +111,14 @@ def tiny_engine(
     max_model_len: int = 256,
     num_blocks: int = 100,
     cache_dtype: torch.dtype = torch.float32,
+    num_states: int = 12,
     **config: Any,
 ) -> Engine:
     """An engine of `num_blocks` blocks, which are 16 tokens each unless `block_size` says otherwise."""
     settings = EngineConfig(rope=spec or RopeSpec(method="model"), max_model_len=max_model_len, **config)
     positions = resolve_model(settings.rope, model.rotaries, max_model_len)
-    return Engine(model, settings, positions, CacheSize(num_blocks, 0, cache_dtype, max_model_len))
+    size = CacheSize(num_blocks, 0, cache_dtype, max_model_len, num_states if model.states else 0)
+    return Engine(model, settings, positions, size)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -166,4 +168,5 @@ def assert_idle(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_waiting_tokens) == (0, 0, 0)
     assert stats.num_free_blocks == stats.num_blocks
+    assert stats.num_free_states == stats.num_states
     engine.check_integrity()

@@ -38,17 +38,22 @@ MARGIN_BYTES, MARGIN_SHARE = 512 * 2**20, 0.02
 
 WARM_UP_BLOCKS = 4
 
+STATES_A_SEQUENCE, STATE_SHARE, LEAST_STATES = 3, 0.25, 2
+"""Slots for states: one of its own and two kept ones for each sequence, of at most this share of the cache's bytes."""
+
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:
-    """num_bytes is keys and values together; max_model_len in tokens."""
+    """num_bytes is keys and values together; max_model_len in tokens; states are those of recurrent layers."""
 
     num_blocks: int
     num_bytes: int
     dtype: torch.dtype
     max_model_len: int
+    num_states: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +170,15 @@ def _peak(model: Model, config: EngineConfig, length: int, memory: DeviceMemory,
     report(f"measuring the memory of the largest steps at {length} tokens")
     shapes = [layer.shape for layer in model.layers]
     try:
-        storage = KVStorage(shapes, WARM_UP_BLOCKS, config.block_size, _dtype(model, config), model.device)
+        storage = KVStorage(
+            shapes,
+            WARM_UP_BLOCKS,
+            config.block_size,
+            _dtype(model, config),
+            model.device,
+            model.states,
+            config.max_num_seqs,
+        )
         warm_up(model, config, length, storage, report)
     except torch.OutOfMemoryError:
         return None
@@ -176,10 +189,35 @@ def _blocks(model: Model, config: EngineConfig, wanted: int, available: int) -> 
     """As many as fit, and no more than every sequence at full length would use; at most `wanted` tokens long."""
     one_block = _block_bytes(model, config)
     most = config.max_num_seqs * -(-wanted // config.block_size)
-    num_blocks = min(available // one_block, most)
-    return CacheSize(
-        num_blocks, num_blocks * one_block, _dtype(model, config), min(wanted, num_blocks * config.block_size)
-    )
+    num_states, state_bytes = _states(model, config, available)
+    num_blocks = min(max(0, available - state_bytes) // one_block, most)
+    length = min(wanted, num_blocks * config.block_size)
+    return CacheSize(num_blocks, num_blocks * one_block, _dtype(model, config), length, num_states, state_bytes)
+
+
+def _states(model: Model, config: EngineConfig, available: int) -> tuple[int, int]:
+    """Slots for states, and their bytes: of STATE_CACHE_MEMORY, or what is meant for a cache of `available` bytes."""
+    one = sum([state.num_bytes for state in model.states])
+    if not one:
+        return 0, 0
+    limit, most = config.state_cache_memory, STATES_A_SEQUENCE * config.max_num_seqs
+    num_states = min(int(available * STATE_SHARE) // one, most) if limit is None else limit // one
+    num_states = max(num_states, LEAST_STATES) if limit is None else num_states
+    if num_states < LEAST_STATES:
+        raise ConfigurationError(
+            f"STATE_CACHE_MEMORY is {limit} bytes, but a state of this model's recurrent layers takes {one} and "
+            f"{LEAST_STATES} are needed: raise it to {LEAST_STATES * one} bytes, or leave it unset"
+        )
+    return num_states, num_states * one
+
+
+def check_recurrent(model: Model, config: EngineConfig) -> None:
+    """ConfigurationError for settings that do not go with layers that keep a state beside keys and values."""
+    if model.states and config.prefix_caching and (config.tier_dir is not None or config.tier_memory):
+        raise ConfigurationError(
+            f"CACHE_TIER_DIR and CACHE_TIER_MEMORY: model type {model.raw.family!r} has recurrent layers, whose states "
+            "tiers do not keep, so that nothing they hold could be used; leave both unset"
+        )
 
 
 def _dtype(model: Model, config: EngineConfig) -> torch.dtype:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.states import StateRows
 from prerope.cache.cuda.decode import reserve_tables
 from prerope.cache.cuda.plan import PlanKey
 from prerope.cache.cuda.prefill import num_turned_keys
@@ -128,10 +129,11 @@ def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorag
     """A step as the engine runs it: the logits that it sampled from, and what its attention was planned for."""
     num_blocks = storage.keys[0].shape[0]
     chunks = []
-    for one in rows:
+    for number, one in enumerate(rows):
         blocks = np.arange(-(-(one.start + one.count) // config.block_size)) % num_blocks
         ids = [token % model.vocab_size for token in range(one.count)]
-        chunks.append(Chunk(ids, one.start, blocks, one.positions, one.count))
+        state = StateRows(slot := number % len(storage.states[0]), slot) if storage.states else None
+        chunks.append(Chunk(ids, one.start, blocks, one.positions, one.count, state=state))
     batch = build_batch(chunks, config.block_size, model.device)
     logits = model.forward(batch, storage)
     scored = min(PROMPT_LOGPROB_ROWS, len(logits))

@@ -1,0 +1,55 @@
+"""A hybrid model over HTTP: choices, streams that are left, prefix hits, what /metrics says, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from prerope.server.models.checkpoint import Checkpoint
+
+from tests.conftest import Servers
+from tests.engine.model_types import tiny_of_type
+
+PROMPT = "The state of a sequence is kept where a block ends, and " * 4
+
+
+@pytest.fixture(scope="module")
+def url(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory, serve_module: Servers) -> str:
+    from transformers import AutoTokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("hybrid"), AutoTokenizer.from_pretrained(smollm2.source)
+    tiny_of_type("lfm2", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return serve_module(model_id=str(folder), max_num_seqs=4)
+
+
+def ask(url: str, **fields: Any) -> Any:
+    body = {"prompt": PROMPT, "max_tokens": 24, "temperature": 0, "ignore_eos": True} | fields
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(name)).rpartition(" ")[2])
+
+
+def test_choices_hits_and_streams_that_are_left(url: str) -> None:
+    once = ask(url).json()
+    choices = ask(url, n=4).json()
+    assert {choice["text"] for choice in choices["choices"]} == {once["choices"][0]["text"]}
+    assert choices["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    with httpx.stream("POST", f"{url}/generate", json={"prompt": PROMPT, "max_tokens": 200, "stream": True}) as reply:
+        assert json.loads(next(reply.iter_lines()).removeprefix("data: "))
+    assert ask(url).json()["choices"] == once["choices"]
+    assert metric(url, "prerope:num_states{") == 12
+    assert metric(url, "prerope:num_states_cached") > 1
+    assert metric(url, "prerope:state_bytes") == 12 * 2 * 64 * 3 * torch.float32.itemsize
+
+
+def test_documents_are_refused_by_name(url: str) -> None:
+    reply = httpx.post(f"{url}/generate", json={"prompt": "?", "documents": ["one " * 40, "two " * 40]})
+    assert reply.status_code == 400
+    assert "recurrent layers" in reply.json()["error"]["message"]
