@@ -307,7 +307,7 @@ class Settings(BaseSettings):
     )
     state_cache_memory: ByteSize | None = Field(
         default=None,
-        ge=1,
+        ge=1024,
         description="Of KV_CACHE_MEMORY, what states of recurrent layers take (hybrid models: Qwen3.5, LFM2, Granite "
         "4): one of each running sequence, and those kept for later prompts with the same beginning. Unset: three for "
         "each of MAX_NUM_SEQS, a quarter of that memory at most",

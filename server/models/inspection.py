@@ -14,7 +14,7 @@ import torch
 from prerope.rope.frequencies import Rotary, unrotated
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.models.raw_keys import OWN_MASK, RawKeyModel, cannot_serve
-from prerope.server.models.recurrent import RecurrentLayer
+from prerope.server.models.recurrent.layers import RecurrentLayer
 from prerope.server.models.trials import PROBE_LENGTH, Seen, named_lengths, probe_ids, relative_difference, run_trial
 from prerope.server.models.turning import RawKeyLayer, Turning, as_found, find_turning, raw_key_layer
 from torch import Tensor, nn

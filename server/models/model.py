@@ -25,7 +25,8 @@ from prerope.server.models.layers import Stack, layers_of, plain_layers
 from prerope.server.models.modules import Kernels, fast_modules
 from prerope.server.models.quantization import check_quantization, quantize
 from prerope.server.models.raw_keys import AttentionCall, RawKeyModel
-from prerope.server.models.recurrent import StepStates, find_recurrent, running
+from prerope.server.models.recurrent.finding import find_recurrent
+from prerope.server.models.recurrent.layers import StepStates, running
 from prerope.server.models.weights import load_weights
 from torch import Tensor, nn
 

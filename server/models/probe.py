@@ -32,7 +32,7 @@ from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.model import Model, own_positions
 from prerope.server.models.precise import in_fp32
 from prerope.server.models.raw_keys import AttentionCall, AttentionHandler
-from prerope.server.models.recurrent import running, together
+from prerope.server.models.recurrent.layers import running, together
 from prerope.server.models.trials import (
     LONGEST,
     PROBE_LENGTH,

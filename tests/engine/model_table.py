@@ -1,6 +1,7 @@
 """What becomes of every decoder type that transformers has, tried on a tiny model; as a table in docs/models.md.
 
-python -m tests.engine.model_table > docs/models.md
+python -m tests.engine.model_table          # writes the page anew
+python -m tests.engine.model_table llama    # one row of it
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from tests.engine.model_types import LENGTH, MODEL_TYPES, VOCABULARY, NoTinyModel, tiny_of_type
 
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BLOCK_SIZE = 16
 HEAD = """# Model types
 
@@ -137,8 +140,8 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found = {}
-    for name in MODEL_TYPES:
+    found = read_table(PAGE.read_text(encoding="utf-8"))
+    for name in sys.argv[1:] or MODEL_TYPES:
         print(name, file=sys.stderr)
         found[name] = examine(name)
-    print(table(found), end="")
+    PAGE.write_text(table({name: found[name] for name in MODEL_TYPES}), encoding="utf-8")

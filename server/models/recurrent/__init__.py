@@ -1,0 +1,1 @@
+"""Layers that keep a state of a sequence beside keys and values."""
