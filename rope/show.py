@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from prerope.rope.frequencies import Rotary, plain
 from prerope.rope.methods import method_table, resolve
+from prerope.rope.model import FULL_ATTENTION
 from prerope.rope.reading import UNBOUNDED, MethodError, PositionMethod, Reading
 from prerope.rope.registry import MethodEntry
 from prerope.rope.spec import ALIASES, RopeSpec
@@ -164,9 +165,16 @@ def rotary_of(model: str) -> Rotary:
     """From the config of a folder or hub id: its full-attention layers, where it has several kinds."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    nested = "full_attention" in config.rope_parameters
-    return Rotary.from_config(config, "full_attention" if nested else None)
+    (rotary,) = rotaries_of_config(
+        AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    ).values()
+    return rotary
+
+
+def rotaries_of_config(config: Any) -> dict[str, Rotary]:
+    """The group that a chosen method applies to, by its name, of a text model's config."""
+    group = FULL_ATTENTION if FULL_ATTENTION in config.rope_parameters else None
+    return {group or "": Rotary.from_config(config, group)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

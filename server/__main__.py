@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 import structlog
@@ -25,11 +26,11 @@ from prerope.server.settings import Settings, let_waiting_threads_sleep, limit_t
 log = structlog.get_logger(__name__)
 
 
-def main() -> NoReturn:
-    """The console script."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Serve until a signal; None: as the process was called."""
     signal.signal(signal.SIGTERM, lambda *_: _exit(0))  # until the server is up: as process 1 there is no default
     try:
-        settings = load_settings(sys.argv[1:])
+        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
         listener = _bind(settings.host, settings.port)
     except ConfigurationError as error:
         _complain(error)
