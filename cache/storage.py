@@ -80,9 +80,9 @@ class KVStorage:
 
         Keys are raw, so there is nothing to turn wherever they go.
         """
-        for tensor in (*self.keys, *self.values):
-            rows = tensor.view(-1, *tensor.shape[2:])
-            rows.index_copy_(0, target, rows.index_select(0, source))
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            key, value = (tensor.view(-1, *tensor.shape[2:]).index_select(0, source) for tensor in (keys, values))
+            self.store(layer, key, value, target)
 
     def read_blocks(self, blocks: Sequence[int]) -> Tensor:
         """K and V of all layers of these blocks: [n, block bytes] uint8 on the device."""

@@ -6,6 +6,7 @@ Where these could not be built, or do not take a layer's shape or dtype, attenti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from prerope.cache.attention.reference import reference_attention
@@ -28,13 +29,33 @@ def cpu_attention(
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     if plan is not None:
         out[plan.rows] = decode(plan, query[plan.rows], keys, values, options)
-    attend = prefill if native else _fallback
-    for sequence in metadata.sequences:
-        if plan is not None and sequence.count == 1:
+    for chunks in _chunks([one for one in metadata.sequences if plan is None or one.count > 1]):
+        packed = slice(chunks[0].first, chunks[-1].first + chunks[-1].count)
+        if native:
+            out[packed] = prefill(query[packed], keys, values, chunks, metadata, options)
             continue
-        packed = slice(sequence.first, sequence.first + sequence.count)
-        out[packed] = attend(query[packed], keys, values, sequence, metadata, options)
+        for chunk in chunks:
+            rows = slice(chunk.first, chunk.first + chunk.count)
+            out[rows] = _fallback(query[rows], keys, values, chunk, metadata, options)
     return out
+
+
+def _chunks(sequences: Sequence[SequenceRows]) -> list[list[SequenceRows]]:
+    """Chunks of the same sequence that follow one another in the step, together."""
+    together: list[list[SequenceRows]] = []
+    for one in sequences:
+        last = together[-1][-1] if together else None
+        if last is not None and last.first + last.count == one.first and _goes_on(last, one):
+            together[-1].append(one)
+        else:
+            together.append([one])
+    return together
+
+
+def _goes_on(chunk: SequenceRows, after: SequenceRows) -> bool:
+    """Whether both are of one sequence: of its one table of blocks, which the second reads further."""
+    same_table = chunk.block_table.data_ptr() == after.block_table.data_ptr()
+    return same_table and chunk.positions is after.positions and chunk.length <= after.start
 
 
 def _fallback(
@@ -45,7 +66,7 @@ def _fallback(
     metadata: AttentionMetadata,
     options: AttentionOptions,
 ) -> Tensor:
-    """As `cache.cpu.prefill.prefill`."""
+    """As `cache.cpu.prefill.prefill`, of one chunk."""
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     tile = max(1, FALLBACK_SCORES // (query.shape[1] * sequence.length))
     for begin in range(0, sequence.count, tile):

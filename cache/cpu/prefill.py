@@ -1,7 +1,9 @@
 """Prefill chunks on the CPU: many query rows of one sequence, through the C kernel.
 
-What the kernel needs beside the tensors (which keys, turned by what, seen by which rows) is the same for all layers of
-a rotary group, so it is worked out once a step. See kernels/c/chunk.c for runs, passes and reads.
+Chunks of one sequence that stand side by side in a step (its documents are reread at many places) are read together, so
+that its keys are turned once. What the kernel needs beside the tensors (which keys, turned by what, seen by which rows)
+is the same for all layers of a rotary group, so it is worked out once a step. See kernels/c/chunk.c for runs, passes
+and reads.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +36,11 @@ class _KernelPlan(ctypes.Structure):
     """`Plan` of kernels/c/chunk.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("start", "num_passes", "num_runs", "num_tiles")),
-        *((name, ctypes.c_void_p) for name in ("low", "high", "turns", "first_read", "reads", "run_first")),
+        *((name, ctypes.c_int64) for name in ("num_passes", "num_runs", "num_tiles")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("low", "high", "turns", "first_read", "reads", "run_first", "run_start")
+        ),
         *((name, ctypes.c_void_p) for name in ("tile_run", "tile_first", "tile_stop", "row_scale", "blocks")),
     ]
 
@@ -47,6 +52,15 @@ class PrefillPlan:
     plan: _KernelPlan
     held: tuple[Any, ...]
     method: PositionMethod | None
+
+
+class _Run(NamedTuple):
+    """Rows first … stop − 1 of a plan, which share a reading; row n is at position `start` + n."""
+
+    first: int
+    stop: int
+    start: int
+    reading: KernelReading
 
 
 @dataclass(slots=True)
@@ -72,17 +86,20 @@ def prefill(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    sequence: SequenceRows,
+    chunks: Sequence[SequenceRows],
     metadata: AttentionMetadata,
     options: AttentionOptions,
 ) -> Tensor:
-    """[R, Hq, Dv]: attention of the rows of one sequence, query [R, Hq, D]; the rest as in `paged_attention`."""
+    """[R, Hq, Dv]: attention of the rows of one sequence, query [R, Hq, D]; the rest as in `paged_attention`.
+
+    chunks: one after the other in the step, and in the order of their positions; the last one's blocks are all of it.
+    """
     query = query.contiguous()
     group_size = query.shape[1] // keys.shape[2]
-    key = ("prefill", sequence.first, options.group, options.sliding_window, group_size)
+    key = ("prefill", chunks[0].first, len(query), options.group, options.sliding_window, group_size)
     plan = metadata.plans.get(key)
     if plan is None:
-        plan = metadata.plans[key] = _plan(sequence, options, group_size)
+        plan = metadata.plans[key] = _plan(chunks, options, group_size)
     shape = kernel_shape(query.shape[1], query.dtype, keys, values, plan.method, options)
     needed = kernels().prerope_chunk_scratch(ctypes.byref(shape), ctypes.byref(plan.plan))
     scratch = metadata.plans.get("prefill scratch")
@@ -98,31 +115,32 @@ def prefill(
     return out
 
 
-def _plan(sequence: SequenceRows, options: AttentionOptions, group_size: int) -> PrefillPlan:
-    method = options.method(sequence)
-    scale = None if method is None else method.query_scale(torch.arange(sequence.start, sequence.length))
+def _plan(chunks: Sequence[SequenceRows], options: AttentionOptions, group_size: int) -> PrefillPlan:
+    method = options.method(chunks[0])
+    positions = torch.cat([torch.arange(chunk.start, chunk.length) for chunk in chunks])
+    scale = None if method is None else method.query_scale(positions)
     scale = None if scale is None else scale.float().contiguous()
-    runs = _runs(method, sequence)
-    passes = _passes(runs, sequence.start, options.sliding_window or UNBOUNDED)
+    runs = [run for chunk in chunks for run in _runs(method, chunk, chunk.first - chunks[0].first)]
+    passes = _passes(runs, options.sliding_window or UNBOUNDED)
     counts = [sum(read.run == run for read in p.reads) for p in passes for run in range(len(runs))]
     reads = [(p, read) for p in passes for read in p.reads]
     arrays = [
         *_int64([(p.low, p.high, ctypes.addressof(p.turns.kernel)) for p in passes]),
         np.cumsum([0, *counts], dtype=np.int64),
-        *_int64([(first,) for first, _, _ in runs]),
-        *_int64(_tiles([run[:2] for run in runs], MAX_ROWS // group_size)),
+        *_int64([(run.first, run.start) for run in runs]),
+        *_int64(_tiles(runs, MAX_ROWS // group_size)),
     ]
-    low, high, turns, first_read, run_first, *tiles = (array.ctypes.data for array in arrays)
+    low, high, turns, first_read, run_first, run_start, *tiles = (array.ctypes.data for array in arrays)
     kernel_reads = (_KernelRead * len(reads))(
         *(_KernelRead(ctypes.addressof(p.turns.kernel), _address(read.turns), *read.edges) for p, read in reads)
     )
     return PrefillPlan(
         plan=_KernelPlan(
-            sequence.start, len(passes), len(runs), len(arrays[-1]),
-            low, high, turns, first_read, ctypes.addressof(kernel_reads), run_first,
-            *tiles, _address(scale), sequence.block_table.data_ptr(),
+            len(passes), len(runs), len(arrays[-1]),
+            low, high, turns, first_read, ctypes.addressof(kernel_reads), run_first, run_start,
+            *tiles, _address(scale), chunks[-1].block_table.data_ptr(),
         ),
-        held=(arrays, kernel_reads, passes, runs, scale, sequence),
+        held=(arrays, kernel_reads, passes, runs, scale, chunks),
         method=method,
     )  # fmt: skip
 
@@ -131,20 +149,21 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _runs(method: PositionMethod | None, sequence: SequenceRows) -> list[tuple[int, int, KernelReading]]:
-    """(first row of the chunk, stop, reading)."""
+def _runs(method: PositionMethod | None, chunk: SequenceRows, row: int) -> list[_Run]:
+    """Of a chunk that begins with this row of the plan."""
+    start = chunk.start - row
     if method is None:
-        return [(0, sequence.count, NO_POSITIONS)]
+        return [_Run(row, row + chunk.count, start, NO_POSITIONS)]
     return [
-        (first - sequence.start, stop - sequence.start, READINGS.kept(reading, method.rotary.dim, stop))
-        for first, stop, reading in method.runs(sequence.start, sequence.length)
+        _Run(first - start, stop - start, start, READINGS.kept(reading, method.rotary.dim, stop))
+        for first, stop, reading in method.runs(chunk.start, chunk.length)
     ]
 
 
-def _passes(runs: Sequence[tuple[int, int, KernelReading]], start: int, reach: int) -> list[_Pass]:
+def _passes(runs: Sequence[_Run], reach: int) -> list[_Pass]:
     """Their reads are ordered by run. A row meets its parts in their order, those of one map span by span."""
     passes: list[_Pass] = []
-    for run, (first, stop, reading) in enumerate(runs):
+    for run, (first, stop, start, reading) in enumerate(runs):
         before, last, least = None, -1, 0
         for part, (turns, edges) in enumerate(zip(reading.turns, reading.edges, strict=True)):
             if turns is not before:  # whether or not anything is read of the parts between two of one map
@@ -163,12 +182,12 @@ def _passes(runs: Sequence[tuple[int, int, KernelReading]], start: int, reach: i
     return passes
 
 
-def _tiles(runs: Sequence[tuple[int, int]], size: int) -> list[tuple[int, int, int]]:
+def _tiles(runs: Sequence[_Run], size: int) -> list[tuple[int, int, int]]:
     """(run, first row, stop row)."""
     return [
-        (run, begin, min(begin + size, stop))
-        for run, (first, stop) in enumerate(runs)
-        for begin in range(first, stop, size)
+        (number, begin, min(begin + size, run.stop))
+        for number, run in enumerate(runs)
+        for begin in range(run.first, run.stop, size)
     ]
 
 

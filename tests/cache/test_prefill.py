@@ -25,7 +25,7 @@ def through_kernel(step: Paged, options: AttentionOptions) -> Tensor:
     """[T, Hq, Dv] fp32, single rows too."""
     assert can_attend(step.query, step.keys, step.values)
     parts = [
-        prefill(step.query[s.first : s.first + s.count], step.keys, step.values, s, step.metadata, options)
+        prefill(step.query[s.first : s.first + s.count], step.keys, step.values, [s], step.metadata, options)
         for s in step.metadata.sequences
     ]
     return torch.cat(parts)
@@ -97,6 +97,25 @@ def test_a_row_does_not_depend_on_its_chunk(name: str, dtype: torch.dtype) -> No
         pieces = cut(step, list(at))
         assert torch.equal(through_kernel(pieces, options), whole)
         assert torch.equal(paged_attention(step.query, step.keys, step.values, pieces.metadata, options), whole)
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_chunks_of_one_sequence_are_read_together(name: str) -> None:
+    """As many places of one sequence are, whose rows between them are there already; keys are turned once for all."""
+    positions = one_group(method(name, rotary(16, 16), window=32, logn=True))
+    step = paged([(1500, 300)], [positions], dtype=torch.bfloat16)
+    options = AttentionOptions(0.25, "", sinks=torch.ones(4))
+    whole, (rows,) = through_kernel(step, options), step.metadata.sequences
+    places = [(0, 16), (40, 48), (48, 90), (200, 201), (220, 300)]
+    picked = torch.cat([torch.arange(*place) for place in places])
+    chunks, first = [], 0
+    for start, stop in places:
+        chunks.append(SequenceRows(first, stop - start, rows.start + start, rows.block_table, positions))
+        first += stop - start
+    metadata = AttentionMetadata(chunks, step.metadata.slot_mapping[picked], step.metadata.block_size)
+    found = paged_attention(step.query[picked], step.keys, step.values, metadata, options)
+    assert torch.equal(found, whole[picked])
+    assert sum(key[0] == "prefill" for key in metadata.plans if isinstance(key, tuple)) == 2  # before and after one row
 
 
 @pytest.mark.parametrize(("heads", "dim"), [((9, 3), 64), ((8, 1), 128), ((20, 1), 24)])

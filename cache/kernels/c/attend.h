@@ -64,7 +64,7 @@ typedef struct {
     int64_t head;
 } Source;
 
-/* Rows first … stop − 1 of a chunk that starts at position `start`, all in the run that begins with row `run`. */
+/* Rows first … stop − 1, all in the run that begins with row `run`; row n is at position `start` + n. */
 typedef struct {
     const void *query; /* [rows of the chunk, Hq, D] */
     const float *scale; /* [rows of the chunk] or null */

@@ -1,6 +1,6 @@
-/* Many query rows over the raw keys of their sequence: one prefill chunk.
+/* Many query rows over the raw keys of their sequence: one prefill chunk, or several of one sequence.
  *
- * Rows come in *runs* that share a reading. Keys come in *passes*, one for each way of turning keys: a pass packs what
+ * Rows come in *runs* of consecutive positions that share a reading. Keys come in *passes*, one for each way of turning keys: a pass packs what
  * it turns once, for all runs. A *read* says which of a pass's keys the rows of one run see, and by what their queries
  * are turned; every row sees one stretch of keys a read.
  *
@@ -13,12 +13,13 @@
 #include "attend.h"
 
 typedef struct {
-    int64_t start, num_passes, num_runs, num_tiles; /* start: position of row 0 */
+    int64_t num_passes, num_runs, num_tiles;
     const int64_t *low, *high;         /* [passes]: keys [low, high) are packed */
     const Turns *const *turns;         /* [passes] */
     const int64_t *first_read;         /* [passes·runs + 1]: the first read of each pass and run */
     const Read *reads;
     const int64_t *run_first;          /* [runs]: its first row */
+    const int64_t *run_start;          /* [runs]: what is added to one of its rows for its position */
     const int64_t *tile_run, *tile_first, *tile_stop; /* [tiles]: rows [first, stop) of a run */
     const float *row_scale;            /* [rows] or null: on each row's queries, beside scale */
     const int64_t *blocks;             /* [blocks of the sequence] */
@@ -78,7 +79,7 @@ static void tile_attend(const Shape *shape, const Plan *plan, int64_t t, const U
     int64_t run = plan->tile_run[t], at = unit->pass * plan->num_runs + run;
     Packed packed = packed_at(shape, scratch, number);
     State state = state_of(shape, plan, scratch, unit->head, t), found = state_in(shape, found_in);
-    Rows rows = {query, plan->row_scale, plan->start, plan->run_first[run], plan->tile_first[t], plan->tile_stop[t]};
+    Rows rows = {query, plan->row_scale, plan->run_start[run], plan->run_first[run], plan->tile_first[t], plan->tile_stop[t]};
     for (int64_t read = plan->first_read[at]; read < plan->first_read[at + 1]; read++)
         if (attend(shape, &rows, plan->reads + read, source, unit->begin, unit->end, &packed, &found))
             state_merge(&state, &found, rows_of(shape, plan, t), shape->value_dim);
