@@ -1,55 +1,73 @@
 """Documents read on their own: `python -m bench.reuse`.
 
 Quality beside full attention for several numbers of tokens that are read again at their place, on loss and on tasks
-whose facts lie in different documents; and with --times the time to the first token, cold, in another order, with one
-document edited. Seeds are fixed; cases are the same for every variant.
+whose facts lie in different documents. Or, with `--times --documents 10 --length 1500`, the time to the first token
+over HTTP: cold, in another order, with one document edited, after a restart. Seeds are fixed; cases are the same for
+every variant.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
-from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.tokenizer import Tokenizer
 from tqdm import tqdm
 
-from bench.reuse.quality import FULL, NONE, TASKS, Case, Measured, loss_cases, variants
-from bench.reuse.times import time_to_first_token
+from bench.reuse.quality import FULL, LOSS, NONE, TASKS, Case, Measured, loss_cases, texts, variants
+from bench.reuse.times import COLD, Asked, time_to_first_token
 from bench.shared.options import console, count, counts, parser, run
-from bench.shared.report import Report, Table
+from bench.shared.report import NOTHING, Report, Table
+
+Figures = dict[str, dict[str, list[float]]]
+"""Variant → measure → one figure a case."""
 
 
 def main(arguments: Sequence[str] | None) -> int:
     options = parser("reuse", __doc__, "reuse")
     options.add_argument("--model", help="folder, hub id or .gguf file; unset: the embedded model")
     options.add_argument("--rereads", type=counts_from_zero, default=[0, 8, 16, 32, 64], help="tokens read again")
-    options.add_argument("--cases", type=count, default=20, help="of each task; a quarter of them for loss")
+    options.add_argument(
+        "--cases", type=count, default=20, help="of each task; a quarter of them for the loss of each text"
+    )
     options.add_argument("--documents", type=count, default=6, help="in a prompt")
     options.add_argument("--length", type=count, default=400, help="tokens of a document")
-    options.add_argument("--times", action="store_true", help="measure the time to the first token too")
+    options.add_argument("--kept", type=Path, help="file of figures that were measured before, and goes on growing")
+    options.add_argument("--times", action="store_true", help="measure the time to the first token instead")
     given = options.parse_args(arguments)
     screen = console()
     checkpoint = resolve_checkpoint(given.model, None, screen.print)
-    engine = Engine.load(checkpoint, EngineConfig(rope=RopeSpec(method="auto")), screen.print)
-    measured = Measured(engine, Tokenizer.load(checkpoint))
-    figures = quality(measured, given.rereads, given.cases, given.documents, given.length)
-    tables = [quality_table(figures, given)]
-    data: dict[str, Any] = {"quality": figures}
-    if given.times:
-        data["times"] = time_to_first_token(engine, measured.tokenizer)
-        tables.append(times_table(data["times"]))
-    report = Report("reuse", tables, data, lambda figure: draw(figure, figures))
-    for table in tables:
+    tokenizer = Tokenizer.load(checkpoint)
+    report = times(given, tokenizer) if given.times else quality_report(given, checkpoint, tokenizer, screen.print)
+    for table in report.tables:
         table.show(screen)
     screen.print(*report.save(given.out), sep="\n")
     return 0
+
+
+def times(given: Any, tokenizer: Tokenizer) -> Report:
+    """Time to the first token."""
+    found = time_to_first_token(given.model, tokenizer, given.documents, given.length)
+    data = {name: asdict(one) for name, one in found.items()}
+    return Report("reuse-times", [times_table(found, given.documents, given.length)], data)
+
+
+def quality_report(given: Any, checkpoint: Checkpoint, tokenizer: Tokenizer, say: Callable[[str], None]) -> Report:
+    engine = Engine.load(checkpoint, EngineConfig(rope=RopeSpec(method="auto")), say)
+    tests = cases(tokenizer, given.cases, given.documents, given.length)
+    figures = quality(Measured(engine, tokenizer), given.rereads, tests, given.kept)
+    return Report("reuse", [quality_table(figures, given)], figures, lambda figure: draw(figure, figures))
 
 
 def counts_from_zero(text: str) -> list[int]:
@@ -57,77 +75,106 @@ def counts_from_zero(text: str) -> list[int]:
 
 
 def quality(
-    measured: Measured, rereads: Sequence[int], num_cases: int, num_documents: int, length: int
-) -> dict[str, dict[str, list[float]]]:
-    """variant → measure → one figure a case."""
-    tokenizer, figures = measured.tokenizer, dict[str, dict[str, list[float]]]()
-    losses = list(loss_cases(tokenizer, max(1, num_cases // 4), num_documents, length, 400))
-    tasks = {
-        name: [make(tokenizer, random.Random(seed), num_documents, length) for seed in range(num_cases)]
-        for name, make in TASKS.items()
-    }
-    kinds = {**variants(rereads), NONE: None}
-    with tqdm(total=len(kinds) * len(losses) + (len(kinds) - 1) * num_cases * len(tasks), unit="case") as bar:
-        for name, reread in kinds.items():
-            found = figures[name] = {"loss": []}
-            for case in losses:
-                shown = Case([], case.rest) if name == NONE else case
-                found["loss"].append(measured.loss(shown, reread))
-                bar.update()
-            for task, cases in tasks.items() if name != NONE else ():
-                found[task] = []
-                for case in cases:
-                    found[task].append(measured.is_right(case, reread))
-                    bar.update()
-    return figures
+    measured: Measured, rereads: Sequence[int], tests: Sequence[tuple[str, Case]], kept: Path | None
+) -> Figures:
+    """kept: figures are appended there, and those that are there are not
+    measured again."""
+    figures = {name: defaultdict[str, list[float]](list) for name in (*variants(rereads), NONE)}
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept is not None and kept.exists() else []
+    known = {(one["measure"], one["case"], one["variant"]): one["figure"] for one in map(json.loads, lines)}
+    numbers = Counter[str]()
+    for measure, case in tqdm(tests, unit="case"):
+        number, numbers[measure] = numbers[measure], numbers[measure] + 1
+        for name, reread in {**variants(rereads), **({NONE: None} if case.answer is None else {})}.items():
+            key = (measure, number, name)
+            if key not in known:
+                known[key] = measured.figure(Case([], case.rest) if name == NONE else case, reread)
+                if kept is not None:
+                    with kept.open("a", encoding="utf-8") as file:
+                        line = {"measure": measure, "case": number, "variant": name, "figure": known[key]}
+                        file.write(json.dumps(line) + "\n")
+            figures[name][measure].append(known[key])
+    return {name: dict(found) for name, found in figures.items()}
 
 
-def quality_table(figures: dict[str, dict[str, list[float]]], given: Any) -> Table:
+def cases(tokenizer: Tokenizer, count: int, num_documents: int, length: int) -> list[tuple[str, Case]]:
+    """Of all measures in turn, so that a run that was ended has some of each."""
+    tests = [
+        *(
+            [(name, make(tokenizer, random.Random(seed), num_documents, length)) for seed in range(count)]
+            for name, make in TASKS.items()
+        ),
+        [
+            (LOSS.format(name), case)
+            for name, text in texts()
+            for case in loss_cases(tokenizer, text, max(2, count // 4), num_documents, length, 300)
+        ],
+    ]
+    places = sorted(
+        (place / len(group), index, place) for index, group in enumerate(tests) for place in range(len(group))
+    )
+    return [tests[index][place] for _, index, place in places]
+
+
+def quality_table(figures: Figures, given: Any) -> Table:
     """Δ loss is paired with full attention's, case by case; ± is a standard error."""
-    full = figures[FULL]
+    full, measures = figures[FULL], list(figures[FULL])
     rows = []
     for name, found in figures.items():
-        delta = [one - other for one, other in zip(found["loss"], full["loss"], strict=True)]
-        cells = [f"{statistics.fmean(found['loss']):.3f}", f"{statistics.fmean(delta):+.4f} ± {error(delta):.4f}"]
-        cells += [
-            f"{100 * statistics.fmean(found[task]):.0f} ± {100 * error(found[task]):.0f}" if task in found else "–"
-            for task in TASKS
-        ]
+        cells = []
+        for measure in measures:
+            values = found.get(measure)
+            if values is None:
+                cells.append(NOTHING)
+            elif measure in TASKS:
+                cells.append(f"{100 * statistics.fmean(values):.0f} ± {100 * error(values):.0f}")
+            else:
+                delta = [one - other for one, other in zip(values, full[measure], strict=True)]
+                shown = f" {statistics.fmean(delta):+.4f} ± {error(delta):.4f}" if name != FULL else ""
+                cells.append(f"{statistics.fmean(values):.3f}{shown}")
         rows.append([name, *cells])
-    note = f"{given.documents} documents of {given.length} tokens; tasks in percent of {given.cases} prompts."
-    return Table(["documents", "loss", "Δ loss", *TASKS], rows, [note])
+    numbers = ", ".join(f"{len(values)} of {measure}" for measure, values in full.items())
+    note = (
+        f"{given.documents} documents of {given.length} tokens. Tasks in percent; loss, and beside full attention's. "
+    )
+    return Table(["documents", *measures], rows, [note + f"Prompts: {numbers}."])
 
 
 def error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def times_table(times: dict[str, float]) -> Table:
-    rows = [[name, f"{seconds:.2f} s", f"{times['cold'] / seconds:.1f}"] for name, seconds in times.items()]
-    return Table(["request", "to the first token", "cold ÷ this"], rows)
+def times_table(times: dict[str, Asked], num_documents: int, length: int) -> Table:
+    cold = times[COLD]
+    rows = [
+        [name, f"{one.seconds:.2f} s", f"{cold.seconds / one.seconds:.1f}", f"{one.cpu:.1f} s", str(one.cached_tokens)]
+        for name, one in times.items()
+    ]
+    note = f"{num_documents} documents of {length} tokens over HTTP; replies are those of cold runs, token for token."
+    return Table(["request", "to the first token", "cold ÷ this", "CPU time", "tokens found"], rows, [note])
 
 
-def draw(figure: Any, figures: dict[str, dict[str, list[float]]]) -> None:
+def draw(figure: Any, figures: Figures) -> None:
     left, right = figure.subplots(1, 2)
     names = [name for name in figures if name not in (FULL, NONE)]
-    deltas = [[a - b for a, b in zip(figures[n]["loss"], figures[FULL]["loss"], strict=True)] for n in names]
-    left.errorbar(names, [statistics.fmean(d) for d in deltas], [error(d) for d in deltas], fmt="o", capsize=3)
+    for measure in figures[FULL]:
+        if measure in TASKS:
+            shown = [FULL, *names]
+            values = [[100 * one for one in figures[name][measure]] for name in shown]
+            panel = right
+        else:
+            shown, panel = names, left
+            full = figures[FULL][measure]
+            values = [[one - other for one, other in zip(figures[n][measure], full, strict=True)] for n in names]
+        panel.errorbar(
+            shown, list(map(statistics.fmean, values)), list(map(error, values)), fmt="o-", capsize=3, label=measure
+        )
     left.axhline(0, color="grey", linewidth=1)
     left.set_title("loss − loss with full attention")
-    for task in TASKS:
-        shown = [FULL, *names]
-        right.errorbar(
-            shown,
-            [100 * statistics.fmean(figures[n][task]) for n in shown],
-            [100 * error(figures[n][task]) for n in shown],
-            fmt="o-",
-            capsize=3,
-            label=task,
-        )
     right.set_title("right replies, %")
-    right.tick_params(axis="x", rotation=30)
-    left.tick_params(axis="x", rotation=30)
-    right.legend()
+    for panel in (left, right):
+        panel.tick_params(axis="x", rotation=30)
+        panel.legend()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 import statistics
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from prerope.cache.blocks.documents import DocumentSpan
 from prerope.server.engine.engine import Engine
@@ -17,11 +19,12 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.tokenizer import Tokenizer
 
-from bench.shared.text import default_texts
+from bench.shared.text import default_texts, docstring_text, file_text
 
 PREFIX = "Documents:\n\n"
 FULL = "full attention"
 NONE = "no documents"
+LOSS = "loss on {}"
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange", "brown", "grey")
 
 
@@ -62,6 +65,9 @@ class Measured:
         scored = output.prompt_logprobs or ()
         return -statistics.fmean(entry.logprob for entry in scored[start:] if entry is not None)
 
+    def figure(self, case: Case, reread: int | None) -> float:
+        return self.loss(case, reread) if case.answer is None else self.is_right(case, reread)
+
     def is_right(self, case: Case, reread: int | None) -> float:
         assert case.answer is not None
         ids, spans = prompt_of(self.prefix, case, reread)
@@ -78,9 +84,22 @@ class Measured:
         return [output for output in outputs if output.token_ids or output.finish_reason]
 
 
-def loss_cases(tokenizer: Tokenizer, count: int, num_documents: int, length: int, rest: int) -> Iterator[Case]:
-    """Consecutive pieces of English prose, cut into documents at arbitrary tokens."""
-    ids = tokenizer.encode(next(default_texts())[1])
+def texts() -> Iterator[tuple[str, str]]:
+    """Three kinds of text: prose, short descriptions, and code."""
+    yield "prose", next(default_texts())[1]
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    yield "docstrings", docstring_text(stdlib)
+    yield (
+        "code",
+        "\n".join(file_text(stdlib / f"{name}.py")[1] for name in ("argparse", "tarfile", "inspect", "typing")),
+    )
+
+
+def loss_cases(
+    tokenizer: Tokenizer, text: str, count: int, num_documents: int, length: int, rest: int
+) -> Iterator[Case]:
+    """Consecutive pieces of a text, cut into documents at arbitrary tokens."""
+    ids = tokenizer.encode(text[: count * (num_documents * length + rest) * 8])
     size = num_documents * length + rest
     for start in range(0, count * size, size):
         piece = ids[start : start + size]

@@ -112,7 +112,7 @@ def test_chunks_of_one_sequence_are_read_together(name: str) -> None:
     for start, stop in places:
         chunks.append(SequenceRows(first, stop - start, rows.start + start, rows.block_table, positions))
         first += stop - start
-    metadata = AttentionMetadata(chunks, step.metadata.slot_mapping[picked], step.metadata.block_size)
+    metadata = AttentionMetadata(chunks, step.metadata.slot_mapping, step.metadata.block_size)
     found = paged_attention(step.query[picked], step.keys, step.values, metadata, options)
     assert torch.equal(found, whole[picked])
     assert sum(key[0] == "prefill" for key in metadata.plans if isinstance(key, tuple)) == 2  # before and after one row
