@@ -43,6 +43,7 @@ class TierStats:
     """Since the start, in blocks; `num_bytes` are in the folder now, as far as this process knows."""
 
     num_read: int = 0
+    num_read_from_memory: int = 0
     num_written: int = 0
     num_damaged: int = 0
     num_failed_writes: int = 0
@@ -220,6 +221,8 @@ class BlockTier:
     def _read(self, block_hash: bytes) -> Tensor | None:
         with self._lock:
             payload = self._memory.get(block_hash)
+        if payload is not None:
+            self.stats.num_read_from_memory += 1
         if payload is not None or self._folder is None or block_hash not in self._known:
             return payload
         path = self._path(block_hash)

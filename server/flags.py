@@ -54,7 +54,8 @@ def default_text(field: FieldInfo) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, ByteSize):
-        return value.human_readable().removesuffix(".0MiB") + "MiB" if value % 2**20 == 0 else str(int(value))
+        unit = next((unit for unit in ("GiB", "MiB") if value and value % ByteSize.byte_sizes[unit.lower()] == 0), "B")
+        return f"{value.to(unit):g}{unit}" if value else "0"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -191,6 +191,11 @@ class EngineCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queried_tokens),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
             ("prerope:tier_blocks_read", "Cache blocks read from CACHE_TIER_DIR or memory.", stats.tiers.num_read),
+            (
+                "prerope:tier_blocks_read_from_memory",
+                "Of these, from CACHE_TIER_MEMORY.",
+                stats.tiers.num_read_from_memory,
+            ),
             ("prerope:tier_blocks_written", "Cache blocks written to CACHE_TIER_DIR.", stats.tiers.num_written),
             (
                 "prerope:tier_blocks_dropped",
