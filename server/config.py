@@ -9,6 +9,7 @@ from typing import Literal
 from prerope.rope.spec import RopeSpec
 
 Quantization = Literal["none", "int8"]
+Speculation = Literal["auto", "off"]
 
 STEP_LIMITS = {"cpu": (64, 512), "cuda": (256, 2048)}
 """Sequences and tokens of one step where nobody set them, by type of device. A step has a cost of its own that more
@@ -41,6 +42,7 @@ class EngineConfig:
         tier_dir, tier_bytes: where blocks are kept beyond the cache and the process, and how much of them.
         tier_memory: bytes of host memory for blocks beyond the cache.
         cuda_graphs: on a GPU, launch decode steps as graphs.
+        speculation: auto: verify drafts of a sequence's next tokens, made of its past, where that is faster.
         overlap: launch a step before the tokens of the one before it are read; None: on a GPU.
     """
 
@@ -67,6 +69,7 @@ class EngineConfig:
     tier_bytes: int = 10 * 2**30
     tier_memory: int = 0
     cuda_graphs: bool = True
+    speculation: Speculation = "auto"
     overlap: bool | None = None
 
     def on(self, device_type: str) -> EngineConfig:

@@ -41,6 +41,8 @@ from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutp
 from prerope.server.engine.sampling.mask import wait_for_masks
 from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.speculation.speculator import Speculator
+from prerope.server.engine.speculation.verification import Verification
 from prerope.server.engine.step import Scheduled, Step, finish_launch
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
@@ -76,8 +78,14 @@ class Engine:
         cache = KVCacheManager(
             size.num_blocks, config.block_size, prefix_caching=config.prefix_caching, num_states=size.num_states
         )
+        # Recurrent layers would carry what was drafted on: their states are not taken back.
+        speculates = config.speculation != "off" and not model.states
+        speculator = Speculator(max_num_seqs=config.max_num_seqs) if speculates else None
         self.scheduler = Scheduler(
-            cache, max_num_seqs=config.max_num_seqs, max_batched_tokens=config.max_batched_tokens
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            speculator=speculator,
         )
         self.info = ModelInfo(
             max_model_len=size.max_model_len,
@@ -247,7 +255,8 @@ class Engine:
     def _forward(self, plan: list[Scheduled], sampled: Tensor | None) -> Tensor:
         """Logits of the plan's rows; `sampled` are the tokens of the step in flight, if there is one."""
         block_size = self.config.block_size
-        batch = build_batch([one.chunk(block_size) for one in plan], block_size, self.model.device, sampled)
+        chunks = [chunk for one in plan for chunk in one.chunks(block_size)]
+        batch = build_batch(chunks, block_size, self.model.device, sampled)
         logits = None if self.graphs is None else self.graphs.logits(batch)
         return self.model.forward(batch, self.storage) if logits is None else logits
 
@@ -257,29 +266,61 @@ class Engine:
         filled: list[tuple[int, bytes]] = []
         tokens = iter(step.arrival.wait())
         for one in step.scheduled:
-            sequence, stop = one.sequence, one.stop
             token = next(tokens) if one.samples else None
-            processed = min(stop, sequence.num_prompt_tokens)
-            self._counters.prompt_tokens += max(0, processed - one.start)
-            if not self.scheduler.holds(sequence):
-                continue
-            sequence.num_processed_tokens = processed
-            if one.cached:
-                documents = sequence.request.documents
-                known = self.scheduler.cache.remember(sequence, filled_from(documents, one.start), stop)
-                # Behind a document that was copied, only the very same prompt could use it.
-                filled += known if stop <= next_copied(documents, 0, stop) else ()
-            if isinstance(sequence, DocumentReader):
-                outputs += self._progress_of(sequence)
-            elif token is not None:
-                outputs.append(self._take(sequence, token, step.scored.get(sequence)))
-            elif stop == sequence.num_tokens:
-                outputs.append(self._finish(sequence, (), None, FinishReason.LENGTH))
-            elif sequence.request.report_progress:
-                outputs.append((sequence.request_id, sequence.output()))
+            outputs += self._collect_rows(one, token, step.scored.get(one.sequence), filled)
+            if one.drafts and token is not None:
+                outputs += self._verify(one, token, step.verifications[one.sequence], filled)
         if self.tiers is not None:
             self.tiers.keep(filled)
-        self._counters.end_step(step.began, step.num_prefilled)
+        seconds = self._counters.end_step(step.began, step.num_prefilled)
+        if self.scheduler.speculator is not None:
+            self.scheduler.speculator.step_times.add(step.num_rows, seconds)
+        return outputs
+
+    def _collect_rows(
+        self, one: Scheduled, token: int | None, scored: TokenLogprobs | None, filled: list[tuple[int, bytes]]
+    ) -> list[tuple[str, TokenOutput]]:
+        """Of one sequence, its drafts left out. Blocks that were filled and not known before are added to `filled`."""
+        sequence, stop = one.sequence, one.stop
+        processed = min(stop, sequence.num_prompt_tokens)
+        self._counters.prompt_tokens += max(0, processed - one.start)
+        if not self.scheduler.holds(sequence):
+            return []
+        sequence.num_processed_tokens = processed
+        if one.cached:
+            documents = sequence.request.documents
+            known = self.scheduler.cache.remember(sequence, filled_from(documents, one.start), stop)
+            # Behind a document that was copied, only the very same prompt could use it.
+            filled += known if stop <= next_copied(documents, 0, stop) else ()
+        if isinstance(sequence, DocumentReader):
+            return self._progress_of(sequence)
+        if token is not None:
+            return [self._take(sequence, token, scored)]
+        if stop == sequence.num_tokens:
+            return [self._finish(sequence, (), None, FinishReason.LENGTH)]
+        return [(sequence.request_id, sequence.output())] if sequence.request.report_progress else []
+
+    @torch.inference_mode()
+    def _verify(
+        self, one: Scheduled, token: int, verification: Verification, filled: list[tuple[int, bytes]]
+    ) -> list[tuple[str, TokenOutput]]:
+        """What follows `token`, as far as the drafts are what was chosen; K and V of the others are written over."""
+        outputs: list[tuple[str, TokenOutput]] = []
+        sequence = one.sequence
+        self._counters.num_drafts += 1
+        self._counters.drafted_tokens += len(one.drafts)
+        for number, draft in enumerate(one.drafts):
+            if token != draft or not self.scheduler.holds(sequence):
+                break
+            sequence.num_accepted += 1
+            self._counters.accepted_tokens += 1
+            found = verification.next()
+            if found is None:
+                break
+            sequence.num_computed_tokens += 1
+            token, scored = found
+            outputs += self._collect_rows(one.behind(number), token, scored, filled)
+        verification.end()
         return outputs
 
     def _progress_of(self, reader: DocumentReader) -> list[tuple[str, TokenOutput]]:
@@ -333,6 +374,9 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
+            num_drafts=counters.num_drafts,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
             prefix_queried_tokens=scheduler.cache.queried_tokens,
             prefix_hit_tokens=scheduler.cache.hit_tokens,
             tiers=TierStats() if self.tiers is None else replace(self.tiers.tier.stats),

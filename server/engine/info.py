@@ -43,12 +43,16 @@ class Counters:
     num_steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    num_drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     last_step_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     _last_end: float = 0.0
 
-    def end_step(self, began: float, num_prefilled: int) -> None:
-        """A step launched at `began` is over. Where steps overlap, its time begins when the one before it ends."""
+    def end_step(self, began: float, num_prefilled: int) -> float:
+        """A step launched at `began` is over. Returns its seconds: where steps overlap, they begin when the one before
+        it ends."""
         now = time.monotonic()
         seconds = now - max(began, self._last_end)
         self.num_steps += 1
@@ -56,6 +60,7 @@ class Counters:
         if num_prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
             more = num_prefilled / seconds - self.prefill_tokens_per_s
             self.prefill_tokens_per_s += more * (0.2 if self.prefill_tokens_per_s else 1)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,8 @@ class EngineStats:
 
     num_states and the two after it count slots for states of recurrent layers, likewise; state_bytes is all of them.
 
-    num_running_tokens and num_waiting_tokens are those whose K and V are still to be computed.
+    num_running_tokens and num_waiting_tokens are those whose K and V are still to be computed. num_drafts are rows of
+    drafts, of one sequence in one step each; drafted and accepted tokens are their members.
     """
 
     num_running: int
@@ -94,6 +100,9 @@ class EngineStats:
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    num_drafts: int
+    drafted_tokens: int
+    accepted_tokens: int
     prefix_queried_tokens: int
     prefix_hit_tokens: int
     tiers: TierStats

@@ -46,6 +46,7 @@ class TokenOutput:
             prefix cache, and how much is computed so far (cached included).
         finish_reason: set on the last event.
         document_cached_tokens: of each document that is read on its own, how many of its tokens were in the cache.
+        num_drafted_tokens, num_accepted_tokens: of the output until now; see `server.engine.speculation`.
         timings: until now, with every event that has tokens or ends the request: its reader may end it there.
         failure: on the last event of a request that failed alone; its caller gets the error.
     """
@@ -59,4 +60,6 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     timings: Timings | None = None
     document_cached_tokens: tuple[int, ...] = ()
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     failure: RequestError | None = None

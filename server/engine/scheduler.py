@@ -6,6 +6,9 @@ the oldest prefill keeps a quarter of the budget whatever else arrives, so that 
 
     budget 512:  │ 3 decodes │ oldest prefill ≥ 127 │ shortest prefill … next shortest … │ rest to the oldest │
 
+Sequences that decode may have drafts of their next tokens verified, a row each (`server.engine.speculation`), where
+blocks are free and the budget leaves rows: drafts preempt nobody, and take an eighth of what prompts could have.
+
 A sequence is admitted only when its whole prompt fits beside what the running prefills still need. When a running one
 cannot grow, the sequence of highest rank number (latest, least urgent) is preempted: its blocks are released, and it
 waits to be recomputed, from cached blocks where they survive.
@@ -25,9 +28,11 @@ from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_c
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.sequence import Sequence
+from prerope.server.engine.speculation.speculator import Speculator
 from prerope.server.engine.step import Scheduled
 
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
+DRAFT_SHARE = 8  # drafts take at most 1/8 of that where there is something to prefill
 
 
 class Copy(NamedTuple):
@@ -41,11 +46,19 @@ class Copy(NamedTuple):
 class Scheduler:
     """Owns the waiting and running sequences and the cache's block tables."""
 
-    def __init__(self, cache: KVCacheManager, *, max_num_seqs: int, max_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: KVCacheManager,
+        *,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        speculator: Speculator | None = None,
+    ) -> None:
         assert max_batched_tokens >= 1
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
+        self.speculator = speculator
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.num_preemptions = 0
@@ -83,9 +96,26 @@ class Scheduler:
         for sequence in decoding[: self.max_batched_tokens]:
             if sequence.request_id in self.running and self._grow(sequence, sequence.num_tokens, plan):
                 plan.append(Scheduled.of(sequence, 1, sequence.num_computed_tokens))
-        self._schedule_prefills(self.max_batched_tokens - len(plan), plan)
+        if self.speculator is not None and plan:
+            self._draft(self.speculator, plan)
+        self._schedule_prefills(self.max_batched_tokens - sum([one.num_rows for one in plan]), plan)
         states = self.cache.state_rows([(one.sequence, one.start, one.stop) for one in plan])
         return [one._replace(state=state) for one, state in zip(plan, states, strict=True)] if any(states) else plan
+
+    def _draft(self, speculator: Speculator, plan: list[Scheduled]) -> None:
+        """Give decode steps their drafts. One whose last token is still under way gets them once it is known."""
+        left = self.max_batched_tokens - len(plan)
+        to_read = sum([s.num_remaining_tokens for s in self.sequences if not s.decoding])
+        most = left // DRAFT_SHARE if to_read else left
+        drafts = speculator.plan([one.sequence for one in plan], num_others=min(to_read, left), most=most)
+        for place, one in enumerate(plan):
+            own = drafts.get(one.sequence)
+            if own is None:
+                continue
+            if one.sequence.num_pending:
+                plan[place] = one._replace(awaited=True)
+            elif self.cache.grow(one.sequence, one.stop + len(own)):
+                plan[place] = one._replace(drafts=tuple(own))
 
     def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
         if budget <= 0:
@@ -171,7 +201,7 @@ class Scheduler:
     def _blocks_to_finish(self, sequence: Sequence) -> int:
         """Blocks that a running sequence is still to get for the tokens that are known."""
         missing = self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        return missing + self._blocks_to_read(sequence)
+        return max(0, missing) + self._blocks_to_read(sequence)  # below zero: it has room for drafts
 
     def _blocks_to_read(self, sequence: Sequence) -> int:
         """Blocks that its readers, one at a time, are still to get beside its own."""
@@ -205,6 +235,7 @@ class Scheduler:
         if sequence.fetch is not None:
             sequence.fetch.cancelled, sequence.fetch = True, None
         self.cache.release(sequence)
+        sequence.drafter = None  # only who runs has one: so they are few
 
     def take_copies(self) -> list[Copy]:
         """Copies to make, in order, before the rows of the step that was scheduled last."""

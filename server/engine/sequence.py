@@ -18,6 +18,7 @@ from prerope.rope.model import ModelPositions
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import Matcher
 from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.speculation.speculator import Drafter
 from prerope.server.errors import InvalidRequest, RequestError
 
 UNKNOWN = -1
@@ -40,6 +41,7 @@ class EngineRequest:
         report_progress: also yield an output, without tokens, after each prefill chunk.
         deadline: when it is aborted, in seconds of `time.monotonic()`.
         documents: parts of the prompt that are read on their own, in order.
+        speculation: whether drafts of its output may be verified; they change no token.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class EngineRequest:
     report_progress: bool = False
     deadline: float = math.inf
     documents: tuple[DocumentSpan, ...] = ()
+    speculation: bool = True
 
 
 @dataclass(eq=False, slots=True)
@@ -71,6 +74,8 @@ class Sequence:
         state: the slots of its state, where layers keep one beside K and V; None before it is admitted.
         reader: reads the document that this sequence has come to, where that has not been read yet.
         fetch: blocks of its beginning or its documents that a tier is reading; it is not admitted before they are here.
+        drafter: says what may come next, once it decodes.
+        num_drafted, num_accepted: tokens that were drafted, and those of them that came true.
         documents_found: of each document that was copied, how many of its tokens were in the cache at the first try.
     """
 
@@ -91,6 +96,9 @@ class Sequence:
     state: SequenceState | None = None
     reader: Sequence | None = None
     fetch: Fetch | None = None
+    drafter: Drafter | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
     documents_found: dict[DocumentSpan, int] = field(default_factory=dict)
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -155,6 +163,11 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         return self.num_output_tokens > 0 and self.num_remaining_tokens == 1
+
+    @property
+    def num_more_drafts(self) -> int:
+        """The most that are of use behind its next token."""
+        return self.request.sampling.max_tokens - self.num_output_tokens - 1
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -243,6 +256,8 @@ class Sequence:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish_reason,
+            num_drafted_tokens=self.num_drafted,
+            num_accepted_tokens=self.num_accepted,
             document_cached_tokens=tuple(map(self._cached_of, self.request.documents)),
             timings=self._timings() if token_ids or finish_reason else None,
             failure=failure,

@@ -12,8 +12,9 @@ from prerope.server.engine import step
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.sampling import device as device_sampler
+from prerope.server.engine.sampling.choose import Arrival
 from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.step import Arrival, Step
+from prerope.server.engine.step import Step
 from prerope.server.models import batch
 from prerope.server.models.batch import Batch
 from prerope.server.models.model import Model

@@ -86,6 +86,12 @@ def wait_for_masks(sequences: Iterable[Sequence]) -> None:
         wait(late, IDLE_WAIT_S, FIRST_COMPLETED)
 
 
+def mask_is_ready(sequence: Sequence) -> bool:
+    """Whether it is known what may come next, now or in a moment."""
+    matcher = sequence.matcher
+    return matcher is None or bool(wait([matcher.ready], MASK_WAIT_S).done)
+
+
 def constrain(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> None:
     """Put −inf where a sequence's grammar forbids the token; logits [N, V], one row a sequence, in place.
 

@@ -1,0 +1,220 @@
+"""Speculation changes no token: with drafts and without, alone and in company, whatever is asked for and comes between.
+
+Drafts are of an oracle, which knows what comes, so that many come true, and lies, so that many do not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.cache.kernels.build import library
+from prerope.rope.spec import RopeSpec
+from prerope.server.engine import scheduler as scheduler_module
+from prerope.server.engine.sequence import Sequence
+from prerope.server.engine.speculation import verification
+from prerope.server.engine.speculation.history import GRAM, MAX_COMMON, History
+from prerope.server.engine.speculation.speculator import Speculator
+from prerope.server.engine.speculation.step_times import StepTimes
+from prerope.server.engine.speculation.verification import Verification
+from prerope.server.models.model import Model
+
+from tests.device import DEVICE
+from tests.engine.scripted_model import BLOCK, VOCABULARY, expected
+from tests.engine.test_overlap_histories import History as RandomHistory
+from tests.engine.tiny_models import (
+    assert_idle,
+    generate,
+    greedy,
+    prompt_of,
+    request,
+    run,
+    tiny,
+    tiny_engine,
+    tokens_of,
+)
+
+
+class Oracle(Speculator):
+    """Drafts what comes, as far as it pleases, and now and then what does not."""
+
+    def __init__(self, outputs: dict[str, list[int]], seed: int) -> None:
+        super().__init__(max_num_seqs=64)
+        self.random, self.outputs = random.Random(seed), outputs
+
+    def plan(self, decoding: Several[Sequence], *, num_others: int, most: int) -> dict[Sequence, list[int]]:
+        del num_others
+        found = {}
+        for one in decoding:
+            rest = self.outputs[one.request_id][one.num_output_tokens :]
+            drafts = rest[: min(self.random.randint(0, 5), one.num_more_drafts, most)]
+            if drafts and self.random.random() < 0.4:
+                place = self.random.randrange(len(drafts))
+                drafts[place:] = [(drafts[place] + 1) % VOCABULARY] * (len(drafts) - place)
+            if drafts and one.request.speculation:
+                found[one] = drafts
+                most -= len(drafts)
+        return found
+
+
+@pytest.fixture
+def histories(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[RandomHistory]]:
+    """Of requests of all kinds, added, aborted and preempted at random, over a cache that is too small for them."""
+    monkeypatch.setattr(scheduler_module, "DRAFT_SHARE", 1)
+
+    def run_all(overlap: bool) -> list[RandomHistory]:
+        found = [RandomHistory(seed, overlap=overlap) for seed in range(6)]
+        for seed, history in enumerate(found):
+            outputs = {name: expected(one) for name, one in history.requests.items()}
+            history.engine.scheduler.speculator = Oracle(outputs, seed)
+            history.run()
+        return found
+
+    return run_all
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_histories(histories: Callable[[bool], list[RandomHistory]], *, overlap: bool) -> None:
+    stats = [history.engine.stats() for history in histories(overlap)]
+    drafted, accepted = (sum(getattr(one, f"{name}_tokens") for one in stats) for name in ("drafted", "accepted"))
+    assert 300 < accepted < drafted - 100, (accepted, drafted)
+    assert sum(one.num_preemptions for one in stats) > 50
+    assert sum(one.prefix_hit_tokens for one in stats) > 500
+
+
+def remembering_all(manager: KVCacheManager, sequence: Any, start: int, stop: int | None = None) -> Any:
+    """As if every row of a step had come true."""
+    return remember(manager, sequence, start, None if stop is None else len(sequence.block_table) * BLOCK)
+
+
+remember = KVCacheManager.remember
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        pytest.param(Verification, "end", lambda _: None, id="numbers of rows that nobody asked for are lost"),
+        pytest.param(KVCacheManager, "remember", remembering_all, id="blocks of drafts are remembered"),
+        pytest.param(verification, "needs_host", lambda *_, **__: False, id="drafts are judged without their past"),
+    ],
+)
+def test_histories_see_what_is_missing(
+    owner: Any,
+    name: str,
+    broken: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    histories: Callable[[bool], list[RandomHistory]],
+) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises((AssertionError, ValueError, IndexError)):
+        histories(True)
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def model(request: pytest.FixtureRequest) -> Model:
+    parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    config = {"max_position_embeddings": 64, "rope_parameters": parameters}
+    return Model(tiny("llama", **config).to(getattr(torch, request.param)))
+
+
+METHODS = ("rope", "dynamic_leaky", "dual_chunk", "xpos", "dynamic_ntk:logn")
+
+
+def test_tokens_and_logprobs_to_the_bit(model: Model, decode_kernel: str) -> None:
+    """Over lengths at which readings change, in steps of few rows and of more than the one-call stack takes."""
+    if library() is None or DEVICE != "cpu" or torch.cpu._is_amx_tile_supported():
+        pytest.skip(decode_kernel)
+    engine = tiny_engine(model, max_model_len=512, cache_dtype=model.dtype, speculation="off")
+    asked = []
+    for number, method in enumerate(METHODS):
+        positions = engine.resolve_positions(RopeSpec.parse(method))
+        drawn = greedy(60, temperature=0.8, top_p=0.9, seed=3, logprobs=2, presence_penalty=0.5)
+        for one in (greedy(60, logprobs=2), drawn):
+            asked.append(request(str(len(asked)), prompt_of(30, number), one, positions))
+    alone = run(engine, asked)
+    for num_seqs in (1, 10):
+        engine = tiny_engine(model, max_model_len=512, cache_dtype=model.dtype, max_num_seqs=num_seqs)
+        engine.scheduler.speculator = Oracle({name: tokens_of(outputs) for name, outputs in alone.items()}, num_seqs)
+        found = run(engine, asked)
+        assert_idle(engine)
+        assert 200 < engine.stats().accepted_tokens < engine.stats().drafted_tokens
+        assert [one.logprobs for own in found.values() for one in own] == [
+            one.logprobs for own in alone.values() for one in own
+        ]
+
+
+@given(
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=120)
+    | st.lists(st.integers(0, 40000), max_size=40, min_size=1),
+    prompt=st.integers(1, 120),
+)
+def test_history_is_at_the_place_with_most_in_common(tokens: list[int], prompt: int) -> None:
+    history = History(tokens)
+    history.read(min(prompt, len(tokens)))
+    for end in range(history.num_known, len(tokens) + 1):
+        place = history.place
+        if place is not None:
+            assert tokens[place - GRAM : place] == tokens[end - GRAM : end]
+            assert place < end
+            assert history.expected(3)[0] == tokens[place]
+        else:
+            ends = [tokens[at - GRAM : at] for at in range(GRAM, end)]
+            assert end < GRAM or tokens[end - GRAM : end] not in ends
+        if end < len(tokens):
+            expected = None if place is None else tokens[place] == tokens[end]
+            assert history.follow(tokens[end]) == expected
+
+
+def test_a_long_history_is_found_again() -> None:
+    """Read at once or token after token, across the sizes at which its tables grow."""
+    past = [(n * n * 7919) % 5003 for n in range(5000)]
+    tokens = past + past[1234:1300]
+    for read in (1, 1023, 5000):
+        history = History(tokens)
+        history.read(read)
+        for token in tokens[read:]:
+            history.follow(token)
+        assert history.place == 1300
+        assert history.common >= MAX_COMMON
+        assert history.expected(5) == past[1300:1305]
+
+
+def test_expected_tokens_go_round() -> None:
+    history = History([1, 2, 3, 1, 2, 3])
+    history.read(6)
+    assert history.expected(7) == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_steps_of_rows_that_cost_too_much_have_no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same requests: where each row costs a step, where rows are free, and where one asks for none."""
+    model, prompt = Model(tiny("llama")), prompt_of(5, 1) * 8
+    drafted = []
+    for power in (1, 0):
+        costs = {n: float(n**power) for n in range(1, 300)}
+        monkeypatch.setattr(StepTimes, "of", lambda _, n, k, costs=costs: np.array([costs[n + m] for m in range(k)]))
+        engine = tiny_engine(model)
+        generate(engine, [prompt], greedy(40))
+        drafted.append(engine.stats().drafted_tokens)
+        run(engine, [request("off", prompt, greedy(40), speculation=False)])
+        assert engine.stats().drafted_tokens == drafted[-1]
+    assert drafted[0] == 0 < drafted[1]
+
+
+def test_step_times() -> None:
+    times = StepTimes()
+    assert times.of(1, 2) is None
+    for seconds in (1.0, 9.0, 1.0):
+        times.add(1, seconds)  # the second was late by chance
+    times.add(9, 5.0)
+    assert times.of(1, 9).tolist() == [1 + n / 2 for n in range(9)]  # type: ignore[union-attr]
+    beyond = times.of(9, 3)
+    assert beyond is not None
+    assert 5.0 == beyond[0] < beyond[1] < beyond[2] < 5.5
