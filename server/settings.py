@@ -124,6 +124,7 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidat
 GenerationConfig = Annotated[Literal["auto", "none"], BeforeValidator(_lower)]
 PrefixSharing = Annotated[Literal["key", "all"], BeforeValidator(_lower)]
 WeightQuantization = Annotated[Literal["none", "int8"], BeforeValidator(_lower)]
+Speculation = Annotated[Literal["auto", "off"], BeforeValidator(_lower)]
 LogFormat = Annotated[Literal["text", "json"], BeforeValidator(_lower)]
 
 MEBIBYTE = 2**20
@@ -321,6 +322,11 @@ class Settings(BaseSettings):
     )
     cuda_graphs: bool = Field(
         default=True, description="On a GPU, launch a decode step as one CUDA graph; they are captured at the start"
+    )
+    speculation: Speculation = Field(
+        default="auto",
+        description="auto: guess tokens ahead, from what a sequence has read and written before, and check them in one "
+        "step, where that is faster. No token changes",
     )
     kv_cache_dtype: Dtype = Field(default="auto", description="Of keys and values; auto: as the activations")
     prefix_caching: bool = Field(

@@ -170,6 +170,7 @@ def admit(
             report_progress=request.output.report_progress,
             deadline=deadline,
             documents=prompt.documents,
+            speculation=request.speculation,
         )
         for index, (prompt, sampling) in enumerate(prompts)
     ]

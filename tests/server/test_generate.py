@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def test_logprobs_are_the_models(http: httpx.Client, model: PreTrainedModel, tok
 def test_a_reply_has_what_the_wire_promises(http: httpx.Client) -> None:
     reply = generate(http, max_tokens=3)
     assert set(reply) == {"id", "text", "token_ids", "finish_reason", "usage", "rope", "timings"}
-    assert set(reply["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens"}
+    counts = {"prompt_tokens", "completion_tokens", "cached_tokens", "drafted_tokens", "accepted_tokens"}
+    assert set(reply["usage"]) == counts
     assert "method" in reply["rope"]
     assert set(reply["timings"]) == {"queue_s", "prefill_s", "decode_s"}
     assert all(seconds >= 0 for seconds in reply["timings"].values())
@@ -229,3 +231,30 @@ def test_a_special_token_as_a_stop_string_ends_the_reply(http: httpx.Client, sto
     reply = generate(http, max_tokens=6, stop=[stop], logit_bias={"1": 100})
     assert reply["finish_reason"] == "stop"
     assert reply["text"] == ""
+
+
+SCHEMA = {"type": "array", "items": {"enum": ["abc", "abd"]}, "minItems": 12, "maxItems": 12}
+
+
+def test_speculation_changes_no_token(http: httpx.Client) -> None:
+    """The same replies, as a stream too, where few words are to choose from, so that what was said comes again."""
+    accepted, told = 0, ("text", "token_ids", "finish_reason", "logprobs")
+    few: dict[str, Any] = {"allowed_token_ids": [260, 351]}
+    for more in (
+        {"temperature": 0},
+        {"temperature": 0, "logprobs": 3, **few},
+        {"temperature": 0.7, "seed": 5, **few},
+        {"temperature": 0, "frequency_penalty": 0.05, "logprobs": 0, **few},
+        {"temperature": 0.5, "seed": 1, "json_schema": SCHEMA},
+    ):
+        body: dict[str, Any] = {"prompt": (PROMPT + " ") * 4, "max_tokens": 60, "ignore_eos": True, **more}
+        off, auto = (generate(http, speculation=choice, **body) for choice in ("off", "auto"))
+        assert off["usage"]["drafted_tokens"] == off["usage"]["accepted_tokens"] == 0
+        assert [off.get(name) for name in told] == [auto.get(name) for name in told]
+        assert auto["usage"]["accepted_tokens"] <= auto["usage"]["drafted_tokens"]
+        accepted += auto["usage"]["accepted_tokens"]
+    assert accepted > 20
+    with http.stream("POST", "/generate", json={**body, "stream": True}) as stream:
+        events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    assert [token for event in events for token in event.get("token_ids", ())] == off["token_ids"]
+    assert http.post("/generate", json={"prompt": PROMPT, "speculation": "on"}).status_code == 400

@@ -156,6 +156,8 @@ def test_metrics_count_what_happened_under_vllms_names(http: httpx.Client) -> No
     assert grew(f"vllm:time_to_first_token_seconds_count{label}") == 1
     assert grew(f"vllm:inter_token_latency_seconds_count{label}") == 4
     assert grew(f"vllm:e2e_request_latency_seconds_count{label}") == 1
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert grew(f"vllm:spec_decode_{name}_total{label}") >= 0
     assert grew('vllm:request_success_total{finished_reason="length",model_name="tiny-llama"}') == 1
     assert grew('prerope:http_requests_total{handler="/generate",method="POST",status="200"}') == 1
     assert after[f"vllm:num_requests_running{label}"] == 0

@@ -134,6 +134,7 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "rope_per_request": False,
         "kv_cache_dtype": "float16",
         "prefix_caching": False,
+        "speculation": "off",
         "max_queued_requests": 5,
         "max_queued_tokens": 6,
         "request_timeout_s": 7.5,

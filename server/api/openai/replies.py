@@ -37,9 +37,15 @@ def usage(generations: Sequence[Generation], num_choices: int) -> dict[str, Any]
     firsts = [generation.usage for generation in generations[::num_choices]]
     num_prompt = sum(one.prompt_tokens for one in firsts)
     num_completion = sum(generation.usage.completion_tokens for generation in generations)
+    accepted = sum(generation.usage.accepted_tokens for generation in generations)
+    drafted = sum(generation.usage.drafted_tokens for generation in generations)
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
         "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in firsts)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        },
     }

@@ -54,11 +54,16 @@ class ScoredToken(TokenLogprob):
 
 
 class TokenUsage(ReplyBody):
-    """Tokens of one request; `cached_tokens` of the prompt came from the prefix cache."""
+    """Tokens of one request; `cached_tokens` of the prompt came from the prefix cache.
+
+    Of the output, `drafted_tokens` were guessed ahead of their step, and `accepted_tokens` of these were right.
+    """
 
     prompt_tokens: Count
     completion_tokens: Count
     cached_tokens: Count
+    drafted_tokens: Count
+    accepted_tokens: Count
 
 
 class PhaseTimings(ReplyBody):
@@ -141,6 +146,13 @@ class PromptTokensDetails(ReplyBody):
     cached_tokens: Count
 
 
+class CompletionTokensDetails(ReplyBody):
+    """Tokens that were guessed ahead of their step, and were right or not; a wrong one costs time and nothing else."""
+
+    accepted_prediction_tokens: Count
+    rejected_prediction_tokens: Count
+
+
 class OpenAIUsage(ReplyBody):
     """Tokens of the whole request; a prompt is counted once, whatever its number of choices."""
 
@@ -148,6 +160,7 @@ class OpenAIUsage(ReplyBody):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class CompletionLogprobs(ReplyBody):

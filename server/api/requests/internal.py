@@ -113,6 +113,7 @@ class GenerationRequest:
         constraint: what the text of each reply has to match.
         rope: the position method, where the request chooses one.
         timeout_s: seconds from the request's arrival.
+        speculation: whether drafts of the reply may be verified; they change no token.
     """
 
     input: Sequence[Prompt] | Chat
@@ -126,3 +127,4 @@ class GenerationRequest:
     cache_salt: str = ""
     priority: int = 0
     timeout_s: float | None = None
+    speculation: bool = True

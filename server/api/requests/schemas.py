@@ -218,6 +218,9 @@ class SamplingFields(RequestBody):
     timeout_s: float | None = Field(
         None, gt=0, le=INT32_MAX, description="Seconds until it is aborted; REQUEST_TIMEOUT_S holds beside it."
     )
+    speculation: Literal["auto", "off"] = Field(
+        "auto", description="Guess tokens ahead from the text so far, where SPECULATION allows it: no token changes."
+    )
     rope: RopeFields | None = None
 
     def sampling(self, **more: Any) -> Sampling:
@@ -238,6 +241,7 @@ class SamplingFields(RequestBody):
             "cache_salt": self.cache_salt,
             "priority": self.priority,
             "timeout_s": self.timeout_s,
+            "speculation": self.speculation == "auto",
         }
 
 

@@ -31,11 +31,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one sequence. Tokens that a stop string cut from the reply were generated, and count."""
+    """Tokens of one sequence. Tokens that a stop string cut from the reply were generated, and count.
+
+    drafted_tokens and accepted_tokens: see `server.engine.speculation`.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,8 @@ class Generation:
             prompt_tokens=output.num_prompt_tokens,
             completion_tokens=self.usage.completion_tokens + len(output.token_ids),
             cached_tokens=output.num_cached_tokens,
+            drafted_tokens=output.num_drafted_tokens,
+            accepted_tokens=output.num_accepted_tokens,
         )
 
     def _end(self, reason: FinishReason) -> None:
