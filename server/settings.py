@@ -326,7 +326,7 @@ class Settings(BaseSettings):
     speculation: Speculation = Field(
         default="auto",
         description="auto: guess tokens ahead, from what a sequence has read and written before, and check them in one "
-        "step, where that is faster. No token changes",
+        "step, where that is faster. No token changes. Not for models with recurrent layers",
     )
     kv_cache_dtype: Dtype = Field(default="auto", description="Of keys and values; auto: as the activations")
     prefix_caching: bool = Field(

@@ -110,7 +110,9 @@ class History:
         ids = np.array(self.token_ids[:num_known], dtype=np.uint32)
         for begin in range(GRAM, num_known + 1, _CHUNK):
             ends = np.arange(begin, min(begin + _CHUNK, num_known + 1))
-            mixed = sum((ids[ends - GRAM + n] * np.uint32(prime) for n, prime in enumerate(_PRIMES)), np.uint32(0))
+            mixed = np.zeros(len(ends), dtype=np.uint32)
+            for n, prime in enumerate(_PRIMES):
+                mixed += ids[ends - GRAM + n] * np.uint32(prime)
             chains = mixed >> np.uint32(32 - self._bits)
             order = np.argsort(chains, kind="stable")
             same = chains[order][1:] == chains[order][:-1]

@@ -26,7 +26,7 @@ EXACT = 32
 def _bucket(rows: int) -> int:
     if rows <= EXACT:
         return rows
-    unit = 2 ** (rows.bit_length() - 4)
+    unit = 1 << (rows.bit_length() - 4)
     return rows // unit * unit
 
 
