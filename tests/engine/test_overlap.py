@@ -145,6 +145,7 @@ def test_what_would_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Unread]:
     class MetaModel:
         layers: tuple[()] = ()
+        states: tuple[()] = ()
         device = torch.device("meta")
         dtype = torch.float32
         vocab_size = VOCABULARY
