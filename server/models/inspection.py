@@ -7,6 +7,7 @@ be exactly that quarter turn, in the half or in the interleaved pairing: a norm 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from prerope.rope.frequencies import Rotary, unrotated
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.models.raw_keys import OWN_MASK, RawKeyModel, cannot_serve
+from prerope.server.models.recurrent.finding import attends_on_its_own, keeps_states
 from prerope.server.models.recurrent.layers import RecurrentLayer
 from prerope.server.models.trials import PROBE_LENGTH, Seen, named_lengths, probe_ids, relative_difference, run_trial
 from prerope.server.models.turning import RawKeyLayer, Turning, as_found, find_turning, raw_key_layer
@@ -38,8 +40,8 @@ def inspect_layers(
     base = _base_run(raw)
     for seen in base:
         _check_mask(raw, seen)
-    if recurrent and not base:
-        raise cannot_serve(raw, "none of its layers attends, so it has no keys to keep")
+    if not base and keeps_states(raw):
+        raise cannot_serve(raw, "none of its layers attends: it keeps recurrent states alone, and no keys")
     _check_rows(raw, base)
     _check_count(raw, base, recurrent)
     names = {module: name for name, module in raw.model.named_modules()}
@@ -132,9 +134,15 @@ def _check_rows(raw: RawKeyModel, base: list[Seen]) -> None:
 
 
 def _mixing_module(raw: RawKeyModel, ids: Tensor, other: Tensor) -> str:
-    """The innermost module whose rows depend on another row, as a reason."""
-    before, after = (_every_output(raw, prompt) for prompt in (ids, other))
+    """The innermost module whose rows depend on another row, or the attention that it is in, as a reason."""
     names = {module: name for name, module in raw.model.named_modules()}
+    alone = attends_on_its_own(raw)
+    if alone is not None:
+        return (
+            f"{names[alone]} ({type(alone).__name__}) attends in code of its own and not through transformers' attention "
+            f"interface{_alibi(raw)}, so its keys cannot be kept raw"
+        )
+    before, after = (_every_output(raw, prompt) for prompt in (ids, other))
     for (module, was), (_, now) in zip(before, after, strict=True):
         if _mixed(was[:, 1:], now[:, 1:]):
             where = f"{names[module]} ({type(module).__name__})"
@@ -142,9 +150,17 @@ def _mixing_module(raw: RawKeyModel, ids: Tensor, other: Tensor) -> str:
     else:
         return "none of its layers attends through the shared attention interface"
     return (
-        f"{where} takes something from one token to the next that is not a key and a value of the shared attention "
-        "interface: a recurrent or convolutional state, or attention in code of its own"
+        f"{where} takes something from one token to the next that is not a key and a value, and not a state in "
+        "transformers' cache either"
     )
+
+
+def _alibi(raw: RawKeyModel) -> str:
+    """A remark on models whose scores have a bias by distance."""
+    entries = [vars(raw.text_config), vars(getattr(raw.text_config, "attn_config", None) or object)]
+    told = [entry["alibi"] for entry in entries if isinstance(entry.get("alibi"), bool)]
+    builds = any("alibi" in name for name in vars(sys.modules[type(raw.model).__module__]))
+    return ", with a bias by distance (ALiBi) on its scores" if (any(told) if told else builds) else ""
 
 
 def _mixed(was: Tensor, now: Tensor) -> bool:
@@ -253,6 +269,11 @@ def _refusal(config: Any) -> str | None:
     if config.model_type == "paligemma":
         return (
             "a row of its prompt reads what follows it, too (a prefix language model), and raw keys are read causally"
+        )
+    if getattr(text, "compress_rates", None):
+        return (
+            "some of its layers make one key of several tokens, and its values are turned with its keys: neither is a "
+            "raw key and value of one token"
         )
     if text.model_type.startswith("hunyuan"):
         return "it normalises queries and keys after the rotation, so its attention does not read rotated raw keys"

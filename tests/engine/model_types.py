@@ -130,20 +130,41 @@ MLA: dict[str, Any] = {"num_key_value_heads": 4}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_expand": 2, "mamba_d_ssm": 128}
 
+INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
+DOTS3 = {
+    **MLA,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
+
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 HALF = PLAIN | {"partial_rotary_factor": 0.5}
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v3", "deepseek_v32", "dots3_note_text"), MLA),
+    **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v3", "deepseek_v32"), MLA),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"), MLA),
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "falcon_h1": MAMBA,
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "blt": {"encoder_hash_byte_group_vocab": 128},
     "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
     "deepseek_v2": MLA | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
-    "dots3_note": {"text_config": MLA},
+    "dots3_note": {"text_config": DOTS3},
+    "dots3_note_text": DOTS3,
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96] * LAYERS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -159,8 +180,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "olmo": {"clip_qkv": 0.5},
     "phimoe": {"sliding_window": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * LAYERS},
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2},
+    "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8, "attention_hidden_size": 128, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a type's tiny config needs beside the sizes."""
@@ -185,7 +209,7 @@ def _shrunk(cls: Any, special: dict[str, Any]) -> dict[str, Any]:
             options[name] = [kinds[place % len(kinds)] for place in range(LAYERS)]
         elif name in own.sub_configs and value is not None:
             options[name] = _shrunk(type(getattr(own, name)), special.get(name, {}))
-    return options | special
+    return options | {name: value for name, value in special.items() if name not in own.sub_configs}
 
 
 MOST_PARAMETERS = 20_000_000

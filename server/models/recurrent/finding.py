@@ -1,4 +1,8 @@
-"""Which modules of a model keep states of a sequence, and where they take a cache, found by a trial run."""
+"""Which modules of a model keep something in a cache, and where they take it, found by a trial run.
+
+Those that keep states of a sequence are run by `recurrent.layers`. Those that keep keys there and do not attend through
+transformers' attention interface cannot be served.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 
 import torch
 from prerope.cache.storage import StateShape
-from prerope.server.models.raw_keys import HANDLER, RawKeyModel, UnknownAttention
+from prerope.server.models.raw_keys import HANDLER, AttentionCall, RawKeyModel, UnknownAttention
 from prerope.server.models.recurrent.layers import RecurrentLayer, StateName
 from prerope.server.models.trials import own_values, probe_ids
 from torch import Tensor, nn
@@ -17,12 +21,24 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 
 class _Watched(DynamicCache):  # type: ignore[misc]
-    """A cache that takes note of which module asks it for states."""
+    """A cache that takes note of which modules give it states or keys, and which attend."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         self.entered: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         self.asked: dict[nn.Module, tuple[int, str | int, dict[StateName, None]]] = {}
+        self.given_keys: dict[nn.Module, None] = {}
+        self.attended: set[nn.Module] = set()
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
+        """An attention handler."""
+        self.attended.add(module)
+        return own_values(module, query, key, value, call)
+
+    def update(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        self.given_keys[self.entered[-1][0]] = None
+        kept: tuple[Tensor, Tensor] = super().update(*arguments, **options)
+        return kept
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Tensor:
         self._note(layer_idx, StateName("conv_states", state_idx))
@@ -47,20 +63,41 @@ class _Watched(DynamicCache):  # type: ignore[misc]
         self.asked.setdefault(module, (index, argument, {}))[2][name] = None
 
 
-def find_recurrent(raw: RawKeyModel) -> tuple[RecurrentLayer, ...]:
-    """The modules of a model that keep states in transformers' way; their forwards are replaced."""
+def _watch(raw: RawKeyModel) -> _Watched | None:
+    """A forward of the probe prompt with a cache; None where the model takes none of transformers' kind."""
     try:
         cache = _Watched(raw.model.config)
-        if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
-            return ()
         with torch.inference_mode(), _entering(raw.model, cache):
-            ids, token = probe_ids(raw.text_config.vocab_size, raw.model.device)[None], HANDLER.set(own_values)
+            ids, token = probe_ids(raw.text_config.vocab_size, raw.model.device)[None], HANDLER.set(cache.attend)
             try:
                 raw.model(input_ids=ids, past_key_values=cache, use_cache=True)
             finally:
                 HANDLER.reset(token)
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, StopIteration, UnknownAttention):
-        return ()  # another way: inspection says what it is
+        return None  # another way: inspection says what it is
+    return cache
+
+
+def attends_on_its_own(raw: RawKeyModel) -> nn.Module | None:
+    """The first module that keeps keys in a cache and reads them in code of its own."""
+    cache = _watch(raw)
+    return None if cache is None else next((one for one in cache.given_keys if one not in cache.attended), None)
+
+
+def keeps_states(raw: RawKeyModel) -> bool:
+    """Whether transformers' cache has states for any layer, by the model's config."""
+    try:
+        layers = DynamicCache(config=raw.model.config).layers
+    except (TypeError, ValueError, AttributeError, LookupError):
+        return False
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+def find_recurrent(raw: RawKeyModel) -> tuple[RecurrentLayer, ...]:
+    """The modules of a model that keep states in transformers' way; their forwards are replaced."""
+    cache = _watch(raw) if keeps_states(raw) else None
+    if cache is None:
+        return ()
     layers, names = list[RecurrentLayer](), {module: name for name, module in raw.model.named_modules()}
     for module, (index, argument, asked) in cache.asked.items():
         kept = cache.layers[index]
