@@ -139,8 +139,8 @@ def _mixing_module(raw: RawKeyModel, ids: Tensor, other: Tensor) -> str:
     alone = attends_on_its_own(raw)
     if alone is not None:
         return (
-            f"{names[alone]} ({type(alone).__name__}) attends in code of its own and not through transformers' attention "
-            f"interface{_alibi(raw)}, so its keys cannot be kept raw"
+            f"{names[alone]} ({type(alone).__name__}) attends in code of its own and not through transformers' "
+            f"attention interface{_alibi(raw)}, so its keys cannot be kept raw"
         )
     before, after = (_every_output(raw, prompt) for prompt in (ids, other))
     for (module, was), (_, now) in zip(before, after, strict=True):

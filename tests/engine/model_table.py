@@ -34,9 +34,9 @@ then equal to transformers' own logits below and beyond every length that the co
 piece, in chunks of 7 and one token at a time; or refused, and why. Whether a checkpoint is served is found out anew at
 every start, on its own weights. Made by `python -m tests.engine.model_table`, held by tests/engine/test_model_types.py.
 
-Types that attend in code of their own (BLOOM, MPT, Falcon, GPT-J, CodeGen, GPT-Neo, XGLM) give this server no place to put
-raw keys in. Each would need a forward of its own here, beside the one path that all others share, ALiBi as a part of a
-reading besides; the newest of them is of 2023, so they are left out.
+Types that attend in code of their own (BLOOM, MPT, Falcon, GPT-J, CodeGen, GPT-Neo, XGLM) give this server no place to
+put raw keys in. Each would need a forward of its own here, beside the one path that all others share, and ALiBi besides;
+the newest of them is of 2023, so they are left out.
 
 """
 
