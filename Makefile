@@ -5,7 +5,7 @@
 #   make test-slow   the tests that take long by themselves: a soak, GPU stages at toy size, whole processes
 #   make check   format, lint, types, import direction, docs drift
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
-#   make gpu     kernels, decode steps and tests on a CUDA card, into bench/out/gpu   (ARGS="--tests 0": ten minutes)
+#   make gpu     kernels, decode steps and tests on a CUDA card, into bench/out/gpu   (ARGS="A B": under twelve minutes)
 #   make soak    twenty minutes of mixed traffic: does anything leak    (ARGS="--minutes 3")
 #   make docs    the settings in README.md and docker/compose.yaml and the page of methods, written from the code
 #   make lock    the packages of the docker images, resolved anew

@@ -23,8 +23,9 @@ RAW = "raw"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which cases: (batch, context) of decode, rows of prefill, and the sequences of the check of correctness.
+    """Which cases: (batch, context) of decode, rows of prefill, and the sequences of each check of correctness.
 
+    checked: (start, count) of sequences, by the name of the check.
     judged_bytes, judged_rows: keys and values of decode, and rows of prefill, from which a case is held to targets.
     """
 
@@ -34,7 +35,7 @@ class Plan:
     dtype: torch.dtype
     decode: tuple[tuple[int, int], ...]
     prefill: tuple[int, ...]
-    checked: tuple[tuple[int, int], ...]  # (start, count) of sequences
+    checked: dict[str, tuple[tuple[int, int], ...]]
     block_size: int
     most_bytes: int  # of keys and values; larger cases are left out
     judged_bytes: int
@@ -59,7 +60,12 @@ FULL = Plan(
     dtype=torch.bfloat16,
     decode=tuple((batch, context) for batch in (1, 8, 32) for context in (4096, 32768, 131072)),
     prefill=(2048, 8192, 32768, 65536),
-    checked=((131_000, 1), (9000, 1), (700, 1), (0, 1), (8100, 300), (0, 130)),
+    checked={
+        "131k": ((131_000, 1), (130_944, 1)),
+        "9k": ((9000, 1), (8191, 1), (8192, 1)),
+        "700": ((700, 1), (0, 1), (63, 1), (64, 1)),
+        "chunks": ((8100, 300), (0, 130), (700, 1)),
+    },
     block_size=16,
     most_bytes=20 * 10**9,  # a peer needs them once more, and SDPA's layout half of them again: 43 GB
     judged_bytes=5 * 10**8,
@@ -73,7 +79,7 @@ TOY = replace(
     dtype=torch.float16,  # the interpreter cuts bf16 off where a GPU rounds, which doubles the error
     decode=((2, 96),),
     prefill=(96,),
-    checked=((100, 1), (0, 1), (60, 20)),
+    checked={"rows": ((100, 1), (0, 1)), "chunks": ((60, 20), (90, 1))},
     judged_bytes=0,
     judged_rows=0,
 )
@@ -145,9 +151,18 @@ def low_precision(step: Step) -> Tensor:
             )
             for cache in (step.keys, step.values)
         )  # fmt: skip
-        method = step.options.method(sequence)
-        assert method is not None
-        scores = method_scores(step.query[rows], key, method, sequence.start) * step.options.scale
+        scores = _scores(step.query[rows], key, sequence, step.options) * step.options.scale
         weights = scores.float().softmax(-1).to(value.dtype)
         out[rows] = torch.einsum("hij,jhd->ihd", weights, value)
     return out
+
+
+def _scores(query: Tensor, key: Tensor, sequence: SequenceRows, options: AttentionOptions) -> Tensor:
+    method = options.method(sequence)
+    if method is not None:
+        return method_scores(query, key, method, sequence.start)
+    later = (
+        torch.arange(len(key), device=key.device)
+        > sequence.start + torch.arange(len(query), device=key.device)[:, None]
+    )
+    return torch.einsum("ihd,jhd->hij", query, key).masked_fill(later, float("-inf"))

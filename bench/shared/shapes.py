@@ -84,5 +84,8 @@ TOY_SHAPE = AttentionShape(4, 2, 16, 10_000.0, 64)
 
 MODELS = {
     "llama-3-8b": ModelShape(SHAPES["llama-3-8b"], layers=32, hidden=4096, intermediate=14336, vocabulary=128256),
+    "tiny": ModelShape(
+        AttentionShape(4, 1, 128, 500_000.0, 256), layers=2, hidden=512, intermediate=1024, vocabulary=1024
+    ),
     "toy": ModelShape(TOY_SHAPE, layers=2, hidden=64, intermediate=128, vocabulary=256),
 }

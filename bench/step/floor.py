@@ -143,6 +143,7 @@ def load_engine(shape: ModelShape, asked: argparse.Namespace, say: Callable[[str
         dtype="bfloat16" if asked.dtype == "auto" else asked.dtype,
         device=str(device),
         rope=RopeSpec(method=asked.methods[0]),
+        rope_per_request=False,  # no start waits for kernels of methods that are not asked for here
         max_model_len=longest(context, asked.steps, max(asked.rows)),
         max_num_seqs=max(asked.rows),
         max_batched_tokens=max(asked.budget, BLOCK_SIZE * max(asked.rows)),

@@ -54,7 +54,7 @@ class Found:
         found = [
             Target(
                 f"decode step ÷ floor, batch {batch}",
-                1.3,
+                1.25,
                 False,
                 {f"{m}, {n:,}": self.over_floor((m, rows, n)) for m, rows, n in self.decode if rows == batch},
             )

@@ -1,10 +1,8 @@
-"""bench.gpu: one command from end to end at toy size; a stage that fails or hangs keeps no other from running."""
+"""bench.gpu: from end to end at toy size; what fails or hangs keeps nothing else from running; runs are compared."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -12,72 +10,101 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import BenchError, gpu
+from bench import BenchError
+from bench.gpu import __main__ as gpu
+from bench.gpu.figures import compared, results
+from bench.gpu.running import run, run_all
+from bench.gpu.stages import LIMITS, PARTS, Stage, stages
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-def test_a_toy_run_leaves_tables_to_paste(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--toy", "--out", str(tmp_path)]) == 0, capfd.readouterr().out
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"{n}.{s}" for n in ("kernels", "step") for s in ("json", "md", "log")} | {"results.md"}
-    text = (tmp_path / "results.md").read_text()
-    assert text.startswith(
-        "## GPU: the CPU\n\n```sh\npython -m bench.gpu --toy --kernels 4 --step 3.5 --tests 0\n```\n"
-    )
-    for line in ("| decode | toy | rerope | 2 | 96 |", "| decode 2 x 96 | rope |"):
+def test_a_toy_run_leaves_tables_and_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["A", "B", "--toy", "--out", str(tmp_path)]) == 0, capfd.readouterr().out
+    text, found = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
+    assert text.startswith("## GPU: the CPU\n\n```sh\npython -m bench.gpu A B --toy\n```\n")
+    measured = ("check-rows", "check-chunks", "tiny", "judged", "step", "sweep", "methods")
+    assert [found["endings"][name] for name in measured] == ["done"] * len(measured)
+    for line in (
+        "| decode | toy | rerope | 2 | 96 |",
+        "| decode 2 x 96 | rope |",
+        "| two engines in turn | as alone |",
+    ):
         assert line in text
-    assert re.findall(r"\| (\w+) \| \d+\.\d \| done \|", text) == ["kernels", "step"]
-    assert text.count("| target | wanted | found | worst case | verdict |") == 2
     assert str(tmp_path) not in text
-    for name in ("kernels", "step"):
-        assert json.loads((tmp_path / f"{name}.json").read_text())["failures"] == {}
-    assert re.search(r"kernels: done after .* minutes; ", capfd.readouterr().out)
+    for figure in ("judged: decode toy 2 x 96 rope, ms", "check-rows: toy rows rerope peaked, error",
+                   "step: decode 2 x 96 rope, ms", "sweep: prefill toy 1 x 96 rope: shipped, ms"):  # fmt: skip
+        assert found["figures"][figure] > 0, figure
+    assert gpu.main(["A", "--toy", "--only", "about", "--out", str(tmp_path / "again"),
+                     "--beside", str(tmp_path / "results.json")]) == 0  # fmt: skip
+    assert "### Beside an earlier run" in (tmp_path / "again" / "results.md").read_text()
 
 
-def stage(name: str, program: str, limit_s: float = 60.0) -> gpu.Stage:
-    return gpu.Stage(name, [sys.executable, "-c", program], limit_s, {"ASKED": "for"})
+def stage(name: str, program: str, limit_s: float = 60.0, **options: str) -> Stage:
+    return Stage(name, [sys.executable, "-c", program], limit_s, {"ASKED": "for"}, **options)
 
 
 def test_how_a_stage_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wrong.json").write_text("of an earlier run")
-    done = gpu.run(stage("done", "import os; print('asked', os.environ['ASKED']); print()"), tmp_path)
-    assert done[2:] == ["done", "asked for"]
+    done = run(stage("done", "import os; print('asked', os.environ['ASKED']); print()"), tmp_path)
+    assert (done.told, done.last, done.failed) == ("done", "asked for", False)
     assert (tmp_path / "done.log").read_text() == "asked for\n\n"
-    wrong = gpu.run(stage("wrong", "import sys; print('before', flush=True); sys.exit(3)"), tmp_path)
-    assert wrong[2:] == ["failed, status 3", "before"]
+    wrong = run(stage("wrong", "print('before', flush=True); raise ValueError('kept')"), tmp_path)
+    assert (wrong.told, wrong.last, wrong.failed) == ("failed, status 1", "ValueError: kept", True)
+    assert "Traceback" in (tmp_path / "wrong.log").read_text()
     assert not (tmp_path / "wrong.json").exists()
+    missing = run(stage("missing", "", tool="no-such-tool"), tmp_path)
+    assert (missing.told, missing.failed) == ("left out: there is no no-such-tool", False)
     began = time.monotonic()
-    # A child of the stage that keeps its output open is ended too.
+    # A child of the stage that keeps its output open is ended too; the one beside it goes on.
     hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    cut = gpu.run(stage("cut", hangs, limit_s=0.5), tmp_path)
-    assert cut[2] == "ended at its limit"
+    cut, beside = run_all([stage("cut", hangs, limit_s=1.0), stage("beside", "print('ran')")], tmp_path)
+    assert (cut.told, beside.last) == ("ended at its limit", "ran")
     assert time.monotonic() - began < 30
-    text = gpu.results([done, wrong, cut], "python -m bench.gpu", tmp_path)
+    text = results([done, wrong, cut], "python -m bench.gpu A", tmp_path, None)
     assert "## GPU: not measured" in text
-    assert "Its last line: `before`" in text
-    assert "asked for" in capfd.readouterr().out
+    assert "Its last line: `ValueError: kept`" in text
+    assert "done: asked for" in capfd.readouterr().out
 
 
-def test_a_failed_stage_fails_the_run_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = [stage("first", "import sys; sys.exit(1)"), stage("second", "print('ran')")]
-    monkeypatch.setattr(gpu, "stages", lambda _: both)
-    assert gpu.main(["--toy", "--out", str(tmp_path)]) == 1
-    assert (tmp_path / "second.log").read_text() == "ran\n"
-    assert "| first | 0.0 | failed, status 1 |" in (tmp_path / "results.md").read_text()
+def test_a_failed_stage_fails_the_run_and_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [
+        [stage("check-1", "import sys; sys.exit(1)"), stage("check-2", "print('ran')")],
+        [stage("sanitizer", "print('looked')", after="check")],
+        [stage("other", "print('looked')", after="tiny")],
+    ]
+    monkeypatch.setattr(gpu, "stages", lambda *_, **__: groups)
+    assert gpu.main(["A", "--toy", "--out", str(tmp_path)]) == 1
+    endings = json.loads((tmp_path / "results.json").read_text())["endings"]
+    assert endings == {"check-1": "failed, status 1", "check-2": "done", "sanitizer": "done"}
+    groups[0][0] = stage("check-1", "")
+    assert gpu.main(["A", "--toy", "--out", str(tmp_path)]) == 0
+    assert list(json.loads((tmp_path / "results.json").read_text())["endings"]) == ["check-1", "check-2"]
 
 
-def test_kernels_and_steps_end_within_ten_minutes() -> None:
-    """The tests come after them, and only where they are given minutes."""
-    asked = argparse.Namespace(kernels=4.0, step=3.5, tests=15.0, toy=False, out=Path("out"))
-    found = gpu.stages(asked)
-    assert [one.name for one in found] == ["kernels", "step", "tests"]
-    assert sum(one.limit_s for one in found[:2]) < 600
-    assert found[2].variables["DEVICE"] == "cuda"
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_end_in_their_time(part: str, tmp_path: Path) -> None:
+    """And lengths of rows are checked by processes of their own, all at once."""
+    groups = stages(part, toy=False, out=tmp_path)
+    assert sum(max((one.limit_s for one in group if one.after is None), default=0) for group in groups) <= LIMITS[part]
+    names = [[one.name for one in group] for group in groups]
+    if part == "A":
+        assert names[1] == ["check-131k", "check-9k", "check-700", "check-chunks", "tiny"]
+    if part == "tests":
+        assert groups[0][0].variables["DEVICE"] == "cuda"
+
+
+def test_runs_are_laid_beside_one_another(tmp_path: Path) -> None:
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps({"card": "A card", "figures": {"a, ms": 2.0, "gone, ms": 1.0}}))
+    text = compared({"a, ms": 1.0, "new, ms": 3.0}, before).markdown()
+    assert "| a, ms | 2 | 1 | 0.500 |" in text
+    assert "| new, ms | – | 3 | – |" in text
+    assert "| gone, ms | 1 | – | – |" in text
 
 
 def test_without_a_card_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BenchError, match="--toy needs none"):
-        gpu.main([])
+        gpu.main(["A"])

@@ -61,7 +61,7 @@ def kernels(arch: int) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtyp
             config = module.config(group, dim, dtype, arch)
             fixed = constants(query, cache.to(dtype), cache, plan, plan, config)
             fixed |= {"UNITS": decode.LEAST_UNITS, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES}
-            fixed |= {"MERGED": decode.MERGED // fixed["VALUES"]}
+            fixed |= {"MERGED": decode.MERGED // fixed["VALUES"], "HEADS_FIRST": decode.HEADS_FIRST}
             main = (decode.decode_kernel,) if module is decode else (prefill.prefill_kernel,)
             side = Config(config.block_m, config.block_n, 4, config.num_stages)  # as `launch` does by default
             others = (splits.schedule_kernel, splits.merge_kernel) if module is decode else (

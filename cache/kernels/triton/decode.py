@@ -1,7 +1,7 @@
 """Decode: one query row a sequence. Keys are split over programs, and partial results merged by their log-sum-exp.
 
     schedule   how many key tiles a program takes, so that a fixed grid shares all rows' tiles evenly; on the device
-    decode     grid (items, KV heads): some tiles of one part of one row, all query heads of the KV head together
+    decode     grid (KV heads, items): some tiles of one part of one row, all query heads of the KV head together
     merge      grid (rows, query heads): the items of a row
 
 A unit is one part of one row: row · num_parts + part. Items of unit u are first_item[u] … first_item[u+1] − 1, so an
@@ -42,6 +42,7 @@ LEAST_TILES = 4  # of an item: 256 keys; fewer do not pay for a partial result
 ITEMS = 528  # programs that share the tiles of all rows, over all KV heads: four for each of 132 multiprocessors
 LEAST_UNITS = 256  # lanes that look for an item's unit: one kernel for all steps of as many units
 MERGED = 8192  # values of items that a merge loads at once
+HEADS_FIRST = True  # programs that run at once are of the heads of a token, which lie side by side
 
 
 def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = None) -> Config:
@@ -54,7 +55,7 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     """
     heads, half = max(16, padded(group)), dtype != torch.float32
     if not half:
-        return Config(block_m=heads, block_n=32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
+        return Config(block_m=heads, block_n=32 if head_dim <= 64 else 16, num_warps=8, num_stages=2)
     if head_dim > 128:
         return Config(heads, 64, 8, 2) if upright(arch) else Config(heads, 32, 8, 3)
     return Config(heads, 64, 4 if upright(arch) or head_dim <= 80 else 8, 3)
@@ -161,7 +162,7 @@ def decode_kernel(
     tiles, schedule, partial, stats, num_tiles,
     query, keys, values, turns, base_turns, key_turns, decay, row_scale, blocks, reads,
     query_stride, table_rows, max_blocks, num_parts, scale, softcap,
-    UNITS: tl.constexpr,
+    UNITS: tl.constexpr, HEADS_FIRST: tl.constexpr,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, VALUES: tl.constexpr,
@@ -169,7 +170,9 @@ def decode_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial: [items, Hq, VALUE_DIM], weighted values; stats: [items, Hq, 2], base-2 maximum and sum of weights."""
-    item, kv_head = tl.program_id(0), tl.program_id(1)
+    item, kv_head = tl.program_id(1), tl.program_id(0)
+    if not HEADS_FIRST:
+        item, kv_head = kv_head, item
     num_units = num_tiles * num_parts
     candidate = tl.arange(0, UNITS)
     starts = tl.load(schedule + candidate, mask=candidate < num_units, other=2**30)
@@ -250,7 +253,7 @@ def decode(query: Tensor, keys: Tensor, values: Tensor, plan: CudaPlan, options:
     most = items + units  # a unit's last item may be short
     fixed = constants(query, keys, values, plan, options, own)
     fixed |= {"HEADS": heads, "LEAST": LEAST_TILES, "MERGED": max(1, MERGED // fixed["VALUES"])}
-    fixed |= {"UNITS": max(LEAST_UNITS, triton.next_power_of_2(units))}
+    fixed |= {"UNITS": max(LEAST_UNITS, triton.next_power_of_2(units)), "HEADS_FIRST": HEADS_FIRST}
     schedule = torch.empty(units + 2, dtype=torch.int32, device=device) if plan.schedule is None else plan.schedule
     given = arguments(query, keys, values, plan, options, out) | {
         "items": items,
@@ -261,5 +264,5 @@ def decode(query: Tensor, keys: Tensor, values: Tensor, plan: CudaPlan, options:
     if plan.schedule is None:
         launch(schedule_kernel, (1,), given, fixed)
         plan.schedule = schedule
-    launch(decode_kernel, (most, kv_heads), given, fixed, own.num_warps)
+    launch(decode_kernel, (kv_heads, most) if HEADS_FIRST else (most, kv_heads), given, fixed, own.num_warps)
     launch(merge_kernel, (num_tiles, heads), given, fixed)

@@ -23,7 +23,9 @@ def interpreted():
 
 @cache
 def device_arch():
-    """10 · major + minor of the device's compute capability; 90 where there is none."""
+    """10 · major + minor of the device's compute capability; 90 where there is none, 0 of AMD's, which counts anew."""
+    if torch.version.hip is not None:
+        return 0
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     return 10 * major + minor
 

@@ -49,7 +49,7 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     take both sides from registers.
     """
     if dtype == torch.float32:
-        return Config(block_m=max(32 if head_dim <= 128 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
+        return Config(block_m=max(32 if head_dim <= 64 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
     if head_dim <= 128:
         return Config(block_m=128, block_n=64 if upright(arch) or head_dim <= 64 else 32, num_warps=8, num_stages=3)
     return Config(block_m=max(64, padded(group)), block_n=32, num_warps=8, num_stages=2)

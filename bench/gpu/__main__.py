@@ -1,0 +1,90 @@
+"""All that a GPU is asked, in the order that makes the most of a short time, in one folder.
+
+    python -m bench.gpu A              # is it right, and the headline figures; ends within 150 s
+    python -m bench.gpu B              # what it takes to say why, and to mend it; within 540 s
+    python -m bench.gpu tests          # the project's own tests on the card, for 15 minutes at most
+    python -m bench.gpu                # all three
+    python -m bench.gpu A B --toy      # at toy size without a card: proves the program, measures nothing
+    python -m bench.gpu A --beside bench/out/before/results.json
+
+docs/gpu.md says what to bring to a machine without a network, and the command lines.
+
+A   about     the card, its clocks, versions, and which peers and tools there are
+    check-*   bench.kernels: is every row right, at four lengths, each in a process of its own, all at once
+    tiny      bench.gpu.tiny: logits of graphs are those of steps, two engines in one process, stack and graphs found
+    judged    bench.kernels: the figures that targets are about, beside copy and product rates of a warm card
+    sanitizer only where a check failed: compute-sanitizer on the first that did
+B   step      bench.step --shape llama-3-8b: decode steps beside memory's floor, and prefill
+    sweep     bench.gpu.sweep: other tile sizes, and the order of the grid
+    profile   ncu on both kernels
+    methods   bench.kernels: is every other method right
+
+Each stage is a process that is told when to stop, and is ended soon after; one that fails does not keep the others from
+running. Of each the folder has NAME.log, with tracebacks, and NAME.json and NAME.md where it measures; results.md holds
+all tables, and results.json every figure, for the next run to be laid beside. The exit status is 1 when a stage failed:
+a wrong result, an exception, a test, a limit. A target that is missed is told in the tables and fails nothing.
+
+It needs torch with CUDA, Triton, transformers, rich, a C compiler and Python's headers (Triton builds its launcher with
+them), and no network; the tests need what pyproject.toml lists under `test`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import BenchError
+from bench.gpu.figures import results, save
+from bench.gpu.running import Ending, run_all
+from bench.gpu.stages import PARTS, Stage, stages
+from bench.shared import options
+
+
+def main(arguments: Sequence[str] | None) -> int:
+    parser = options.parser("gpu", __doc__, "gpu")
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, in this order; all when left out")
+    add("--toy", action="store_true", help="toy sizes on the CPU, kernels under Triton's interpreter, no tests")
+    add("--only", nargs="+", metavar="STAGE", help="of the parts, these stages alone")
+    add("--beside", type=Path, help="results.json of an earlier run, whose figures are shown beside these")
+    asked = parser.parse_args(arguments)
+    asked.parts = asked.parts or list(PARTS)
+    if unknown := set(asked.parts) - set(PARTS):
+        parser.error(f"{', '.join(sorted(unknown))}: of {', '.join(PARTS)}")
+    asked.out = asked.out.absolute()
+    if importlib.util.find_spec("triton") is None:
+        raise BenchError("Triton is not installed; pip install -e '.[test,bench]' brings all")
+    if not asked.toy and not torch.cuda.is_available():
+        raise BenchError("torch sees no CUDA device; --toy needs none")
+    if asked.beside is not None and not asked.beside.is_file():
+        raise BenchError(f"--beside {asked.beside}: there is no such file")
+    asked.out.mkdir(parents=True, exist_ok=True)
+    command = "python -m bench.gpu " + " ".join([*asked.parts, *(["--toy"] if asked.toy else [])])
+    endings: list[Ending] = []
+    for part in asked.parts:
+        groups = [_chosen(group, asked.only) for group in stages(part, toy=asked.toy, out=asked.out)]
+        for group in filter(None, groups):
+            wanted = [stage for stage in group if stage.after is None or _failed(endings, stage.after)]
+            print(f"--- {part}: {', '.join(stage.name for stage in wanted)}", flush=True)
+            endings += run_all(wanted, asked.out)
+            # Written after each group: what comes later may not end.
+            save(endings, command, asked.out, asked.beside)
+    print(results(endings, command, asked.out, asked.beside))
+    for ending in endings:
+        print(f"{ending.name}: {ending.told} after {ending.seconds:.0f} s; {ending.last}")
+    return int(any(ending.failed for ending in endings))
+
+
+def _chosen(group: Sequence[Stage], names: Sequence[str] | None) -> list[Stage]:
+    return [stage for stage in group if names is None or stage.name in names]
+
+
+def _failed(endings: Sequence[Ending], prefix: str) -> bool:
+    return any(ending.failed and ending.name.startswith(prefix) for ending in endings)
+
+
+if __name__ == "__main__":
+    options.run("gpu", main)

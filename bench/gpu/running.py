@@ -1,0 +1,77 @@
+"""Runs stages to their end or their limit, each a process whose output goes on and to NAME.log."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.gpu.stages import Stage
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """last: the last line that the stage printed."""
+
+    name: str
+    seconds: float
+    told: str
+    last: str
+
+    @property
+    def failed(self) -> bool:
+        return self.told.startswith(("failed", "ended"))
+
+
+def run_all(group: Sequence[Stage], folder: Path) -> list[Ending]:
+    """All at once; as they were given."""
+    if not group:
+        return []
+    with ThreadPoolExecutor(len(group)) as pool:
+        return list(pool.map(lambda stage: run(stage, folder), group))
+
+
+def run(stage: Stage, folder: Path) -> Ending:
+    """One that needs a tool that is not there is left out."""
+    for suffix in ("json", "md", "log"):  # of an earlier run
+        (folder / f"{stage.name}.{suffix}").unlink(missing_ok=True)
+    if stage.tool is not None and shutil.which(stage.tool) is None:
+        return Ending(stage.name, 0.0, f"left out: there is no {stage.tool}", "")
+    began, last, cut = time.monotonic(), "", threading.Event()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.variables}
+    with (
+        (folder / f"{stage.name}.log").open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        ) as process,
+    ):  # fmt: skip
+
+        def end() -> None:
+            cut.set()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+
+        timer = threading.Timer(stage.limit_s, end)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(f"{stage.name}: {line}", end="", flush=True)
+                log.write(line)
+                last = line.strip() or last
+            status = process.wait()
+        finally:
+            timer.cancel()
+            if process.poll() is None:  # interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+    told = "ended at its limit" if cut.is_set() else "done" if status == 0 else f"failed, status {status}"
+    return Ending(stage.name, time.monotonic() - began, told, last)

@@ -1,0 +1,158 @@
+"""The check of a kernel's rows, as a card is asked it: planted faults that it must see, at lengths that matter.
+
+Faults of long rows are planted in attention as fp32 torch computes it, faults of short ones in what the kernels are
+given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from prerope.cache.attention.reference import reference_attention
+from prerope.cache.cuda.attention import cuda_attention
+from prerope.cache.cuda.plan import CudaPlan
+from prerope.cache.kernels.triton.read import READ_FIELDS
+from prerope.rope.scores import method_scores
+from torch import Tensor
+
+from bench.kernels.cases import Step, low_precision, make_step
+from bench.kernels.rows import SHARPNESS, judge, poisoned
+from bench.shared.shapes import AttentionShape
+from tests.device import DEVICE
+
+SHAPE = AttentionShape(2, 2, 64, 10_000.0, 8192)
+LONG = 131_000
+TILE = 64
+
+
+@cache
+def long_row(method: str, how: str) -> tuple[Step, Tensor, Tensor]:
+    """A row that reads 131,001 keys in bf16: the step, the truth, and what a plain run gives."""
+    torch.manual_seed(0)
+    step = make_step(SHAPE, method, [(LONG, 1)], 16, torch.bfloat16, torch.device(DEVICE))
+    step.query.mul_(SHARPNESS[how])
+    truth = reference_attention(step.query.float(), step.keys.float(), step.values.float(), step.metadata, step.options)
+    return step, truth, low_precision(step)
+
+
+@cache
+def scores_of(method: str, how: str, reading: str, shift: int = 0) -> Tensor:
+    """[Hq, 1, n] of that row in fp32, as another method reads it, its query turned `shift` places further."""
+    step = long_row(method, how)[0]
+    query, keys, _ = step.rows()
+    scores = method_scores(query[0].float(), keys[0].float(), SHAPE.method(reading), LONG + shift)
+    return scores * step.options.scale
+
+
+def attended(step: Step, scores: Tensor, sums: torch.dtype = torch.float32) -> Tensor:
+    """In fp32 and rounded once; sums: in what weighted values are added up, a tile at a time."""
+    value, weights = step.rows()[2][0].float(), scores.softmax(-1)
+    out = torch.zeros(1, 2, 64, dtype=sums, device=value.device)
+    each = LONG + 1 if sums == torch.float32 else 16 * TILE
+    for first in range(0, len(value), each):
+        part = slice(first, first + each)
+        out += torch.einsum("hij,jhd->ihd", weights[..., part], value[part]).to(sums)
+    return out.to(step.query.dtype)
+
+
+def less(scores: Tensor, first: int, count: int = TILE) -> Tensor:
+    scores = scores.clone()
+    scores[..., first : first + count] = float("-inf")
+    return scores
+
+
+def twice(scores: Tensor, first: int, count: int) -> Tensor:
+    scores = scores.clone()
+    scores[..., first : first + count] += 0.6931
+    return scores
+
+
+FAULTS: dict[str, Callable[[Step, Callable[..., Tensor]], Tensor]] = {
+    "zeros": lambda step, _: torch.zeros_like(step.query),
+    "nothing written": lambda step, _: torch.full_like(step.query, float("nan")),
+    "one head not written": lambda step, scores: attended(step, scores()).index_fill(
+        1, torch.tensor([1], device=DEVICE), float("nan")
+    ),
+    "a tile in the middle left out": lambda step, scores: attended(step, less(scores(), 64_000)),
+    "the last tile left out": lambda step, scores: attended(step, less(scores(), LONG - 60)),
+    "an item merged twice": lambda step, scores: attended(step, twice(scores(), 70_000, 2048)),
+    "an item left out": lambda step, scores: attended(step, less(scores(), 0, 2048)),
+    "turned for the place after": lambda step, scores: attended(step, scores(shift=1)[..., : LONG + 1]),
+    "not turned": lambda step, _: attended(
+        step, torch.einsum("ihd,jhd->hij", step.query.float(), step.rows()[1][0].float()) / 8
+    ),
+    "far keys turned as near ones": lambda step, scores: attended(step, scores(reading="rope")),
+    "the other KV head": lambda step, scores: attended(step, scores()).roll(1, 1),
+    "values added up in bf16": lambda step, scores: attended(step, scores(), torch.bfloat16),
+}
+
+
+def test_faults_of_a_long_row_are_seen() -> None:
+    """And what is right passes."""
+    found: dict[str, list[bool]] = {}
+    for how in SHARPNESS:
+        step, truth, plain = long_row("rerope", how)
+        scores = partial(scores_of, "rerope", how)
+        assert judge(attended(step, scores(reading="rerope")), plain, truth).ratio < 1
+
+        def own(scores: Callable[..., Tensor] = scores, reading: str = "rerope", shift: int = 0) -> Tensor:
+            return scores(reading=reading, shift=shift)
+
+        for name, fault in FAULTS.items():
+            found.setdefault(name, []).append(judge(fault(step, own), plain, truth).right)
+    assert [name for name, right in found.items() if all(right)] == []
+
+
+def moved(field: str, by: int) -> Callable[[CudaPlan], CudaPlan]:
+    """A field of every reading is off."""
+
+    def changed(plan: CudaPlan) -> CudaPlan:
+        reads = plan.reads.clone()
+        reads.view(-1, len(READ_FIELDS))[:, READ_FIELDS.index(field)] += by
+        return replace(plan, reads=reads)
+
+    return changed
+
+
+def another_block(plan: CudaPlan) -> CudaPlan:
+    blocks = plan.blocks.clone()
+    blocks[:, 2] = blocks[:, 1]
+    return replace(plan, blocks=blocks)
+
+
+def other_turns(plan: CudaPlan) -> CudaPlan:
+    return replace(plan, turns=plan.turns.roll(1, 0))
+
+
+PLANTED: dict[str, Callable[[CudaPlan], CudaPlan]] = {
+    "the window's edge one off": moved("d_max", -1),
+    "the first key left out": moved("first_key", 1),
+    "a block read twice": another_block,
+    "a row's turns another's": other_turns,
+}
+
+
+@pytest.mark.parametrize("name", [None, *PLANTED])
+def test_faults_in_what_kernels_are_given_are_seen(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded rows and a chunk, window 16, through the kernels; None: as it should be."""
+    torch.manual_seed(1)
+    shape = AttentionShape(4, 2, 16, 10_000.0, 64)
+    step = make_step(shape, "rerope", [(100, 1), (41, 1), (60, 20)], 16, torch.float16, torch.device(DEVICE))
+    change = PLANTED.get(name or "", lambda plan: plan)
+    for planner in ("plan_rows", "plan_chunks"):
+        make: Any = getattr(__import__("prerope.cache.cuda.attention", fromlist=[planner]), planner)
+        monkeypatch.setattr(f"prerope.cache.cuda.attention.{planner}", lambda *a, make=make: change(make(*a)))
+    verdicts = []
+    for sharpness in SHARPNESS.values():
+        step.metadata.plans.clear()
+        own = replace(step, query=step.query * sharpness)
+        truth = reference_attention(own.query.float(), own.keys.float(), own.values.float(), own.metadata, own.options)
+        with poisoned():
+            ours = cuda_attention(own.query, own.keys, own.values, own.metadata, own.options)
+        verdicts.append(judge(ours, low_precision(own), truth))
+    assert all(verdict.right for verdict in verdicts) == (name is None), verdicts
