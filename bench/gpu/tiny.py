@@ -34,7 +34,7 @@ PROMPTS = (40, 250, 270)
 """Tokens: one row crosses the trained length, 256, and one is past it."""
 
 
-def load(method: str, toy: bool, say: Callable[[str], None]) -> Engine:
+def drawn(method: str, toy: bool, say: Callable[[str], None]) -> Engine:
     torch.manual_seed(0)
     asked = argparse.Namespace(
         device="cpu" if toy else "cuda", dtype="auto", methods=[method], rows=[1, 4], steps=8, contexts=[300],
@@ -86,7 +86,7 @@ def graph_differences(engine: Engine) -> dict[int, float]:
 def judge(toy: bool, say: Callable[[str], None]) -> tuple[dict[str, str], list[str]]:
     """(what was found, what is wrong)."""
     found, wrong = dict[str, str](), list[str]()
-    engines = [load(method, toy, say) for method in ("rerope", "dynamic_leaky")]
+    engines = [drawn(method, toy, say) for method in ("rerope", "dynamic_leaky")]
     for name, engine in zip(("rerope", "dynamic_leaky"), engines, strict=True):
         stack, stats = engine.model.stack, engine.stats().graphs
         found[f"{name}: stack"] = "none" if stack is None else type(stack).__name__
