@@ -35,7 +35,7 @@ piece, in chunks of 7 and one token at a time; or refused, and why. Whether a ch
 every start, on its own weights. Made by `python -m tests.engine.model_table`, held by tests/engine/test_model_types.py.
 
 Types that attend in code of their own (BLOOM, MPT, Falcon, GPT-J, CodeGen, GPT-Neo, XGLM) give this server no place to
-put raw keys in. Each would need a forward of its own here, beside the one path that all others share, and ALiBi besides;
+put raw keys in. Each would need a forward of its own here, beside the path that all others share, some ALiBi too;
 the newest of them is of 2023, so they are left out.
 
 """
