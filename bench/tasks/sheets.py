@@ -37,11 +37,13 @@ class Question:
     depth: float | None = None
 
     def score(self, reply: str) -> float:
-        """The share of the answers that the reply has as whole words; a single answer must be its first word."""
+        """The share of the answers that the reply has as whole words. A single one must be its first word, or where it
+        is a number its first number: `is the 12345` has found it."""
         for end in REPLY_ENDS:
             reply = reply.split(end)[0]
         if len(self.answers) == 1:
-            return float(re.match(rf"\W*{re.escape(self.answers[0])}(?!\w)", reply) is not None)
+            skipped = r"\D*(?<!\w)" if self.answers[0].isdecimal() else r"\W*"
+            return float(re.match(rf"{skipped}{re.escape(self.answers[0])}(?!\w)", reply) is not None)
         found = [re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", reply) is not None for answer in self.answers]
         return sum(found) / len(found)
 
