@@ -26,10 +26,12 @@ class ModelPositions:
     Attributes:
         methods: group → method. A model with one group calls it "".
         main: the group that the deployment's choice applies to.
+        spec: what was asked for; None for what nobody asked for by a spec.
     """
 
     methods: Mapping[str, PositionMethod]
     main: str
+    spec: RopeSpec | None = None
 
     @cached_property
     def digest(self) -> bytes:
@@ -66,7 +68,7 @@ def resolve_model(spec: RopeSpec, rotaries: Mapping[str, Rotary], max_model_len:
     methods = {
         group: resolve(spec if group == main else own, rotary, max_model_len) for group, rotary in rotaries.items()
     }
-    return ModelPositions(methods, main)
+    return ModelPositions(methods, main, spec)
 
 
 def main_group(rotaries: Mapping[str, Rotary]) -> str:

@@ -46,7 +46,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     """Run until a signal or a failure; the exit code."""
     let_waiting_threads_sleep()
     bound = cores()
-    threads = limit_threads(max(1, int(bound.amount)))
+    threads = limit_threads(max(1, int(bound.amount) // settings.tensor_parallel_size))
     log.info("threads", computing=threads, cores=round(bound.amount, 2), taken_from=bound.source)
     gc.disable()  # importing makes half a million objects that stay: looking through them takes a sixth of the start
     from prerope.server.app import create_app

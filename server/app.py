@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -79,6 +80,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         service.workers.close()
         await service.engine.shutdown(service.settings.shutdown_timeout_s)
+        await asyncio.to_thread(service.close)
 
 
 def _version() -> str:

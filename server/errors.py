@@ -3,6 +3,7 @@
     PreRopeError
     ├── ConfigurationError      a setting or a model that cannot be served: the start stops
     ├── OutOfMemory             the engine's, while loading or in a step: the process ends
+    ├── RankLost                a process that computes a share of the model has ended: so does this one
     └── RequestError            one request is refused or fails; the server goes on
         ├── InvalidRequest      400
         ├── Unauthorized        401
@@ -34,6 +35,10 @@ class ConfigurationError(PreRopeError):
 
 class OutOfMemory(PreRopeError):
     """The engine could not allocate what it needed; the message says which settings need less."""
+
+
+class RankLost(PreRopeError):
+    """One of the processes that compute the model together has ended; the message says which, and how."""
 
 
 class RequestError(PreRopeError):

@@ -6,7 +6,7 @@ The engine and the tokenizer load on the engine's thread; until then `tokenizer`
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import structlog
@@ -15,6 +15,7 @@ from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
+from prerope.server.ranks.processes import Followers
 from prerope.server.sampling_defaults import EMBEDDED, SamplingDefaults, sampling_defaults
 from prerope.server.settings import Settings
 from prerope.server.structured.grammars import Grammars
@@ -24,7 +25,12 @@ from prerope.server.world import World
 
 if TYPE_CHECKING:
     from prerope.server.engine.engine import Engine
+    from prerope.server.models.checkpoint import Checkpoint
+    from prerope.server.ranks.group import Ranks
     from prerope.server.tokenizer import Tokenizer
+
+SECRETS = {"api_key", "api_key_file", "metrics_key"}
+"""Settings that no other process needs."""
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +53,7 @@ class Service:
     grammars: Grammars = field(init=False)
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     stage: str = "starting"
+    followers: Followers | None = None
     _tokenizer: Tokenizer | None = None
     _started: float = field(default_factory=time.monotonic)
 
@@ -100,8 +107,12 @@ class Service:
 
     def _load(self) -> Engine:
         """Runs on the engine's thread, and imports there what takes seconds to import."""
+        size = self.settings.tensor_parallel_size
+        if size > 1:
+            self.followers = Followers(size, self.engine.lose)
         self.report("Importing torch and transformers")
         from prerope.server.engine.engine import Engine
+        from prerope.server.engine.limits import check_ranks
         from prerope.server.log import route_transformers_log
         from prerope.server.models.end_tokens import describe
         from prerope.server.structured.compile import prepare_tables
@@ -109,7 +120,10 @@ class Service:
 
         route_transformers_log()
         settings = self.settings
+        if size > 1:
+            check_ranks(settings.engine_config(), size)
         checkpoint = resolve_checkpoint(settings.model_id, settings.revision, self.report, cache_dir=settings.cache_dir)
+        ranks = self._join(checkpoint)
         self.report(f"Loading the tokenizer of {checkpoint.name}")
         tokenizer = Tokenizer.load(checkpoint)
         _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
@@ -117,9 +131,29 @@ class Service:
         if settings.generation_config == "auto":
             self.sampling_defaults = EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint)
         prepare_tables(tokenizer)  # here too
-        engine = Engine.load(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids)
+        engine = Engine.load(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
         self._tokenizer = tokenizer
         return engine
+
+    def _join(self, checkpoint: Checkpoint) -> Ranks:
+        """Start those that compute the model with this process, if any do."""
+        from prerope.server.models.model import choose_device
+        from prerope.server.ranks.group import ALONE, Ranks
+
+        if self.followers is None:
+            return ALONE
+        settings, on_gpus = self.settings, choose_device(self.settings.device).type == "cuda"
+        known = settings.model_dump(mode="json", exclude=SECRETS, exclude_none=True)
+        self.followers.begin({"settings": known, "checkpoint": asdict(checkpoint), "on_gpus": on_gpus})
+        self.report(f"waiting for {settings.tensor_parallel_size - 1} other ranks")
+        ranks = Ranks.join(self.followers.folder, 0, settings.tensor_parallel_size, on_gpus=on_gpus)
+        ranks.lost = self.followers.loss
+        return ranks
+
+    def close(self) -> None:
+        """End what computes with this process."""
+        if self.followers is not None:
+            self.followers.close()
 
     def _snapshot(self) -> EngineSnapshot:
         state = self.engine.state

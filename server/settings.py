@@ -168,6 +168,13 @@ class Settings(BaseSettings):
         description="Of linear layers, the output head left out. int8: half the bytes of bfloat16, with a scale for "
         "each output; on the CPU, with torchao installed",
     )
+    tensor_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that compute the model together, each with its share of the weights and of the KV heads "
+        "and a GPU of its own. KV_CACHE_MEMORY is of each",
+    )
     cache_dir: Folder = Field(
         default_factory=default_cache_dir,
         description="Where converted copies of GGUF models and the built C kernels are kept",

@@ -35,7 +35,7 @@ DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-SERVERS = ("gpu", "cpu")
+SERVERS = ("gpu", "gpus", "cpu")
 SETTINGS = {name.upper() for name in Settings.model_fields}
 OF_THE_HOST = {"HOST", "PORT", "CACHE_DIR", "API_KEY_FILE"}
 """Settings that name something of the host: what is published and mounted. The container has its own."""
@@ -108,7 +108,7 @@ def test_both_targets_are_the_same_server() -> None:
     }
     assert parents["gpu"] == parents["cpu"] == "runtime"
     assert list(parents)[-1] == "gpu", "the default target is the last stage"
-    for target in SERVERS:
+    for target in ("gpu", "cpu"):
         copies = [argument for stage, what, argument in INSTRUCTIONS if (stage, what) == (target, "COPY")]
         assert copies == [f"--from=packages-{target} /opt/venv /opt/venv", "--from=application /app /app"]
 
@@ -262,9 +262,8 @@ def test_every_setting_reaches_the_server_and_nothing_else_is_named(name: str) -
     passed = [entry for entry in service["environment"] if "=" not in entry]
     assert len(set(passed)) == len(passed)
     assert set(passed) - OF_LIBRARIES.keys() == SETTINGS - OF_THE_HOST, "run `make docs`"
-    assert interpolated(service) == (OF_THE_HOST & SETTINGS) | {"SHUTDOWN_TIMEOUT_S"} | (
-        {"MODELS_DIR", "GPU_ID"} if name == "gpu" else {"MODELS_DIR"}
-    )
+    own = {"gpu": {"GPU_ID"}, "gpus": {"TENSOR_PARALLEL_SIZE"}}.get(name, set())
+    assert interpolated(service) == (OF_THE_HOST & SETTINGS) | {"SHUTDOWN_TIMEOUT_S", "MODELS_DIR"} | own
 
 
 def test_variables_of_compose_are_explained_or_settings() -> None:
@@ -315,12 +314,16 @@ def test_a_stop_waits_for_the_drain() -> None:
         assert int(match[2]) > CLOSE_GRACE_S
 
 
-def test_gpu_is_reserved_by_the_gpu_server_only() -> None:
-    (device,) = SERVICES["gpu"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device["driver"] == "nvidia"
-    assert device["capabilities"] == ["gpu"]
+def test_gpus_are_reserved_by_the_servers_that_use_them() -> None:
+    for name in ("gpu", "gpus"):
+        (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "nvidia"
+        assert device["capabilities"] == ["gpu"]
+        assert device.get("count", "${TENSOR_PARALLEL_SIZE:-1}") == "${TENSOR_PARALLEL_SIZE:-1}"
+        assert ("count" in device) == (name == "gpus")
     assert "deploy" not in SERVICES["cpu"]
-    assert {name: SERVICES[name]["build"]["target"] for name in SERVERS} == {"gpu": "gpu", "cpu": "cpu"}
+    targets = {name: SERVICES[name]["build"]["target"] for name in SERVERS}
+    assert targets == {"gpu": "gpu", "gpus": "gpu", "cpu": "cpu"}
 
 
 def test_mounts_of_the_host_exist() -> None:
@@ -369,6 +372,7 @@ def run_compose(compose: list[str], *arguments: str, **variables: str) -> str:
     [
         ([], {"gpu"}),
         (["cpu"], {"cpu"}),
+        (["gpus"], {"gpus"}),
         (["gpu", "monitoring"], {"gpu", "prometheus", "grafana"}),
         (["cpu", "monitoring"], {"cpu", "prometheus", "grafana"}),
         (["monitoring"], {"prometheus", "grafana"}),

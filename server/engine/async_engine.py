@@ -27,7 +27,7 @@ from prerope.server.engine.limits import check_room, retry_after_s
 from prerope.server.engine.output_stream import OutputStream
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import EngineRequest
-from prerope.server.errors import EngineFailure, EngineUnavailable, OutOfMemory, RequestError
+from prerope.server.errors import EngineFailure, EngineUnavailable, OutOfMemory, RankLost, RequestError
 
 STEP_GRACE_S = 2.0
 """Seconds past the drain's deadline that a running step gets to end; then the thread is given up."""
@@ -193,12 +193,24 @@ class AsyncEngine:
             self.state = EngineState.READY
         self._loaded.set()
 
+    def lose(self, failure: BaseException) -> None:
+        """What a step needs is gone, so it may never end. Called on any thread."""
+        self._post(self._give_up, failure)
+
+    def _give_up(self, failure: BaseException) -> None:
+        self._left = True
+        self._die(failure)
+
     def _die(self, failure: BaseException) -> None:
+        if self.state is EngineState.DEAD or self._stopped.is_set():
+            return
         self.state = EngineState.DEAD
         self.failure = failure
         reason, code = "stopped after an error", "engine_dead"
         if isinstance(failure, OutOfMemory):
             reason, code = "ran out of memory and stopped", "out_of_memory"
+        if isinstance(failure, RankLost):
+            reason, code = "lost one of the processes that compute the model, and stopped", "rank_lost"
         self._fail_streams(EngineFailure(f"the engine {reason}; the server needs a restart", code=code))
         self._loaded.set()
         self._stopped.set()

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.cpu.arithmetic import multiplies_pairs, multiply_pairs
 from prerope.cache.cuda.transfer import send
 from prerope.cache.kernels.build import prepare
 from prerope.cache.storage import KVStorage
@@ -46,11 +48,13 @@ from prerope.server.engine.speculation.verification import Verification
 from prerope.server.engine.step import Scheduled, Step, finish_launch
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
-from prerope.server.models.batch import build_batch
+from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.cpu.trial import choose_arithmetic
 from prerope.server.models.model import Model, choose_device, load_model
 from prerope.server.models.probe import probe
 from prerope.server.models.weights import DTYPES
+from prerope.server.ranks.group import ALONE, Ranks
+from prerope.server.ranks.orders import tell_copy, tell_end, tell_step
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -64,7 +68,7 @@ class Engine:
     """One model, one cache, one scheduler."""
 
     def __init__(self, model: Model, config: EngineConfig, positions: ModelPositions, size: CacheSize) -> None:
-        self.model = model
+        self.model, self.ranks = model, model.raw.ranks
         self.config = config
         self.storage = KVStorage(
             [layer.shape for layer in model.layers],
@@ -115,10 +119,12 @@ class Engine:
         config: EngineConfig,
         report: Callable[[str], None] = lambda _: None,
         end_token_ids: frozenset[int] = frozenset(),
+        ranks: Ranks = ALONE,
     ) -> Engine:
         """Weights, probe, cache. Raises ConfigurationError; `report` gets a line as each stage begins.
 
         end_token_ids: tokens that end a reply, beside those that the model's own configs name.
+        ranks: all of them load at once; rank 0 schedules, and the others `follow`.
         """
         config = config.on(choose_device(config.device).type)
         if config.max_num_seqs > config.max_batched_tokens:
@@ -129,7 +135,9 @@ class Engine:
         report(prepare(config.cache_dir))
         if (chosen := choose_arithmetic()) is not None:
             report(chosen)
-        model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization)
+        if not ranks.alone:
+            multiply_pairs(bool(ranks.first(int(multiplies_pairs()))))
+        model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
         check_recurrent(model, config)
         model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
         report("checking the model against transformers' own forward")
@@ -206,9 +214,11 @@ class Engine:
         return [(sequence.request_id, self._cut(sequence, reason)) for sequence in self.scheduler.sequences]
 
     def close(self) -> None:
-        """Write what the tiers are still to get."""
+        """Write what the tiers are still to get, and let the other ranks end."""
         if self.tiers is not None:
             self.tiers.tier.close()
+        if not self.ranks.alone:
+            tell_end(self.ranks)
 
     def has_work(self) -> bool:
         """Whether `step` has something to do: sequences, or a step that is still to be collected."""
@@ -247,18 +257,34 @@ class Engine:
     def _launch(self, plan: list[Scheduled], before: Step | None, began: float) -> Step:
         for copy in self.scheduler.take_copies():
             slots = np.asarray([copy.source, copy.target], dtype=np.int64)
-            self.storage.copy(*send(slots, self.model.device))
+            if not self.ranks.alone:
+                tell_copy(self.ranks, slots)
+            self.copy(slots)
         logits = self._forward(plan, None if before is None else before.arrival.tokens)
         on_device, ends = self._sample_on_device, self.info.eos_token_ids
         return finish_launch(plan, logits, ends, on_device=on_device, began=began)
 
     def _forward(self, plan: list[Scheduled], sampled: Tensor | None) -> Tensor:
         """Logits of the plan's rows; `sampled` are the tokens of the step in flight, if there is one."""
-        block_size = self.config.block_size
-        chunks = [chunk for one in plan for chunk in one.chunks(block_size)]
-        batch = build_batch(chunks, block_size, self.model.device, sampled)
+        chunks = [chunk for one in plan for chunk in one.chunks(self.config.block_size)]
+        if self.ranks.alone:
+            return self.compute(chunks, sampled)
+        tell_step(self.ranks, chunks)
+        return self.compute(chunks, sampled, handed_on=any(chunk.pending_place is not None for chunk in chunks))
+
+    # --- what all ranks do ---
+
+    def compute(self, chunks: list[Chunk], sampled: Tensor | None, *, handed_on: bool = False) -> Tensor:
+        """Logits of the chunks' rows. handed_on: rank 0 alone knows all ids, on the device."""
+        batch = build_batch(chunks, self.config.block_size, self.model.device, sampled)
+        if handed_on:
+            self.ranks.hand_on(batch.input_ids)
         logits = None if self.graphs is None else self.graphs.logits(batch)
         return self.model.forward(batch, self.storage) if logits is None else logits
+
+    def copy(self, slots: NDArray[np.int64]) -> None:
+        """K and V of all layers from slots [0] to slots [1]."""
+        self.storage.copy(*send(slots, self.model.device))
 
     def _collect(self, step: Step) -> list[tuple[str, TokenOutput]]:
         """What a step's tokens mean for its sequences, those left out that have finished or gone since its launch."""

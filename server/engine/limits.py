@@ -9,14 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as Several
 
+import torch
 from prerope.cache.blocks.documents import DocumentSpan, largest_reading
 from prerope.server.config import EngineConfig
 from prerope.server.engine.info import Backlog, ModelInfo
 from prerope.server.engine.sequence import Sequence
-from prerope.server.errors import DeadlineExceeded, InvalidRequest, QueueFull
+from prerope.server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
 
 ASSUMED_PREFILL_RATE = 1000.0
 """Tokens a second for Retry-After, until a prefill has been measured."""
+
+
+def check_ranks(config: EngineConfig, size: int) -> None:
+    """ConfigurationError for what several ranks cannot do."""
+    if config.tier_dir is not None or config.tier_memory:
+        raise ConfigurationError(
+            f"TENSOR_PARALLEL_SIZE is {size}, but CACHE_TIER_DIR and CACHE_TIER_MEMORY keep the blocks of one "
+            "process; leave them unset, or use TENSOR_PARALLEL_SIZE=1"
+        )
+    if config.device.startswith("cuda:"):
+        raise ConfigurationError(
+            f"TENSOR_PARALLEL_SIZE is {size}, but DEVICE is {config.device}, one GPU; use DEVICE=cuda, and "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if config.device in ("auto", "cuda") and 0 < (found := torch.cuda.device_count()) < size:
+        raise ConfigurationError(
+            f"TENSOR_PARALLEL_SIZE is {size}, but torch sees {found} GPUs; lower it, or use DEVICE=cpu"
+        )
 
 
 def check_vocabulary(token_ids: Several[int], info: ModelInfo, param: str) -> None:

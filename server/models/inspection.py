@@ -37,7 +37,7 @@ def inspect_layers(
     reason = _refusal(raw.model.config)
     if reason is not None:
         raise cannot_serve(raw, reason)
-    base = _base_run(raw)
+    base = first_run(raw)
     for seen in base:
         _check_mask(raw, seen)
     if not base and keeps_states(raw):
@@ -75,7 +75,7 @@ def _drop_rotation(raw: RawKeyModel, base: list[Seen]) -> None:
             raw.keep_rotation(was.module)
 
 
-def _base_run(raw: RawKeyModel) -> list[Seen]:
+def first_run(raw: RawKeyModel) -> list[Seen]:
     """A trial run with masks as rules. Whatever it raises is a family that does something of its own."""
     try:
         with raw.showing_masks():

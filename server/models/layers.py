@@ -24,6 +24,7 @@ from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
 from prerope.server.models.batch import Batch
 from prerope.server.models.raw_keys import HANDLER, AttentionCall, RawKeyModel
+from prerope.server.models.shares import join_of
 from prerope.server.models.trials import own_values, probe_ids, relative_difference, trial_positions
 from torch import Tensor, nn
 
@@ -64,12 +65,13 @@ class PlainAttention:
     ) -> None:
         self.module, self.head_dim, self.call, self.head_norms = module, head_dim, call, head_norms
         self.inputs, self.output = parts[:3], parts[3]
+        self._whole = join_of(self.output)
 
     def __call__(self, hidden_states: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, None]:
         """hidden_states [1, T, hidden] → the same shape."""
         query, key, value = self.heads([part.forward(hidden_states) for part in self.inputs])
         rows = HANDLER.get()(self.module, query, key, value, self.call)
-        return self.output.forward(rows.view(1, len(rows), -1)), None
+        return self._whole(self.output.forward(rows.view(1, len(rows), -1))), None
 
     def heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """q, k and v, [..., T, features] each → raw, [T, heads, head_dim]."""

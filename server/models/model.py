@@ -27,7 +27,9 @@ from prerope.server.models.quantization import check_quantization, quantize
 from prerope.server.models.raw_keys import AttentionCall, RawKeyModel
 from prerope.server.models.recurrent.finding import find_recurrent
 from prerope.server.models.recurrent.layers import StepStates, running
+from prerope.server.models.shares import share_out
 from prerope.server.models.weights import load_weights
+from prerope.server.ranks.group import ALONE, Ranks
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -60,9 +62,9 @@ class Model:
         stack: runs whole steps, where the model has the shape for it: of few rows on the CPU, any on CUDA.
     """
 
-    def __init__(self, transformers_model: Any, backend: Backend | None = None) -> None:
-        """backend: that of the model's device, unless another is given."""
-        self.raw = RawKeyModel(transformers_model)
+    def __init__(self, transformers_model: Any, backend: Backend | None = None, ranks: Ranks = ALONE) -> None:
+        """backend: that of the model's device, unless another is given. ranks: it holds a share of each."""
+        self.raw = RawKeyModel(transformers_model, ranks)
         self.recurrent = find_recurrent(self.raw)
         self.layers, self.rotaries = inspect_layers(self.raw, self.recurrent)
         backend = backend or BACKENDS.get(self.device.type)
@@ -111,7 +113,8 @@ class Model:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.raw.model.get_output_embeddings().weight.shape[0])
+        head = self.raw.model.get_output_embeddings()
+        return int(getattr(head, "whole_features", head.weight.shape[0]))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, storage: KVStorage, out: Tensor | None = None) -> Tensor:
@@ -144,27 +147,36 @@ def load_model(
     device: str,
     report: Callable[[str], None],
     quantization: Quantization = "none",
+    ranks: Ranks = ALONE,
 ) -> Model:
-    """Weights from a local folder or a hub id, on one device. ConfigurationError names what is wrong."""
+    """Weights from a local folder or a hub id, this rank's share of them, on one device.
+
+    ConfigurationError names what is wrong.
+    """
     from transformers.utils import logging
 
-    chosen_device = choose_device(device)
+    chosen_device = choose_device(device, ranks)
     check_quantization(quantization, chosen_device)
     logging.disable_progress_bar()
     report(f"loading {checkpoint.name}")
-    model = load_weights(checkpoint, dtype, report).to(chosen_device)
+    model = load_weights(checkpoint, dtype, report)
+    if not ranks.alone:
+        report(share_out(model, ranks))
+    model = model.to(chosen_device)
     if chosen_device.type == "cuda":
         torch.cuda.set_device(model.device)  # of this thread: where events, graphs and their streams are made
     if quantization != "none":
         report(quantize(model))
     report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
-    return Model(model)
+    return Model(model, ranks=ranks)
 
 
-def choose_device(name: str) -> torch.device:
-    """auto is the first CUDA device, else the CPU."""
+def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """auto is the first CUDA device, else the CPU; of several ranks each has the GPU of its number."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not ranks.alone and torch.cuda.is_available():
+        return torch.device("cuda", ranks.rank)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigurationError(f"DEVICE is {name}, but torch sees no CUDA device; use DEVICE=cpu or auto")
     return torch.device(name)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.trials import own_values, probe_ids, relative_difference
+from prerope.server.ranks.group import Ranks
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -56,10 +57,11 @@ def fast_modules(raw: RawKeyModel, kernels: Kernels) -> Iterator[tuple[nn.Module
     """(module, a forward that computes the same) for what the kernels take, and what they have for other modules."""
     model = raw.model
     taken: set[nn.Module] = set()
-    together = _called_together(raw, kernels) if any(map(kernels.can_multiply, model.modules())) else []
+    some = raw.ranks.all(any(map(kernels.can_multiply, model.modules())))
+    together = _called_together(raw, kernels) if some else []
     dtype = model.get_input_embeddings().weight.dtype
     for module in model.modules():
-        gated = _as_gated(module, together, kernels)
+        gated = _as_gated(module, together, kernels, raw.ranks)
         if gated is not None:
             taken.update(module.children())
             yield module, gated
@@ -132,9 +134,12 @@ def _called_together(raw: RawKeyModel, kernels: Kernels) -> list[list[nn.Linear]
 
 
 @torch.inference_mode()
-def _as_gated(module: nn.Module, together: list[list[nn.Linear]], kernels: Kernels) -> Forward | None:
+def _as_gated(module: nn.Module, together: list[list[nn.Linear]], kernels: Kernels, ranks: Ranks) -> Forward | None:
     """One call for a module whose forward is down(silu(gate x)·(up x)), whatever its layers' names; else None."""
-    for first, down in _gates(set(module.children()), together):
+    gates = list(_gates(set(module.children()), together))
+    if not ranks.all(bool(gates)):  # a trial runs on all of them or on none
+        return None
+    for first, down in gates:
         x = _random(first[0].weight)
         x = (x * (2 / first[0](x).float().std())).to(x.dtype)  # large enough for activations to differ in
         try:

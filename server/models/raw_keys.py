@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from prerope.cache.attention.types import AttentionOptions
 from prerope.server.errors import ConfigurationError
+from prerope.server.ranks.group import ALONE, Ranks
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -170,10 +171,11 @@ class RawKeyModel:
     Attributes:
         identities: in place of its rotary embeddings; none where it has none, and keys are raw as they are.
         reach: positions end here, where nothing rotates; None: they do not end.
+        ranks: those that compute this model together.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, ranks: Ranks = ALONE) -> None:
+        self.model, self.ranks = model, ranks
         self.text_config: Any = _text_config(model.config)
         self.identities = dict(_find_rotaries(model))
         self.reach: int | None = None if self.identities else getattr(self.text_config, "max_position_embeddings", None)
@@ -204,10 +206,7 @@ class RawKeyModel:
     @contextmanager
     def stock(self) -> Iterator[None]:
         """Inside, the model is transformers' own again, with eager attention."""
-        for module in self._forwards:
-            del module.forward
-        self._place({name: identity.original for name, identity in self.identities.items()})
-        self.model.set_attn_implementation("eager")
+        self.release()
         try:
             yield
         finally:
@@ -221,6 +220,13 @@ class RawKeyModel:
             yield
         finally:
             self.model.set_attn_implementation(ATTENTION_NAME)
+
+    def release(self) -> None:
+        """Give the model back as transformers made it."""
+        for module in self._forwards:
+            del module.forward
+        self._place({name: identity.original for name, identity in self.identities.items()})
+        self.model.set_attn_implementation("eager")
 
     def _install(self) -> None:
         self._place(self.identities)

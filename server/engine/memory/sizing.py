@@ -191,6 +191,7 @@ def _blocks(model: Model, config: EngineConfig, wanted: int, available: int) -> 
     most = config.max_num_seqs * -(-wanted // config.block_size)
     num_states, state_bytes = _states(model, config, available)
     num_blocks = min(max(0, available - state_bytes) // one_block, most)
+    num_blocks = model.raw.ranks.least(num_blocks)  # a block is one on all ranks
     length = min(wanted, num_blocks * config.block_size)
     return CacheSize(num_blocks, num_blocks * one_block, _dtype(model, config), length, num_states, state_bytes)
 
@@ -263,7 +264,7 @@ def _method_length(model: Model, config: EngineConfig) -> int:
 def _size_on_host(model: Model, config: EngineConfig, wanted: int, report: Report) -> CacheSize:
     """Of what is free for this process; a cache that was asked for and is more than that would end it later."""
     free = free_memory()
-    share = min(int(free.amount * CPU_SHARE), CPU_LIMIT)
+    share = min(int(free.amount * CPU_SHARE), CPU_LIMIT) // model.raw.ranks.size  # they live on one machine
     size = _checked(model, config, wanted, config.kv_cache_memory or share)
     if size.num_bytes > free.amount:
         raise ConfigurationError(

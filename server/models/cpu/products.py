@@ -17,6 +17,7 @@ from prerope.cache.kernels.build import kernels, library
 from prerope.server.models.cpu.linear import fast_linears
 from prerope.server.models.modules import Kernels
 from prerope.server.models.quantization import int8_rows, is_quantized
+from prerope.server.models.shares import join_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -169,7 +170,7 @@ class GatedProducts:
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> None:
         assert gate.out_features == up.out_features == down.in_features
-        self.linears = (gate, up, down)
+        self.linears, self._whole = (gate, up, down), join_of(down)
         self._first, self._second = Products([gate, up]), Products([down])
         self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
         self._most_inputs = max(gate.in_features, down.in_features)
@@ -181,7 +182,7 @@ class GatedProducts:
         """x [..., in] → [..., out]."""
         if x.numel() > self._most_values:
             gate, up = self._first(x)
-            return self._second(functional.silu(gate) * up)[0]
+            return self._whole(self._second(functional.silu(gate) * up)[0])
         x = x.contiguous()
         gated, _up = self._first.aim(x)
         (out,) = self._second.aim(gated)
@@ -189,7 +190,7 @@ class GatedProducts:
         if self._fitted != (plan.rows, plan.threads):
             self._fitted = _scratch.fit(plan, self._most_inputs)
         self._multiply(*self._references, _FEW, _scratch.pointer)
-        return out
+        return self._whole(out)
 
 
 class RMSNorm:

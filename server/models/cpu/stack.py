@@ -29,6 +29,7 @@ from prerope.server.models.cpu.products import (
 )
 from prerope.server.models.layers import Around, Attend, PlainAttention, PlainLayer, around
 from prerope.server.models.raw_keys import RawKeyModel
+from prerope.server.models.shares import is_joined, join_of
 from torch import Tensor, nn
 
 
@@ -82,6 +83,9 @@ class Stack:
         self._layer_options = [part.attention.call.options(group) for part, group in zip(layers, groups, strict=True)]
         self._options = list(dict.fromkeys(self._layer_options))
         self._asks = [self._options.index(options) for options in self._layer_options]  # layer → which of them
+        self._whole_rows = [join_of(layer.attention.output) for layer in layers]
+        self._whole_logits = join_of(ends.head)
+        self._in_one_call = not any(is_joined(layer.attention.output) for layer in layers)
         self._hidden = first.products[0].inputs
         self._head_dim = first.attention.head_dim
         self._query_heads = first.products[0].features[0] // self._head_dim
@@ -108,8 +112,7 @@ class Stack:
             hidden = self.run(hidden, batch.metadata)
         else:
             hidden = self._layer_by_layer(hidden, attend)
-        logits: Tensor = ends.head.forward(ends.norm.forward(hidden[batch.logit_rows]))
-        return logits
+        return self._whole_logits(ends.head.forward(ends.norm.forward(hidden[batch.logit_rows])))
 
     def _layer_by_layer(self, hidden: Tensor, attend: Attend) -> Tensor:
         """hidden [T, hidden] → what leaves the last layer."""
@@ -125,13 +128,17 @@ class Stack:
                 options,
             )
             (output,) = layer.output(rows.view(num_rows, -1))
-            hidden = hidden + output
+            hidden = hidden + self._whole_rows[place](output)
             hidden = hidden + layer.mlp(before_mlp(hidden))
         return hidden
 
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
         """Whether the step is one of few rows, one a sequence, that one call takes; that call knows of it then."""
-        if len(metadata.sequences) > FEW_ROWS or len(metadata.slot_mapping) != len(metadata.sequences):
+        if (
+            not self._in_one_call
+            or len(metadata.sequences) > FEW_ROWS
+            or len(metadata.slot_mapping) != len(metadata.sequences)
+        ):
             return False
         keys, values = storage.keys[0], storage.values[0]
         if keys.dtype != torch.bfloat16 or not can_attend(self._query, keys, values):
@@ -170,7 +177,7 @@ def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[
     """A stack of these decoder layers, given with the rotary group of each; None where something is not as above."""
     parts = [_parts(module) for module in modules]
     known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or len({part.widths for part in known}) != 1:
+    if not raw.ranks.all(len(known) == len(parts) and len({part.widths for part in known}) == 1):
         return None
     ends = around(raw, modules, RMSNorm)
     return Stack(known, groups, ends) if ends else None

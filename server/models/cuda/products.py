@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from prerope.server.models.modules import Forward, Kernels
 from prerope.server.models.quantization import is_quantized
+from prerope.server.models.shares import join_of
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -83,7 +84,7 @@ class GatedProducts:
 
     def __init__(self, first: Sequence[nn.Linear], down: nn.Linear) -> None:
         """first: gate and up, or one layer that is both."""
-        self._first, self._second = Products(first), Products([down])
+        self._first, self._second, self._whole = Products(first), Products([down]), join_of(down)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
@@ -91,7 +92,7 @@ class GatedProducts:
 
         gate_up = self._first.together(x)
         gated = silu_mul(gate_up.view(-1, gate_up.shape[-1]))
-        return self._second.together(gated.view(*x.shape[:-1], -1))
+        return self._whole(self._second.together(gated.view(*x.shape[:-1], -1)))
 
 
 class RMSNorm:

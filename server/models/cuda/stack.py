@@ -23,6 +23,7 @@ from prerope.server.models.batch import Batch
 from prerope.server.models.cuda.products import GatedProducts, Products, RMSNorm
 from prerope.server.models.layers import Around, Attend, PlainAttention, PlainLayer, around
 from prerope.server.models.raw_keys import RawKeyModel
+from prerope.server.models.shares import join_of
 from torch import Tensor, nn
 
 
@@ -47,6 +48,8 @@ class Stack:
         """groups: the rotary group of each layer."""
         self._layers, self._ends = layers, ends
         self._options = [layer.attention.call.options(group) for layer, group in zip(layers, groups, strict=True)]
+        self._whole_rows = [join_of(layer.attention.output) for layer in layers]
+        self._whole_logits = join_of(ends.head)
         # The norm that follows each layer's MLP.
         self._after = [*(layer.before_attention for layer in layers[1:]), last_norm]
 
@@ -54,8 +57,7 @@ class Stack:
         """[N, V] of the batch's `logit_rows`; `attend` sees every layer's raw q, k and v, and stores the latter."""
         del storage  # attend knows it
         normal = self.run(self._ends.embedding.forward(batch.input_ids), attend)
-        logits: Tensor = self._ends.head.forward(normal.index_select(0, batch.logit_rows))
-        return logits
+        return self._whole_logits(self._ends.head.forward(normal.index_select(0, batch.logit_rows)))
 
     def run(self, hidden: Tensor, attend: Attend) -> Tensor:
         """hidden [T, hidden], as embedded → the last norm of what leaves the last layer."""
@@ -63,7 +65,8 @@ class Stack:
         for place, (layer, following) in enumerate(zip(self._layers, self._after, strict=True)):
             query, key, value = layer.attention.heads(layer.query_key_value(normal))
             rows = attend(place, query, key, value, self._options[place])
-            hidden, normal = layer.before_mlp.add(hidden, layer.output.together(rows.view(len(hidden), -1)))
+            attended = self._whole_rows[place](layer.output.together(rows.view(len(hidden), -1)))
+            hidden, normal = layer.before_mlp.add(hidden, attended)
             hidden, normal = following.add(hidden, layer.mlp(normal))
         return normal
 
@@ -72,7 +75,7 @@ def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[
     """A stack of these decoder layers, given with the rotary group of each; None where something is not as above."""
     parts = [_parts(module) for module in modules]
     known = [part for part in parts if part is not None]
-    ends = around(raw, modules, RMSNorm) if len(known) == len(parts) else None
+    ends = around(raw, modules, RMSNorm) if raw.ranks.all(len(known) == len(parts)) else None
     if ends is None or not isinstance(ends.norm.forward, RMSNorm):
         return None
     return Stack(known, groups, ends, ends.norm.forward)

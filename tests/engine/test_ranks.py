@@ -1,0 +1,111 @@
+"""Two ranks, each with its share of the weights and of the KV heads, give one rank's tokens."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prerope.cache.kernels.build import library_path
+from prerope.server.engine.engine import Engine
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.model import Model
+
+from tests.engine.ranked import shared_engine
+from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, tiny, tiny_engine
+
+ROOT = Path(__file__).parents[2]
+SHARED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "cohere",
+    "smollm3",
+    "mixtral",
+)
+LENGTHS = (5, 33, 60, 100)
+
+
+class Pair:
+    """This process as rank 0, and another as rank 1, for one model after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        command = [sys.executable, "-m", "tests.engine.ranked"]
+        self._other = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, text=True
+        )
+
+    def engine(self, family: str, config: dict[str, Any] | None = None, **engine: Any) -> Engine:
+        self._count += 1
+        folder = self._folder / str(self._count)
+        folder.mkdir()
+        library = library_path()
+        kernels = None if library is None else str(library.parent)
+        order = {
+            "kernels": kernels,
+            "folder": str(folder),
+            "family": family,
+            "config": config or {},
+            "engine": engine,
+        }
+        assert self._other.stdin is not None
+        print(json.dumps(order), file=self._other.stdin, flush=True)
+        return shared_engine(order, 0)
+
+    def said(self) -> str:
+        """What came of rank 1."""
+        assert self._other.stdout is not None
+        return self._other.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._other.kill()
+        self._other.communicate()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("ranks"))
+    yield pair
+    pair.close()
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_greedy_equals_one_rank(pair: Pair, family: str) -> None:
+    """With chunked prefill beside decodes, the same prompts again (prefix hits), and an abort on the way."""
+    prompts = [prompt_of(length, seed=length) for length in LENGTHS]
+    alone = tiny_engine(Model(tiny(family)), max_batched_tokens=37, max_num_seqs=8)
+    expected = generate(alone, prompts, greedy(16))
+    shared = pair.engine(family, max_batched_tokens=37, max_num_seqs=8)
+    assert shared.storage.keys[0].shape[2] * 2 == alone.storage.keys[0].shape[2]
+    assert generate(shared, prompts, greedy(16)) == expected
+    hits = shared.scheduler.cache.hit_tokens
+    assert generate(shared, prompts, greedy(16)) == expected
+    assert shared.scheduler.cache.hit_tokens > hits
+    assert_idle(shared)
+    shared.close()
+    assert pair.said() == "done"
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "reason"),
+    [
+        ("llama", {"num_key_value_heads": 1}, "its attention has 1 heads of keys and values"),
+        ("phi3", {}, "'rowwise_split_input', which needs more than one collective"),
+        ("olmo2", {}, "'colwise_gather_output', which needs more than one collective"),
+        ("gpt_oss", {}, "has no plan to share"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(pair: Pair, family: str, config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason) as refusal:
+        pair.engine(family, config)
+    assert repr(family) in str(refusal.value)
+    assert pair.said().startswith("refused: ")
