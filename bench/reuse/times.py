@@ -27,7 +27,7 @@ from bench import BenchError
 from bench.shared.servers import free_port
 from bench.shared.text import default_texts
 
-READY_TIMEOUT_S, STOP_TIMEOUT_S = 300.0, 60.0
+READY_TIMEOUT_S, STOP_TIMEOUT_S = 600.0, 60.0
 COLD, REORDERED, EDITED, RESTARTED = (
     "cold",
     "another order and question",
@@ -52,10 +52,13 @@ def served(model: str | None, tier: Path, log: Path) -> Iterator[tuple[httpx.Cli
     port = free_port()
     command = [sys.executable, "-m", "prerope.server", "--port", str(port), "--cache-tier-dir", str(tier)]
     command += [] if model is None else ["--model-id", model]
-    with log.open("ab") as output, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=3600) as client:
+    with (
+        log.open("ab") as output,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=3600, trust_env=False) as client,
+    ):
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
-            _wait_until_ready(client, process)
+            _wait_until_ready(client, process, log)
             yield client, psutil.Process(process.pid)
         finally:
             process.terminate()
@@ -65,14 +68,15 @@ def served(model: str | None, tier: Path, log: Path) -> Iterator[tuple[httpx.Cli
                 process.kill()
 
 
-def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+def _wait_until_ready(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if client.get("/ready").is_success:
                 return
         time.sleep(0.2)
-    raise BenchError("the server did not become ready")
+    said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+    raise BenchError(f"the server did not become ready within {READY_TIMEOUT_S:g} s:\n" + "\n".join(said))
 
 
 def cpu_seconds(process: psutil.Process) -> float:
