@@ -104,11 +104,13 @@ def cases(tokenizer: Tokenizer, count: int, num_documents: int, length: int) -> 
             [(name, make(tokenizer, random.Random(seed), num_documents, length)) for seed in range(count)]
             for name, make in TASKS.items()
         ),
-        [
-            (LOSS.format(name), case)
+        *(
+            [
+                (LOSS.format(name), case)
+                for case in loss_cases(tokenizer, text, max(2, count // 4), num_documents, length, 300)
+            ]
             for name, text in texts()
-            for case in loss_cases(tokenizer, text, max(2, count // 4), num_documents, length, 300)
-        ],
+        ),
     ]
     places = sorted(
         (place / len(group), index, place) for index, group in enumerate(tests) for place in range(len(group))
