@@ -21,8 +21,10 @@ from unittest.mock import patch
 import torch
 from prerope.cache.cuda.attention import cuda_attention
 from torch import Tensor
+from torch.nn.functional import linear
 
 from bench import BenchError
+from bench.gpu.sdpa import sdpa_prefill
 from bench.kernels.cases import FULL, RAW, TOY, Plan, Step, make_step
 from bench.kernels.rows import row_errors
 from bench.shared import options
@@ -37,16 +39,19 @@ SAME = 2e-2
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """tile: (BLOCK_M, BLOCK_N, warps, stages), None where it is the shipped one; constants: of the kernel's module."""
+    """tile: (BLOCK_M, BLOCK_N, warps, stages), None where it is the shipped one; constants: of the kernel's module;
+    instead: what is called in place of the module's function of the kernel's name."""
 
     kernel: str
     tile: tuple[int, int, int, int] | None = None
     constants: dict[str, Any] = field(default_factory=dict)
+    instead: Callable[..., None] | None = None
 
     @property
     def name(self) -> str:
         changed = [*(["x".join(map(str, self.tile))] if self.tile else []),
-                   *(f"{name} {value}" for name, value in self.constants.items())]  # fmt: skip
+                   *(f"{name} {value}" for name, value in self.constants.items()),
+                   *([self.instead.__name__] if self.instead else [])]  # fmt: skip
         return ", ".join(changed) or "shipped"
 
 
@@ -63,6 +68,7 @@ DECODE = [
 ]
 PREFILL = [
     Candidate("prefill"),
+    Candidate("prefill", instead=sdpa_prefill),
     Candidate("prefill", (128, 128, 8, 2)),
     Candidate("prefill", (128, 64, 8, 4)),
     Candidate("prefill", (128, 64, 8, 2)),
@@ -79,6 +85,8 @@ def using(candidate: Candidate) -> ExitStack:
     if candidate.tile is not None:
         chosen = Config(*candidate.tile)
         stack.enter_context(patch(f"{module}.config", lambda *_: chosen))
+    if candidate.instead is not None:
+        stack.enter_context(patch(f"{module}.{candidate.kernel}", candidate.instead))
     for name, value in candidate.constants.items():
         stack.enter_context(patch(f"{module}.{name}", value))
     return stack
@@ -125,7 +133,27 @@ def sweep(plan: Plan, toy: bool, device: torch.device, until: float, say: Callab
             except Exception as error:  # one that this card does not take
                 left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 say(f"{name}: left out, {left_out[name]}")
+    if time.monotonic() < until:
+        found |= products(clock, plan.dtype, toy, left_out)
     return {"rates": found_rates, "ms": found, "left out": left_out}
+
+
+def products(clock: Clock, dtype: torch.dtype, toy: bool, left_out: dict[str, str]) -> dict[str, float]:
+    """Of one row, by torch and by a kernel of its own: shapes of an 8B Llama's layer."""
+    from bench.gpu.gemv import gemv
+
+    found = dict[str, float]()
+    shapes = [(64, 512)] if toy else [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+    for outputs, size in shapes:
+        x, weight = (torch.randn(rows, size, dtype=dtype, device=clock.device) for rows in (1, outputs))
+        case, expected = f"product of one row {outputs} x {size}", linear(x, weight)
+        found[f"{case}: shipped"] = 1e3 * clock.seconds(partial(linear, x, weight))
+        off = float((gemv(x, weight) - expected).abs().max() / expected.abs().max())
+        if off <= SAME:
+            found[f"{case}: gemv"] = 1e3 * clock.seconds(partial(gemv, x, weight))
+        else:
+            left_out[f"{case}: gemv"] = f"it is off by {off:.1e}"
+    return found
 
 
 def once(plan: Plan, toy: bool, device: torch.device) -> None:

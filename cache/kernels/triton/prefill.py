@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.cuda.plan import SCRATCH_BYTES, CudaPlan
-from prerope.cache.kernels.triton.launch import Config, arguments, constants, launch, padded, upright
+from prerope.cache.kernels.triton.launch import Config, arguments, constants, device_arch, launch, padded, upright
 from prerope.cache.kernels.triton.read import (  # fmt: skip
     LOG2E,
     LOWEST,
@@ -52,7 +52,8 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
         return Config(block_m=max(32 if head_dim <= 64 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
     if head_dim <= 128:
         return Config(block_m=128, block_n=64 if upright(arch) or head_dim <= 64 else 32, num_warps=8, num_stages=3)
-    return Config(block_m=max(64, padded(group)), block_n=32, num_warps=8, num_stages=2)
+    narrow = (device_arch() if arch is None else arch) // 10 == 10  # products of sm_100 keep more in registers
+    return Config(block_m=max(64, padded(group)), block_n=16 if narrow else 32, num_warps=8, num_stages=2)
 
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
