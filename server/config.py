@@ -30,6 +30,7 @@ class EngineConfig:
         max_num_seqs: sequences in one step at most.
         max_batched_tokens: token budget of one step, shared by prefill chunks and decode steps.
         by_device: which of the two nobody set, so that `on` sets them by the device.
+        stream_gap_s: seconds between two tokens of a stream that prefill chunks beside it are sized for; None: none.
         block_size: tokens a cache block holds.
         kv_cache_memory: bytes for keys and values; None sizes it from free memory.
         state_cache_memory: bytes for states of recurrent layers; None takes a share of what the cache has.
@@ -55,6 +56,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
     by_device: frozenset[str] = frozenset()
+    stream_gap_s: float | None = 0.5
     block_size: int = 16
     kv_cache_memory: int | None = None
     state_cache_memory: int | None = None

@@ -306,6 +306,13 @@ class Settings(BaseSettings):
         description="Token budget of one step, prefill chunks and decode steps together; unset: 2048 on a GPU, 512 on "
         "a CPU",
     )
+    stream_gap_s: float = Field(
+        default=0.5,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that a running stream may wait for its next token while prompts are read: their chunks "
+        "are sized for it, and not below 128 tokens. Larger ones read prompts a little faster",
+    )
     kv_block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in a cache block")
     kv_cache_memory: ByteSize | None = Field(
         default=None,

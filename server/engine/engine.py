@@ -40,6 +40,7 @@ from prerope.server.engine.limits import too_late
 from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size_cache
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
+from prerope.server.engine.pace import Pace
 from prerope.server.engine.sampling.mask import wait_for_masks
 from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
@@ -90,6 +91,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_batched_tokens=config.max_batched_tokens,
             speculator=speculator,
+            pace=Pace(config.stream_gap_s),
         )
         self.info = ModelInfo(
             max_model_len=size.max_model_len,
@@ -299,6 +301,7 @@ class Engine:
         if self.tiers is not None:
             self.tiers.keep(filled)
         seconds = self._counters.end_step(step.began, step.num_prefilled)
+        self.scheduler.pace.add(step.num_prefilled, seconds)
         if self.scheduler.speculator is not None:
             self.scheduler.speculator.step_times.add(step.num_rows, seconds)
         return outputs

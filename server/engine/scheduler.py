@@ -2,7 +2,8 @@
 
 One token budget a step, shared by decode steps (one token each, always first) and prefill chunks. What is left after
 the decodes goes to prefills, shortest remainder first, so that a short prompt is not stuck behind a 100k-token one;
-the oldest prefill keeps a quarter of the budget whatever else arrives, so that it is not starved either.
+the oldest prefill keeps a quarter of the budget whatever else arrives, so that it is not starved either. Beside decode
+steps the budget is no more than what keeps the gaps of their streams short (`server.engine.pace`).
 
     budget 512:  │ 3 decodes │ oldest prefill ≥ 127 │ shortest prefill … next shortest … │ rest to the oldest │
 
@@ -27,6 +28,7 @@ from typing import NamedTuple
 from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.server.engine.documents import DocumentReader
+from prerope.server.engine.pace import Pace
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation.speculator import Speculator
 from prerope.server.engine.step import Scheduled
@@ -53,12 +55,14 @@ class Scheduler:
         max_num_seqs: int,
         max_batched_tokens: int,
         speculator: Speculator | None = None,
+        pace: Pace | None = None,
     ) -> None:
         assert max_batched_tokens >= 1
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.speculator = speculator
+        self.pace = pace or Pace(None)
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.num_preemptions = 0
@@ -98,7 +102,8 @@ class Scheduler:
                 plan.append(Scheduled.of(sequence, 1, sequence.num_computed_tokens))
         if self.speculator is not None and plan:
             self._draft(self.speculator, plan)
-        self._schedule_prefills(self.max_batched_tokens - sum([one.num_rows for one in plan]), plan)
+        left = self.max_batched_tokens - sum([one.num_rows for one in plan])
+        self._schedule_prefills(self.pace.most_rows(left) if plan else left, plan)
         states = self.cache.state_rows([(one.sequence, one.start, one.stop) for one in plan])
         return [one._replace(state=state) for one, state in zip(plan, states, strict=True)] if any(states) else plan
 

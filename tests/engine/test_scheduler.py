@@ -6,11 +6,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from prerope.server.engine.scheduler import share
+from prerope.cache.blocks.manager import KVCacheManager
+from prerope.server.engine.pace import COUNTED, LEAST_ROWS, Pace
+from prerope.server.engine.scheduler import Scheduler, share
 from prerope.server.engine.sequence import MAX_PRIORITY, PRIORITY_STEP_S, UNKNOWN, Sequence
 from prerope.server.engine.step import Scheduled
 
-from tests.engine.scripted import Script, sequence, unique
+from tests.engine.scripted import BLOCK, Script, sequence, unique
 
 
 def counts(plan: list[Scheduled]) -> dict[str, int]:
@@ -307,3 +309,50 @@ def test_a_crowd_in_a_tiny_cache_ends(num_blocks: int) -> None:
     script.add(*(sequence([1] * 8 + unique(5), max_tokens=12, block_size=4) for _ in range(30)))
     script.finish(max_steps=5000)
     assert script.scheduler.num_preemptions > 0
+
+
+def test_chunks_beside_a_stream_are_sized_by_the_time_that_rows_take() -> None:
+    """Rows that cost ever more, as a prompt's do: every step but the first is within the gap, or a chunk of the least
+    size; without a stream, and without a gap, chunks are whole."""
+    for gap_s, alone in ((0.5, False), (0.5, True), (None, False)):
+        pace, sizes, seconds = Pace(gap_s), [], []
+        scheduler = Scheduler(
+            KVCacheManager(2000, BLOCK, prefix_caching=False), max_num_seqs=4, max_batched_tokens=512, pace=pace
+        )
+        if not alone:
+            scheduler.add(sequence(unique(3), 500))
+            drive(scheduler)
+        scheduler.add(sequence(unique(12_000)))
+        while any(not one.decoding for one in scheduler.sequences):
+            plan = drive(scheduler)
+            rows = sum(count for _, count, *_ in plan if count > 1)
+            read = max(one.stop for one in plan)
+            seconds.append(0.02 + rows * (0.001 + 0.002 * read / 12_000))
+            pace.add(rows, seconds[-1])
+            sizes.append(rows)
+        if alone or gap_s is None:
+            assert set(sizes[:-1]) <= {511, 512}
+            continue
+        assert max(seconds[1:]) <= 1.1 * gap_s
+        assert sizes[0] == 511
+        assert LEAST_ROWS <= min(sizes[1:-1]) < sizes[1] < 512
+        assert min(seconds[1:-1]) > 0.7 * gap_s, "no shorter than need be"
+
+
+def test_a_gap_that_cannot_be_met_starves_nobody() -> None:
+    pace = Pace(0.5)
+    pace.add(512, 60.0)
+    assert pace.most_rows(500) == LEAST_ROWS
+    assert pace.most_rows(40) == 40
+    pace.add(COUNTED - 1, 0.001)
+    assert pace.most_rows(500) == LEAST_ROWS, "a few rows tell nothing"
+
+
+def drive(scheduler: Scheduler) -> list[Scheduled]:
+    """A step, whose tokens are all 7."""
+    plan = scheduler.schedule()
+    for one in plan:
+        one.sequence.num_computed_tokens = one.stop
+        if one.samples:
+            one.sequence.append(7)
+    return plan

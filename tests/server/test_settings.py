@@ -125,6 +125,7 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "max_model_len": 77,
         "max_num_seqs": 3,
         "max_batched_tokens": 99,
+        "stream_gap_s": 0.75,
         "kv_block_size": 8,
         "kv_cache_memory": 2**21,
         "gpu_memory_utilization": 0.75,
