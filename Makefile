@@ -7,7 +7,7 @@
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
 #   make gpu     kernels, decode steps and tests on a CUDA card, into bench/out/gpu   (ARGS="A B": under twelve minutes)
 #   make soak    twenty minutes of mixed traffic: does anything leak    (ARGS="--minutes 3")
-#   make docs    the settings in README.md and docker/compose.yaml and the page of methods, written from the code
+#   make docs    the settings in docs/settings.md and docker/compose.yaml and the page of methods, written from the code
 #   make lock    the packages of the docker images, resolved anew
 #
 #   A GPU needs NVIDIA's driver, a C compiler and Python's headers beside these; pip's torch for Linux is the CUDA build.
@@ -67,7 +67,7 @@ soak: $(VENV)/.develop
 docs: $(VENV)/.develop
 	$(BIN)/python -m prerope.rope.show --docs
 	@$(BIN)/python -m prerope.server --markdown | $(BIN)/python -c "import re, pathlib, sys; \
-	path = pathlib.Path('README.md'); text = path.read_text(encoding='utf-8'); \
+	path = pathlib.Path('docs/settings.md'); text = path.read_text(encoding='utf-8'); \
 	begin, end = '<!-- environment: begin -->', '<!-- environment: end -->'; \
 	head, rest = text.split(begin); tail = rest.split(end)[1]; \
 	path.write_text(head + begin + '\n' + sys.stdin.read() + end + tail, encoding='utf-8')"

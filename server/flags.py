@@ -1,4 +1,4 @@
-"""Settings from the command line, and how settings are explained: `--help`, errors, the README's table.
+"""Settings from the command line, and how settings are explained: `--help`, errors, docs/settings.md's table.
 
 Everything here is generated from the fields of `Settings`, so none of it can differ from what is accepted. A flag wins
 over its variable. A wrong value, or a flag that does not exist, becomes a `ConfigurationError` of one line.
@@ -35,7 +35,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
 
 
 def environment_table() -> str:
-    """The README's table of variables, in markdown."""
+    """docs/settings.md's table of variables, in markdown."""
     rows = ["| Variable | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = default_text(field)

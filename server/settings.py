@@ -1,7 +1,7 @@
 """Every setting of a deployment: name, default, range and meaning. A leaf, and the only reader of the environment.
 
 A field `max_model_len` is the environment variable MAX_MODEL_LEN and the flag `--max-model-len` (see `server.flags`,
-which also renders `--help` and the README's table from these fields). An empty variable counts as unset.
+which also renders `--help` and docs/settings.md's table from these fields). An empty variable counts as unset.
 """
 
 from __future__ import annotations
