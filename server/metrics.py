@@ -155,6 +155,7 @@ class EngineCollector(Collector):
         yield self._gauge("prerope:engine_ready", "1 once the model is loaded and serving.", snapshot.state == "ready")
         if snapshot.info is not None:
             yield self._method_info(snapshot.info)
+            yield self._cache_info(snapshot.info)
             yield self._gauge("prerope:max_model_len", "Tokens of prompt and output.", snapshot.info.max_model_len)
         if snapshot.stats is not None:
             yield from self._gauges(snapshot.stats)
@@ -223,6 +224,17 @@ class EngineCollector(Collector):
         labels = {key: str(value) for key, value in info.positions.describe().items() if not isinstance(value, dict)}
         family = InfoMetricFamily("prerope:position_method", "How positions are read.", labels=["model_name"])
         family.add_metric([self._model_name], labels)
+        return family
+
+    def _cache_info(self, info: ModelInfo) -> Metric:
+        """Blocks and their size as labels of a gauge, as routers that predict prefix hits read them."""
+        labels = {
+            "model_name": self._model_name,
+            "block_size": str(info.block_size),
+            "num_gpu_blocks": str(info.num_cache_tokens // info.block_size),
+        }
+        family = GaugeMetricFamily("vllm:cache_config_info", "Tokens in a cache block, and blocks.", labels=[*labels])
+        family.add_metric([*labels.values()], 1)
         return family
 
     def _graph_info(self, graphs: GraphStats) -> Metric:

@@ -98,6 +98,7 @@ class Engine:
             train_length=positions.methods[positions.main].train_length,
             vocab_size=model.vocab_size,
             num_cache_tokens=cache.num_tokens,
+            block_size=config.block_size,
             eos_token_ids=model.eos_token_ids,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),

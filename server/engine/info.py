@@ -20,6 +20,7 @@ class ModelInfo:
     train_length: int
     vocab_size: int
     num_cache_tokens: int
+    block_size: int
     eos_token_ids: frozenset[int]
     dtype: str
     device: str

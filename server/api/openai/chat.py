@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -10,10 +11,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
+from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import ChatRequest
+from prerope.server.api.requests.internal import Chat
+from prerope.server.api.requests.prompts import chat_ids, check_model
 from prerope.server.api.running import Running, parts_of, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece, Reply
@@ -37,6 +41,17 @@ async def chat_completions(body: ChatRequest, request: Request, service: ReadySe
     printed = [writer.choice(index, reply) for index, reply in enumerate(replies)]
     used = usage(running.generations, body.n)
     return JSONResponse({**head.fields, "choices": printed, "usage": used, **writer.of_prompt(replies[0])})
+
+
+@router.post("/chat/completions/render", summary="A chat as token ids, by the body that would have it answered")
+async def render(body: ChatRequest, service: ReadyService) -> dict[str, Any]:
+    """What routers ask for that choose a server by the prefixes that it holds, as vLLM answers it."""
+    check_model(service, body.model)
+    chat = body.lowered().input
+    assert isinstance(chat, Chat)
+    use = ToolUse.of(service.tokenizer, chat)
+    ids = await chat_ids(service, chat, tools=() if use is None else use.for_template)
+    return {"request_id": f"chatcmpl-{uuid.uuid4().hex}", "model": service.model_name, "token_ids": ids}
 
 
 class _Writer:

@@ -41,6 +41,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "/v1/completions": Operation(replies.CompletionReply, (*MODEL, *QUEUE), (replies.CompletionChunk,)),
     "/v1/chat/completions": Operation(replies.ChatReply, (*MODEL, *QUEUE), (replies.ChatChunk,)),
+    "/v1/chat/completions/render": Operation(replies.RenderReply, (*MODEL, errors.QueueFull)),
     "/v1/models": Operation(replies.ModelList, NOT_READY),
     "/v1/models/{model}": Operation(replies.ModelCard, MODEL),
     "/tokenize": Operation(replies.TokenizeReply, (*MODEL, errors.QueueFull)),

@@ -402,6 +402,14 @@ class TokenizeReply(ReplyBody):
     token_strs: list[str] = Field(default_factory=list)
 
 
+class RenderReply(ReplyBody):
+    """The prompt that a chat becomes."""
+
+    request_id: str
+    model: str
+    token_ids: list[Count]
+
+
 class DetokenizeReply(ReplyBody):
     """The text, special tokens included."""
 

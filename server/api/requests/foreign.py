@@ -109,6 +109,18 @@ CHAT: Mapping[str, Foreign] = {
 }
 """Of a body of /v1/chat/completions."""
 
+OF_A_REPLY: Mapping[str, Foreign] = {
+    **ignored("tool_choice", "parallel_tool_calls", "response_format", "structured_outputs", "n", "seed", "rope"),
+    **ignored("guided_json", "guided_regex", "guided_choice", "guided_grammar", "speculation"),
+    **ignored("max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p"),
+    **ignored("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "ignore_eos"),
+    **ignored("stop", "stop_token_ids", "include_stop_str_in_output", "no_stop_trim", "skip_special_tokens"),
+    **ignored("allowed_token_ids", "bad_words", "return_token_ids", "stream", "stream_options", "stream_reasoning"),
+    **ignored("cache_salt", "priority", "timeout_s", "logprobs", "top_logprobs", "prompt_logprobs"),
+    **ignored("include_reasoning", "separate_reasoning"),
+}
+"""Fields of a chat that change nothing in its prompt."""
+
 STREAM_OPTIONS: Mapping[str, Foreign] = ignored("include_obfuscation")  # padding against traffic analysis
 
 MESSAGE: Mapping[str, Foreign] = {

@@ -24,7 +24,7 @@ from prerope.server.api.requests.body import (
     unicode_text,
 )
 from prerope.server.api.requests.documents import DocumentFields
-from prerope.server.api.requests.foreign import BODY, CHAT, Foreign
+from prerope.server.api.requests.foreign import BODY, CHAT, OF_A_REPLY, Foreign
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling, Truncation
 from prerope.server.api.requests.structured import GenerateConstraints
 from prerope.server.errors import InvalidRequest
@@ -279,9 +279,9 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
 
 
 class TokenizeRequest(RequestBody):
-    """POST /tokenize, in vLLM's shape: a prompt or chat messages."""
+    """POST /tokenize, in vLLM's shape: a prompt or chat messages. Routers post the whole body of a chat."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = CHAT
+    foreign: ClassVar[Mapping[str, Foreign]] = {**CHAT, **OF_A_REPLY}
 
     model: Text | None = None
     prompt: Text | None = None
