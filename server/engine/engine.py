@@ -46,7 +46,7 @@ from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.speculation.speculator import Speculator
 from prerope.server.engine.speculation.verification import Verification
-from prerope.server.engine.step import Scheduled, Step, finish_launch
+from prerope.server.engine.step import Scheduled, Step, chunks_of, finish_launch
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
 from prerope.server.models.batch import Chunk, build_batch
@@ -269,7 +269,7 @@ class Engine:
 
     def _forward(self, plan: list[Scheduled], sampled: Tensor | None) -> Tensor:
         """Logits of the plan's rows; `sampled` are the tokens of the step in flight, if there is one."""
-        chunks = [chunk for one in plan for chunk in one.chunks(self.config.block_size)]
+        chunks = chunks_of(plan, self.config.block_size, single=self.model.device.type != "cpu")
         if self.ranks.alone:
             return self.compute(chunks, sampled)
         tell_step(self.ranks, chunks)

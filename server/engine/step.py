@@ -7,7 +7,7 @@ steps in their order, so whoever gets a block next writes to it only after this 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prerope.cache.blocks.manager import BlockTable
@@ -19,6 +19,11 @@ from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation.verification import Verification
 from prerope.server.models.batch import Chunk
 from torch import Tensor
+
+MOST_SINGLE_ROWS = 16
+"""Of a step on the CPU that is one call for all layers."""
+MOST_KEYS_AGAIN = 4096
+"""Keys that single rows of drafts may turn again on the CPU; a chunk turns them once, layer by layer."""
 
 
 class Scheduled(NamedTuple):
@@ -69,17 +74,26 @@ class Scheduled(NamedTuple):
         """The row of draft `number`, which came true, as if a step had been scheduled for it."""
         return self._replace(start=self.stop + number, num_new_tokens=1, num_logits=1, samples=True, drafts=())
 
-    def chunks(self, block_size: int) -> list[Chunk]:
-        """What the model's forward is given of it. Drafts are single rows, as if they came alone."""
-        sequence, size = self.sequence, block_size
+    def with_drafts(self, block_size: int) -> Chunk:
+        """Its token and its drafts as one chunk."""
+        own, last = self.chunk(block_size), self.stop + len(self.drafts)
+        return replace(
+            own,
+            token_ids=[*own.token_ids, *self.drafts],
+            block_table=self.block_table.head(-(-last // block_size)),
+            num_logits=1 + len(self.drafts),
+        )
+
+    def one_by_one(self, block_size: int) -> list[Chunk]:
+        """Its token and its drafts as single rows, as if each came alone."""
         behind = [
-            Chunk([draft], place, self.block_table.head(place // size + 1), sequence.positions, 1)
+            Chunk([draft], place, self.block_table.head(place // block_size + 1), self.sequence.positions, 1)
             for place, draft in enumerate(self.drafts, self.stop)
         ]
         return [self.chunk(block_size), *behind]
 
     def chunk(self, block_size: int) -> Chunk:
-        """The same without its drafts."""
+        """What the model's forward is given of it, without its drafts."""
         sequence, stop = self.sequence, self.start + self.num_new_tokens
         pending = sequence.num_pending > 0 and stop == len(sequence.token_ids)
         return Chunk(
@@ -118,6 +132,24 @@ class Step:
     @property
     def num_prefilled(self) -> int:
         return sum([one.num_new_tokens for one in self.scheduled if one.num_new_tokens > 1])
+
+
+def chunks_of(plan: list[Scheduled], block_size: int, *, single: bool) -> list[Chunk]:
+    """What the model's forward is given of a step.
+
+    Drafts are single rows or a chunk with the token before them, whatever is faster: the results are the same. single:
+    always single rows, which graphs want.
+    """
+    keys_again = sum([len(one.drafts) * one.start for one in plan if one.drafts])
+    if not single and keys_again:
+        single = keys_again <= MOST_KEYS_AGAIN and sum([one.num_rows for one in plan]) <= MOST_SINGLE_ROWS
+    chunks: list[Chunk] = []
+    for one in plan:
+        if not one.drafts:
+            chunks.append(one.chunk(block_size))
+        else:
+            chunks += one.one_by_one(block_size) if single else [one.with_drafts(block_size)]
+    return chunks
 
 
 def finish_launch(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from prerope.server.engine.sampling.host import sample
 from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.models.batch import Batch
 from prerope.server.models.model import Model
+from prerope.server.ranks.group import ALONE
 from torch import Tensor
 
 from tests.engine.tiny_models import prompt_of
@@ -53,6 +55,7 @@ class ScriptedModel:
 
     def __init__(self, num_blocks: int) -> None:
         self.layers: list[Any] = []
+        self.raw = SimpleNamespace(ranks=ALONE)
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.vocab_size = VOCABULARY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from prerope.server.engine.step import Step
 from prerope.server.models import batch
 from prerope.server.models.batch import Batch
 from prerope.server.models.model import Model
+from prerope.server.ranks.group import ALONE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -146,6 +148,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Unread]:
     class MetaModel:
         layers: tuple[()] = ()
         states: tuple[()] = ()
+        raw = SimpleNamespace(ranks=ALONE)
         device = torch.device("meta")
         dtype = torch.float32
         vocab_size = VOCABULARY

@@ -129,7 +129,7 @@ METHODS = ("rope", "dynamic_leaky", "dual_chunk", "xpos", "dynamic_ntk:logn")
 
 
 def test_tokens_and_logprobs_to_the_bit(model: Model, decode_kernel: str) -> None:
-    """Over lengths at which readings change, in steps of few rows and of more than the one-call stack takes."""
+    """Over lengths at which readings change; drafts as single rows, and in more rows than those may be as chunks."""
     if library() is None or DEVICE != "cpu" or torch.cpu._is_amx_tile_supported():
         pytest.skip(decode_kernel)
     engine = tiny_engine(model, max_model_len=512, cache_dtype=model.dtype, speculation="off")
