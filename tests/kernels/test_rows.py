@@ -20,8 +20,12 @@ from prerope.cache.kernels.triton.read import READ_FIELDS
 from prerope.rope.scores import method_scores
 from torch import Tensor
 
+from bench.gpu.gemv import gemv
+from bench.gpu.sdpa import sdpa_prefill
+from bench.gpu.sweep import Candidate, using
+from bench.gpu.sweep import attended as attended_by_kernels
 from bench.kernels.cases import Step, low_precision, make_step
-from bench.kernels.rows import SHARPNESS, judge, poisoned
+from bench.kernels.rows import SHARPNESS, judge, poisoned, row_errors
 from bench.shared.shapes import AttentionShape
 from tests.device import DEVICE
 
@@ -156,3 +160,20 @@ def test_faults_in_what_kernels_are_given_are_seen(name: str | None, monkeypatch
             ours = cuda_attention(own.query, own.keys, own.values, own.metadata, own.options)
         verdicts.append(judge(ours, low_precision(own), truth))
     assert all(verdict.right for verdict in verdicts) == (name is None), verdicts
+
+
+def test_candidates_of_the_sweep_give_the_rows_of_the_kernels() -> None:
+    """A prompt by torch's SDPA over turned keys, the other order of decode's grid, and a product of one row."""
+    torch.manual_seed(2)
+    shape = AttentionShape(4, 2, 16, 10_000.0, 64)
+    for rows, candidate in (
+        ([(0, 90)], Candidate("prefill", instead=sdpa_prefill)),
+        ([(80, 1), (33, 1)], Candidate("decode", constants={"HEADS_FIRST": False})),
+    ):
+        step = make_step(shape, "rope", rows, 16, torch.float16, torch.device(DEVICE))
+        expected = attended_by_kernels(step)
+        step.metadata.plans.clear()
+        with using(candidate):
+            assert float(row_errors(attended_by_kernels(step), expected).max()) < 3e-3
+    x, weight = (torch.randn(rows, 1024, dtype=torch.float16, device=DEVICE) for rows in (1, 16))
+    torch.testing.assert_close(gemv(x, weight), torch.nn.functional.linear(x, weight), rtol=2**-9, atol=2**-6)
