@@ -153,7 +153,10 @@ class BlockTier:
 
     def _write(self, block_hash: bytes, payload: Tensor) -> None:
         path = self._path(block_hash)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        assert self._folder is not None
+        self._folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self._folder, path.parent):  # one by one: `parents` have the mode that others' folders have
+            folder.mkdir(mode=0o700, exist_ok=True)
         content = save(
             {"block": payload}, metadata={"identity": self._identity, "checksum": checksum(block_hash, payload)}
         )

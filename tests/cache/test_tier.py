@@ -58,6 +58,7 @@ def test_what_was_written_is_there_after_a_restart(tmp_path: Path) -> None:
     for path in files_of(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o700
 
 
 def test_another_model_finds_nothing(tmp_path: Path) -> None:
