@@ -32,7 +32,7 @@ from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.model import Model, own_positions
 from prerope.server.models.precise import in_fp32
 from prerope.server.models.raw_keys import AttentionCall, AttentionHandler
-from prerope.server.models.recurrent.layers import running, together
+from prerope.server.models.recurrent.layers import Prompts, running
 from prerope.server.models.trials import (
     LONGEST,
     PROBE_LENGTH,
@@ -84,8 +84,11 @@ def probe(model: Model, cache_dtype: torch.dtype | None = None, block_size: int 
     positions = own_positions(model)
     with _short_window(model):
         worst = _Judge(model, cache_dtype or model.dtype, block_size).worst(positions)
-        for start in far_windows(model, positions):
-            worst = max(worst, _Judge(model, model.dtype, block_size, start).worst(positions))
+        starts = far_windows(model, positions)
+        # transformers reads all rows of a forward as its last one, so windows of other runs are not read with it.
+        apart = positions.methods[positions.main].run_end(0) != UNBOUNDED
+        for side_by_side in [[start] for start in starts] if apart else [starts] * bool(starts):
+            worst = max(worst, _Judge(model, model.dtype, block_size, side_by_side).worst(positions))
     return worst
 
 
@@ -112,16 +115,19 @@ def far_windows(model: Model, positions: ModelPositions) -> list[int]:
 
 
 class _Judge:
-    """Compares one run of rows. start: None is the prompt, through the cache and the steps as they are served."""
+    """Compares forwards of the prompt, through the cache and the steps as they are served, or of windows of its rows.
 
-    def __init__(self, model: Model, cache_dtype: torch.dtype, block_size: int, start: int | None = None) -> None:
-        self.model, self.cache_dtype, self.block_size, self.start = model, cache_dtype, block_size, start
+    starts: the first rows of the windows, which are read side by side; none: the prompt.
+    """
+
+    def __init__(self, model: Model, cache_dtype: torch.dtype, block_size: int, starts: Sequence[int] = ()) -> None:
+        self.model, self.cache_dtype, self.block_size, self.starts = model, cache_dtype, block_size, starts
         ids = probe_ids(model.raw.text_config.vocab_size, model.device)
-        self.ids = ids if start is None else ids[:FAR_ROWS]
+        self.ids = ids[:FAR_ROWS].repeat(len(starts)) if starts else ids
+        self.num_rows = FAR_ROWS if starts else len(ids)
+        first = torch.tensor(starts or [0], device=ids.device)[:, None]
+        self.rows = first + torch.arange(self.num_rows, device=ids.device)  # [windows, rows of each]
         self.compared = _compared(model)
-        # fp32 angles, which transformers has, are off by this at the last of these rows.
-        angle = 0.0 if start is None else (start + FAR_ROWS) * 2**-23
-        self.tolerance = max(TOLERANCE[model.dtype], TOLERANCE[cache_dtype]) + angle
 
     def worst(self, positions: ModelPositions) -> float:
         """The largest relative difference; ConfigurationError where one is too large."""
@@ -131,37 +137,28 @@ class _Judge:
         precise = stock if exact else self._stock(held=stock, fp32=True)
         with model.layer_by_layer():
             ours = self._ours(positions, stock)
-        free = self._ours(positions, None)
+        # Far rows run through no stack, and what stands around attention shows in the logits of held layers, too.
+        free = ours if self.starts else self._ours(positions, None)
         worst = 0.0
-        for module, name in self.compared.items():
-            theirs = relative_difference(stock.left[module].float(), precise.left[module].float())
-            error = relative_difference(ours.left[module].float(), precise.left[module].float())
-            worst = max(worst, error)
-            self._check(name, error, theirs)
-        return max(worst, self._logits(free.logits, stock.logits, exact=exact))
+        for place in range(len(self.rows)):
+            window = _Window(self, place)
+            for module, name in self.compared.items():
+                theirs = window.difference(stock.left[module], precise.left[module])
+                error = window.difference(ours.left[module], precise.left[module])
+                worst = max(worst, error)
+                window.check(name, error, theirs)
+            worst = max(worst, self._logits(window, free.logits, stock.logits, exact=exact))
+        return worst
 
-    def _logits(self, ours: Tensor, stock: Tensor, *, exact: bool) -> float:
-        error = relative_difference(ours, stock)
-        if exact or error <= LOGITS_SLACK * self.tolerance:
-            self._check("the logits", error, 0.0, LOGITS_SLACK * self.tolerance if not exact else None)
+    def _logits(self, window: _Window, ours: Tensor, stock: Tensor, *, exact: bool) -> float:
+        error = window.difference(ours, stock)
+        if exact or error <= LOGITS_SLACK * window.tolerance:
+            window.check("the logits", error, 0.0, LOGITS_SLACK * window.tolerance if not exact else None)
             return error
         precise = self._stock(fp32=True).logits
-        error = relative_difference(ours, precise)
-        self._check("the logits", error, relative_difference(stock, precise), LOGITS_SLACK * self.tolerance)
+        error = window.difference(ours, precise)
+        window.check("the logits", error, window.difference(stock, precise), LOGITS_SLACK * window.tolerance)
         return error
-
-    def _check(self, where: str, error: float, theirs: float, tolerance: float | None = None) -> None:
-        allowed = max(self.tolerance if tolerance is None else tolerance, WORSE * theirs)
-        if error <= allowed:
-            return
-        rows = "" if self.start is None else f" at rows {self.start} to {self.start + FAR_ROWS - 1}"
-        unknown = "this family computes attention in a way that this server does not know"
-        if where.startswith("recurrent"):
-            unknown = "its state cannot be carried from one chunk of a prompt to the next"
-        raise ConfigurationError(
-            f"model type {self.model.raw.family!r} cannot be served from raw keys: {where}{rows} differ from "
-            f"transformers' own by {error:.2g} relative (at most {allowed:.2g} is rounding), so {unknown}"
-        )
 
     @torch.inference_mode()
     def _stock(self, held: Trace | None = None, *, fp32: bool = False) -> Trace:
@@ -169,36 +166,36 @@ class _Judge:
         raw, trace = self.model.raw, Trace()
         modules = list(self.compared)
         inputs = {} if held is None else held.entered
-        rows = torch.arange(len(self.ids), device=self.ids.device) + (self.start or 0)
+        ids = self.ids.view(self.rows.shape)
         widened = in_fp32(raw.model, None if held is None else modules) if fp32 else nullcontext()
         with raw.stock(), layer_inputs(modules, trace.entered, inputs), _layer_outputs(modules, trace.left), widened:
-            output = raw.model(input_ids=self.ids[None], position_ids=rows[None], use_cache=False)
-        trace.logits = output.logits[0].float()
+            output = raw.model(input_ids=ids, position_ids=self.rows, use_cache=False)
+        trace.logits = output.logits.float()
         return trace
 
     def _ours(self, positions: ModelPositions, held: Trace | None) -> Trace:
         """With `held`, each layer gets the input that it had in that trace."""
-        if self.start is None:
+        if not self.starts:
             return self._stepped(positions, held)
         raw, trace = self.model.raw, Trace()
-        modules = list(self.compared)
-        rows = torch.arange(len(self.ids), device=self.ids.device)
-        replaced = nullcontext() if held is None else layer_inputs(modules, trace.entered, held.entered)
-        with torch.inference_mode(), replaced, _layer_outputs(modules, trace.left), running(together):
-            trace.logits = raw.forward(self.ids, rows + self.start, rows, self._far_attention(positions)).float()
+        modules, wanted = list(self.compared), torch.arange(len(self.ids), device=self.ids.device)
+        packed = {} if held is None else {module: x.reshape(1, -1, x.shape[-1]) for module, x in held.entered.items()}
+        replaced = layer_inputs(modules, trace.entered, packed) if packed else nullcontext()
+        with torch.inference_mode(), replaced, _layer_outputs(modules, trace.left), running(Prompts(FAR_ROWS)):
+            trace.logits = raw.forward(self.ids, self.rows.flatten(), wanted, self._far_attention(positions)).float()
         return trace
 
     def _far_attention(self, positions: ModelPositions) -> AttentionHandler:
-        """The specification of attention, over the keys of these rows alone."""
-        assert self.start is not None
-        sequence = SequenceRows(0, len(self.ids), self.start, torch.empty(0), positions)
+        """The specification of attention, over the keys of each window's rows alone."""
+        windows = [SequenceRows(0, FAR_ROWS, start, torch.empty(0), positions) for start in self.starts]
         layers = {layer.module: layer for layer in self.model.layers}
 
         def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
             layer = layers[module]
-            query, key, value = layer.arrange(query, key, value)
-            rows = attend_sequence(query.float(), key.float(), value.float(), sequence, call.options(layer.group))
-            return layer.own(rows.to(query.dtype))
+            parts = [torch.split(part.float(), FAR_ROWS) for part in layer.arrange(query, key, value)]
+            options, given = call.options(layer.group), zip(*parts, windows, strict=True)
+            rows = [attend_sequence(q, k, v, window, options) for q, k, v, window in given]
+            return layer.own(torch.cat(rows).to(query.dtype))
 
         return attend
 
@@ -248,6 +245,37 @@ class _Judge:
         with replaced, _layer_outputs(modules, trace.left):
             trace.logits = self.model.forward(build_batch(chunks, self.block_size, self.model.device), storage)
         return trace
+
+
+class _Window:
+    """The rows of one window in what a judge compares, and what may be rounding there."""
+
+    def __init__(self, judge: _Judge, place: int) -> None:
+        self._family, self._num_rows = judge.model.raw.family, judge.num_rows
+        self._rows = slice(place * judge.num_rows, (place + 1) * judge.num_rows)
+        self._start = judge.starts[place] if judge.starts else None
+        # fp32 angles, which transformers has, are off by this at the last of these rows.
+        angle = 0.0 if self._start is None else (self._start + self._num_rows) * 2**-23
+        self.tolerance = max(TOLERANCE[judge.model.dtype], TOLERANCE[judge.cache_dtype]) + angle
+
+    def difference(self, ours: Tensor, expected: Tensor) -> float:
+        """Of two tensors of all rows, packed or a window a row: relative, rms."""
+        own = (x.float().reshape(-1, x.shape[-1])[self._rows] for x in (ours, expected))
+        return relative_difference(*own)
+
+    def check(self, where: str, error: float, theirs: float, tolerance: float | None = None) -> None:
+        """ConfigurationError where an error is more than rounding, by what transformers' own is off."""
+        allowed = max(self.tolerance if tolerance is None else tolerance, WORSE * theirs)
+        if error <= allowed:
+            return
+        rows = "" if self._start is None else f" at rows {self._start} to {self._start + self._num_rows - 1}"
+        unknown = "this family computes attention in a way that this server does not know"
+        if where.startswith("recurrent"):
+            unknown = "its state cannot be carried from one chunk of a prompt to the next"
+        raise ConfigurationError(
+            f"model type {self._family!r} cannot be served from raw keys: {where}{rows} differ from transformers' own "
+            f"by {error:.2g} relative (at most {allowed:.2g} is rounding), so {unknown}"
+        )
 
 
 def _compared(model: Model) -> dict[nn.Module, str]:

@@ -81,10 +81,35 @@ def find_turning(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) ->
 
     A layer with a norm after the rotation changes more than a turn does, or less.
     """
-    changed = (before[1] != after[1]).any(0).any(0).nonzero().flatten().tolist()
+    for dims in _dims_that_may_turn(before, after):
+        turning = _turning_of(dims, before, after)
+        if turning is not None:
+            return turning
+    return None
+
+
+def _dims_that_may_turn(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> list[list[int]]:
+    """Stretches of dims, the likelier first: those that changed, and with them those beside that are always zero.
+
+    A dim whose norm has a weight of zero is zero whatever turns it.
+    """
+    pairs = list(zip(before, after, strict=True))
+    changed = torch.stack([(was != now).any(0).any(0) for was, now in pairs]).any(0)
+    zero = torch.stack([((was == 0) & (now == 0)).all(0).all(0) for was, now in pairs]).all(0)
+    found = changed.nonzero().flatten().tolist()
+    if not found or not bool((changed | zero)[found[0] : found[-1] + 1].all()):
+        return []
+    first, last = found[0], found[-1]
+    while first > 0 and zero[first - 1]:
+        first -= 1
+    while last + 1 < len(zero) and zero[last + 1]:
+        last += 1
+    stretches = [list(range(found[0], found[-1] + 1)), list(range(first, last + 1))]
+    return [dims for dims in stretches if len(dims) % 2 == 0]
+
+
+def _turning_of(changed: list[int], before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Turning | None:
     dims, head_dim = len(changed), before[1].shape[-1]
-    if not changed or changed[-1] - changed[0] + 1 != dims or dims % 2:
-        return None
     rest = [dim for dim in range(head_dim) if dim not in changed]
     quarter = Table(*(part.to(before[1].device) for part in (torch.zeros(1, dims // 2), torch.ones(1, dims // 2))))
     for interleaved in (False, True):

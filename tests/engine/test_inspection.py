@@ -58,6 +58,18 @@ def test_what_inspection_finds(family: str, groups: list[str | None], dim: int, 
     assert {layer.shape.num_kv_heads for layer in model.layers} == {heads}
 
 
+def test_dims_that_are_zero_whatever_turns_them() -> None:
+    """Quantised norms have weights of zero, as Gemma 3's do: such dims change by no turn, and turn all the same."""
+    transformers_model = tiny("gemma3_text")
+    for place, dims in enumerate(([0, 8], [3, 11], [7, 15], [0, 1, 15])):
+        attention = transformers_model.model.layers[place].self_attn
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.weight.data[dims] = -1
+    model = Model(transformers_model)
+    assert {rotary.dim for rotary in model.rotaries.values()} == {16}
+    assert probe(model) < 1e-4
+
+
 # --- the probe --------------------------------------------------------------------------------------------------------
 
 

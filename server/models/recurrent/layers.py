@@ -106,9 +106,15 @@ def apart(layer: RecurrentLayer, call: Call) -> Any:
     return _joined([(slice(None), layer.given(call, lambda x: x.transpose(0, 1), None))], call.num_rows)
 
 
-def together(layer: RecurrentLayer, call: Call) -> Any:
-    """A handler: the rows are one prompt, from its first token on."""
-    return layer.given(call, lambda x: x, None)
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A handler: every `length` rows are a prompt, from its first token on."""
+
+    length: int
+
+    def __call__(self, layer: RecurrentLayer, call: Call) -> Any:
+        given = layer.given(call, lambda x: x.reshape(-1, self.length, *x.shape[2:]), None)
+        return _joined([(slice(None), given)], call.num_rows)
 
 
 STATES: ContextVar[StateHandler] = ContextVar("state_handler", default=apart)
