@@ -13,6 +13,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from prerope.server.connection import ACCEPTED_AT_ONCE, Connection, Door, room_for
+from prerope.server.engine.async_engine import EngineState
 from prerope.server.errors import ConfigurationError, OutOfMemory, first_line
 from prerope.server.log import LEVELS
 from prerope.server.service import Service
@@ -83,7 +84,11 @@ class DrainingServer(uvicorn.Server):
         self._draining = self._draining or asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        timeout_s = self._service.settings.shutdown_timeout_s
+        timeout_s, notice_s = self._service.settings.shutdown_timeout_s, self._service.settings.shutdown_notice_s
+        if notice_s and self._service.engine.state is EngineState.READY:
+            log.info("about to shut down: /health is 503, requests are still taken", notice_s=notice_s)
+            self._service.leaving = True
+            await asyncio.sleep(notice_s)
         log.info("shutting down: running requests may finish, new ones get a 503", timeout_s=timeout_s)
         await self._service.engine.shutdown(timeout_s)
         self.should_exit = True

@@ -43,6 +43,7 @@ class Service:
         served_names: what clients may call the model; replies use the first.
         sampling_defaults: how tokens are chosen where a request does not say; known once the model is loaded.
         stage: what loading does now, for people who ask /ready.
+        leaving: routers are to send nobody any more, though whoever comes is served.
     """
 
     settings: Settings
@@ -54,6 +55,7 @@ class Service:
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     stage: str = "starting"
     followers: Followers | None = None
+    leaving: bool = False
     _tokenizer: Tokenizer | None = None
     _started: float = field(default_factory=time.monotonic)
 
@@ -89,6 +91,12 @@ class Service:
         """Raises EngineUnavailable, saying why, unless the engine takes requests."""
         if self.engine.state is not EngineState.READY:
             raise self.unavailable()
+
+    def require_open(self) -> None:
+        """Raises EngineUnavailable, saying why, unless routers are to send requests."""
+        self.require_ready()
+        if self.leaving:
+            raise EngineUnavailable("The server is about to shut down.", code=str(EngineState.DRAINING))
 
     def unavailable(self) -> EngineUnavailable:
         """Why requests are refused now."""

@@ -387,6 +387,13 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds that running requests get to finish after SIGTERM or SIGINT",
     )
+    shutdown_notice_s: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after SIGTERM or SIGINT in which /health says 503 and requests are still taken, before "
+        "the drain: as long as a router takes to look twice, so that it sends nobody to a replica that refuses",
+    )
 
     # The log
     log_level: LogLevel = Field(default="info", description="Least severe line that is written")

@@ -263,7 +263,10 @@ def test_every_setting_reaches_the_server_and_nothing_else_is_named(name: str) -
     assert len(set(passed)) == len(passed)
     assert set(passed) - OF_LIBRARIES.keys() == SETTINGS - OF_THE_HOST, "run `make docs`"
     own = {"gpu": {"GPU_ID"}, "gpus": {"TENSOR_PARALLEL_SIZE"}}.get(name, set())
-    assert interpolated(service) == (OF_THE_HOST & SETTINGS) | {"SHUTDOWN_TIMEOUT_S", "MODELS_DIR"} | own
+    assert (
+        interpolated(service)
+        == (OF_THE_HOST & SETTINGS) | {"SHUTDOWN_NOTICE_S", "SHUTDOWN_TIMEOUT_S", "MODELS_DIR"} | own
+    )
 
 
 def test_variables_of_compose_are_explained_or_settings() -> None:
@@ -308,7 +311,9 @@ def test_every_container_is_confined(name: str) -> None:
 def test_a_stop_waits_for_the_drain() -> None:
     default = Settings.model_fields["shutdown_timeout_s"].default
     for name in SERVERS:
-        match = re.fullmatch(r"\$\{SHUTDOWN_TIMEOUT_S:-(\d+)\}s(\d+)s", SERVICES[name]["stop_grace_period"])
+        match = re.fullmatch(
+            r"\$\{SHUTDOWN_NOTICE_S:-0\}s\$\{SHUTDOWN_TIMEOUT_S:-(\d+)\}s(\d+)s", SERVICES[name]["stop_grace_period"]
+        )
         assert match
         assert float(match[1]) == default
         assert int(match[2]) > CLOSE_GRACE_S

@@ -31,7 +31,7 @@ async def live() -> dict[str, str]:
 @router.get("/health", summary="Are requests taken", responses=NOT_READY)
 async def health(service: ServiceDependency) -> dict[str, str]:
     """200 while requests are taken; 503 while the model loads, while draining and once the engine is dead."""
-    service.require_ready()
+    service.require_open()
     return {"status": "ok"}
 
 
@@ -50,7 +50,7 @@ async def version(request: Request) -> dict[str, str]:
 @router.get("/ready", summary="Are requests taken", responses=NOT_READY)
 async def ready(service: ServiceDependency) -> dict[str, str]:
     """200 once the model is loaded and the engine is alive; until then, and while draining, 503 with the reason."""
-    service.require_ready()
+    service.require_open()
     return {"status": "ready", "model": service.model_name}
 
 

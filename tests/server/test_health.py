@@ -111,6 +111,17 @@ def test_when_the_engine_dies_requests_fail_and_the_process_ends_for_its_supervi
     eventually(lambda: not running._thread.is_alive())
 
 
+def test_notice_is_given_before_the_drain(serve: Any, tiny_checkpoint: Path) -> None:
+    url = serve(model_id=str(tiny_checkpoint), shutdown_notice_s=2)
+    running = serve.running(url)
+    with httpx.Client(base_url=url, timeout=30) as http:
+        running.http.handle_exit(15, None)
+        eventually(lambda: http.get("/health").status_code == 503)
+        assert "about to shut down" in error_of(http.get("/ready"), 503)["message"]
+        assert http.post("/generate", json=BODY).status_code == 200
+    eventually(lambda: not running._thread.is_alive())
+
+
 def test_a_draining_server_is_not_ready_and_refuses_new_work(serve: Any, tiny_checkpoint: Path) -> None:
     url = serve(model_id=str(tiny_checkpoint))
     running = serve.running(url)
