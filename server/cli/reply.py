@@ -25,7 +25,7 @@ ENDINGS = {"stop": "the model ended it", "length": "max tokens", "abort": "the s
 
 
 class _Reading:
-    """The bar, from the first moment until the first token."""
+    """The bar, from the first moment until the first token; none where nobody watches."""
 
     def __init__(self, num_tokens: int | None) -> None:
         self._bar = Progress(
@@ -33,7 +33,9 @@ class _Reading:
             TimeElapsedColumn(), TimeRemainingColumn(), console=aside, transient=True,
         )  # fmt: skip
         self._task: TaskID = self._bar.add_task("", total=num_tokens, note="waiting")
-        self._bar.start()
+        self._shown = aside.is_terminal  # elsewhere each stop would write an empty line
+        if self._shown:
+            self._bar.start()
         self._began = time.perf_counter()
 
     def show(self, total: int, cached: int, processed: int) -> None:
@@ -42,7 +44,10 @@ class _Reading:
         self._bar.update(self._task, total=total, completed=processed, note=note)
 
     def stop(self) -> None:
-        self._bar.stop()
+        """Once or again."""
+        if self._shown:
+            self._bar.stop()
+        self._shown = False
 
 
 def stream_reply(client: Client, body: dict[str, Any]) -> str:

@@ -72,6 +72,7 @@ def test_questions_about_a_folder_go_through_the_chat_template_and_read_each_fil
         assert whole == post(url, "/detokenize", tokens=asked)["prompt"]
         replies.append(post(url, "/generate", **prompt, temperature=0, max_tokens=8)["text"])
     assert done.stdout == "".join(f"{reply}\n" for reply in replies), "standard output is the replies alone"
+    assert "" not in done.stderr.splitlines(), "a bar that nobody watches leaves no lines"
     first, second = [line for line in done.stderr.splitlines() if "tokens read" in line]
     assert "8 written" in first
     cached = [int(line.split("(")[1].split()[0].replace(",", "")) for line in (first, second)]
