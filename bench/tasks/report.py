@@ -22,7 +22,11 @@ def report(scores: Scores, about: Mapping[str, Any]) -> Report:
 def by_length(scores: Scores, about: Mapping[str, Any]) -> Table:
     """A row a method: the mean over all families."""
     rows = [
-        [method, *(_cell(scores.at(method, n)) for n in scores.lengths), _tokens(scores.effective_length(method))]
+        [
+            method,
+            *(_cell(scores.at(method, n)) for n in scores.lengths),
+            _tokens(scores.effective_length(method), scores),
+        ]
         for method in scores.methods
     ]
     note = (
@@ -37,7 +41,7 @@ def by_length(scores: Scores, about: Mapping[str, Any]) -> Table:
 def by_family(scores: Scores) -> Table:
     rows = [
         [method, family, *(_cell(scores.at(method, n, family)) for n in scores.lengths),
-         _tokens(scores.effective_length(method, family))]
+         _tokens(scores.effective_length(method, family), scores)]
         for method in scores.methods for family in scores.families
     ]  # fmt: skip
     return Table(["method", "task", *(f"{n:,}" for n in scores.lengths), "effective"], rows, left=(0, 1))
@@ -61,8 +65,11 @@ def _cell(found: Mean | None) -> str:
     return NOTHING if found is None else str(found)
 
 
-def _tokens(length: int | None) -> str:
-    return NOTHING if length is None else f"{length:,}"
+def _tokens(length: int | None, scores: Scores) -> str:
+    """The longest that was measured may not be the longest there is."""
+    if length is None:
+        return NOTHING
+    return f"≥ {length:,}" if length == max(scores.lengths) else f"{length:,}"
 
 
 def draw(scores: Scores, about: Mapping[str, Any], figure: Any) -> None:
