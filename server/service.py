@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import structlog
 from fastapi import Depends, Request
+from prerope.server.api.requests.prompts import ModelText
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
@@ -57,13 +58,14 @@ class Service:
     followers: Followers | None = None
     leaving: bool = False
     _tokenizer: Tokenizer | None = None
+    _text: ModelText | None = None
     _started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.served_names = self.settings.served_names or (checkpoint_name(self.settings.model_id),)
         self.engine = AsyncEngine(self._load)
         self.metrics = Metrics(self.model_name, self._snapshot)
-        self.workers = Workers(lambda: World(self.tokenizer), LANES)
+        self.workers = Workers(lambda: World(self.text), LANES)
         self.grammars = Grammars(lambda: self.tokenizer, self.workers)
 
     @property
@@ -71,17 +73,26 @@ class Service:
         """What replies call the model."""
         return self.served_names[0]
 
-    def serves(self, model: str) -> bool:
-        """Whether a request for `model` is for this one. The only model takes any name, unless SERVED_MODEL_NAME is
-        set: then it takes those."""
-        return self.settings.served_model_name is None or model in self.served_names
-
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises EngineUnavailable while it loads."""
         if self._tokenizer is None:
             raise self.unavailable()
         return self._tokenizer
+
+    @property
+    def text(self) -> ModelText:
+        """The model's text side. Raises EngineUnavailable while it loads."""
+        if self._text is None:
+            info = self.engine.info
+            self._text = ModelText(
+                tokenizer=self.tokenizer,
+                served_names=self.served_names,
+                any_name=self.settings.served_model_name is None,
+                max_model_len=info.max_model_len,
+                vocab_size=info.vocab_size,
+            )
+        return self._text
 
     @property
     def seconds_up(self) -> float:

@@ -42,7 +42,8 @@ class Tokenizer:
         self._backend = hf.backend_tokenizer
         self._backend.no_truncation()  # once, here: changing it while another thread encodes is an error
         self._backend.no_padding()
-        self._bytes: dict[int, bytes] = {}
+        self._bytes: dict[int, bytes] = {}  # these two have an entry a token at most
+        self._strings: dict[int, str] = {}
         decoder_types = _decoder_types(self._backend)
         self.byte_level = decoder_types == {"ByteLevel"}  # tokens are byte strings (GPT-2, Llama 3, Qwen)
         self.byte_fallback = "ByteFallback" in decoder_types  # some tokens are single bytes, `<0xE2>` (Llama 2, Gemma)
@@ -167,6 +168,16 @@ class Tokenizer:
         match = BYTE_TOKEN.fullmatch(piece) if self.byte_fallback else None
         return bytes([int(match[1], 16)]) if match else piece.replace("▁", " ").encode()
 
+    def token_string(self, token_id: int) -> str:
+        """The token as text; where its bytes are none by themselves, as OpenAI writes them: `bytes:\\xe2\\x80`."""
+        if token_id not in self._strings:
+            data = self.token_bytes(token_id)
+            try:
+                self._strings[token_id] = data.decode()
+            except UnicodeDecodeError:
+                self._strings[token_id] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return self._strings[token_id]
+
     def is_byte(self, token_id: int) -> bool:
         """Whether this is a byte-fallback token."""
         piece = self._backend.id_to_token(token_id) if self.byte_fallback else None
@@ -186,7 +197,8 @@ class Tokenizer:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **kwargs: Any,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Messages → the prompt's text. Raises InvalidRequest if the model has no template or the template refuses."""
         if not self.has_chat_template:
@@ -200,8 +212,9 @@ class Tokenizer:
                 list(messages),
                 tools=list(tools) if tools else None,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 tokenize=False,
-                **kwargs,
+                **(variables or {}),
             )
         except Exception as error:  # a template is a program of the model's: whatever it raises, the messages caused it
             reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
@@ -216,10 +229,9 @@ class Tokenizer:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **kwargs: Any,
     ) -> list[int]:
         """Messages → token ids. The template writes the special tokens itself, so none are added."""
-        text = self.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt, **kwargs)
+        text = self.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 
 

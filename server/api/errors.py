@@ -6,14 +6,14 @@ traceback, a path, or text from a prompt.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prerope.server.api.requests.complaints import SHOWN_CHARS, first_invalid
 from prerope.server.errors import (
     BodyTimeout,
     ClientGone,
@@ -31,10 +31,6 @@ from starlette.requests import ClientDisconnect
 log = structlog.get_logger(__name__)
 
 RETRY_LOADING_S = 5
-SHOWN_CHARS = 40
-SILENT_FIELDS = frozenset({"prompt", "messages", "tokens"})
-"""Fields whose values are never repeated, numbers included: they are token ids. Text is never repeated at all."""
-
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -90,7 +86,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
                 f"The body must be JSON, sent with Content-Type: application/json, not {kind[:SHOWN_CHARS]}."
             )
         )
-    return error_response(_first_invalid(error.errors()))
+    return error_response(first_invalid(error.errors()))
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -99,8 +95,6 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         return error_response(error.__cause__)
     if isinstance(error.__cause__, ClientDisconnect):
         return error_response(ClientGone("the client closed the connection before its request was complete"))
-    if error.__cause__ is not None and error.status_code == 400:
-        return error_response(_encoded(request) if _is_encoded(request) else _unreadable(error.__cause__))
     messages = {
         404: "There is no such route; /docs lists them.",
         405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",
@@ -120,42 +114,5 @@ def _encoded(request: Request) -> RequestError:
     return UnsupportedEncoding(f"The body is compressed (Content-Encoding: {given}); send it as it is.")
 
 
-def _unreadable(reason: BaseException) -> RequestError:
-    """Why a body that came whole cannot be read as JSON. Its words are not repeated."""
-    if isinstance(reason, UnicodeDecodeError):
-        message = f"The body is not valid UTF-8: at byte {reason.start}."
-    elif isinstance(reason, RecursionError):
-        message = "The body is nested too deeply."
-    elif isinstance(reason, ValueError):  # of Python's own limit to what takes quadratic time
-        message = f"The body holds a number of more than {sys.get_int_max_str_digits()} digits."
-    else:
-        message = "The body could not be read as JSON."
-    return InvalidRequest(message, code="invalid_json")
-
-
 def _plain(headers: Mapping[str, str] | None) -> dict[str, str]:
     return dict(headers or {})
-
-
-def _first_invalid(errors: Sequence[Any]) -> InvalidRequest:
-    """The first of pydantic's complaints, with the field's name and its value."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        position = first["loc"][-1]
-        reason = first.get("ctx", {}).get("error", "invalid")
-        return InvalidRequest(f"The body is not valid JSON: {reason} at character {position}.", code="invalid_json")
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    if not path:
-        return InvalidRequest("The body must be a JSON object.", code="invalid_body")
-    param = ".".join(path)
-    message = first["msg"].removeprefix("Value error, ")
-    return InvalidRequest(f"{param}: {message}{_shown(path[0], first)}", param=param, code=first["type"])
-
-
-def _shown(field: str, error: Mapping[str, Any]) -> str:
-    """The value, where it is a short number: text may be a prompt, a stop string or a key in the wrong place."""
-    value = error.get("input")
-    if field in SILENT_FIELDS or error["type"] == "missing" or not isinstance(value, bool | int | float):
-        return ""
-    text = repr(value)
-    return f" (given: {text})" if len(text) <= SHOWN_CHARS else ""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.bodies import body_of
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.others import other_dialect
-from prerope.server.api.dialects.requests.others import AnyGenerateRequest
+from prerope.server.api.dialects.requests.others import AnyGenerateRequest, SglangRequest, TgiRequest
 from prerope.server.api.logprobs import generate_logprobs, vllm_prompt_logprobs
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import in_turn, read_all
@@ -25,9 +27,12 @@ router = APIRouter(tags=["generate"])
 
 
 @router.post("/generate", summary="Continue a prompt")
-async def generate(body: AnyGenerateRequest, request: Request, service: ReadyService) -> Response:
+async def generate(
+    read: Annotated[Read[Any], Depends(body_of(AnyGenerateRequest))], request: Request, service: ReadyService
+) -> Response:
     """Continue a prompt (text or token ids), as one JSON reply or as a stream of server-sent events."""
-    running = await while_connected(request, start(service, body.lowered(), "gen", time.perf_counter()))
+    body: GenerateRequest | TgiRequest | SglangRequest = read.body
+    running = await while_connected(request, start(service, read, "gen", time.perf_counter()))
     if not isinstance(body, GenerateRequest):
         return await other_dialect(service, request, running, body)
     if body.stream:

@@ -53,30 +53,6 @@ def positions_of(service: Service, rope: RopeSpec | None) -> ModelPositions | No
     return service.engine.resolve_positions(rope)
 
 
-def truncated(service: Service, ids: list[int], request: GenerationRequest) -> list[int]:
-    """A prompt cut as the request asks; −1 leaves room for what is to be generated."""
-    truncation, sampling = request.truncation, request.sampling
-    if truncation is None:
-        return ids
-    num_tokens = truncation.num_tokens
-    if num_tokens < 0:
-        asked = sampling.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
-        num_tokens = max(1, service.engine.info.max_model_len - (1 if asked is None else asked))
-    if num_tokens == 0:
-        raise InvalidRequest(
-            "'truncate_prompt_tokens' is 0: the model needs at least one token to continue",
-            param="truncate_prompt_tokens",
-        )
-    return ids[-num_tokens:] if truncation.side == "left" else ids[:num_tokens]
-
-
-def bad_token_ids(service: Service, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """The token ids of words at the beginning of a text and after a space: what may not be drawn one after another."""
-    encode = service.tokenizer.encode
-    spelled = (tuple(encode(space + word, add_special_tokens=False)) for word in words for space in ("", " "))
-    return tuple(dict.fromkeys(ids for ids in spelled if ids))
-
-
 def sampling_params(
     service: Service,
     request: GenerationRequest,
@@ -84,6 +60,7 @@ def sampling_params(
     *,
     index: int = 0,
     grammar: CompiledGrammar | None = None,
+    bad_token_ids: tuple[tuple[int, ...], ...] = (),
 ) -> SamplingParams:
     """The engine's parameters of one choice; the choices of one request draw from seeds of their own."""
     fields, output = request.sampling, request.output
@@ -93,9 +70,9 @@ def sampling_params(
             param="min_tokens",
         )
     info = service.engine.info
-    check_vocabulary(fields.stop_token_ids, info, "stop_token_ids")
-    check_vocabulary(list(fields.logit_bias), info, "logit_bias")
-    check_vocabulary(fields.allowed_token_ids or (), info, "allowed_token_ids")
+    check_vocabulary(fields.stop_token_ids, info.vocab_size, "stop_token_ids")
+    check_vocabulary(list(fields.logit_bias), info.vocab_size, "logit_bias")
+    check_vocabulary(fields.allowed_token_ids or (), info.vocab_size, "allowed_token_ids")
     defaults = service.sampling_defaults
     temperature = _given(fields.temperature, defaults.temperature)
     return SamplingParams(
@@ -111,7 +88,7 @@ def sampling_params(
         logit_bias=fields.logit_bias,
         stop_token_ids=frozenset(fields.stop_token_ids),
         allowed_token_ids=None if fields.allowed_token_ids is None else tuple(fields.allowed_token_ids),
-        bad_token_ids=bad_token_ids(service, fields.bad_words),
+        bad_token_ids=bad_token_ids,
         ignore_eos=fields.ignore_eos,
         seed=None if fields.seed is None else (fields.seed + index) % SEEDS,
         logprobs=output.logprobs,

@@ -17,15 +17,6 @@ LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot carry (OpenAI's value for it)."""
 
 
-def token_string(tokenizer: Tokenizer, token_id: int) -> str:
-    """The token as text, or as escaped bytes."""
-    data = tokenizer.token_bytes(token_id)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
 def finite(logprob: float) -> float:
     return max(logprob, LOWEST)
 
@@ -39,7 +30,7 @@ def completion_logprobs(
     The first token of an echoed prompt has no logprob: nulls, as OpenAI sends them.
     """
     return {
-        "tokens": [token_string(tokenizer, token.token_id) for token in tokens],
+        "tokens": [tokenizer.token_string(token.token_id) for token in tokens],
         "token_logprobs": [token.logprobs and finite(token.logprobs.logprob) for token in tokens],
         "top_logprobs": [_top_by_text(tokenizer, token.logprobs, num_alternatives) for token in tokens],
         "text_offset": [offset + token.start for token in tokens],
@@ -52,8 +43,8 @@ def _top_by_text(
     """Alternatives by their text; the token itself is always among them, so there may be one more than asked for."""
     if logprobs is None:
         return None
-    top = {token_string(tokenizer, i): finite(p) for i, p in logprobs.top[:num_alternatives]}
-    top.setdefault(token_string(tokenizer, logprobs.token_id), finite(logprobs.logprob))
+    top = {tokenizer.token_string(i): finite(p) for i, p in logprobs.top[:num_alternatives]}
+    top.setdefault(tokenizer.token_string(logprobs.token_id), finite(logprobs.logprob))
     return top
 
 
@@ -97,7 +88,7 @@ def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, dict[str, An
         str(token_id): {
             "logprob": finite(logprob),
             "rank": rank,
-            "decoded_token": token_string(tokenizer, token_id),
+            "decoded_token": tokenizer.token_string(token_id),
         }
         for token_id, (logprob, rank) in scored.items()
     }
@@ -105,7 +96,7 @@ def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, dict[str, An
 
 def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
     return {
-        "token": token_string(tokenizer, token_id),
+        "token": tokenizer.token_string(token_id),
         "bytes": list(tokenizer.token_bytes(token_id)),
         "logprob": finite(logprob),
     }
@@ -124,4 +115,4 @@ def generate_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token]) -> list[dic
 
 
 def _id_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    return {"token_id": token_id, "token": token_string(tokenizer, token_id), "logprob": finite(logprob)}
+    return {"token_id": token_id, "token": tokenizer.token_string(token_id), "logprob": finite(logprob)}

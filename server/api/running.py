@@ -1,6 +1,6 @@
 """From the internal request to running generations: the one path that every generating endpoint takes.
 
-    running = await start(service, body.lowered(), "cmpl", arrived)
+    running = await start(service, read, "cmpl", arrived)
     replies = await read_all(request, running.generations)            whole
     async with in_turn(running.generations) as pieces: …              as a stream
 
@@ -9,24 +9,22 @@ Everything that can be refused is refused in `start`, before a stream has begun.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, ToolCallReader
 from prerope.server.api.chat.tools import ToolUse
-from prerope.server.api.limits import admit, new_id, sampling_params, truncated
-from prerope.server.api.requests.documents import TokenizedPrompt
+from prerope.server.api.limits import admit, new_id, sampling_params
 from prerope.server.api.requests.internal import Chat, GenerationRequest
-from prerope.server.api.requests.prompts import chat_ids, check_model, tokenized
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.engine.limits import check_documents, max_tokens_that_fit
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
-from prerope.server.structured.text import GrammarText
 
 TAIL = 8
 """Tokens at the end of a prompt that tell whether the reply begins within thoughts."""
@@ -68,18 +66,17 @@ def parts_of(piece: Piece, reader: ChatReader) -> list[Part]:
     return parts if piece.finish_reason is None else [*parts, *reader.finish()]
 
 
-async def start(service: Service, request: GenerationRequest, prefix: str, arrived: float) -> Running:
+async def start(service: Service, read: Read[Any], prefix: str, arrived: float) -> Running:
     """Admit a request: all of its sequences or, with a RequestError, none.
 
     prefix: of the reply's id. arrived: `time.perf_counter()` when the HTTP request came.
     """
-    check_model(service, request.model)
-    request_id, chat = new_id(prefix), request.input if isinstance(request.input, Chat) else None
-    use = None if chat is None else ToolUse.of(service.tokenizer, chat)
-    grammar = await compiled(service, _constraint(request, use))
+    (request, prepared), request_id = read.ready, new_id(prefix)
+    use = prepared.tools
+    grammar = await compiled(service, prepared.constraint)
     choices = []
     info, asked, default = service.engine.info, request.sampling.max_tokens, request.sampling.default_max_tokens
-    for prompt in await _tokenized(service, request, use):
+    for prompt in prepared.prompts:
         if prompt.documents and request.output.prompt_logprobs is not None:
             raise InvalidRequest(
                 "log-probabilities of the prompt are not there for documents that were read on their own: leave them "
@@ -89,10 +86,13 @@ async def start(service: Service, request: GenerationRequest, prefix: str, arriv
         max_tokens = max_tokens_that_fit(info, len(prompt.ids), asked, default)
         check_documents(prompt.documents, len(prompt.ids), max_tokens, info)
         for index in range(request.n):
-            choices.append((prompt, sampling_params(service, request, max_tokens, index=index, grammar=grammar)))
+            params = sampling_params(
+                service, request, max_tokens, index=index, grammar=grammar, bad_token_ids=prepared.bad_token_ids
+            )
+            choices.append((prompt, params))
     shown = frozenset[int]() if use is None else frozenset(use.marks.values())
     generations = admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
-    thinking = chat is not None and _thinks(service, choices[0][0].ids)
+    thinking = isinstance(request.input, Chat) and _thinks(service, choices[0][0].ids)
     return Running(request_id, request, generations, use, thinking)
 
 
@@ -100,30 +100,3 @@ def _thinks(service: Service, ids: Sequence[int]) -> bool:
     """Whether a prompt ends within thoughts: some templates begin them."""
     end = service.tokenizer.decode(list(ids[-TAIL:]), skip_special_tokens=False)
     return end.rstrip().endswith(BEGIN)
-
-
-def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText | None:
-    """What the reply has to match: a format of its text, or that it calls a tool."""
-    wanted = request.constraint
-    if use is None:
-        return wanted
-    if wanted is not None:
-        raise InvalidRequest(
-            f"'{wanted.param}' constrains the reply's text and 'tools' lets the reply be a call: give one of them, or "
-            "tool_choice 'none'",
-            param=wanted.param,
-        )
-    return use.grammar
-
-
-async def _tokenized(service: Service, request: GenerationRequest, use: ToolUse | None) -> list[TokenizedPrompt]:
-    given, cut = request.input, request.truncation is not None
-    if isinstance(given, Chat):
-        ids = await chat_ids(service, given, tools=() if use is None else use.for_template, to_be_cut=cut)
-        return [TokenizedPrompt(truncated(service, ids, request))]
-    prompts = []
-    for prompt in given:
-        read = await tokenized(service, prompt, to_be_cut=cut)
-        prompts.append(TokenizedPrompt(truncated(service, read.ids, request), read.documents))
-        await asyncio.sleep(0)  # a thousand short prompts are no reason to hold other streams up
-    return prompts

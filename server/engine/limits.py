@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Several
+from typing import TYPE_CHECKING
 
-import torch
 from prerope.cache.blocks.documents import DocumentSpan, largest_reading
-from prerope.server.config import EngineConfig
-from prerope.server.engine.info import Backlog, ModelInfo
-from prerope.server.engine.sequence import Sequence
 from prerope.server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
+
+if TYPE_CHECKING:  # workers, which import no torch, check by these limits too
+    from prerope.server.config import EngineConfig
+    from prerope.server.engine.info import Backlog, ModelInfo
+    from prerope.server.engine.sequence import Sequence
 
 ASSUMED_PREFILL_RATE = 1000.0
 """Tokens a second for Retry-After, until a prefill has been measured."""
@@ -22,6 +24,8 @@ ASSUMED_PREFILL_RATE = 1000.0
 
 def check_ranks(config: EngineConfig, size: int) -> None:
     """ConfigurationError for what several ranks cannot do."""
+    import torch  # here, as workers import this module and have none
+
     if config.tier_dir is not None or config.tier_memory:
         raise ConfigurationError(
             f"TENSOR_PARALLEL_SIZE is {size}, but CACHE_TIER_DIR and CACHE_TIER_MEMORY keep the blocks of one "
@@ -38,13 +42,13 @@ def check_ranks(config: EngineConfig, size: int) -> None:
         )
 
 
-def check_vocabulary(token_ids: Several[int], info: ModelInfo, param: str) -> None:
+def check_vocabulary(token_ids: Several[int], vocab_size: int, param: str) -> None:
     """InvalidRequest unless every id is in the model's vocabulary. `param` names the request's field."""
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < info.vocab_size):
-        index, wrong = next((i, token) for i, token in enumerate(token_ids) if not 0 <= token < info.vocab_size)
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        index, wrong = next((i, token) for i, token in enumerate(token_ids) if not 0 <= token < vocab_size)
         shown = str(wrong) if abs(wrong) < 10**20 else "beyond 20 digits"
         raise InvalidRequest(
-            f"'{param}[{index}]' is {shown}; the model's token ids go from 0 to {info.vocab_size - 1}",
+            f"'{param}[{index}]' is {shown}; the model's token ids go from 0 to {vocab_size - 1}",
             param=param,
             code="bad_token_id",
         )

@@ -13,5 +13,17 @@ GRAMMAR = Lane(
     limits=Limits(cpu_s=3, memory_bytes=128 * MEBIBYTE, stack_bytes=512 * MEBIBYTE),
     doing="compiling the grammar",
 )
+SMALL_BODY = Lane(
+    "small body",
+    at_once=8,
+    limits=Limits(cpu_s=10, memory_bytes=256 * MEBIBYTE, nice=5),
+    doing="reading the body",
+)
+LARGE_BODY = Lane(
+    "large body",
+    at_once=2,
+    limits=Limits(cpu_s=30, memory_bytes=768 * MEBIBYTE),
+    doing="reading the body",
+)
 
-LANES = (GRAMMAR,)
+LANES = (GRAMMAR, SMALL_BODY, LARGE_BODY)

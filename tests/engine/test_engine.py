@@ -51,9 +51,9 @@ def only(engine: Engine, prompt: list[int], sampling: SamplingParams, **options:
 
 @pytest.mark.parametrize("wrong", [-1, VOCABULARY, 10**30])
 def test_token_ids_outside_the_vocabulary(engine: Engine, wrong: int) -> None:
-    check_vocabulary([0, VOCABULARY - 1], engine.info, "prompt")
+    check_vocabulary([0, VOCABULARY - 1], engine.info.vocab_size, "prompt")
     with pytest.raises(InvalidRequest, match=rf"'prompt\[1\]' is .* 0 to {VOCABULARY - 1}") as refusal:
-        check_vocabulary([5, wrong], engine.info, "prompt")
+        check_vocabulary([5, wrong], engine.info.vocab_size, "prompt")
     assert (refusal.value.param, refusal.value.code) == ("prompt", "bad_token_id")
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -120,7 +123,95 @@ def slow_masks(url: str) -> list[int]:
     return at_once([lambda: post(url, "/generate", body) for _ in range(32)])
 
 
-ATTACKS: dict[str, Attack] = {"explosive grammars": explosive_grammars, "slow masks": slow_masks}
+BODY_BYTES = 16 * 2**20
+CHAT = "/v1/chat/completions"
+
+
+def filled(head: str, item: str, tail: str, num_bytes: int = BODY_BYTES - 64) -> str:
+    """As many items as go into a body."""
+    return head + ",".join([item] * ((num_bytes - len(head) - len(tail)) // (len(item) + 1))) + tail
+
+
+def empty_messages(url: str) -> list[int]:
+    return [post(url, CHAT, filled('{"messages":[', "{}", "]}"))]
+
+
+def many_messages(url: str) -> list[int]:
+    message = {"role": "user", "content": ""}
+    return [post(url, CHAT, {"messages": [message] * count, "max_tokens": 1}) for count in (100_000, 9_000)]
+
+
+def empty_parts(url: str) -> list[int]:
+    part = {"type": "text", "text": ""}
+    return [post(url, CHAT, {"messages": [{"role": "user", "content": [part] * 400_000}]})]
+
+
+def nested_prompts(url: str) -> list[int]:
+    return [post(url, path, filled('{"prompt":[', "[]", "]}")) for path in ("/generate", "/v1/completions")]
+
+
+def emoji(url: str) -> list[int]:
+    return [post(url, "/tokenize", {"prompt": "😀" * 250_000})]
+
+
+def digits(url: str) -> list[int]:
+    return [post(url, CHAT, {"messages": [{"role": "user", "content": "1234567890" * 260_000}], "max_tokens": 1})]
+
+
+def many_ids(url: str) -> list[int]:
+    return [post(url, "/detokenize", filled('{"tokens":[', "33", "]}"))]
+
+
+def ordinary_prompt(url: str) -> list[int]:
+    text = "The quick brown fox jumps over the lazy dog, and then it rests. " * 1_720
+    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    return [post(url, "/tokenize", {"prompt": text}), post(url, CHAT, chat)]
+
+
+def echoed_logprobs(url: str) -> list[int]:
+    body = {"prompt": [1000 + i % 40_000 for i in range(20_000)], "echo": True, "logprobs": 20, "max_tokens": 1}
+    return [post(url, "/v1/completions", body, timeout=300)]
+
+
+def tiny_chunks(url: str) -> list[int]:
+    """A million of one byte each, as chunked bodies have them."""
+    text = b'{"prompt":"a","max_tokens":1' + b" " * 1_000_000 + b"}"
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    with socket.create_connection((parts.hostname, parts.port or 80), timeout=ATTACK_TIMEOUT_S) as connection:
+        connection.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        )
+        try:
+            for start in range(0, len(text), 5_000):
+                connection.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in text[start : start + 5_000]))
+            connection.sendall(b"0\r\n\r\n")
+        except OSError:
+            pass  # it was refused before it was whole
+        return [int(connection.recv(64).split()[1])]
+
+
+ATTACKS: dict[str, Attack] = {
+    "explosive grammars": explosive_grammars,
+    "slow masks": slow_masks,
+    "empty messages": empty_messages,
+    "many messages": many_messages,
+    "empty parts": empty_parts,
+    "nested prompts": nested_prompts,
+    "emoji": emoji,
+    "digits": digits,
+    "many ids": many_ids,
+    "an ordinary long prompt": ordinary_prompt,
+    "echoed logprobs": echoed_logprobs,
+    "tiny chunks": tiny_chunks,
+}
+
+
+def attack(name: str, url: str) -> list[int]:
+    """In a process of its own: what it does to make its bodies is not to be felt by the bystander."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(ATTACKS[name], url).result()
 
 
 def main(url: str, *names: str) -> None:
@@ -129,7 +220,7 @@ def main(url: str, *names: str) -> None:
         began = time.monotonic()
         with Bystander(url, ORDINARY_S) as bystander:
             try:
-                outcome: object = sorted(set(ATTACKS[name](url)))
+                outcome: object = sorted(set(attack(name, url)))
             except httpx.HTTPError as error:
                 outcome = type(error).__name__
         print(

@@ -142,10 +142,15 @@ def test_a_body_that_is_no_object(http: httpx.Client, content: bytes) -> None:
 
 
 def test_half_a_surrogate_pair(http: httpx.Client) -> None:
+    """In a value or a key, whatever an error or a template would make of it."""
     for content in (
         rb'{"prompt": "a\ud800"}',
         rb'{"prompt": "a", "stop": ["\udfff"]}',
         rb'{"prompt": "a", "cache_salt": "\ud800"}',
+        rb'{"prompt": "a", "\ud800": 1}',
+        rb'{"prompt": "a", "rope": {"method": "\uD800"}}',
+        rb'{"prompt": "a", "logit_bias": {"\ud800": 1}}',
+        rb'{"prompt": "a", "json_schema": {"description": "\ud83d"}}',
     ):
         response = http.post(GENERATE, content=content, headers={"content-type": "application/json"})
         assert "surrogate" in refusal(response, 400, "invalid_request_error")["message"]

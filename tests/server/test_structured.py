@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
+from prerope.server.api.requests.prompts import ModelText
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.structured.grammars import Grammars
 from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
@@ -314,7 +315,7 @@ BAD: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (CHAT, {**USER, **schema_format(False)}, SCHEMA, ["JSON schema"]),
     (CHAT, {**USER, **schema_format(DEEP)}, SCHEMA, ["JSON schema"]),
     (CHAT, {**USER, **schema_format({"enum": ["x" * MAX_GRAMMAR_CHARS]})}, SCHEMA, ["65536", "characters"]),
-    (CHAT, {**USER, **schema_format({"enum": ["\ud800"]})}, SCHEMA, []),
+    (CHAT, {**USER, **schema_format({"enum": ["\ud800"]})}, f"{SCHEMA}.enum[0]", ["surrogate"]),
     (CHAT, {**USER, **schema_format("text")}, SCHEMA, ["object", "a string"]),
     (
         CHAT,
@@ -409,7 +410,7 @@ def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -
             assert grammars.kept.num_bytes <= grammars.kept.max_bytes
         assert await grammars.compile(GrammarText("regex", "a0", "regex")) is not first
 
-    workers = Workers(lambda: World(tokenizer), LANES)
+    workers = Workers(lambda: World(ModelText(tokenizer, ("tiny",), True, 2048, tokenizer.vocab_size)), LANES)
 
     async def closing() -> None:
         try:

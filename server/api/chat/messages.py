@@ -20,6 +20,10 @@ from pydantic_core import CoreSchema, from_json
 MAX_NAME = 128
 """Characters of the name of a function."""
 
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000
+"""Of one message. What a message or a part costs is for its being there, whatever little it says."""
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -33,6 +37,10 @@ def _role(value: Any) -> Any:
 def _content(value: Any) -> str:
     """The text of a message; parts are joined by a line break, as vLLM does for templates that take text only."""
     if isinstance(value, list):
+        if len(value) > MAX_PARTS:
+            raise InvalidRequest(
+                f"'content' has {len(value)} parts; at most {MAX_PARTS} are taken: join some of them", param="messages"
+            )
         return "\n".join(_part(part, f"content[{index}]") for index, part in enumerate(value))
     return unicode_text(value, "content")
 
@@ -138,7 +146,7 @@ class Message(RequestBody):
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Annotated[str, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
     name: Text | None = Field(None, max_length=256)
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_PARTS)
     tool_call_id: Text | None = Field(None, max_length=256)
     reasoning_content: Text | None = Field(None, description="What the assistant thought: for the chat template.")
 

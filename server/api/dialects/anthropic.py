@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, TextPart
-from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
 )
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
-from prerope.server.api.requests.prompts import chat_ids
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import read_all
 from prerope.server.api.stream.sse import event_stream
@@ -27,10 +27,12 @@ router = APIRouter(tags=["anthropic"])
 
 
 @router.post("/v1/messages", summary="Answer a chat, in Anthropic's shape")
-async def messages(body: MessagesRequest, request: Request, service: ReadyService) -> Response:
+async def messages(
+    read: Annotated[Read[MessagesRequest], Depends(body_of(MessagesRequest))], request: Request, service: ReadyService
+) -> Response:
     """Anthropic's messages: text and tool use, whole or as events."""
-    running = await while_connected(request, start(service, body.lowered(), "msg", time.perf_counter()))
-    if body.stream:
+    running = await while_connected(request, start(service, read, "msg", time.perf_counter()))
+    if read.body.stream:
         return event_stream(_events(service, running), named=True)
     (reply,) = await read_all(request, running.generations)
     parts = running.chat_reply(reply)
@@ -47,14 +49,12 @@ async def messages(body: MessagesRequest, request: Request, service: ReadyServic
 
 @router.post("/v1/messages/count_tokens", summary="Tokens of a chat, in Anthropic's shape")
 async def count_tokens(
-    body: CountTokensRequest,
-    service: ReadyService,
+    read: Annotated[Read[CountTokensRequest], Depends(body_of(CountTokensRequest))],
+    service: ReadyService,  # noqa: ARG001
 ) -> JSONResponse:
     """How many tokens the prompt of such a request has."""
-    chat = body.chat()
-    use = ToolUse.of(service.tokenizer, chat)
-    ids = await chat_ids(service, chat, tools=() if use is None else use.for_template)
-    return JSONResponse({"input_tokens": len(ids)})
+    (prompt,) = read.ready[1].prompts
+    return JSONResponse({"input_tokens": len(prompt.ids)})
 
 
 def _head(service: Service, running: Running) -> dict[str, Any]:

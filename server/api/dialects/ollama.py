@@ -7,16 +7,18 @@ import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, TextPart
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
 )
 from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import read_all
 from prerope.server.api.stream.lines import line_stream
@@ -28,13 +30,13 @@ router = APIRouter(prefix="/api", tags=["ollama"])
 
 @router.post("/chat", summary="Answer a chat, in Ollama's shape")
 async def chat(
-    body: OllamaChatRequest,
+    read: Annotated[Read[OllamaChatRequest], Depends(body_of(OllamaChatRequest))],
     request: Request,
     service: ReadyService,
 ) -> Response:
     """Ollama's chat: JSON lines, or one object where `stream` is false."""
-    running = await while_connected(request, start(service, body.lowered(), "ollama", time.perf_counter()))
-    if body.stream:
+    running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
+    if read.body.stream:
         return line_stream(_lines(service, running, chat=True))
     (reply,) = await read_all(request, running.generations)
     parts = running.chat_reply(reply)
@@ -45,15 +47,15 @@ async def chat(
 
 @router.post("/generate", summary="Continue a prompt, in Ollama's shape")
 async def generate(
-    body: OllamaGenerateRequest,
+    read: Annotated[Read[OllamaGenerateRequest], Depends(body_of(OllamaGenerateRequest))],
     request: Request,
     service: ReadyService,
 ) -> Response:
     """Ollama's generate: JSON lines, or one object where `stream` is false."""
-    if not body.prompt:  # how its clients load a model ahead of time
+    if not read.body.prompt:  # how its clients load a model ahead of time
         return JSONResponse({**_head(service), "response": "", "done": True, "done_reason": "load"})
-    running = await while_connected(request, start(service, body.lowered(), "ollama", time.perf_counter()))
-    if body.stream:
+    running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
+    if read.body.stream:
         return line_stream(_lines(service, running, chat=False))
     (reply,) = await read_all(request, running.generations)
     return JSONResponse({**_head(service), "response": reply.text, **_ending(running, reply.finish_reason)})

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.bodies import body_of
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Reply
@@ -115,20 +117,24 @@ async def other_dialect(
 
 
 @router.post("/generate_stream", summary="Continue a prompt as a stream, in TGI's shape")
-async def generate_stream(body: TgiRequest, request: Request, service: ReadyService) -> Response:
+async def generate_stream(
+    read: Annotated[Read[TgiRequest], Depends(body_of(TgiRequest))], request: Request, service: ReadyService
+) -> Response:
     """TGI's stream of tokens."""
-    running = await while_connected(request, start(service, body.lowered(), "tgi", time.perf_counter()))
-    return event_stream(tgi_events(service, running, body))
+    running = await while_connected(request, start(service, read, "tgi", time.perf_counter()))
+    return event_stream(tgi_events(service, running, read.body))
 
 
 @router.post("/", summary="Continue a prompt, in TGI's shape")
-async def compatible(body: TgiRequest, request: Request, service: ReadyService) -> Response:
+async def compatible(
+    read: Annotated[Read[TgiRequest], Depends(body_of(TgiRequest))], request: Request, service: ReadyService
+) -> Response:
     """What huggingface_hub's text_generation sends to a server's address: a list of one reply, or a stream."""
-    running = await while_connected(request, start(service, body.lowered(), "tgi", time.perf_counter()))
-    if body.stream:
-        return event_stream(tgi_events(service, running, body))
+    running = await while_connected(request, start(service, read, "tgi", time.perf_counter()))
+    if read.body.stream:
+        return event_stream(tgi_events(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
-    return JSONResponse([tgi_reply(service, running, body, reply)])
+    return JSONResponse([tgi_reply(service, running, read.body, reply)])
 
 
 @router.get("/info", summary="Describe the model, in TGI's shape")

@@ -7,14 +7,16 @@ tenants together, the least recently used ones out first, each found by its own 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.auth.allowance import current_hold
+from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, TextPart
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
@@ -22,6 +24,7 @@ from prerope.server.api.dialects.common import (
 )
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.limits import new_id
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import read_all
 from prerope.server.api.stream.sse import event_stream
@@ -33,6 +36,8 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 MAX_KEPT_BYTES = 64 * 2**20
 MAX_KEPT_ITEMS_BYTES = 8 * 2**20
 """Of one conversation; a longer one is not kept."""
+
+_PREVIOUS = re.compile(rb'"previous_response_id"\s*:\s*"(resp-[0-9a-f]{32})"')
 
 
 class Conversations:
@@ -51,30 +56,35 @@ class Conversations:
         while self.num_bytes > self._max_bytes:
             self.num_bytes -= len(self._kept.popitem(last=False)[1])
 
-    def find(self, tenant: str, response_id: str) -> list[Any] | None:
+    def find(self, tenant: str, response_id: str) -> bytes | None:
         found = self._kept.get((tenant, response_id))
-        if found is None:
-            return None
-        self._kept.move_to_end((tenant, response_id))
-        items: list[Any] = json.loads(found)
-        return items
+        if found is not None:
+            self._kept.move_to_end((tenant, response_id))
+        return found
 
 
 conversations = Conversations()
 
 
+def with_history(raw: bytes) -> bytes:
+    """A body with the items that its `previous_response_id` stands for beside it, so that whoever reads it has both."""
+    found = _PREVIOUS.search(raw)
+    if found is None or not raw.rstrip().endswith(b"}"):
+        return raw
+    kept = conversations.find(current_hold().tenant, found[1].decode())
+    return raw if kept is None else raw.rstrip()[:-1] + b',"_history":{"id":"' + found[1] + b'","items":' + kept + b"}}"
+
+
 @router.post("/responses", summary="Answer, in the shape of OpenAI's Responses")
 async def responses(
-    body: ResponsesRequest,
+    read: Annotated[Read[ResponsesRequest], Depends(body_of(ResponsesRequest, with_history))],
     request: Request,
     service: ReadyService,
 ) -> Response:
     """OpenAI's Responses: text and function calls, whole or as events."""
-    if body.previous_response_id is not None:
-        body.goes_on(conversations.find(current_hold().tenant, body.previous_response_id))
-    running = await while_connected(request, start(service, body.lowered(), "resp", time.perf_counter()))
-    printer = _Printer(service, body, running, current_hold().tenant)
-    if body.stream:
+    running = await while_connected(request, start(service, read, "resp", time.perf_counter()))
+    printer = _Printer(service, read.body, running, current_hold().tenant)
+    if read.body.stream:
         return event_stream(_events(printer), named=True)
     (reply,) = await read_all(request, running.generations)
     return JSONResponse(printer.finished(running.chat_reply(reply), reply.finish_reason))

@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
-from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import ChatRequest
-from prerope.server.api.requests.internal import Chat
-from prerope.server.api.requests.prompts import chat_ids, check_model
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, parts_of, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece, Reply
@@ -30,9 +29,12 @@ router = APIRouter()
 
 
 @router.post("/chat/completions", summary="Answer a chat")
-async def chat_completions(body: ChatRequest, request: Request, service: ReadyService) -> Response:
+async def chat_completions(
+    read: Annotated[Read[ChatRequest], Depends(body_of(ChatRequest))], request: Request, service: ReadyService
+) -> Response:
     """OpenAI's chat completions: the model's chat template writes the prompt."""
-    running = await while_connected(request, start(service, body.lowered(), "chatcmpl", time.perf_counter()))
+    body = read.body
+    running = await while_connected(request, start(service, read, "chatcmpl", time.perf_counter()))
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     head, writer = Head.new(running.id, kind, service.model_name), _Writer(service, body, running)
     if body.stream:
@@ -44,14 +46,13 @@ async def chat_completions(body: ChatRequest, request: Request, service: ReadySe
 
 
 @router.post("/chat/completions/render", summary="A chat as token ids, by the body that would have it answered")
-async def render(body: ChatRequest, service: ReadyService) -> dict[str, Any]:
+async def render(
+    read: Annotated[Read[ChatRequest], Depends(body_of(ChatRequest))], service: ReadyService
+) -> Response:
     """What routers ask for that choose a server by the prefixes that it holds, as vLLM answers it."""
-    check_model(service, body.model)
-    chat = body.lowered().input
-    assert isinstance(chat, Chat)
-    use = ToolUse.of(service.tokenizer, chat)
-    ids = await chat_ids(service, chat, tools=() if use is None else use.for_template)
-    return {"request_id": f"chatcmpl-{uuid.uuid4().hex}", "model": service.model_name, "token_ids": ids}
+    (prompt,) = read.ready[1].prompts
+    told = {"request_id": f"chatcmpl-{uuid.uuid4().hex}", "model": service.model_name, "token_ids": list(prompt.ids)}
+    return JSONResponse(told)
 
 
 class _Writer:

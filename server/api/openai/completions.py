@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from prerope.server.api.bodies import body_of
 from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import completion_logprobs, prompt_tokens, vllm_prompt_logprobs
 from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import CompletionRequest
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece, Reply
@@ -27,9 +29,14 @@ router.include_router(openai_models.router)
 
 
 @router.post("/completions", summary="Complete one or several prompts")
-async def completions(body: CompletionRequest, request: Request, service: ReadyService) -> Response:
+async def completions(
+    read: Annotated[Read[CompletionRequest], Depends(body_of(CompletionRequest))],
+    request: Request,
+    service: ReadyService,
+) -> Response:
     """OpenAI's completions: n choices a prompt, numbered prompt by prompt."""
-    running = await while_connected(request, start(service, body.lowered(), "cmpl", time.perf_counter()))
+    body = read.body
+    running = await while_connected(request, start(service, read, "cmpl", time.perf_counter()))
     head = Head.new(running.id, "text_completion", service.model_name)
     writer = _Writer(service, body, running.generations)
     if body.stream:

@@ -26,7 +26,7 @@ async def list_models(service: ReadyService) -> dict[str, Any]:
 async def retrieve_model(model: str, service: ReadyService) -> dict[str, Any]:
     """The model by its name, which may hold a slash."""
     if model not in service.served_names:
-        raise not_served(service, model)
+        raise not_served(service.text, model)
     return _card(service, model)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.messages import MAX_MESSAGES, Message
 from prerope.server.api.chat.tools import ToolFields
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text, json_type, token_ids, unicode_text
 from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
@@ -154,7 +154,7 @@ class ChatRequest(OpenAIFields, ToolFields):
 
     foreign: ClassVar[Mapping[str, Foreign]] = CHAT
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool = False

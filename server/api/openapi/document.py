@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 from fastapi import FastAPI
 from prerope.server import errors
 from prerope.server.api.middleware import OPEN_PATHS
+from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.openapi import replies
+from prerope.server.api.positions import MapRequest
+from prerope.server.api.requests.schemas import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -22,11 +25,12 @@ REF = "#/components/schemas/{model}"
 
 class Operation(NamedTuple):
     """reply: a model, or the media type of a reply that is no JSON. events: of its stream, if it has one.
-    errors: beside those that every operation of its kind may meet."""
+    errors: beside those that every operation of its kind may meet. body: what is sent, if anything."""
 
     reply: type[BaseModel] | str
     errors: Sequence[type[errors.RequestError]] = ()
     events: Sequence[type[BaseModel]] = ()
+    body: type[BaseModel] | None = None
 
 
 NOT_READY = (errors.EngineUnavailable,)
@@ -38,16 +42,19 @@ OPERATIONS: dict[str, Operation] = {
         replies.GenerateReply,
         (*NOT_READY, *QUEUE),
         (replies.GeneratePiece, replies.GenerateProgress, replies.GenerateEnd),
+        GenerateRequest,
     ),
-    "/v1/completions": Operation(replies.CompletionReply, (*MODEL, *QUEUE), (replies.CompletionChunk,)),
-    "/v1/chat/completions": Operation(replies.ChatReply, (*MODEL, *QUEUE), (replies.ChatChunk,)),
-    "/v1/chat/completions/render": Operation(replies.RenderReply, (*MODEL, errors.QueueFull)),
+    "/v1/completions": Operation(
+        replies.CompletionReply, (*MODEL, *QUEUE), (replies.CompletionChunk,), CompletionRequest
+    ),
+    "/v1/chat/completions": Operation(replies.ChatReply, (*MODEL, *QUEUE), (replies.ChatChunk,), ChatRequest),
+    "/v1/chat/completions/render": Operation(replies.RenderReply, (*MODEL, errors.QueueFull), body=ChatRequest),
     "/v1/models": Operation(replies.ModelList, NOT_READY),
     "/v1/models/{model}": Operation(replies.ModelCard, MODEL),
-    "/tokenize": Operation(replies.TokenizeReply, (*MODEL, errors.QueueFull)),
-    "/detokenize": Operation(replies.DetokenizeReply, (*MODEL, errors.QueueFull)),
+    "/tokenize": Operation(replies.TokenizeReply, (*MODEL, errors.QueueFull), body=TokenizeRequest),
+    "/detokenize": Operation(replies.DetokenizeReply, (*MODEL, errors.QueueFull), body=DetokenizeRequest),
     "/rope/methods": Operation(replies.MethodsReply, NOT_READY),
-    "/rope/map": Operation(replies.MapReply, (*NOT_READY, errors.QueueFull)),
+    "/rope/map": Operation(replies.MapReply, (*NOT_READY, errors.QueueFull), body=MapRequest),
     "/live": Operation(replies.HealthReply),
     "/health": Operation(replies.HealthReply, NOT_READY),
     "/version": Operation(replies.VersionReply),
@@ -74,7 +81,7 @@ def install_document(app: FastAPI, *, needs_key: bool) -> None:
 
 
 def _complete(document: dict[str, Any], *, needs_key: bool) -> dict[str, Any]:
-    schemas = document["components"]["schemas"]
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's 422, which `error_replies` makes a 400
         schemas.pop(unused, None)
     schemas.update(_reply_schemas())
@@ -90,7 +97,8 @@ def _complete(document: dict[str, Any], *, needs_key: bool) -> dict[str, Any]:
 
 def _describe(described: dict[str, Any], operation: Operation, *, closed: bool) -> None:
     kinds: list[type[errors.RequestError]] = [errors.EngineFailure, *operation.errors]
-    if "requestBody" in described:
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(operation.body)}}}
         kinds += [errors.InvalidRequest, errors.BodyTooLarge, errors.BodyTimeout]
     if closed:
         kinds.append(errors.Unauthorized)
@@ -147,7 +155,7 @@ def _reply_schemas() -> dict[str, Any]:
     models: list[type[BaseModel]] = [replies.ErrorReply]
     for operation in OPERATIONS.values():
         models += [operation.reply] if not isinstance(operation.reply, str) else []
-        models += operation.events
+        models += [*operation.events, *([operation.body] if operation.body is not None else [])]
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF)
     schemas: dict[str, Any] = definitions["$defs"]
     return schemas

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
-from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.messages import MAX_MESSAGES, Message
 from prerope.server.api.chat.tools import MAX_TOOLS, Tool
 from prerope.server.api.requests.body import (
     INT32_MAX,
@@ -285,7 +285,7 @@ class TokenizeRequest(RequestBody):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = Field(True, description="For a prompt; a chat template writes its own.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False

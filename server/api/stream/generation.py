@@ -77,6 +77,7 @@ class Generation:
         usage: grows as pieces arrive.
         timings: set with the last piece.
         rope: the position method, resolved.
+        stopped_by_string: set with the last piece.
         documents: of each that is read on its own, its tokens and how many of them were cached; set at the end.
     """
 

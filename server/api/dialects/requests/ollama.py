@@ -158,8 +158,8 @@ class OllamaGenerateRequest(OllamaFields):
         ):
             if getattr(self, name):
                 raise InvalidRequest(f"'{name}' is not supported: {reason}", param=name, code="unsupported_field")
-        given: list[Prompt] | Chat = [Prompt(given=self.prompt)]
-        if not self.raw:
+        given: list[Prompt] | Chat = [Prompt(given=self.prompt)] if self.prompt else []  # none: to load the model
+        if self.prompt and not self.raw:
             system = [message("system", self.system)] if self.system else []
             given = Chat(messages=[*system, message("user", self.prompt)])
         return GenerationRequest(

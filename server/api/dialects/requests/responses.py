@@ -22,7 +22,8 @@ from prerope.server.api.requests.foreign import IGNORED, Foreign
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
-from pydantic import Field, PrivateAttr
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 
 class ResponsesRequest(RequestBody):
@@ -53,25 +54,23 @@ class ResponsesRequest(RequestBody):
     conversation: Any = None
     prompt: Any = None
     previous_response_id: Text | None = None
-    _history: list[Any] | None = PrivateAttr(None)
-
-    def goes_on(self, items: list[Any] | None) -> None:
-        """What is kept of the conversation that `previous_response_id` names."""
-        self._history = items
+    history: SkipJsonSchema[dict[str, Any] | None] = Field(None, alias="_history", exclude=True)
 
     def items(self) -> list[Any]:
         """All of the conversation: what was kept, and what is new."""
         new = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         if self.previous_response_id is None:
             return list(new)
-        if self._history is None:
+        history = self.history or {}
+        kept = history.get("items") if history.get("id") == self.previous_response_id else None
+        if not isinstance(kept, list):
             raise InvalidRequest(
                 f"'previous_response_id' is '{self.previous_response_id[:MAX_SHOWN]}': that response is not kept here "
                 "(any more, or for this key); send the whole conversation as 'input'",
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        return [*self._history, *new]
+        return [*kept, *new]
 
     def lowered(self) -> GenerationRequest:
         for name, reason in (

@@ -1,0 +1,62 @@
+"""The dependency by which endpoints get their bodies: small ones are read where they came, larger ones by a worker.
+
+What reading takes grows with the body, by a client's choice of what is in it up to ten microseconds a byte, and most of
+it with the interpreter's lock held: on the event loop or a thread it would stop every stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from prerope.server.api.auth.allowance import current_hold
+from prerope.server.api.connected import while_connected
+from prerope.server.api.requests.body import RequestBody
+from prerope.server.api.requests.leniency import current_report
+from prerope.server.api.requests.reading import Read, ReadTask, read_body
+from prerope.server.service import ReadyService
+from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
+
+B = TypeVar("B", bound=RequestBody)
+
+INLINE_BYTES = 4096
+"""Of a body that is read on the event loop, within a few milliseconds."""
+
+SMALL_BYTES = 256 * 2**10
+"""Bodies up to this size do not wait for larger ones."""
+
+
+def body_of(
+    model: type[B], completed: Callable[[bytes], bytes] = lambda raw: raw
+) -> Callable[[Request, ReadyService], Awaitable[Read[B]]]:
+    """A dependency: the request's body as a `model`, and what follows from it. Raises what `read_body` raises.
+
+    completed: adds to a body what the server knows of it.
+    """
+
+    async def read(request: Request, service: ReadyService) -> Read[B]:
+        raw = completed(await request.body())
+        _check_kind(request)
+        if len(raw) <= INLINE_BYTES:
+            return read_body(model, raw, service.text)
+        lane = SMALL_BODY if len(raw) <= SMALL_BYTES else LARGE_BODY
+        report = current_report()
+        task = ReadTask(model, raw, report.strict)
+        work = service.workers.run(task, lane.name, tenant=current_hold().tenant)
+        result: Read[B] = await while_connected(request, work)
+        for name in result.ignored:
+            report.ignore(name)
+        return result
+
+    return read
+
+
+def _check_kind(request: Request) -> None:
+    """JSON, as it is. (A page of another site may send text unasked, but not this type.)"""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    plain = request.headers.get("content-encoding", "identity").strip().lower() in ("", "identity")
+    if not plain or not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        complaint = {"type": "dict_type", "loc": ("body",), "msg": "The body must be a JSON object.", "input": None}
+        raise RequestValidationError([complaint])

@@ -1,0 +1,211 @@
+"""From the bytes of a body to all that its endpoint needs: decoded, checked, lowered, rendered and tokenised.
+
+All of this is work of the client's size, so it is plain functions that know no event loop. A small body is read where
+it came; a larger one is read by a worker, which sends back a `Read` without the text that the ids stand for. Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from prerope.server.api.chat.tools import Function, Tool, ToolUse
+from prerope.server.api.requests.body import RequestBody
+from prerope.server.api.requests.complaints import first_invalid
+from prerope.server.api.requests.documents import TokenizedPrompt
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
+from prerope.server.api.requests.leniency import reporting
+from prerope.server.api.requests.prompts import ModelText, chat_ids, check_model, tokenized, truncated
+from prerope.server.api.requests.schemas import DetokenizeRequest, SamplingFields, TokenizeRequest
+from prerope.server.api.requests.surrogates import refuse_surrogates
+from prerope.server.engine.limits import check_vocabulary
+from prerope.server.errors import InvalidRequest
+from prerope.server.structured.text import GrammarText
+from pydantic import ValidationError
+
+B = TypeVar("B", bound=RequestBody)
+
+
+class HasText(Protocol):
+    """What reading needs of the workers' world."""
+
+    @property
+    def text(self) -> ModelText: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `running.start` needs of a request beside its fields.
+
+    Attributes:
+        tools: how a chat's reply may call tools.
+        constraint: what the reply has to match.
+        bad_token_ids: what may not be drawn one after another.
+    """
+
+    prompts: Sequence[TokenizedPrompt]
+    tools: ToolUse | None = None
+    constraint: GrammarText | None = None
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Generic[B]):
+    """A body that was read: what it asks for, or (/tokenize, /detokenize) the reply itself.
+
+    ignored: fields that a worker left out, for the report of whoever asked.
+    """
+
+    body: B
+    request: GenerationRequest | None = None
+    prepared: Prepared | None = None
+    reply: bytes = b""
+    ignored: Sequence[str] = ()
+
+    @property
+    def ready(self) -> tuple[GenerationRequest, Prepared]:
+        """Of a body that generates."""
+        assert self.request is not None
+        assert self.prepared is not None
+        return self.request, self.prepared
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTask:
+    """A task for a worker. strict: of `current_report`, which a worker has none of."""
+
+    model: type[RequestBody]
+    raw: bytes
+    strict: bool
+
+    def run(self, world: HasText) -> Read[Any]:
+        with reporting(strict=self.strict) as report:
+            read = _slim(read_body(self.model, self.raw, world.text))
+        return dataclasses.replace(read, ignored=tuple(report.names))
+
+
+def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
+    """Raises InvalidRequest or ModelNotFound."""
+    value = decode(raw)
+    try:
+        body: Any = model.model_validate(value)
+    except ValidationError as error:
+        raise first_invalid(error.errors()) from None
+    del value
+    if isinstance(body, TokenizeRequest):
+        return Read(body, reply=_tokenize(text, body))  # type: ignore[arg-type]
+    if isinstance(body, DetokenizeRequest):
+        return Read(body, reply=_detokenize(text, body))  # type: ignore[arg-type]
+    request: GenerationRequest = body.lowered()
+    return Read(body, request, prepare(text, request))
+
+
+def decode(raw: bytes) -> Any:
+    """JSON. What it cannot be is told by name, without a word of it."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig") if raw else "null")
+    except json.JSONDecodeError as error:
+        message = f"The body is not valid JSON: {error.msg} at character {error.pos}."
+    except UnicodeDecodeError as error:
+        message = f"The body is not valid UTF-8: at byte {error.start}."
+    except RecursionError:
+        message = "The body is nested too deeply."
+    except ValueError:  # of Python's own limit to what takes quadratic time
+        message = f"The body holds a number of more than {sys.get_int_max_str_digits()} digits."
+    else:
+        if not isinstance(value, dict):
+            raise InvalidRequest("The body must be a JSON object.", code="invalid_body")
+        refuse_surrogates(raw, value)
+        return value
+    raise InvalidRequest(message, code="invalid_json")
+
+
+def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
+    """All that depends on the model's text side."""
+    check_model(text, request.model)
+    given, cut = request.input, request.truncation is not None
+    bad = bad_token_ids(text, request.sampling.bad_words)
+    if not isinstance(given, Chat):
+        read = [tokenized(text, prompt, to_be_cut=cut) for prompt in given]
+        prompts = [TokenizedPrompt(truncated(text, one.ids, request), one.documents) for one in read]
+        return Prepared(prompts, None, request.constraint, bad)
+    use = ToolUse.of(text.tokenizer, given)
+    constraint = _constraint(request, use)
+    ids = chat_ids(text, given, tools=() if use is None else use.for_template, to_be_cut=cut)
+    return Prepared([TokenizedPrompt(truncated(text, ids, request))], use, constraint, bad)
+
+
+def bad_token_ids(text: ModelText, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token ids of words at the beginning of a text and after a space: what may not be drawn one after another."""
+    encode = text.tokenizer.encode
+    spelled = (tuple(encode(space + word, add_special_tokens=False)) for word in words for space in ("", " "))
+    return tuple(dict.fromkeys(ids for ids in spelled if ids))
+
+
+def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText | None:
+    """What the reply has to match: a format of its text, or that it calls a tool."""
+    wanted = request.constraint
+    if use is None:
+        return wanted
+    if wanted is not None:
+        raise InvalidRequest(
+            f"'{wanted.param}' constrains the reply's text and 'tools' lets the reply be a call: give one of them, or "
+            "tool_choice 'none'",
+            param=wanted.param,
+        )
+    return use.grammar
+
+
+def _tokenize(text: ModelText, body: TokenizeRequest) -> bytes:
+    """The very ids that a generating endpoint would make of the same prompt or messages."""
+    check_model(text, body.model)
+    if body.messages is not None:
+        chat = body.chat()
+        use = ToolUse.of(text.tokenizer, chat)
+        ids = chat_ids(text, chat, tools=() if use is None else use.for_template)
+    elif body.prompt:
+        ids = tokenized(text, Prompt(given=body.prompt, add_special_tokens=body.add_special_tokens)).ids
+    else:
+        ids = []
+    reply: dict[str, Any] = {"count": len(ids), "max_model_len": text.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        reply["token_strs"] = [text.tokenizer.token_string(token_id) for token_id in ids]
+    return _json(reply)
+
+
+def _detokenize(text: ModelText, body: DetokenizeRequest) -> bytes:
+    check_model(text, body.model)
+    check_vocabulary(body.tokens, text.vocab_size, "tokens")
+    return _json({"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _slim(read: Read[Any]) -> Read[Any]:
+    """Without what the ids stand for: the server would spend time on taking it in."""
+    body = read.body
+    ours = isinstance(body, SamplingFields | TokenizeRequest | DetokenizeRequest)
+    for name in ("messages", "tools", "documents", "tokens") if ours else ("messages",):  # dialects print the others
+        if hasattr(body, name):
+            setattr(body, name, [])
+    if getattr(body, "chat_template_kwargs", None):
+        body.chat_template_kwargs = {}
+    if ours and hasattr(body, "prompt") and not getattr(body, "echo", False):
+        body.prompt = []
+    if read.request is None or read.prepared is None:
+        return Read(body, reply=read.reply)
+    use = read.prepared.tools
+    if use is not None:
+        named = [Tool(type="function", function=Function(name=name)) for name in use.names]
+        use = dataclasses.replace(use, tools=named, grammar=None)
+    prepared = dataclasses.replace(read.prepared, tools=use)
+    given = read.request.input
+    left = dataclasses.replace(given, messages=(), tools=(), template_kwargs={}) if isinstance(given, Chat) else ()
+    return Read(body, dataclasses.replace(read.request, input=left, constraint=None), prepared)
