@@ -24,8 +24,9 @@ from typing import Any
 import h11
 import structlog
 from prerope.server.api.errors import error_body
-from prerope.server.api.middleware import ABORT, FILLER
+from prerope.server.api.middleware import ABORT, FILLER, TOO_MANY_CHUNKS
 from prerope.server.errors import ServerFull
+from prerope.server.feed import CountingParser, Feed, HeldFlow
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = structlog.get_logger(__name__)
@@ -104,6 +105,11 @@ class Connection(H11Protocol):
     door: Door
     """That of the server; set in the subclass that `behind` makes."""
 
+    conn: CountingParser
+    flow: HeldFlow
+    _feed: Feed
+    _deaf = False
+
     _header_timer: asyncio.TimerHandle | None = None
     _gone_timer: asyncio.TimerHandle | None = None
 
@@ -117,12 +123,37 @@ class Connection(H11Protocol):
             refuse(transport, self.door)
             return
         super().connection_made(transport)
+        self.conn = CountingParser(h11.SERVER)
+        self.flow = HeldFlow(transport)
+        self._feed = Feed(self._take, self.flow, transport.abort)
         self.app_state = {**self.app_state, ABORT: transport.abort}
         self._note_state(expecting=True)
 
     def data_received(self, data: bytes) -> None:
+        if not self._deaf:
+            self._feed.give(data, sliced=not self._comes_whole)
+
+    @property
+    def _comes_whole(self) -> bool:
+        """Whether what comes is a body whose length was told: it is parsed in one go, however long it is."""
+        coming = self.conn.their_state is h11.SEND_BODY
+        return coming and not any(name == b"transfer-encoding" for name, _ in self.headers)
+
+    def _take(self, data: bytes) -> None:
+        if self._deaf or self.transport.is_closing():
+            return
         super().data_received(data)
         self._note_state(expecting=True)
+        if self.conn.too_many_chunks:
+            self._refuse_chunks()
+
+    def _refuse_chunks(self) -> None:
+        """Let the app tell, and hear no more of it."""
+        self._deaf = True
+        self._feed.close()
+        self.scope["state"][TOO_MANY_CHUNKS] = True
+        self.cycle.message_event.set()
+        self.loop.call_later(LINGER_S, self.transport.abort)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -130,6 +161,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.door.leave(self)
+        self._feed.close()
         for timer in (self._header_timer, self._gone_timer):
             if timer is not None:
                 timer.cancel()

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.others import other_dialect
@@ -19,6 +18,7 @@ from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Piece
+from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
@@ -39,7 +39,7 @@ async def generate(
         return event_stream(_events(service, running, body))
     (reply,) = await read_all(request, running.generations)
     whole = Piece(reply.text, reply.tokens, reply.prompt_logprobs, finish_reason=reply.finish_reason)
-    return JSONResponse({**_printed(service, whole, body), **_ending(running, reply.finish_reason)})
+    return await json_response({**_printed(service, whole, body), **_ending(running, reply.finish_reason)})
 
 
 async def _events(service: Service, running: Running, body: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
@@ -57,7 +57,7 @@ async def _events(service: Service, running: Running, body: GenerateRequest) -> 
 
 
 def _printed(service: Service, piece: Piece, body: GenerateRequest) -> dict[str, Any]:
-    printed: dict[str, Any] = {"text": piece.text, "token_ids": [token.token_id for token in piece.tokens]}
+    printed: dict[str, Any] = {"text": piece.text, "token_ids": Many.ids([token.token_id for token in piece.tokens])}
     if body.logprobs is not None:
         printed["logprobs"] = generate_logprobs(service.tokenizer, piece.tokens)
     if piece.prompt_logprobs is not None:

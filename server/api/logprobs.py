@@ -6,9 +6,10 @@ two keys of `top_logprobs`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from prerope.server.api.stream.printing import Many
 from prerope.server.api.stream.transcript import Token
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.tokenizer import TextStream, Tokenizer
@@ -23,18 +24,47 @@ def finite(logprob: float) -> float:
 
 def completion_logprobs(
     tokenizer: Tokenizer, tokens: Sequence[Token], num_alternatives: int, offset: int = 0
-) -> dict[str, Any]:
+) -> dict[str, Many]:
     """The `logprobs` of a completions choice. `text_offset` counts from the beginning of the reply's text.
 
     offset: characters of the reply before the text that these tokens' own starts count from.
-    The first token of an echoed prompt has no logprob: nulls, as OpenAI sends them.
     """
+    scores = [(token.token_id, token.logprobs) for token in tokens]
+    return _columns(tokenizer, scores, (offset + token.start for token in tokens), num_alternatives)
+
+
+def echoed_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprobs | None],
+    num_alternatives: int,
+) -> dict[str, Many]:
+    """The same of an echoed prompt. Its first token has no logprob: nulls, as OpenAI sends them."""
+    scores = list(zip(token_ids, logprobs, strict=True))
+    return _columns(tokenizer, scores, _starts(tokenizer, token_ids), num_alternatives)
+
+
+def _columns(
+    tokenizer: Tokenizer,
+    scores: Sequence[tuple[int, TokenLogprobs | None]],
+    starts: Iterable[int],
+    num_alternatives: int,
+) -> dict[str, Many]:
+    length = len(scores)
     return {
-        "tokens": [tokenizer.token_string(token.token_id) for token in tokens],
-        "token_logprobs": [token.logprobs and finite(token.logprobs.logprob) for token in tokens],
-        "top_logprobs": [_top_by_text(tokenizer, token.logprobs, num_alternatives) for token in tokens],
-        "text_offset": [offset + token.start for token in tokens],
+        "tokens": Many((tokenizer.token_string(token_id) for token_id, _ in scores), length),
+        "token_logprobs": Many((scored and finite(scored.logprob) for _, scored in scores), length),
+        "top_logprobs": Many((_top_by_text(tokenizer, scored, num_alternatives) for _, scored in scores), length),
+        "text_offset": Many(starts, length),
     }
+
+
+def _starts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> Iterator[int]:
+    """Where each token's text begins, in characters."""
+    stream, start = TextStream(tokenizer), 0
+    for token_id in token_ids:
+        yield start
+        start += len(stream.push([token_id]))
 
 
 def _top_by_text(
@@ -48,37 +78,24 @@ def _top_by_text(
     return top
 
 
-def prompt_tokens(
-    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
-) -> list[Token]:
-    """An echoed prompt as tokens of the reply."""
-    stream = TextStream(tokenizer)
-    tokens, start = [], 0
-    for token_id, entry in zip(token_ids, logprobs, strict=True):
-        tokens.append(Token(token_id, start, entry))
-        start += len(stream.push([token_id]))
-    return tokens
-
-
 def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token], num_alternatives: int) -> dict[str, Any]:
     """The `logprobs` of a chat choice."""
-    content = []
-    for token in tokens:
-        entry = token.logprobs
-        assert entry is not None  # asked for, so the engine gave one for each token
-        top = [_chat_token(tokenizer, i, p) for i, p in entry.top[:num_alternatives]]
-        content.append({**_chat_token(tokenizer, entry.token_id, entry.logprob), "top_logprobs": top})
-    return {"content": content, "refusal": None}
+    printed = (_chat_entry(tokenizer, token.logprobs, num_alternatives) for token in tokens)
+    return {"content": Many(printed, len(tokens)), "refusal": None}
 
 
-def vllm_prompt_logprobs(
-    tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs | None]
-) -> list[dict[str, dict[str, Any]] | None]:
+def _chat_entry(tokenizer: Tokenizer, entry: TokenLogprobs | None, num_alternatives: int) -> dict[str, Any]:
+    assert entry is not None  # asked for, so the engine gave one for each token
+    top = [_chat_token(tokenizer, i, p) for i, p in entry.top[:num_alternatives]]
+    return {**_chat_token(tokenizer, entry.token_id, entry.logprob), "top_logprobs": top}
+
+
+def vllm_prompt_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs | None]) -> Many:
     """`prompt_logprobs` as vLLM has them: a token of the prompt's, and the likeliest in its place, by id.
 
     The rank of a token that is not among the likeliest is not known: null.
     """
-    return [None if entry is None else _by_id(tokenizer, entry) for entry in logprobs]
+    return Many((None if entry is None else _by_id(tokenizer, entry) for entry in logprobs), len(logprobs))
 
 
 def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, dict[str, Any]]:
@@ -102,16 +119,15 @@ def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str
     }
 
 
-def generate_logprobs(tokenizer: Tokenizer, tokens: Iterable[Token]) -> list[dict[str, Any]]:
+def generate_logprobs(tokenizer: Tokenizer, tokens: Sequence[Token]) -> Many:
     """The `logprobs` of /generate: one entry a token, with its id."""
-    return [
-        {
-            **_id_token(tokenizer, entry.token_id, entry.logprob),
-            "top": [_id_token(tokenizer, token_id, logprob) for token_id, logprob in entry.top],
-        }
-        for entry in (token.logprobs for token in tokens)
-        if entry is not None
-    ]
+    entries = [token.logprobs for token in tokens if token.logprobs is not None]
+    return Many((_id_entry(tokenizer, entry) for entry in entries), len(entries))
+
+
+def _id_entry(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, Any]:
+    top = [_id_token(tokenizer, token_id, logprob) for token_id, logprob in entry.top]
+    return {**_id_token(tokenizer, entry.token_id, entry.logprob), "top": top}
 
 
 def _id_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:

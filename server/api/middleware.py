@@ -18,7 +18,7 @@ import structlog
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.api.errors import error_response, internal_error, known_method
 from prerope.server.api.requests.leniency import HEADER, reporting
-from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, RequestError, Unauthorized
+from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest, RequestError, Unauthorized
 from prerope.server.log import trace
 from prerope.server.metrics import Metrics
 from starlette.datastructures import Headers, MutableHeaders
@@ -38,6 +38,9 @@ ABORT = "abort_connection"
 
 FILLER = "filler"
 """In the scope's state: bytes that mean nothing between two pieces of this reply (`server.connection`)."""
+
+TOO_MANY_CHUNKS = "too_many_chunks"
+"""In the scope's state, once the body has come in more chunks than are taken (`server.feed`)."""
 
 SSE_COMMENT = b": \n\n"
 
@@ -229,6 +232,12 @@ class BodyLimit:
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
+            if scope.get("state", {}).get(TOO_MANY_CHUNKS):
+                raise InvalidRequest(
+                    f"The body comes in too many chunks for its size ({num_bytes} bytes so far): send larger ones, or "
+                    "the body whole, with Content-Length.",
+                    code="too_many_chunks",
+                )
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
                 self._check(num_bytes)

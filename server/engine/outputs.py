@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import StrEnum
 
 from prerope.server.errors import RequestError
+
+ALTERNATIVE = struct.Struct("=if")
 
 
 class FinishReason(StrEnum):
@@ -18,11 +21,20 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probability (natural, of the unpenalised, untempered distribution) of one token and its alternatives."""
+    """Log-probability (natural, of the unpenalised, untempered distribution) of one token and its alternatives.
+
+    packed: the alternatives, each an id and a log-probability in four bytes. (As objects they would take more memory
+    than the token's keys and values.)
+    """
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+    packed: bytes = b""
+
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        """(token id, logprob), best first."""
+        return list(ALTERNATIVE.iter_unpack(self.packed))
 
 
 @dataclass(frozen=True, slots=True)

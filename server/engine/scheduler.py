@@ -35,6 +35,9 @@ from prerope.server.engine.step import Scheduled
 
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
 DRAFT_SHARE = 8  # drafts take at most 1/8 of that where there is something to prefill
+SCORED_ROW = 8
+"""What a row costs whose token's log-probability is asked for, in rows that are only read: it has logits, and they are
+ranked."""
 
 
 class Copy(NamedTuple):
@@ -128,9 +131,15 @@ class Scheduler:
         self._admit()
         prefills = sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank)
         prefills = [sequence for sequence in prefills if not sequence.waits_for_mask]
+        to_score = max(1, self.max_batched_tokens // SCORED_ROW)
         for sequence, num_tokens in share(prefills, budget):
-            if sequence.request_id in self.running:
-                self._schedule_prefill(sequence, num_tokens, plan)
+            if sequence.request_id not in self.running:
+                continue
+            if sequence.sampling.prompt_logprobs is not None:
+                unscored = max(0, sequence.first_scored_row - sequence.num_computed_tokens)
+                num_tokens = min(num_tokens, unscored + to_score)
+                to_score -= max(0, num_tokens - unscored)
+            self._schedule_prefill(sequence, num_tokens, plan)
 
     def _schedule_prefill(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> None:
         """Up to `num_tokens` rows of a prompt; the documents that it comes to are copied, or read first."""

@@ -245,6 +245,14 @@ def test_prompt_logprobs_come_once_and_survive_preemption(model: Model) -> None:
         assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
+def test_rows_that_are_scored_are_few_in_a_step(engine: Engine) -> None:
+    """Each costs as much as several that are only read, and everybody waits for the step. (Its budget: 64 tokens.)"""
+    for start, steps in ((0, 13), (50, 7)):  # 99 or 50 rows, eight a step; what is read before them takes none
+        before = engine.stats().num_steps
+        only(engine, prompt_of(100, seed=start), greedy(0, prompt_logprobs=1, prompt_logprobs_start=start))
+        assert engine.stats().num_steps - before == steps
+
+
 def test_a_salt_keeps_prefixes_apart(engine: Engine) -> None:
     prompt = prompt_of(40)
     for salt, cached in (("a", 0), ("a", 32), ("b", 0), ("", 0), ("b", 32)):

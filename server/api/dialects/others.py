@@ -8,7 +8,6 @@ from importlib import metadata
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
@@ -16,6 +15,7 @@ from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Reply
+from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.api.stream.transcript import Token
 from prerope.server.engine.outputs import FinishReason
@@ -33,8 +33,9 @@ def tgi_reply(service: Service, running: Running, body: TgiRequest, reply: Reply
     full = body.inputs if body.parameters.return_full_text else ""
     printed: dict[str, Any] = {"generated_text": full + reply.text}
     if body.parameters.details:
-        tokens = [_tgi_token(service, token.token_id, logprob_of(token)) for token in reply.tokens]
-        printed["details"] = {**_tgi_details(running, reply.finish_reason), "prefill": [], "tokens": tokens}
+        tokens = (_tgi_token(service, token.token_id, logprob_of(token)) for token in reply.tokens)
+        many = Many(tokens, len(reply.tokens))
+        printed["details"] = {**_tgi_details(running, reply.finish_reason), "prefill": [], "tokens": many}
     return printed
 
 
@@ -83,9 +84,9 @@ def sglang_reply(running: Running, body: SglangRequest, reply: Reply) -> dict[st
         "cached_tokens": generation.usage.cached_tokens,
     }
     if body.return_logprob:
-        scored = [(logprob_of(token), token.token_id, None) for token in reply.tokens]
-        info["output_token_logprobs"] = [list(one) for one in scored]
-    return {"text": reply.text, "output_ids": [token.token_id for token in reply.tokens], "meta_info": info}
+        scored = ((logprob_of(token), token.token_id, None) for token in reply.tokens)
+        info["output_token_logprobs"] = Many(scored, len(reply.tokens))
+    return {"text": reply.text, "output_ids": Many.ids([token.token_id for token in reply.tokens]), "meta_info": info}
 
 
 async def sglang_events(running: Running, body: SglangRequest) -> AsyncGenerator[dict[str, Any], None]:
@@ -109,11 +110,11 @@ async def other_dialect(
         if body.stream:
             return event_stream(tgi_events(service, running, body))
         (reply,) = await read_all(request, running.generations)
-        return JSONResponse(tgi_reply(service, running, body, reply))
+        return await json_response(tgi_reply(service, running, body, reply))
     if body.stream:
         return event_stream(sglang_events(running, body))
     (reply,) = await read_all(request, running.generations)
-    return JSONResponse(sglang_reply(running, body, reply))
+    return await json_response(sglang_reply(running, body, reply))
 
 
 @router.post("/generate_stream", summary="Continue a prompt as a stream, in TGI's shape")
@@ -134,7 +135,7 @@ async def compatible(
     if read.body.stream:
         return event_stream(tgi_events(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
-    return JSONResponse([tgi_reply(service, running, read.body, reply)])
+    return await json_response([tgi_reply(service, running, read.body, reply)])
 
 
 @router.get("/info", summary="Describe the model, in TGI's shape")

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
@@ -20,6 +19,7 @@ from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, parts_of, start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece, Reply
+from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.api.stream.transcript import Token
 from prerope.server.engine.outputs import FinishReason
@@ -42,7 +42,7 @@ async def chat_completions(
     replies = await read_all(request, running.generations)
     printed = [writer.choice(index, reply) for index, reply in enumerate(replies)]
     used = usage(running.generations, body.n)
-    return JSONResponse({**head.fields, "choices": printed, "usage": used, **writer.of_prompt(replies[0])})
+    return await json_response({**head.fields, "choices": printed, "usage": used, **writer.of_prompt(replies[0])})
 
 
 @router.post("/chat/completions/render", summary="A chat as token ids, by the body that would have it answered")
@@ -81,14 +81,14 @@ class _Writer:
         if self.body.prompt_logprobs is not None:
             told["prompt_logprobs"] = vllm_prompt_logprobs(self._tokenizer, reply.prompt_logprobs or ())
         if self.body.return_token_ids:
-            told["prompt_token_ids"] = list(self._running.generations[0].prompt_token_ids)
+            told["prompt_token_ids"] = Many.ids(self._running.generations[0].prompt_token_ids)
         return told
 
     def _tells(self, part: Part) -> bool:
         return self.body.include_reasoning or not isinstance(part, ReasoningPart)
 
     def _token_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        return {"token_ids": [token.token_id for token in tokens]} if self.body.return_token_ids else {}
+        return {"token_ids": Many.ids([token.token_id for token in tokens])} if self.body.return_token_ids else {}
 
     def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """What a piece adds to a choice of a stream; its log-probabilities go with the first delta."""

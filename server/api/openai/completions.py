@@ -8,10 +8,9 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
 from prerope.server.api.connected import while_connected
-from prerope.server.api.logprobs import completion_logprobs, prompt_tokens, vllm_prompt_logprobs
+from prerope.server.api.logprobs import completion_logprobs, echoed_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
 from prerope.server.api.openai.replies import Head, usage
@@ -20,6 +19,7 @@ from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import start
 from prerope.server.api.stream.collect import in_turn, read_all
 from prerope.server.api.stream.generation import Generation, Piece, Reply
+from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.service import ReadyService, Service
 
@@ -45,7 +45,7 @@ async def completions(
     choices = [writer.choice(place, _whole(replies[place])) for place in _best(replies, body)]
     for index, choice in enumerate(choices):
         choice["index"] = index
-    return JSONResponse({**head.fields, "choices": choices, "usage": usage(running.generations, body.num_drawn)})
+    return await json_response({**head.fields, "choices": choices, "usage": usage(running.generations, body.num_drawn)})
 
 
 def _whole(reply: Reply) -> Piece:
@@ -79,7 +79,7 @@ class _Writer:
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         first = index not in self._echoed
-        prompt = self._prompt(index) if first and self.body.echo else ""
+        prompt = str(self.body.prompt[index // self.body.num_drawn]) if first and self.body.echo else ""
         if first:
             self._echoed[index] = len(prompt)
         choice: dict[str, Any] = {
@@ -92,14 +92,9 @@ class _Writer:
             scored = piece.prompt_logprobs
             choice["prompt_logprobs"] = scored and vllm_prompt_logprobs(self._tokenizer, scored)
         if self.body.return_token_ids:
-            choice["token_ids"] = [token.token_id for token in piece.tokens]
-            choice["prompt_token_ids"] = list(self.generations[index].prompt_token_ids) if first else None
+            choice["token_ids"] = Many.ids([token.token_id for token in piece.tokens])
+            choice["prompt_token_ids"] = Many.ids(self.generations[index].prompt_token_ids) if first else None
         return choice
-
-    def _prompt(self, index: int) -> str:
-        """The prompt as it was given, or as its ids read."""
-        given = self.body.prompt[index // self.body.num_drawn]
-        return given if isinstance(given, str) else self._tokenizer.decode(given)
 
     def _logprobs(self, index: int, piece: Piece) -> dict[str, Any] | None:
         if self.body.logprobs is None:
@@ -107,8 +102,8 @@ class _Writer:
         printed = completion_logprobs(self._tokenizer, piece.tokens, self.body.logprobs, self._echoed[index])
         if piece.prompt_logprobs is None or not self.body.echo:
             return printed
-        echoed = prompt_tokens(self._tokenizer, self.generations[index].prompt_token_ids, piece.prompt_logprobs)
-        before = completion_logprobs(self._tokenizer, echoed, self.body.logprobs)
+        ids = self.generations[index].prompt_token_ids
+        before = echoed_logprobs(self._tokenizer, ids, piece.prompt_logprobs, self.body.logprobs)
         return {name: before[name] + printed[name] for name in printed}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from prerope.server.api.chat.tools import Function, Tool, ToolUse
+from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.body import RequestBody
 from prerope.server.api.requests.complaints import first_invalid
 from prerope.server.api.requests.documents import TokenizedPrompt
@@ -102,7 +103,10 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
     if isinstance(body, DetokenizeRequest):
         return Read(body, reply=_detokenize(text, body))  # type: ignore[arg-type]
     request: GenerationRequest = body.lowered()
-    return Read(body, request, prepare(text, request))
+    prepared = prepare(text, request)
+    if isinstance(body, CompletionRequest) and body.echo:  # as it was given, or as its ids read
+        body.prompt = [one if isinstance(one, str) else text.tokenizer.decode(one) for one in body.prompt]
+    return Read(body, request, prepared)
 
 
 def decode(raw: bytes) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 
 import structlog
 from prerope.server.api.errors import error_body, internal_error
+from prerope.server.api.stream.printing import printed
 from prerope.server.errors import RequestError
 from prerope.server.log import trace
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -50,7 +51,7 @@ async def _frames(source: AsyncGenerator[Any, None], *, named: bool = False) -> 
         try:
             async for event in source:
                 name = f"event: {event['type']}\n".encode() if named else b""
-                yield name + b"data: " + _encode(event) + b"\n\n"
+                yield name + b"data: " + _encoded(await printed(event)) + b"\n\n"
         except RequestError as error:
             log.warning("stream failed", status=error.status, code=error.code)
             yield _error_frame(error)
@@ -64,10 +65,9 @@ async def _frames(source: AsyncGenerator[Any, None], *, named: bool = False) -> 
 
 
 def _error_frame(error: RequestError) -> bytes:
-    return b"event: error\ndata: " + _encode({"type": "error", **error_body(error)}) + b"\n\n"
+    return b"event: error\ndata: " + _encoded(json.dumps({"type": "error", **error_body(error)})) + b"\n\n"
 
 
-def _encode(event: Any) -> bytes:
+def _encoded(text: str) -> bytes:
     """As one line for every reader: many split text at the line ends of Unicode, too, which JSON leaves as they are."""
-    text = json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.translate(LINE_ENDS).encode()
+    return (text if text.isascii() else text.translate(LINE_ENDS)).encode()

@@ -126,8 +126,11 @@ def logprobs(rows: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogp
     if num_top == 0:
         return [TokenLogprobs(t, lp) for t, lp in zip(token_ids, chosen[:, 0].tolist(), strict=True)]
     top, ids = rows.topk(min(num_top, rows.shape[-1]), dim=-1)
-    tops = [tuple(zip(i, t, strict=True)) for i, t in zip(ids.tolist(), (top - log_normaliser).tolist(), strict=True)]
-    return [TokenLogprobs(t, lp, alts) for t, lp, alts in zip(token_ids, chosen[:, 0].tolist(), tops, strict=True)]
+    packed = torch.stack([ids.int(), (top - log_normaliser).view(torch.int32)], dim=-1).cpu().numpy()
+    return [
+        TokenLogprobs(t, lp, alternatives.tobytes())
+        for t, lp, alternatives in zip(token_ids, chosen[:, 0].tolist(), packed, strict=True)
+    ]
 
 
 def score_prompt(sequence: Sequence, first_row: int, rows: Tensor) -> None:

@@ -1,0 +1,37 @@
+"""Work of a client's size that stays on the event loop: done in slices, one slice a turn, whoever it is for.
+
+    async with turn() as left:
+        while items and left():
+            …
+
+The loop calls everything that is ready before it looks for anything new. Had each of a thousand connections its slice
+in the same turn, a stream's next token would wait for a thousand of them. So slices take turns, first come first
+served, and after each the loop and the engine's thread, which needs the interpreter's lock too, have as much time to
+themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from weakref import WeakKeyDictionary
+
+SLICE_S = 0.001
+MAX_REST_S = 0.005
+
+_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+@asynccontextmanager
+async def turn() -> AsyncIterator[Callable[[], bool]]:
+    """One slice; gives a function that tells whether there is time left in it. Waits only where others had theirs."""
+    loop = asyncio.get_running_loop()
+    lock = _locks.setdefault(loop, asyncio.Lock())
+    await lock.acquire()
+    began = time.perf_counter()
+    try:
+        yield lambda: time.perf_counter() - began < SLICE_S
+    finally:
+        loop.call_later(min(time.perf_counter() - began, MAX_REST_S), lock.release)
