@@ -48,6 +48,11 @@ class ModelPositions:
         """K and V of rows before this one are the same as under the plain reading: rope's, for the windowed methods."""
         return min((method.plain_rows for method in self.methods.values()), default=UNBOUNDED)
 
+    @property
+    def max_bytes(self) -> int:
+        """What it takes once readings of all lengths have been asked for."""
+        return sum(method.max_bytes for method in self.methods.values())
+
     def block_seed(self, end: int) -> bytes:
         """What a block that ends before row `end` mixes into its hash beside tokens and parent."""
         return self.plain_digest if end <= self.plain_rows else self.digest

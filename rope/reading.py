@@ -185,6 +185,13 @@ class Rule:
     warning: str | None = None
 
 
+MAX_READINGS = 256
+"""Readings that a method keeps: a length-dependent one makes another each 256 rows."""
+
+READING_BYTES, MAP_BYTES = 512, 1024
+"""Of a reading, and of an angle map with its tensor, as objects."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PositionMethod:
     """A method resolved for one rotary group of one model: everything that attention needs, and nothing of the request.
@@ -213,10 +220,20 @@ class PositionMethod:
         return self.rule.run_end(position)
 
     def reading(self, run_end: int) -> Reading:
-        """The reading of the rows whose run ends here; the same object each time."""
-        if run_end not in self._readings:
-            self._readings[run_end] = self.rule.reading(run_end)
-        return self._readings[run_end]
+        """Of the rows whose run ends here; the same object while it is among the last `MAX_READINGS`."""
+        found = self._readings.get(run_end)
+        if found is None:
+            found = self._readings[run_end] = self.rule.reading(run_end)
+            while len(self._readings) > MAX_READINGS:
+                self._readings.pop(next(iter(self._readings)))
+        return found
+
+    @property
+    def max_bytes(self) -> int:
+        """What it takes once readings of all lengths have been asked for."""
+        first = self.reading_of(0)
+        count = 2 if self.run_end(self.train_length) >= UNBOUNDED else MAX_READINGS
+        return count * (READING_BYTES + 2 * len(first.parts) * (MAP_BYTES + first.theta.nbytes))
 
     def reading_of(self, position: int) -> Reading:
         return self.reading(self.run_end(position))

@@ -142,6 +142,13 @@ class ServerFull(RequestError):
     type = "service_unavailable_error"
 
 
+class BodiesFull(RequestError):
+    """The bodies that are being read take all the memory that there is for them."""
+
+    status = 503
+    type = "service_unavailable_error"
+
+
 class DeadlineExceeded(RequestError):
     """`timeout_s` or REQUEST_TIMEOUT_S was over before the first token. (Later, a reply ends with `abort`.)"""
 

@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 PIECE_BYTES = 1024
 """What is parsed between two looks at the clock: two hundred chunks at most."""
 
-FREE_CHUNKS, BYTES_A_CHUNK = 16_384, 256
+FREE_CHUNKS, BYTES_A_CHUNK = 4096, 256
 """A body may come in so many chunks, and in one more for each so many bytes."""
 
 

@@ -6,8 +6,9 @@ app has a registry of its own. Knows the engine's numbers, not its workings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from prerope.server.engine.outputs import FinishReason, Timings
@@ -23,6 +24,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from prerope.server.byte_cache import CacheStats
     from prerope.server.engine.info import EngineStats, GraphStats, ModelInfo
 
 LATENCY_BUCKETS = (
@@ -58,11 +60,15 @@ COUNT_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2, 
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """What a scrape needs of the engine; without `stats` and `info` while it loads or once it is dead."""
+    """What a scrape needs of the engine; without `stats` and `info` while it loads or once it is dead.
+
+    caches: those that clients can fill, by name.
+    """
 
     state: str
     stats: EngineStats | None
     info: ModelInfo | None
+    caches: Mapping[str, CacheStats] = field(default_factory=dict)
 
 
 class Metrics:
@@ -161,6 +167,23 @@ class EngineCollector(Collector):
             yield from self._gauges(snapshot.stats)
             yield from self._counters(snapshot.stats)
             yield self._graph_info(snapshot.stats.graphs)
+        yield from self._caches(snapshot.caches)
+
+    def _caches(self, caches: Mapping[str, CacheStats]) -> Iterator[Metric]:
+        labels = ["model_name", "cache"]
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        for kind, name, text, value in (
+            (gauge, "bytes", "What a cache holds.", attrgetter("num_bytes")),
+            (gauge, "max_bytes", "The most that a cache holds.", attrgetter("max_bytes")),
+            (gauge, "entries", "What a cache holds, counted.", attrgetter("num_entries")),
+            (counter, "hits", "What was found in a cache.", attrgetter("hits")),
+            (counter, "misses", "What was looked for in a cache and not found.", attrgetter("misses")),
+            (counter, "evictions", "What a cache had no more room for.", attrgetter("evictions")),
+        ):
+            family = kind(f"prerope:cache_{name}", text, labels=labels)
+            for cache, stats in caches.items():
+                family.add_metric([self._model_name, cache], value(stats))
+            yield family
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         used = 1 - stats.num_free_blocks / max(stats.num_blocks, 1)

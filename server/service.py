@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import structlog
 from fastapi import Depends, Request
 from prerope.server.api.requests.prompts import ModelText
+from prerope.server.api.room import BODIES, BodyRoom
+from prerope.server.byte_cache import ByteCache, CacheStats
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
@@ -35,6 +37,8 @@ SECRETS = {"api_key", "api_key_file", "metrics_key"}
 
 log = structlog.get_logger(__name__)
 
+MAX_CONVERSATION_BYTES = 64 * 2**20
+
 
 @dataclass(slots=True)
 class Service:
@@ -43,6 +47,7 @@ class Service:
     Attributes:
         served_names: what clients may call the model; replies use the first.
         sampling_defaults: how tokens are chosen where a request does not say; known once the model is loaded.
+        conversations: of Responses that may be gone on with, by tenant and the response's id: the items, as JSON.
         stage: what loading does now, for people who ask /ready.
         leaving: routers are to send nobody any more, though whoever comes is served.
     """
@@ -53,6 +58,8 @@ class Service:
     metrics: Metrics = field(init=False)
     workers: Workers = field(init=False)
     grammars: Grammars = field(init=False)
+    conversations: ByteCache[tuple[str, str], bytes] = field(init=False)
+    bodies: BodyRoom = field(init=False)
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     stage: str = "starting"
     followers: Followers | None = None
@@ -67,6 +74,8 @@ class Service:
         self.metrics = Metrics(self.model_name, self._snapshot)
         self.workers = Workers(lambda: World(self.text), LANES)
         self.grammars = Grammars(lambda: self.tokenizer, self.workers)
+        self.conversations = ByteCache(MAX_CONVERSATION_BYTES)
+        self.bodies = BodyRoom(BODIES * self.settings.max_body_bytes)
 
     @property
     def model_name(self) -> str:
@@ -181,7 +190,17 @@ class Service:
             state=str(state),
             stats=self.engine.stats() if alive else None,
             info=self.engine.info if alive else None,
+            caches=self._caches(alive=alive),
         )
+
+    def _caches(self, *, alive: bool) -> dict[str, CacheStats]:
+        """Those that clients can fill."""
+        resolved = {"rope methods": self.engine.engine.resolved.stats()} if alive else {}
+        return resolved | {
+            "grammars": self.grammars.kept.stats(),
+            "refused grammars": self.grammars.refused.stats(),
+            "conversations": self.conversations.stats(),
+        }
 
 
 def get_service(request: Request) -> Service:

@@ -16,7 +16,7 @@ from prerope.server.api.connected import while_connected
 from prerope.server.api.requests.body import RequestBody
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.api.requests.reading import Read, ReadTask, read_body
-from prerope.server.service import ReadyService
+from prerope.server.service import ReadyService, Service
 from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
 from prerope.server.workers.slices import turn
 
@@ -33,7 +33,7 @@ SMALL_BYTES = 256 * 2**10
 
 
 def body_of(
-    model: type[B], completed: Callable[[bytes], bytes] = lambda raw: raw
+    model: type[B], completed: Callable[[Service, bytes], bytes] = lambda _, raw: raw
 ) -> Callable[[Request, ReadyService], Awaitable[Read[B]]]:
     """A dependency: the request's body as a `model`, and what follows from it. Raises what `read_body` raises.
 
@@ -41,21 +41,26 @@ def body_of(
     """
 
     async def read(request: Request, service: ReadyService) -> Read[B]:
-        raw = completed(await request.body())
-        _check_kind(request)
-        if _is_little(raw):
+        async with service.bodies.body(request) as came:
+            _check_kind(request)
+            raw = completed(service, came)
+            if not _is_little(raw):
+                return await _read_by_worker(model, raw, request, service)
             async with turn():
                 return read_body(model, raw, service.text)
-        lane = SMALL_BODY if len(raw) <= SMALL_BYTES else LARGE_BODY
-        report = current_report()
-        task = ReadTask(model, raw, report.strict)
-        work = service.workers.run(task, lane.name, tenant=current_hold().tenant)
-        result: Read[B] = await while_connected(request, work)
-        for name in result.ignored:
-            report.ignore(name)
-        return result
 
     return read
+
+
+async def _read_by_worker(model: type[B], raw: bytes, request: Request, service: Service) -> Read[B]:
+    lane = SMALL_BODY if len(raw) <= SMALL_BYTES else LARGE_BODY
+    report = current_report()
+    task = ReadTask(model, raw, report.strict)
+    work = service.workers.run(task, lane.name, tenant=current_hold().tenant)
+    result: Read[B] = await while_connected(request, work)
+    for name in result.ignored:
+        report.ignore(name)
+    return result
 
 
 def _is_little(raw: bytes) -> bool:

@@ -15,8 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prerope.server.api.requests.complaints import SHOWN_CHARS, first_invalid
 from prerope.server.errors import (
+    BodiesFull,
     BodyTimeout,
-    ClientGone,
     EngineFailure,
     EngineUnavailable,
     InvalidRequest,
@@ -26,7 +26,6 @@ from prerope.server.errors import (
     UnsupportedEncoding,
 )
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +48,7 @@ def error_response(error: RequestError) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, QueueFull):
         headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, EngineUnavailable):
+    elif isinstance(error, EngineUnavailable | BodiesFull):
         headers["Retry-After"] = str(RETRY_LOADING_S)
     elif isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
@@ -91,10 +90,6 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, RequestError):  # FastAPI wraps what is raised while a body is read
-        return error_response(error.__cause__)
-    if isinstance(error.__cause__, ClientDisconnect):
-        return error_response(ClientGone("the client closed the connection before its request was complete"))
     messages = {
         404: "There is no such route; /docs lists them.",
         405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",

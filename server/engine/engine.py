@@ -32,6 +32,7 @@ from prerope.cache.tier import TierStats
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.reading import MethodError
 from prerope.rope.spec import RopeSpec
+from prerope.server.byte_cache import ByteCache
 from prerope.server.config import EngineConfig
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.graphs import DecodeGraphs, capture_graphs
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
 
 
-MAX_RESOLVED_SPECS = 256
+MAX_RESOLVED_BYTES = 32 * 2**20
 
 
 class Engine:
@@ -112,7 +113,7 @@ class Engine:
         self._no_graphs = "they are for a GPU, and captured when an engine is loaded"
         self.tiers: Tiers | None = None
         self._in_flight: Step | None = None
-        self._positions: dict[RopeSpec, ModelPositions] = {}
+        self.resolved: ByteCache[RopeSpec, ModelPositions] = ByteCache(MAX_RESOLVED_BYTES)
         self._counters = Counters()
 
     @classmethod
@@ -179,11 +180,11 @@ class Engine:
         """A request's own position method; the same object for the same spec. Raises InvalidRequest."""
         if spec == self.config.rope:
             return self.info.positions
-        if spec not in self._positions:
-            if len(self._positions) >= MAX_RESOLVED_SPECS:
-                self._positions.clear()
-            self._positions[spec] = _resolve(self.model, spec, self.info.max_model_len, _bad_rope)
-        return self._positions[spec]
+        found = self.resolved.get(spec)
+        if found is None:
+            found = _resolve(self.model, spec, self.info.max_model_len, _bad_rope)
+            self.resolved.put(spec, found, found.max_bytes)
+        return found
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that is within all limits: its caller has seen to that, once, by `engine.limits`."""

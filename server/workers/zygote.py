@@ -84,6 +84,8 @@ def _serve(channel: socket.socket, world: Any, parent: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _end_with(parent)
+        with contextlib.suppress(OSError):  # rather it than the server, where memory ends
+            Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a library that gives up may write a client's words
         channel.sendall(pack(os.getpid()))
         order: Order = receive(channel)

@@ -25,6 +25,7 @@ from tests.server.test_cli import ENVIRONMENT, ROOT, free_port, wait_for
 
 ROOM, TIMEOUT_S, HEADER_S = 12, 1.0, 0.6
 HALF_HEADER = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nX-More: "
+TOKENIZE = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -279,3 +280,40 @@ def test_a_kind_of_line_cannot_flood_the_log(limit: tuple[KindLimit, Clock]) -> 
     assert kinds.filter(refused)
     assert first.getMessage() == "no descriptors left (950 more of this kind were left out)"
     assert refused.msg["note"].startswith("950 more")
+
+
+# --- what bodies hold -------------------------------------------------------------------------------------------------
+
+
+def test_bodies_that_were_begun_make_room_for_others(
+    url: str, serve_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for three of those that never end: a whole one is read all the same, and then nothing is held."""
+    room = serve_module.running(url).service.bodies
+    monkeypatch.setattr(room, "max_bytes", 2**20)
+    head = TOKENIZE + b"Content-Length: 400000\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(closing(connect(url))).sendall(head + b" " * 300_000)
+        until(lambda: room.num_bytes >= 3 * 300_000)
+        body = json.dumps({"prompt": "Hello"}).encode() + b" " * 300_000
+        kind = {"Content-Type": "application/json"}
+        response = httpx.post(f"{url}/tokenize", content=body, headers=kind, timeout=60)
+        assert response.status_code == 200
+        assert room.num_bytes <= 2**20
+    until(lambda: room.num_bytes == 0)
+
+
+def test_a_body_of_too_many_chunks_is_told_so(url: str) -> None:
+    """Of one byte each. As many of some size are taken, and read in order."""
+    text = json.dumps({"prompt": "Hello", "add_special_tokens": False}).encode()
+    text += b" " * 40_000
+    head = TOKENIZE + b"Transfer-Encoding: chunked\r\n\r\n"
+    for size, status in ((1, b"400"), (40, b"200")):
+        chunks = [text[start : start + size] for start in range(0, len(text), size)]
+        with closing(connect(url)) as connection:
+            connection.sendall(head + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks))
+            connection.sendall(b"0\r\n\r\n")
+            reply = connection.recv(4096)
+            assert reply.split()[1] == status, reply
+            assert (b"too_many_chunks" in reply) == (status == b"400")

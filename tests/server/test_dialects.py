@@ -13,7 +13,6 @@ import ollama
 import openai
 import pytest
 from huggingface_hub import InferenceClient
-from prerope.server.api.dialects.responses import Conversations
 
 TOOL_TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\\n<tools>' + tools | tojson + '</tools> <tool_call> name' }}
 {{- '<|im_end|>\\n' }}{%- endif %}{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
@@ -196,14 +195,20 @@ def test_responses_follow_a_schema(client: openai.OpenAI) -> None:
     assert json.loads(reply.output_text)["city"] in ("Paris", "Rome")
 
 
-def test_conversations_have_a_limit_in_bytes() -> None:
-    kept = Conversations(max_bytes=1000)
-    for index in range(50):
-        kept.keep("tenant", f"resp-{index}", ["x" * 100])
-    assert kept.num_bytes <= 1000
-    assert kept.find("tenant", "resp-49") is not None
-    assert kept.find("another", "resp-49") is None
-    assert kept.find("tenant", "resp-0") is None
+def test_a_conversation_goes_on_and_is_ones_own(client: openai.OpenAI, http: httpx.Client) -> None:
+    """Whole as it was, read by a worker (it is long) or here; and counted."""
+    for padding in ("", "And so on. " * 800):
+        first = client.responses.create(model=MODEL, input=f"One. {padding}", max_output_tokens=4)
+        assert client.responses.create(model=MODEL, input="Two.", previous_response_id=first.id, max_output_tokens=4)
+        history = [{"role": "user", "content": f"One. {padding}"}, *(item.model_dump() for item in first.output)]
+        whole = client.responses.create(model=MODEL, input=[*history, {"role": "user", "content": "Two."}])
+        again = client.responses.create(model=MODEL, input="Two.", previous_response_id=first.id)
+        assert again.usage is not None
+        assert whole.usage is not None
+        assert again.usage.input_tokens == whole.usage.input_tokens
+    held = next(line for line in http.get("/metrics").text.splitlines() if 'cache="conversations"' in line)
+    assert held.startswith("prerope:cache_bytes")
+    assert float(held.split()[-1]) > 2 * 800 * len("And so on. ")
 
 
 # --- Ollama ---

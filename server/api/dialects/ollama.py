@@ -132,9 +132,11 @@ async def version() -> dict[str, str]:
 
 
 @router.post("/show", summary="Describe the model, in Ollama's shape")
-async def show(body: ShowRequest, service: ReadyService) -> dict[str, Any]:
+async def show(
+    read: Annotated[Read[ShowRequest], Depends(body_of(ShowRequest))],  # noqa: ARG001 - there is one model
+    service: ReadyService,
+) -> dict[str, Any]:
     """What Ollama's clients ask before a chat: the context length, and what the model can do."""
-    del body
     info = service.engine.info
     return {
         "modelfile": "",

@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's Responses, what its newest clients call by default.
 
-A conversation goes on by `previous_response_id` while its items are kept: in memory, up to `MAX_KEPT_BYTES` of all
-tenants together, the least recently used ones out first, each found by its own tenant alone.
+A conversation goes on by `previous_response_id` while its items are kept: in memory, up to `MAX_CONVERSATION_BYTES` of
+all tenants together, the least recently used ones out first, each found by its own tenant alone.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.responses import JSONResponse
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, TextPart
@@ -27,51 +25,28 @@ from prerope.server.api.limits import new_id
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import read_all
+from prerope.server.api.stream.printing import json_response
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-MAX_KEPT_BYTES = 64 * 2**20
 MAX_KEPT_ITEMS_BYTES = 8 * 2**20
 """Of one conversation; a longer one is not kept."""
+
+ENTRY_BYTES = 512
+"""What a conversation takes beside its text."""
 
 _PREVIOUS = re.compile(rb'"previous_response_id"\s*:\s*"(resp-[0-9a-f]{32})"')
 
 
-class Conversations:
-    """The items of earlier responses as JSON, by tenant and id."""
-
-    def __init__(self, max_bytes: int = MAX_KEPT_BYTES) -> None:
-        self._kept: OrderedDict[tuple[str, str], bytes] = OrderedDict()
-        self._max_bytes, self.num_bytes = max_bytes, 0
-
-    def keep(self, tenant: str, response_id: str, items: list[Any]) -> None:
-        text = json.dumps(items, separators=(",", ":")).encode()
-        if len(text) > MAX_KEPT_ITEMS_BYTES:
-            return
-        self._kept[tenant, response_id] = text
-        self.num_bytes += len(text)
-        while self.num_bytes > self._max_bytes:
-            self.num_bytes -= len(self._kept.popitem(last=False)[1])
-
-    def find(self, tenant: str, response_id: str) -> bytes | None:
-        found = self._kept.get((tenant, response_id))
-        if found is not None:
-            self._kept.move_to_end((tenant, response_id))
-        return found
-
-
-conversations = Conversations()
-
-
-def with_history(raw: bytes) -> bytes:
+def with_history(service: Service, raw: bytes) -> bytes:
     """A body with the items that its `previous_response_id` stands for beside it, so that whoever reads it has both."""
     found = _PREVIOUS.search(raw)
     if found is None or not raw.rstrip().endswith(b"}"):
         return raw
-    kept = conversations.find(current_hold().tenant, found[1].decode())
+    kept = service.conversations.get((current_hold().tenant, found[1].decode()))
     return raw if kept is None else raw.rstrip()[:-1] + b',"_history":{"id":"' + found[1] + b'","items":' + kept + b"}}"
 
 
@@ -87,14 +62,14 @@ async def responses(
     if read.body.stream:
         return event_stream(_events(printer), named=True)
     (reply,) = await read_all(request, running.generations)
-    return JSONResponse(printer.finished(running.chat_reply(reply), reply.finish_reason))
+    return await json_response(printer.finished(running.chat_reply(reply), reply.finish_reason))
 
 
 class _Printer:
     """Prints one response in its states."""
 
     def __init__(self, service: Service, body: ResponsesRequest, running: Running, tenant: str) -> None:
-        self.body, self.running, self._tenant = body, running, tenant
+        self._service, self.body, self.running, self._tenant = service, body, running, tenant
         self._model, self._created = service.model_name, int(time.time())
 
     def response(self, status: str, output: list[Any], **more: Any) -> dict[str, Any]:
@@ -116,9 +91,7 @@ class _Printer:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store,
             "temperature": body.temperature,
-            "text": body.text or {"format": {"type": "text"}},
-            "tool_choice": body.tool_choice or "auto",
-            "tools": body.tools,
+            **body.repeated(),
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -135,9 +108,16 @@ class _Printer:
         for item, item_id in zip(output, ids or (), strict=False):
             item["id"] = item_id
         if self.body.store:
-            conversations.keep(self._tenant, self.running.id, [*self.body.items(), *output])
+            self._keep(output)
         details = None if status == "completed" else {"reason": "max_output_tokens"}
         return self.response(status, output, incomplete_details=details, usage=self._usage())
+
+    def _keep(self, output: list[Any]) -> None:
+        before, after = self.body.kept().encode(), json.dumps(output, separators=(",", ":")).encode()
+        text = before[:-1] + (b"," if len(before) > len(b"[]") else b"") + after[1:]
+        if len(text) <= MAX_KEPT_ITEMS_BYTES:
+            num_bytes = len(text) + ENTRY_BYTES
+            self._service.conversations.put((self._tenant, self.running.id), text, num_bytes)
 
     def _usage(self) -> dict[str, Any]:
         usage = self.running.generations[0].usage

@@ -124,6 +124,11 @@ class CompletionRequest(OpenAIFields):
             raise InvalidRequest("'max_tokens' is 0, which asks for nothing unless 'echo' is true", param="max_tokens")
         return self
 
+    def slim(self) -> None:
+        echoed = self.prompt if self.echo else []
+        super().slim()
+        self.prompt = echoed
+
     @property
     def num_drawn(self) -> int:
         """Completions of each prompt, of which the best `n` are given."""

@@ -8,7 +8,9 @@ A check of our own raises InvalidRequest directly; pydantic lets it through, and
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from prerope.server.api.requests.foreign import EMPTY, Foreign, is_empty
@@ -22,6 +24,17 @@ MAX_SHOWN = 64
 """Characters of a client's own text that an error message repeats at most."""
 
 INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Verbatim:
+    """JSON that is to be printed as it is."""
+
+    text: str
+
+    @classmethod
+    def of(cls, value: object) -> Verbatim:
+        return cls(json.dumps(value, separators=(",", ":")))
 
 
 class RequestBody(BaseModel):
@@ -82,6 +95,13 @@ class RequestBody(BaseModel):
         return InvalidRequest(
             f"unknown field '{cls.path}{shown}'; {hint}", param=cls.path + shown, code="unknown_field"
         )
+
+    def slim(self) -> None:
+        """Leave out what nobody reads any more: lists and objects, which take long to hand over to another process."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, list | dict):
+                setattr(self, name, type(value)())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

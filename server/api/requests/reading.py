@@ -22,7 +22,7 @@ from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.leniency import reporting
 from prerope.server.api.requests.prompts import ModelText, chat_ids, check_model, tokenized, truncated
-from prerope.server.api.requests.schemas import DetokenizeRequest, SamplingFields, TokenizeRequest
+from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
 from prerope.server.api.requests.surrogates import refuse_surrogates
 from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest
@@ -102,6 +102,8 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
         return Read(body, reply=_tokenize(text, body))  # type: ignore[arg-type]
     if isinstance(body, DetokenizeRequest):
         return Read(body, reply=_detokenize(text, body))  # type: ignore[arg-type]
+    if not hasattr(body, "lowered"):  # it asks about the model, and for nothing of it
+        return Read(body)
     request: GenerationRequest = body.lowered()
     prepared = prepare(text, request)
     if isinstance(body, CompletionRequest) and body.echo:  # as it was given, or as its ids read
@@ -195,14 +197,7 @@ def _json(value: Any) -> bytes:
 def _slim(read: Read[Any]) -> Read[Any]:
     """Without what the ids stand for: the server would spend time on taking it in."""
     body = read.body
-    ours = isinstance(body, SamplingFields | TokenizeRequest | DetokenizeRequest)
-    for name in ("messages", "tools", "documents", "tokens") if ours else ("messages",):  # dialects print the others
-        if hasattr(body, name):
-            setattr(body, name, [])
-    if getattr(body, "chat_template_kwargs", None):
-        body.chat_template_kwargs = {}
-    if ours and hasattr(body, "prompt") and not getattr(body, "echo", False):
-        body.prompt = []
+    body.slim()
     if read.request is None or read.prepared is None:
         return Read(body, reply=read.reply)
     use = read.prepared.tools

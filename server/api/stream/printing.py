@@ -15,6 +15,7 @@ from itertools import chain, islice
 from typing import Any
 
 from fastapi import Response
+from prerope.server.api.requests.body import Verbatim
 from prerope.server.workers.slices import turn
 
 FEW = 32
@@ -44,12 +45,12 @@ class Many:
 
 async def printed(value: Any) -> str:
     """As `starlette.responses.JSONResponse` prints."""
-    mark, found = secrets.token_hex(16), list[Many]()
+    mark, found = secrets.token_hex(16), list[Many | Verbatim]()
 
     def kept_for_later(inner: object) -> Any:
-        if not isinstance(inner, Many):
+        if not isinstance(inner, Many | Verbatim):
             raise TypeError(f"{type(inner).__name__} is no JSON")
-        if inner.length <= max(FEW, inner.at_once):
+        if isinstance(inner, Many) and inner.length <= max(FEW, inner.at_once):
             return list(inner.items)
         found.append(inner)
         return mark
@@ -59,8 +60,11 @@ async def printed(value: Any) -> str:
         return text
     pieces = text.split(f'"{mark}"')
     written = [pieces[0]]
-    for many, piece in zip(found, pieces[1:], strict=True):
-        written += ["[", ",".join([batch async for batch in _batches(many)]), "]", piece]
+    for inner, piece in zip(found, pieces[1:], strict=True):
+        if isinstance(inner, Verbatim):
+            written += [inner.text, piece]
+        else:
+            written += ["[", ",".join([batch async for batch in _batches(inner)]), "]", piece]
     return "".join(written)
 
 

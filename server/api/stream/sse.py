@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 5
 SEPARATOR = "\n"
-LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+LINE_ENDS = "\u0085\u2028\u2029"
 
 # By default it cuts streams at a signal; here they may finish (`server.http`).
 AppStatus.enable_automatic_graceful_drain = False
@@ -70,4 +70,6 @@ def _error_frame(error: RequestError) -> bytes:
 
 def _encoded(text: str) -> bytes:
     """As one line for every reader: many split text at the line ends of Unicode, too, which JSON leaves as they are."""
-    return (text if text.isascii() else text.translate(LINE_ENDS)).encode()
+    for end in LINE_ENDS:
+        text = text.replace(end, f"\\u{ord(end):04x}")
+    return text.encode()

@@ -17,12 +17,12 @@ from prerope.server.api.dialects.requests.common import (
     object_of,
     text_of,
 )
-from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text
+from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, Verbatim
 from prerope.server.api.requests.foreign import IGNORED, Foreign
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 from pydantic.json_schema import SkipJsonSchema
 
 
@@ -55,6 +55,24 @@ class ResponsesRequest(RequestBody):
     prompt: Any = None
     previous_response_id: Text | None = None
     history: SkipJsonSchema[dict[str, Any] | None] = Field(None, alias="_history", exclude=True)
+
+    _slim: tuple[str, dict[str, Verbatim]] | None = PrivateAttr(None)
+
+    def slim(self) -> None:
+        self._slim = self.kept(), {name: Verbatim.of(value) for name, value in self.repeated().items()}
+        super().slim()
+        self.tool_choice = self.history = None
+
+    def kept(self) -> str:
+        """The conversation as JSON, a list."""
+        return Verbatim.of(self.items()).text if self._slim is None else self._slim[0]
+
+    def repeated(self) -> Mapping[str, Any]:
+        """What the response repeats of lists and objects."""
+        if self._slim is not None:
+            return self._slim[1]
+        text = self.text or {"format": {"type": "text"}}
+        return {"text": text, "tool_choice": self.tool_choice or "auto", "tools": self.tools}
 
     def items(self) -> list[Any]:
         """All of the conversation: what was kept, and what is new."""
