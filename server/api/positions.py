@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from prerope.rope.offers import Offer, distance_map, offers, rotaries_of
+from prerope.server.api.bodies import body_of
 from prerope.server.api.limits import positions_of
 from prerope.server.api.requests.body import INT32_MAX, RequestBody
+from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import RopeFields
+from prerope.server.engine.info import ModelInfo
 from prerope.server.service import ReadyService
 from pydantic import Field
 
@@ -31,7 +35,7 @@ class MapRequest(RequestBody):
 async def methods(service: ReadyService) -> dict[str, Any]:
     """Each method of this server that the model takes, as it resolves, and why it does not take the others."""
     info = service.engine.info
-    found = offers(rotaries_of(info.positions), info.max_model_len)
+    found = _offers(info)
     return {
         "default": info.positions.describe(),
         "per_request": service.settings.rope_per_request,
@@ -40,6 +44,12 @@ async def methods(service: ReadyService) -> dict[str, Any]:
         "methods": [_told(offer) for offer in found if offer.positions is not None],
         "refused": [{"name": offer.name, "reason": offer.refusal} for offer in found if offer.positions is None],
     }
+
+
+@lru_cache(maxsize=1)
+def _offers(info: ModelInfo) -> list[Offer]:
+    """They take milliseconds, and stay what they are."""
+    return offers(rotaries_of(info.positions), info.max_model_len)
 
 
 def _told(offer: Offer) -> dict[str, Any]:
@@ -55,8 +65,11 @@ def _told(offer: Offer) -> dict[str, Any]:
 
 
 @router.post("/map", summary="The distances that a method shows")
-async def show_map(body: MapRequest, service: ReadyService) -> dict[str, Any]:
+async def show_map(
+    read: Annotated[Read[MapRequest], Depends(body_of(MapRequest))], service: ReadyService
+) -> dict[str, Any]:
     """The distance at which each query sees each key, on a small grid over a prompt of this length."""
+    body = read.body
     spec = None if body.rope is None else body.rope.spec()
     positions = positions_of(service, spec) or service.engine.info.positions
     return {"length": body.length, **await asyncio.to_thread(distance_map, positions, body.length)}

@@ -153,7 +153,7 @@ def test_leaving_in_the_middle_of_a_prefill(url: str, engine: AsyncEngine, strea
         async with httpx.AsyncClient(base_url=url) as client:
             body = {"prompt": LONG, "max_tokens": 50, "stream": stream, "cache_salt": f"leave {stream}"}
             request = asyncio.create_task(client.post("/generate", json=body))
-            await asyncio.to_thread(until, lambda: engine.stats().prompt_tokens > before)
+            await asyncio.to_thread(until, lambda: engine.stats().prompt_tokens > before, 60)  # a worker starts
             request.cancel()
             await asyncio.gather(request, return_exceptions=True)
 

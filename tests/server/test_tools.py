@@ -451,7 +451,7 @@ BAD: list[tuple[dict[str, Any], str, list[str]]] = [
 
 @pytest.mark.parametrize(("body", "param", "words"), BAD, ids=lambda value: str(value)[:60])
 def test_bad_tools(url: str, body: dict[str, Any], param: str, words: list[str]) -> None:
-    response = httpx.post(f"{url}/v1/chat/completions", json={"messages": MESSAGES, **body})
+    response = httpx.post(f"{url}/v1/chat/completions", json={"messages": MESSAGES, **body}, timeout=60)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param
