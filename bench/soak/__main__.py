@@ -4,9 +4,10 @@
 
 starts the server and sends it short prompts, shared prefixes, aborts at random times, slow readers, bad input and,
 one after another, prompts of 8k and 16k tokens; streaming and not, to /generate and to OpenAI's routes, by several
-clients that each follow a seeded random plan (`bench.soak.plan`). The rules are in `bench.soak.verdicts`; the exit
-code is 1 where one did not hold. The time counts from the end of the warm-up, which writes to the whole cache once,
-fills the pool of threads and sends every kind of request.
+clients that each follow a seeded random plan (`bench.soak.plan`); among it, bodies by which one client would hold up
+the others (`bench.soak.hostile`). The rules are in `bench.soak.verdicts`; the exit code is 1 where one did not hold.
+The time counts from the end of the warm-up, which writes to the whole cache once, fills the pool of threads and sends
+every kind of request.
 
 `--url` soaks a server that runs already, and must be idle otherwise: without the checks of its process and its log.
 """
@@ -43,6 +44,7 @@ from bench.soak.plan import (
     Task,
     TaskMaker,
     bad_tasks,
+    hostile_tasks,
     long_task,
     long_tasks,
     mixed_tasks,
@@ -93,7 +95,12 @@ class Soak:
         draw = random.Random(f"{self.asked.seed}, warm-up")
         maker = TaskMaker(self._library, self._bad, self.asked.seed, 0)
         long = [long_task(self._library, draw, n) for n in sorted(self.asked.long_tokens, reverse=True)]
-        for task in (*long, *self._bad, *map(maker.task, ("short", "shared", "abort", "slow", "crowd"))):
+        for task in (
+            *long,
+            *self._bad,
+            *hostile_tasks(),
+            *map(maker.task, ("short", "shared", "abort", "slow", "crowd")),
+        ):
             await self._perform(task)
         await self._fill_thread_pool()
         await self._fill_cache(draw)

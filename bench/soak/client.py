@@ -119,6 +119,8 @@ def check(
         if status == httpx.codes.TOO_MANY_REQUESTS and int(headers["retry-after"]) < 1:
             raise ValueError("Retry-After is not a positive number of seconds")
         return None
+    if task.kind == "hostile":
+        return None
     if not task.streams:
         if json.loads(body)["usage"]["completion_tokens"] < 1:
             raise ValueError("no token was generated")

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.shared.text import Library
+from bench.soak.hostile import HOSTILE, encoded
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 OK_OR_BUSY = frozenset({200, 429})
-DECK = {"short": 8, "shared": 4, "abort": 3, "slow": 1, "bad": 4, "crowd": 1}
+ANSWERED_OR_REFUSED = frozenset({200, 400, 413, 429})
+DECK = {"short": 8, "shared": 4, "abort": 3, "slow": 1, "bad": 4, "crowd": 1, "hostile": 1}
 """How often each kind comes in one round of a client's deck."""
 
 NUM_PREFIXES, PREFIX_TOKENS = 4, 600
@@ -121,6 +123,12 @@ class TaskMaker:
         self._bad_deck = self._bad_deck or self.draw.sample(self._refused, len(self._refused))
         return self._bad_deck.pop()
 
+    def _hostile(self) -> Task:
+        """One of the bodies by which one client would hold up the others."""
+        name = self.draw.choice(sorted(HOSTILE))
+        path, body = self.draw.choice(HOSTILE[name]())
+        return Task("hostile", path, encoded(body), ANSWERED_OR_REFUSED, detail=name)
+
     def _ids(self, num_tokens: int) -> list[int]:
         return self._library.ids(self.draw, num_tokens)
 
@@ -157,6 +165,13 @@ def streamed(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """The body with `stream`, and with a usage at the end where that has to be asked for."""
     more = {"return_progress": True} if path == GENERATE else {"stream_options": {"include_usage": True}}
     return body | {"stream": True} | more
+
+
+def hostile_tasks() -> Iterator[Task]:
+    """Each of the bodies by which one client would hold up the others, once."""
+    for name, posts in HOSTILE.items():
+        for path, body in posts():
+            yield Task("hostile", path, encoded(body), ANSWERED_OR_REFUSED, detail=name)
 
 
 def bad_tasks(max_model_len: int, *, keyed: bool) -> list[Task]:

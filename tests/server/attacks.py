@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import socket
 import sys
@@ -16,7 +15,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-ATTACK_TIMEOUT_S = 60
+from bench.soak.hostile import HOSTILE, encoded
+
+ATTACK_TIMEOUT_S = 300
 ORDINARY_S = 2.0
 """How long the bystander watches before the attack begins."""
 
@@ -87,8 +88,9 @@ class Bystander:
 
 def post(url: str, path: str, body: Any, timeout: float = ATTACK_TIMEOUT_S) -> int:
     """The status of a reply to JSON; a text is sent as it is."""
-    content = body if isinstance(body, str | bytes) else json.dumps(body)
-    response = httpx.post(url + path, content=content, headers={"Content-Type": "application/json"}, timeout=timeout)
+    response = httpx.post(
+        url + path, content=encoded(body), headers={"Content-Type": "application/json"}, timeout=timeout
+    )
     return response.status_code
 
 
@@ -97,80 +99,9 @@ def at_once(calls: list[Callable[[], int]]) -> list[int]:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
-HUGE_SCHEMA = {"prompt": "Hi", "json_schema": {"type": "integer", "multipleOf": 99999989}}
-PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
-
-
-def doubling(letter: str) -> str:
-    """A grammar whose reply is a million letters, in 250 characters."""
-    rules = "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(20))
-    return f'start: T0\n{rules}T20: "{letter}"\n'
-
-
-def explosive_grammars(url: str) -> list[int]:
-    lark = "start: A\nA: " + " & ".join(f"/({'a' * prime})*b/" for prime in PRIMES)
-    bodies = [
-        HUGE_SCHEMA,
-        {"prompt": "Hi", "regex": ".?" * 32_000},
-        {"prompt": "Hi", "grammar": lark},
-        *({"prompt": "Hi", "grammar": doubling(letter)} for letter in "abc"),
-    ]
-    return at_once([lambda body=body: post(url, "/generate", body) for body in bodies])  # type: ignore[misc]
-
-
-def slow_masks(url: str) -> list[int]:
-    body = {"prompt": "Hi", "regex": "a" * 60_000, "max_tokens": 4, "temperature": 0}
-    return at_once([lambda: post(url, "/generate", body) for _ in range(32)])
-
-
-BODY_BYTES = 16 * 2**20
-CHAT = "/v1/chat/completions"
-
-
-def filled(head: str, item: str, tail: str, num_bytes: int = BODY_BYTES - 64) -> str:
-    """As many items as go into a body."""
-    return head + ",".join([item] * ((num_bytes - len(head) - len(tail)) // (len(item) + 1))) + tail
-
-
-def empty_messages(url: str) -> list[int]:
-    return [post(url, CHAT, filled('{"messages":[', "{}", "]}"))]
-
-
-def many_messages(url: str) -> list[int]:
-    message = {"role": "user", "content": ""}
-    return [post(url, CHAT, {"messages": [message] * count, "max_tokens": 1}) for count in (100_000, 9_000)]
-
-
-def empty_parts(url: str) -> list[int]:
-    part = {"type": "text", "text": ""}
-    return [post(url, CHAT, {"messages": [{"role": "user", "content": [part] * 400_000}]})]
-
-
-def nested_prompts(url: str) -> list[int]:
-    return [post(url, path, filled('{"prompt":[', "[]", "]}")) for path in ("/generate", "/v1/completions")]
-
-
-def emoji(url: str) -> list[int]:
-    return [post(url, "/tokenize", {"prompt": "😀" * 250_000})]
-
-
-def digits(url: str) -> list[int]:
-    return [post(url, CHAT, {"messages": [{"role": "user", "content": "1234567890" * 260_000}], "max_tokens": 1})]
-
-
-def many_ids(url: str) -> list[int]:
-    return [post(url, "/detokenize", filled('{"tokens":[', "33", "]}"))]
-
-
-def ordinary_prompt(url: str) -> list[int]:
-    text = "The quick brown fox jumps over the lazy dog, and then it rests. " * 1_720
-    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
-    return [post(url, "/tokenize", {"prompt": text}), post(url, CHAT, chat)]
-
-
-def echoed_logprobs(url: str) -> list[int]:
-    body = {"prompt": [1000 + i % 40_000 for i in range(20_000)], "echo": True, "logprobs": 20, "max_tokens": 1}
-    return [post(url, "/v1/completions", body, timeout=300)]
+def sent(name: str) -> Attack:
+    """The attack that sends bodies, all of it at once."""
+    return lambda url: at_once([lambda path=path, body=body: post(url, path, body) for path, body in HOSTILE[name]()])  # type: ignore[misc]
 
 
 def tiny_chunks(url: str) -> list[int]:
@@ -192,20 +123,7 @@ def tiny_chunks(url: str) -> list[int]:
         return [int(connection.recv(64).split()[1])]
 
 
-ATTACKS: dict[str, Attack] = {
-    "explosive grammars": explosive_grammars,
-    "slow masks": slow_masks,
-    "empty messages": empty_messages,
-    "many messages": many_messages,
-    "empty parts": empty_parts,
-    "nested prompts": nested_prompts,
-    "emoji": emoji,
-    "digits": digits,
-    "many ids": many_ids,
-    "an ordinary long prompt": ordinary_prompt,
-    "echoed logprobs": echoed_logprobs,
-    "tiny chunks": tiny_chunks,
-}
+ATTACKS: dict[str, Attack] = {**{name: sent(name) for name in HOSTILE}, "tiny chunks": tiny_chunks}
 
 
 def attack(name: str, url: str) -> list[int]:
