@@ -129,7 +129,11 @@ ATTACKS: dict[str, Attack] = {**{name: sent(name) for name in HOSTILE}, "tiny ch
 def attack(name: str, url: str) -> list[int]:
     """In a process of its own: what it does to make its bodies is not to be felt by the bystander."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(ATTACKS[name], url).result()
+        return pool.submit(_made, name, url).result()
+
+
+def _made(name: str, url: str) -> list[int]:
+    return ATTACKS[name](url)
 
 
 def main(url: str, *names: str) -> None:

@@ -197,7 +197,7 @@ def test_responses_follow_a_schema(client: openai.OpenAI) -> None:
 
 def test_a_conversation_goes_on_and_is_ones_own(client: openai.OpenAI, http: httpx.Client) -> None:
     """Whole as it was, read by a worker (it is long) or here; and counted."""
-    for padding in ("", "And so on. " * 800):
+    for padding in ("", "And so on. " * 400):
         first = client.responses.create(model=MODEL, input=f"One. {padding}", max_output_tokens=4)
         assert client.responses.create(model=MODEL, input="Two.", previous_response_id=first.id, max_output_tokens=4)
         history = [{"role": "user", "content": f"One. {padding}"}, *(item.model_dump() for item in first.output)]
@@ -208,7 +208,7 @@ def test_a_conversation_goes_on_and_is_ones_own(client: openai.OpenAI, http: htt
         assert again.usage.input_tokens == whole.usage.input_tokens
     held = next(line for line in http.get("/metrics").text.splitlines() if 'cache="conversations"' in line)
     assert held.startswith("prerope:cache_bytes")
-    assert float(held.split()[-1]) > 2 * 800 * len("And so on. ")
+    assert float(held.split()[-1]) > 2 * 400 * len("And so on. ")
 
 
 # --- Ollama ---
