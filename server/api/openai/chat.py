@@ -46,13 +46,15 @@ async def chat_completions(
 
 
 @router.post("/chat/completions/render", summary="A chat as token ids, by the body that would have it answered")
-async def render(
-    read: Annotated[Read[ChatRequest], Depends(body_of(ChatRequest))], service: ReadyService
-) -> Response:
+async def render(read: Annotated[Read[ChatRequest], Depends(body_of(ChatRequest))], service: ReadyService) -> Response:
     """What routers ask for that choose a server by the prefixes that it holds, as vLLM answers it."""
     (prompt,) = read.ready[1].prompts
-    told = {"request_id": f"chatcmpl-{uuid.uuid4().hex}", "model": service.model_name, "token_ids": list(prompt.ids)}
-    return JSONResponse(told)
+    told = {
+        "request_id": f"chatcmpl-{uuid.uuid4().hex}",
+        "model": service.model_name,
+        "token_ids": Many.ids(prompt.ids),
+    }
+    return await json_response(told)
 
 
 class _Writer:
