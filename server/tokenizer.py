@@ -196,6 +196,7 @@ class Tokenizer:
         messages: Sequence[dict[str, Any]],
         *,
         tools: Sequence[dict[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
@@ -207,10 +208,13 @@ class Tokenizer:
                 param="messages",
                 code="no_chat_template",
             )
+        named = self._hf.chat_template
         try:
             text: str = self._hf.apply_chat_template(
                 list(messages),
+                chat_template="rag" if documents and not tools and isinstance(named, dict) and "rag" in named else None,
                 tools=list(tools) if tools else None,
+                documents=list(documents) or None,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tokenize=False,

@@ -6,14 +6,15 @@ Pictures are refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal
 
+from prerope.server.api.chat.documents import DOCUMENT_PART_NAMES, Content, Document, document_part
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type, unicode_text
 from prerope.server.api.requests.foreign import EMPTY, MESSAGE, PART, TOOL_CALL, Foreign, is_empty
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, PlainValidator, WithJsonSchema, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, from_json
 
@@ -34,34 +35,44 @@ def _role(value: Any) -> Any:
     return value
 
 
-def _content(value: Any) -> str:
+def _content(value: Any) -> Content:
     """The text of a message; parts are joined by a line break, as vLLM does for templates that take text only."""
     if isinstance(value, list):
         if len(value) > MAX_PARTS:
             raise InvalidRequest(
                 f"'content' has {len(value)} parts; at most {MAX_PARTS} are taken: join some of them", param="messages"
             )
-        return "\n".join(_part(part, f"content[{index}]") for index, part in enumerate(value))
-    return unicode_text(value, "content")
+        return Content.joined([_part(part, f"content[{index}]") for index, part in enumerate(value)])
+    return Content(unicode_text(value, "content"))
 
 
-def _part(part: Any, param: str) -> str:
+def _part(part: Any, param: str) -> str | Document:
     if isinstance(part, str):
         return unicode_text(part, param)
     if not isinstance(part, dict):
         raise InvalidRequest(f"'{param}' must be an object, not {json_type(part)}", param="messages")
-    name = TEXT_PARTS.get(str(part.get("type", "text")))
+    kind = str(part.get("type", "text"))
+    if kind == "document":
+        _check_extras(part, DOCUMENT_PART_NAMES, param)
+        return document_part(part, param)
+    name = TEXT_PARTS.get(kind)
     if name is None:
-        shown = str(part.get("type"))[:MAX_SHOWN]
-        raise InvalidRequest(f"'{param}' has the type '{shown}'; only 'text' is supported", param="messages")
-    for extra in sorted(part.keys() - {"type", name}):
+        shown = kind[:MAX_SHOWN]
+        raise InvalidRequest(
+            f"'{param}' has the type '{shown}'; only 'text' and 'document' are supported", param="messages"
+        )
+    _check_extras(part, {"type", name}, param)
+    return unicode_text(part.get(name), f"{param}.{name}")
+
+
+def _check_extras(part: dict[str, Any], known: Set[str], param: str) -> None:
+    for extra in sorted(part.keys() - known):
         foreign = PART.get(extra)
         if not (is_empty(part[extra]) or (foreign is not None and foreign.asks_for_nothing(part[extra]))):
             if current_report().strict:
                 shown = f"{param}.{extra[:MAX_SHOWN]}"
                 raise InvalidRequest(f"unknown field '{shown}'", param="messages", code="unknown_field")
             current_report().ignore(f"messages.{param}.{extra}")
-    return unicode_text(part.get(name), f"{param}.{name}")
 
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -87,6 +98,12 @@ _CONTENT_SCHEMA: dict[str, Any] = {
                             **{name: {"description": "Accepted and ignored."} for name in PART},
                         },
                         "additionalProperties": {"enum": list(EMPTY)},
+                    },
+                    {
+                        "type": "object",
+                        "description": "A document: a text, or Anthropic's {source, title, context}.",
+                        "properties": {"type": {"enum": ["document"]}},
+                        "required": ["type"],
                     },
                 ]
             },
@@ -144,7 +161,7 @@ class Message(RequestBody):
     foreign: ClassVar[Mapping[str, Foreign]] = MESSAGE
 
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
-    content: Annotated[str, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
+    content: Annotated[Content, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
     name: Text | None = Field(None, max_length=256)
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_PARTS)
     tool_call_id: Text | None = Field(None, max_length=256)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+from prerope.server.api.chat.documents import ChatDocumentFields
 from prerope.server.api.chat.messages import MAX_MESSAGES, Message
 from prerope.server.api.chat.tools import ToolFields
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text, json_type, token_ids, unicode_text
@@ -154,7 +155,7 @@ class CompletionRequest(OpenAIFields):
         )
 
 
-class ChatRequest(OpenAIFields, ToolFields):
+class ChatRequest(OpenAIFields, ToolFields, ChatDocumentFields):
     """POST /v1/chat/completions."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = CHAT
@@ -167,8 +168,6 @@ class ChatRequest(OpenAIFields, ToolFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = Field(False, description="The reply goes on with the last message.")
     add_special_tokens: bool = Field(False, description="Beside those that the chat template writes.")
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
-    documents: list[dict[str, Any]] = Field(default_factory=list, description="Handed to the chat template.")
     reasoning_effort: str | float | None = Field(None, description="Handed to the chat template; none: no thinking.")
     include_reasoning: bool = Field(True, description="Whether thoughts are told, as reasoning_content.")
     separate_reasoning: bool = Field(True, description="Whether thoughts are told apart from the content (SGLang).")
@@ -203,6 +202,8 @@ class ChatRequest(OpenAIFields, ToolFields):
                 continue_final_message=self.continue_final_message,
                 add_special_tokens=self.add_special_tokens,
                 separate_reasoning=self.separate_reasoning,
+                documents=self.documents,
+                reading=self.document_reading(),
                 template_kwargs=self._template_kwargs(),
             ),
             sampling=self.sampling(max_tokens=max_tokens),
@@ -212,7 +213,7 @@ class ChatRequest(OpenAIFields, ToolFields):
 
     def _template_kwargs(self) -> dict[str, Any]:
         """What the model's template is told beside messages and tools; it takes what it knows."""
-        told: dict[str, Any] = {"documents": self.documents} if self.documents else {}
+        told: dict[str, Any] = {}
         if self.reasoning_effort is not None:
             told |= {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
         return told | self.chat_template_kwargs

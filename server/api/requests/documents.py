@@ -5,9 +5,9 @@ Prefix, each document and the rest are tokenised apart, so a document's tokens d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from prerope.cache.blocks.documents import DocumentSpan
 from prerope.server.api.requests.body import RequestBody, json_type, token_ids, unicode_text
@@ -26,18 +26,33 @@ Attention = Literal["own", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Documents:
-    """What stands before a prompt: a prefix, then documents.
+class DocumentReading:
+    """How documents are read.
 
     Attributes:
-        attention: own: each is read on its own; full: as plain text in this order.
+        attention: own: each is read on its own; full: as plain text in this order; None: own, or full where a chat
+            template writes them otherwise than they are.
         reread: tokens of each that are read again at their place.
     """
 
+    attention: Attention | None = None
+    reread: int = DEFAULT_REREAD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """What stands before a prompt: a prefix, then documents."""
+
     given: Sequence[Given]
     prefix: Given = DEFAULT_PREFIX
-    attention: Attention = "own"
-    reread: int = DEFAULT_REREAD
+    reading: DocumentReading = DocumentReading()
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of a prompt, tokenised by themselves."""
+
+    ids: list[int]
+    is_document: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +74,18 @@ def _given(value: Any, param: str) -> Given:
     raise InvalidRequest(f"'{param}' must be text or a list of token ids, not {json_type(value)}", param=param)
 
 
+def check_number(count: int, param: str) -> None:
+    """Refuse more documents than a request may have."""
+    if count > MAX_DOCUMENTS:
+        raise InvalidRequest(
+            f"'{param}' has {count} documents: at most {MAX_DOCUMENTS} are taken; join some of them", param=param
+        )
+
+
 def _documents(value: Any) -> list[Given]:
     if not isinstance(value, list):
         raise InvalidRequest(f"'documents' must be a list, not {json_type(value)}", param="documents")
-    if len(value) > MAX_DOCUMENTS:
-        raise InvalidRequest(
-            f"'documents' has {len(value)} entries: at most {MAX_DOCUMENTS} are taken; join some of them",
-            param="documents",
-        )
+    check_number(len(value), "documents")
     documents = [_given(one, f"documents[{index}]") for index, one in enumerate(value)]
     for index, one in enumerate(documents):
         if not one:
@@ -89,6 +108,11 @@ _FULL_SCHEMA: dict[str, Any] = {
 }
 
 
+REREAD_FIELD: Any = Field(
+    DEFAULT_REREAD, ge=0, le=65536, description="Tokens at the beginning of each document that see all before them."
+)
+
+
 class DocumentFields(RequestBody):
     """Documents before the prompt, each read once in any order and for any question."""
 
@@ -103,9 +127,7 @@ class DocumentFields(RequestBody):
     document_attention: Attention = Field(
         "own", description="own: a document sees the prefix and itself; full: all before it, as in a plain prompt."
     )
-    document_reread: int = Field(
-        DEFAULT_REREAD, ge=0, le=65536, description="Tokens at the beginning of each document that see all before them."
-    )
+    document_reread: int = REREAD_FIELD
 
     def wanted_documents(self) -> Documents | None:
         if not self.documents:
@@ -113,18 +135,18 @@ class DocumentFields(RequestBody):
         return Documents(
             given=self.documents,
             prefix=self.document_prefix,
-            attention=self.document_attention,
-            reread=self.document_reread,
+            reading=DocumentReading(attention=self.document_attention, reread=self.document_reread),
         )
 
 
-def assembled(prefix: list[int], documents: Sequence[list[int]], rest: list[int], asked: Documents) -> TokenizedPrompt:
+def assembled(pieces: Iterable[Piece], reading: DocumentReading) -> TokenizedPrompt:
     """The prompt of these pieces, with the spans of its documents where they are read on their own."""
-    ids = list(prefix)
+    ids: list[int] = []
     spans: list[DocumentSpan] = []
-    for document in documents:
-        # The first one has nothing but the prefix before it wherever it is read.
-        spans.append(DocumentSpan(len(ids), len(ids) + len(document), asked.reread if spans else len(document)))
-        ids += document
-    ids += rest
-    return TokenizedPrompt(ids, tuple(spans) if asked.attention == "own" else ())
+    for piece in pieces:
+        if piece.is_document and piece.ids:
+            # The first one has nothing but the prefix before it wherever it is read.
+            reread = reading.reread if spans else len(piece.ids)
+            spans.append(DocumentSpan(len(ids), len(ids) + len(piece.ids), reread))
+        ids += piece.ids
+    return TokenizedPrompt(ids, () if reading.attention == "full" else tuple(spans))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from prerope.rope.spec import RopeSpec
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import Tool, ToolChoice
-from prerope.server.api.requests.documents import Documents
+from prerope.server.api.requests.documents import DocumentReading, Documents
 from prerope.server.structured.text import GrammarText
 
 
@@ -42,7 +42,12 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chat:
-    """Messages for the model's chat template, and the tools that a reply may or must call."""
+    """Messages for the model's chat template, and the tools that a reply may or must call.
+
+    Attributes:
+        documents: beside those that messages hold, as templates take them.
+        reading: of all of these documents.
+    """
 
     messages: Sequence[Message]
     tools: Sequence[Tool] = ()
@@ -52,6 +57,8 @@ class Chat:
     continue_final_message: bool = False
     add_special_tokens: bool = False
     separate_reasoning: bool = True
+    documents: Sequence[Mapping[str, Any]] = ()
+    reading: DocumentReading = field(default_factory=DocumentReading)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prerope.server.api.chat.messages import Message, as_template_input
-from prerope.server.api.chat.tools import own_format
-from prerope.server.api.chat.untold import as_text
+from prerope.server.api.chat.documents import texts_of
+from prerope.server.api.chat.writer import ChatWriter
 from prerope.server.api.requests.body import MAX_SHOWN
-from prerope.server.api.requests.documents import TokenizedPrompt, assembled
+from prerope.server.api.requests.documents import Piece, TokenizedPrompt, assembled, check_number
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest, ModelNotFound
@@ -65,14 +64,11 @@ def tokenized(text: ModelText, prompt: Prompt, *, to_be_cut: bool = False) -> To
         special = prompt.add_special_tokens
         return TokenizedPrompt(_ids(text, prompt.given, prompt.param, special=special, to_be_cut=to_be_cut))
     if to_be_cut:
-        raise InvalidRequest(
-            "'truncate_prompt_tokens' would cut the documents: send fewer of them", param="truncate_prompt_tokens"
-        )
+        raise _documents_are_not_cut()
     prefix = _ids(text, asked.prefix, "document_prefix", special=prompt.add_special_tokens, may_be_empty=True)
-    documents = []
-    for index, one in enumerate(asked.given):
-        documents.append(_ids(text, one, f"documents[{index}]"))
-    return assembled(prefix, documents, _ids(text, prompt.given, prompt.param), asked)
+    documents = [Piece(_ids(text, one, f"documents[{i}]"), is_document=True) for i, one in enumerate(asked.given)]
+    rest = _ids(text, prompt.given, prompt.param)
+    return assembled([Piece(prefix), *documents, Piece(rest)], asked.reading)
 
 
 def _ids(
@@ -97,48 +93,57 @@ def _ids(
     return ids
 
 
-def chat_ids(
+def chat_prompt(
     text: ModelText, chat: Chat, *, tools: Sequence[Mapping[str, Any]] = (), to_be_cut: bool = False
-) -> list[int]:
-    """Token ids of a chat, through the model's template, which is told of `tools`."""
-    messages = chat.messages
-    num_chars = sum(message.num_chars for message in messages)
+) -> TokenizedPrompt:
+    """A chat's token ids through the model's template, which is told of `tools`, and where its documents are."""
+    in_messages = sum(len(message.content.documents) for message in chat.messages)
+    num_documents = in_messages + len(chat.documents)
+    check_number(num_documents, "messages" if in_messages else "documents")
+    if num_documents and to_be_cut:
+        raise _documents_are_not_cut()
+    _check_chat(text, chat, to_be_cut=to_be_cut)
+    writer = ChatWriter(text.tokenizer, chat, tools)
+    written = writer.written()
     if not to_be_cut:
-        _check_characters(text, num_chars, "messages")
-    kwargs = dict(chat.template_kwargs)
-    reserved = sorted(kwargs.keys() & TEMPLATE_ARGUMENTS)
+        _check_characters(text, len(written), "messages")  # a template may write more than it was given
+    spans = writer.spans() if num_documents else []
+    if spans is None and chat.reading.attention == "own":
+        raise InvalidRequest(
+            "the model's chat template writes these documents otherwise than they are, so they cannot be read on their "
+            "own: leave 'document_attention' out or set it to 'full', or send them as parts of a message",
+            param="document_attention",
+        )
+    encode, position, pieces = text.tokenizer.encode, 0, list[Piece]()
+    for start, stop in (*(spans or ()), (len(written), len(written))):
+        special = chat.add_special_tokens and not pieces  # else the template writes the special ones itself
+        pieces.append(Piece(encode(written[position:start], add_special_tokens=special)))
+        pieces.append(Piece(encode(written[start:stop], add_special_tokens=False), is_document=True))
+        position = stop
+    prompt = assembled(pieces, chat.reading)
+    check_vocabulary(prompt.ids, text.vocab_size, "messages")
+    if not prompt.ids:
+        raise InvalidRequest("'messages' come to no token at all through the chat template", param="messages")
+    return prompt
+
+
+def _documents_are_not_cut() -> InvalidRequest:
+    return InvalidRequest(
+        "'truncate_prompt_tokens' would cut the documents: send fewer of them", param="truncate_prompt_tokens"
+    )
+
+
+def _check_chat(text: ModelText, chat: Chat, *, to_be_cut: bool) -> None:
+    """Before a chat is rendered."""
+    if not to_be_cut:
+        _check_characters(text, sum(message.num_chars for message in chat.messages), "messages")
+        _check_characters(text, sum(len(one) for document in chat.documents for one in texts_of(document)), "documents")
+    reserved = sorted(chat.template_kwargs.keys() & TEMPLATE_ARGUMENTS)
     if reserved:
         raise InvalidRequest(
             f"'chat_template_kwargs.{reserved[0]}' may not be set: it is not the template's",
             param="chat_template_kwargs",
         )
-    rendered = as_template_input(messages, knows_developer=text.tokenizer.template_names("developer"))
-    tokenizer, told = text.tokenizer, [dict(tool) for tool in tools]
-    if not _knows_tools(tokenizer, messages, told):
-        rendered, told = as_text(rendered, told, system=tokenizer.template_names("system")), []
-    written = tokenizer.render_chat(
-        rendered,
-        tools=told,
-        add_generation_prompt=chat.add_generation_prompt,
-        continue_final_message=chat.continue_final_message,
-        variables=kwargs,
-    )
-    if not to_be_cut:
-        _check_characters(text, len(written), "messages")  # a template may write more than it was given
-    ids = tokenizer.encode(written, add_special_tokens=chat.add_special_tokens)  # it writes the special ones itself
-    check_vocabulary(ids, text.vocab_size, "messages")
-    if not ids:
-        raise InvalidRequest("'messages' come to no token at all through the chat template", param="messages")
-    return ids
-
-
-def _knows_tools(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Any]) -> bool:
-    """Whether the template can write what the chat has of tools; one that knows none would leave calls out."""
-    if tools and own_format(tokenizer) is None:
-        return False
-    named = tokenizer.template_names
-    calls, answers = any(m.tool_calls for m in messages), any(m.role == "tool" for m in messages)
-    return (named("tool_calls") or not calls) and (named("tool") or not answers)
 
 
 def _check_characters(text: ModelText, num_chars: int, param: str) -> None:

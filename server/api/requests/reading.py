@@ -21,7 +21,7 @@ from prerope.server.api.requests.complaints import first_invalid
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.leniency import reporting
-from prerope.server.api.requests.prompts import ModelText, chat_ids, check_model, tokenized, truncated
+from prerope.server.api.requests.prompts import ModelText, chat_prompt, check_model, tokenized, truncated
 from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
 from prerope.server.api.requests.surrogates import refuse_surrogates
 from prerope.server.engine.limits import check_vocabulary
@@ -142,8 +142,9 @@ def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
         return Prepared(prompts, None, request.constraint, bad)
     use = ToolUse.of(text.tokenizer, given)
     constraint = _constraint(request, use)
-    ids = chat_ids(text, given, tools=() if use is None else use.for_template, to_be_cut=cut)
-    return Prepared([TokenizedPrompt(truncated(text, ids, request))], use, constraint, bad)
+    read_chat = chat_prompt(text, given, tools=() if use is None else use.for_template, to_be_cut=cut)
+    prompt = TokenizedPrompt(truncated(text, read_chat.ids, request), read_chat.documents)
+    return Prepared([prompt], use, constraint, bad)
 
 
 def bad_token_ids(text: ModelText, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -173,7 +174,7 @@ def _tokenize(text: ModelText, body: TokenizeRequest) -> bytes:
     if body.messages is not None:
         chat = body.chat()
         use = ToolUse.of(text.tokenizer, chat)
-        ids = chat_ids(text, chat, tools=() if use is None else use.for_template)
+        ids = chat_prompt(text, chat, tools=() if use is None else use.for_template).ids
     elif body.prompt:
         ids = tokenized(text, Prompt(given=body.prompt, add_special_tokens=body.add_special_tokens)).ids
     else:
@@ -206,5 +207,7 @@ def _slim(read: Read[Any]) -> Read[Any]:
         use = dataclasses.replace(use, tools=named, grammar=None)
     prepared = dataclasses.replace(read.prepared, tools=use)
     given = read.request.input
-    left = dataclasses.replace(given, messages=(), tools=(), template_kwargs={}) if isinstance(given, Chat) else ()
+    left: Chat | tuple[()] = ()
+    if isinstance(given, Chat):
+        left = dataclasses.replace(given, messages=(), tools=(), documents=(), template_kwargs={})
     return Read(body, dataclasses.replace(read.request, input=left, constraint=None), prepared)

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+from prerope.server.api.chat.documents import ChatDocumentFields
 from prerope.server.api.chat.messages import MAX_MESSAGES, Message
 from prerope.server.api.chat.tools import MAX_TOOLS, Tool
 from prerope.server.api.requests.body import (
@@ -278,7 +279,7 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
         )
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(ChatDocumentFields):
     """POST /tokenize, in vLLM's shape: a prompt or chat messages. Routers post the whole body of a chat."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = {**CHAT, **OF_A_REPLY}
@@ -290,7 +291,6 @@ class TokenizeRequest(RequestBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -306,6 +306,8 @@ class TokenizeRequest(RequestBody):
             tools=self.tools,
             add_generation_prompt=asks_for_reply(self.add_generation_prompt, self.continue_final_message),
             continue_final_message=self.continue_final_message,
+            documents=self.documents,
+            reading=self.document_reading(),
             template_kwargs=self.chat_template_kwargs,
         )
 

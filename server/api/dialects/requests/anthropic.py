@@ -18,6 +18,7 @@ from prerope.server.api.dialects.requests.common import (
     text_of,
 )
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text
+from prerope.server.api.requests.documents import REREAD_FIELD, Attention, DocumentReading
 from prerope.server.api.requests.foreign import IGNORED, Foreign
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
 from prerope.server.errors import InvalidRequest
@@ -25,7 +26,7 @@ from pydantic import Field
 
 
 class CountTokensRequest(RequestBody):
-    """The part of a request that makes its prompt."""
+    """The part of a request that makes its prompt. `document_attention` and `document_reread` are ours."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
         {"metadata", "service_tier", "container", "context_management", "cache_control", "betas", "output_config"},
@@ -38,6 +39,8 @@ class CountTokensRequest(RequestBody):
     tools: list[Any] = Field(default_factory=list)
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    document_attention: Attention | None = None
+    document_reread: int = REREAD_FIELD
 
     def chat(self) -> Chat:
         choice = self.tool_choice or {}
@@ -46,6 +49,7 @@ class CountTokensRequest(RequestBody):
             tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
             tool_choice=_choice(choice) if self.tools and choice else None,
             parallel_tool_calls=choice.get("disable_parallel_tool_use") is not True,
+            reading=DocumentReading(attention=self.document_attention, reread=self.document_reread),
         )
 
     def lowered(self) -> GenerationRequest:
@@ -53,7 +57,7 @@ class CountTokensRequest(RequestBody):
 
     def _messages(self) -> Iterator[Message]:
         if self.system:
-            yield message("system", _text(self.system, "system"))
+            yield message("system", _parts(self.system, "system"))
         for index, one in enumerate(self.messages):
             given = object_of(one, f"messages[{index}]")
             yield from _lowered(given, f"messages[{index}]")
@@ -80,20 +84,20 @@ class MessagesRequest(CountTokensRequest):
         return GenerationRequest(input=self.chat(), model=self.model, sampling=sampling)
 
 
-def _text(value: Any, param: str) -> str:
-    """Text, or blocks of it."""
+def _parts(value: Any, param: str) -> str | list[Mapping[str, Any]]:
+    """Text, or blocks of it and documents, as parts of a message."""
     if isinstance(value, str):
         return value
-    return "\n".join(_block_text(object_of(one, f"{param}[{i}]"), f"{param}[{i}]") for i, one in enumerate(value))
+    given = enumerate(list_of(value, param))
+    return [_part(object_of(one, f"{param}[{index}]"), f"{param}[{index}]") for index, one in given]
 
 
-def _block_text(block: Any, param: str) -> str:
+def _part(block: Mapping[str, Any], param: str) -> Mapping[str, Any]:
     match block.get("type"):
         case "text":
-            return text_of(block.get("text"), f"{param}.text")
-        case "document" if isinstance(block.get("source"), dict) and block["source"].get("type") == "text":
-            title = f"{block['title']}\n" if block.get("title") else ""
-            return title + text_of(block["source"].get("data"), f"{param}.source.data")
+            return {"type": "text", "text": text_of(block.get("text"), f"{param}.text")}
+        case "document" if isinstance(block.get("source"), dict) and block["source"].get("type") in ("text", "content"):
+            return {name: block[name] for name in ("type", "source", "title", "context") if name in block}
         case kind:
             raise not_read_here(kind, param)
 
@@ -104,22 +108,22 @@ def _lowered(given: Any, param: str) -> Iterator[Message]:
     if isinstance(content, str) or role not in ("user", "assistant"):
         yield message(role, text_of(content, f"{param}.content"))
         return
-    texts, calls = [], []
+    parts, calls = [], []
     for index, one in enumerate(list_of(content, f"{param}.content")):
         place = f"{param}.content[{index}]"
         block = object_of(one, place)
         match block.get("type"):
             case "tool_result":
-                result = _text(block.get("content") or "", f"{place}.content")
+                result = _parts(block.get("content") or "", f"{place}.content")
                 yield message("tool", result, tool_call_id=block.get("tool_use_id"))
             case "tool_use":
                 calls.append(call(block.get("id"), block.get("name"), json.dumps(block.get("input") or {})))
             case "thinking" | "redacted_thinking":
                 pass  # of an earlier reply: the model is not told its thoughts again
             case _:
-                texts.append(_block_text(block, place))
-    if texts or calls:
-        yield message(role, "\n".join(texts), **({"tool_calls": calls} if calls else {}))
+                parts.append(_part(block, place))
+    if parts or calls:
+        yield message(role, parts, **({"tool_calls": calls} if calls else {}))
 
 
 def _tool(value: Any, param: str) -> Tool:

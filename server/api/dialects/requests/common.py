@@ -13,7 +13,7 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 
 
-def message(role: str, content: str, **more: Any) -> Message:
+def message(role: str, content: str | Sequence[Mapping[str, Any]], **more: Any) -> Message:
     """A message as OpenAI's chat has it."""
     return Message.model_validate({"role": role, "content": content, **more})
 
