@@ -63,7 +63,7 @@ def test_token_ids_and_streams(http: httpx.Client) -> None:
     [
         ({"documents": "text"}, "must be a list"),
         ({"documents": ["a", ""]}, r"documents\[1\]' is empty"),
-        ({"documents": ["a"] * 1025}, "has 1025 entries: at most 1024"),
+        ({"documents": ["a"] * 1025}, "has 1025 documents: at most 1024"),
         ({"documents": [[10**6]]}, "token ids go from 0"),
         ({"documents": [{"text": "a"}]}, "must be text or a list of token ids"),
         ({"documents": ["word " * 3000]}, "1024"),
