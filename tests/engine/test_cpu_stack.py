@@ -29,7 +29,8 @@ def needs_kernels(decode_kernel: str) -> None:
 def decoded(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], list[torch.Tensor]]:
     """`rows` sequences of different lengths, 12 tokens each with log-probabilities; and the keys as they lie then."""
     spec, room = RopeSpec.parse(method), 16 * rows
-    engine = tiny_engine(model, spec, num_blocks=room, cache_dtype=torch.bfloat16, max_num_seqs=rows)
+    options: Any = {"num_blocks": room, "cache_dtype": torch.bfloat16, "max_num_seqs": rows, "speculation": "off"}
+    engine = tiny_engine(model, spec, **options)
     lengths = [5 + 37 * n % 90 for n in range(rows)]
     requests = [request(f"{n}", prompt_of(length, n), greedy(12, logprobs=3)) for n, length in enumerate(lengths)]
     outputs = {name: [output.logprobs or () for output in found] for name, found in run(engine, requests).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,6 @@ GREEDY = {"temperature": 0}
 @pytest.fixture(scope="module")
 def url(serve_module: Any, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny random model with a template that takes tools."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("tools") / MODEL
     shutil.copytree(tiny_checkpoint, folder)
     for path in folder.glob("chat_template*"):
@@ -292,3 +291,41 @@ def test_every_door_asks_for_the_key(url: str) -> None:
         assert httpx.post(f"{url}{path}", json=body).status_code == 401, path
     assert httpx.get(f"{url}/api/tags").status_code == 401
     assert httpx.get(url).status_code == 200
+
+
+def test_thoughts_in_every_dialect(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The template begins thoughts, and the random model never ends them: all of a reply is thought."""
+    folder = tmp_path / MODEL
+    shutil.copytree(tiny_checkpoint, folder)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    url = serve(model_id=str(folder), max_model_len=256)
+    body = {"messages": ASKED, "max_tokens": 8, "temperature": 0}
+    thought = httpx.post(f"{url}/v1/chat/completions", json=body).json()["choices"][0]["message"]["reasoning_content"]
+    assert thought
+
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as claude:
+        asked: Any = {"model": MODEL, "max_tokens": 8, "messages": ASKED, "extra_body": GREEDY}
+        thinking: Any = {"type": "enabled", "budget_tokens": 1024}
+        with claude.messages.stream(**asked, thinking=thinking) as stream:
+            streamed = stream.get_final_message()
+        for reply in (claude.messages.create(**asked, thinking=thinking), streamed):
+            assert (reply.content[0].type, reply.content[0].thinking) == ("thinking", thought)  # type: ignore[union-attr]
+        assert [block.type for block in claude.messages.create(**asked).content] == ["text"]
+
+    options = {"num_predict": 8, "temperature": 0}
+    with ollama.Client(url) as llama:
+        assert llama.chat(MODEL, ASKED, options=options).message.thinking == thought
+        pieces = llama.chat(MODEL, ASKED, options=options, stream=True)
+        assert "".join(piece.message.thinking or "" for piece in pieces) == thought
+        assert llama.chat(MODEL, ASKED, options=options, think=False).message.thinking is None
+
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        asked = {"model": MODEL, "input": "Say something.", "max_output_tokens": 16, "temperature": 0}
+        whole = client.responses.create(**asked)
+        with client.responses.stream(**asked) as events:
+            told = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+        (item,) = whole.output
+        assert item.type == "reasoning"
+        assert (item.content or [])[0].text == told
+        assert told.startswith(thought)

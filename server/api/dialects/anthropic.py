@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
-from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, TextPart
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
@@ -33,13 +33,13 @@ async def messages(
     """Anthropic's messages: text and tool use, whole or as events."""
     running = await while_connected(request, start(service, read, "msg", time.perf_counter()))
     if read.body.stream:
-        return event_stream(_events(service, running), named=True)
+        return event_stream(_events(service, running, thoughts=read.body.tells_thoughts), named=True)
     (reply,) = await read_all(request, running.generations)
     parts = running.chat_reply(reply)
     return JSONResponse(
         {
             **_head(service, running),
-            "content": _content(parts),
+            "content": _content(parts, thoughts=read.body.tells_thoughts),
             "stop_reason": _stop_reason(reply.finish_reason, bool(parts.calls), running),
             "stop_sequence": None,
             "usage": _usage(running),
@@ -61,14 +61,20 @@ def _head(service: Service, running: Running) -> dict[str, Any]:
     return {"id": running.id, "type": "message", "role": "assistant", "model": service.model_name}
 
 
-def _content(reply: ChatReply) -> list[dict[str, Any]]:
+def _content(reply: ChatReply, *, thoughts: bool) -> list[dict[str, Any]]:
+    thought = [_thinking(reply.reasoning)] if thoughts and reply.reasoning else []
     text = [{"type": "text", "text": reply.text}] if reply.text or not reply.calls else []
     uses = [
         {"type": "tool_use", "id": one.id, "name": one.name, "input": json.loads(one.arguments or "{}")}
         for one in reply.calls
         if _whole(one.arguments)
     ]
-    return [*text, *uses]
+    return [*thought, *text, *uses]
+
+
+def _thinking(text: str) -> dict[str, Any]:
+    """Without a signature: thoughts that come back are not read again."""
+    return {"type": "thinking", "thinking": text, "signature": ""}
 
 
 def _whole(arguments: str) -> bool:
@@ -97,7 +103,7 @@ def _usage(running: Running) -> dict[str, int]:
     }
 
 
-async def _events(service: Service, running: Running) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(service: Service, running: Running, *, thoughts: bool) -> AsyncGenerator[dict[str, Any], None]:
     """message_start, blocks one after the other, message_delta with the reason, message_stop."""
     start_of: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": {**_usage(running)}}
     yield {"type": "message_start", "message": {**_head(service, running), **start_of}}
@@ -118,6 +124,11 @@ async def _events(service: Service, running: Running) -> AsyncGenerator[dict[str
                         for event in begin({"type": "text", "text": ""}):
                             yield event
                     yield _delta(index, {"type": "text_delta", "text": text})
+                case ReasoningPart(text) if thoughts:
+                    if kind != "thinking":
+                        for event in begin(_thinking("")):
+                            yield event
+                    yield _delta(index, {"type": "thinking_delta", "thinking": text})
                 case CallPart(_, call_id, name):
                     num_calls += 1
                     for event in begin({"type": "tool_use", "id": call_id, "name": name, "input": {}}):

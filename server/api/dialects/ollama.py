@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
-from prerope.server.api.chat.parts import ArgumentsPart, CallPart, TextPart
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ReasoningPart, TextPart
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
@@ -37,11 +37,12 @@ async def chat(
     """Ollama's chat: JSON lines, or one object where `stream` is false."""
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:
-        return line_stream(_lines(service, running, chat=True))
+        return line_stream(_lines(service, running, chat=True, thoughts=read.body.think is not False))
     (reply,) = await read_all(request, running.generations)
     parts = running.chat_reply(reply)
     calls = [_call(one.name, one.arguments) for one in parts.calls]
-    printed = {"role": "assistant", "content": parts.text, **({"tool_calls": calls} if calls else {})}
+    thought = {"thinking": parts.reasoning} if parts.reasoning and read.body.think is not False else {}
+    printed = {"role": "assistant", "content": parts.text, **thought, **({"tool_calls": calls} if calls else {})}
     return JSONResponse({**_head(service), "message": printed, **_ending(running, reply.finish_reason)})
 
 
@@ -56,12 +57,14 @@ async def generate(
         return JSONResponse({**_head(service), "response": "", "done": True, "done_reason": "load"})
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:
-        return line_stream(_lines(service, running, chat=False))
+        return line_stream(_lines(service, running, chat=False, thoughts=False))
     (reply,) = await read_all(request, running.generations)
     return JSONResponse({**_head(service), "response": reply.text, **_ending(running, reply.finish_reason)})
 
 
-async def _lines(service: Service, running: Running, *, chat: bool) -> AsyncGenerator[dict[str, Any], None]:
+async def _lines(
+    service: Service, running: Running, *, chat: bool, thoughts: bool
+) -> AsyncGenerator[dict[str, Any], None]:
     """A line for each piece of text and each whole call, then one with the counts."""
     head, calls, reason = _head(service), list[tuple[str, str]](), FinishReason.ABORT
 
@@ -74,6 +77,8 @@ async def _lines(service: Service, running: Running, *, chat: bool) -> AsyncGene
             match part:
                 case TextPart(text) if text:
                     yield line(text)
+                case ReasoningPart(text) if thoughts:
+                    yield line("", thinking=text)
                 case CallPart(_, _, name):
                     calls.append((name, ""))
                 case ArgumentsPart(index, text):

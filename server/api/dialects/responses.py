@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.bodies import body_of
-from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, TextPart
+from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, ReasoningPart, TextPart
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
@@ -102,7 +102,9 @@ class _Printer:
         """The whole response; its conversation is kept where it may be."""
         status = "completed" if reason is FinishReason.STOP else "incomplete"
         output: list[Any] = []
-        if reply.text or not reply.calls:
+        if reply.reasoning:
+            output.append(reasoning_item(new_id("rs"), reply.reasoning, "completed"))
+        if reply.text or (not output and not reply.calls):
             output.append(message_item(new_id("msg"), reply.text, status))
         output += [call_item(new_id("fc"), one, status) for one in reply.calls]
         for item, item_id in zip(output, ids or (), strict=False):
@@ -135,6 +137,15 @@ def message_item(item_id: str, text: str, status: str) -> dict[str, Any]:
     return {"type": "message", "id": item_id, "status": status, "role": "assistant", "content": content}
 
 
+def reasoning_item(item_id: str, text: str, status: str) -> dict[str, Any]:
+    content = [thought_part(text)] if text else []
+    return {"type": "reasoning", "id": item_id, "status": status, "summary": [], "content": content}
+
+
+def thought_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}
+
+
 def text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
@@ -153,9 +164,13 @@ def call_item(item_id: str, one: Call, status: str) -> dict[str, Any]:
 class _OpenItem:
     """An item of a stream, from its first event to its last."""
 
-    def __init__(self, index: int, call: Call | None) -> None:
-        self.index, self.call, self.text = index, call, ""
-        self.id = new_id("msg" if call is None else "fc")
+    def __init__(self, index: int, call: Call | None, *, thoughts: bool = False) -> None:
+        self.index, self.call, self.text, self.thoughts = index, call, "", thoughts
+        self.id = new_id("rs" if thoughts else "msg" if call is None else "fc")
+
+    @property
+    def is_text(self) -> bool:
+        return self.call is None and not self.thoughts
 
     @property
     def place(self) -> dict[str, Any]:
@@ -166,24 +181,34 @@ class _OpenItem:
         return {**self.place, "content_index": 0}
 
     def item(self, status: str) -> dict[str, Any]:
-        return message_item(self.id, self.text, status) if self.call is None else call_item(self.id, self.call, status)
+        if self.call is not None:
+            return call_item(self.id, self.call, status)
+        return (reasoning_item if self.thoughts else message_item)(self.id, self.text, status)
+
+    def _part(self) -> dict[str, Any]:
+        return thought_part(self.text) if self.thoughts else text_part(self.text)
+
+    def _event(self, name: str, **more: Any) -> dict[str, Any]:
+        """Of the item's text."""
+        kind, logprobs = ("reasoning_text", {}) if self.thoughts else ("output_text", {"logprobs": []})
+        return {"type": f"response.{kind}.{name}", **self.text_place, **more, **logprobs}
 
     def begin(self) -> Iterator[dict[str, Any]]:
         yield {"type": "response.output_item.added", "output_index": self.index, "item": self.item("in_progress")}
         if self.call is None:
-            yield {"type": "response.content_part.added", **self.text_place, "part": text_part("")}
+            yield {"type": "response.content_part.added", **self.text_place, "part": self._part()}
 
     def more(self, text: str) -> dict[str, Any]:
         if self.call is None:
             self.text += text
-            return {"type": "response.output_text.delta", **self.text_place, "delta": text, "logprobs": []}
+            return self._event("delta", delta=text)
         self.call.arguments += text
         return {"type": "response.function_call_arguments.delta", **self.place, "delta": text}
 
     def end(self) -> Iterator[dict[str, Any]]:
         if self.call is None:
-            yield {"type": "response.output_text.done", **self.text_place, "text": self.text, "logprobs": []}
-            yield {"type": "response.content_part.done", **self.text_place, "part": text_part(self.text)}
+            yield self._event("done", text=self.text)
+            yield {"type": "response.content_part.done", **self.text_place, "part": self._part()}
         else:
             named = {"name": self.call.name, "arguments": self.call.arguments}
             yield {"type": "response.function_call_arguments.done", **self.place, **named}
@@ -204,10 +229,10 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
     yield {"type": "response.in_progress", "response": begun}
     items, reply, reason = list[_OpenItem](), ChatReply(), FinishReason.ABORT
 
-    def begin(one: Call | None) -> Iterator[dict[str, Any]]:
+    def begin(one: Call | None, *, thoughts: bool = False) -> Iterator[dict[str, Any]]:
         if items:
             yield from items[-1].end()
-        items.append(_OpenItem(len(items), one))
+        items.append(_OpenItem(len(items), one, thoughts=thoughts))
         yield from items[-1].begin()
 
     async for piece, parts in chat_events(printer.running):
@@ -215,9 +240,14 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
             events: list[dict[str, Any]] = []
             match part:
                 case TextPart(text) if text:
-                    if not items or items[-1].call is not None:
+                    if not items or not items[-1].is_text:
                         events += begin(None)
                     reply.text += text
+                    events.append(items[-1].more(text))
+                case ReasoningPart(text) if text:
+                    if not items:
+                        events += begin(None, thoughts=True)
+                    reply.reasoning += text
                     events.append(items[-1].more(text))
                 case CallPart(_, call_id, name):
                     reply.calls.append(Call(call_id, name))

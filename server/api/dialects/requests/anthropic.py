@@ -42,6 +42,11 @@ class CountTokensRequest(RequestBody):
     document_attention: Attention | None = None
     document_reread: int = REREAD_FIELD
 
+    @property
+    def tells_thoughts(self) -> bool:
+        """Whether the reply's thoughts are told: its clients take the first block for the answer unless they asked."""
+        return (self.thinking or {}).get("type") in ("enabled", "adaptive")
+
     def chat(self) -> Chat:
         choice = self.tool_choice or {}
         return Chat(
@@ -49,6 +54,7 @@ class CountTokensRequest(RequestBody):
             tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
             tool_choice=_choice(choice) if self.tools and choice else None,
             parallel_tool_calls=choice.get("disable_parallel_tool_use") is not True,
+            template_kwargs={} if self.thinking is None else {"enable_thinking": self.tells_thoughts},
             reading=DocumentReading(attention=self.document_attention, reread=self.document_reread),
         )
 

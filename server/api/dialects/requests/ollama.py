@@ -87,11 +87,12 @@ class Options(RequestBody):
 class OllamaFields(RequestBody):
     """What both endpoints take."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys({"keep_alive", "think", "truncate", "shift"}, IGNORED)
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys({"keep_alive", "truncate", "shift"}, IGNORED)
 
     model: Text | None = None
     stream: bool = True
     format: str | dict[str, Any] | None = None
+    think: bool | Text | None = None
     options: Options = Field(default_factory=Options)
 
     def constraint(self) -> GrammarText | None:
@@ -113,7 +114,8 @@ class OllamaChatRequest(OllamaFields):
     def lowered(self) -> GenerationRequest:
         if not self.messages:
             raise InvalidRequest("'messages' is empty: give at least one", param="messages")
-        chat = Chat(messages=list(self._messages()), tools=self.tools)
+        told = {} if self.think is None else {"enable_thinking": self.think is not False}
+        chat = Chat(messages=list(self._messages()), tools=self.tools, template_kwargs=told)
         constraint = self.constraint()
         return GenerationRequest(
             input=chat, model=_name(self.model), sampling=self.options.sampling(), constraint=constraint
