@@ -8,7 +8,7 @@ steps the budget is no more than what keeps the gaps of their streams short (`se
     budget 512:  │ 3 decodes │ oldest prefill ≥ 127 │ shortest prefill … next shortest … │ rest to the oldest │
 
 Sequences that decode may have drafts of their next tokens verified, a row each (`server.engine.speculation`), where
-blocks are free and the budget leaves rows: drafts preempt nobody, and take an eighth of what prompts could have.
+blocks are spare and the budget leaves rows: drafts preempt nobody, and take an eighth of what prompts could have.
 
 A sequence is admitted only when its whole prompt fits beside what the running prefills still need. When a running one
 cannot grow, the sequence of highest rank number (latest, least urgent) is preempted: its blocks are released, and it
@@ -116,13 +116,17 @@ class Scheduler:
         to_read = sum([s.num_remaining_tokens for s in self.sequences if not s.decoding])
         most = left // DRAFT_SHARE if to_read else left
         drafts = speculator.plan([one.sequence for one in plan], num_others=min(to_read, left), most=most)
+        spare = self._spare_blocks() if drafts else 0
         for place, one in enumerate(plan):
             own = drafts.get(one.sequence)
             if own is None:
                 continue
             if one.sequence.num_pending:
                 plan[place] = one._replace(awaited=True)
-            elif self.cache.grow(one.sequence, one.stop + len(own)):
+                continue
+            missing = max(0, self.cache.blocks_for(one.stop + len(own)) - len(one.block_table))
+            if missing <= spare and self.cache.grow(one.sequence, one.stop + len(own)):
+                spare -= missing
                 plan[place] = one._replace(drafts=tuple(own))
 
     def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
@@ -195,7 +199,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move waiting sequences into `running`, best rank first, until one does not fit: none overtakes it."""
-        spare = self.cache.pool.num_free - sum(self._blocks_to_finish(s) for s in self.running.values())
+        spare = self._spare_blocks()
         for sequence in sorted(self.waiting.values(), key=lambda s: s.rank):
             if len(self.running) >= self.max_num_seqs or sequence.num_pending:
                 return
@@ -211,6 +215,10 @@ class Scheduler:
             spare -= needed
             del self.waiting[sequence.request_id]
             self.running[sequence.request_id] = sequence
+
+    def _spare_blocks(self) -> int:
+        """Free blocks beside those that the running sequences are still to get."""
+        return self.cache.pool.num_free - sum(self._blocks_to_finish(s) for s in self.running.values())
 
     def _blocks_to_finish(self, sequence: Sequence) -> int:
         """Blocks that a running sequence is still to get for the tokens that are known."""

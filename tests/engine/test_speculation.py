@@ -208,6 +208,36 @@ def test_steps_of_rows_that_cost_too_much_have_no_drafts(monkeypatch: pytest.Mon
     assert drafted[0] == 0 < drafted[1]
 
 
+class Eager(Speculator):
+    """Drafts as much as it may, all of it wrong."""
+
+    def plan(self, decoding: Several[Sequence], *, num_others: int, most: int) -> dict[Sequence, list[int]]:
+        del num_others
+        return {one: [0] * count for one in decoding if (count := min(most, one.num_more_drafts, 31)) > 0}
+
+
+def test_drafts_take_no_block_that_a_prompt_was_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that was admitted is read to its end beside a sequence whose drafts could use its blocks."""
+    monkeypatch.setattr(scheduler_module, "DRAFT_SHARE", 1)
+    config = {"num_blocks": 14, "max_batched_tokens": 64, "prefix_caching": False, "speculation": "off"}
+    engine = tiny_engine(Model(tiny("llama")), **config)  # type: ignore[arg-type]
+    engine.add(request("stream", prompt_of(16), greedy(60)))
+    for _ in range(3):
+        engine.step()
+    engine.add(request("prompt", prompt_of(engine.stats().num_free_blocks * 16), greedy(1)))
+    engine.step()
+    engine.scheduler.speculator = Eager(max_num_seqs=64)
+    ended: list[str] = []
+    while "prompt" not in ended:
+        ended += [name for name, output in engine.step() if output.finish_reason]
+        engine.check_integrity()
+    assert engine.stats().num_preemptions == 0
+    while engine.has_work():
+        engine.step()
+    assert engine.stats().drafted_tokens > 0
+    assert_idle(engine)
+
+
 def test_step_times() -> None:
     times = StepTimes()
     assert times.of(1, 2) is None
