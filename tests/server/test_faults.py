@@ -212,7 +212,13 @@ def test_a_cache_that_has_nothing_to_give_for_a_while(
 
 def test_more_work_than_the_cache_holds(serve: Any, tiny_checkpoint: Path) -> None:
     """A cache of 2048 tokens, six requests of 440 each, and all their words are those they have alone."""
-    url = serve(model_id=str(tiny_checkpoint), kv_cache_memory="1MiB", max_model_len=512, prefix_caching=False, speculation="off")
+    url = serve(
+        model_id=str(tiny_checkpoint),
+        kv_cache_memory="1MiB",
+        max_model_len=512,
+        prefix_caching=False,
+        speculation="off",
+    )
     engine = serve.running(url).service.engine
     assert engine.info.num_cache_tokens == 2048
     bodies = [{"prompt": [7 + i] * 380, "max_tokens": 60, "temperature": 0, "ignore_eos": True} for i in range(6)]

@@ -65,7 +65,11 @@ async def _frames(source: AsyncGenerator[Any, None], *, named: bool = False) -> 
 
 
 def _error_frame(error: RequestError) -> bytes:
-    return b"event: error\ndata: " + _encoded(json.dumps({"type": "error", **error_body(error)}, separators=(",", ":"))) + b"\n\n"
+    return (
+        b"event: error\ndata: "
+        + _encoded(json.dumps({"type": "error", **error_body(error)}, separators=(",", ":")))
+        + b"\n\n"
+    )
 
 
 def _encoded(text: str) -> bytes:
