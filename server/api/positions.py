@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from prerope.rope.offers import Offer, distance_map, offers, rotaries_of
 from prerope.server.api.bodies import body_of
 from prerope.server.api.limits import positions_of
-from prerope.server.api.requests.body import INT32_MAX, RequestBody
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.requests.schemas import RopeFields
+from prerope.server.api.requests.schemas import MapRequest
 from prerope.server.engine.info import ModelInfo
 from prerope.server.service import ReadyService
-from pydantic import Field
 
 router = APIRouter(prefix="/rope", tags=["positions"])
-
-
-class MapRequest(RequestBody):
-    """POST /rope/map."""
-
-    path: ClassVar[str] = ""
-
-    length: int = Field(
-        ge=2, le=INT32_MAX, description="Tokens of the prompt; more than the server takes may be asked."
-    )
-    rope: RopeFields | None = Field(None, description="As in a request; without it the server's own method.")
 
 
 @router.get("/methods", summary="Methods that the model takes")

@@ -53,3 +53,13 @@ def test_a_method_that_the_model_does_not_take_has_no_map(http: httpx.Client) ->
     assert refused.status_code == 400
     assert "needs long_factor" in refused.json()["error"]["message"]
     assert http.post("/rope/map", json={"length": 1}).status_code == 400
+
+
+def test_a_large_body_is_read_like_a_small_one(http: httpx.Client) -> None:
+    """A worker reads it, in a process that has no torch."""
+    bodies = ['{"length":100}', '{"length":100}' + " " * 5000]
+    small, large = (
+        http.post("/rope/map", content=body, headers={"content-type": "application/json"}) for body in bodies
+    )
+    assert small.status_code == large.status_code == 200
+    assert small.json() == large.json()

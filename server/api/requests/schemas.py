@@ -279,6 +279,17 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
         )
 
 
+class MapRequest(RequestBody):
+    """POST /rope/map."""
+
+    path: ClassVar[str] = ""
+
+    length: int = Field(
+        ge=2, le=INT32_MAX, description="Tokens of the prompt; more than the server takes may be asked."
+    )
+    rope: RopeFields | None = Field(None, description="As in a request; without it the server's own method.")
+
+
 class TokenizeRequest(ChatDocumentFields):
     """POST /tokenize, in vLLM's shape: a prompt or chat messages. Routers post the whole body of a chat."""
 
