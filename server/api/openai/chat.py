@@ -12,6 +12,7 @@ from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
 from prerope.server.api.connected import while_connected
+from prerope.server.api.limits import sampling_params
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai.replies import Head, found, usage
 from prerope.server.api.openai.schemas import ChatRequest
@@ -48,7 +49,9 @@ async def chat_completions(
 @router.post("/chat/completions/render", summary="A chat as token ids, by the body that would have it answered")
 async def render(read: Annotated[Read[ChatRequest], Depends(body_of(ChatRequest))], service: ReadyService) -> Response:
     """What routers ask for that choose a server by the prefixes that it holds, as vLLM answers it."""
-    (prompt,) = read.ready[1].prompts
+    request, prepared = read.ready
+    (prompt,) = prepared.prompts
+    sampling_params(service, request, service.engine.info.max_model_len)  # refuses what an answer would refuse
     told = {
         "request_id": f"chatcmpl-{uuid.uuid4().hex}",
         "model": service.model_name,
