@@ -190,8 +190,9 @@ class _OpenItem:
 
     def _event(self, name: str, **more: Any) -> dict[str, Any]:
         """Of the item's text."""
-        kind, logprobs = ("reasoning_text", {}) if self.thoughts else ("output_text", {"logprobs": []})
-        return {"type": f"response.{kind}.{name}", **self.text_place, **more, **logprobs}
+        if self.thoughts:
+            return {"type": f"response.reasoning_text.{name}", **self.text_place, **more}
+        return {"type": f"response.output_text.{name}", **self.text_place, **more, "logprobs": []}
 
     def begin(self) -> Iterator[dict[str, Any]]:
         yield {"type": "response.output_item.added", "output_index": self.index, "item": self.item("in_progress")}

@@ -15,8 +15,7 @@ from prerope.server import errors
 from prerope.server.api.middleware import OPEN_PATHS
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.openapi import replies
-from prerope.server.api.positions import MapRequest
-from prerope.server.api.requests.schemas import DetokenizeRequest, GenerateRequest, TokenizeRequest
+from prerope.server.api.requests.schemas import DetokenizeRequest, GenerateRequest, MapRequest, TokenizeRequest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
