@@ -32,7 +32,7 @@ class EngineConfig:
         by_device: which of the two nobody set, so that `on` sets them by the device.
         stream_gap_s: seconds between two tokens of a stream that prefill chunks beside it are sized for; None: none.
         block_size: tokens a cache block holds.
-        kv_cache_memory: bytes for keys and values; None sizes it from free memory.
+        kv_cache_memory: bytes for keys, values and the states of recurrent layers; None sizes it from free memory.
         state_cache_memory: bytes for states of recurrent layers; None takes a share of what the cache has.
         gpu_memory_utilization: share of a GPU's memory that the process may use.
         kv_cache_dtype: auto is the dtype of the activations.

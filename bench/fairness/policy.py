@@ -23,7 +23,6 @@ class FifoScheduler(Scheduler):
     def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
         if budget <= 0:
             return
-        self._admit()
         for sequence in sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank):
             num_tokens = min(sequence.num_remaining_tokens, budget)
             known = sequence.num_computed_tokens

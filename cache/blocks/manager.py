@@ -16,7 +16,7 @@ from prerope.cache.blocks.states import SequenceState, StateCache, StateRows
 
 
 class BlockTable(list[int]):
-    """Blocks of one sequence, in order. It only grows: a sequence that lets go of its blocks gets a new one."""
+    """Blocks of one sequence, in order. A sequence that lets go of all gets a new one; `cut` takes those of drafts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +33,13 @@ class BlockTable(list[int]):
             self._array[self._num_copied : len(self)] = self[self._num_copied :]
             self._num_copied = len(self)
         return self._array[:count]
+
+    def cut(self, count: int) -> list[int]:
+        """Take out those after the first `count`. Whoever was given them must be done."""
+        rest = self[count:]
+        del self[count:]
+        self._num_copied = min(self._num_copied, count)
+        return rest
 
 
 class Cacheable(Protocol):
@@ -145,6 +152,10 @@ class KVCacheManager:
         if missing > 0:
             sequence.block_table.extend(self.pool.allocate(missing))
         return True
+
+    def trim(self, sequence: Cacheable) -> None:
+        """Let go of blocks past its tokens, which drafts had."""
+        self.pool.release(sequence.block_table.cut(self.blocks_for(len(sequence.token_ids))))
 
     def remember(self, sequence: Cacheable, start: int, stop: int | None = None) -> list[tuple[int, bytes]]:
         """Make findable the blocks that tokens `start` … `stop` − 1 filled, computed and known; None: all computed.

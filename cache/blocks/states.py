@@ -42,7 +42,7 @@ class SequenceState:
     Attributes:
         slot: its own.
         source: of the kept state that it begins with, until its first step; None: nothing, or its own slot.
-        edges: positions at which its state is kept for good.
+        edges: positions at which its state is kept until its slot is wanted, least recently used first.
         started: whether its own slot has its state.
         written: position → slot, of states that steps in flight keep.
         latest: the hash of the latest state that it has kept, unless that is for good.
@@ -85,8 +85,9 @@ class StateCache:
         return self.pool.num_free > (source is not None and self.pool.is_free(source))
 
     def rows(self, state: SequenceState, start: int, stop: int, *, keep: bool) -> StateRows:
-        """For a step that computes the tokens `start` … `stop` − 1. keep: also at edges on the way, if slots are free.
+        """For a step that computes the tokens `start` … `stop` − 1.
 
+        keep: also at edges on the way, where slots are free, those of kept states included.
         What the first step reads stays held until `rows_given`.
         """
         kept = []

@@ -113,6 +113,7 @@ class Engine:
         self._no_graphs = "they are for a GPU, and captured when an engine is loaded"
         self.tiers: Tiers | None = None
         self._in_flight: Step | None = None
+        self._state_bytes = size.state_bytes
         self.resolved: ByteCache[RopeSpec, ModelPositions] = ByteCache(MAX_RESOLVED_BYTES)
         self._counters = Counters()
 
@@ -164,10 +165,7 @@ class Engine:
             engine.tiers = Tiers(tier, engine.storage, engine.scheduler.cache)
         if model.device.type == "cuda":
             warm_up(model, config, size.max_model_len, engine.storage, report)
-            if not model.states:
-                engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
-            else:
-                engine.take_graphs("the slots of its recurrent layers' states are looked up on the host")
+            engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
         return engine
 
     def take_graphs(self, found: DecodeGraphs | str) -> None:
@@ -343,15 +341,17 @@ class Engine:
         for number, draft in enumerate(one.drafts):
             if token != draft or not self.scheduler.holds(sequence):
                 break
+            found = verification.next()
+            if found is None:  # its row is computed again once its mask is there, so this draft has brought nothing
+                break
             sequence.num_accepted += 1
             self._counters.accepted_tokens += 1
-            found = verification.next()
-            if found is None:
-                break
             sequence.num_computed_tokens += 1
             token, scored = found
             outputs += self._collect_rows(one.behind(number), token, scored, filled)
         verification.end()
+        if self.scheduler.holds(sequence):
+            self.scheduler.cache.trim(sequence)
         return outputs
 
     def _progress_of(self, reader: DocumentReader) -> list[tuple[str, TokenOutput]]:
@@ -400,7 +400,7 @@ class Engine:
             num_states=0 if states is None else states.num_blocks,
             num_free_states=0 if states is None else states.num_free,
             num_cached_states=0 if states is None else states.num_cached,
-            state_bytes=sum([tensor.nbytes for tensor in self.storage.states]),
+            state_bytes=self._state_bytes,
             num_steps=counters.num_steps,
             num_preemptions=scheduler.num_preemptions,
             prompt_tokens=counters.prompt_tokens,

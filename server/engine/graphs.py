@@ -54,6 +54,8 @@ def capture_graphs(
     """Of a deployment's decode steps; why there are none, where they are not wanted or cannot be captured."""
     if not config.cuda_graphs:
         return "CUDA_GRAPHS is false"
+    if model.states:
+        return "the slots of its recurrent layers' states are looked up on the host"
     report(f"capturing CUDA graphs of decode steps of up to {config.max_num_seqs} rows")
     graphs = DecodeGraphs(
         model,
@@ -64,8 +66,9 @@ def capture_graphs(
         capture=Capture(model.device),
         report=report,
     )
+    _, *others = allowed_positions(model, config, info.max_model_len)
     try:
-        graphs.prepare(info.positions, allowed_positions(model, config, info.max_model_len), config.max_batched_tokens)
+        graphs.prepare(info.positions, others, config.max_batched_tokens)
     except NoGraph as error:
         report(f"warning: decode steps run without CUDA graphs, and slower: {error}; CUDA_GRAPHS=false does not try")
         return str(error)

@@ -103,20 +103,26 @@ class Scheduler:
         for sequence in decoding[: self.max_batched_tokens]:
             if sequence.request_id in self.running and self._grow(sequence, sequence.num_tokens, plan):
                 plan.append(Scheduled.of(sequence, 1, sequence.num_computed_tokens))
+        spare = self._admit()
         if self.speculator is not None and plan:
-            self._draft(self.speculator, plan)
+            self._draft(self.speculator, plan, spare)
         left = self.max_batched_tokens - sum([one.num_rows for one in plan])
         self._schedule_prefills(self.pace.most_rows(left) if plan else left, plan)
+        if self.cache.states is None:
+            return plan
         states = self.cache.state_rows([(one.sequence, one.start, one.stop) for one in plan])
-        return [one._replace(state=state) for one, state in zip(plan, states, strict=True)] if any(states) else plan
+        return [one._replace(state=state) for one, state in zip(plan, states, strict=True)]
 
-    def _draft(self, speculator: Speculator, plan: list[Scheduled]) -> None:
-        """Give decode steps their drafts. One whose last token is still under way gets them once it is known."""
+    def _draft(self, speculator: Speculator, plan: list[Scheduled], spare: int) -> None:
+        """Give decode steps their drafts, in `spare` blocks and those that they have.
+
+        One whose last token is still under way gets them once it is known.
+        """
         left = self.max_batched_tokens - len(plan)
-        to_read = sum([s.num_remaining_tokens for s in self.sequences if not s.decoding])
+        to_read = sum([s.num_remaining_tokens for s in self.running.values() if not s.decoding])
         most = left // DRAFT_SHARE if to_read else left
-        drafts = speculator.plan([one.sequence for one in plan], num_others=min(to_read, left), most=most)
-        spare = self._spare_blocks() if drafts else 0
+        num_others = self.pace.most_rows(min(to_read, left))
+        drafts = speculator.plan([one.sequence for one in plan], num_others=num_others, most=most)
         for place, one in enumerate(plan):
             own = drafts.get(one.sequence)
             if own is None:
@@ -124,15 +130,15 @@ class Scheduler:
             if one.sequence.num_pending:
                 plan[place] = one._replace(awaited=True)
                 continue
-            missing = max(0, self.cache.blocks_for(one.stop + len(own)) - len(one.block_table))
-            if missing <= spare and self.cache.grow(one.sequence, one.stop + len(own)):
-                spare -= missing
+            held = len(one.block_table)
+            own = own[: (held + spare) * self.cache.block_size - one.stop]
+            if own and self.cache.grow(one.sequence, one.stop + len(own)):
+                spare -= len(one.block_table) - held
                 plan[place] = one._replace(drafts=tuple(own))
 
     def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
         if budget <= 0:
             return
-        self._admit()
         prefills = sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank)
         prefills = [sequence for sequence in prefills if not sequence.waits_for_mask]
         to_score = max(1, self.max_batched_tokens // SCORED_ROW)
@@ -197,17 +203,22 @@ class Scheduler:
         self.copies.append(Copy(parent, source, self.cache.slots(parent, position, stop)))
         self._close(parent)
 
-    def _admit(self) -> None:
-        """Move waiting sequences into `running`, best rank first, until one does not fit: none overtakes it."""
+    def _admit(self) -> int:
+        """Move waiting sequences into `running`, best rank first, until one does not fit: none overtakes it.
+
+        Returns the blocks that nobody runs or waits for.
+        """
         spare = self._spare_blocks()
         for sequence in sorted(self.waiting.values(), key=lambda s: s.rank):
-            if len(self.running) >= self.max_num_seqs or sequence.num_pending:
-                return
+            if len(self.running) >= self.max_num_seqs:
+                break
+            if sequence.num_pending:
+                return 0
             if sequence.fetch is not None:
                 continue
             needed = self.cache.blocks_to_admit(sequence) + self._blocks_to_read(sequence)
             if needed > spare or not self.cache.has_state_for(sequence):
-                return
+                return 0
             self.cache.take_prefix(sequence)
             if sequence.scheduled_at is None:
                 sequence.scheduled_at = time.monotonic()
@@ -215,6 +226,7 @@ class Scheduler:
             spare -= needed
             del self.waiting[sequence.request_id]
             self.running[sequence.request_id] = sequence
+        return max(0, spare)
 
     def _spare_blocks(self) -> int:
         """Free blocks beside those that the running sequences are still to get."""
@@ -223,7 +235,7 @@ class Scheduler:
     def _blocks_to_finish(self, sequence: Sequence) -> int:
         """Blocks that a running sequence is still to get for the tokens that are known."""
         missing = self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        return max(0, missing) + self._blocks_to_read(sequence)  # below zero: it has room for drafts
+        return missing + self._blocks_to_read(sequence)
 
     def _blocks_to_read(self, sequence: Sequence) -> int:
         """Blocks that its readers, one at a time, are still to get beside its own."""

@@ -15,13 +15,13 @@ from prerope.cache.blocks.states import StateRows
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.choose import Arrival, choose, rows_of
 from prerope.server.engine.sampling.host import score_prompt
+from prerope.server.engine.sampling.mask import MaskWait
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation.verification import Verification
 from prerope.server.models.batch import Chunk
+from prerope.server.models.cpu.products import FEW_ROWS
 from torch import Tensor
 
-MOST_SINGLE_ROWS = 16
-"""Of a step on the CPU that is one call for all layers."""
 MOST_KEYS_AGAIN = 4096
 """Keys that single rows of drafts may turn again on the CPU; a chunk turns them once, layer by layer."""
 
@@ -142,7 +142,7 @@ def chunks_of(plan: list[Scheduled], block_size: int, *, single: bool) -> list[C
     """
     keys_again = sum([len(one.drafts) * one.start for one in plan if one.drafts])
     if not single and keys_again:
-        single = keys_again <= MOST_KEYS_AGAIN and sum([one.num_rows for one in plan]) <= MOST_SINGLE_ROWS
+        single = keys_again <= MOST_KEYS_AGAIN and sum([one.num_rows for one in plan]) <= FEW_ROWS
     chunks: list[Chunk] = []
     for one in plan:
         if not one.drafts:
@@ -162,6 +162,7 @@ def finish_launch(
     """
     sampled, rows, row, may_stay = [], [], 0, True
     verifications: dict[Sequence, Verification] = {}
+    masks = MaskWait()
     for one in scheduled:
         sequence = one.sequence
         row += one.num_logits
@@ -174,7 +175,7 @@ def finish_launch(
             sampled.append(sequence)
         if one.drafts:
             behind = logits[row : row + len(one.drafts)]
-            verifications[sequence] = Verification(sequence, behind, eos_token_ids, on_device=on_device)
+            verifications[sequence] = Verification(sequence, behind, eos_token_ids, masks, on_device=on_device)
             sequence.num_drafted += len(one.drafts)
             row += len(one.drafts)
     chosen = logits if len(rows) == row else rows_of(logits, rows)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from prerope.cache.attention.reference import attend_sequence
@@ -37,6 +36,7 @@ from prerope.server.models.trials import (
     LONGEST,
     PROBE_LENGTH,
     layer_inputs,
+    layer_outputs,
     named_lengths,
     probe_ids,
     relative_difference,
@@ -168,7 +168,7 @@ class _Judge:
         inputs = {} if held is None else held.entered
         ids = self.ids.view(self.rows.shape)
         widened = in_fp32(raw.model, None if held is None else modules) if fp32 else nullcontext()
-        with raw.stock(), layer_inputs(modules, trace.entered, inputs), _layer_outputs(modules, trace.left), widened:
+        with raw.stock(), layer_inputs(modules, trace.entered, inputs), layer_outputs(modules, trace.left), widened:
             output = raw.model(input_ids=ids, position_ids=self.rows, use_cache=False)
         trace.logits = output.logits.float()
         return trace
@@ -181,7 +181,7 @@ class _Judge:
         modules, wanted = list(self.compared), torch.arange(len(self.ids), device=self.ids.device)
         packed = {} if held is None else {module: x.reshape(1, -1, x.shape[-1]) for module, x in held.entered.items()}
         replaced = layer_inputs(modules, trace.entered, packed) if packed else nullcontext()
-        with torch.inference_mode(), replaced, _layer_outputs(modules, trace.left), running(Prompts(FAR_ROWS)):
+        with torch.inference_mode(), replaced, layer_outputs(modules, trace.left), running(Prompts(FAR_ROWS)):
             trace.logits = raw.forward(self.ids, self.rows.flatten(), wanted, self._far_attention(positions)).float()
         return trace
 
@@ -242,7 +242,7 @@ class _Judge:
         rows = slice(chunks[0].start, chunks[-1].start + len(chunks[-1].token_ids))
         inputs = {} if held is None else {module: x[:, rows] for module, x in held.entered.items()}
         replaced = layer_inputs(modules, trace.entered, inputs) if inputs else nullcontext()
-        with replaced, _layer_outputs(modules, trace.left):
+        with replaced, layer_outputs(modules, trace.left):
             trace.logits = self.model.forward(build_batch(chunks, self.block_size, self.model.device), storage)
         return trace
 
@@ -283,19 +283,6 @@ def _compared(model: Model) -> dict[nn.Module, str]:
     inside = {part for layer in model.layers for part in layer.module.modules()}
     named = {layer.module: f"attention layer {layer.name}" for layer in model.layers}
     return named | {one.module: f"recurrent layer {one.name}" for one in model.recurrent if one.module not in inside}
-
-
-@contextmanager
-def _layer_outputs(modules: list[nn.Module], left: dict[nn.Module, Tensor]) -> Iterator[None]:
-    def hook(module: nn.Module, _args: Any, output: Any) -> None:
-        left[module] = output[0] if isinstance(output, tuple) else output
-
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +24,7 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.models.inspection import first_run
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.recurrent.finding import find_recurrent
-from prerope.server.models.trials import Seen, layer_inputs, relative_difference, run_trial
+from prerope.server.models.trials import Seen, layer_inputs, layer_outputs, relative_difference, run_trial
 from prerope.server.ranks.group import Ranks, shares
 from torch import Tensor, nn
 
@@ -213,62 +212,34 @@ def _split_head(head: Any, ranks: Ranks) -> None:
 
 @dataclass(slots=True)
 class _Record:
-    """A trial run: what entered and left sublayers, by name, attention's calls, and the logits."""
+    """A trial run: what entered and left sublayers and left the head, and attention's calls."""
 
     entered: dict[nn.Module, Tensor] = field(default_factory=dict)
-    left: dict[str, Tensor] = field(default_factory=dict)
+    left: dict[nn.Module, Tensor] = field(default_factory=dict)
     calls: list[Seen] = field(default_factory=list)
-    logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def _record(raw: RawKeyModel, plan: dict[str, _Entry], held: _Record | None = None) -> _Record:
     """Of the sublayers that hold what is summed; `held` is the run whose inputs they get."""
-    names = {module: name for name, module in raw.model.named_modules()}
     parents = {child: parent for parent in raw.model.modules() for child in parent.children()}
     sublayers = list({parents[entry.owner]: None for entry in plan.values() if entry.summed})
     record, head = _Record(), raw.model.get_output_embeddings()
     inputs = {} if held is None else held.entered
-    watched = {module: names[module] for module in sublayers}
-    with layer_inputs(sublayers, record.entered, inputs), _outputs(watched, record.left), _logits(head, record):
+    with layer_inputs(sublayers, record.entered, inputs), layer_outputs([*sublayers, head], record.left):
         record.calls = run_trial(raw, {})
     return record
 
 
-@contextmanager
-def _outputs(modules: dict[nn.Module, str], left: dict[str, Tensor]) -> Iterator[None]:
-    def hook(module: nn.Module, _arguments: Any, output: Any) -> None:
-        left[modules[module]] = (output[0] if isinstance(output, tuple) else output).clone()
-
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _logits(head: nn.Module, record: _Record) -> Iterator[None]:
-    def hook(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
-        record.logits = output
-
-    handle = head.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _check(raw: RawKeyModel, ranks: Ranks, whole: _Record, ours: _Record) -> None:
     """The share of a rank against the whole: ConfigurationError names the layer that differs."""
-    tolerance = TOLERANCE[whole.logits.dtype]
-    pairs = [(name, ours.left[name], left) for name, left in whole.left.items()]
     names = {module: name for name, module in raw.model.named_modules()}
+    names[raw.model.get_output_embeddings()] = "the logits"
+    pairs = [(names[module], ours.left[module], left) for module, left in whole.left.items()]
     for was, now in zip(whole.calls, ours.calls, strict=True):
         name = names[was.module]
         pairs += [(f"{name}'s {what}", mine, theirs) for what, mine, theirs in _heads(was, now, ranks)]
-    pairs.append(("the logits", ours.logits, whole.logits))
     for name, mine, theirs in pairs:
+        tolerance = TOLERANCE[theirs.dtype]
         error = relative_difference(mine, theirs)
         if not error <= tolerance:
             raise _refusal(

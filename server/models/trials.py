@@ -6,7 +6,7 @@ and far beyond, and not at the beginning alone: rows are independent in a trial,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +102,21 @@ def run_trial(
     with torch.inference_mode(), layer_inputs(candidates, entered, held):
         raw.forward(ids, positions.to(device), torch.tensor([0], device=device), handler)
     return calls
+
+
+@contextmanager
+def layer_outputs(modules: Iterable[nn.Module], left: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Inside, record what each module returns: of a tuple the first."""
+
+    def hook(module: nn.Module, _arguments: Any, output: Any) -> None:
+        left[module] = (output[0] if isinstance(output, tuple) else output).clone()
+
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -238,6 +238,27 @@ def test_drafts_take_no_block_that_a_prompt_was_promised(monkeypatch: pytest.Mon
     assert_idle(engine)
 
 
+def test_drafts_take_no_block_that_a_waiting_prompt_fits_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor keep one: a table is as long as its tokens want once a step with drafts is over."""
+    monkeypatch.setattr(scheduler_module, "DRAFT_SHARE", 1)
+    config = {"num_blocks": 14, "max_batched_tokens": 64, "prefix_caching": False}
+    engine = tiny_engine(Model(tiny("llama")), **config)  # type: ignore[arg-type]
+    engine.scheduler.speculator = Eager(max_num_seqs=64)
+    engine.add(request("stream", prompt_of(16), greedy(90)))
+    (stream,) = engine.scheduler.sequences
+    for _ in range(3):
+        engine.step()
+        assert len(stream.block_table) <= engine.scheduler.cache.blocks_for(len(stream.token_ids))
+    engine.add(request("prompt", prompt_of(engine.stats().num_free_blocks * 16 - 16), greedy(1)))
+    engine.step()
+    assert engine.stats().num_waiting == 0
+    while engine.has_work():
+        engine.step()
+        engine.check_integrity()
+    assert engine.stats().drafted_tokens > 0
+    assert_idle(engine)
+
+
 def test_step_times() -> None:
     times = StepTimes()
     assert times.of(1, 2) is None

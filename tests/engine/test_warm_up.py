@@ -103,7 +103,11 @@ def test_the_largest_steps_run(model: Model, per_request: bool, times: int) -> N
 def test_rows_of_a_decode_step_have_maps_of_their_own(model: Model) -> None:
     """Of a length-dependent method, whose tables they take."""
     config = EngineConfig(rope=RopeSpec(method="dynamic_ntk"), max_batched_tokens=BUDGET, max_num_seqs=SEQUENCES)
-    decodes = [rows for _, rows in worst_steps(model, config, 4096) if {one.count for one in rows} == {1}]
+    decodes = [
+        rows
+        for _, rows in worst_steps(config, allowed_positions(model, config, 4096), 4096)
+        if {one.count for one in rows} == {1}
+    ]
     (rows,) = (rows for rows in decodes if rows[0].positions.methods[""].name == "dynamic_ntk")
     assert len(rows) == SEQUENCES
     assert len({one.positions.methods[""].reading_of(one.start) for one in rows}) == SEQUENCES
@@ -149,7 +153,7 @@ def every_position(model: Model, length: int) -> dict[str, ModelPositions]:
 @pytest.mark.parametrize("budget", [64, 600, 2000])
 def test_no_method_turns_more_keys_or_has_more_parts(model: Model, budget: int) -> None:
     config = EngineConfig(rope=CONFIG.rope, max_batched_tokens=budget, max_num_seqs=1)
-    chosen = [rows[0].positions for _, rows in worst_steps(model, config, 2000)]
+    chosen = [rows[0].positions for _, rows in worst_steps(config, allowed_positions(model, config, 2000), 2000)]
     everything = every_position(model, 2000).values()
 
     def most(positions: Any) -> tuple[int, int]:

@@ -329,7 +329,7 @@ def test_a_client_that_leaves_when(
     if path == "/v1/completions":
         body["n"] = 2
     if phase == "queued":
-        with asking(url, BODY | {"n": 4, "max_tokens": 100}, "/v1/completions"):
+        with asking(url, BODY | {"n": 4, "max_tokens": 400}, "/v1/completions"):  # long enough on a slow machine
             until(lambda: engine.stats().num_running == 4)
             with asking(url, body, path):
                 until(lambda: PHASES[phase](before, engine.stats()))

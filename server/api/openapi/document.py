@@ -156,5 +156,14 @@ def _reply_schemas() -> dict[str, Any]:
         models += [operation.reply] if not isinstance(operation.reply, str) else []
         models += [*operation.events, *([operation.body] if operation.body is not None else [])]
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF)
-    schemas: dict[str, Any] = definitions["$defs"]
+    schemas: dict[str, Any] = _without_null_defaults(definitions["$defs"])
     return schemas
+
+
+def _without_null_defaults(node: Any) -> Any:
+    """A JSON schema less `"default": null`: what may be left out has no default, and generators would send it."""
+    if isinstance(node, list):
+        return [_without_null_defaults(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    return {name: _without_null_defaults(one) for name, one in node.items() if (name, one) != ("default", None)}

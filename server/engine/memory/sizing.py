@@ -55,6 +55,11 @@ class CacheSize:
     num_states: int = 0
     state_bytes: int = 0
 
+    @property
+    def total_bytes(self) -> int:
+        """Of keys, values and states."""
+        return self.num_bytes + self.state_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryReading:
@@ -119,7 +124,7 @@ def _checked(model: Model, config: EngineConfig, wanted: int, available: int) ->
     if config.max_model_len is not None and size.max_model_len < wanted:
         raise ConfigurationError(
             _too_long(model, config, wanted, available) + "; lower MAX_MODEL_LEN or raise KV_CACHE_MEMORY to "
-            f"{-(-wanted // config.block_size) * one_block} bytes"
+            f"{-(-wanted // config.block_size) * one_block + size.state_bytes} bytes"
         )
     return size
 
@@ -156,9 +161,9 @@ def _check_beside_steps(
     if peak is None:
         raise _does_not_fit(model, config, size.max_model_len, 0, peak, reading)
     allowed = reading.held + reading.free
-    if size.num_bytes > allowed - peak:
+    if size.total_bytes > allowed - peak:
         raise ConfigurationError(
-            f"KV_CACHE_MEMORY: the cache would take {size.num_bytes} bytes, but of {allowed} that this process could "
+            f"KV_CACHE_MEMORY: the cache would take {size.total_bytes} bytes, but of {allowed} that this process could "
             f"have of the GPU's memory, weights and the largest step take {peak}: lower it to "
             f"{max(0, allowed - peak)} or less, lower MAX_BATCHED_TOKENS or MAX_NUM_SEQS, or leave it unset"
         )
@@ -177,10 +182,12 @@ def _peak(model: Model, config: EngineConfig, length: int, memory: DeviceMemory,
             _dtype(model, config),
             model.device,
             model.states,
-            config.max_num_seqs,
+            LEAST_STATES if model.states else 0,  # the real ones are counted with the cache
         )
         warm_up(model, config, length, storage, report)
     except torch.OutOfMemoryError:
+        if not model.raw.ranks.alone:
+            raise  # the others wait for this one within the step: it must end
         return None
     return memory.peak()
 
@@ -266,10 +273,11 @@ def _size_on_host(model: Model, config: EngineConfig, wanted: int, report: Repor
     free = free_memory()
     share = min(int(free.amount * CPU_SHARE), CPU_LIMIT) // model.raw.ranks.size  # they live on one machine
     size = _checked(model, config, wanted, config.kv_cache_memory or share)
-    if size.num_bytes > free.amount:
+    num_bytes = size.total_bytes * model.raw.ranks.size
+    if num_bytes > free.amount:
         raise ConfigurationError(
-            f"KV_CACHE_MEMORY: the cache would take {size.num_bytes / 2**30:.2f} GiB, but {free.amount / 2**30:.2f} "
+            f"KV_CACHE_MEMORY: the cache would take {num_bytes / 2**30:.2f} GiB, but {free.amount / 2**30:.2f} "
             f"GiB are free ({free.source}): lower it, lower MAX_MODEL_LEN or MAX_NUM_SEQS, or leave it unset"
         )
-    report(f"{free.amount / 2**30:.2f} GiB are free ({free.source}); the cache takes {size.num_bytes / 2**30:.2f} GiB")
+    report(f"{free.amount / 2**30:.2f} GiB are free ({free.source}); the cache takes {num_bytes / 2**30:.2f} GiB")
     return size

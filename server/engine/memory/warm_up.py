@@ -59,7 +59,7 @@ def warm_up(model: Model, config: EngineConfig, length: int, storage: KVStorage,
     under_way: Tensor | None = None
     allowed = allowed_positions(model, config, length)
     readings = readings_of_a_step(config.max_num_seqs, config.max_batched_tokens)
-    for name, rows in worst_steps(model, config, length):
+    for name, rows in worst_steps(config, allowed, length):
         report(f"warming up: {name}")
         under_way, keys = _run(model, config, rows, storage)  # what the step before sampled from is held until then
         reserve_tables(keys, allowed, readings, length, model.device)
@@ -71,11 +71,10 @@ def readings_of_a_step(num_seqs: int, num_tokens: int) -> int:
     return num_seqs + -(-num_tokens // ROW_LENGTH_BUCKET) + 1
 
 
-def worst_steps(model: Model, config: EngineConfig, length: int) -> Iterator[tuple[str, list[Rows]]]:
-    """(what it is, its rows) of each; all end within `length` tokens."""
-    own, *others = allowed_positions(model, config, length)
+def worst_steps(config: EngineConfig, allowed: list[ModelPositions], length: int) -> Iterator[tuple[str, list[Rows]]]:
+    """(what it is, its rows) of each, read by the first that is allowed and the hungriest; all end within `length`."""
     budget = min(config.max_batched_tokens, length)
-    methods = {id(one): one for one in (own, *_hungriest([own, *others], length - budget, length))}.values()
+    methods = {id(one): one for one in (allowed[0], *_hungriest(allowed, length - budget, length))}.values()
     for positions in methods:
         method = positions.describe()["method"]
         # First, so that the tables it shows the want of are there when the others' memory is measured.

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 import torch
-from prerope.cache.cuda.transfer import send
+from prerope.cache.cuda.transfer import bring_back, send
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.device import sample_on_device
 from prerope.server.engine.sampling.host import logprobs, sample
@@ -22,18 +22,11 @@ class Arrival:
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
-        self._host = tokens
-        self._event: torch.cuda.Event | None = None
-        if tokens.device.type == "cuda":
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(tokens.device))
+        self._host, self._whole = bring_back(tokens)
 
     def wait(self) -> list[int]:
         """Until they are here, and all that was launched before them has run."""
-        if self._event is not None:
-            self._event.synchronize()
+        self._whole()
         ids: list[int] = self._host.tolist()
         return ids
 

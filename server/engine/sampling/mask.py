@@ -12,6 +12,7 @@ sequence as ever, where the grammar allows them at all.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -86,10 +87,21 @@ def wait_for_masks(sequences: Iterable[Sequence]) -> None:
         wait(late, IDLE_WAIT_S, FIRST_COMPLETED)
 
 
-def mask_is_ready(sequence: Sequence) -> bool:
-    """Whether it is known what may come next, now or in a moment."""
-    matcher = sequence.matcher
-    return matcher is None or bool(wait([matcher.ready], MASK_WAIT_S).done)
+class MaskWait:
+    """`MASK_WAIT_S`, for all drafts of a step together."""
+
+    def __init__(self) -> None:
+        self._left_s = MASK_WAIT_S
+
+    def ready(self, sequence: Sequence) -> bool:
+        """Whether it is known what may come next, now or within what is left."""
+        matcher = sequence.matcher
+        if matcher is None or matcher.ready.done():
+            return True
+        began = time.monotonic()
+        done = bool(wait([matcher.ready], max(0.0, self._left_s)).done)
+        self._left_s -= time.monotonic() - began
+        return done
 
 
 def constrain(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]) -> None:

@@ -52,7 +52,7 @@ class Drafter:
 
 
 class Speculator:
-    """Plans drafts for all sequences of an engine, and counts what came of them."""
+    """Plans drafts for all sequences of an engine."""
 
     def __init__(self, *, max_num_seqs: int) -> None:
         self.step_times = StepTimes()
@@ -62,7 +62,8 @@ class Speculator:
     def plan(self, decoding: Several[Sequence], *, num_others: int, most: int) -> dict[Sequence, list[int]]:
         """Drafts for sequences that decode in a step with `num_others` rows besides; `most` of them in all."""
         most = min(most, self._max_rows - len(decoding))
-        drafters = [(sequence, self._drafter(sequence)) for sequence in decoding if sequence.request.speculation]
+        may = [sequence for sequence in decoding if sequence.request.speculation and sequence.num_more_drafts > 0]
+        drafters = [(sequence, self._drafter(sequence)) for sequence in may]
         drafters = [(sequence, one) for sequence, one in drafters if one.history.place is not None]
         first = len(decoding) + num_others
         seconds = self.step_times.of(first, most + 1) if most > 0 and drafters else None
@@ -90,10 +91,7 @@ class Speculator:
 
 def _likeliest(drafters: Several[tuple[Sequence, Drafter]], most: int) -> tuple[list[int], list[float]]:
     """(whose drafts are taken, one after the other; tokens that so many are expected to bring)."""
-    heap = []
-    for index, (sequence, drafter) in enumerate(drafters):
-        if sequence.num_more_drafts > 0:
-            heap.append((-drafter.chance(0), index, 1))
+    heap = [(-drafter.chance(0), index, 1) for index, (_, drafter) in enumerate(drafters)]
     heapify(heap)
     order: list[int] = []
     tokens: list[float] = []

@@ -27,7 +27,7 @@ def _bucket(rows: int) -> int:
     if rows <= EXACT:
         return rows
     unit = 1 << (rows.bit_length() - 4)
-    return rows // unit * unit
+    return max(EXACT + 1, rows // unit * unit)
 
 
 @dataclass(slots=True)

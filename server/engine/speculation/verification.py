@@ -5,7 +5,7 @@ from __future__ import annotations
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.choose import Arrival, choose, needs_host
 from prerope.server.engine.sampling.host import uniform
-from prerope.server.engine.sampling.mask import mask_is_ready
+from prerope.server.engine.sampling.mask import MaskWait
 from prerope.server.engine.sequence import Sequence
 from torch import Tensor
 
@@ -18,10 +18,12 @@ class Verification:
     that nobody asked for is given back.
     """
 
-    def __init__(self, sequence: Sequence, logits: Tensor, eos_token_ids: frozenset[int], *, on_device: bool) -> None:
-        """logits [K, V] fp32 of the rows of the drafts; may be changed."""
+    def __init__(
+        self, sequence: Sequence, logits: Tensor, eos_token_ids: frozenset[int], masks: MaskWait, *, on_device: bool
+    ) -> None:
+        """logits [K, V] fp32 of the rows of the drafts; may be changed. masks: of the step."""
         self._sequence, self._logits, self._ends = sequence, logits, eos_token_ids
-        self._on_device = on_device
+        self._masks, self._on_device = masks, on_device
         self._chosen: Arrival | None = None
         self._generator_before: Tensor | None = None
         self._num_asked = 0
@@ -37,12 +39,12 @@ class Verification:
         self._chosen = Arrival(choose(self._logits, same, self._ends, on_device=self._on_device)[0])
 
     def next(self) -> tuple[int, TokenLogprobs | None] | None:
-        """The token behind the next draft, which came true; None where it cannot be told without waiting for a mask."""
+        """The token behind the next draft, which came true; None where its mask is late."""
         number, sequence = self._num_asked, self._sequence
         self._num_asked += 1
         if self._chosen is not None:
             return self._chosen.wait()[number], None
-        if not mask_is_ready(sequence):
+        if not self._masks.ready(sequence):
             return None
         tokens, scored = choose(self._logits[number : number + 1], [sequence], self._ends, on_device=self._on_device)
         return int(tokens), scored.get(sequence)
