@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 BODY_BYTES = 16 * 2**20
@@ -12,7 +12,6 @@ GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completi
 Post = tuple[str, Any]
 """A path, and what is sent to it: JSON-able, or text as it is."""
 
-HUGE_SCHEMA = {"prompt": "Hi", "json_schema": {"type": "integer", "multipleOf": 99999989}}
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 
 
@@ -27,14 +26,23 @@ def doubling(letter: str) -> str:
     return f'start: T0\n{rules}T20: "{letter}"\n'
 
 
+def meeting(primes: Sequence[int]) -> dict[str, Any]:
+    """A request for letters whose number is divisible by all of these: a lexer with as many states as their product."""
+    letters = " & ".join(f"/({'a' * prime})*b/" for prime in primes)
+    return {"prompt": "Hi", "grammar": f"start: A\nA: {letters}"}
+
+
+HUGE_GRAMMAR = meeting(PRIMES)
+
+
 def chat(content: Any, **more: Any) -> Post:
     return CHAT, {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **more}
 
 
 def explosive_grammars() -> list[Post]:
-    lark = "start: A\nA: " + " & ".join(f"/({'a' * prime})*b/" for prime in PRIMES)
-    grammars = [{"regex": ".?" * 32_000}, {"grammar": lark}, *({"grammar": doubling(letter)} for letter in "abc")]
-    return [(GENERATE, HUGE_SCHEMA), *((GENERATE, {"prompt": "Hi", **grammar}) for grammar in grammars)]
+    schema = {"type": "integer", "multipleOf": 99999989}
+    grammars = [{"json_schema": schema}, {"regex": ".?" * 32_000}, *({"grammar": doubling(one)} for one in "abc")]
+    return [(GENERATE, HUGE_GRAMMAR), *((GENERATE, {"prompt": "Hi", **grammar}) for grammar in grammars)]
 
 
 def slow_masks() -> list[Post]:

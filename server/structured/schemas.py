@@ -2,9 +2,11 @@
 
 llguidance refuses a schema with a keyword that it does not enforce. Many of those ask for nothing where they stand
 (`"uniqueItems": false`, `then` without `if`, a format of the client's own), or can be said in another way (the names of
-an object's properties, as a dictionary with keys of an enumeration has them). The rewritten schema allows what the
-client's allows or less, never more, with one exception that the caller is told of by name: `uniqueItems` of items that
-cannot be listed. What can be said in no other way is left as it is, for llguidance to refuse.
+an object's properties, as a dictionary with keys of an enumeration has them). What it would take and not hold is said
+in another way, too, or refused. The rewritten schema allows what the client's allows or less, never more, with one
+exception that the caller is told of by name: that items or names differ from each other (`uniqueItems`,
+`minProperties`) where they cannot be listed. What can be said in no other way is left as it is, for llguidance to
+refuse.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from typing import Any
 
+from prerope.server.structured.document import LISTS, MAPS, ONE, REMARKS, Document, Schema
 from prerope.server.structured.formats import format_schema
-
-Schema = dict[str, Any]
+from prerope.server.structured.numbers import check_numbers, narrow_bounds
+from prerope.server.structured.values import Unenforceable, distinct, of_type
 
 MAX_PERMUTED = 4
 """Items of a set that may come in any order."""
@@ -25,17 +28,23 @@ MAX_PERMUTED = 4
 MAX_LISTED = 6
 """Items of a set that come in the order of their enumeration: 64 subsets."""
 
-_ONE = ("additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then")
-_UNEVALUATED = ("unevaluatedItems", "unevaluatedProperties")
-_LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
-_MAPS = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+LETTERS = 'nrbtf\\"'
+"""Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
+character of a name that is not listed be written by its number, and so a listed name, too."""
+
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
-_APPLICATORS = frozenset(("$dynamicRef", "$ref", "allOf", "anyOf", "dependentSchemas", "if", "not", "oneOf"))
+_APPLICATORS = frozenset(
+    {
+        *("$dynamicRef", "$recursiveRef", "$ref", "allOf", "anyOf", "dependencies", "dependentSchemas", "if", "not"),
+        "oneOf",
+    }
+)
 """Keywords whose subschemas see the same value."""
 
-_REMARKS = frozenset(("$comment", "default", "deprecated", "description", "examples", "readOnly", "title", "writeOnly"))
-
+_TYPES = ("null", "boolean", "number", "string", "object", "array")
 _LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""Characters that are written by their number alone."""
 
 
 @dataclass(slots=True)
@@ -47,34 +56,60 @@ class Enforceable:
 
 
 def enforceable(schema: Any) -> Enforceable:
-    """Rewrites a schema. RecursionError where it nests deeper than Python can follow."""
-    rewriter = _Rewriter(schema)
-    return Enforceable(rewriter.rewritten(schema), sorted(rewriter.dropped))
+    """Rewrites a schema. Unenforceable says why a reply could not be held to it; RecursionError where it nests deeper
+    than Python can follow."""
+    rewriter = _Rewriter(Document(schema))
+    new = rewriter.rewritten(schema)
+    if isinstance(new, dict):
+        new.pop("$schema", None)  # all drafts are said in the words of the last one
+        if rewriter.document.names_are_open:
+            own = new.get("x-guidance")
+            new["x-guidance"] = {**(own if isinstance(own, dict) else {}), "json_allowed_escapes": LETTERS}
+    return Enforceable(new, sorted(rewriter.dropped))
 
 
 class _Rewriter:
-    def __init__(self, root: Any) -> None:
-        self.root = root
+    def __init__(self, document: Document) -> None:
+        self.document = document
         self.dropped: set[str] = set()
 
     def rewritten(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
             return schema
         new = {key: self._within(key, value) for key, value in schema.items()}
-        for rule in (_counts, _remarks, _numbers_or_text, _unevaluated, _format, self._names, _keys, self._unique):
+        exact = self.document.is_exact(schema)
+        self._check_listed(new)
+        narrow_bounds(new, met=self.document.is_met)
+        for rule in (_counts, _items, _remarks, _unevaluated, _format):
             rule(new)
+        if not exact:
+            _keys(new)
+            _numbers_or_text(new)
+        self._names(new, exact=exact)
+        self._unique(new, exact=exact)
+        self._differing_names(new)
         return new
 
     def _within(self, key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            if key in _MAPS:
+            if key in MAPS:
                 return {name: self.rewritten(one) for name, one in value.items()}
-            return self.rewritten(value) if key in _ONE or key in _UNEVALUATED else value
-        if isinstance(value, list) and key in _LISTS:
+            return self.rewritten(value) if key in ONE else value
+        if isinstance(value, list) and key in LISTS:
             return [self.rewritten(one) for one in value]
         return value
 
-    def _names(self, schema: Schema) -> None:
+    def _check_listed(self, schema: Schema) -> None:
+        """Unenforceable for a listed value that could not be written."""
+        for key in schema.keys() & {"const", "enum"}:
+            check_numbers(schema[key])
+            if self.document.names_are_open and _holds_control(schema[key]):
+                raise Unenforceable(
+                    f"'{key}' lists a control character: with names beside those of 'properties' none can be written; "
+                    "set 'additionalProperties' to false"
+                )
+
+    def _names(self, schema: Schema, *, exact: bool) -> None:
         """`propertyNames`: each name of an enumeration as a property, or one pattern of them all."""
         names, given = self._target(schema.get("propertyNames")), schema.get("properties", {})
         if names is None or "patternProperties" in schema or not isinstance(given, dict):
@@ -83,13 +118,13 @@ class _Rewriter:
         if (listed := _enumerated(names)) is not None:
             known = [name for name in listed if isinstance(name, str) and (name in given or rest is not False)]
             schema |= {"properties": {name: given.get(name, rest) for name in known}, "additionalProperties": False}
-        elif names and not given and (pattern := _name_pattern(names)) is not None:
+        elif names and not given and (pattern := _name_pattern(names, exact=exact)) is not None:
             schema |= {"patternProperties": {pattern: rest}, "additionalProperties": False}
         elif names:
             return
         del schema["propertyNames"]
 
-    def _unique(self, schema: Schema) -> None:
+    def _unique(self, schema: Schema, *, exact: bool) -> None:
         """`uniqueItems` of an enumeration: every choice of its values as a tuple. Elsewhere it is dropped."""
         if "uniqueItems" not in schema:
             return
@@ -97,12 +132,22 @@ class _Rewriter:
             return
         items = self._target(schema.get("items"))
         values = None if items is None or "prefixItems" in schema else _enumerated(items)
-        if values is None or len(values) > MAX_LISTED:
+        if values is None or len(values) > (MAX_PERMUTED if exact else MAX_LISTED):
             self.dropped.add("uniqueItems")
             return
         # The bounds on the number of items stay where they are, and choose among the tuples.
         del schema["items"]
-        _also(schema, {"anyOf": [_tuple(chosen) for chosen in _choices(values)]})
+        others: list[Schema] = [] if schema.get("type") == "array" else [{"type": list(_TYPES[:-1])}]
+        _also(schema, {"anyOf": [*map(_tuple, _choices(values)), *others]})
+
+    def _differing_names(self, schema: Schema) -> None:
+        """More names than are listed may be one name twice: a grammar cannot tell."""
+        least, required = schema.get("minProperties", 0), schema.get("required", [])
+        if not isinstance(least, int) or not isinstance(required, list):
+            return
+        closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
+        if not closed and least > len(distinct(required)) + 1:
+            self.dropped.add("minProperties")
 
     def _target(self, schema: Any) -> Schema | None:
         """The schema without remarks, behind a reference into this document; None where that is not one object."""
@@ -111,22 +156,11 @@ class _Rewriter:
                 return {}
             if not isinstance(schema, dict):
                 return None
-            bare = {key: value for key, value in schema.items() if key not in _REMARKS}
+            bare = {key: value for key, value in schema.items() if key not in REMARKS}
             if set(bare) != {"$ref"}:
                 return bare
-            schema = self._referenced(bare["$ref"])
+            schema = self.document.referenced(bare["$ref"])
         return None
-
-    def _referenced(self, pointer: Any) -> Any:
-        if not isinstance(pointer, str) or not pointer.startswith("#/"):
-            return None
-        found = self.root
-        for part in pointer[2:].split("/"):
-            name = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(found, dict) or name not in found:
-                return None
-            found = found[name]
-        return found
 
 
 def _counts(schema: Schema) -> None:
@@ -134,6 +168,19 @@ def _counts(schema: Schema) -> None:
     for key in _COUNTS:
         if isinstance(value := schema.get(key), float) and value.is_integer():
             schema[key] = int(value)
+
+
+def _items(schema: Schema) -> None:
+    """A list of items, as older drafts have it, is `prefixItems`; `additionalItems` asks for nothing without one."""
+    items, rest = schema.get("items"), schema.pop("additionalItems", None)
+    if not isinstance(items, list):
+        return
+    if "prefixItems" in schema:
+        raise Unenforceable("'items' is a list beside 'prefixItems'")
+    del schema["items"]
+    schema["prefixItems"] = items
+    if rest is not None:
+        schema["items"] = rest
 
 
 def _remarks(schema: Schema) -> None:
@@ -150,7 +197,7 @@ def _remarks(schema: Schema) -> None:
 
 def _keys(schema: Schema) -> None:
     """Patterns alone are those of a dictionary's keys, as pydantic writes one: other keys are not its own."""
-    if "patternProperties" in schema and "properties" not in schema:
+    if "patternProperties" in schema and schema.keys().isdisjoint(("properties", "required")):
         schema.setdefault("additionalProperties", False)
 
 
@@ -160,7 +207,7 @@ def _numbers_or_text(schema: Schema) -> None:
     if not isinstance(branches, list):
         return
     if any(isinstance(one, dict) and one.get("type") in ("number", "integer") for one in branches):
-        schema["anyOf"] = [one for one in branches if not _looks_around(one)]
+        schema["anyOf"] = [False if _looks_around(one) else one for one in branches]  # in place: references count
 
 
 def _looks_around(schema: Any) -> bool:
@@ -202,10 +249,10 @@ def _enumerated(schema: Schema) -> list[Any] | None:
         values = [False, True]
     else:
         return None
-    return [value for index, value in enumerate(values) if value not in values[:index]]
+    return distinct([value for value in values if of_type(value, schema.get("type"))])
 
 
-def _name_pattern(names: Schema) -> str | None:
+def _name_pattern(names: Schema, *, exact: bool) -> str | None:
     """A regex for names that a schema describes by one keyword."""
     says = set(names) - {"type"}
     if names.get("type", "string") != "string":
@@ -215,8 +262,9 @@ def _name_pattern(names: Schema) -> str | None:
     if says == {"pattern"}:
         return str(names["pattern"])
     if says <= {"minLength", "maxLength"}:
-        return f"^(?s:.){{{names.get('minLength', 0)},{names.get('maxLength', '')}}}$"
-    if len(says) == 1 and "allOf" in says:  # a format, rewritten
+        least, most = names.get("minLength", 0), names.get("maxLength", "")
+        return f"^(?s:.){{{least},{most}}}$" if all(type(one) in (int, str) for one in (least, most)) else None
+    if says == {"allOf"} and not exact:  # a format, rewritten
         allof = names["allOf"]
         return str(allof[0]["pattern"]) if len(allof) == 1 and set(allof[0]) == {"pattern"} else None
     return None
@@ -236,3 +284,11 @@ def _tuple(values: tuple[Any, ...]) -> Schema:
         "items": False,
         "minItems": len(values),
     }
+
+
+def _holds_control(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_holds_control, value))
+    if isinstance(value, dict):
+        return any(map(_holds_control, value.values()))
+    return isinstance(value, str) and _CONTROL.search(value) is not None

@@ -1,9 +1,10 @@
 """Tasks in killable processes, for an event loop: `await workers.run(task, …)`.
 
-Nothing waits for ever. A task that passes its limits, or whose process crashes, is an error with words; one that
-nobody waits for any more is killed at once. In each lane so many run at a time, and tenants take turns, so that none
-can fill it with its own. The processes come from one zygote (`server.workers.zygote`), which starts when it is first
-needed or by `start`, is started again when it has died, and keeps a child in waiting, since a fork takes milliseconds.
+Nothing waits for ever. A task that passes its limits, or crashes its process, is an error with words; one whose
+process was ended by somebody else is begun again, once; one that nobody waits for any more is killed at once. In each
+lane so many run at a time, and tenants take turns, so that none can fill it with its own. The processes come from one
+zygote (`server.workers.zygote`), which starts when it is first needed or by `start`, is started again when it has died,
+and keeps a child in waiting, since a fork takes milliseconds.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 from prerope.server.errors import EngineUnavailable, InvalidRequest
 from prerope.server.workers.messages import EXIT, HEADER, Limits, Order, Outcome, Task, pack
+from prerope.server.workers.turns import Turns
 
 log = structlog.get_logger(__name__)
 
 READ_LIMIT = 2**20
 EXIT_GRACE_S = 5.0
 """Seconds between the end of a child's socket and word of how it ended."""
+
+ATTEMPTS = 2
+
+CRASHES = frozenset({-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE, -signal.SIGTRAP})
+"""Ends that a task brings on itself: a stack that overflows, a library that gives up where memory ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,49 +49,8 @@ class Lane:
     doing: str
 
 
-class Turns:
-    """So many at once; whoever waits gets in tenant by tenant, in turn."""
-
-    def __init__(self, at_once: int) -> None:
-        self._free = at_once
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-
-    @asynccontextmanager
-    async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Within it, one of the places is taken."""
-        if self._free:
-            self._free -= 1
-        else:
-            await self._wait(tenant)
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    @property
-    def num_waiting(self) -> int:
-        return sum(map(len, self._waiting.values()))
-
-    async def _wait(self, tenant: str) -> None:
-        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(mine)
-        try:
-            await mine
-        except asyncio.CancelledError:
-            if mine.done() and not mine.cancelled():  # the place came as we left
-                self._pass_on()
-            raise
-
-    def _pass_on(self) -> None:
-        while self._waiting:
-            tenant, queue = self._waiting.popitem(last=False)
-            mine = queue.popleft()
-            if queue:
-                self._waiting[tenant] = queue  # to the end of the line
-            if not mine.done():
-                mine.set_result(None)
-                return
-        self._free += 1
+class _Lost(Exception):
+    """A child or its zygote is no more, and the task is not the cause."""
 
 
 @dataclass(slots=True)
@@ -94,9 +59,19 @@ class _Child:
     writer: asyncio.StreamWriter
     pid: int | None = None
 
+    @property
+    def alive(self) -> bool:
+        return not self.reader.at_eof() and not self.writer.transport.is_closing()
+
     async def receive(self) -> Any:
         (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
         return pickle.loads(await self.reader.readexactly(size))
+
+    async def ask(self, order: Order) -> Outcome:
+        self.writer.write(pack(order))
+        await self.writer.drain()
+        outcome: Outcome = await self.receive()
+        return outcome
 
     def end(self) -> None:
         """Kill it, whatever it does."""
@@ -164,6 +139,7 @@ class Workers:
         self._turns = {lane.name: Turns(lane.at_once) for lane in lanes}
         self._zygote: _Zygote | None = None
         self._starting = asyncio.Lock()
+        self._forking: asyncio.Task[None] | None = None
         self._closed = False
         self.num_run = 0
         self.num_failed = 0
@@ -177,22 +153,31 @@ class Workers:
         kind = self.lanes[lane]
         async with self._turns[lane].turn(tenant):
             self.num_run += 1
-            zygote = await self._ready_zygote()
-            child = zygote.standby.popleft() if zygote.standby else await self._fork(zygote)
-            self._keep_one_waiting(zygote)
-            try:
-                outcome = await _ask(child, Order(task, kind.limits))
-            except (asyncio.IncompleteReadError, ConnectionError):
+            for _ in range(ATTEMPTS):
+                with contextlib.suppress(_Lost):
+                    outcome = await self._attempt(task, kind, param)
+                    break
+            else:
                 self.num_failed += 1
-                raise await self._explained(zygote, child, kind, param) from None
-            finally:
-                child.end()
+                raise EngineUnavailable("a helper process was lost; send the request again", code="worker_lost")
         if outcome.out_of_memory:
             self.num_failed += 1
             raise _too_much_memory(kind, param)
         if outcome.failure is not None:
             raise outcome.failure
         return outcome.value
+
+    async def _attempt(self, task: Task, kind: Lane, param: str | None) -> Outcome:
+        """_Lost where the task may be begun again."""
+        zygote = await self._ready_zygote()
+        child = await self._child(zygote)
+        self._keep_one_waiting(zygote)
+        try:
+            return await child.ask(Order(task, kind.limits))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise await self._explained(zygote, child, kind, param) from None
+        finally:
+            child.end()
 
     def close(self) -> None:
         """Kill everything, at once."""
@@ -206,15 +191,17 @@ class Workers:
     async def _explained(self, zygote: _Zygote, child: _Child, kind: Lane, param: str | None) -> Exception:
         status = None if child.pid is None else await zygote.status(child.pid)
         if status == -signal.SIGXCPU:
+            self.num_failed += 1
             return InvalidRequest(
                 f"{kind.doing} took more than {kind.limits.cpu_s} s of CPU time; send less of it, or something simpler",
                 param=param,
                 code="too_much_work",
             )
-        if status is not None:
-            log.warning("a worker crashed", lane=kind.name, status=status)
+        log.warning("a worker was lost", lane=kind.name, status=status)
+        if status in CRASHES:
+            self.num_failed += 1
             return _too_much_memory(kind, param)
-        return EngineUnavailable("a helper process was lost; send the request again", code="worker_lost")
+        return _Lost()
 
     # --- the zygote and its children ---
 
@@ -226,46 +213,56 @@ class Workers:
                 if self._zygote is not None:
                     log.warning("the process that workers are forked from has died; it is started again")
                     self._zygote.close()
-                loop = asyncio.get_running_loop()
-                self._zygote = await asyncio.to_thread(_start, self._world)
-                self._zygote.listen(loop)
+                try:
+                    self._zygote = await asyncio.to_thread(_start, self._world)
+                except OSError as error:  # no descriptor, process or memory left, or it ended as it began
+                    log.error("the process that workers are forked from cannot be started", kind=type(error).__name__)
+                    raise _Lost from None
+                self._zygote.listen(asyncio.get_running_loop())
             return self._zygote
 
+    async def _child(self, zygote: _Zygote) -> _Child:
+        """One in waiting, or a new one."""
+        while zygote.standby:
+            child = zygote.standby.popleft()
+            if child.alive:
+                return child
+            child.end()
+        return await self._fork(zygote)
+
     async def _fork(self, zygote: _Zygote) -> _Child:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            raise _Lost from None
         with theirs:
             try:
                 socket.send_fds(zygote.control, [b"+"], [theirs.fileno()])
             except OSError:
                 ours.close()
                 zygote.alive = False
-                raise EngineUnavailable(
-                    "a helper process was lost; send the request again", code="worker_lost"
-                ) from None
-        reader, writer = await asyncio.open_connection(sock=ours, limit=READ_LIMIT)
-        return _Child(reader, writer)
+                raise _Lost from None
+        child = _Child(*await asyncio.open_connection(sock=ours, limit=READ_LIMIT))
+        try:
+            child.pid = await child.receive()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise _Lost from None
+        finally:
+            if child.pid is None:
+                child.end()
+        return child
 
     def _keep_one_waiting(self, zygote: _Zygote) -> None:
         async def fork() -> None:
-            with contextlib.suppress(EngineUnavailable):
+            with contextlib.suppress(_Lost):
                 child = await self._fork(zygote)
                 if zygote.alive and not self._closed:
                     zygote.standby.append(child)
                 else:
                     child.end()
 
-        if not zygote.standby:
-            task = asyncio.create_task(fork())
-            self._forking = task  # a task that nobody holds may vanish
-
-
-async def _ask(child: _Child, order: Order) -> Outcome:
-    if child.pid is None:
-        child.pid = await child.receive()
-    child.writer.write(pack(order))
-    await child.writer.drain()
-    outcome: Outcome = await child.receive()
-    return outcome
+        if not zygote.standby and (self._forking is None or self._forking.done()):
+            self._forking = asyncio.create_task(fork())
 
 
 def _start(world: Callable[[], Any]) -> _Zygote:
@@ -278,8 +275,13 @@ def _start(world: Callable[[], Any]) -> _Zygote:
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
-    ours.sendall(pack(world()))
-    return _Zygote(process, ours)
+    zygote = _Zygote(process, ours)
+    try:
+        ours.sendall(pack(world()))
+    except OSError:
+        zygote.close()
+        raise
+    return zygote
 
 
 def _too_much_memory(kind: Lane, param: str | None) -> InvalidRequest:

@@ -71,10 +71,12 @@ def _fork(control: socket.socket, world: Any) -> bool:
     if not data:
         return False
     parent = os.getpid()
-    if os.fork() == 0:
-        control.close()
-        _serve(socket.socket(fileno=fds[0]), world, parent)
-    os.close(fds[0])
+    with contextlib.suppress(OSError):  # no process left: whoever sent the socket sees it closed
+        if fds and os.fork() == 0:
+            control.close()
+            _serve(socket.socket(fileno=fds[0]), world, parent)
+    for fd in fds:  # none where there was no descriptor left
+        os.close(fd)
     return True
 
 
@@ -89,7 +91,7 @@ def _serve(channel: socket.socket, world: Any, parent: int) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a library that gives up may write a client's words
         channel.sendall(pack(os.getpid()))
         order: Order = receive(channel)
-        channel.sendall(pack(_run(order, world)))
+        channel.sendall(_packed(_run(order, world)))
     except (EOFError, OSError):
         os._exit(0)  # nobody wants it any more
     except BaseException:
@@ -106,6 +108,13 @@ def _run(order: Order, world: Any) -> Outcome:
     except Exception as error:
         error.__traceback__ = error.__cause__ = error.__context__ = None
         return Outcome(failure=error)
+
+
+def _packed(outcome: Outcome) -> bytes:
+    try:
+        return pack(outcome)
+    except MemoryError:
+        return pack(Outcome(out_of_memory=True))
 
 
 def _limit(limits: Limits) -> None:

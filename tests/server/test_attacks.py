@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.soak.hostile import HUGE_SCHEMA
+from bench.soak.hostile import HUGE_GRAMMAR, PRIMES, meeting
 from tests.server import attacks
 from tests.server.attacks import ATTACKS, Bystander
 from tests.server.test_cli import free_port, start, wait_for
@@ -52,14 +52,14 @@ def test_nobody_else_is_held_up(url: str, name: str) -> None:
 
 def test_a_refused_grammar_is_remembered_and_an_abandoned_one_is_killed(url: str) -> None:
     with httpx.Client(base_url=url, timeout=30) as http:
-        first = http.post("/generate", json=HUGE_SCHEMA)
+        first = http.post("/generate", json=HUGE_GRAMMAR)
         assert first.status_code == 400
         assert first.json()["error"]["code"] == "too_much_work"
         said = first.json()["error"]["message"]
         assert "CPU time" in said or "of memory" in said  # whichever limit is met first
-        again = http.post("/generate", json=HUGE_SCHEMA, timeout=1)
+        again = http.post("/generate", json=HUGE_GRAMMAR, timeout=1)
         assert again.json() == first.json()
-        abandoned = {"prompt": "Hi", "json_schema": {"type": "integer", "multipleOf": 99999971}}
+        abandoned = meeting(PRIMES[1:])
         for _ in range(8):
             with pytest.raises(httpx.ReadTimeout):
                 http.post("/generate", json=abandoned, timeout=0.3)

@@ -21,9 +21,11 @@ import numpy as np
 import pydantic
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from prerope.server.errors import InvalidRequest
 from prerope.server.structured.compile import new_matcher
 from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import GrammarText
+from prerope.server.structured.values import Unenforceable
 from pydantic import Field, TypeAdapter
 
 NUM_REPLIES = 6
@@ -169,6 +171,26 @@ CLOSED = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"format": "json-pointer"}, ['"/a~1b/0"', '""'], ['"a"', '"/~2"']),
         ({"format": "uuid4"}, ['"2eb8aa08-aa98-41ea-b4aa-73b441d16380"'], ['"2eb8aa08-aa98-11ea-b4aa-73b441d16380"']),
         ({"anyOf": [{"type": "number"}, {"type": "string", "pattern": "^(?!x)"}]}, ["1.5"], ['"x"', "null"]),
+        ({**CLOSED, "additionalProperties": True}, ['{"a":1,"b":2}'], ['{"\\u0061":"x"}', '{"a":1,"\\u0061":"x"}']),
+        ({"patternProperties": {"^x": {"type": "null"}}, "required": ["y"]}, ['{"y":1,"xy":null}'], ['{"y":1,"xy":1}']),
+        (
+            {"type": "array", "items": {"enum": [1, True, 1.0]}, "uniqueItems": True},
+            ["[1]", "[true,1]"],
+            ["[1,1]", "[1,1.0]"],
+        ),
+        (
+            {"items": {"type": "string", "enum": ["a", None]}, "uniqueItems": True},
+            ['["a"]', "7"],
+            ['["a","a"]', "[null]"],
+        ),
+        ({"prefixItems": [{"type": "null"}], "additionalItems": False, "items": {"const": 1}}, ["[null,1]"], ["[1]"]),
+        ({"items": [{"type": "null"}], "minItems": 1, "additionalItems": False}, ["[null]"], ["[1]", "[null,1]"]),
+        ({"$ref": "#/anyOf/1", "anyOf": [{"pattern": "(?=x)"}, {"type": "number"}, {}]}, ["1"], ["{}", '"x"']),
+        ({"type": "integer", "minimum": 2**53 + 1}, [str(2**53 + 2)], [str(2**53)]),
+        ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["1", "-1"], [str(2**63)]),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, ["0.1", "0.5"], ["0", "0.0", "0.6"]),
+        ({"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}, ["-1.1"], ["-1", "-1.0"]),
+        ({"type": "number", "minimum": 1, "exclusiveMinimum": True, "maximum": 1.5}, ["1.5"], ["1"]),
         (
             {"properties": {"ab": {"const": "x"}}, "patternProperties": {"^a": {"maxLength": 3}}},
             ['{"ab":"x","ac":"y"}'],
@@ -181,6 +203,35 @@ def test_says_the_same_or_less(schema: Any, good: list[str], bad: list[str]) -> 
     matcher = compiled(schema)
     assert [text for text in good if not accepts(matcher, text)] == []
     assert [text for text in bad if accepts(matcher, text)] == []
+
+
+PATTERNED = {"type": "object", "patternProperties": {"^x": {"type": "integer"}}}
+NAMED = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"const": 2**53 + 1}, "digits"),
+        ({"enum": [[{"a": 2**63}]]}, "digits"),
+        ({"type": "integer", "multipleOf": 99_991}, "multipleOf"),
+        ({"allOf": [{"multipleOf": 9_973}, {"multipleOf": 0.0997}]}, "multiple"),
+        ({**CLOSED, "minProperties": 1, "required": ["b"], "const": {"b": "\x01"}}, "control"),
+        ({"items": [True], "prefixItems": [True]}, "prefixItems"),
+        ({"oneOf": [PATTERNED, NAMED]}, "oneOf"),  # {"k": 1} is both; were other keys left out of the first, only one
+        ({"oneOf": [{"items": {"type": "boolean"}, "uniqueItems": True}, {"type": "number"}]}, "oneOf"),
+    ],
+    ids=str,
+)
+def test_what_could_not_be_held_is_refused_at_once(schema: Any, words: str) -> None:
+    with pytest.raises((Unenforceable, InvalidRequest), match=words):
+        compiled(schema)
+
+
+def test_names_that_may_repeat_are_told_of() -> None:
+    assert enforceable({"type": "object", "minProperties": 2}).dropped == ["minProperties"]
+    assert not enforceable({"type": "object", "minProperties": 1}).dropped
+    assert not enforceable({**CLOSED, "additionalProperties": False, "minProperties": 2}).dropped
 
 
 @pytest.mark.parametrize("format_", ["uuid4", "password", "binary", "file-path", "url", "int32", "ipv4network", "x y"])

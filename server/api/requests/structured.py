@@ -19,6 +19,7 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.structured.matcher import CompiledGrammar
 from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import GrammarText, json_text, too_deep
+from prerope.server.structured.values import Unenforceable
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 if TYPE_CHECKING:
@@ -202,6 +203,8 @@ def schema_text(schema: Any, param: str) -> str:
         rewritten = enforceable(schema)
     except RecursionError:
         raise too_deep(param) from None
+    except Unenforceable as error:
+        raise InvalidRequest(f"'{param}' cannot be enforced: {error}", param=param, code="bad_grammar") from None
     for keyword in rewritten.dropped:
         current_report().ignore(f"{param}.{keyword}")
     return json_text(rewritten.schema, param)

@@ -1,0 +1,125 @@
+"""A JSON schema as a whole: its subschemas, what its references name, and what stands where exactness matters.
+
+Most rewriting allows less than the client's schema does. Under `oneOf` less is more: a value that the client finds in
+two branches, and we in one of them, would be let through. So what a `oneOf` can reach is only said in other words that
+mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote
+
+from prerope.server.structured.numbers import check_multiples
+
+Schema = dict[str, Any]
+
+ONE = frozenset(
+    {
+        *("additionalItems", "additionalProperties", "contains", "else", "if", "items", "not", "propertyNames", "then"),
+        *("unevaluatedItems", "unevaluatedProperties"),
+    }
+)
+"""Keywords that hold a schema."""
+LISTS = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
+MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+
+BRANCHES = frozenset({"$ref", "anyOf", "oneOf"})
+REMARKS = frozenset(
+    {
+        *("$comment", "$id", "$schema", "default", "deprecated", "description", "discriminator", "examples"),
+        *("readOnly", "title", "writeOnly"),
+    }
+)
+"""Keywords that ask for nothing."""
+
+
+class Document:
+    """One schema of a client's, read only.
+
+    Attributes:
+        names_are_open: an object has names of its own and room for others.
+        is_met: several schemas look at one value somewhere.
+    """
+
+    def __init__(self, root: Any) -> None:
+        self.root = root
+        nodes = [] if not isinstance(root, dict) else list(_reachable([root]))
+        self._has_ids = any("$id" in one or "id" in one for one in nodes if one is not root)
+        self.names_are_open = any(map(_names_are_open, nodes))
+        self.is_met = any(map(_is_met, nodes))
+        self._exact = self._reached([one for node in nodes for one in _list(node, "oneOf")])
+        multiples = [one["multipleOf"] for one in nodes if "multipleOf" in one]
+        check_multiples(multiples, met=self.is_met)
+
+    def is_exact(self, schema: Schema) -> bool:
+        """Whether a `oneOf` reaches it."""
+        return self._exact is None or id(schema) in self._exact
+
+    def referenced(self, pointer: Any) -> Any:
+        """What a reference names; None for anything but a path into this document."""
+        if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")) or self._has_ids:
+            return None
+        found = self.root
+        for part in pointer[2:].split("/") if pointer != "#" else ():
+            name = unquote(part).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+                found = found[int(name)]
+            elif isinstance(found, dict) and name in found:
+                found = found[name]
+            else:
+                return None
+        return found
+
+    def _reached(self, begin: list[Any]) -> set[int] | None:
+        """The ids of what these schemas reach by holding it or by reference; None: it may be anything."""
+        seen: dict[int, Schema] = {}
+        left = [one for one in begin if isinstance(one, dict)]
+        while left:
+            node = left.pop()
+            if id(node) in seen:
+                continue
+            seen[id(node)] = node
+            left += subschemas(node)
+            if "$ref" in node:
+                target = self.referenced(node["$ref"])
+                if target is None:
+                    return None
+                left += [target] if isinstance(target, dict) else []
+        return set(seen)
+
+
+def subschemas(schema: Schema) -> Iterator[Schema]:
+    """The schemas that one holds, those that are objects."""
+    for key, value in schema.items():
+        if isinstance(value, dict):
+            held = value.values() if key in MAPS else [value] if key in ONE else ()
+        else:
+            held = value if isinstance(value, list) and key in LISTS else ()
+        yield from (one for one in held if isinstance(one, dict))
+
+
+def _reachable(left: list[Schema]) -> Iterator[Schema]:
+    while left:
+        node = left.pop()
+        yield node
+        left += subschemas(node)
+
+
+def _list(schema: Schema, key: str) -> list[Any]:
+    value = schema.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _names_are_open(schema: Schema) -> bool:
+    """Whether an object has names of its own and room for others beside them."""
+    named = schema.get("properties") or schema.get("patternProperties") or schema.get("required")
+    return bool(named) and schema.get("additionalProperties", True) is not False
+
+
+def _is_met(schema: Schema) -> bool:
+    """Whether several schemas here look at one value."""
+    if "allOf" in schema or "patternProperties" in schema:
+        return True
+    return not BRANCHES.isdisjoint(schema) and len(schema.keys() - REMARKS - {"$defs", "definitions"}) > 1

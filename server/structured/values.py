@@ -1,0 +1,52 @@
+"""Values that a JSON schema lists: which are the same, and of which type they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Unenforceable(ValueError):
+    """What a schema asks for that no grammar could hold a reply to, in words for the client."""
+
+
+def distinct(values: Sequence[Any]) -> list[Any]:
+    """Each value once. In JSON 1 and 1.0 are the same and 1 and true are not; Python has it otherwise."""
+    seen: dict[object, Any] = {}
+    for value in values:
+        seen.setdefault(_identity(value), value)
+    return list(seen.values())
+
+
+def of_type(value: Any, types: Any) -> bool:
+    """Whether a value is of one of the types that `type` names; None names all of them."""
+    if types is None:
+        return True
+    named = types if isinstance(types, list) else [types]
+    return bool(_types(value) & {name for name in named if isinstance(name, str)})
+
+
+def _identity(value: Any) -> object:
+    if isinstance(value, list):
+        return "array", tuple(map(_identity, value))
+    if isinstance(value, dict):
+        return "object", frozenset((name, _identity(one)) for name, one in value.items())
+    return isinstance(value, bool), value
+
+
+def _types(value: Any) -> set[str]:
+    match value:
+        case None:
+            return {"null"}
+        case bool():
+            return {"boolean"}
+        case int():
+            return {"integer", "number"}
+        case float():
+            return {"integer", "number"} if value.is_integer() else {"number"}
+        case str():
+            return {"string"}
+        case list():
+            return {"array"}
+        case _:
+            return {"object"}

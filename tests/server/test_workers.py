@@ -1,0 +1,130 @@
+"""Processes that do clients' work: whose fault an end is, and that an innocent task does not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from prerope.server.errors import EngineUnavailable, InvalidRequest
+from prerope.server.workers.messages import Limits
+from prerope.server.workers.pool import Lane, Workers
+
+LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20), doing="testing")
+
+
+class NoWorld:
+    def prepare(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Ends its process: by a signal, or with a code (0 and up); the first time only, where `once` is a file to be."""
+
+    how: int
+    once: str = ""
+
+    def run(self, world: Any) -> str:  # noqa: ARG002
+        if not self.once or not os.path.exists(self.once):
+            if self.once:
+                open(self.once, "x").close()
+            if self.how >= 0:
+                os._exit(self.how)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os.kill(os.getpid(), -self.how)
+        return "done"
+
+
+@dataclass(frozen=True)
+class Busy:
+    def run(self, world: Any) -> None:  # noqa: ARG002
+        while True:
+            pass
+
+
+@dataclass(frozen=True)
+class Large:
+    """What fits, but not twice: it is pickled."""
+
+    def run(self, world: Any) -> str:  # noqa: ARG002
+        return "x" * 150 * 2**20
+
+
+def with_workers(use: Callable[[Workers], Awaitable[None]]) -> None:
+    async def main() -> None:
+        workers = Workers(NoWorld, (LANE,))
+        try:
+            async with asyncio.timeout(60):
+                await use(workers)
+        finally:
+            workers.close()
+
+    asyncio.run(main())
+
+
+def test_an_idle_worker_that_is_killed_is_not_noticed() -> None:
+    async def use(workers: Workers) -> None:
+        assert await workers.run(Ended(-9, "/"), "test") == "done"
+        for settle_s in (0.2, 0.0):
+            assert workers._forking is not None
+            assert workers._zygote is not None
+            await workers._forking
+            for child in workers._zygote.standby:
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+            time.sleep(settle_s)  # noqa: ASYNC251 - the loop does not see it before it asks
+            assert await workers.run(Ended(-9, "/"), "test") == "done"
+        assert workers.num_failed == 0
+
+    with_workers(use)
+
+
+def test_a_task_whose_process_somebody_ends_is_begun_again_once(tmp_path: Any) -> None:
+    async def use(workers: Workers) -> None:
+        assert await workers.run(Ended(-signal.SIGKILL, str(tmp_path / "killed")), "test") == "done"
+        for how in (-signal.SIGKILL, -signal.SIGTERM, 0, 1):
+            with pytest.raises(EngineUnavailable, match="helper process"):
+                await workers.run(Ended(how), "test")
+        zygote = workers._zygote
+        assert zygote is not None
+        zygote.process.kill()
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+
+    with_workers(use)
+
+
+@pytest.mark.parametrize("task", [Ended(-signal.SIGABRT), Ended(-signal.SIGSEGV), Busy(), Large()], ids=str)
+def test_what_a_task_brings_on_itself_is_the_clients(task: Any) -> None:
+    async def use(workers: Workers) -> None:
+        with pytest.raises(InvalidRequest) as refused:
+            await workers.run(task, "test", param="prompt")
+        assert refused.value.code == "too_much_work"
+
+    with_workers(use)
+
+
+def test_no_descriptor_left_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(workers: Workers) -> None:
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        assert workers._forking is not None
+        await workers._forking
+
+        def none(*_: Any) -> Any:
+            raise OSError(24, "Too many open files")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "socketpair", none)
+            assert await workers.run(Ended(0, "/"), "test") == "done"  # by the one in waiting
+            with pytest.raises(EngineUnavailable):
+                await workers.run(Ended(0, "/"), "test")
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+
+    with_workers(use)
