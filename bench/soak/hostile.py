@@ -41,7 +41,11 @@ def chat(content: Any, **more: Any) -> Post:
 
 def explosive_grammars() -> list[Post]:
     schema = {"type": "integer", "multipleOf": 99999989}
-    grammars = [{"json_schema": schema}, {"regex": ".?" * 32_000}, *({"grammar": doubling(one)} for one in "abc")]
+    grammars: list[dict[str, Any]] = [
+        {"json_schema": schema},
+        {"regex": ".?" * 32_000},
+        *({"grammar": doubling(one)} for one in "abc"),
+    ]
     return [(GENERATE, HUGE_GRAMMAR), *((GENERATE, {"prompt": "Hi", **grammar}) for grammar in grammars)]
 
 
