@@ -17,7 +17,7 @@ from prerope.server.errors import EngineUnavailable, InvalidRequest
 from prerope.server.workers.messages import Limits
 from prerope.server.workers.pool import Lane, Workers
 
-LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20), doing="testing")
+LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20, nice=0), doing="testing")
 
 
 class NoWorld:
@@ -62,7 +62,7 @@ def with_workers(use: Callable[[Workers], Awaitable[None]]) -> None:
     async def main() -> None:
         workers = Workers(NoWorld, (LANE,))
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 await use(workers)
         finally:
             workers.close()
