@@ -17,6 +17,9 @@ from torch import Tensor
 UNROTATED = "unrotated"
 """The rope_type of a model without rotary embedding, whose positions are learned, or none."""
 
+ALIBI = "alibi"
+"""The rope_type of a model without rotary embedding whose scores fall with the distance: its positions do not end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
@@ -27,7 +30,7 @@ class Rotary:
         dim: D.
         base: b, `rope_theta` in configs.
         rope_type: the config's method: default, linear, dynamic, yarn, longrope, llama3 or proportional; or
-            `UNROTATED`.
+            `UNROTATED` or `ALIBI`.
         parameters: the config's `rope_parameters`, whole.
         train_length: L: `original_max_position_embeddings` where the config has one, else `max_position_embeddings`.
         max_length: how far the config's own method is meant to reach, see `_reach`.
@@ -78,9 +81,9 @@ class Rotary:
         )
 
 
-def unrotated(head_dim: int, max_length: int) -> Rotary:
-    """Of a model without one, whose positions end at max_length."""
-    return Rotary(head_dim, 0, 1.0, UNROTATED, max_length, max_length)
+def unrotated(head_dim: int, length: int, kind: str = UNROTATED) -> Rotary:
+    """Of a model without one, trained at this length, where its positions end unless it is `ALIBI`."""
+    return Rotary(head_dim, 0, 1.0, kind, length, length)
 
 
 def _reach(config: Any, parameters: Mapping[str, Any], rope_type: str) -> int:

@@ -36,6 +36,8 @@ def attend_sequence(
 
     scores = _scores(query, key, sequence, options) * options.scale  # [Hq, R, n]
     visible = (distance >= 0) & ~scores.isneginf()
+    if options.slopes is not None:
+        scores = scores - options.slopes[:, None, None] * distance
     if options.sliding_window is not None:
         visible &= distance < options.sliding_window
     if options.softcap is not None:

@@ -65,6 +65,7 @@ class AttentionOptions:
         sliding_window: row i reads keys with i − j < sliding_window only; None reads all.
         softcap: c·tanh(score/c); None is off.
         sinks: [Hq] logits that take part in the softmax and carry no value; None is off.
+        slopes: [Hq] fp32: a score falls by slope·(i − j), before any soft-cap (ALiBi); None is off.
     """
 
     scale: float
@@ -72,6 +73,7 @@ class AttentionOptions:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
     def method(self, sequence: SequenceRows) -> PositionMethod | None:
         return None if self.group is None else sequence.positions.methods[self.group]

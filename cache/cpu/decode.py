@@ -42,6 +42,7 @@ class KernelShape(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("query_heads", "kv_heads", "head_dim", "value_dim", "rotary_dim")),
         *((name, ctypes.c_int64) for name in ("block_size", "query_dtype", "dtype", "interleaved", "dots")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("slopes", ctypes.c_void_p),
     ]
 
 
@@ -59,6 +60,7 @@ def kernel_shape(
         query_heads, keys.shape[2], keys.shape[3], values.shape[3], rotary.dim if rotary else 0,
         keys.shape[1], DTYPES[query_dtype], DTYPES[keys.dtype], bool(rotary and rotary.interleaved),
         keys.dtype == torch.bfloat16 and multiplies_pairs(), options.scale, options.softcap or 0.0,
+        None if options.slopes is None else options.slopes.data_ptr(),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prerope.rope.frequencies import UNROTATED, Rotary, plain
+from prerope.rope.frequencies import ALIBI, UNROTATED, Rotary, plain
 from prerope.rope.methods import frequency, windowed  # noqa: F401  (they fill the registry)
 from prerope.rope.reading import MethodError, PositionMethod, Rule, plain_reading
 from prerope.rope.registry import CONFIG_METHODS, METHODS, MethodEntry, Target, own_target
@@ -37,7 +37,7 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
     Raises MethodError.
     """
     name = canonical_name(spec.method)
-    if rotary.rope_type == UNROTATED:
+    if rotary.rope_type in (UNROTATED, ALIBI):
         return _unrotated(spec, name, rotary, max_model_len)
     if rotary.rope_type not in CONFIG_METHODS:
         raise MethodError(
@@ -68,13 +68,13 @@ def _unrotated(spec: RopeSpec, name: str, rotary: Rotary, max_model_len: int | N
             f"method {name!r}{' with logn' if spec.logn else ''} (ROPE_METHOD) needs keys that rotate, and this model "
             "has no rotary embedding: use auto or model"
         )
-    if max_model_len is not None and max_model_len > rotary.max_length:
+    if rotary.rope_type == UNROTATED and max_model_len is not None and max_model_len > rotary.max_length:
         raise MethodError(
             f"MAX_MODEL_LEN is {max_model_len}, but this model has no rotary embedding, and its own positions end at "
             f"{rotary.max_length}: lower it to that"
         )
     still = plain_reading(plain(0, 1.0))
-    return PositionMethod(UNROTATED, rotary, rotary.train_length, Rule({}, lambda _end: still))
+    return PositionMethod(rotary.rope_type, rotary, rotary.train_length, Rule({}, lambda _end: still))
 
 
 def _scale(spec: RopeSpec, train_length: int, max_model_len: int | None) -> float:

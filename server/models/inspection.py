@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from prerope.rope.frequencies import Rotary, unrotated
+from prerope.rope.frequencies import ALIBI, Rotary, unrotated
 from prerope.rope.reading import UNBOUNDED
-from prerope.server.models.raw_keys import OWN_MASK, RawKeyModel, cannot_serve
+from prerope.server.models.attention.interface import OWN_MASK
+from prerope.server.models.raw_keys import RawKeyModel, cannot_serve
 from prerope.server.models.recurrent.finding import attends_on_its_own, keeps_states
 from prerope.server.models.recurrent.layers import RecurrentLayer
 from prerope.server.models.trials import PROBE_LENGTH, Seen, named_lengths, probe_ids, relative_difference, run_trial
@@ -23,6 +24,11 @@ from torch import Tensor, nn
 
 MIXED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative, rms: what rounding may change in a row when another row has another token."""
+
+
+LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
+BLOOM_LENGTH = 2048
+"""What BLOOM was trained at, which most of its configs do not say."""
 
 
 def inspect_layers(
@@ -226,7 +232,10 @@ def _turn_each_group(
 
 
 def _without_rotation(raw: RawKeyModel, base: list[Seen]) -> Rotary:
-    """Of a model in which nothing turns: its positions come with the embeddings, or there are none."""
+    """Of a model in which nothing turns: its positions come with the embeddings, or scores fall with the distance."""
+    if all(seen.call.slopes is not None for seen in base):
+        named = (getattr(raw.text_config, name, None) for name in LENGTH_NAMES)
+        return unrotated(base[0].key.shape[-1], next((length for length in named if length), BLOOM_LENGTH), ALIBI)
     if raw.identities:
         raise cannot_serve(raw, "turning its rotary embedding changes no layer's keys")
     if raw.reach is None:

@@ -6,7 +6,7 @@ show. A module that has the parts and gives the same results from them gets the 
 transformers' own:
 
     attention   q, k and v from three linear layers, one more behind; between them nothing, or a norm of each head of q
-                and of k; no window, sinks or soft-cap
+                and of k; no window, sinks, slopes or soft-cap
     layer       h = x + attention(norm x);  h + mlp(norm h)
     around      token ids → embedding → the layers → norm → head → logits
 """
@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import torch
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
+from prerope.server.models.attention.interface import HANDLER, AttentionCall
 from prerope.server.models.batch import Batch
-from prerope.server.models.raw_keys import HANDLER, AttentionCall, RawKeyModel
+from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.shares import join_of
 from prerope.server.models.trials import own_values, probe_ids, relative_difference, trial_positions
 from torch import Tensor, nn
@@ -167,7 +168,8 @@ def _watched(modules: Sequence[nn.Module], recorded: Recorded) -> Iterator[None]
 def _as_plain_attention(module: nn.Module, recorded: Recorded) -> PlainAttention | None:
     parts = [child for child in module.children() if isinstance(child, nn.Linear)]
     call, x, left = recorded.calls[module], recorded.entered[module], recorded.left[module]
-    special = call.sliding_window is not None or call.softcap is not None or call.sinks is not None
+    special = call.sliding_window is not None or call.softcap is not None
+    special = special or call.sinks is not None or call.slopes is not None
     if len(parts) != 4 or special or not isinstance(left, tuple) or len(left) != 2:
         return None
     head_dim = recorded.queries[module][0].shape[-1]

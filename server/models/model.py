@@ -15,6 +15,7 @@ from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import Quantization
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.attention.interface import AttentionCall
 from prerope.server.models.batch import Batch
 from prerope.server.models.cpu import products as cpu_kernels
 from prerope.server.models.cpu import stack as cpu_stack
@@ -24,7 +25,7 @@ from prerope.server.models.inspection import inspect_layers
 from prerope.server.models.layers import Stack, layers_of, plain_layers
 from prerope.server.models.modules import Kernels, fast_modules
 from prerope.server.models.quantization import check_quantization, quantize
-from prerope.server.models.raw_keys import AttentionCall, RawKeyModel
+from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.recurrent.finding import find_recurrent
 from prerope.server.models.recurrent.layers import StepStates, running
 from prerope.server.models.shares import share_out

@@ -71,9 +71,10 @@ def _widen(value: Any) -> Any:
 
 
 def _narrow(dtype: torch.dtype) -> Any:
+    def narrow(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
     def hook(_module: nn.Module, _arguments: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (output[0].to(dtype), *output[1:])
-        return output.to(dtype)
+        return tuple(map(narrow, output)) if isinstance(output, tuple) else narrow(output)
 
     return hook

@@ -27,10 +27,10 @@ from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.attention.interface import AttentionCall, AttentionHandler
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.model import Model, own_positions
 from prerope.server.models.precise import in_fp32
-from prerope.server.models.raw_keys import AttentionCall, AttentionHandler
 from prerope.server.models.recurrent.layers import Prompts, running
 from prerope.server.models.trials import (
     LONGEST,

@@ -4,10 +4,7 @@ transformers supplies config, weights and layers. Two things are swapped, *on th
 embeddings, for one that gives cos = 1 and sin = 0, and the forward of modules: attention gets a copy whose
 `apply_rotary_*` returns q and k as they are. No class, module or other model in the process changes.
 
-An argument that attention is given and that we do not know is never dropped: such a model is refused, by its name.
-
-What reaches `raw_attention` is then handed to the handler that the context variable holds: a context variable, because
-some families drop keyword arguments on the way down.
+Attention then goes to the handler that `attention.interface` holds.
 """
 
 from __future__ import annotations
@@ -15,105 +12,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from prerope.cache.attention.types import AttentionOptions
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.attention.interface import (
+    ATTENTION_NAME,
+    HANDLER,
+    TRIAL_NAME,
+    AttentionHandler,
+    UnknownAttention,
+)
+from prerope.server.models.attention.older import adapt
 from prerope.server.ranks.group import ALONE, Ranks
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-
-ATTENTION_NAME = "prerope"
-"""Registered without a mask function on purpose: transformers then makes no mask, and causality is ours."""
-
-TRIAL_NAME = "prerope-trial"
-"""The same attention, with masks as rules: a trial run sees which keys transformers would let a layer read."""
-
-OWN_MASK = "its layers choose the keys that a row reads by a mask of their own"
-
-WITHOUT_EFFECT = frozenset(
-    (
-        *("dropout", "use_cache", "output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
-        *("labels", "logits_to_keep", "position_ids", "position_embeddings", "cache_position", "layer_head_mask"),
-    )
-)
-"""What attention is handed on the way down and does not read, or reads only in training."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """What a layer passes beside its tensors; `mask` in trial runs alone."""
-
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    mask: MaskRule | None = None
-
-    def options(self, group: str | None) -> AttentionOptions:
-        return AttentionOptions(self.scale, group, self.sliding_window, self.softcap, self.sinks)
-
-
-AttentionHandler = Callable[[nn.Module, Tensor, Tensor, Tensor, AttentionCall], Tensor]
-"""Called once a layer: module, query [T, Hq, D], key and value [T, Hkv, D], all raw → [T, Hq, Dv]."""
-
-HANDLER: ContextVar[AttentionHandler] = ContextVar("attention_handler")
-
-
-@dataclass(frozen=True, slots=True)
-class MaskRule:
-    """In place of a mask in trial runs: whether a row may read a key, as transformers says it."""
-
-    function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-    def reads(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """[n] rows and [n] keys → [n] bool."""
-        zero = torch.zeros_like(rows)
-        return torch.as_tensor(self.function(zero, zero, rows, keys)).expand_as(rows)
-
-
-class UnknownAttention(Exception):
-    """A layer asks attention for something that this server does not have; the message says what, as a clause."""
-
-
-def raw_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | MaskRule | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] → [1, T, Hq, Dv]."""
-    rule = attention_mask if isinstance(attention_mask, MaskRule) else None
-    if attention_mask is not None and rule is None:
-        raise UnknownAttention(OWN_MASK)
-    for name, given in others.items():
-        if given is not None and name not in WITHOUT_EFFECT:
-            raise UnknownAttention(f"its attention takes {name!r}, which this server does not know")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(scale, sliding_window, softcap, s_aux, rule)
-    packed_query, packed_key, packed_value = (x[0].transpose(0, 1) for x in (query, key, value))
-    rows = HANDLER.get()(module, packed_query, packed_key, packed_value, call)
-    return rows.unsqueeze(0), None
-
-
-def _mask_rule(*, mask_function: Callable[..., Tensor], **_sizes: Any) -> MaskRule:
-    """transformers' mask signature."""
-    return MaskRule(mask_function)
-
-
-AttentionInterface.register(ATTENTION_NAME, raw_attention)
-AttentionInterface.register(TRIAL_NAME, raw_attention)
-AttentionMaskInterface.register(TRIAL_NAME, _mask_rule)
 
 
 class IdentityRotary(nn.Module):
@@ -170,21 +83,28 @@ class RawKeyModel:
 
     Attributes:
         identities: in place of its rotary embeddings; none where it has none, and keys are raw as they are.
-        reach: positions end here, where nothing rotates; None: they do not end.
+        reach: positions of transformers' own forward end here, where it looks them up in a table; None: nowhere.
         ranks: those that compute this model together.
     """
 
     def __init__(self, model: Any, ranks: Ranks = ALONE) -> None:
         self.model, self.ranks = model, ranks
         self.text_config: Any = _text_config(model.config)
+        self._forwards: dict[nn.Module, Callable[..., Any]] = dict(adapt(model))
+        self._through_interface = not self._forwards
         self.identities = dict(_find_rotaries(model))
-        self.reach: int | None = None if self.identities else getattr(self.text_config, "max_position_embeddings", None)
-        self._forwards: dict[nn.Module, Callable[..., Any]] = {}
+        self.reach = self._reach()
         self._install()
 
     @property
     def family(self) -> str:
         return str(self.model.config.model_type)
+
+    def _reach(self) -> int | None:
+        if not self.identities:
+            return getattr(self.text_config, "max_position_embeddings", None)
+        tables = [getattr(identity.original, "num_positions", None) for identity in self.identities.values()]
+        return min((known for known in tables if known is not None), default=None)
 
     def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Give one module of this model another forward, which `stock` takes back."""
@@ -194,7 +114,7 @@ class RawKeyModel:
     def drop_rotation(self, modules: Iterable[nn.Module]) -> None:
         """Take the rotary arithmetic out of these attention modules, where their forward allows it."""
         for module in modules:
-            forward = _without_rotation(module)
+            forward = None if module in self._forwards else _without_rotation(module)
             if forward is not None:
                 self.replace_forward(module, forward)
 
@@ -215,24 +135,28 @@ class RawKeyModel:
     @contextmanager
     def showing_masks(self) -> Iterator[None]:
         """Inside, `AttentionCall.mask` says which keys transformers would let a layer read."""
-        self.model.set_attn_implementation(TRIAL_NAME)
+        self._attend_by(TRIAL_NAME)
         try:
             yield
         finally:
-            self.model.set_attn_implementation(ATTENTION_NAME)
+            self._attend_by(ATTENTION_NAME)
 
     def release(self) -> None:
         """Give the model back as transformers made it."""
         for module in self._forwards:
             del module.forward
         self._place({name: identity.original for name, identity in self.identities.items()})
-        self.model.set_attn_implementation("eager")
+        self._attend_by("eager")
 
     def _install(self) -> None:
         self._place(self.identities)
-        self.model.set_attn_implementation(ATTENTION_NAME)
+        self._attend_by(ATTENTION_NAME)
         for module, forward in self._forwards.items():
             module.forward = forward
+
+    def _attend_by(self, name: str) -> None:
+        if self._through_interface:
+            self.model.set_attn_implementation(name)
 
     def _place(self, rotaries: Mapping[str, nn.Module]) -> None:
         for name, rotary in rotaries.items():

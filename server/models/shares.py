@@ -251,7 +251,7 @@ def _check(raw: RawKeyModel, ranks: Ranks, whole: _Record, ours: _Record) -> Non
 
 
 def _heads(was: Seen, now: Seen, ranks: Ranks) -> Sequence[tuple[str, Tensor, Tensor]]:
-    """Queries, keys, values and sinks of this rank beside those heads of the whole model."""
+    """Queries, keys, values, sinks and slopes of this rank beside those heads of the whole model."""
     own = shares(was.key.shape[1], ranks.size)[ranks.rank]
     if now.key.shape[1] == was.key.shape[1]:  # attention is not in the plan
         own = range(was.key.shape[1])
@@ -265,4 +265,6 @@ def _heads(was: Seen, now: Seen, ranks: Ranks) -> Sequence[tuple[str, Tensor, Te
     ]
     if was.call.sinks is not None and now.call.sinks is not None:
         found.append(("sinks", now.call.sinks, was.call.sinks[queries]))
+    if was.call.slopes is not None and now.call.slopes is not None:
+        found.append(("slopes", now.call.slopes, was.call.slopes[queries]))
     return found

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from prerope.server.models.raw_keys import AttentionCall, RawKeyModel
+from prerope.server.models.attention.interface import AttentionCall
+from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 
 PROBE_LENGTH = 24

@@ -29,10 +29,18 @@ def rotated(x: Tensor, positions: Tensor, dim: int, *, interleaved: bool, base: 
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, *, softcap: float | None = None, sinks: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention of the last rows: query [R, Hq, D], key and value [n, Hkv, D] → [R, Hq, D]."""
     scores = product(query, key)
+    if slopes is not None:
+        scores += torch.arange(len(key)).double() * slopes[:, None, None]  # as published: of the key, not the distance
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     return weighted(scores, value, sinks)

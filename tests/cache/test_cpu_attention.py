@@ -53,6 +53,7 @@ ROWS = st.tuples(st.integers(0, 600), st.one_of(st.just(1), st.integers(1, 40), 
     sliding_window=st.one_of(st.none(), st.integers(1, 80)),
     softcap=st.sampled_from([None, 2.0]),
     sinks=st.booleans(),
+    slopes=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -69,6 +70,7 @@ def test_any_shape(
     sliding_window: int | None,
     softcap: float | None,
     sinks: bool,
+    slopes: bool,
     seed: int,
 ) -> None:
     """Ragged sequences side by side, each with a method of its own."""
@@ -76,7 +78,8 @@ def test_any_shape(
     positions = [one_group(method(name, embedding, window=window, logn=logn)) for name in names]
     step = paged(rows, positions, heads=heads[0], kv_heads=heads[1], head_dim=24, block_size=block_size, seed=seed)
     sink = torch.linspace(-1, 2, heads[0]) if sinks else None
-    options = AttentionOptions(24**-0.5, "", sliding_window, softcap, sink)
+    slope = torch.linspace(0.02, 0.7, heads[0]) if slopes else None
+    options = AttentionOptions(24**-0.5, "", sliding_window, softcap, sink, slope)
     assert difference(step, options, kernel=kernel) <= TOLERANCE
 
 

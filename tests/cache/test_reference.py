@@ -166,6 +166,16 @@ def test_soft_cap_and_sinks() -> None:
     assert (actual - expected).abs().max() <= 1e-5
 
 
+def test_scores_that_fall_with_the_distance() -> None:
+    """ALiBi (Press 2021, arXiv 2108.12409), whose bias is of the key's position: softmax sees no difference."""
+    step = one_sequence("rope", 40)
+    slopes = 2.0 ** -torch.arange(1, 5)
+    query, key, value = (x.double() for x in contiguous(step, 0))
+    expected = naive.attend(query, key, value, slopes=slopes.double())
+    actual = reference(step, AttentionOptions(SCALE, None, slopes=slopes))
+    assert (actual - expected).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_rows_do_not_depend_on_how_they_are_cut(name: str) -> None:
     """Row consistency at its root: a row alone, in a chunk or in the whole prompt reads the same."""

@@ -32,7 +32,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 CACHES = {"query", "keys", "values", "out", "sinks", "turned_queries", "scratch", "key", "value"}
 CACHES |= {"x", "residual", "weight", "total", "gate_up"}
 INTS = {"tiles", "reads", "spans", "blocks", "schedule", "slots"}
-FLOATS = {"turns", "base_turns", "key_turns", "decay", "row_scale", "partial", "stats"}
+FLOATS = {"turns", "base_turns", "key_turns", "decay", "row_scale", "slopes", "partial", "stats"}
 ALIGNED = (CACHES | FLOATS | INTS) - set(RECORDS) | {"query_stride", "key_stride", "value_stride"}
 ALIGNED |= {"outer_stride", "inner_stride", "residual_stride", "row_stride"}
 
@@ -55,7 +55,7 @@ SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
 def kernels(arch: int) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
     for dim, rotary, group, dtype, asked in SHAPES:
         query, cache = torch.empty(1, 8 * group, dim, device="meta"), torch.empty(4, 16, 8, dim, device="meta")
-        off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None}
+        off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None, "slopes": None}
         plan = SimpleNamespace(rotary_dim=rotary, **(off | asked))
         for module in (decode, prefill):
             config = module.config(group, dim, dtype, arch)

@@ -48,6 +48,7 @@ ROWS = st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 15, 33]))
     sliding_window=st.one_of(st.none(), st.integers(1, 80)),
     softcap=st.sampled_from([None, 2.0]),
     sinks=st.booleans(),
+    slopes=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
@@ -63,6 +64,7 @@ def test_any_shape(
     sliding_window: int | None,
     softcap: float | None,
     sinks: bool,
+    slopes: bool,
     seed: int,
 ) -> None:
     """Ragged sequences side by side, each with a method of its own."""
@@ -70,7 +72,8 @@ def test_any_shape(
     positions = [one_group(method(name, embedding, window=window, logn=logn)) for name in names]
     step = paged(rows, positions, heads=heads[0], kv_heads=heads[1], head_dim=24, block_size=block_size, seed=seed)
     sink = torch.linspace(-1, 2, heads[0], device=DEVICE) if sinks else None
-    assert difference(step, AttentionOptions(24**-0.5, "", sliding_window, softcap, sink)) <= TOLERANCE
+    slope = torch.linspace(0.02, 0.7, heads[0], device=DEVICE) if slopes else None
+    assert difference(step, AttentionOptions(24**-0.5, "", sliding_window, softcap, sink, slope)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["rerope", "dual_chunk", "streaming"])

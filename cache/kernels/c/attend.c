@@ -153,10 +153,13 @@ typedef struct {
     int32_t own[MAX_ROWS];                 /* the tile that a row is in */
 } __attribute__((aligned(64))) Tile;
 
-/* Queries turned, and multiplied by all that multiplies scores, so that these are powers of two's exponents. */
+/* What multiplies scores beside the model's scale, so that these are powers of two's exponents. */
+INLINE float unit_of(const Shape *shape) { return shape->softcap > 0.0f ? 1.0f / shape->softcap : LOG2_E; }
+
+/* Queries turned, and multiplied by all that multiplies scores. */
 APART int64_t turn_queries(const Shape *shape, const Rows *rows, const Read *read, int64_t kv_head, Tile *tile) {
     int64_t dim = shape->head_dim, wide = padded(dim), group = group_of(shape), rotary = shape->rotary_dim, r = 0;
-    float unit = shape->scale * (shape->softcap > 0.0f ? 1.0f / shape->softcap : LOG2_E), raw[MAX_DIM];
+    float unit = shape->scale * unit_of(shape), raw[MAX_DIM];
     for (int64_t row = rows->first; row < rows->stop; row++) {
         int64_t i = rows->start + row;
         float scale = rows->scale ? unit * rows->scale[row] : unit;
@@ -196,6 +199,18 @@ APART void turn_back(const Shape *shape, const Turns *turns, int64_t at, int64_t
             for (int64_t d = 0; d < wide; d += 32)
                 *(u32x16 *)(to + d / 2) = narrow32(*(v16 *)(to + d), *(v16 *)(to + d + 16));
     }
+}
+
+/* Scores of the block from key `block` on fall with the distance. */
+APART void fall(const Shape *shape, const Rows *rows, int64_t kv_head, int64_t block, Tile *tile) {
+    const v16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int64_t group = group_of(shape), r = 0;
+    for (int64_t row = rows->first; row < rows->stop; row++)
+        for (int64_t g = 0; g < group; g++, r++) {
+            float slope = shape->slopes[kv_head * group + g] * unit_of(shape), first = block - (rows->start + row);
+            v16 *x = (v16 *)(tile->scores + r * BLOCK);
+            for (int v = 0; v < BLOCK / 16; v++) x[v] += slope * (lane + (first + 16 * v));
+        }
 }
 
 INLINE v16 capped(v16 x, float cap) {
@@ -307,6 +322,7 @@ int attend(const Shape *shape, const Rows *rows, const Read *read, const Source 
                             BLOCK, least(ROWS, count - r), KEYS / 16, shape->dots);
             }
         }
+        if (shape->slopes) fall(shape, rows, source->head, block, &tile);
         soften(&tile, count, shape->softcap, shape->dots, found);
         weigh(shape, &tile, count, here.values, found);
     }

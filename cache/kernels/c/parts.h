@@ -37,6 +37,7 @@ typedef struct {
     int64_t interleaved;        /* pairs are (2m, 2m+1) */
     int64_t dots;               /* keys and values of bf16 are multiplied in pairs */
     float scale, softcap;       /* softcap 0: off */
+    const float *slopes;        /* [Hq] or null: a score falls by slope·(i − j) */
 } Shape;
 
 typedef struct RowPlan RowPlan;

@@ -74,14 +74,14 @@ def load_keys(rows, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.co
 
 @triton.jit
 def read_tiles(
-    first_tile, stop_tile, first, second, rest, position,
+    first_tile, stop_tile, first, second, rest, position, slope,
     keys, values, blocks, base_turns, key_turns, decay,
     first_key, stop_key, period, cycle_tiles, group, softcap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     VALUES: tl.constexpr, LOW_VALUES: tl.constexpr,
-    ROTATED: tl.constexpr, GROUPED: tl.constexpr, DECAY: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROTATED: tl.constexpr, GROUPED: tl.constexpr, DECAY: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Key tiles [first_tile, stop_tile) of one part, at least one. ROTATED False: keys as they lie in the cache.
@@ -132,6 +132,8 @@ def read_tiles(
             lane = tl.arange(0, REST)
             key_rest = load_dims(key_rows, ROTARY + lane, lane, DIM - ROTARY, REST).to(DTYPE)
             scores = tl.dot(key_rest, tl.trans(rest), acc=scores, input_precision=PRECISION)
+        if SLOPES:
+            scores += (j - position)[:, None].to(tl.float32) * slope[None, :]
         if SOFTCAP:
             scores = capped(scores, softcap)
         inside = (j >= first_key) & (j < tl.minimum(cycle_stop, stop_key))
@@ -160,13 +162,13 @@ def read_tiles(
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
 def decode_kernel(
     tiles, schedule, partial, stats, num_tiles,
-    query, keys, values, turns, base_turns, key_turns, decay, row_scale, blocks, reads,
+    query, keys, values, turns, base_turns, key_turns, decay, row_scale, slopes, blocks, reads,
     query_stride, table_rows, max_blocks, num_parts, scale, softcap,
     UNITS: tl.constexpr, HEADS_FIRST: tl.constexpr,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, VALUES: tl.constexpr,
-    GROUPED: tl.constexpr, DECAY: tl.constexpr, SOFTCAP: tl.constexpr,
+    GROUPED: tl.constexpr, DECAY: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial: [items, Hq, VALUE_DIM], weighted values; stats: [items, Hq, 2], base-2 maximum and sum of weights."""
@@ -210,6 +212,11 @@ def decode_kernel(
         dims = ROTARY + tl.arange(0, REST)
         rest = tl.load(query_rows + dims[None, :], mask=heads & (dims < DIM)[None, :], other=0.0)
         rest = (rest.to(tl.float32) * factor).to(DTYPE)
+    slope = factor
+    if SLOPES:
+        slope = tl.load(slopes + kv_head * GROUP + m, mask=m < GROUP, other=0.0)
+        if not SOFTCAP:
+            slope *= LOG2E
     blocks += sequence * max_blocks
     keys += kv_head * DIM
     values += kv_head * VALUE_DIM
@@ -218,21 +225,21 @@ def decode_kernel(
     key_table, fades = key_turns + table * BLOCK_N * ROTARY, decay + table * (ROTARY // 2)
     if table < 0:
         low_acc, high_acc, high, total = read_tiles(
-            first_tile, stop_tile, first, second, rest, position,
+            first_tile, stop_tile, first, second, rest, position, slope,
             keys, values, blocks, base_table, key_table, fades,
             first_key, stop_key, period, cycle_tiles, group, softcap,
             DIM, VALUE_DIM, ROTARY, INTERLEAVED, KV_HEADS * DIM, KV_HEADS * VALUE_DIM, BLOCK_SIZE,
             BLOCK_M, BLOCK_N, HALF, REST, VALUES, low_values,
-            False, GROUPED, DECAY, SOFTCAP, DTYPE, PRECISION, STAGES,
+            False, GROUPED, DECAY, SOFTCAP, SLOPES, DTYPE, PRECISION, STAGES,
         )  # fmt: skip
     else:
         low_acc, high_acc, high, total = read_tiles(
-            first_tile, stop_tile, first, second, rest, position,
+            first_tile, stop_tile, first, second, rest, position, slope,
             keys, values, blocks, base_table, key_table, fades,
             first_key, stop_key, period, cycle_tiles, group, softcap,
             DIM, VALUE_DIM, ROTARY, INTERLEAVED, KV_HEADS * DIM, KV_HEADS * VALUE_DIM, BLOCK_SIZE,
             BLOCK_M, BLOCK_N, HALF, REST, VALUES, low_values,
-            True, GROUPED, DECAY, SOFTCAP, DTYPE, PRECISION, STAGES,
+            True, GROUPED, DECAY, SOFTCAP, SLOPES, DTYPE, PRECISION, STAGES,
         )  # fmt: skip
     own = item * (KV_HEADS * GROUP) + kv_head * GROUP + m
     low, mask = tl.arange(0, low_values), m < GROUP

@@ -67,6 +67,7 @@ def constants(query, keys, values, plan, options, config):
         "DECAY": plan.fades,
         "SOFTCAP": options.softcap is not None,
         "SINKS": options.sinks is not None,
+        "SLOPES": options.slopes is not None,
         "DTYPE": DTYPES[dtype],
         # Three tf32 products make an fp32 one, but take the registers of three; for the widest heads plain FMAs do.
         "PRECISION": "tf32" if dtype != torch.float32 else "tf32x3" if dim <= 128 else "ieee",
@@ -92,6 +93,7 @@ def arguments(query, keys, values, plan, options, out):
         "values": values,
         "out": out,
         "sinks": out if options.sinks is None else options.sinks,
+        "slopes": plan.row_scale if options.slopes is None else options.slopes,
         "tiles": plan.tiles,
         "reads": plan.reads,
         "spans": plan.spans,

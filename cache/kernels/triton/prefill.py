@@ -152,11 +152,11 @@ def turn_keys_kernel(
 
 @triton.jit
 def read_tiles(
-    first_tile, gap_tile, gap, num_tiles, query, position, acc, high, total,
+    first_tile, gap_tile, gap, num_tiles, query, position, slope, acc, high, total,
     source, stride, turned, scratch_shift, values, blocks, first_key, stop_key, d_min, d_max, softcap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, DIMS: tl.constexpr, VALUES: tl.constexpr,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`num_tiles` key tiles from first_tile on, with a gap of `gap` tiles before gap_tile.
@@ -181,6 +181,8 @@ def read_tiles(
         keys = load_dims(key_rows, dims, dims, DIM, DIMS).to(DTYPE)
         value = load_dims(value_rows, value_dims, value_dims, VALUE_DIM, VALUES).to(DTYPE)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+        if SLOPES:
+            scores += (j[None, :] - position[:, None]).to(tl.float32) * slope[:, None]
         if SOFTCAP:
             scores = capped(scores, softcap)
         if MASKED:
@@ -198,11 +200,11 @@ def read_tiles(
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
 def prefill_kernel(
-    tiles, reads, turned_queries, keys, scratch, values, blocks, sinks, out,
+    tiles, reads, turned_queries, keys, scratch, values, blocks, sinks, slopes, out,
     num_rows, first_head, scratch_heads, max_blocks, num_parts, softcap,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIMS: tl.constexpr, VALUES: tl.constexpr,
-    SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SLOPES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads of this pass). out: [T, Hq, VALUE_DIM]."""
@@ -217,6 +219,11 @@ def prefill_kernel(
     dims = tl.arange(0, DIMS)
     blocks += sequence * max_blocks
     values += kv_head * VALUE_DIM
+    slope = softcap
+    if SLOPES:
+        slope = tl.load(slopes + head)
+        if not SOFTCAP:
+            slope *= LOG2E
     acc = tl.zeros([BLOCK_M, VALUES], tl.float32)
     high = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -238,10 +245,10 @@ def prefill_kernel(
         for masked in tl.static_range(2):
             acc, high, total = read_tiles(
                 first_tile if masked else gap_tile, gap_tile, gap, edges if masked else gap,
-                query, position, acc, high, total,
+                query, position, slope, acc, high, total,
                 source, stride, turned, scratch_shift, values, blocks, first_key, stop_key, d_min, d_max, softcap,
                 DIM, VALUE_DIM, KV_HEADS * VALUE_DIM, BLOCK_SIZE, BLOCK_N, DIMS, VALUES,
-                masked == 1, SOFTCAP, DTYPE, PRECISION, STAGES,
+                masked == 1, SOFTCAP, SLOPES, DTYPE, PRECISION, STAGES,
             )  # fmt: skip
     if SINKS:
         total += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - high)

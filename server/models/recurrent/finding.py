@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from prerope.cache.storage import StateShape
-from prerope.server.models.raw_keys import HANDLER, AttentionCall, RawKeyModel, UnknownAttention
+from prerope.server.models.attention.interface import HANDLER, AttentionCall, UnknownAttention
+from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.recurrent.layers import RecurrentLayer, StateName
 from prerope.server.models.trials import own_values, probe_ids
 from torch import Tensor, nn

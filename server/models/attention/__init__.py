@@ -1,0 +1,1 @@
+"""What reaches attention in a model: raw queries, keys and values, through one interface."""
