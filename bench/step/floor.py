@@ -86,7 +86,7 @@ class Floor:
         prompt = torch.randint(0, self.engine.info.vocab_size, (tokens,), generator=generator).tolist()
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         positions, name = self._positions[method], f"request {number}"
-        self.engine.add(EngineRequest(name, prompt, sampling, positions, cache_salt=name))
+        self.engine.add(EngineRequest(name, prompt, sampling, positions, cache_salt=name, speculation=False))
         if known:
             pretend(self.engine, name)
         return name

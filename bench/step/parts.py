@@ -127,7 +127,7 @@ def add(engine: Engine, row: int, prompt_tokens: int, max_tokens: int) -> None:
     """A greedy request of random tokens."""
     prompt = torch.randint(0, engine.info.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(row))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    engine.add(EngineRequest(f"row {row}", prompt.tolist(), sampling))
+    engine.add(EngineRequest(f"row {row}", prompt.tolist(), sampling, speculation=False))
 
 
 def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterator[None]:
