@@ -33,6 +33,10 @@ class SequenceRows:
         """Keys that the last row reads."""
         return self.start + self.count
 
+    def same_sequence(self, other: SequenceRows) -> bool:
+        """Whether both are of one sequence: of its one table of blocks."""
+        return self.block_table.data_ptr() == other.block_table.data_ptr() and self.positions is other.positions
+
 
 @dataclass(slots=True)
 class AttentionMetadata:

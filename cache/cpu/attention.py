@@ -1,4 +1,4 @@
-"""The CPU path: single rows and prefill chunks go through the C kernels of `cache.cpu.decode` and `cache.cpu.prefill`.
+"""The CPU path: few rows and prefill chunks go through the C kernels of `cache.cpu.decode` and `cache.cpu.prefill`.
 
 Where these could not be built, or do not take a layer's shape or dtype, attention is the specification itself
 (`cache.attention.reference`), a few rows at a time, so that its score matrices stay small.
@@ -29,7 +29,8 @@ def cpu_attention(
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     if plan is not None:
         out[plan.rows] = decode(plan, query[plan.rows], keys, values, options)
-    for chunks in _chunks([one for one in metadata.sequences if plan is None or one.count > 1]):
+    few = set() if plan is None else set(plan.rows)
+    for chunks in _chunks([one for one in metadata.sequences if one.first not in few]):
         packed = slice(chunks[0].first, chunks[-1].first + chunks[-1].count)
         if native:
             out[packed] = prefill(query[packed], keys, values, chunks, metadata, options)
@@ -53,9 +54,8 @@ def _chunks(sequences: Sequence[SequenceRows]) -> list[list[SequenceRows]]:
 
 
 def _goes_on(chunk: SequenceRows, after: SequenceRows) -> bool:
-    """Whether both are of one sequence: of its one table of blocks, which the second reads further."""
-    same_table = chunk.block_table.data_ptr() == after.block_table.data_ptr()
-    return same_table and chunk.positions is after.positions and chunk.length <= after.start
+    """Whether both are of one sequence, which the second reads further."""
+    return chunk.same_sequence(after) and chunk.length <= after.start
 
 
 def _fallback(

@@ -1,4 +1,4 @@
-"""Decode steps on the CPU: one query row a sequence, through the C kernel.
+"""Few query rows of a sequence on the CPU, through the C kernel: decode steps, drafts, the ends of prompts.
 
 What the kernel needs beside the tensors is the same for all layers of a rotary group, so it is worked out once a step,
 in C. See kernels/c/rows.c.
@@ -21,6 +21,10 @@ from torch import Tensor
 
 SPAN = 512
 """Keys that are summed by themselves, of kernels/c/attend.h."""
+FEW_ROWS = 32
+"""Of a sequence in a step. More are a chunk: see `cache.cpu.prefill`."""
+MAX_SPANS = 1024
+"""Rows times spans that they read, of a sequence with more than one row: what each finds is kept until the end."""
 MAX_ROWS, MAX_DIM = 96, 256
 """Of kernels/c/attend.h: rows × query heads of a KV head, and dims of a head."""
 
@@ -74,19 +78,24 @@ class KernelPlan(ctypes.Structure):
     """`RowPlan` of kernels/c/rows.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("num_rows", "most_parts", "reach")),
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_items", "most_parts", "reach")),
         *((name, ctypes.c_void_p) for name in ("rows", "scales", "turns", "items", "row_items")),
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """One step of one rotary group. `held` owns what `plan` points to; rows: the packed rows."""
+    """One step of one rotary group. `held` owns what `plan` points to.
+
+    Attributes:
+        rows: the packed rows.
+        num_found: rows of all its items, for each of which something is found.
+    """
 
     plan: KernelPlan
     held: tuple[Any, ...]
     rows: list[int]
-    num_items: int
+    num_found: int
     method: PositionMethod | None
 
     @property
@@ -95,15 +104,31 @@ class DecodePlan:
 
     def scratch(self, shape: KernelShape) -> Tensor:
         """What the kernel wants, fp32."""
-        return torch.empty(kernels().prerope_rows_scratch(ctypes.byref(shape), ctypes.c_int64(self.num_items)))
+        return torch.empty(kernels().prerope_rows_scratch(ctypes.byref(shape), ctypes.c_int64(self.num_found)))
+
+
+def few_rows(sequences: Sequence[SequenceRows]) -> list[SequenceRows]:
+    """Those that are planned here: single rows, and few of a sequence, unless more of it stand beside them."""
+    return [
+        one
+        for place, one in enumerate(sequences)
+        if one.count == 1
+        or (
+            one.count <= FEW_ROWS
+            and one.count * (one.length // SPAN + 1) <= MAX_SPANS
+            and not any(
+                map(one.same_sequence, (*sequences[max(0, place - 1) : place], *sequences[place + 1 : place + 2]))
+            )
+        )
+    ]
 
 
 def plan_step(metadata: AttentionMetadata, options: AttentionOptions) -> DecodePlan | None:
-    """The plan of the single rows of a step, for all layers with these options; None where it has none."""
+    """The plan of a step's sequences of few rows, for all layers with these options; None where there are none."""
     key = ("decode", options.group, options.sliding_window)
     if key not in metadata.plans:
-        single = [sequence for sequence in metadata.sequences if sequence.count == 1]
-        metadata.plans[key] = _plan(single, options) if single else None
+        few = few_rows(metadata.sequences)
+        metadata.plans[key] = _plan(few, options) if few else None
     plan: DecodePlan | None = metadata.plans[key]
     return plan
 
@@ -124,22 +149,28 @@ def decode(plan: DecodePlan, rows: Tensor, keys: Tensor, values: Tensor, options
 
 def _plan(sequences: Sequence[SequenceRows], options: AttentionOptions) -> DecodePlan:
     methods = [options.method(sequence) for sequence in sequences]
-    readings = [READINGS.of(method, sequence.start) for method, sequence in zip(methods, sequences, strict=True)]
-    rows = (_Row * len(sequences))(
+    places = [
+        (method, sequence, position)
+        for method, sequence in zip(methods, sequences, strict=True)
+        for position in range(sequence.start, sequence.length)
+    ]
+    readings = [READINGS.of(method, position) for method, _, position in places]
+    rows = (_Row * len(places))(
         *(
-            _Row(reading.address, sequence.block_table.data_ptr(), sequence.start)
-            for reading, sequence in zip(readings, sequences, strict=True)
+            _Row(reading.address, sequence.block_table.data_ptr(), position)
+            for reading, (_, sequence, position) in zip(readings, places, strict=True)
         )
     )
     most_parts = max(len(reading.turns) for reading in readings)
     most_items = sum(
-        len(reading.turns) * (sequence.start // SPAN + 2) for reading, sequence in zip(readings, sequences, strict=True)
+        len(reading.turns) * (position // SPAN + 2) for reading, (_, _, position) in zip(readings, places, strict=True)
     )
     scale = _query_scale(sequences, methods)
-    turns = torch.empty(len(sequences) * most_parts * max(reading.rotary_dim for reading in readings))
-    items, row_items = torch.empty(3 * most_items, dtype=torch.int64), torch.empty(len(rows) + 1, dtype=torch.int64)
+    turns = torch.empty(len(rows) * most_parts * max(reading.rotary_dim for reading in readings))
+    items, row_items = torch.empty(5 * most_items, dtype=torch.int64), torch.empty(len(rows), dtype=torch.int64)
     plan = KernelPlan(
-        len(sequences),
+        len(rows),
+        0,
         most_parts,
         options.sliding_window or UNBOUNDED,
         ctypes.addressof(rows),
@@ -147,9 +178,9 @@ def _plan(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Decod
     )
     return DecodePlan(
         plan=plan,
-        num_items=kernels().prerope_plan_rows(ctypes.byref(plan)),
+        num_found=kernels().prerope_plan_rows(ctypes.byref(plan)),
         held=(rows, readings, sequences, scale, turns, items, row_items),
-        rows=[sequence.first for sequence in sequences],
+        rows=[row for sequence in sequences for row in range(sequence.first, sequence.first + sequence.count)],
         method=next((method for method in methods if method is not None), None),
     )
 
@@ -157,8 +188,8 @@ def _plan(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Decod
 def _query_scale(sequences: Sequence[SequenceRows], methods: Sequence[PositionMethod | None]) -> Tensor | None:
     if not any(method is not None and method.logn for method in methods):
         return None
-    scales = [
-        None if method is None else method.query_scale(torch.tensor([sequence.start]))
-        for sequence, method in zip(sequences, methods, strict=True)
-    ]
-    return torch.tensor([1.0 if scale is None else float(scale) for scale in scales])
+    scales = []
+    for sequence, method in zip(sequences, methods, strict=True):
+        own = None if method is None else method.query_scale(torch.arange(sequence.start, sequence.length))
+        scales.append(torch.ones(sequence.count) if own is None else own.float())
+    return torch.cat(scales)

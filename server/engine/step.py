@@ -19,11 +19,7 @@ from prerope.server.engine.sampling.mask import MaskWait
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation.verification import Verification
 from prerope.server.models.batch import Chunk
-from prerope.server.models.cpu.products import FEW_ROWS
 from torch import Tensor
-
-MOST_KEYS_AGAIN = 4096
-"""Keys that single rows of drafts may turn again on the CPU; a chunk turns them once, layer by layer."""
 
 
 class Scheduled(NamedTuple):
@@ -137,12 +133,9 @@ class Step:
 def chunks_of(plan: list[Scheduled], block_size: int, *, single: bool) -> list[Chunk]:
     """What the model's forward is given of a step.
 
-    Drafts are single rows or a chunk with the token before them, whatever is faster: the results are the same. single:
-    always single rows, which graphs want.
+    single: drafts are single rows, which graphs want; else a chunk with the token before them, whose keys are turned
+    once. The results are the same.
     """
-    keys_again = sum([len(one.drafts) * one.start for one in plan if one.drafts])
-    if not single and keys_again:
-        single = keys_again <= MOST_KEYS_AGAIN and sum([one.num_rows for one in plan]) <= FEW_ROWS
     chunks: list[Chunk] = []
     for one in plan:
         if not one.drafts:

@@ -1,4 +1,4 @@
-/* A step of few rows, one a sequence, through decoder layers of the common shape, in one parallel region:
+/* A step of few rows through decoder layers of the common shape, in one parallel region:
  *
  *     h += output(attention(query, key, value of norm h));   h += down(silu(gate)·up of norm h)
  *

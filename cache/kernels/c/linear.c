@@ -65,9 +65,10 @@ INLINE void weigh(const char *at, v16 *first, v16 *second, const int kind) {
     if (kind == BYTE_DOTS) *first = (v16)narrow32(*first, *second);
 }
 
-/* R rows of x, as `linear_ready` leaves them, against the 16/R weight rows from `weight` on: sums [R, 16/R]. */
+/* R rows of x, as `linear_ready` leaves them, against the 16/R weight rows from `weight` on: sums [R, 16/R]. Where
+ * weights stream from memory, what lies `ahead` bytes behind each is asked for. */
 INLINE v16 dots(const char *const *x, const char *weight, int64_t stride, int64_t in, const int R, const int kind,
-                const int stream) {
+                const int stream, int64_t ahead) {
     const int C = 16 / R, beside = C < BESIDE ? C : BESIDE, pairs = in_pairs(kind);
     v16 all[16];
 #pragma GCC unroll 16
@@ -85,7 +86,7 @@ INLINE v16 dots(const char *const *x, const char *weight, int64_t stride, int64_
 #pragma GCC unroll 4
             for (int c = 0; c < beside; c++) {
                 const char *at = weight + (begin + c) * stride + k * weight_size(kind);
-                if (stream) __builtin_prefetch(at + AHEAD);
+                if (stream) __builtin_prefetch(at + ahead);
                 v16 first, second;
                 weigh(at, &first, &second, kind);
                 first = held16(first);
@@ -137,13 +138,17 @@ INLINE void rows_at(const Linear *linear, const char *x, int64_t row, const char
 /* --- few rows --------------------------------------------------------------------------------------------------------- */
 
 INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const char *x, const int R, const int kind) {
-    int64_t stride = linear->in * weight_size(kind);
+    int64_t stride = linear->in * weight_size(kind), most_rows = (linear->rows + R - 1) / R * R;
     for (int64_t row = 0; row < linear->rows; row += R) {
         const char *rows[8];
         rows_at(linear, x, row, rows, R, kind);
-        for (int64_t n = first; n < first + BLOCK; n += 16 / R)
-            put(linear, part, dots(rows, (const char *)part->weight + n * stride, stride, linear->in, R, kind, 1), row, n,
-                R, kind);
+        for (int64_t n = first; n < first + BLOCK; n += 16 / R) {
+            /* Rows that come in several tiles share out the asking for the next block. */
+            int64_t ahead = AHEAD, share = (n - first) * most_rows / BLOCK;
+            if (most_rows > R) ahead = share >= row && share < row + R ? BLOCK * stride : 0;
+            const char *weight = (const char *)part->weight + n * stride;
+            put(linear, part, dots(rows, weight, stride, linear->in, R, kind, 1, ahead), row, n, R, kind);
+        }
     }
 }
 
@@ -235,7 +240,7 @@ INLINE void tiles(const Linear *linear, const Part *part, int64_t first, int64_t
         rows_at(linear, x, row, rows, TILE, kind);
         for (int64_t n = 0; n < count; n += 16 / TILE) {
             int64_t at = least(n, count - 16 / TILE);
-            put(linear, part, dots(rows, panel + at * stride, stride, in, TILE, kind, 0), row, first + at, TILE, of);
+            put(linear, part, dots(rows, panel + at * stride, stride, in, TILE, kind, 0, 0), row, first + at, TILE, of);
         }
     }
 }

@@ -21,8 +21,9 @@ from prerope.server.models.shares import join_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-FEW_ROWS = 16
-"""Up to this many rows the weights are streamed; above, they are widened into panels."""
+FEW_ROWS, FEW_ROWS_IN_PAIRS = 16, 64
+"""Up to this many rows the weights are streamed; above, they are widened into panels. Bf16 that is multiplied in pairs
+lies in memory as it does in a panel, which pays later there."""
 
 MULTIPLE, LEAST_FEATURES = 32, 16
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -59,12 +60,18 @@ def can_multiply(linear: nn.Module) -> bool:
     return fits and (bias is None or (_plain(bias) and bias.dtype == weight.dtype))
 
 
+def few_rows(weight: Tensor) -> int:
+    """Up to how many rows a product with this weight streams it."""
+    return FEW_ROWS_IN_PAIRS if _kind(weight) == DOTS else FEW_ROWS
+
+
 def most_rows_in_c(weight: Tensor) -> int:
     """More rows go to torch: with matrix tiles (AMX) its bf16 products are several times as fast.
 
     They sum in another order than ours of few rows: there, a reply may depend on what else is served.
     """
-    return FEW_ROWS if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else sys.maxsize
+    on_tiles = weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return few_rows(weight) if on_tiles else sys.maxsize
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -99,10 +106,10 @@ class _Scratch:
         self._buffer = torch.empty(0)
         self.pointer = ctypes.c_void_p(0)
 
-    def fit(self, plan: KernelLinear, inputs: int) -> tuple[int, int]:
+    def fit(self, plan: KernelLinear, inputs: int, few_rows: int) -> tuple[int, int]:
         """Make room for this plan's (rows, threads), which are returned, and for as many rows of `inputs` members."""
         rows, threads = plan.rows, plan.threads
-        wanted = kernels().prerope_linear_scratch(*map(ctypes.c_int64, (rows, inputs, threads, FEW_ROWS)))
+        wanted = kernels().prerope_linear_scratch(*map(ctypes.c_int64, (rows, inputs, threads, few_rows)))
         if self._buffer.numel() < wanted:
             self._buffer = torch.empty(wanted)
             self.pointer = ctypes.c_void_p(self._buffer.data_ptr())
@@ -110,7 +117,6 @@ class _Scratch:
 
 
 _scratch = _Scratch()
-_FEW = ctypes.c_int64(FEW_ROWS)
 
 
 class Products:
@@ -128,10 +134,11 @@ class Products:
             (_constant(linear.weight), None if linear.bias is None else linear.bias.detach()) for linear in linears
         ]
         self.features = [linear.out_features for linear in linears]
+        self.few_rows = few_rows(linears[0].weight)
         self._parts = (KernelPart * len(linears))(*(_part(weight, bias) for weight, bias in self._weights))
         self.plan = KernelLinear(0, self.inputs, len(linears), 1, kind, None, ctypes.addressof(self._parts))
         self._reference = ctypes.byref(self.plan)
-        self._multiply = kernels().prerope_linear
+        self._multiply, self._few = kernels().prerope_linear, ctypes.c_int64(self.few_rows)
         self._most_values = self.inputs * most_rows_in_c(linears[0].weight)
         self._fitted = (0, 0)  # rows and threads that scratch has room for: it never shrinks
 
@@ -160,8 +167,8 @@ class Products:
         x = x.contiguous()
         outs = self.aim(x)
         if self._fitted != (self.plan.rows, self.plan.threads):
-            self._fitted = _scratch.fit(self.plan, self.inputs)
-        self._multiply(self._reference, _FEW, _scratch.pointer)
+            self._fitted = _scratch.fit(self.plan, self.inputs, self.few_rows)
+        self._multiply(self._reference, self._few, _scratch.pointer)
         return outs
 
 
@@ -174,7 +181,8 @@ class GatedProducts:
         self._first, self._second = Products([gate, up]), Products([down])
         self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
         self._most_inputs = max(gate.in_features, down.in_features)
-        self._multiply = kernels().prerope_gated
+        self._few_rows = min(self._first.few_rows, self._second.few_rows)
+        self._multiply, self._few = kernels().prerope_gated, ctypes.c_int64(self._few_rows)
         self._most_values = gate.in_features * most_rows_in_c(gate.weight)
         self._fitted = (0, 0)
 
@@ -188,8 +196,8 @@ class GatedProducts:
         (out,) = self._second.aim(gated)
         plan = self._first.plan
         if self._fitted != (plan.rows, plan.threads):
-            self._fitted = _scratch.fit(plan, self._most_inputs)
-        self._multiply(*self._references, _FEW, _scratch.pointer)
+            self._fitted = _scratch.fit(plan, self._most_inputs, self._few_rows)
+        self._multiply(*self._references, self._few, _scratch.pointer)
         return self._whole(out)
 
 

@@ -2,7 +2,7 @@
 
 Where every layer has the short forward of `layers`, with the norms, products and gate of `products`, and nothing but an
 embedding, a norm and a linear layer stands around them, a step runs here and gives the logits that it would give module
-by module, to the bit. In a step of few rows, one a sequence, all decoder layers are one call of kernels/c/layers.c: a
+by module, to the bit. In a step of few rows all decoder layers are one call of kernels/c/layers.c: a
 product of a small model takes 15 to 100 µs, and the way to the next one through Python as long.
 """
 
@@ -19,7 +19,6 @@ from prerope.cache.kernels.build import kernels
 from prerope.cache.storage import KVStorage
 from prerope.server.models.batch import Batch
 from prerope.server.models.cpu.products import (
-    FEW_ROWS,
     MULTIPLE,
     GatedProducts,
     KernelLinear,
@@ -87,11 +86,12 @@ class Stack:
         self._whole_logits = join_of(ends.head)
         self._in_one_call = not any(is_joined(layer.attention.output) for layer in layers)
         self._hidden = first.products[0].inputs
+        self._most_rows = min(products.few_rows for layer in layers for products in layer.products)
         self._head_dim = first.attention.head_dim
         self._query_heads = first.products[0].features[0] // self._head_dim
         features = [products.features for products in first.products]
-        self._outs = [[_rows(width, torch.bfloat16) for width in widths] for widths in features]
-        self._row, self._x = _rows(widest, torch.bfloat16), _rows(widest, torch.float32)
+        self._outs = [[self._rows(width, torch.bfloat16) for width in widths] for widths in features]
+        self._row, self._x = self._rows(widest, torch.bfloat16), self._rows(widest, torch.float32)
         self._query = self._outs[0][0].view(-1, self._query_heads, self._head_dim)
         self._layers = (_Layer * len(layers))(*map(self._as_struct, layers))
         self._storage: KVStorage | None = None
@@ -133,19 +133,15 @@ class Stack:
         return hidden
 
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
-        """Whether the step is one of few rows, one a sequence, that one call takes; that call knows of it then."""
-        if (
-            not self._in_one_call
-            or len(metadata.sequences) > FEW_ROWS
-            or len(metadata.slot_mapping) != len(metadata.sequences)
-        ):
+        """Whether the step is one of few rows that one call takes; that call knows of it then."""
+        if not self._in_one_call or len(metadata.slot_mapping) > self._most_rows:
             return False
         keys, values = storage.keys[0], storage.values[0]
         if keys.dtype != torch.bfloat16 or not can_attend(self._query, keys, values):
             return False
         plans = [plan_step(metadata, options) for options in self._options]
         self._plans = [plan for plan in plans if plan is not None]
-        if len(self._plans) < len(plans):
+        if any(plan is None or plan.num_rows < len(metadata.slot_mapping) for plan in plans):
             return False
         self._shapes = [
             kernel_shape(self._query_heads, torch.bfloat16, keys, values, plan.method, options)
@@ -162,15 +158,14 @@ class Stack:
 
     def run(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
         """hidden [T, hidden], contiguous → what leaves the last layer, in place."""
-        scratch = max(self._plans, key=lambda plan: plan.num_items).scratch(self._shapes[0])
+        scratch = max(self._plans, key=lambda plan: plan.num_found).scratch(self._shapes[0])
         tensors = (hidden, metadata.slot_mapping, self._row, self._x, scratch)
         step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *map(torch.Tensor.data_ptr, tensors))
         kernels().prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
         return hidden
 
-
-def _rows(width: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(FEW_ROWS, width, dtype=dtype)
+    def _rows(self, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self._most_rows, width, dtype=dtype)
 
 
 def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[str | None]) -> Stack | None:
