@@ -109,6 +109,8 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         self._overlap = on_gpu if config.overlap is None else config.overlap
         self._sample_on_device = on_gpu or self._overlap
+        # Wall time is lengthened by whatever else the machine does; on a device, and of other ranks, there is no other.
+        self._steps_take_cpu_time = not (on_gpu or self._overlap) and self.ranks.alone
         self.graphs: DecodeGraphs | None = None
         self._no_graphs = "they are for a GPU, and captured when an engine is loaded"
         self.tiers: Tiers | None = None
@@ -231,12 +233,13 @@ class Engine:
     def step(self) -> list[tuple[str, TokenOutput]]:
         """Launch a step and collect it, or the one before it; (request id, output) of every request that has news."""
         began = time.monotonic()
+        cpu_began = time.thread_time() if self._steps_take_cpu_time else None
         outputs = self._abort_expired(began)
         wait_for_masks(self.scheduler.sequences)
         if self.tiers is not None:
             self.tiers.take_in(self.scheduler.waiting.values())
         before, plan = self._in_flight, self.scheduler.schedule()
-        self._in_flight = self._launch(plan, before, began) if plan else None
+        self._in_flight = self._launch(plan, before, began, cpu_began) if plan else None
         if before is not None:
             outputs += self._collect(before)
         if self._in_flight is not None and not (self._overlap and self._in_flight.may_stay):
@@ -256,7 +259,7 @@ class Engine:
         return sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
 
     @torch.inference_mode()
-    def _launch(self, plan: list[Scheduled], before: Step | None, began: float) -> Step:
+    def _launch(self, plan: list[Scheduled], before: Step | None, began: float, cpu_began: float | None) -> Step:
         for copy in self.scheduler.take_copies():
             slots = np.asarray([copy.source, copy.target], dtype=np.int64)
             if not self.ranks.alone:
@@ -264,7 +267,7 @@ class Engine:
             self.copy(slots)
         logits = self._forward(plan, None if before is None else before.arrival.tokens)
         on_device, ends = self._sample_on_device, self.info.eos_token_ids
-        return finish_launch(plan, logits, ends, on_device=on_device, began=began)
+        return finish_launch(plan, logits, ends, on_device=on_device, began=began, cpu_began=cpu_began)
 
     def _forward(self, plan: list[Scheduled], sampled: Tensor | None) -> Tensor:
         """Logits of the plan's rows; `sampled` are the tokens of the step in flight, if there is one."""
@@ -303,7 +306,8 @@ class Engine:
         seconds = self._counters.end_step(step.began, step.num_prefilled)
         self.scheduler.pace.add(step.num_prefilled, seconds)
         if self.scheduler.speculator is not None:
-            self.scheduler.speculator.step_times.add(step.num_rows, seconds)
+            own = seconds if step.cpu_began is None else time.thread_time() - step.cpu_began
+            self.scheduler.speculator.step_times.add(step.num_rows, own)
         return outputs
 
     def _collect_rows(

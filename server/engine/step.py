@@ -108,6 +108,7 @@ class Step:
     """What was launched at `began`, in seconds of `time.monotonic()`.
 
     Attributes:
+        cpu_began: the same in CPU time of this thread; None where that is not what a step takes.
         arrival: a token for each that samples, in their order.
         scored: log-probabilities of those that asked for them.
         verifications: of those with drafts.
@@ -120,6 +121,7 @@ class Step:
     verifications: dict[Sequence, Verification]
     may_stay: bool
     began: float
+    cpu_began: float | None
 
     @property
     def num_rows(self) -> int:
@@ -146,7 +148,13 @@ def chunks_of(plan: list[Scheduled], block_size: int, *, single: bool) -> list[C
 
 
 def finish_launch(
-    scheduled: list[Scheduled], logits: Tensor, eos_token_ids: frozenset[int], *, on_device: bool, began: float
+    scheduled: list[Scheduled],
+    logits: Tensor,
+    eos_token_ids: frozenset[int],
+    *,
+    on_device: bool,
+    began: float,
+    cpu_began: float | None,
 ) -> Step:
     """After the forward: sample, and let each sequence be where the step will leave it.
 
@@ -179,4 +187,4 @@ def finish_launch(
         one.sequence.num_computed_tokens = one.start + one.num_new_tokens
     for place, sequence in enumerate(sampled):
         sequence.expect(place)
-    return Step(scheduled, Arrival(tokens), scored, verifications, may_stay, began)
+    return Step(scheduled, Arrival(tokens), scored, verifications, may_stay, began, cpu_began)

@@ -10,6 +10,7 @@ from prerope.cache.cpu.arithmetic import multiplies_pairs
 from prerope.cache.kernels.build import library
 from prerope.server.models.cpu.products import (
     FEW_ROWS,
+    FEW_ROWS_IN_PAIRS,
     KERNELS,
     GatedProducts,
     Products,
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from tests.engine.tiny_models import tiny
 
-ROWS = (0, 1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 100, 300)
+ROWS = (0, 1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, FEW_ROWS_IN_PAIRS, 100, 300)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_rows_do_not_depend_on_each_other_or_on_threads(dtype: torch.dtype) -> N
     calls = [lambda x: products(x)[0], lambda x: products(x)[1], gated, norm]
     for call in calls:
         together = call(x)
-        for rows in (1, 2, 3, 7, FEW_ROWS, FEW_ROWS + 1, 65):
+        for rows in (1, 2, 3, 7, FEW_ROWS, FEW_ROWS + 1, FEW_ROWS_IN_PAIRS, FEW_ROWS_IN_PAIRS + 1):
             for first in (0, 300 - rows):
                 assert torch.equal(call(x[first : first + rows].contiguous()), together[first : first + rows])
         torch.set_num_threads(3)
@@ -197,10 +198,11 @@ def test_with_matrix_tiles_many_rows_go_to_torch_and_few_do_not(monkeypatch: pyt
     layers, calls = [linear(48, 64, bias=True), linear(32, 64)], []
     multiply = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *args: calls.append(1) or multiply(*args))
-    for rows, expected_calls in ((FEW_ROWS, 0), (FEW_ROWS + 1, len(layers))):
+    products = Products(layers)
+    for rows, expected_calls in ((products.few_rows, 0), (products.few_rows + 1, len(layers))):
         x = random(rows, 64)
         calls.clear()
-        outs = Products(layers)(x)
+        outs = products(x)
         assert len(calls) == expected_calls
         for out, module in zip(outs, layers, strict=True):
             expected = exact(x, module)

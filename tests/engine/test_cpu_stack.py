@@ -9,7 +9,6 @@ import torch
 from prerope.cache.kernels.build import library
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.outputs import TokenLogprobs
-from prerope.server.models.cpu.products import FEW_ROWS
 from prerope.server.models.cpu.stack import Stack
 from prerope.server.models.model import Model
 
@@ -43,7 +42,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     real = Stack.run
 
     def counting(self: Stack, hidden: torch.Tensor, metadata: Any) -> torch.Tensor:
-        steps.append(len(metadata.sequences))
+        steps.append(len(hidden))
         return real(self, hidden, metadata)
 
     monkeypatch.setattr(Stack, "run", counting)
@@ -54,11 +53,21 @@ def bf16(family: str, **config: Any) -> Model:
     return Model(tiny(family, **config).bfloat16())
 
 
+def most_rows(model: Model) -> int:
+    assert isinstance(model.stack, Stack)
+    return model.stack.most_rows
+
+
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rows", [1, 3, 9, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, 9, None])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3"])
-def test_the_same_bits_as_layer_by_layer(family: str, rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, method = bf16(family), METHODS[rows % len(METHODS)]
+def test_the_same_bits_as_layer_by_layer(
+    family: str, rows: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rows None: as many as one call takes."""
+    model = bf16(family)
+    rows = rows or most_rows(model)
+    method = METHODS[rows % len(METHODS)]
     expected = decoded_without_stack(model, rows, method)
     steps = counted(monkeypatch)
     torch.set_num_threads(threads)
@@ -67,7 +76,8 @@ def test_the_same_bits_as_layer_by_layer(family: str, rows: int, threads: int, m
     finally:
         torch.set_num_threads(1)
     assert steps
-    assert set(steps) <= set(range(1, rows + 1))
+    assert rows in steps
+    assert max(steps) <= most_rows(model)
     assert outputs == expected[0]
     assert all(map(torch.equal, keys, expected[1]))
 
@@ -91,9 +101,10 @@ def decoded_without_stack(model: Model, rows: int, method: str) -> tuple[dict[st
 
 def test_chunks_and_many_rows_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = counted(monkeypatch)
-    decoded(bf16("llama"), FEW_ROWS + 1, "rope")
+    model = bf16("llama")
+    decoded(model, most_rows(model) + 1, "rope")
     assert steps
-    assert max(steps) <= FEW_ROWS
+    assert max(steps) <= most_rows(model)
 
 
 def test_heads_that_the_kernels_do_not_take_go_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,9 @@ def test_step_times() -> None:
         times.add(1, seconds)  # the second was late by chance
     times.add(9, 5.0)
     assert times.of(1, 9).tolist() == [1 + n / 2 for n in range(9)]  # type: ignore[union-attr]
+    times.add(5, 9.0)  # more than nine rows took: neither is known better
+    assert times.of(5, 5).tolist() == [7.0] * 5  # type: ignore[union-attr]
+    times.add(5, 3.0)
     beyond = times.of(9, 3)
     assert beyond is not None
     assert 5.0 == beyond[0] < beyond[1] < beyond[2] < 5.5

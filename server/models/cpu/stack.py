@@ -73,7 +73,10 @@ class _Parts:
 
 
 class Stack:
-    """The layers of one model, first to last, the rotary group of each, and what is around them. For one thread."""
+    """The layers of one model, first to last, the rotary group of each, and what is around them. For one thread.
+
+    most_rows: of a step in one call.
+    """
 
     def __init__(self, layers: Sequence[_Parts], groups: Sequence[str | None], ends: Around) -> None:
         first, widest = layers[0], max(products.inputs for products in layers[0].products)
@@ -86,7 +89,7 @@ class Stack:
         self._whole_logits = join_of(ends.head)
         self._in_one_call = not any(is_joined(layer.attention.output) for layer in layers)
         self._hidden = first.products[0].inputs
-        self._most_rows = min(products.few_rows for layer in layers for products in layer.products)
+        self.most_rows = min(products.few_rows for layer in layers for products in layer.products)
         self._head_dim = first.attention.head_dim
         self._query_heads = first.products[0].features[0] // self._head_dim
         features = [products.features for products in first.products]
@@ -134,7 +137,7 @@ class Stack:
 
     def _prepare(self, metadata: AttentionMetadata, storage: KVStorage) -> bool:
         """Whether the step is one of few rows that one call takes; that call knows of it then."""
-        if not self._in_one_call or len(metadata.slot_mapping) > self._most_rows:
+        if not self._in_one_call or len(metadata.slot_mapping) > self.most_rows:
             return False
         keys, values = storage.keys[0], storage.values[0]
         if keys.dtype != torch.bfloat16 or not can_attend(self._query, keys, values):
@@ -165,7 +168,7 @@ class Stack:
         return hidden
 
     def _rows(self, width: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self._most_rows, width, dtype=dtype)
+        return torch.zeros(self.most_rows, width, dtype=dtype)
 
 
 def find_stack(raw: RawKeyModel, modules: Sequence[nn.Module], groups: Sequence[str | None]) -> Stack | None:
