@@ -29,6 +29,7 @@ def decoded(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], li
     """`rows` sequences of different lengths, 12 tokens each with log-probabilities; and the keys as they lie then."""
     spec, room = RopeSpec.parse(method), 16 * rows
     options: Any = {"num_blocks": room, "cache_dtype": torch.bfloat16, "max_num_seqs": rows, "speculation": "off"}
+    options["stream_gap_s"] = None  # so that every run has the same steps
     engine = tiny_engine(model, spec, **options)
     lengths = [5 + 37 * n % 90 for n in range(rows)]
     requests = [request(f"{n}", prompt_of(length, n), greedy(12, logprobs=3)) for n, length in enumerate(lengths)]

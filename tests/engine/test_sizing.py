@@ -16,6 +16,7 @@ from prerope.server.config import EngineConfig
 from prerope.server.engine.memory import sizing
 from prerope.server.engine.memory.sizing import (
     CONTEXT_BYTES,
+    LEAST_STATES,
     MARGIN_BYTES,
     MARGIN_SHARE,
     WARM_UP_BLOCKS,
@@ -27,6 +28,7 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.machine import Bound
 from prerope.server.models.model import Model
 
+from tests.engine.model_types import tiny_of_type
 from tests.engine.tiny_models import tiny
 
 GIB = 2**30
@@ -176,6 +178,28 @@ def test_memory_that_is_asked_for_needs_no_margin_but_has_to_fit(sized: Callable
         sized(memory, kv_cache_memory=64 * BLOCK, max_model_len=4096)
     assert sized(memory, kv_cache_memory=4 * BLOCK, rope=RopeSpec(method="auto")).max_model_len == 64
     assert memory.lengths()[-1] == 64
+
+
+def test_states_of_recurrent_layers_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the cache, for which a quarter may be states, and not with the steps beside which it is sized as well."""
+    hybrid = Model(tiny_of_type("lfm2", max_position_embeddings=256))
+    state = sum(one.num_bytes for one in hybrid.states)
+    num_seqs, room = 64, 300 * state
+    memory = RecordedMemory(reading(), lambda _: GIB + held[-1])
+    held: list[int] = []
+
+    def warm_up(_model: Model, _config: EngineConfig, length: int, storage: KVStorage, _report: Any) -> None:
+        memory.calls.append(length)
+        held.append(sum(tensor.nbytes for layer in storage.states for tensor in layer))
+
+    monkeypatch.setattr("prerope.server.engine.memory.sizing.warm_up", warm_up)
+    memory.reading = MemoryReading(8 * GIB, GIB + MARGIN_BYTES + int(8 * GIB * MARGIN_SHARE) + room, 0)
+    size = size_cache(hybrid, EngineConfig(max_num_seqs=num_seqs, max_model_len=256), memory=memory)
+    assert held == [LEAST_STATES * state]
+    assert size.num_states == (room - held[0]) // 4 // state > num_seqs
+    used = size.num_bytes + size.state_bytes + held[0]
+    block = size.num_bytes // size.num_blocks
+    assert room - block < used <= room
 
 
 def test_the_steps_are_run_for_real(model: Model) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from collections.abc import Sequence as Several
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.kernels.build import library
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine import scheduler as scheduler_module
+from prerope.server.engine.sampling import mask as mask_module
+from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import verification
 from prerope.server.engine.speculation.history import GRAM, MAX_COMMON, History
@@ -256,6 +259,102 @@ def test_drafts_take_no_block_that_a_waiting_prompt_fits_into(monkeypatch: pytes
         engine.step()
         engine.check_integrity()
     assert engine.stats().drafted_tokens > 0
+    assert_idle(engine)
+
+
+class Seer(Eager):
+    """The same, all of it right."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__(max_num_seqs=64)
+        self.tokens = tokens
+
+    def plan(self, decoding: Several[Sequence], *, num_others: int, most: int) -> dict[Sequence, list[int]]:
+        counts = super().plan(decoding, num_others=num_others, most=most)
+        return {
+            one: self.tokens[one.num_output_tokens :][: len(drafts)]
+            for one, drafts in counts.items()
+            if one.request_id == "bound" and len(self.tokens) > one.num_output_tokens
+        }
+
+
+class Clock:
+    """Time that passes where a step waits for masks, and a millisecond a step besides."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, masks: Several[LateMask], timeout: float, *_: Any) -> SimpleNamespace:
+        self.now = min(self.now + timeout, max(self.now, *(mask.due for mask in masks)))
+        return SimpleNamespace(done={mask for mask in masks if mask.done()})
+
+
+class LateMask:
+    """There 4 ms after it is asked for; allows all tokens."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.due = clock, clock.now + 0.004
+
+    def done(self) -> bool:
+        return self.clock.now >= self.due
+
+
+class LateMasks:
+    """A grammar, and its matcher."""
+
+    accepting = finished = False
+    failure = ""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.next: LateMask | None = None
+
+    def matcher(self) -> LateMasks:
+        return LateMasks(self.clock)
+
+    @property
+    def begun(self) -> bool:
+        return self.next is not None
+
+    @property
+    def ready(self) -> LateMask:
+        self.next = self.next or LateMask(self.clock)
+        return self.next
+
+    def mask(self) -> bytes:
+        assert self.ready.done()
+        return b"\xff" * (-(-VOCABULARY // 8))
+
+    def accept(self, _token_id: int) -> None:
+        self.next = None
+
+
+def test_drafts_with_late_masks_do_not_hold_up_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """31 drafts that all come true, each with a mask that takes 4 ms: 124 ms if the step waited for all of them."""
+    model, clock = Model(tiny("llama")), Clock()
+    monkeypatch.setattr(mask_module, "time", clock)
+    monkeypatch.setattr(mask_module, "wait", clock.wait)
+    grammar: Any = LateMasks(clock)
+    bound = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True, grammar=grammar)
+    asked = [request("free", prompt_of(20), greedy(60)), request("bound", prompt_of(30), bound)]
+    alone = {name: tokens_of(outputs) for name, outputs in run(tiny_engine(model, speculation="off"), asked).items()}
+    engine = tiny_engine(model, max_batched_tokens=128)
+    engine.scheduler.speculator = Seer(alone["bound"])
+    for one in asked:
+        engine.add(one)
+    tokens: dict[str, list[int]] = {"free": [], "bound": []}
+    while engine.has_work():
+        began, streaming = clock.now, 0 < len(tokens["free"]) < 60
+        for name, output in engine.step():
+            tokens[name] += output.token_ids
+        assert not streaming or clock.now - began <= 2 * mask_module.MASK_WAIT_S + 1e-9, "before the step and within it"
+        clock.now += 0.001
+    assert tokens == alone
+    stats = engine.stats()
+    assert 20 < stats.accepted_tokens < stats.drafted_tokens / 4
     assert_idle(engine)
 
 
