@@ -62,13 +62,14 @@ COUNT_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2, 
 class EngineSnapshot:
     """What a scrape needs of the engine; without `stats` and `info` while it loads or once it is dead.
 
-    caches: those that clients can fill, by name.
+    caches: those that clients can fill, by name. angle_bytes: what is kept of angles from step to step.
     """
 
     state: str
     stats: EngineStats | None
     info: ModelInfo | None
     caches: Mapping[str, CacheStats] = field(default_factory=dict)
+    angle_bytes: int = 0
 
 
 class Metrics:
@@ -167,6 +168,7 @@ class EngineCollector(Collector):
             yield from self._gauges(snapshot.stats)
             yield from self._counters(snapshot.stats)
             yield self._graph_info(snapshot.stats.graphs)
+            yield self._gauge("prerope:angle_bytes", "Of angles, kept from step to step.", snapshot.angle_bytes)
         yield from self._caches(snapshot.caches)
 
     def _caches(self, caches: Mapping[str, CacheStats]) -> Iterator[Metric]:

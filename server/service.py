@@ -191,6 +191,7 @@ class Service:
             stats=self.engine.stats() if alive else None,
             info=self.engine.info if alive else None,
             caches=self._caches(alive=alive),
+            angle_bytes=self.engine.engine.angle_bytes if alive else 0,
         )
 
     def _caches(self, *, alive: bool) -> dict[str, CacheStats]:

@@ -31,6 +31,19 @@ def attention_on(device: torch.device) -> Attention:
     return reference_attention
 
 
+def angle_bytes(device: torch.device) -> int:
+    """What is kept of angles from step to step. For any thread."""
+    if device.type == "cpu":
+        from prerope.cache.cpu.turns import READINGS
+
+        return READINGS.num_bytes
+    if device.type == "cuda":
+        from prerope.cache.cuda.plan import table_bytes
+
+        return table_bytes()
+    return 0
+
+
 def paged_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:

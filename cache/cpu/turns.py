@@ -151,11 +151,14 @@ class KernelReading:
         )
         self.address = ctypes.addressof(self.kernel)
 
-    def cover(self, length: int) -> None:
-        """Rows up to position length − 1 may be read from now on."""
+    def cover(self, length: int) -> bool:
+        """Rows up to position length − 1 may be read from now on. Whether that took more memory."""
+        grew = False
         for turns in self._growing:
             if turns.num_tiles * TILE < length:
                 turns.cover(length)
+                grew = True
+        return grew
 
 
 def _kernel_map(angles: AngleMap) -> _KernelMap:
@@ -195,16 +198,16 @@ class Readings:
         found = self._kept.get(id(reading))
         if found is None:
             found = self._kept[id(reading)] = KernelReading(reading, rotary_dim)
-            found.cover(length)
-            self._shrink()
         else:
             self._kept.move_to_end(id(reading))
-            found.cover(length)
+        if found.cover(length):
+            self._shrink()
         return found
 
     @property
     def num_bytes(self) -> int:
-        maps = {id(turns): turns for kept in self._kept.values() for turns in kept.turns}
+        """Also for another thread to ask."""
+        maps = {id(turns): turns for kept in list(self._kept.values()) for turns in kept.turns}
         return sum(turns.num_bytes for turns in maps.values())
 
     def _shrink(self) -> None:

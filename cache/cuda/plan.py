@@ -136,6 +136,11 @@ def tables_of(device: torch.device, rotary_dim: int, tile: int) -> Tables:
     return _TABLES[key]
 
 
+def table_bytes() -> int:
+    """What all of them take, on all devices. For any thread."""
+    return sum(tables.keys.num_bytes for tables in list(_TABLES.values()))
+
+
 @cache
 def still(pairs: int) -> Reading:
     """Every key as it lies in the cache. The same object each time, so that its angles keep their slot."""

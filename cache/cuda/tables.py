@@ -110,6 +110,10 @@ class KeyTables:
     def version(self) -> int:
         return self._slots.version
 
+    @property
+    def num_bytes(self) -> int:
+        return self.base_turns.nbytes + self.key_turns.nbytes + self.decay.nbytes
+
     @torch.inference_mode(False)
     def _allocate(self, capacity: int) -> None:
         """New tensors, not resized ones: a step that still runs keeps those that it was planned with."""

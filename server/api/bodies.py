@@ -56,7 +56,7 @@ async def _read_by_worker(model: type[B], raw: bytes, request: Request, service:
     lane = SMALL_BODY if len(raw) <= SMALL_BYTES else LARGE_BODY
     report = current_report()
     task = ReadTask(model, raw, report.strict)
-    work = service.workers.run(task, lane.name, tenant=current_hold().tenant)
+    work = service.workers.run(task, lane.name, line=current_hold().line)
     result: Read[B] = await while_connected(request, work)
     for name in result.ignored:
         report.ignore(name)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from prerope.cache.attention.dispatch import angle_bytes
 from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
@@ -419,6 +420,11 @@ class Engine:
             last_step_s=counters.last_step_s,
             prefill_tokens_per_s=counters.prefill_tokens_per_s,
         )
+
+    @property
+    def angle_bytes(self) -> int:
+        """What is kept of angles from step to step. For any thread."""
+        return angle_bytes(self.model.device)
 
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""

@@ -47,8 +47,11 @@ class Grammars:
         self.refused: ByteCache[Key, InvalidRequest] = ByteCache(MAX_REFUSED_BYTES)
         self._making: dict[Key, _Making] = {}
 
-    async def compile(self, wanted: GrammarText, tenant: str = "") -> CompiledGrammar:
-        """InvalidRequest, with llguidance's reason, for what it cannot compile. Shared among requests of a tenant."""
+    async def compile(self, wanted: GrammarText, tenant: str = "", line: str = "") -> CompiledGrammar:
+        """InvalidRequest, with llguidance's reason, for what it cannot compile. Shared among requests of a tenant.
+
+        line: among whom it waits for a worker.
+        """
         key = tenant, wanted.digest
         if (grammar := self.kept.get(key)) is not None:
             return grammar
@@ -56,7 +59,7 @@ class Grammars:
             raise _said_of(wanted, refusal)
         making = self._making.get(key)
         if making is None:
-            making = self._making[key] = _Making(asyncio.create_task(self._make(key, wanted)))
+            making = self._making[key] = _Making(asyncio.create_task(self._make(key, wanted, line)))
         making.num_waiting += 1
         try:
             return await asyncio.shield(making.task)
@@ -68,9 +71,9 @@ class Grammars:
                 self._making.pop(key, None)
                 making.task.cancel()
 
-    async def _make(self, key: Key, wanted: GrammarText) -> CompiledGrammar:
+    async def _make(self, key: Key, wanted: GrammarText, line: str) -> CompiledGrammar:
         try:
-            cost: Cost = await self._workers.run(Trial(wanted), LANE, tenant=key[0], param=wanted.param)
+            cost: Cost = await self._workers.run(Trial(wanted), LANE, line=line, param=wanted.param)
             tokenizer = self._tokenizer()
             grammar = await asyncio.wrap_future(on_a_deep_stack(lambda: compile_here(wanted, tokenizer, cost)))
         except InvalidRequest as refused:

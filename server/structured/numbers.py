@@ -56,14 +56,14 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _inner_bound(bound: float, *, upper: bool) -> float:
-    """The nearest that allows no more; of what lies wholly beyond, the bound itself, to be refused."""
+    """The nearest that allows no more. Unenforceable for what lies wholly beyond."""
     sign = 1 if upper else -1
     if sign * bound >= MOST:
         return sign * MOST
+    if abs(bound) > MOST:
+        raise Unenforceable(f"a bound beyond {sign * -MOST} leaves no number that can be written")
     near = float(bound)
-    if abs(bound) > MOST or sign * near <= sign * bound:
-        return bound
-    return int(math.nextafter(near, -sign * math.inf))
+    return bound if sign * near <= sign * bound else int(math.nextafter(near, -sign * math.inf))
 
 
 def check_numbers(value: Any) -> None:
@@ -88,7 +88,7 @@ def _numbers(value: Any) -> Iterator[int | float]:
 def check_multiples(given: Sequence[Any], *, met: bool) -> None:
     """Unenforceable where a `multipleOf` has too many remainders, or where llguidance could not multiply those that may
     meet in one value (met)."""
-    known = [one for one in given if is_number(one) and one and math.isfinite(one)]
+    known = [one for one in given if is_number(one) and 0 < abs(one) < math.inf]
     numbers = [Decimal(repr(abs(number))).normalize() for number in known]
     shifts = [max(0, -int(number.as_tuple().exponent)) for number in numbers]
     if any(number.scaleb(shift) > MAX_MULTIPLE for number, shift in zip(numbers, shifts, strict=True)):

@@ -2,7 +2,7 @@
 
 Nothing waits for ever. A task that passes its limits, or crashes its process, is an error with words; one whose
 process was ended by somebody else is begun again, once; one that nobody waits for any more is killed at once. In each
-lane so many run at a time, and tenants take turns, so that none can fill it with its own. The processes come from one
+lane so many run at a time, and whose tasks they are takes turns (`server.workers.turns`). The processes come from one
 zygote (`server.workers.zygote`), which starts when it is first needed or by `start`, is started again when it has died,
 and keeps a child in waiting, since a fork takes milliseconds.
 """
@@ -148,10 +148,13 @@ class Workers:
         """Start the zygote now rather than at the first task."""
         await self._ready_zygote()
 
-    async def run(self, task: Task, lane: str, *, tenant: str = "", param: str | None = None) -> Any:
-        """What the task returns. InvalidRequest where it passes a limit of its lane or crashes its process."""
+    async def run(self, task: Task, lane: str, *, line: str = "", param: str | None = None) -> Any:
+        """What the task returns. InvalidRequest where it passes a limit of its lane or crashes its process.
+
+        line: whose task it is.
+        """
         kind = self.lanes[lane]
-        async with self._turns[lane].turn(tenant):
+        async with self._turns[lane].turn(line):
             self.num_run += 1
             for _ in range(ATTEMPTS):
                 with contextlib.suppress(_Lost):

@@ -1,53 +1,71 @@
-"""Places that tenants take in turn."""
+"""Places for which several lines wait: they get them in turn, and none gets all of them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
 class Turns:
-    """So many at once; whoever waits gets in tenant by tenant, in turn."""
+    """So many at once, of one line all but one: whoever comes beside it finds a place."""
 
     def __init__(self, at_once: int) -> None:
         self._free = at_once
+        self._most = max(1, at_once - 1)
+        self._held: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @asynccontextmanager
-    async def turn(self, tenant: str) -> AsyncIterator[None]:
+    async def turn(self, line: str) -> AsyncIterator[None]:
         """Within it, one of the places is taken."""
-        if self._free:
-            self._free -= 1
+        if self._free and self._held[line] < self._most:
+            self._take(line)
         else:
-            await self._wait(tenant)
+            await self._wait(line)
         try:
             yield
         finally:
-            self._pass_on()
+            self._give_back(line)
 
     @property
     def num_waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    async def _wait(self, tenant: str) -> None:
+    async def _wait(self, line: str) -> None:
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(mine)
+        self._waiting.setdefault(line, deque()).append(mine)
         try:
             await mine
         except asyncio.CancelledError:
             if mine.done() and not mine.cancelled():  # the place came as we left
-                self._pass_on()
+                self._give_back(line)
             raise
 
-    def _pass_on(self) -> None:
-        while self._waiting:
-            tenant, queue = self._waiting.popitem(last=False)
-            mine = queue.popleft()
-            if queue:
-                self._waiting[tenant] = queue  # to the end of the line
-            if not mine.done():
-                mine.set_result(None)
-                return
+    def _take(self, line: str) -> None:
+        self._free -= 1
+        self._held[line] += 1
+
+    def _give_back(self, line: str) -> None:
         self._free += 1
+        self._held[line] -= 1
+        while self._free:
+            able = (one for one in self._waiting if self._held[one] < self._most)
+            following = next(able, None)
+            if following is None:
+                break
+            self._let_in(following)
+        self._held = +self._held  # without those that hold none
+
+    def _let_in(self, line: str) -> None:
+        queue = self._waiting[line]
+        while queue and (mine := queue.popleft()).done():
+            pass  # who has left
+        if queue:
+            self._waiting.move_to_end(line)
+        else:
+            del self._waiting[line]
+        if not mine.done():
+            self._take(line)
+            mine.set_result(None)

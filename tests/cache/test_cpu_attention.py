@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.cpu.attention import cpu_attention
+from prerope.cache.cpu.turns import Readings
+from prerope.rope.reading import AngleMap, Part, Reading
 from torch import Tensor
 
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, Paged, method, one_group, paged, rotary
@@ -180,3 +182,16 @@ def test_plans_are_shared_by_layers_of_a_step(kernel: bool, start: int, count: i
         AttentionOptions(0.25, ""),
     ):
         assert difference(step, options, kernel=kernel) <= TOLERANCE
+
+
+def test_angles_stay_within_their_bytes_as_contexts_grow() -> None:
+    """Each is small when it is first read; its table grows with the longest context."""
+    readings, limit = Readings(max_bytes=2**20), 2**20
+    kept = []
+    for index in range(8):
+        angles = AngleMap(torch.full((16,), 0.1 + index, dtype=torch.float64))
+        kept.append(Reading((Part(angles, angles),)))
+        readings.kept(kept[-1], 32, 64)
+    for reading in kept:
+        readings.kept(reading, 32, 2**17)
+        assert readings.num_bytes <= limit

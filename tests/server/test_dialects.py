@@ -122,6 +122,22 @@ def test_anthropic_refuses_pictures_by_name(claude: anthropic.Anthropic) -> None
         )
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", "name": "f", "parameters": [[]]}]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", "name": 5}]}),
+        ("/v1/messages", {"max_tokens": 1, "messages": ASKED, "tools": [{"name": "f", "input_schema": [1]}]}),
+        ("/v1/messages", {"max_tokens": 1, "messages": ASKED, "tools": [{"name": "f" * 999, "input_schema": {}}]}),
+    ],
+    ids=str,
+)
+def test_what_an_adapter_makes_may_be_refused(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    reply = http.post(path, json=body)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["message"]
+
+
 # --- Responses ---
 
 

@@ -9,6 +9,7 @@ import datetime
 import enum
 import functools
 import json
+import math
 import pathlib
 import random
 import re
@@ -215,6 +216,9 @@ NAMED = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"]}
         ({"const": 2**53 + 1}, "digits"),
         ({"enum": [[{"a": 2**63}]]}, "digits"),
         ({"type": "integer", "multipleOf": 99_991}, "multipleOf"),
+        ({"multipleOf": 10**400}, "multipleOf"),
+        ({"minimum": 10**400, "exclusiveMaximum": 0.0}, "bound"),
+        ({"minimum": math.nan, "exclusiveMinimum": math.nan, "multipleOf": math.nan}, "JSON"),
         ({"allOf": [{"multipleOf": 9_973}, {"multipleOf": 0.0997}]}, "multiple"),
         ({**CLOSED, "minProperties": 1, "required": ["b"], "const": {"b": "\x01"}}, "control"),
         ({"items": [True], "prefixItems": [True]}, "prefixItems"),

@@ -16,6 +16,7 @@ import pytest
 from prerope.server.errors import EngineUnavailable, InvalidRequest
 from prerope.server.workers.messages import Limits
 from prerope.server.workers.pool import Lane, Workers
+from prerope.server.workers.turns import Turns
 
 LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20, nice=0), doing="testing")
 
@@ -109,6 +110,34 @@ def test_what_a_task_brings_on_itself_is_the_clients(task: Any) -> None:
         assert refused.value.code == "too_much_work"
 
     with_workers(use)
+
+
+def test_one_line_cannot_fill_a_lane_and_others_come_in_turn() -> None:
+    async def main() -> None:
+        turns, let_in, leave = Turns(2), list[str](), dict[str, asyncio.Event]()
+
+        async def one(name: str) -> None:
+            async with turns.turn(name[0]):
+                let_in.append(name)
+                await leave.setdefault(name, asyncio.Event()).wait()
+
+        names = ["a1", "a2", "a3", "b1", "b2", "c1"]
+        tasks = {name: asyncio.create_task(one(name)) for name in names}
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert let_in == ["a1", "b1"], "a place is kept for others"
+        tasks["a2"].cancel()
+        for name in ("b1", "a1", "c1", "a3", "b2"):
+            leave.setdefault(name, asyncio.Event()).set()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        assert let_in == ["a1", "b1", "b2", "a3", "c1"]
+        assert turns.num_waiting == 0
+        async with turns.turn("a"), turns.turn("b"):
+            pass
+
+    asyncio.run(main())
 
 
 def test_no_descriptor_left_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:

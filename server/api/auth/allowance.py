@@ -62,10 +62,12 @@ class Hold:
 
     Attributes:
         tenant: whose key the request carries; empty where no key is asked for.
+        line: among whom the request waits for a worker: its tenant's, or those of its client's address.
     """
 
-    def __init__(self, tenant: str = "", allowance: Allowance | None = None) -> None:
+    def __init__(self, tenant: str = "", allowance: Allowance | None = None, address: str = "") -> None:
         self.tenant = tenant
+        self.line = tenant or address
         self._allowance = allowance if tenant else None
         self._held = 0
         self._closing: list[Closable] = []
@@ -107,7 +109,7 @@ class HoldRequest:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        hold = Hold(scope.get("tenant", ""), self.allowance)
+        hold = Hold(scope.get("tenant", ""), self.allowance, (scope.get("client") or ("",))[0])
         if scope["method"] == "POST":
             hold.count(1)
         token = _current.set(hold)

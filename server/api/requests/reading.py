@@ -104,7 +104,10 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
         return Read(body, reply=_detokenize(text, body))  # type: ignore[arg-type]
     if not hasattr(body, "lowered"):  # it asks about the model, and for nothing of it
         return Read(body)
-    request: GenerationRequest = body.lowered()
+    try:  # adapters make messages and tools of what is theirs
+        request: GenerationRequest = body.lowered()
+    except ValidationError as error:
+        raise first_invalid(error.errors()) from None
     prepared = prepare(text, request)
     if isinstance(body, CompletionRequest) and body.echo:  # as it was given, or as its ids read
         body.prompt = [one if isinstance(one, str) else text.tokenizer.decode(one) for one in body.prompt]

@@ -244,5 +244,6 @@ async def compiled(service: Service, wanted: GrammarText | None) -> CompiledGram
     """The grammar, new or from an earlier request. InvalidRequest says why it cannot be compiled."""
     if wanted is None:
         return None
-    tenant = current_hold().tenant if service.settings.prefix_sharing == "key" else ""
-    return await service.grammars.compile(wanted, tenant)
+    hold = current_hold()
+    tenant = hold.tenant if service.settings.prefix_sharing == "key" else ""
+    return await service.grammars.compile(wanted, tenant, hold.line)
