@@ -161,12 +161,21 @@ class DecodeGraphs:
         return graph.replay()[:count]
 
     def _capture_now(self, graph: _Graph, name: _Name) -> None:
-        """Now that its tensors hold a step. Want of memory is no reason to go on without."""
+        """Now that its tensors hold a step. Want of memory is no reason to go on without.
+
+        Nor is anything else where other ranks may have theirs: they would wait in it for what this one does not do.
+        """
         try:
             graph.captured = self._capture(graph.step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            ranks = self._model.raw.ranks
+            if not ranks.alone:
+                raise RuntimeError(
+                    f"rank {ranks.rank} of {ranks.size} cannot capture a decode step as a CUDA graph: {error}; with "
+                    "CUDA_GRAPHS=false none is tried"
+                ) from error
             del self._graphs[name]
             self.refused[name] = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
             raise NoGraph(self.refused[name]) from error

@@ -2,8 +2,8 @@
 
 An order is whole numbers, nothing of a client's but its token ids:
 
-    step    STEP, chunks, methods; of each method its fields; of each chunk start, tokens, blocks, logits, method and
-            whether its last token is still on the device; then all tokens, then all blocks
+    step    STEP, chunks, methods; of each method its fields; of each chunk start, tokens, blocks, logits, method and,
+            where its last token is still on the device, its place there (else −1); then all tokens, then all blocks
     copy    COPY, then the slots to copy from and, as many, those to copy to
     end     nothing
 
@@ -14,8 +14,8 @@ and of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,24 +25,13 @@ from prerope.server.models.batch import Chunk
 from prerope.server.ranks.group import Ints, Ranks
 
 if TYPE_CHECKING:
+    from prerope.rope.model import ModelPositions
     from prerope.server.engine.engine import Engine
 
 STEP, COPY = 1, 2
 NAMES = (*METHOD_NAMES, *ALIASES)
 SPEC_FIELDS = [field.name for field in fields(RopeSpec)][1:]  # the method's name goes as its place in NAMES
 CHUNK_FIELDS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class ToldChunk:
-    """A `Chunk` without what is the rank's own: its method is as asked for, its last token may be rank 0's to give."""
-
-    token_ids: list[int]
-    start: int
-    blocks: Ints
-    spec: RopeSpec
-    num_logits: int
-    pending: bool
 
 
 def tell_step(ranks: Ranks, chunks: Sequence[Chunk]) -> None:
@@ -69,7 +58,7 @@ def encode_step(chunks: Sequence[Chunk]) -> Ints:
         assert spec is not None, "positions of a request are resolved from a spec"
         table = np.asarray(chunk.block_table, dtype=np.int64)
         place = specs.setdefault(spec, len(specs))
-        pending = int(chunk.pending_place is not None)
+        pending = -1 if chunk.pending_place is None else chunk.pending_place
         rows += (chunk.start, len(chunk.token_ids), len(table), chunk.num_logits, place, pending)
         tokens += chunk.token_ids
         tables.append(table)
@@ -78,22 +67,20 @@ def encode_step(chunks: Sequence[Chunk]) -> Ints:
     return np.concatenate([head, methods.ravel(), np.array(rows, np.int64), np.array(tokens, np.int64), *tables])
 
 
-def decode_step(message: Ints) -> list[ToldChunk]:
-    """What `encode_step` was given."""
+def decode_step(message: Ints, resolve: Callable[[RopeSpec], ModelPositions]) -> list[Chunk]:
+    """What `encode_step` was given, with this rank's positions."""
     _, num_chunks, num_specs = message[:3].tolist()
-    width, rest = 1 + len(SPEC_FIELDS), message[3:]
-    methods, rest = rest[: num_specs * width].copy().view(np.float64), rest[num_specs * width :]
-    specs = [_spec(row) for row in methods.reshape(num_specs, width).tolist()]
-    rows, rest = rest[: num_chunks * CHUNK_FIELDS].reshape(num_chunks, CHUNK_FIELDS).tolist(), rest
-    tokens = rest[num_chunks * CHUNK_FIELDS :]
-    blocks = tokens[sum(row[1] for row in rows) :]
-    chunks = []
-    for start, num_tokens, num_blocks, num_logits, place, pending in rows:
-        chunks.append(
-            ToldChunk(tokens[:num_tokens].tolist(), start, blocks[:num_blocks], specs[place], num_logits, bool(pending))
-        )
-        tokens, blocks = tokens[num_tokens:], blocks[num_blocks:]
-    return chunks
+    width = 1 + len(SPEC_FIELDS)
+    methods, rows, rest = np.split(message[3:], np.cumsum([num_specs * width, num_chunks * CHUNK_FIELDS]))
+    fields_of_methods = methods.copy().view(np.float64).reshape(num_specs, width).tolist()
+    positions = [resolve(_spec(numbers)) for numbers in fields_of_methods]
+    rows = rows.reshape(num_chunks, CHUNK_FIELDS)
+    tokens, *tables = np.split(rest, np.cumsum([rows[:, 1].sum(), *rows[:-1, 2]]))
+    of_chunks = np.split(tokens, np.cumsum(rows[:-1, 1]))
+    return [
+        Chunk(ids.tolist(), start, table, positions[place], num_logits, None if pending < 0 else pending)
+        for (start, _, _, num_logits, place, pending), ids, table in zip(rows.tolist(), of_chunks, tables, strict=True)
+    ]
 
 
 def _numbers(spec: RopeSpec) -> list[float]:
@@ -118,9 +105,7 @@ def follow(engine: Engine) -> None:
         if message[0] == COPY:
             engine.copy(message[1:].reshape(2, -1).copy())
             continue
-        told = decode_step(message)
-        chunks = [
-            Chunk(one.token_ids, one.start, one.blocks, engine.resolve_positions(one.spec), one.num_logits)
-            for one in told
-        ]
-        engine.compute(chunks, None, handed_on=any(one.pending for one in told))
+        chunks = decode_step(message, engine.resolve_positions)
+        handed_on = any(chunk.pending_place is not None for chunk in chunks)
+        own = [replace(chunk, pending_place=None) for chunk in chunks]  # rank 0 puts all tokens in, and hands them on
+        engine.compute(own, None, handed_on=handed_on)

@@ -23,6 +23,7 @@ from prerope.server.engine.engine import Engine
 from prerope.server.engine.graphs import DecodeGraphs, buckets, capture_graphs
 from prerope.server.engine.info import GraphStats
 from prerope.server.models.model import BACKENDS, Model
+from prerope.server.ranks.group import Ranks
 from torch import Tensor
 
 from tests.device import DEVICE
@@ -169,6 +170,13 @@ def test_a_start_that_cannot_capture_says_why(capsys: pytest.CaptureFixture[str]
 
     with pytest.raises(torch.OutOfMemoryError):
         with_graphs(served(), out_of_memory)
+
+
+def test_a_rank_that_cannot_capture_leaves_no_other_waiting_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = served()
+    monkeypatch.setattr(engine.model.raw, "ranks", Ranks(1, 2))
+    with pytest.raises(RuntimeError, match="rank 1 of 2 cannot capture a decode step"):
+        with_graphs(engine, refusing)
 
 
 def test_a_method_that_cannot_be_captured_in_traffic_runs_without(capsys: pytest.CaptureFixture[str]) -> None:
