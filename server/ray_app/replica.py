@@ -7,7 +7,6 @@ it is to go it gets no more requests, those that run finish within SHUTDOWN_TIME
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from prerope.server.log import configure_logging
 from prerope.server.ray_app.call import Call
 from prerope.server.ray_app.metrics import Families
 from prerope.server.ray_app.scaling import BUSY, QUEUED_TOKENS
-from prerope.server.settings import Settings, let_waiting_threads_sleep
+from prerope.server.settings import Settings, let_waiting_threads_sleep, limit_threads
 from ray import serve
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ class Replica:
         """Until it takes requests. Ray has set OMP_NUM_THREADS to what this replica has of the machine."""
         configure_logging(settings.log_level, settings.log_format)
         let_waiting_threads_sleep()
-        os.environ.setdefault("RAYON_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+        limit_threads(1)
         from prerope.server.app import create_app
 
         self._app = create_app(settings)
