@@ -31,7 +31,7 @@ from prerope.server.engine.engine import Engine
 from prerope.server.errors import PreRopeError
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
-from prerope.server.settings import default_cache_dir
+from prerope.server.places import default_cache_dir
 from tqdm import tqdm
 
 from bench import BenchError

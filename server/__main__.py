@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import structlog
 from prerope.server.errors import ConfigurationError
-from prerope.server.flags import load_settings
+from prerope.server.flags import MODULE, load_settings
 from prerope.server.log import configure_logging
 from prerope.server.machine import cores
 from prerope.server.settings import Settings, let_waiting_threads_sleep, limit_threads
@@ -26,11 +26,11 @@ from prerope.server.settings import Settings, let_waiting_threads_sleep, limit_t
 log = structlog.get_logger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Serve until a signal; None: as the process was called."""
+def main(arguments: Sequence[str] | None = None, command: str = MODULE) -> NoReturn:
+    """Serve until a signal; None: as the process was called, which `command` names."""
     signal.signal(signal.SIGTERM, lambda *_: _exit(0))  # until the server is up: as process 1 there is no default
     try:
-        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
+        settings = load_settings(sys.argv[1:] if arguments is None else arguments, command)
         listener = _bind(settings.host, settings.port)
     except ConfigurationError as error:
         _complain(error)

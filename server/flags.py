@@ -22,9 +22,15 @@ TABLE_BEGIN = "<!-- environment: begin -->"
 TABLE_END = "<!-- environment: end -->"
 
 
-def load_settings(argv: Sequence[str]) -> Settings:
-    """Flags over environment over defaults. Raises ConfigurationError; SystemExit(0) after `--help` or `--markdown`."""
-    given = {name: value for name, value in vars(_parser().parse_args(argv)).items() if value != ""}
+MODULE = "python -m prerope.server"
+
+
+def load_settings(argv: Sequence[str], command: str = MODULE) -> Settings:
+    """Flags over environment over defaults. Raises ConfigurationError; SystemExit(0) after `--help` or `--markdown`.
+
+    command: how the process was called, for what it says of itself.
+    """
+    given = {name: value for name, value in vars(_parser(command).parse_args(argv)).items() if value != ""}
     if given.pop("markdown", False):
         print(environment_table())
         raise SystemExit(0)
@@ -103,7 +109,7 @@ class _OneLineParser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line, with the flag that was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}. See python -m prerope.server --help.")
+        raise ConfigurationError(f"{message}. See {self.prog} --help.")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -115,10 +121,10 @@ class _OneLineParser(argparse.ArgumentParser):
         return parsed
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
     parser = _OneLineParser(
-        prog="python -m prerope.server",
-        usage="python -m prerope.server [--flag value ...]",
+        prog=command,
+        usage="%(prog)s [--flag value ...]",
         description="Serve a model over HTTP. Every flag is also an environment variable of the same name "
         "(--max-model-len is MAX_MODEL_LEN); the flag wins.",
         allow_abbrev=False,

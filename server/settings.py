@@ -1,4 +1,5 @@
-"""Every setting of a deployment: name, default, range and meaning. A leaf, and the only reader of the environment.
+"""Every setting of a deployment: name, default, range and meaning. Beside `server.places`, all that is read of the
+environment.
 
 A field `max_model_len` is the environment variable MAX_MODEL_LEN and the flag `--max-model-len` (see `server.flags`,
 which also renders `--help` and docs/settings.md's table from these fields). An empty variable counts as unset.
@@ -8,14 +9,12 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-import tempfile
 from dataclasses import fields
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+from prerope.server.places import default_cache_dir
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -38,28 +37,6 @@ def limit_threads(num_threads: int) -> int:
     given = os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     os.environ.setdefault("RAYON_NUM_THREADS", given)
     return int(given) if given.isdigit() else num_threads
-
-
-def default_cache_dir() -> Path:
-    """Where converted checkpoints are kept: the XDG cache folder of the user, or a temporary one without a home."""
-    base = os.environ.get("XDG_CACHE_HOME", "").strip()
-    if base:
-        return Path(base) / "prerope"
-    try:
-        return Path.home() / ".cache" / "prerope"
-    except RuntimeError:  # neither HOME nor an entry for this user, as in containers with a number for a user
-        return _temporary_folder()
-
-
-@lru_cache
-def _temporary_folder() -> Path:
-    """This user's alone: kernels are loaded from it, so one that others could have made or may write is not taken."""
-    folder = Path(tempfile.gettempdir(), f"prerope-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
-        return folder
-    return Path(tempfile.mkdtemp(prefix="prerope-"))
 
 
 def _lower(value: object) -> object:

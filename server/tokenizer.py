@@ -191,6 +191,15 @@ class Tokenizer:
         """One token as text, for logprobs; bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
+    def described(self) -> dict[str, Any]:
+        """What tokenizer_config.json says, and the chat template, as vLLM tells it; without paths of this machine."""
+        said = json.loads(json.dumps(self._hf.init_kwargs, default=str))
+        ours = ("name_or_path", "is_local", "local_files_only", "backend")
+        kept = {name: value for name, value in said.items() if not name.endswith("_file") and name not in ours}
+        special = {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
+        template = {"chat_template": self.template_text(with_tools=False)} if self.has_chat_template else {}
+        return {**kept, **special, **template, "tokenizer_class": type(self._hf).__name__}
+
     def render_chat(
         self,
         messages: Sequence[dict[str, Any]],

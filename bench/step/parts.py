@@ -38,7 +38,7 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.cpu.products import GatedProducts, Products, RMSNorm
-from prerope.server.settings import default_cache_dir
+from prerope.server.places import default_cache_dir
 from rich.console import Console
 from torch import nn
 

@@ -22,7 +22,7 @@ router = APIRouter(prefix="/rope", tags=["positions"])
 async def methods(service: ReadyService) -> dict[str, Any]:
     """Each method of this server that the model takes, as it resolves, and why it does not take the others."""
     info = service.engine.info
-    found = _offers(info)
+    found = offered(info)
     return {
         "default": info.positions.describe(),
         "per_request": service.settings.rope_per_request,
@@ -34,8 +34,8 @@ async def methods(service: ReadyService) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _offers(info: ModelInfo) -> list[Offer]:
-    """They take milliseconds, and stay what they are."""
+def offered(info: ModelInfo) -> list[Offer]:
+    """Each method, and what the model makes of it. They take milliseconds, and stay what they are."""
     return offers(rotaries_of(info.positions), info.max_model_len)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
-from prerope.server.api.chat.tool_calls import ChatReader, TextReader, ToolCallReader
+from prerope.server.api.chat.tool_calls import ChatReader, TextReader, reader_of
 from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.limits import admit, new_id, sampling_params
 from prerope.server.api.requests.internal import Chat, GenerationRequest
@@ -47,7 +47,7 @@ class Running:
     def reader(self) -> ChatReader:
         """A new reader for the text of one choice of a chat: it tells text from tool calls."""
         use = self.tools
-        inner = TextReader() if use is None else ToolCallReader(use.form, use.names, parallel=use.parallel)
+        inner = TextReader() if use is None else reader_of(use)
         return ReasoningReader(inner, thinking=self.thinking) if self.separates_reasoning else inner
 
     @property

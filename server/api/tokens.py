@@ -1,13 +1,14 @@
-"""POST /tokenize and /detokenize, in vLLM's shape."""
+"""POST /tokenize and /detokenize, and GET /tokenizer_info, in vLLM's shape."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 from prerope.server.api.bodies import body_of
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
+from prerope.server.service import ReadyService
 
 router = APIRouter(tags=["tokens"])
 
@@ -22,3 +23,9 @@ async def tokenize(read: Annotated[Read[TokenizeRequest], Depends(body_of(Tokeni
 async def detokenize(read: Annotated[Read[DetokenizeRequest], Depends(body_of(DetokenizeRequest))]) -> Response:
     """The text of the ids, special tokens included, so that /tokenize gives the ids back."""
     return Response(read.reply, media_type="application/json")
+
+
+@router.get("/tokenizer_info", summary="The tokenizer's config")
+async def tokenizer_info(service: ReadyService) -> dict[str, Any]:
+    """Special tokens, chat template and the rest, for clients that render and count by themselves (lm-eval)."""
+    return service.tokenizer.described()

@@ -44,7 +44,7 @@ def serve(context: typer.Context) -> None:
     """Serve a model. Every setting is a flag: `prerope serve --help`."""
     from prerope.server.__main__ import main as serve_main
 
-    serve_main(context.args)
+    serve_main(context.args, context.command_path)
 
 
 @app.command()

@@ -294,6 +294,21 @@ def test_sglang(http: httpx.Client) -> None:
     assert json.loads(lines[-2].removeprefix("data: "))["text"] == plain
 
 
+def test_sglang_scores_several_prompts(http: httpx.Client) -> None:
+    """What `sgl.select` asks: the log-probabilities of each choice behind one text, and nothing new."""
+    texts = ["The sky is blue", "The sky is seven"]
+    body = {"text": texts, "sampling_params": {"max_new_tokens": 0}, "return_logprob": True, "logprob_start_len": 2}
+    for text, reply in zip(texts, http.post("/generate", json=body).json(), strict=True):
+        asked = {"prompt": text, "echo": True, "max_tokens": 0, "logprobs": 1, "model": MODEL}
+        known = http.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]
+        scored = reply["meta_info"]["input_token_logprobs"]
+        assert [one[0] for one in scored] == pytest.approx(known["token_logprobs"][2:], abs=1e-5)
+        assert [one[2] for one in scored] == known["tokens"][2:]
+        assert (reply["text"], reply["meta_info"]["completion_tokens"]) == ("", 0)
+    refused = http.post("/generate", json=body | {"stream": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")
+
+
 def test_every_door_asks_for_the_key(url: str) -> None:
     for path, body in (
         ("/", {"inputs": "x"}),

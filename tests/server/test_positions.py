@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prerope.rope.spec import METHOD_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,8 @@ def test_the_methods_offered_are_those_that_requests_may_name(http: httpx.Client
     told = http.get("/rope/methods").json()
     names = {method["name"]: method for method in told["methods"]}
     refused = {method["name"] for method in told["refused"]}
-    assert names.keys() | refused == set(http.get("/v1/models").json()["data"][0]["rope_methods"])
+    assert names.keys() | refused == set(METHOD_NAMES)
+    assert list(names) == http.get("/v1/models").json()["data"][0]["rope_methods"]
     for name in names.keys() | refused:
         reply = http.post("/generate", json={"prompt": "Hello", "max_tokens": 1, "rope": {"method": name}})
         assert reply.status_code == (200 if name in names else 400), name

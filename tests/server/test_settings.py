@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from prerope.server import settings
+from prerope.server import places
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import allowed_text, environment_table, load_settings
-from prerope.server.settings import Settings
+from prerope.server.settings import Settings, read_key_file
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,19 @@ def test_a_flag_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORT", "9000")
     settings = load_settings(["--max-model-len", "2000"])
     assert (settings.max_model_len, settings.port) == (2000, 9000)
+
+
+@pytest.mark.parametrize("command", [None, "prerope serve"])
+def test_help_and_complaints_name_the_command_that_was_typed(
+    command: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = {} if command is None else {"command": command}
+    shown = command or "python -m prerope.server"
+    with pytest.raises(SystemExit):
+        load_settings(["--help"], **called)
+    assert capsys.readouterr().out.startswith(f"usage: {shown} [--flag value ...]")
+    with pytest.raises(ConfigurationError, match=f"See {shown} --help"):
+        load_settings(["--prt", "1"], **called)
 
 
 def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,21 +228,21 @@ def test_without_a_home_the_cache_is_a_temporary_folder_of_this_user_alone(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.setattr(settings.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(places.tempfile, "tempdir", str(tmp_path))
     usual = tmp_path / f"prerope-{os.getuid()}"
-    assert settings._temporary_folder.__wrapped__() == usual
+    assert places.temporary_folder.__wrapped__() == usual
     assert usual.stat().st_mode & 0o777 == 0o700
-    assert settings._temporary_folder.__wrapped__() == usual
+    assert places.temporary_folder.__wrapped__() == usual
     usual.chmod(0o777)
-    other = settings._temporary_folder.__wrapped__()
+    other = places.temporary_folder.__wrapped__()
     assert other != usual
     assert other.stat().st_mode & 0o777 == 0o700
     usual.rmdir()
     usual.symlink_to(other)
-    assert settings._temporary_folder.__wrapped__() not in (usual, other)
+    assert places.temporary_folder.__wrapped__() not in (usual, other)
 
 
 def test_a_byte_order_mark_is_not_part_of_a_key(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("first\nsecond\n", encoding="utf-8-sig")
-    assert settings.read_key_file(file) == ("first", "second")
+    assert read_key_file(file) == ("first", "second")

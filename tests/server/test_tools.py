@@ -22,7 +22,18 @@ from openai import OpenAI
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply
 from prerope.server.api.chat.reasoning import ReasoningReader
 from prerope.server.api.chat.tool_calls import TextReader, ToolCallReader
-from prerope.server.api.chat.tools import HERMES, LLAMA, MISTRAL, MISTRAL_NAMED, SMOLLM2, ToolFormat, ToolUse, format_of
+from prerope.server.api.chat.tools import (
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    MISTRAL_NAMED,
+    QWEN_TAGS,
+    SMOLLM2,
+    ToolFormat,
+    ToolUse,
+    format_of,
+)
+from prerope.server.api.chat.xml_calls import XmlCallReader, types_of
 from prerope.server.api.openai.chat import _Writer
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.internal import Chat
@@ -54,7 +65,18 @@ NAMED_TEMPLATE = MISTRAL_TEMPLATE.replace(
     "[TOOL_CALLS][{{ c.function | tojson }}]",
     "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}",
 )
-UNREAD_TEMPLATE = "{{ tools }}<tool_call><function=x>{% for m in messages %}{{ m.content }}{% endfor %}"
+UNREAD_TEMPLATE = "{{ tools }}<tool_call>x<arg_key>{% for m in messages %}{{ m.content }}{% endfor %}"
+TAGS_TEMPLATE = """{%- if tools %}{{ tools | tojson }}
+{{- '\\n<tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1>' }}{% endif %}
+{%- for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls or [] %}
+<tool_call>
+<function={{ call.function.name }}>{% for name, value in call.function.arguments | items %}
+<parameter={{ name }}>
+{{ value if value is string else value | tojson }}
+</parameter>{% endfor %}
+</function>
+</tool_call>{% endfor %}
+{% endfor %}"""
 
 
 def function(name: str, schema: dict[str, Any] | None) -> Any:
@@ -187,6 +209,79 @@ def test_any_text_is_read(form: ToolFormat, text: str) -> None:
         assert content == text
 
 
+TYPES = {
+    "get_weather": types_of(
+        {
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"$ref": "#/$defs/days"},
+                "deep": {"anyOf": [{"type": "array"}, {"type": "null"}]},
+                "unit": {"enum": ["1", "2", None]},
+                "loop": {"$ref": "#/properties/loop"},
+            },
+            "$defs": {"days": {"type": ["integer", "null"]}},
+        }
+    ),
+    "now": {},
+}
+HEAD = "<tool_call>\n<function=get_weather>\n"
+END = "</function>\n</tool_call>"
+NOW = "<tool_call>\n<function=now>\n" + END
+
+
+def argument(name: str, value: str) -> str:
+    return f"<parameter={name}>\n{value}\n</parameter>\n"
+
+
+TAGGED: list[tuple[str, Expected | None]] = [
+    ("Just < text. ", None),
+    (HEAD + argument("city", "7") + argument("days", "7") + END, (None, [("get_weather", '{"city": "7", "days": 7}')])),
+    (HEAD + argument("city", 'a "b"\n</x>\n') + END, (None, [("get_weather", '{"city": "a \\"b\\"\\n</x>\\n"}')])),
+    (
+        HEAD + argument("deep", '[{"x": 1}]') + argument("unit", "null") + END,
+        (None, [("get_weather", '{"deep": [{"x": 1}], "unit": null}')]),
+    ),
+    (HEAD + argument("unit", "2") + END, (None, [("get_weather", '{"unit": "2"}')])),
+    (
+        HEAD + argument("other", "True") + argument("loop", "x") + END,
+        (None, [("get_weather", '{"other": true, "loop": "x"}')]),
+    ),
+    (f"Let me see.\n\n{NOW}\n{NOW}\n", ("Let me see.", [("now", "{}"), ("now", "{}")])),
+    ("<function=now>\n</function> Done.", (" Done.", [("now", "{}")])),
+    (HEAD + argument("city", "Rome") + "<parameter=days>\n1", (None, [("get_weather", '{"city": "Rome"')])),
+    (HEAD + argument("city", "Rome") + "</tool_call>", (None, [("get_weather", '{"city": "Rome"}')])),
+    ("<tool_call>\n<function=other>\n</function>\n</tool_call> x", None),
+    ("a <tool_call> b <function", None),
+    ("<tool_call>" + " " * 300, None),
+]
+
+
+def read_tagged(pieces: list[str], **options: Any) -> Expected:
+    ids = iter(range(99))
+    reader = XmlCallReader(TYPES, lambda: str(next(ids)), **options)
+    reply = ChatReply.of([part for piece in pieces for part in reader.push(piece)] + reader.finish())
+    assert reader.num_calls == len(reply.calls)
+    return (reply.text or None) if reply.calls else reply.text, [(call.name, call.arguments) for call in reply.calls]
+
+
+@pytest.mark.parametrize(("text", "expected"), TAGGED, ids=lambda value: str(value)[:40])
+def test_calls_between_tags(text: str, expected: Expected | None) -> None:
+    for pieces in ([text], list(text)):
+        assert read_tagged(pieces) == (expected or (text, []))
+
+
+def test_one_call_between_tags_where_calls_may_not_be_parallel() -> None:
+    assert read_tagged([NOW + HEAD + argument("city", "x") + END], parallel=False) == (None, [("now", "{}")])
+
+
+@given(st.text(alphabet="<tool_call>/=function parameter\nnow", max_size=60))
+def test_any_text_with_tags_is_read(text: str) -> None:
+    content, calls = read_tagged(list(text))
+    assert (content, calls) == read_tagged([text])
+    if not calls:
+        assert content == text
+
+
 def test_arguments_stream_as_they_are_written() -> None:
     reader = ToolCallReader(HERMES, NAMES)
     assert reader.push('<tool_call>\n{"name": "now", "arg') == []
@@ -209,6 +304,7 @@ def test_one_call_where_calls_may_not_be_parallel() -> None:
         (HERMES_TEMPLATE, HERMES),
         (MISTRAL_TEMPLATE, MISTRAL),
         (UNREAD_TEMPLATE, None),
+        (TAGS_TEMPLATE, QWEN_TAGS),
         ('{{- \'<tool_call>\\n{"name": "\' }}{{ tool_call.name }}', HERMES),
         ('<tool_call>[\n{"name": "func_name1", "arguments": {}}]</tool_call>', SMOLLM2),
         ('Respond in the format {"name": function name, "parameters": dictionary}.', LLAMA),
@@ -365,6 +461,34 @@ def test_a_conversation_with_calls(client: OpenAI, url: str) -> None:
     arguments = json.dumps(json.loads(call.function.arguments), ensure_ascii=False)
     written = f'<tool_call>\n{{"name": "{call.function.name}", "arguments": {arguments}}}\n</tool_call><|im_end|>'
     assert text.endswith(f"{written}\n<|im_start|>user\n21 °C<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_tags_are_read_where_calls_are_free_and_held_as_json_where_they_are_not(
+    serve: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """No schema can hold values without quotes, so a required call is Hermes'; the template writes what was called."""
+    folder = with_template(tiny_checkpoint, tmp_path / MODEL, TAGS_TEMPLATE)
+    tokenizer = Tokenizer.load(Checkpoint(str(folder), MODEL))
+    body = ChatRequest.model_validate({"messages": MESSAGES, "tools": TOOLS}).lowered().input
+    assert isinstance(body, Chat)
+    use = ToolUse.of(tokenizer, body)
+    assert use is not None
+    assert (use.form, use.grammar, use.types["get_weather"]["days"]) == (QWEN_TAGS, None, {"integer"})
+    url = serve(model_id=str(folder), rope_method="rope", max_model_len=2048)
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        options: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200}
+        message = (
+            client.chat.completions.create(**options, tool_choice="required", seed=1, parallel_tool_calls=False)
+            .choices[0]
+            .message
+        )
+        assert len(checked(message)) == 1
+        assert client.chat.completions.create(**options, seed=1).choices[0].message.content
+    sent = [*MESSAGES, message.model_dump(exclude_none=True)]
+    ids = httpx.post(f"{url}/tokenize", json={"messages": sent}).json()["tokens"]
+    text = httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert message.tool_calls is not None
+    assert f"<tool_call>\n<function={message.tool_calls[0].function.name}>" in text
 
 
 @pytest.mark.parametrize("template", [MISTRAL_TEMPLATE, NAMED_TEMPLATE], ids=["list", "named"])

@@ -17,7 +17,8 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, Part, TextPart
-from prerope.server.api.chat.tools import ToolFormat
+from prerope.server.api.chat.tools import ToolFormat, ToolUse
+from prerope.server.api.chat.xml_calls import XmlCallReader
 
 HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -243,6 +244,13 @@ class ToolCallReader:
     def _take(self) -> list[Part]:
         parts, self._parts = self._parts, []
         return parts
+
+
+def reader_of(use: ToolUse) -> ChatReader:
+    """A new reader of a reply that may call these tools."""
+    if use.form.tags:
+        return XmlCallReader(use.types, lambda: new_call_id(use.form), parallel=use.parallel)
+    return ToolCallReader(use.form, use.names, parallel=use.parallel)
 
 
 def new_call_id(form: ToolFormat) -> str:

@@ -7,19 +7,23 @@ The format is read off the template's own text, not off the model's name:
     Mistral                 [TOOL_CALLS][{"name": …, "arguments": …}, …]
     later Mistral           [TOOL_CALLS]name[ARGS]{…}                                    once for each call
     Llama 3.1               {"name": …, "parameters": …}                                as the whole reply
+    Qwen3-Coder, Qwen3.5    <tool_call>\\n<function=…>\\n<parameter=…>\\n…                read by `xml_calls`
 
 Under tool_choice `required` or a named function the reply follows a grammar made of the functions' parameter schemas,
 so that it always parses. Under `auto` it is free text, and `tool_calls` finds the calls in it; where a function is
 `strict`, what follows a mark has to be a call (Llama's format has no mark, and there `strict` is without effect).
+Values between tags have no quotes and no schema can hold them: where a grammar is needed such a model writes Hermes'
+calls.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from prerope.server.api.chat.xml_calls import Types, types_of
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
 from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
 from prerope.server.api.requests.structured import quoted, schema_text
@@ -162,6 +166,7 @@ class ToolFormat:
         short_ids: the template takes call ids of 9 letters and digits only.
         args: the mark between a call's name and its arguments; without one a call is JSON as a whole.
         apart: what separates sections.
+        tags: a call is tags around values (`xml_calls`), and the other attributes but the marks say nothing.
     """
 
     begin: str
@@ -174,6 +179,7 @@ class ToolFormat:
     short_ids: bool = False
     args: str = ""
     apart: str = "\n"
+    tags: bool = False
 
 
 HERMES = ToolFormat("<tool_call>", "\n", None, "\n", "</tool_call>", repeats=True)
@@ -181,6 +187,7 @@ SMOLLM2 = ToolFormat("<tool_call>", "[", ", ", "]", "</tool_call>")
 MISTRAL = ToolFormat("[TOOL_CALLS]", "[", ", ", "]", "", short_ids=True)
 MISTRAL_NAMED = ToolFormat("[TOOL_CALLS]", "", None, "", "", repeats=True, short_ids=True, args="[ARGS]", apart="")
 LLAMA = ToolFormat("", "", None, "", "", key="parameters")
+QWEN_TAGS = ToolFormat("<tool_call>", "", None, "", "</tool_call>", repeats=True, tags=True)
 
 
 def format_of(template: str) -> ToolFormat | None:
@@ -188,7 +195,9 @@ def format_of(template: str) -> ToolFormat | None:
     if "[TOOL_CALLS]" in template:
         return MISTRAL_NAMED if "[ARGS]" in template else MISTRAL
     if "<tool_call>" in template:
-        if re.search(r"<tool_call>\s*<function=|<arg_key>", template):  # the XML of later models
+        if re.search(r"<tool_call>(\s|\\n)*<function=", template):
+            return QWEN_TAGS
+        if "<arg_key>" in template:  # GLM's tags
             return None
         return SMOLLM2 if re.search(r"<tool_call>\s*(\\n)?\s*\[", template) else HERMES
     return LLAMA if re.search(r'\\?"name\\?":.*\\?"parameters\\?":', template) else None
@@ -248,13 +257,14 @@ def call_grammar(
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The tools of one request, and how the served model calls them."""
+    """The tools of one request, and how the served model calls them. types: of their arguments, for a form of tags."""
 
     tools: Sequence[Tool]
     form: ToolFormat
     marks: dict[str, int]
     parallel: bool
     grammar: GrammarText | None
+    types: Mapping[str, Types] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, chat: Chat) -> ToolUse | None:
@@ -263,12 +273,16 @@ class ToolUse:
         if not tools or choice.mode == "none":
             return None
         form = own_format(tokenizer) or HERMES
+        strict = any(tool.function.strict for tool in tools) and form.begin != ""
+        held = choice.mode == "required" or strict
+        if held and form.tags:
+            form = HERMES
         marks = special_marks(tokenizer, form)
         grammar = None
-        strict = any(tool.function.strict for tool in tools) and form.begin != ""
-        if choice.mode == "required" or strict:
+        if held:
             grammar = call_grammar(tools, choice, form, marks, parallel=chat.parallel_tool_calls)
-        return cls(tools, form, marks, chat.parallel_tool_calls, grammar)
+        types = {tool.function.name: types_of(tool.function.parameters or {}) for tool in tools} if form.tags else {}
+        return cls(tools, form, marks, chat.parallel_tool_calls, grammar, types)
 
     @property
     def names(self) -> list[str]:

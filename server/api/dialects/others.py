@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.bodies import body_of
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
+from prerope.server.api.logprobs import finite
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import in_turn, read_all
@@ -18,7 +19,7 @@ from prerope.server.api.stream.generation import Reply
 from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.api.stream.transcript import Token
-from prerope.server.engine.outputs import FinishReason
+from prerope.server.engine.outputs import FinishReason, TokenLogprobs
 from prerope.server.service import ReadyService, Service
 
 router = APIRouter(tags=["others"])
@@ -73,9 +74,11 @@ async def tgi_events(service: Service, running: Running, body: TgiRequest) -> As
                 yield {**last, "generated_text": text, "details": _tgi_details(running, piece.finish_reason)}
 
 
-def sglang_reply(running: Running, body: SglangRequest, reply: Reply) -> dict[str, Any]:
+def sglang_reply(
+    service: Service, running: Running, body: SglangRequest, reply: Reply, index: int = 0
+) -> dict[str, Any]:
     """A whole reply; a stream's events have this shape too, with the text so far."""
-    (generation,) = running.generations
+    generation = running.generations[index]
     info: dict[str, Any] = {
         "id": running.id,
         "finish_reason": {"type": str(reply.finish_reason)},
@@ -86,17 +89,29 @@ def sglang_reply(running: Running, body: SglangRequest, reply: Reply) -> dict[st
     if body.return_logprob:
         scored = ((logprob_of(token), token.token_id, None) for token in reply.tokens)
         info["output_token_logprobs"] = Many(scored, len(reply.tokens))
+    if body.scores_prompt and reply.prompt_logprobs is not None:
+        first = body.logprob_start_len
+        rows = list(zip(generation.prompt_token_ids, reply.prompt_logprobs, strict=True))[first:]
+        info["input_token_logprobs"] = Many((_sglang_scored(service, *row) for row in rows), len(rows))
     return {"text": reply.text, "output_ids": Many.ids([token.token_id for token in reply.tokens]), "meta_info": info}
 
 
-async def sglang_events(running: Running, body: SglangRequest) -> AsyncGenerator[dict[str, Any], None]:
+def _sglang_scored(service: Service, token_id: int, logprobs: TokenLogprobs | None) -> tuple[float | None, int, str]:
+    """A token of the prompt; nothing is said before the first one."""
+    logprob = None if logprobs is None else finite(logprobs.logprob)
+    return logprob, token_id, service.tokenizer.token_text(token_id)
+
+
+async def sglang_events(
+    service: Service, running: Running, body: SglangRequest
+) -> AsyncGenerator[dict[str, Any], None]:
     """An event a step with all text so far, as SGLang streams."""
     reply = Reply()
     async with in_turn(running.generations) as pieces:
         async for _, piece in pieces:
             reply.add(piece)
             if piece.text or piece.tokens or piece.finish_reason is not None:
-                printed = sglang_reply(running, body, reply)
+                printed = sglang_reply(service, running, body, reply)
                 if piece.finish_reason is None:
                     printed["meta_info"]["finish_reason"] = None
                 yield printed
@@ -112,9 +127,10 @@ async def other_dialect(
         (reply,) = await read_all(request, running.generations)
         return await json_response(tgi_reply(service, running, body, reply))
     if body.stream:
-        return event_stream(sglang_events(running, body))
-    (reply,) = await read_all(request, running.generations)
-    return await json_response(sglang_reply(running, body, reply))
+        return event_stream(sglang_events(service, running, body))
+    replies = await read_all(request, running.generations)
+    printed = [sglang_reply(service, running, body, reply, index) for index, reply in enumerate(replies)]
+    return await json_response(printed if body.is_list else printed[0])
 
 
 @router.post("/generate_stream", summary="Continue a prompt as a stream, in TGI's shape")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
-from prerope.rope.spec import METHOD_NAMES
+from prerope.server.api.positions import offered
 from prerope.server.api.requests.prompts import not_served
 from prerope.server.service import ReadyService, Service
 
@@ -45,5 +45,5 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "default_sampling_params": asdict(service.sampling_defaults),
         "rope": info.positions.describe(),
         "rope_per_request": service.settings.rope_per_request,
-        "rope_methods": list(METHOD_NAMES),
+        "rope_methods": [offer.name for offer in offered(info) if offer.positions is not None],
     }

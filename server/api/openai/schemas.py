@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from prerope.server.api.chat.documents import ChatDocumentFields
 from prerope.server.api.chat.messages import MAX_MESSAGES, Message
 from prerope.server.api.chat.tools import ToolFields
-from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text, json_type, token_ids, unicode_text
+from prerope.server.api.requests.body import INT32_MAX, MAX_PROMPTS, RequestBody, Text, prompts_of
 from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.schemas import MAX_LOGPROBS, SamplingFields, asks_for_reply
@@ -20,8 +20,7 @@ from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 MAX_CHOICES = 128
-MAX_PROMPTS = 1024
-"""Prompts of a request; and prompts times choices."""
+"""Of a prompt; prompts times choices are `MAX_PROMPTS` at most."""
 DEFAULT_MAX_TOKENS = 16
 """Of completions, where none are asked for (OpenAI's)."""
 
@@ -67,20 +66,7 @@ class OpenAIFields(SamplingFields, OpenAIConstraints):
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """A string, a list of strings, token ids, or a list of lists of them, as a list of prompts."""
-    if isinstance(value, str):
-        return [unicode_text(value, "prompt")]
-    if not isinstance(value, list):
-        raise InvalidRequest(
-            f"'prompt' must be text, token ids, or a list of them, not {json_type(value)}", param="prompt"
-        )
-    if not value:
-        raise InvalidRequest("'prompt' is an empty list: give at least one prompt", param="prompt")
-    if not isinstance(value[0], str | list):
-        return [token_ids(value, "prompt")]
-    if len(value) > MAX_PROMPTS:
-        raise InvalidRequest(f"'prompt' takes at most {MAX_PROMPTS} prompts, not {len(value)}", param="prompt")
-    read = unicode_text if isinstance(value[0], str) else token_ids
-    return [read(prompt, f"prompt[{index}]") for index, prompt in enumerate(value)]
+    return prompts_of(value, "prompt")
 
 
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}

@@ -52,6 +52,7 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/models/{model}": Operation(replies.ModelCard, MODEL),
     "/tokenize": Operation(replies.TokenizeReply, (*MODEL, errors.QueueFull), body=TokenizeRequest),
     "/detokenize": Operation(replies.DetokenizeReply, (*MODEL, errors.QueueFull), body=DetokenizeRequest),
+    "/tokenizer_info": Operation(replies.TokenizerInfoReply, NOT_READY),
     "/rope/methods": Operation(replies.MethodsReply, NOT_READY),
     "/rope/map": Operation(replies.MapReply, (*NOT_READY, errors.QueueFull), body=MapRequest),
     "/live": Operation(replies.HealthReply),

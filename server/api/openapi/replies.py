@@ -416,6 +416,15 @@ class DetokenizeReply(ReplyBody):
     prompt: str
 
 
+class TokenizerInfoReply(ReplyBody):
+    """What tokenizer_config.json holds; fields beside these are the model's own."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | None = None
+
+
 class HealthReply(ReplyBody):
     """It is as asked."""
 

@@ -183,3 +183,25 @@ def json_type(value: object) -> str:
             return "a list"
         case _:
             return "an object"
+
+
+MAX_PROMPTS = 1024
+"""Of one request."""
+
+
+def prompts_of(value: Any, param: str) -> list[str | list[int]]:
+    """A string, a list of strings, token ids, or a list of lists of them, as a list of prompts."""
+    if isinstance(value, str):
+        return [unicode_text(value, param)]
+    if not isinstance(value, list):
+        raise InvalidRequest(
+            f"'{param}' must be text, token ids, or a list of them, not {json_type(value)}", param=param
+        )
+    if not value:
+        raise InvalidRequest(f"'{param}' is an empty list: give at least one prompt", param=param)
+    if not isinstance(value[0], str | list):
+        return [token_ids(value, param)]
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"'{param}' takes at most {MAX_PROMPTS} prompts, not {len(value)}", param=param)
+    read = unicode_text if isinstance(value[0], str) else token_ids
+    return [read(prompt, f"{param}[{index}]") for index, prompt in enumerate(value)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from prerope.server.api.requests.body import RequestBody, Text, token_ids
+from prerope.server.api.requests.body import RequestBody, Text, prompts_of
 from prerope.server.api.requests.foreign import IGNORED, Foreign
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.schemas import GenerateRequest, Stop
 from prerope.server.api.requests.structured import schema_grammar
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 DEFAULT_TGI_TOKENS = 100
 DEFAULT_SGLANG_TOKENS = 128
@@ -99,7 +99,7 @@ class SglangSampling(RequestBody):
         {"no_stop_trim", "spaces_between_special_tokens", "custom_params"}, IGNORED
     )
 
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=0)
     min_new_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -122,21 +122,40 @@ class SglangRequest(RequestBody):
     """POST /generate of SGLang: `text` or `input_ids`, and `sampling_params`."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
-        {"rid", "lora_path", "return_text_in_logprobs", "logprob_start_len", "return_hidden_states", "log_metrics"},
-        IGNORED,
+        {"rid", "lora_path", "return_text_in_logprobs", "return_hidden_states", "log_metrics"}, IGNORED
     )
 
-    text: Text | None = None
-    input_ids: list[int] | None = None
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
     sampling_params: SglangSampling = Field(default_factory=SglangSampling)
     stream: bool = False
     return_logprob: bool = False
+    logprob_start_len: int = Field(-1, ge=-1)
     top_logprobs_num: int = Field(0, ge=0, le=20)
+    _is_list: bool = PrivateAttr(False)
 
-    def lowered(self) -> GenerationRequest:
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
         if (self.text is None) == (self.input_ids is None):
             raise InvalidRequest("give 'text' or 'input_ids', one of the two", param="text")
-        ids = None if self.input_ids is None else token_ids(self.input_ids, "input_ids")
+        self._is_list = isinstance(self.text, list) or isinstance((self.input_ids or [0])[0], list)
+        if self._is_list and self.stream:
+            raise InvalidRequest("several prompts are not streamed: send one, or 'stream': false", param="stream")
+        return self
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the reply is a list, one of each prompt."""
+        return self._is_list
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.return_logprob and self.logprob_start_len >= 0
+
+    def lowered(self) -> GenerationRequest:
+        param = "input_ids" if self.text is None else "text"
+        prompts = prompts_of(getattr(self, param), param)
+        names = (f"{param}[{index}]" if self.is_list else param for index in range(len(prompts)))
         given = self.sampling_params
         constraint = None
         if given.json_schema is not None:
@@ -144,7 +163,7 @@ class SglangRequest(RequestBody):
         elif given.regex is not None:
             constraint = GrammarText("regex", given.regex, "sampling_params.regex")
         return GenerationRequest(
-            input=[Prompt(given=self.text if ids is None else ids, param="text" if ids is None else "input_ids")],  # type: ignore[arg-type]
+            input=[Prompt(given=one, param=name) for one, name in zip(prompts, names, strict=True)],
             sampling=Sampling(
                 max_tokens=given.max_new_tokens,
                 default_max_tokens=DEFAULT_SGLANG_TOKENS,
@@ -161,7 +180,10 @@ class SglangRequest(RequestBody):
                 ignore_eos=given.ignore_eos,
                 seed=given.sampling_seed,
             ),
-            output=Output(logprobs=self.top_logprobs_num if self.return_logprob else None),
+            output=Output(
+                logprobs=self.top_logprobs_num if self.return_logprob else None,
+                prompt_logprobs=self.top_logprobs_num if self.scores_prompt else None,
+            ),
             constraint=constraint,
         )
 
