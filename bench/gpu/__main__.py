@@ -7,7 +7,7 @@
     python -m bench.gpu A B --toy      # at toy size without a card: proves the program, measures nothing
     python -m bench.gpu A --beside bench/out/before/results.json
 
-docs/gpu.md says what to bring to a machine without a network, and the command lines.
+docs/gpu.md says what a machine without a network needs, and the command lines.
 
 A   about     the card, its clocks, versions, and which peers and tools there are
     check-*   bench.kernels: is every row right, at four lengths, each in a process of its own, all at once
@@ -24,8 +24,8 @@ running. Of each the folder has NAME.log, with tracebacks, and NAME.json and NAM
 all tables, and results.json every figure, for the next run to be laid beside. The exit status is 1 when a stage failed:
 a wrong result, an exception, a test, a limit. A target that is missed is told in the tables and fails nothing.
 
-It needs torch with CUDA, Triton, transformers, rich, a C compiler and Python's headers (Triton builds its launcher with
-them), and no network; the tests need what pyproject.toml lists under `test`.
+A and B need torch with CUDA, Triton, transformers, accelerate, rich, psutil, a C compiler and Python's headers (Triton
+builds its launcher with them), and no network; the tests need what pyproject.toml lists under `test`.
 """
 
 from __future__ import annotations

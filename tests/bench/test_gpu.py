@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 import time
+import venv
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from bench import BenchError
 from bench.gpu import __main__ as gpu
@@ -18,10 +26,52 @@ from bench.gpu.stages import LIMITS, PARTS, Stage, stages
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parent.parent.parent
+
+NEEDED = re.search(r"`bench.gpu A B` needs (.*?), with what", (ROOT / "docs" / "gpu.md").read_text())
+
+
+def brought(names: Sequence[str]) -> set[str]:
+    """Distributions that these need, themselves included, and none that pydantic comes with."""
+    found, left = set[str](), [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name in found or name.startswith("pydantic"):
+            continue
+        try:
+            wanted = [Requirement(one) for one in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:  # of another platform
+            continue
+        found.add(name)
+        left += [canonicalize_name(one.name) for one in wanted if not one.marker or one.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A Python, and an environment, that have what docs/gpu.md says that A and B need and nothing else."""
+    assert NEEDED is not None
+    names = NEEDED[1].lower().replace("torch with cuda", "torch").replace(" and ", ", ").split(", ")
+    assert {"torch", "triton", "transformers"} < set(names)
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for name in brought(names):
+        for top in {file.parts[0] for file in metadata.files(name) or []} - {".."}:
+            link, target = packages / top, Path(str(metadata.distribution(name).locate_file(top)))
+            if not link.exists() and target.exists():
+                link.symlink_to(target.resolve())
+    venv.create(tmp_path / "bare", symlinks=True)
+    return tmp_path / "bare" / "bin" / "python", {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
+
 
 @pytest.mark.slow
-def test_a_toy_run_leaves_tables_and_figures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["A", "B", "--toy", "--out", str(tmp_path)]) == 0, capfd.readouterr().out
+def test_a_toy_run_leaves_tables_and_figures(tmp_path: Path, bare: tuple[Path, dict[str, str]]) -> None:
+    python, environment = bare
+    command = [str(python), "-m", "bench.gpu", "A", "B", "--toy", "--out", str(tmp_path)]
+    environment |= {"OMP_NUM_THREADS": "1", "HOME": str(Path.home())}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert subprocess.run([str(python), "-c", "import pydantic"], env=environment, check=False).returncode == 1
     text, found = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert text.startswith("## GPU: the CPU\n\n```sh\npython -m bench.gpu A B --toy\n```\n")
     measured = ("check-rows", "check-chunks", "tiny", "judged", "step", "sweep", "methods")

@@ -254,6 +254,17 @@ def test_a_reply_has_the_form_that_is_asked_for_and_tells_its_tokens(opened: Ope
     page.locator(".tokens").focus()
     page.keyboard.press("ArrowLeft")
     assert page.inner_text("#token-card") != card
+    page.select_option("#set-constraint", "regex")
+    setting(page, "constraint_text", r"\*\*Zebra\*\* and:\n\n- a `quiv`")
+    ask(page)
+    for drawn, character, x in (("strong", "Z", 2), ("li code", "v", -3)):
+        element = last(page).locator(drawn)
+        width = element.bounding_box()["width"]
+        element.hover(position={"x": x % width, "y": 6})
+        assert character in page.inner_text("#token-card .chosen"), "drawn text tells its tokens under the pointer"
+    page.mouse.move(0, 0)
+    assert page.locator("#token-card").is_hidden()
+    page.select_option("#set-constraint", "json_schema")
     setting(page, "constraint_text", "{not json")
     page.fill("#draft", "Again")
     page.press("#draft", "Enter")

@@ -5,7 +5,7 @@ import { $, announce, copyButton, el, iconButton, number, plural, seconds } from
 import { renderMarkdown } from "./markdown.js";
 import { promptOf } from "./prompt.js";
 import { requestFields } from "./settings.js";
-import { addTokens, tokenView } from "./tokens.js";
+import { addTokens, explainTokens, tokenView } from "./tokens.js";
 
 let running = null;
 export const isRunning = () => running !== null;
@@ -55,6 +55,7 @@ function drawReply(conversation, index, variant) {
   const article = el("article", { className: "message assistant", "aria-label": "Reply" }, parts.error, parts.progress, body, parts.stats);
   article.parts = parts;
   drawText(parts.body, variant, conversation.settings);
+  explainTokens(parts.body, variant);
   drawStats(parts.stats, variant);
   showError(parts.error, variant.error);
   if (!(running?.variant === variant)) article.append(acts(conversation, index, message, variant, article));
