@@ -69,7 +69,7 @@ def test_a_toy_run_leaves_tables_and_figures(tmp_path: Path, bare: tuple[Path, d
     python, environment = bare
     command = [str(python), "-m", "bench.gpu", "A", "B", "--toy", "--out", str(tmp_path)]
     environment |= {"OMP_NUM_THREADS": "1", "HOME": str(Path.home())}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     assert subprocess.run([str(python), "-c", "import pydantic"], env=environment, check=False).returncode == 1
     text, found = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
