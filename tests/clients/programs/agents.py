@@ -1,5 +1,6 @@
 """Agent libraries and clients on their default paths, as their documentation has them: python agents.py NAME."""
 
+import json
 import os
 import sys
 
@@ -114,8 +115,9 @@ def ollama():
     assert client.chat(MODEL, ASKED, options=few).message.content
     assert "".join(part.message.content for part in client.chat(MODEL, ASKED, options=few, stream=True))
     assert client.generate(MODEL, "A colour is", options=few).response
-    answer = client.chat(MODEL, ASKED, format=Person.model_json_schema(), options={"num_predict": 80})
-    assert Person.model_validate_json(answer.message.content)
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    answer = client.chat(MODEL, ASKED, format={**schema, "additionalProperties": False})
+    assert json.loads(answer.message.content)["colour"] in ("red", "blue")
 
 
 globals()[sys.argv[1]]()

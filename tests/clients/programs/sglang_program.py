@@ -6,20 +6,20 @@ import sglang as sgl
 
 
 @sgl.function
-def answer(state, question):
-    state += sgl.system("You are helpful.")
-    state += sgl.user(question)
-    state += sgl.assistant(sgl.gen("answer", max_tokens=12, stop="\n"))
+def answer(s, question):
+    s += sgl.system("You are helpful.")
+    s += sgl.user(question)
+    s += sgl.assistant(sgl.gen("answer", max_tokens=12, stop="\n"))
 
 
 @sgl.function
-def digits(state):
-    state += "My phone number is " + sgl.gen("digits", max_tokens=20, regex="[0-9]{3}")
+def digits(s):
+    s += "My phone number is " + sgl.gen("digits", max_tokens=20, regex="[0-9]{3}")
 
 
 @sgl.function
-def choose(state):
-    state += "The colour of the sky is" + sgl.select("colour", [" blue", " seven"])
+def choose(s):
+    s += "The colour of the sky is" + sgl.select("colour", [" blue", " seven"])
 
 
 sgl.set_default_backend(sgl.RuntimeEndpoint(os.environ["URL"]))
