@@ -318,7 +318,7 @@ class Settings(BaseSettings):
     speculation: Speculation = Field(
         default="auto",
         description="auto: guess tokens ahead, from what a sequence has read and written before, and check them in one "
-        "step, where the measured times of steps say that it pays (for one stream more than for many). On the CPU, in "
+        "step, where the measured times of steps say that it pays. On the CPU, in "
         "fp32 and bf16 without AMX, tokens are the same as without; elsewhere that is not shown. Not for models with "
         "recurrent layers",
     )
