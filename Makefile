@@ -45,10 +45,10 @@ serve: $(VENV)/.serve
 	@exec $(BIN)/python -m prerope.server $(ARGS)
 
 test: $(VENV)/.develop
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.develop
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m slow $(ARGS)
 
 test-page: $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/page $(ARGS)

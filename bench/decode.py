@@ -9,7 +9,7 @@ the reply are not timed: they know nothing of the context.
 
 Machines are noisy, so cells are measured in rounds, methods of one context beside each other and in another order each
 round, and methods are compared within a round: a ratio is the median of the rounds' ratios, not a ratio of medians.
-A served process also sets GOMP_SPINCOUNT (`server.settings.SPIN_COUNT`): set it in the shell to measure with it.
+A served process also sets GOMP_SPINCOUNT (`server.environment.SPIN_COUNT`): set it in the shell to measure with it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.errors import PreRopeError
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
@@ -110,7 +111,7 @@ def measure(engine: Engine, asked: argparse.Namespace) -> Rounds:
     return found
 
 
-def load_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
+def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     """As it is served, with room for all rows at the longest context and no more."""
     config = EngineConfig(
         dtype=asked.dtype,
@@ -122,7 +123,7 @@ def load_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine
         prefix_caching=False,
         cache_dir=default_cache_dir(),
     )
-    return Engine.load(resolve_checkpoint(asked.model, None, say), config, say)
+    return load_engine(resolve_checkpoint(asked.model, None, say), config, say)
 
 
 def _memory_for_cache(device: str) -> int | None:
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None) -> int:
     torch.set_num_threads(asked.threads)
     about = describe_machine()
     try:
-        engine = load_engine(asked, console.print)
+        engine = open_engine(asked, console.print)
         rounds = measure(engine, asked)
     except PreRopeError as error:
         raise BenchError(str(error)) from None

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from prerope.server.app import create_app
-from prerope.server.http import DrainingServer
+from prerope.server.http.server import DrainingServer
 from prerope.server.settings import Settings
 
 ROOT = Path(__file__).parent.parent

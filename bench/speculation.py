@@ -21,8 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from prerope.server.api.chat.template import render_chat
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.models.checkpoint import resolve_checkpoint
@@ -65,7 +67,8 @@ def free_writing(tokenizer: Tokenizer, count: int, asked: argparse.Namespace, dr
         seed = draw.getrandbits(32)
         sampling = SamplingParams(max_tokens=asked.tokens, temperature=0.8, seed=seed, ignore_eos=True)
         content = f"Write a long story about {SUBJECTS[number % len(SUBJECTS)]}."
-        found.append((tokenizer.apply_chat_template([{"role": "user", "content": content}]), sampling))
+        text = render_chat(tokenizer, [{"role": "user", "content": content}])
+        found.append((tokenizer.encode(text, add_special_tokens=False), sampling))
     return found
 
 
@@ -129,7 +132,7 @@ def main(arguments: Sequence[str] | None) -> int:
     torch.set_num_threads(asked.threads)
     checkpoint = resolve_checkpoint(asked.model, None, console.print)
     config = EngineConfig(dtype=asked.dtype, prefix_caching=False, kv_cache_memory=2**29, cache_dir=default_cache_dir())
-    engine = Engine.load(checkpoint, config, console.print)
+    engine = load_engine(checkpoint, config, console.print)
     rows = []
     for row in compare(engine, Tokenizer.load(checkpoint), asked):
         console.print("  ".join(row))

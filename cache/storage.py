@@ -64,15 +64,20 @@ class KVStorage:
 
     def store(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Write key [T, Hkv, D] and value [T, Hkv, Dv] of packed rows to their slots [T]."""
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values, kernels = self.keys[layer], self.values[layer], library()
         if keys.device.type == "cuda":
             from prerope.cache.cuda.attention import cuda_store
 
             return cuda_store(key, value, keys, values, slot_mapping)
-        if _store_in_c(key, value, keys, values, slot_mapping):
+        contiguous = key.is_contiguous() and value.is_contiguous() and slot_mapping.is_contiguous()
+        same_dtypes = key.dtype == keys.dtype and value.dtype == values.dtype
+        if kernels is None or keys.device.type != "cpu" or not (contiguous and same_dtypes):
+            keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
+            values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
             return None
-        keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
-        values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
+        tensors = (keys, values, key, value, slot_mapping)
+        sizes = (len(key), math.prod(key.shape[1:]) * key.itemsize, math.prod(value.shape[1:]) * value.itemsize)
+        kernels.prerope_store(*map(ctypes.c_void_p, map(Tensor.data_ptr, tensors)), *map(ctypes.c_int64, sizes))
         return None
 
     def copy(self, source: Tensor, target: Tensor) -> None:
@@ -98,26 +103,6 @@ class KVStorage:
             rows = payloads[:, start : start + size].contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
             tensor.index_copy_(0, index, rows.to(tensor.device))
             start += size
-
-
-def _store_in_c(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor) -> bool:
-    """`KVStorage.store` by the C kernel; False where there is none or a tensor is not as it copies them."""
-    kernels = library()
-    contiguous = key.is_contiguous() and value.is_contiguous() and slot_mapping.is_contiguous()
-    same_dtypes = key.dtype == keys.dtype and value.dtype == values.dtype
-    if kernels is None or keys.device.type != "cpu" or not (contiguous and same_dtypes):
-        return False
-    kernels.prerope_store(
-        ctypes.c_void_p(keys.data_ptr()),
-        ctypes.c_void_p(values.data_ptr()),
-        ctypes.c_void_p(key.data_ptr()),
-        ctypes.c_void_p(value.data_ptr()),
-        ctypes.c_void_p(slot_mapping.data_ptr()),
-        ctypes.c_int64(key.shape[0]),
-        ctypes.c_int64(math.prod(key.shape[1:]) * key.itemsize),
-        ctypes.c_int64(math.prod(value.shape[1:]) * value.itemsize),
-    )
-    return True
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -68,7 +68,7 @@ class AngleMap:
         return math.lcm(self.period or 1, self.group)
 
     @property
-    def still(self) -> bool:
+    def unrotated(self) -> bool:
         """Turns nothing: keys are read as they lie in the cache."""
         return self.offset is None and not bool(self.theta.any())
 

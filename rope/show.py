@@ -101,7 +101,7 @@ def _frequencies(method: PositionMethod, row: int) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for number, part in enumerate(method.reading_of(row).parts):
         theta = part.key.theta / part.key.group
-        if not part.key.still and not any(torch.equal(theta, other) for _, other in found):
+        if not part.key.unrotated and not any(torch.equal(theta, other) for _, other in found):
             found.append((f"row {row}" + (", far" if number else ""), theta))
     return found
 

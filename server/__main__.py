@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import structlog
+from prerope.server.environment import let_waiting_threads_sleep, limit_threads
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import MODULE, load_settings
 from prerope.server.log import configure_logging
 from prerope.server.machine import cores
-from prerope.server.settings import Settings, let_waiting_threads_sleep, limit_threads
+from prerope.server.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +51,7 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     log.info("threads", computing=threads, cores=round(bound.amount, 2), taken_from=bound.source)
     gc.disable()  # importing makes half a million objects that stay: looking through them takes a sixth of the start
     from prerope.server.app import create_app
-    from prerope.server.http import DrainingServer
+    from prerope.server.http.server import DrainingServer
 
     gc.freeze()  # nor is a request to wait while they are looked through
     gc.enable()

@@ -15,6 +15,7 @@ from prerope.server.api.requests.prompts import ModelText
 from prerope.server.api.room import BODIES, BodyRoom
 from prerope.server.byte_cache import ByteCache, CacheStats
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
+from prerope.server.engine.loading import load_engine
 from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
@@ -139,7 +140,6 @@ class Service:
         if size > 1:
             self.followers = Followers(size, self.engine.lose)
         self.report("Importing torch and transformers")
-        from prerope.server.engine.engine import Engine
         from prerope.server.engine.limits import check_ranks
         from prerope.server.log import route_transformers_log
         from prerope.server.models.end_tokens import describe
@@ -159,7 +159,7 @@ class Service:
         if settings.generation_config == "auto":
             self.sampling_defaults = EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint)
         prepare_tables(tokenizer)  # here too
-        engine = Engine.load(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
+        engine = load_engine(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
         self._tokenizer = tokenizer
         return engine
 

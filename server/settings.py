@@ -1,5 +1,4 @@
-"""Every setting of a deployment: name, default, range and meaning. Beside `server.places`, all that is read of the
-environment.
+"""Every setting of a deployment: name, default, range and meaning. Imports leaves alone.
 
 A field `max_model_len` is the environment variable MAX_MODEL_LEN and the flag `--max-model-len` (see `server.flags`,
 which also renders `--help` and docs/settings.md's table from these fields). An empty variable counts as unset.
@@ -7,102 +6,18 @@ which also renders `--help` and docs/settings.md's table from these fields). An 
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+from prerope.server import setting_types as types
 from prerope.server.places import default_cache_dir
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, SecretStr
+from pydantic import ByteSize, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 if TYPE_CHECKING:
     from prerope.server.config import EngineConfig
-
-SPIN_COUNT = 10_000
-"""Turns an OpenMP thread waits for another before it sleeps, 0.2 ms. GNU's 300,000 are 5 ms, in which a thread may keep
-the one it waits for from running: where other programs want the cores too, a step then takes ten times as long."""
-
-
-def let_waiting_threads_sleep() -> None:
-    """Before torch is imported, which reads it once: `SPIN_COUNT`, unless the environment has a say in it."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-
-
-def limit_threads(num_threads: int) -> int:
-    """Before torch is imported, which reads it once, as the tokenizer its own: unless the environment has a say."""
-    given = os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
-    os.environ.setdefault("RAYON_NUM_THREADS", given)
-    return int(given) if given.isdigit() else num_threads
-
-
-def _lower(value: object) -> object:
-    return value.strip().lower() if isinstance(value, str) else value
-
-
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        raise ValueError("no such device")
-    return value
-
-
-def _method(value: str) -> str:
-    if value not in METHOD_NAMES and value not in ALIASES:
-        raise ValueError("no such method")
-    return value
-
-
-def _listed(value: str | None) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(one.strip() for one in (value or "").split(",") if one.strip())
-
-
-def _keys(value: SecretStr) -> SecretStr:
-    if not _listed(value.get_secret_value()):
-        raise ValueError("no key")
-    return value
-
-
-def read_key_file(path: Path) -> tuple[str, ...]:
-    """The keys of a file: one a line, blank lines and lines that begin with # left out. OSError or ValueError."""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())  # editors may write a BOM
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise ValueError("no key")
-    return keys
-
-
-def _expanded(value: Path) -> Path:
-    """With ~ for the home folder, where no shell has put it in."""
-    try:
-        return value.expanduser()
-    except RuntimeError as error:
-        raise ValueError("no home folder") from error
-
-
-def _key_file(value: Path) -> Path:
-    try:
-        read_key_file(value)
-    except OSError as error:  # pydantic reports ValueError only
-        raise ValueError("unreadable") from error
-    return value
-
-
-Device = Annotated[str, BeforeValidator(_lower), AfterValidator(_device)]
-Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method)]
-ApiKeys = Annotated[SecretStr, AfterValidator(_keys)]
-Folder = Annotated[Path, AfterValidator(_expanded)]
-KeyFile = Annotated[Path, AfterValidator(_expanded), AfterValidator(_key_file)]
-Dtype = Annotated[Literal["auto", "bfloat16", "float16", "float32"], BeforeValidator(_lower)]
-LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
-GenerationConfig = Annotated[Literal["auto", "none"], BeforeValidator(_lower)]
-PrefixSharing = Annotated[Literal["key", "all"], BeforeValidator(_lower)]
-WeightQuantization = Annotated[Literal["none", "int8"], BeforeValidator(_lower)]
-Speculation = Annotated[Literal["auto", "off"], BeforeValidator(_lower)]
-LogFormat = Annotated[Literal["text", "json"], BeforeValidator(_lower)]
 
 MEBIBYTE = 2**20
 
@@ -124,7 +39,7 @@ class Settings(BaseSettings):
         "get a 404. Unset: the model's own name, and a request may name any",
         json_schema_extra={"allowed": "names separated by commas"},
     )
-    generation_config: GenerationConfig = Field(
+    generation_config: types.GenerationConfig = Field(
         default="auto",
         description="How tokens are chosen where a request does not say. auto: as the model's generation_config.json "
         "recommends (temperature, top_p, top_k, min_p, repetition_penalty); none: temperature 1 and nothing else",
@@ -134,13 +49,13 @@ class Settings(BaseSettings):
         description="Branch, tag or commit of a hub model",
         json_schema_extra={"allowed": "a git revision"},
     )
-    dtype: Dtype = Field(default="auto", description="Of weights and activations; auto: as the checkpoint says")
-    device: Device = Field(
+    dtype: types.Dtype = Field(default="auto", description="Of weights and activations; auto: as the checkpoint says")
+    device: types.Device = Field(
         default="auto",
         description="Where the model runs; auto: the first GPU, else the CPU",
         json_schema_extra={"allowed": "auto, cpu, cuda or cuda:N"},
     )
-    weight_quantization: WeightQuantization = Field(
+    weight_quantization: types.WeightQuantization = Field(
         default="none",
         description="Of linear layers, the output head left out. int8: half the bytes of bfloat16, with a scale for "
         "each output; on the CPU, with torchao installed",
@@ -152,7 +67,7 @@ class Settings(BaseSettings):
         description="Processes that compute the model together, each with its share of the weights and of the KV heads "
         "and a GPU of its own. KV_CACHE_MEMORY is of each",
     )
-    cache_dir: Folder = Field(
+    cache_dir: types.Folder = Field(
         default_factory=default_cache_dir,
         description="Where converted copies of GGUF models and the built C kernels are kept",
         json_schema_extra={"allowed": "a writable folder", "default": "$XDG_CACHE_HOME/prerope, else ~/.cache/prerope"},
@@ -184,18 +99,18 @@ class Settings(BaseSettings):
         ge=1,
         description="Seconds that a connection may be idle between two requests; more than that of a proxy before it",
     )
-    api_key: ApiKeys | None = Field(
+    api_key: types.ApiKeys | None = Field(
         default=None,
         description="Keys of which a request must carry one (Authorization: Bearer KEY); unset: no key is asked for",
         json_schema_extra={"allowed": "one key, or several separated by commas"},
     )
-    api_key_file: KeyFile | None = Field(
+    api_key_file: types.KeyFile | None = Field(
         default=None,
         description="More keys, from a file that is read again within a second of a change; while it cannot be read "
         "or holds none, its last keys go on",
         json_schema_extra={"allowed": "a readable file with one key a line; lines that begin with # are comments"},
     )
-    metrics_key: ApiKeys | None = Field(
+    metrics_key: types.ApiKeys | None = Field(
         default=None,
         description="Keys of which a request to /metrics must carry one; unset: it is open, and who reads it twice "
         "learns how many tokens others sent between",
@@ -229,7 +144,7 @@ class Settings(BaseSettings):
     )
 
     # Positions
-    rope_method: Method = Field(
+    rope_method: types.Method = Field(
         default="auto",
         description="How positions are read. auto: plain within the trained length and the best row-consistent method "
         "past it; model: as the model's config says",
@@ -315,18 +230,18 @@ class Settings(BaseSettings):
     cuda_graphs: bool = Field(
         default=True, description="On a GPU, launch a decode step as one CUDA graph; they are captured at the start"
     )
-    speculation: Speculation = Field(
+    speculation: types.Speculation = Field(
         default="auto",
         description="auto: guess tokens ahead, from what a sequence has read and written before, and check them in one "
         "step, where the measured times of steps say that it pays. On the CPU, in "
         "fp32 and bf16 without AMX, tokens are the same as without; elsewhere that is not shown. Not for models with "
         "recurrent layers",
     )
-    kv_cache_dtype: Dtype = Field(default="auto", description="Of keys and values; auto: as the activations")
+    kv_cache_dtype: types.Dtype = Field(default="auto", description="Of keys and values; auto: as the activations")
     prefix_caching: bool = Field(
         default=True, description="Reuse the blocks of earlier prompts with the same beginning"
     )
-    prefix_sharing: PrefixSharing = Field(
+    prefix_sharing: types.PrefixSharing = Field(
         default="key",
         description="Who may reuse whose prefixes. key: requests with the same API key, so that nobody can time or "
         "count what others sent; all: everybody. Without keys all do; a request's cache_salt separates further",
@@ -376,22 +291,22 @@ class Settings(BaseSettings):
     )
 
     # The log
-    log_level: LogLevel = Field(default="info", description="Least severe line that is written")
-    log_format: LogFormat = Field(default="text", description="Lines for people, or one JSON object a line")
+    log_level: types.LogLevel = Field(default="info", description="Least severe line that is written")
+    log_format: types.LogFormat = Field(default="text", description="Lines for people, or one JSON object a line")
 
     @property
     def api_keys(self) -> tuple[str, ...]:
         """The accepted keys of API_KEY; those of API_KEY_FILE, which may change, are not among them."""
-        return _listed(self.api_key.get_secret_value() if self.api_key else None)
+        return types.listed(self.api_key.get_secret_value() if self.api_key else None)
 
     @property
     def metrics_keys(self) -> tuple[str, ...]:
-        return _listed(self.metrics_key.get_secret_value() if self.metrics_key else None)
+        return types.listed(self.metrics_key.get_secret_value() if self.metrics_key else None)
 
     @property
     def host_names(self) -> tuple[str, ...]:
         """Those of ALLOWED_HOSTS."""
-        return _listed(self.allowed_hosts)
+        return types.listed(self.allowed_hosts)
 
     @property
     def asks_for_key(self) -> bool:
@@ -400,12 +315,12 @@ class Settings(BaseSettings):
 
     @property
     def cors_origins(self) -> tuple[str, ...]:
-        return _listed(self.cors_allow_origin)
+        return types.listed(self.cors_allow_origin)
 
     @property
     def served_names(self) -> tuple[str, ...]:
         """The names of SERVED_MODEL_NAME."""
-        return tuple(name for part in (self.served_model_name or "").split(",") if (name := part.strip()))
+        return types.listed(self.served_model_name)
 
     def rope_spec(self) -> RopeSpec:
         """The deployment's position method, unresolved."""

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prerope.server.errors import ConfigurationError, InvalidRequest, first_line
+from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.models.end_tokens import end_tokens
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ BYTE_LEVEL = _byte_level_alphabet()
 
 
 class Tokenizer:
-    """One model's tokenizer and chat template. Safe to use from several threads."""
+    """One model's tokenizer. Safe to use from several threads."""
 
     def __init__(self, hf: Any, end_tokens: Mapping[int, str] | None = None) -> None:
         """end_tokens: id → who names it, of the tokens that end a reply."""
@@ -108,16 +108,6 @@ class Tokenizer:
         """Characters that the longest token stands for: a longer prompt than this × max_model_len cannot fit."""
         return max(len(piece) for piece in self._backend.get_vocab(with_added_tokens=True))
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._hf.chat_template)
-
-    def template_text(self, *, with_tools: bool) -> str:
-        """The source of the chat template; some models have one of its own for chats with tools."""
-        if not self.has_chat_template:
-            return ""
-        return str(self._hf.get_chat_template(tools=[{}] if with_tools else None))
-
     def special_id(self, text: str) -> int | None:
         """The special token that is written so."""
         token_id = self._backend.token_to_id(text)
@@ -129,10 +119,6 @@ class Tokenizer:
             return {}
         written = {token_id: self._special[token_id] for token_id in token_ids}
         return {token_id: piece for token_id, piece in written.items() if any(piece in text for text in texts)}
-
-    def template_names(self, role: str) -> bool:
-        """Whether the chat template names a role; one that names none writes whatever role it is given."""
-        return bool(re.search(rf"\b{re.escape(role)}\b", str(self._hf.chat_template)))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -197,55 +183,8 @@ class Tokenizer:
         ours = ("name_or_path", "is_local", "local_files_only", "backend")
         kept = {name: value for name, value in said.items() if not name.endswith("_file") and name not in ours}
         special = {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
-        template = {"chat_template": self.template_text(with_tools=False)} if self.has_chat_template else {}
+        template = {"chat_template": str(self._hf.get_chat_template())} if self._hf.chat_template else {}
         return {**kept, **special, **template, "tokenizer_class": type(self._hf).__name__}
-
-    def render_chat(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] = (),
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Messages → the prompt's text. Raises InvalidRequest if the model has no template or the template refuses."""
-        if not self.has_chat_template:
-            raise InvalidRequest(
-                "This model has no chat template; use /v1/completions or /generate with the whole prompt.",
-                param="messages",
-                code="no_chat_template",
-            )
-        named = self._hf.chat_template
-        try:
-            text: str = self._hf.apply_chat_template(
-                list(messages),
-                chat_template="rag" if documents and not tools and isinstance(named, dict) and "rag" in named else None,
-                tools=list(tools) if tools else None,
-                documents=list(documents) or None,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **(variables or {}),
-            )
-        except Exception as error:  # a template is a program of the model's: whatever it raises, the messages caused it
-            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {reason}", param="messages"
-            ) from error
-        return text
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Messages → token ids. The template writes the special tokens itself, so none are added."""
-        text = self.render_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt)
-        return self.encode(text, add_special_tokens=False)
 
 
 class TextStream:

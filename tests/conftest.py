@@ -38,6 +38,19 @@ def pytest_report_header() -> str:
     return f"device: {DEVICE}"
 
 
+LONGEST = (
+    *("fuzz/test_openapi", "engine/test_invariance", "server/test_cli", "server/test_faults", "server/test_attacks"),
+    *("server/test_tensor_parallel", "engine/test_cuda_graphs", "kernels/test_attention", "server/test_tools"),
+    *("cache/test_cpu_attention", "server/test_structured", "engine/test_ranks", "engine/test_cuda_layers"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest first, so that processes that share the files end together."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(f"{item.path.parent.name}/{item.path.stem}", len(places)))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Checkpoint:
     """SmolLM2-135M-Instruct, as `make serve` serves it; converted on first use."""
@@ -108,7 +121,7 @@ class RunningServer:
 
     def __init__(self, settings: Settings) -> None:
         from prerope.server.app import create_app
-        from prerope.server.http import DrainingServer
+        from prerope.server.http.server import DrainingServer
 
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"

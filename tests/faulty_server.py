@@ -1,8 +1,8 @@
 """`python -m tests.faulty_server FAULT [flags of the server]`: the server's own process, with one fault in it.
 
-raise, exit, memory   the fifth step raises a RuntimeError, a SystemExit, a MemoryError
-hang                  the fifth step does not end
-quote                 the tokenizer raises an error that quotes the text, where it holds the word in QUOTED
+raise, exit   the fifth step raises a RuntimeError, a SystemExit
+hang          the fifth step does not end
+quote         the tokenizer raises an error that quotes the text, where it holds the word in QUOTED
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prerope.server import __main__ as entry
 from prerope.server.engine.engine import Engine
 from prerope.server.tokenizer import Tokenizer
 
-ERRORS = {"raise": RuntimeError("a fault of the test"), "exit": SystemExit(7), "memory": MemoryError()}
+ERRORS = {"raise": RuntimeError("a fault of the test"), "exit": SystemExit(7)}
 QUOTED = "QUOTE-THIS"
 GOOD_STEPS = 4
 

@@ -26,7 +26,7 @@ import httpx
 import promql_parser
 import pytest
 import yaml
-from prerope.server.http import CLOSE_GRACE_S
+from prerope.server.http.server import CLOSE_GRACE_S
 from prerope.server.settings import Settings
 from prometheus_client.parser import text_string_to_metric_families
 

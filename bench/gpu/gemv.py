@@ -1,4 +1,4 @@
-"""A product of one row with a weight, as a candidate beside cuBLAS: at batch 1 a step is little else.
+"""GEMV: the product of one row with a weight, as a candidate beside cuBLAS: at batch 1 a step is little else.
 
 one program a few outputs: their rows of the weight are streamed once, the row of the input lies in L2
 """

@@ -25,7 +25,7 @@ from bench.shared import options
 from bench.shared.machine import describe_machine
 from bench.shared.report import Report, Table
 from bench.shared.shapes import MODELS
-from bench.step.floor import load_engine
+from bench.step.floor import open_engine
 
 ROUNDING = 2e-2
 """Of the largest logit: what another order of sums may change in bf16."""
@@ -40,7 +40,7 @@ def drawn(method: str, toy: bool, say: Callable[[str], None]) -> Engine:
         device="cpu" if toy else "cuda", dtype="auto", methods=[method], rows=[1, 4], steps=8, contexts=[300],
         prompt=300, budget=128, shape="toy" if toy else "tiny",
     )  # fmt: skip
-    return load_engine(MODELS["toy" if toy else "tiny"], asked, say)
+    return open_engine(MODELS["toy" if toy else "tiny"], asked, say)
 
 
 def start(engine: Engine, prompts: Sequence[int], max_tokens: int = 12) -> None:

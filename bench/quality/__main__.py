@@ -29,6 +29,7 @@ from typing import Any, get_args
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig, Quantization
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
@@ -39,13 +40,14 @@ from tqdm import tqdm
 
 from bench import BenchError
 from bench.quality.calibration import Calibration, calibrate, num_readings
-from bench.quality.readings import Readings, reading_key
 from bench.quality.report import REFERENCE, Losses, Quality, report
 from bench.shared import options
+from bench.shared.kept import Kept, key_of
 from bench.shared.machine import describe_machine
 from bench.shared.methods import environment, label, method_list
 from bench.shared.text import Document, context, cut_documents, default_texts, ending_at, file_text
 
+FILE = "quality-readings.jsonl"
 DEFAULT_METHODS = "rope,linear,ntk,yarn,rerope,leaky_rerope,dynamic_leaky"
 
 
@@ -60,7 +62,7 @@ def mean_loss(prompt_logprobs: Sequence[TokenLogprobs | None], stop: int, last: 
 class Reader:
     """Reads one context at a time through a real engine."""
 
-    def __init__(self, subject: Subject, last: int, kept: Readings | None = None) -> None:
+    def __init__(self, subject: Subject, last: int, kept: Kept | None = None) -> None:
         self._subject = subject
         self._last = last
         self._kept = kept
@@ -72,14 +74,14 @@ class Reader:
         """The loss of the last tokens before each of `stops`, ascending; `advance` hears of every token computed."""
         about = {name: self._subject.about[name] for name in ("model", "dtype")} | {"stops": list(stops)}
         about |= {"last": self._last, "positions": self._subject.engine.resolve_positions(spec).describe()}
-        key = reading_key(about, token_ids)
+        key = key_of(about, [*token_ids])
         if self._kept and (found := self._kept.get(key)):
             advance(len(token_ids))
-            return found
+            return list(found["losses"])
         logprobs = self._read(token_ids, spec, stops[0] - self._last, advance)
         losses = [mean_loss(logprobs, stop, self._last) for stop in stops]
         if self._kept:
-            self._kept.add(key, losses, about)
+            self._kept.add(key, {"losses": losses, **about})
         return losses
 
     def _read(
@@ -119,7 +121,7 @@ class Subject:
 
 def measure(subject: Subject, asked: argparse.Namespace) -> Quality:
     """`{(method, length): [a loss a document]}`. Documents go outermost, so that an early stop compares equals."""
-    reader = Reader(subject, asked.last, Readings(asked.out))
+    reader = Reader(subject, asked.last, Kept(asked.out / FILE))
     lengths, trained = asked.lengths, subject.engine.info.train_length
     names = [REFERENCE, *(method.label for method in asked.methods)]
     losses: Losses = {(name, length): [] for name in names for length in lengths}
@@ -199,7 +201,7 @@ def load_subject(asked: argparse.Namespace, report: Callable[[str], None]) -> Su
         max_batched_tokens=2048,
         prefix_caching=False,
     )
-    engine = Engine.load(checkpoint, config, report)
+    engine = load_engine(checkpoint, config, report)
     about = describe_machine() | {
         "model": checkpoint.name,
         "dtype": engine.info.dtype if asked.weight_quantization == "none" else f"{engine.info.dtype}, int8 weights",

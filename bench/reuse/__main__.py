@@ -8,7 +8,7 @@ every variant.
 
 from __future__ import annotations
 
-import json
+import asyncio
 import math
 import random
 import statistics
@@ -20,13 +20,14 @@ from typing import Any
 
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
-from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.tokenizer import Tokenizer
 from tqdm import tqdm
 
 from bench.reuse.quality import FULL, LOSS, NONE, TASKS, Case, Measured, loss_cases, texts, variants
 from bench.reuse.times import COLD, Asked, time_to_first_token
+from bench.shared.kept import Kept, key_of
 from bench.shared.options import console, count, counts, parser, run
 from bench.shared.report import NOTHING, Report, Table
 
@@ -58,15 +59,17 @@ def main(arguments: Sequence[str] | None) -> int:
 
 def times(given: Any, tokenizer: Tokenizer) -> Report:
     """Time to the first token."""
-    found = time_to_first_token(given.model, tokenizer, given.documents, given.length)
+    found = asyncio.run(time_to_first_token(given.model, tokenizer, given.documents, given.length))
     data = {name: asdict(one) for name, one in found.items()}
     return Report("reuse-times", [times_table(found, given.documents, given.length)], data)
 
 
 def quality_report(given: Any, checkpoint: Checkpoint, tokenizer: Tokenizer, say: Callable[[str], None]) -> Report:
-    engine = Engine.load(checkpoint, EngineConfig(rope=RopeSpec(method="auto")), say)
+    engine = load_engine(checkpoint, EngineConfig(rope=RopeSpec(method="auto")), say)
     tests = cases(tokenizer, given.cases, given.documents, given.length)
-    figures = quality(Measured(engine, tokenizer), given.rereads, tests, given.kept)
+    figures = quality(
+        Measured(engine, tokenizer), given.rereads, tests, None if given.kept is None else Kept(given.kept)
+    )
     return Report("reuse", [quality_table(figures, given)], figures, lambda figure: draw(figure, figures))
 
 
@@ -75,25 +78,22 @@ def counts_from_zero(text: str) -> list[int]:
 
 
 def quality(
-    measured: Measured, rereads: Sequence[int], tests: Sequence[tuple[str, Case]], kept: Path | None
+    measured: Measured, rereads: Sequence[int], tests: Sequence[tuple[str, Case]], kept: Kept | None
 ) -> Figures:
-    """kept: figures are appended there, and those that are there are not
-    measured again."""
+    """One figure a case, of every variant; what is kept is not measured again."""
     figures = {name: defaultdict[str, list[float]](list) for name in (*variants(rereads), NONE)}
-    lines = kept.read_text(encoding="utf-8").splitlines() if kept is not None and kept.exists() else []
-    known = {(one["measure"], one["case"], one["variant"]): one["figure"] for one in map(json.loads, lines)}
     numbers = Counter[str]()
     for measure, case in tqdm(tests, unit="case"):
         number, numbers[measure] = numbers[measure], numbers[measure] + 1
         for name, reread in {**variants(rereads), **({NONE: None} if case.answer is None else {})}.items():
-            key = (measure, number, name)
-            if key not in known:
-                known[key] = measured.figure(Case([], case.rest) if name == NONE else case, reread)
-                if kept is not None:
-                    with kept.open("a", encoding="utf-8") as file:
-                        line = {"measure": measure, "case": number, "variant": name, "figure": known[key]}
-                        file.write(json.dumps(line) + "\n")
-            figures[name][measure].append(known[key])
+            key = key_of(measure, number, name)
+            known = kept.get(key) if kept is not None else None
+            figure = (
+                known["figure"] if known else measured.figure(Case([], case.rest) if name == NONE else case, reread)
+            )
+            if kept is not None and known is None:
+                kept.add(key, {"measure": measure, "case": number, "variant": name, "figure": figure})
+            figures[name][measure].append(figure)
     return {name: dict(found) for name, found in figures.items()}
 
 

@@ -75,6 +75,12 @@ def listeners(url: str) -> list[psutil.Process]:
     return [psutil.Process(pid) for pid in sorted(found) if psutil.pid_exists(pid)]
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """Of a process, its children, and those of them that have ended."""
+    times = [process.cpu_times(), *(one.cpu_times() for one in process.children(recursive=True))]
+    return float(sum(one.user + one.system + one.children_user + one.children_system for one in times))
+
+
 def _tree(process: psutil.Process) -> list[psutil.Process]:
     try:
         return [process, *process.children(recursive=True)]

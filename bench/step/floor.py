@@ -27,6 +27,7 @@ import torch
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.models.checkpoint import Checkpoint
@@ -127,7 +128,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def load_engine(shape: ModelShape, asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
+def open_engine(shape: ModelShape, asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     """As a checkpoint of that shape is served, with prefix caching and the cache sized by the engine."""
     config, device = shape.config(), choose_device(asked.device)
     context = max(*asked.contexts, asked.prompt)
@@ -153,7 +154,7 @@ def load_engine(shape: ModelShape, asked: argparse.Namespace, say: Callable[[str
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         with patch("transformers.AutoModelForCausalLM.from_pretrained", draw):
-            return Engine.load(Checkpoint(folder, asked.shape), settings, say)
+            return load_engine(Checkpoint(folder, asked.shape), settings, say)
 
 
 def cells(asked: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
@@ -194,7 +195,7 @@ def run(asked: argparse.Namespace, console: Console) -> int:
     copied = copy_rate(Clock(device))  # before the engine takes the memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    engine = load_engine(shape, asked, say)
+    engine = open_engine(shape, asked, say)
     dtype = engine.model.dtype
     about = describe_machine(device) | {"shape": asked.shape, "dtype": engine.info.dtype}
     about |= {name: getattr(asked, name) for name in ("steps", "rounds", "budget", "prompt")}

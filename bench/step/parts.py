@@ -33,6 +33,7 @@ from prerope.cache.attention.dispatch import Attention, attention_on
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.engine.sampling.choose import choose
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
@@ -172,7 +173,7 @@ def measure(engine: Engine, steps: Iterator[None], threads: int) -> dict[str, fl
     return {"step": 1e3 * statistics.median(wholes)} | {part: 1e3 * seconds for part, seconds in found.items()}
 
 
-def load_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
+def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     config = EngineConfig(
         dtype=asked.dtype,
         device=asked.device,
@@ -184,12 +185,12 @@ def load_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine
         prefix_caching=False,
         cache_dir=default_cache_dir(),
     )
-    return Engine.load(resolve_checkpoint(asked.model, None, say), config, say)
+    return load_engine(resolve_checkpoint(asked.model, None, say), config, say)
 
 
 def run(asked: argparse.Namespace, console: Console) -> int:
     """Measure, show the table and leave step.json and step.md in --out."""
-    engine = load_engine(asked, console.print)
+    engine = open_engine(asked, console.print)
     found = {}
     for rows in asked.rows:
         steps = decode_steps(engine, rows, asked.context, asked.steps)

@@ -7,8 +7,8 @@ common and frequent words, and facts in filler: generated from a seed for any le
 --methods each request chooses its position method, as this project's server lets it; without, any OpenAI-compatible
 URL is asked as it is served. `--launch COMMAND` starts the server from here.
 
-Prompts are of at most the asked number of tokens, the reply included. All but the passkey have worked examples before
-them, which a small base model needs. Several questions are asked over one text, so that a server with a prefix cache
+Prompts are of at most the asked number of tokens, the reply included. All but the passkey have few-shot examples
+before them, which a small base model needs. Several questions are asked over one text: a server with a prefix cache
 reads it once. Every reply is kept in the output folder, so an interrupted run resumes, and a longer one adds to it;
 a server that reads otherwise than before wants a folder or a --name of its own.
 
@@ -33,10 +33,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bench import BenchError
 from bench.shared import options
 from bench.shared.counting import local_counter, server_counter
+from bench.shared.kept import Kept
 from bench.shared.machine import describe_machine
 from bench.shared.methods import Method, environment, method_list
 from bench.shared.servers import READY_TIMEOUT_S, Server, http_client, launched
-from bench.tasks.asking import Asker, Replies
+from bench.tasks.asking import FILE, Asker
 from bench.tasks.calibration import AUTO, choose
 from bench.tasks.families import ENDS_WITHOUT_EXAMPLE, FAMILIES, Prompt, prompts
 from bench.tasks.report import report
@@ -75,7 +76,7 @@ async def measure(asked: argparse.Namespace, server: Server, progress: Progress)
         raise BenchError(str(error)) from None
     scores = Scores([way.label for way in ways], asked.tasks, asked.lengths, train_length)
     task = progress.add_task("", total=len(ways) * sum(map(len, work)))
-    asker = Asker(server, Replies(asked.out))
+    asker = Asker(server, Kept(asked.out / FILE))
     for batch in work:
         for way in ways:
             for prompt in batch:
@@ -153,7 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--depths", type=depth_list, default="5", metavar="N or A,B", help="of facts: evenly spread, or which")
     add("--seeds", type=options.count, default=3)
-    add("--shots", type=int, default=1, help="worked examples before each prompt; the passkey has none")
+    add("--shots", type=int, default=1, help="few-shot examples before each prompt; the passkey has none")
     add("--calibrate", action="store_true", help="choose a method on the first half of the seeds, hold it against auto "
         "on the others, and print its settings")  # fmt: skip
     add("--train-length", type=options.count, help="of the model; without it as this project's server says")

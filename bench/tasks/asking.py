@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 from prerope.rope.spec import RopeSpec
 
 from bench import BenchError
+from bench.shared.kept import Kept, key_of
 from bench.shared.servers import Server
 from bench.tasks.families import Prompt
 from bench.tasks.sheets import REPLY_ENDS
@@ -29,43 +27,23 @@ class Reply:
     prompt_tokens: int
 
 
-class Replies:
-    """Kept replies, a JSON line each, known by the model, the method, the prompt and the number of tokens asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / FILE
-        self._path.touch()
-        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
-        self._known = {line["key"]: Reply(line["text"], line["prompt_tokens"]) for line in lines}
-
-    def get(self, key: str) -> Reply | None:
-        return self._known.get(key)
-
-    def add(self, key: str, reply: Reply, about: dict[str, Any]) -> None:
-        """`about` is for people. One write of one line: other runs append too."""
-        self._known[key] = reply
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **asdict(reply), **about}) + "\n")
-
-
 @dataclass(frozen=True, slots=True)
 class Asker:
     """One server with one model. Where a method is chosen, `rope` is sent, a field that this project's server has."""
 
     server: Server
-    kept: Replies
+    kept: Kept
 
     async def ask(self, prompt: Prompt, label: str, spec: RopeSpec | None) -> Reply:
         """Raises BenchError with what the server says, where it refuses."""
         body = self.body(prompt, spec)
-        key = hashlib.sha256(json.dumps([self.server.name, label, body], sort_keys=True).encode()).hexdigest()
+        key = key_of(self.server.name, label, body)
         if (found := self.kept.get(key)) is not None:
-            return found
+            return Reply(found["text"], found["prompt_tokens"])
         reply = await self._post(body)
         about = {"server": self.server.name, "method": label, "family": prompt.family, "length": prompt.length}
         about |= {"seed": prompt.seed, "depth": prompt.question.depth, "answers": prompt.question.answers}
-        self.kept.add(key, reply, about)
+        self.kept.add(key, {**asdict(reply), **about})
         return reply
 
     def body(self, prompt: Prompt, spec: RopeSpec | None) -> dict[str, Any]:

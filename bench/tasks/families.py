@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 ENDS_WITHOUT_EXAMPLE = ("passkey",)
-"""Families whose question tells any model how to go on: they get no worked examples unless asked for."""
+"""Families whose question tells any model how to go on: they get no few-shot examples unless asked for."""
 
 EXAMPLE_TOKENS = 350
 EXAMPLE_DEPTHS = (0.2, 0.5, 0.8)

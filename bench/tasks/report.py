@@ -32,7 +32,7 @@ def by_length(scores: Scores, about: Mapping[str, Any]) -> Table:
     note = (
         f"{about['model']}, trained on {scores.train_length:,} tokens. Score in per cent ± standard error over "
         f"sheets, the mean of {', '.join(scores.families)}; {about['seeds']} seeds, depths {about['depths']}, "
-        f"{about['shots']} worked examples (passkey: none). Effective: the longest length up to which no score is "
+        f"{about['shots']} few-shot examples (passkey: none). Effective: the longest length up to which no score is "
         f"below {EFFECTIVE:.0%} of that at a quarter of the trained length. {about['date']}, {about['cpu']}."
     )
     return Table(["method", *(f"{n:,}" for n in scores.lengths), "effective"], rows, [note])

@@ -22,15 +22,14 @@ def cpu_attention(
     query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
 ) -> Tensor:
     """See `cache.attention.dispatch.Attention`. Here alone is decided what goes through which kernel."""
-    native = can_attend(query, keys, values)
+    native = _is_native(query, keys, values, metadata)
     plan = plan_step(metadata, options) if native else None
     if plan is not None and plan.num_rows == len(query):
         return decode(plan, query, keys, values, options)
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     if plan is not None:
         out[plan.rows] = decode(plan, query[plan.rows], keys, values, options)
-    few = set() if plan is None else set(plan.rows)
-    for chunks in _chunks([one for one in metadata.sequences if one.first not in few]):
+    for chunks in _chunks(metadata, () if plan is None else tuple(plan.rows)):
         packed = slice(chunks[0].first, chunks[-1].first + chunks[-1].count)
         if native:
             out[packed] = prefill(query[packed], keys, values, chunks, metadata, options)
@@ -41,8 +40,25 @@ def cpu_attention(
     return out
 
 
-def _chunks(sequences: Sequence[SequenceRows]) -> list[list[SequenceRows]]:
-    """Chunks of the same sequence that follow one another in the step, together."""
+def _is_native(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata) -> bool:
+    """Whether the kernels take a layer; asked once a step of all layers that have the same shapes and dtypes."""
+    key = ("native", query.shape[1], query.dtype, keys.dtype, keys.shape, values.shape[3])
+    native: bool | None = metadata.plans.get(key)
+    if native is None:
+        native = metadata.plans[key] = can_attend(query, keys, values)
+    return native
+
+
+def _chunks(metadata: AttentionMetadata, few: tuple[int, ...]) -> list[list[SequenceRows]]:
+    """Chunks of the same sequence that follow one another in the step, together. few: first rows that are left out."""
+    key = ("chunks", few)
+    if key not in metadata.plans:
+        metadata.plans[key] = _together([one for one in metadata.sequences if one.first not in few])
+    chunks: list[list[SequenceRows]] = metadata.plans[key]
+    return chunks
+
+
+def _together(sequences: Sequence[SequenceRows]) -> list[list[SequenceRows]]:
     together: list[list[SequenceRows]] = []
     for one in sequences:
         last = together[-1][-1] if together else None

@@ -100,18 +100,20 @@ def prefill(
     plan = metadata.plans.get(key)
     if plan is None:
         plan = metadata.plans[key] = _plan(chunks, options, group_size)
-    shape = kernel_shape(query.shape[1], query.dtype, keys, values, plan.method, options)
-    needed = kernels().prerope_chunk_scratch(ctypes.byref(shape), ctypes.byref(plan.plan))
+    asked = ("shape", key, query.dtype, keys.dtype, keys.shape, values.shape[3], options)
+    shape = metadata.plans.get(asked)
+    if shape is None:
+        shape = metadata.plans[asked] = kernel_shape(query.shape[1], query.dtype, keys, values, plan.method, options)
+    library = kernels()
+    needed = library.prerope_chunk_scratch(ctypes.byref(shape), ctypes.byref(plan.plan))
     scratch = metadata.plans.get("prefill scratch")
     if scratch is None or scratch.numel() < needed:
         scratch = metadata.plans["prefill scratch"] = torch.empty(needed)
     out = query.new_empty(*query.shape[:2], values.shape[3])
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
-    pointers = [
-        None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-        for tensor in (query, keys, values, sinks, scratch, out)
-    ]
-    kernels().prerope_chunk(ctypes.byref(shape), ctypes.byref(plan.plan), *pointers)
+    sinks_at = None if sinks is None else sinks.data_ptr()
+    addresses = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), sinks_at, scratch.data_ptr(), out.data_ptr())
+    library.prerope_chunk(ctypes.byref(shape), ctypes.byref(plan.plan), *map(ctypes.c_void_p, addresses))
     return out
 
 

@@ -172,11 +172,11 @@ _turns: WeakValueDictionary[Hashable, KeyTurns] = WeakValueDictionary()
 
 
 def _turns_of(angles: AngleMap, decay: Tensor | None) -> KeyTurns:
-    still = angles.still
-    key = None if still else (id(angles.theta), angles.period, angles.group, id(decay))
+    unrotated = angles.unrotated
+    key = None if unrotated else (id(angles.theta), angles.period, angles.group, id(decay))
     found = _turns.get(key)
     if found is None:
-        found = _turns[key] = KeyTurns(None if still else angles, decay)
+        found = _turns[key] = KeyTurns(None if unrotated else angles, decay)
     return found
 
 

@@ -25,8 +25,8 @@ from prerope.cache.cuda.plan import (
     Tables,
     sent_block_tables,
     step_of,
-    still,
     tables_of,
+    unrotated,
 )
 from prerope.cache.cuda.tables import LONGEST, KeyMap, places_of
 from prerope.cache.cuda.transfer import send
@@ -115,7 +115,7 @@ class SingleRows:
     def find(self, tables: Tables) -> FoundSlots:
         """Where the tables hold what keys and queries of these rows turn by: they do from now on."""
         parts = [(part, reading.decay) for reading, _ in self.readings for part in reading.parts]
-        keys = [(part.key, decay) for part, decay in parts if not part.key.still or decay is not None]
+        keys = [(part.key, decay) for part, decay in parts if not part.key.unrotated or decay is not None]
         found = tables.keys.find(keys, int(self.positions.max()) + 1, self.step)
         return found, tables.queries.find([part.query for part, _ in parts], self.step)
 
@@ -164,7 +164,7 @@ def single_rows(metadata: AttentionMetadata, key: PlanKey) -> SingleRows:
     rotary_dim = key.rotary_dim(rotary)
     rows_of = defaultdict[Reading, list[int]](list)
     for row, method in enumerate(methods):
-        reading = still(rotary_dim // 2) if method is None else method.reading_of(int(positions[row]))
+        reading = unrotated(rotary_dim // 2) if method is None else method.reading_of(int(positions[row]))
         rows_of[reading].append(row)
     turning = [(part.key, reading.decay) for reading in rows_of for part in reading.parts]
     layout = RowLayout(

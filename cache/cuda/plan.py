@@ -142,7 +142,7 @@ def table_bytes() -> int:
 
 
 @cache
-def still(pairs: int) -> Reading:
+def unrotated(pairs: int) -> Reading:
     """Every key as it lies in the cache. The same object each time, so that its angles keep their slot."""
     angles = AngleMap(torch.zeros(pairs, dtype=torch.float64))
     return Reading((Part(angles, angles),))

@@ -24,8 +24,8 @@ from prerope.cache.cuda.plan import (
     PlanKey,
     sent_block_tables,
     step_of,
-    still,
     tables_of,
+    unrotated,
 )
 from prerope.cache.cuda.tables import LONGEST, KeyMap, QueryAngles, places_of
 from prerope.cache.cuda.transfer import send
@@ -121,7 +121,7 @@ class _Builder:
         self.num_turns += run.stop - run.first
         low, stop = read.keys()
         decay = run.reading.decay
-        if low < stop and not (part.key.still and decay is None):
+        if low < stop and not (part.key.unrotated and decay is None):
             # Runs share turned keys, unless these fade: from where is each run's own.
             read.span = run.sequence, part.key, decay, 0 if decay is None else run.first
         return read
@@ -232,7 +232,7 @@ def _runs(number: int, sequence: SequenceRows, key: PlanKey, rotary_dim: int) ->
     method, start, stop = key.method(sequence), sequence.start, sequence.length
     packed = sequence.first - start
     if method is None:
-        reading = still(rotary_dim // 2)
+        reading = unrotated(rotary_dim // 2)
         return [_Run(number, packed, start, stop, reading, list(reading.parts), None)]
     return _method_runs(number, packed, method, start, stop)
 

@@ -73,8 +73,8 @@ def _unrotated(spec: RopeSpec, name: str, rotary: Rotary, max_model_len: int | N
             f"MAX_MODEL_LEN is {max_model_len}, but this model has no rotary embedding, and its own positions end at "
             f"{rotary.max_length}: lower it to that"
         )
-    still = plain_reading(plain(0, 1.0))
-    return PositionMethod(rotary.rope_type, rotary, rotary.train_length, Rule({}, lambda _end: still))
+    unrotated = plain_reading(plain(0, 1.0))
+    return PositionMethod(rotary.rope_type, rotary, rotary.train_length, Rule({}, lambda _end: unrotated))
 
 
 def _scale(spec: RopeSpec, train_length: int, max_model_len: int | None) -> float:

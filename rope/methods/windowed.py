@@ -47,11 +47,11 @@ def _jagged_rerope(t: Target) -> Rule:
             f"group (ROPE_GROUP) is {block}: jagged_rerope reads up to window + group tokens at their exact distance, "
             f"so it must be at most {t.train_length - window}, the trained length less the window (ROPE_WINDOW)"
         )
-    near, far_query, still = AngleMap(own.theta), _constant(own, offset=window), _constant(own)
+    near, far_query, unrotated = AngleMap(own.theta), _constant(own, offset=window), _constant(own)
 
     def reading(run_end: int) -> Reading:
         edge = run_end - window + 1 - block
-        parts = (Part(near, near, first_key=edge), Part(far_query, still, stop_key=edge))
+        parts = (Part(near, near, first_key=edge), Part(far_query, unrotated, stop_key=edge))
         return Reading(parts if edge > 0 else (Part(near, near),), own.attention_factor)
 
     def run_end(position: int) -> int:

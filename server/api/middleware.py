@@ -34,13 +34,13 @@ QUIET_PATHS = PROBES
 """Routes that are called every few seconds; they are logged as debug lines."""
 
 ABORT = "abort_connection"
-"""In the scope's state: a function that drops the connection with what is not yet sent (`server.connection`)."""
+"""In the scope's state: a function that drops the connection with what is not yet sent (`server.http.connection`)."""
 
 FILLER = "filler"
-"""In the scope's state: bytes that mean nothing between two pieces of this reply (`server.connection`)."""
+"""In the scope's state: bytes that mean nothing between two pieces of this reply (`server.http.connection`)."""
 
 TOO_MANY_CHUNKS = "too_many_chunks"
-"""In the scope's state, once the body has come in more chunks than are taken (`server.feed`)."""
+"""In the scope's state, once the body has come in more chunks than are taken (`server.http.feed`)."""
 
 SSE_COMMENT = b": \n\n"
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,22 +24,18 @@ from prerope.cache.attention.dispatch import angle_bytes
 from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
-from prerope.cache.cpu.arithmetic import multiplies_pairs, multiply_pairs
 from prerope.cache.cuda.transfer import send
-from prerope.cache.kernels.build import prepare
 from prerope.cache.storage import KVStorage
 from prerope.cache.tier import TierStats
-from prerope.rope.model import ModelPositions, resolve_model
-from prerope.rope.reading import MethodError
+from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.byte_cache import ByteCache
 from prerope.server.config import EngineConfig
 from prerope.server.engine.documents import DocumentReader
-from prerope.server.engine.graphs import DecodeGraphs, capture_graphs
-from prerope.server.engine.info import Counters, EngineStats, GraphStats, ModelInfo
+from prerope.server.engine.graphs.decode import DecodeGraphs
+from prerope.server.engine.info import Counters, EngineStats, GraphStats, ModelInfo, take_stats
 from prerope.server.engine.limits import too_late
-from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size_cache
-from prerope.server.engine.memory.warm_up import warm_up
+from prerope.server.engine.memory.sizing import CacheSize
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.pace import Pace
 from prerope.server.engine.sampling.mask import wait_for_masks
@@ -49,19 +44,15 @@ from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.speculation.speculator import Speculator
 from prerope.server.engine.speculation.verification import Verification
 from prerope.server.engine.step import Scheduled, Step, chunks_of, finish_launch
-from prerope.server.engine.tiers import Tiers, open_tier
-from prerope.server.errors import ConfigurationError, InvalidRequest, RequestError
+from prerope.server.engine.tiers import Tiers
+from prerope.server.errors import InvalidRequest, RequestError
 from prerope.server.models.batch import Chunk, build_batch
-from prerope.server.models.cpu.trial import choose_arithmetic
-from prerope.server.models.model import Model, choose_device, load_model
-from prerope.server.models.probe import probe
-from prerope.server.models.weights import DTYPES
-from prerope.server.ranks.group import ALONE, Ranks
+from prerope.server.models.model import Model, resolve
 from prerope.server.ranks.orders import tell_copy, tell_end, tell_step
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from prerope.server.models.checkpoint import Checkpoint
+    pass
 
 
 MAX_RESOLVED_BYTES = 32 * 2**20
@@ -120,57 +111,6 @@ class Engine:
         self.resolved: ByteCache[RopeSpec, ModelPositions] = ByteCache(MAX_RESOLVED_BYTES)
         self._counters = Counters()
 
-    @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        config: EngineConfig,
-        report: Callable[[str], None] = lambda _: None,
-        end_token_ids: frozenset[int] = frozenset(),
-        ranks: Ranks = ALONE,
-    ) -> Engine:
-        """Weights, probe, cache. Raises ConfigurationError; `report` gets a line as each stage begins.
-
-        end_token_ids: tokens that end a reply, beside those that the model's own configs name.
-        ranks: all of them load at once; rank 0 schedules, and the others `follow`.
-        """
-        config = config.on(choose_device(config.device).type)
-        if config.max_num_seqs > config.max_batched_tokens:
-            raise ConfigurationError(
-                f"MAX_NUM_SEQS is {config.max_num_seqs}: it must be at most MAX_BATCHED_TOKENS "
-                f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
-            )
-        report(prepare(config.cache_dir))
-        if (chosen := choose_arithmetic()) is not None:
-            report(chosen)
-        if not ranks.alone:
-            multiply_pairs(bool(ranks.first(int(multiplies_pairs()))))
-        model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
-        check_recurrent(model, config)
-        model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
-        report("checking the model against transformers' own forward")
-        error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype), config.block_size)
-        report(f"the check passed: relative difference {error:.1e}")
-        size = size_cache(model, config, report)
-        positions = _resolve(model, config.rope, size.max_model_len, ConfigurationError)
-        for warning in positions.warnings():
-            report(f"warning: {warning}")
-        described = ", ".join(f"{key} {value}" for key, value in positions.describe().items())
-        report(
-            f"{described}; max_model_len {size.max_model_len}; cache of {size.num_blocks * config.block_size} tokens, "
-            f"{size.num_bytes / 2**30:.2f} GiB"
-        )
-        if size.num_states:
-            report(f"{size.num_states} states of recurrent layers, {size.state_bytes / 2**30:.2f} GiB")
-        engine = cls(model, config, positions, size)
-        if config.prefix_caching and (config.tier_dir is not None or config.tier_memory):
-            tier = open_tier(model, config, engine.storage, report)
-            engine.tiers = Tiers(tier, engine.storage, engine.scheduler.cache)
-        if model.device.type == "cuda":
-            warm_up(model, config, size.max_model_len, engine.storage, report)
-            engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
-        return engine
-
     def take_graphs(self, found: DecodeGraphs | str) -> None:
         """Decode steps are replayed from now on, or, where it is a reason, are not."""
         self.graphs, self._no_graphs = (None, found) if isinstance(found, str) else (found, "")
@@ -183,7 +123,7 @@ class Engine:
             return self.info.positions
         found = self.resolved.get(spec)
         if found is None:
-            found = _resolve(self.model, spec, self.info.max_model_len, _bad_rope)
+            found = resolve(self.model, spec, self.info.max_model_len, _bad_rope)
             self.resolved.put(spec, found, found.max_bytes)
         return found
 
@@ -392,34 +332,9 @@ class Engine:
     # --- what callers watch ---
 
     def stats(self) -> EngineStats:
-        scheduler, pool, counters = self.scheduler, self.scheduler.cache.pool, self._counters
-        states = None if scheduler.cache.states is None else scheduler.cache.states.pool
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_running_tokens=sum([s.num_remaining_tokens for s in scheduler.running.values()]),
-            num_waiting=len(scheduler.waiting),
-            num_waiting_tokens=sum([s.num_remaining_tokens for s in scheduler.waiting.values()]),
-            num_blocks=pool.num_blocks,
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_cached,
-            num_states=0 if states is None else states.num_blocks,
-            num_free_states=0 if states is None else states.num_free,
-            num_cached_states=0 if states is None else states.num_cached,
-            state_bytes=self._state_bytes,
-            num_steps=counters.num_steps,
-            num_preemptions=scheduler.num_preemptions,
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
-            num_drafts=counters.num_drafts,
-            drafted_tokens=counters.drafted_tokens,
-            accepted_tokens=counters.accepted_tokens,
-            prefix_queried_tokens=scheduler.cache.queried_tokens,
-            prefix_hit_tokens=scheduler.cache.hit_tokens,
-            tiers=TierStats() if self.tiers is None else replace(self.tiers.tier.stats),
-            graphs=GraphStats(why_none=self._no_graphs) if self.graphs is None else self.graphs.stats,
-            last_step_s=counters.last_step_s,
-            prefill_tokens_per_s=counters.prefill_tokens_per_s,
-        )
+        tiers = TierStats() if self.tiers is None else replace(self.tiers.tier.stats)
+        graphs = GraphStats(why_none=self._no_graphs) if self.graphs is None else self.graphs.stats
+        return take_stats(self.scheduler, self._counters, tiers, graphs, self._state_bytes)
 
     @property
     def angle_bytes(self) -> int:
@@ -433,10 +348,3 @@ class Engine:
 
 def _bad_rope(message: str) -> InvalidRequest:
     return InvalidRequest(message, param="rope", code="bad_rope")
-
-
-def _resolve(model: Model, spec: RopeSpec, max_model_len: int, error: Callable[[str], Exception]) -> ModelPositions:
-    try:
-        return resolve_model(spec, model.rotaries, max_model_len)
-    except MethodError as reason:
-        raise error(str(reason)) from reason

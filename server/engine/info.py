@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prerope.cache.tier import TierStats
 from prerope.rope.model import ModelPositions
+
+if TYPE_CHECKING:
+    from prerope.server.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,3 +114,36 @@ class EngineStats:
     graphs: GraphStats
     last_step_s: float
     prefill_tokens_per_s: float
+
+
+def take_stats(
+    scheduler: Scheduler, counters: Counters, tiers: TierStats, graphs: GraphStats, state_bytes: int
+) -> EngineStats:
+    cache, pool = scheduler.cache, scheduler.cache.pool
+    states = None if cache.states is None else cache.states.pool
+    return EngineStats(
+        num_running=len(scheduler.running),
+        num_running_tokens=sum([s.num_remaining_tokens for s in scheduler.running.values()]),
+        num_waiting=len(scheduler.waiting),
+        num_waiting_tokens=sum([s.num_remaining_tokens for s in scheduler.waiting.values()]),
+        num_blocks=pool.num_blocks,
+        num_free_blocks=pool.num_free,
+        num_cached_blocks=pool.num_cached,
+        num_states=0 if states is None else states.num_blocks,
+        num_free_states=0 if states is None else states.num_free,
+        num_cached_states=0 if states is None else states.num_cached,
+        state_bytes=state_bytes,
+        num_steps=counters.num_steps,
+        num_preemptions=scheduler.num_preemptions,
+        prompt_tokens=counters.prompt_tokens,
+        generation_tokens=counters.generation_tokens,
+        num_drafts=counters.num_drafts,
+        drafted_tokens=counters.drafted_tokens,
+        accepted_tokens=counters.accepted_tokens,
+        prefix_queried_tokens=cache.queried_tokens,
+        prefix_hit_tokens=cache.hit_tokens,
+        tiers=tiers,
+        graphs=graphs,
+        last_step_s=counters.last_step_s,
+        prefill_tokens_per_s=counters.prefill_tokens_per_s,
+    )

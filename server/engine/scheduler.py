@@ -145,7 +145,7 @@ class Scheduler:
         for sequence, num_tokens in share(prefills, budget):
             if sequence.request_id not in self.running:
                 continue
-            if sequence.sampling.prompt_logprobs is not None:
+            if sequence.request.sampling.prompt_logprobs is not None:
                 unscored = max(0, sequence.first_scored_row - sequence.num_computed_tokens)
                 num_tokens = min(num_tokens, unscored + to_score)
                 to_score -= max(0, num_tokens - unscored)

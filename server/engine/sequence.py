@@ -131,7 +131,7 @@ class Sequence:
     @property
     def ending(self) -> bool:
         """Its last token is pending: no step follows. That `max_tokens` is within every limit, `limits` saw to."""
-        return self.num_pending > 0 and self.num_output_tokens >= self.sampling.max_tokens
+        return self.num_pending > 0 and self.num_output_tokens >= self.request.sampling.max_tokens
 
     @property
     def chosen_on_host(self) -> bool:
@@ -162,7 +162,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        return self.num_output_tokens > 0 and self.num_remaining_tokens == 1
+        num_tokens = len(self.token_ids)
+        return num_tokens > self.num_prompt_tokens and num_tokens - self.num_computed_tokens == 1
 
     @property
     def num_more_drafts(self) -> int:
@@ -182,10 +183,11 @@ class Sequence:
     @property
     def first_scored_row(self) -> int:
         """The first row whose logits are wanted: that of the last known token, or one that scores a prompt token."""
-        if self.sampling.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens:
-            return self.num_tokens - 1
+        sampling = self.request.sampling
+        if sampling.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt_tokens:
+            return len(self.token_ids) - 1
         # Row i scores token i + 1. What was scored before a preemption is not scored again.
-        return max(self.sampling.prompt_logprobs_start, len(self.prompt_logprobs), 1) - 1
+        return max(sampling.prompt_logprobs_start, len(self.prompt_logprobs), 1) - 1
 
     def num_logits(self, start: int, count: int) -> int:
         """How many of the last of `count` rows from `start` on want logits."""
@@ -194,7 +196,7 @@ class Sequence:
     @property
     def num_reusable_tokens(self) -> int:
         """Tokens at the beginning that a cached prefix may stand for: nobody wants their logits."""
-        return min(self.first_scored_row, self.num_tokens - 1)
+        return min(self.first_scored_row, len(self.token_ids) - 1)
 
     def expect(self, place: int) -> None:
         """A step was launched that samples its next token, as number `place` of that step's tokens."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.schemes import scheme_of
+from prerope.server.models.quantized.schemes import scheme_of
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

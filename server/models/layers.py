@@ -72,7 +72,8 @@ class PlainAttention:
         """hidden_states [1, T, hidden] → the same shape."""
         query, key, value = self.heads([part.forward(hidden_states) for part in self.inputs])
         rows = HANDLER.get()(self.module, query, key, value, self.call)
-        return self._whole(self.output.forward(rows.view(1, len(rows), -1))), None
+        output = self.output.forward(rows.view(1, len(rows), -1))
+        return output if self._whole is None else self._whole(output), None
 
     def heads(self, projected: Sequence[Tensor]) -> list[Tensor]:
         """q, k and v, [..., T, features] each → raw, [T, heads, head_dim]."""

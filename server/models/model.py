@@ -12,6 +12,7 @@ from prerope.cache.attention.dispatch import attention_on
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage, StateShape
 from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.reading import MethodError
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import Quantization
 from prerope.server.errors import ConfigurationError
@@ -24,7 +25,7 @@ from prerope.server.models.cuda import stack as cuda_stack
 from prerope.server.models.inspection import inspect_layers
 from prerope.server.models.layers import Stack, layers_of, plain_layers
 from prerope.server.models.modules import Kernels, fast_modules
-from prerope.server.models.quantization import check_quantization, quantize
+from prerope.server.models.quantized.int8 import check_quantization, quantize
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.recurrent.finding import find_recurrent
 from prerope.server.models.recurrent.layers import StepStates, running
@@ -59,13 +60,14 @@ class Model:
         layers: attention layers in order, with shapes and rotary groups.
         rotaries: rotary group → the embedding as trained.
         recurrent: modules that keep a state of a sequence beside keys and values.
-        eos_token_ids: tokens that end a reply. From the model's own configs, until `Engine.load` knows them all.
+        eos_token_ids: tokens that end a reply. From the model's own configs, until `load_engine` knows them all.
         stack: runs whole steps, where the model has the shape for it: of few rows on the CPU, any on CUDA.
     """
 
     def __init__(self, transformers_model: Any, backend: Backend | None = None, ranks: Ranks = ALONE) -> None:
         """backend: that of the model's device, unless another is given. ranks: it holds a share of each."""
         self.raw = RawKeyModel(transformers_model, ranks)
+        self.device: torch.device = self.raw.model.device
         self.recurrent = find_recurrent(self.raw)
         self.layers, self.rotaries = inspect_layers(self.raw, self.recurrent)
         backend = backend or BACKENDS.get(self.device.type)
@@ -101,11 +103,6 @@ class Model:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.raw.model.dtype
         return dtype
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.raw.model.device
-        return device
 
     @property
     def states(self) -> tuple[StateShape, ...]:
@@ -187,3 +184,11 @@ def own_positions(model: Model) -> ModelPositions:
     """The model as its config says, in the reading of transformers, which knows no chunks: what the probe compares."""
     rotaries = {group: replace(rotary, dual_chunk=None) for group, rotary in model.rotaries.items()}
     return resolve_model(RopeSpec(method="model"), rotaries, None)
+
+
+def resolve(model: Model, spec: RopeSpec, max_model_len: int, error: Callable[[str], Exception]) -> ModelPositions:
+    """A position method for this model; where it does not take it, `error` with the reason is raised."""
+    try:
+        return resolve_model(spec, model.rotaries, max_model_len)
+    except MethodError as reason:
+        raise error(str(reason)) from reason

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from prerope.server.models.quantization import is_quantized
+from prerope.server.models.quantized.int8 import is_quantized
 from torch import Tensor, nn
 
 

@@ -43,18 +43,13 @@ Whole = Callable[[Tensor], Tensor]
 _JOIN = "prerope_join"
 
 
-def join_of(module: nn.Module) -> Whole:
-    """What makes whole a result of this module's forward, as far as this rank computes it. Calling the module does."""
-    join: Whole = getattr(module, _JOIN, _as_it_is)
+def join_of(module: nn.Module) -> Whole | None:
+    """What makes whole a result of this module's forward, of which this rank computes a share; None: it is whole.
+
+    Calling the module makes it whole, too.
+    """
+    join: Whole | None = getattr(module, _JOIN, None)
     return join
-
-
-def is_joined(module: nn.Module) -> bool:
-    return hasattr(module, _JOIN)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
 
 
 def _join(module: nn.Module, join: Whole) -> None:

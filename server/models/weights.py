@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.models.folder import some
-from prerope.server.models.schemes import SCHEMES, check_scheme, dequantising, scheme_of
+from prerope.server.models.quantized.schemes import SCHEMES, check_scheme, dequantising, scheme_of
 from torch import nn
 
 if TYPE_CHECKING:

@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from prerope.server.engine.loading import load_engine
+from prerope.server.environment import let_waiting_threads_sleep
 from prerope.server.errors import PreRopeError
-from prerope.server.settings import Settings, let_waiting_threads_sleep
+from prerope.server.settings import Settings
 
 REPORT_AFTER_S = 2.0
 """What stops this rank stops rank 0 too, as a rule, which then says so and ends all: only else it is said here."""
@@ -27,7 +29,6 @@ def main() -> NoReturn:
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.SIG_IGN)  # the server drains first
     let_waiting_threads_sleep()
-    from prerope.server.engine.engine import Engine
     from prerope.server.log import route_transformers_log
     from prerope.server.models.checkpoint import Checkpoint
     from prerope.server.ranks.group import Ranks
@@ -42,7 +43,7 @@ def main() -> NoReturn:
     try:
         ranks = Ranks.join(Path(order["folder"]), rank, size, on_gpus=order["on_gpus"])
         config = Settings(**order["settings"]).engine_config()
-        follow(Engine.load(Checkpoint(**order["checkpoint"]), config, ranks=ranks))
+        follow(load_engine(Checkpoint(**order["checkpoint"]), config, ranks=ranks))
     except Exception as error:
         time.sleep(REPORT_AFTER_S)
         if isinstance(error, PreRopeError):

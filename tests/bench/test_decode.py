@@ -11,6 +11,7 @@ import torch
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.models.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ ABOUT |= {"date": "today", "cpu": "one", "cache_bytes_per_token": 1000}
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint: Path) -> Engine:
     config = EngineConfig(max_model_len=96, max_num_seqs=2, kv_cache_memory=2**24, prefix_caching=False)
-    return Engine.load(Checkpoint(str(tiny_checkpoint), "tiny"), config)
+    return load_engine(Checkpoint(str(tiny_checkpoint), "tiny"), config)
 
 
 @pytest.mark.parametrize("method", ["rope", "rerope:window=8"])

@@ -84,7 +84,7 @@ def test_a_toy_run_leaves_tables_and_figures(tmp_path: Path, bare: tuple[Path, d
         assert line in text
     assert str(tmp_path) not in text
     for figure in ("judged: decode toy 2 x 96 rope, ms", "check-rows: toy rows rerope peaked, error",
-                   "sweep: prefill toy 1 x 96 rope: sdpa_prefill, ms", "sweep: product of one row 64 x 512: gemv, ms",
+                   "sweep: prefill toy 1 x 96 rope: sdpa_prefill, ms", "sweep: GEMV 64 x 512: gemv, ms",
                    "step: decode 2 x 96 rope, ms", "sweep: prefill toy 1 x 96 rope: shipped, ms"):  # fmt: skip
         assert found["figures"][figure] > 0, figure
     assert gpu.main(["A", "--toy", "--only", "about", "--out", str(tmp_path / "again"),

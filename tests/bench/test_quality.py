@@ -10,8 +10,8 @@ import pytest
 from prerope.server.engine.outputs import TokenLogprobs
 
 from bench.quality.__main__ import mean_loss, parse_arguments
-from bench.quality.readings import Readings, reading_key
 from bench.quality.report import REFERENCE, Quality, report
+from bench.shared.kept import Kept, key_of
 from bench.shared.methods import method_list
 from bench.shared.report import spaced
 from bench.shared.text import (
@@ -52,13 +52,20 @@ def test_a_context_is_the_beginning_of_a_document_and_the_reference_reads_its_en
     assert ending_at([-1, *range(99)], 50, 10, beginning=[-1]) == [-1, *range(40, 49)]
 
 
-def test_readings_are_kept_between_runs_and_known_by_what_they_read(tmp_path: Path) -> None:
-    key = reading_key({"positions": "rope"}, [1, 2])
-    assert key != reading_key({"positions": "yarn"}, [1, 2]) != reading_key({"positions": "yarn"}, [1, 3])
-    assert Readings(tmp_path).get(key) is None
-    beside = Readings(tmp_path)
-    Readings(tmp_path).add(key, [1.5, 2.5], {"last": 4})
-    assert beside.get(key) == Readings(tmp_path).get(key) == [1.5, 2.5]
+def test_figures_are_kept_between_runs_and_known_by_what_they_depend_on(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "kept"
+    key = key_of({"positions": "rope"}, [1, 2])
+    assert key != key_of({"positions": "yarn"}, [1, 2]) != key_of({"positions": "yarn"}, [1, 3])
+    beside = Kept(file)
+    assert beside.get(key) is None
+    Kept(file).add(key, {"losses": [1.5, 2.5], "last": 4})
+    with file.open("a") as other:  # a run that is writing its line
+        other.write('{"key": "ab')
+    assert beside.get("ab") is None
+    assert beside.get(key) == Kept(file).get(key) == {"key": key, "losses": [1.5, 2.5], "last": 4}
+    with file.open("a") as other:
+        other.write('", "losses": []}\n')
+    assert beside.get("ab") == {"key": "ab", "losses": []}
 
 
 def characters(text: str) -> list[int]:

@@ -63,7 +63,7 @@ def test_a_shape_is_the_model_that_transformers_makes_of_it() -> None:
 def test_a_context_is_in_the_cache_without_a_prefill() -> None:
     """Rows decode at their context, in blocks of their own, and only the last block of each prompt was computed."""
     asked = options("--contexts", 70, 96, "--rows", 2)
-    engine = step_floor.load_engine(MODELS["toy"], asked, lambda _: None)
+    engine = step_floor.open_engine(MODELS["toy"], asked, lambda _: None)
     floor = step_floor.Floor(engine, ["rope", "rerope"], asked.steps)
     assert all((tensor != 0).any(-1).all() for tensor in (*engine.storage.keys, *engine.storage.values))
     names = [floor._add("rerope", tokens, 8, known=True) for tokens in (70, 96)]
@@ -88,7 +88,7 @@ def test_steps_that_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: a step is launched before the tokens of the one before it are read."""
     monkeypatch.setattr(step_floor, "EngineConfig", partial(EngineConfig, overlap=True))
     asked = options("--rows", 2)
-    floor = step_floor.Floor(step_floor.load_engine(MODELS["toy"], asked, lambda _: None), ["rope"], asked.steps)
+    floor = step_floor.Floor(step_floor.open_engine(MODELS["toy"], asked, lambda _: None), ["rope"], asked.steps)
     assert floor.decode("rope", 2, 96) > 0
     assert not floor.engine.has_work()
     assert floor.prefill("rope", 96) > 0
@@ -129,7 +129,7 @@ def test_the_floor_and_the_ratios() -> None:
 
 def test_what_does_not_fit_or_comes_too_late_is_told() -> None:
     asked = options("--rows", 1)
-    floor = step_floor.Floor(step_floor.load_engine(MODELS["toy"], asked, lambda _: None), ["rope"], asked.steps)
+    floor = step_floor.Floor(step_floor.open_engine(MODELS["toy"], asked, lambda _: None), ["rope"], asked.steps)
     report = Found(["rope"], 1, 1, {"copy_bytes_per_s": 1.0, "prompt": 96})
     assert "left out, the cache holds" in step_floor.measure(floor, report, ("rope", 99, 96), float("inf"))
     assert "left out, the time was up" in step_floor.measure(floor, report, ("rope", 1, 96), 0.0)

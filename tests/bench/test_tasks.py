@@ -16,10 +16,11 @@ from prerope.rope.spec import RopeSpec
 from rich.progress import Progress
 
 from bench import BenchError
+from bench.shared.kept import Kept
 from bench.shared.methods import method_list
 from bench.shared.servers import Server
 from bench.tasks.__main__ import measure, parse_arguments, scored
-from bench.tasks.asking import Asker, Replies
+from bench.tasks.asking import Asker
 from bench.tasks.calibration import choose
 from bench.tasks.families import FAMILIES, Prompt, prompts
 from bench.tasks.report import report
@@ -279,7 +280,7 @@ def test_a_run_asks_each_question_once_by_each_method_and_resumes(
 
 def test_a_refusal_is_told_with_what_the_server_said(tmp_path: Path) -> None:
     client = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: httpx.Response(400, text="too long")))
-    asker = Asker(Server("mock", "http://mock/v1", client), Replies(tmp_path))
+    asker = Asker(Server("mock", "http://mock/v1", client), Kept(tmp_path / "kept"))
     prompt = Prompt("passkey", 10, 0, "text", Question("?", ("1",)))
     with pytest.raises(BenchError, match="mock: HTTP 400: too long"):
         asyncio.run(asker.ask(prompt, "rope", RopeSpec(method="rope")))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 from prerope.cache.kernels.build import library, prepare
+from prerope.server.places import default_cache_dir
 
 
 @pytest.fixture(scope="session")
-def decode_kernel(tmp_path_factory: pytest.TempPathFactory) -> None:
+def decode_kernel() -> None:
     """Skips where there is no C compiler: torch does the work of the kernel there."""
-    told = prepare(tmp_path_factory.mktemp("kernel"))
+    told = prepare(default_cache_dir())
     if library() is None:
         pytest.skip(told)
 

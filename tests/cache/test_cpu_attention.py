@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,8 @@ TOLERANCE = 1e-5
 
 def attend(step: Paged, options: AttentionOptions, *, kernel: bool) -> Tensor:
     """The CPU path; `kernel=False` takes the fallback."""
-    arguments = (step.query, step.keys, step.values, step.metadata, options)
+    metadata = replace(step.metadata, plans={})  # what was found of a step is kept there
+    arguments = (step.query, step.keys, step.values, metadata, options)
     if kernel:
         return cpu_attention(*arguments)
     with (

@@ -79,7 +79,7 @@ def test_naive_xpos_definition(length: int) -> None:
     assert (reference(step, AttentionOptions(SCALE, "")) - naive.xpos(query, key, value)).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("start", [100_000, 1_000_000])
+@pytest.mark.parametrize("start", [1_000_000])
 def test_xpos_far_out(start: int) -> None:
     """A million tokens on, scores are finite and those of the same distances at the beginning."""
     xpos = method("xpos", rotary(16, 16))

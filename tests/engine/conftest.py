@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from prerope.cache.kernels.build import prepare
+from prerope.server.places import default_cache_dir
 
 from tests.device import DEVICE
 
@@ -21,6 +22,6 @@ def device(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def decode_kernel(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """How preparing the kernel went."""
-    return prepare(tmp_path_factory.mktemp("kernel"))
+def decode_kernel() -> str:
+    """How preparing the kernel went. It is kept where servers keep theirs, so it is built once for all processes."""
+    return prepare(default_cache_dir())

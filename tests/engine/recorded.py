@@ -46,7 +46,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class RecordedGraph:
-    """As `server.engine.graphs.CudaGraph`. num_replays: of all graphs."""
+    """As `server.engine.graphs.decode.CudaGraph`. num_replays: of all graphs."""
 
     num_replays = 0
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from prerope.server.engine.capture import Capture
+from prerope.server.engine.graphs.capture import Capture
 from torch import Tensor
 
 DEVICE = torch.device("cuda", 0)

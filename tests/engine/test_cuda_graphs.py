@@ -18,9 +18,9 @@ from prerope.cache.cuda.attention import cuda_attention, cuda_store
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
-from prerope.server.engine.capture import Capture, Replay
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.graphs import DecodeGraphs, buckets, capture_graphs
+from prerope.server.engine.graphs.capture import Capture, Replay
+from prerope.server.engine.graphs.decode import DecodeGraphs, buckets, capture_graphs
 from prerope.server.engine.info import GraphStats
 from prerope.server.models.model import BACKENDS, Model
 from prerope.server.ranks.group import Ranks
@@ -87,8 +87,8 @@ def with_graphs(engine: Engine, capture: Any = None) -> Engine:
     """capture: in place of what captures; otherwise graphs on a card, and recordings without one."""
     here = (lambda _: RecordedGraph) if DEVICE == "cpu" else CountedGraphs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prerope.server.engine.graphs.Capture", here if capture is None else lambda _: capture)
-        patch.setattr("prerope.server.engine.graphs.buckets", lambda _: BUCKETS)
+        patch.setattr("prerope.server.engine.graphs.decode.Capture", here if capture is None else lambda _: capture)
+        patch.setattr("prerope.server.engine.graphs.decode.buckets", lambda _: BUCKETS)
         engine.take_graphs(capture_graphs(engine.model, engine.storage, engine.config, engine.info, print))
     assert (engine.graphs is not None) == (capture is None)
     return engine
@@ -277,7 +277,7 @@ def test_a_recording_keeps_what_was_not_copied() -> None:
     engine.step()
     logits = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prerope.server.engine.graphs._Graph.load", lambda *_: None)
+        patch.setattr("prerope.server.engine.graphs.decode._Graph.load", lambda *_: None)
         forward = DecodeGraphs.logits
 
         def seen(self: DecodeGraphs, batch: Any) -> Any:

@@ -11,6 +11,7 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.limits import check_vocabulary, max_tokens_that_fit
+from prerope.server.engine.loading import load_engine
 from prerope.server.engine.memory.sizing import size_cache
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.sampling.params import SamplingParams
@@ -96,7 +97,7 @@ def test_running_and_waiting_tokens_are_those_still_to_be_computed(model: Model)
 
 def test_more_sequences_than_tokens_in_a_step() -> None:
     with pytest.raises(ConfigurationError, match=r"MAX_NUM_SEQS is 64.*MAX_BATCHED_TOKENS \(32\)"):
-        Engine.load(Checkpoint("nowhere", "nothing"), EngineConfig(max_num_seqs=64, max_batched_tokens=32))
+        load_engine(Checkpoint("nowhere", "nothing"), EngineConfig(max_num_seqs=64, max_batched_tokens=32))
 
 
 def test_the_cache_must_hold_the_longest_request(model: Model) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from prerope.cache.kernels.build import library
 from prerope.server.config import EngineConfig
-from prerope.server.engine.engine import Engine
+from prerope.server.engine.loading import load_engine
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.cpu.products import FEW_ROWS, GatedProducts, Products, can_multiply
 from prerope.server.models.model import Model
 from prerope.server.models.probe import TOLERANCE, probe
-from prerope.server.models.quantization import INSTALL, check_quantization, int8_rows, quantize
+from prerope.server.models.quantized.int8 import INSTALL, check_quantization, int8_rows, quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -283,7 +283,7 @@ def test_an_engine_that_is_configured_so_loads_so(tiny_checkpoint: Path) -> None
         dtype="bfloat16", device="cpu", weight_quantization="int8", max_model_len=128, kv_cache_memory=2**20
     )
     lines: list[str] = []
-    engine = Engine.load(Checkpoint(str(tiny_checkpoint), "tiny"), config, lines.append)
+    engine = load_engine(Checkpoint(str(tiny_checkpoint), "tiny"), config, lines.append)
     assert any(line.startswith("14 linear layers in int8") for line in lines)
     attention = engine.model.layers[0].module
     assert int8_rows(attention.q_proj.weight) is not None

@@ -32,7 +32,7 @@ from tests.engine.tiny_models import generate, prompt_of, request, run, tiny, ti
 
 POSITIONS = resolve_model(RopeSpec(method="rope"), {"": Rotary(16, 16, 1e4, "default", 64, 64)}, None)
 EOS = frozenset({2})
-GRID = 2000
+GRID = 500
 
 
 def sequence(sampling: SamplingParams, prompt: list[int], output: list[int] | None = None) -> Sequence:

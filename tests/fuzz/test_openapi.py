@@ -76,7 +76,7 @@ def _test_of(method: str, path: str) -> Any:
     """All phases of one operation, under a name of its own: items of one name would be run once by xdist."""
 
     @api.include(method=method.upper(), path=path).parametrize()
-    @budget(25)
+    @budget(10)
     def test(case: Any, url: str) -> None:
         answers_as_documented(case, url)
 

@@ -163,7 +163,7 @@ def test_faults_in_what_kernels_are_given_are_seen(name: str | None, monkeypatch
 
 
 def test_candidates_of_the_sweep_give_the_rows_of_the_kernels() -> None:
-    """A prompt by torch's SDPA over turned keys, the other order of decode's grid, and a product of one row."""
+    """A prompt by torch's SDPA over turned keys, the other order of decode's grid, and GEMV."""
     torch.manual_seed(2)
     shape = AttentionShape(4, 2, 16, 10_000.0, 64)
     for rows, candidate in (

@@ -115,9 +115,9 @@ def test_self_extend_reads_far_keys_in_groups(window: int, group: int) -> None:
 
 
 def test_rerope_reads_far_keys_with_no_rotation_at_all() -> None:
-    assert resolve(RopeSpec(method="rerope"), trained()).reading(1024).parts[1].key.still
+    assert resolve(RopeSpec(method="rerope"), trained()).reading(1024).parts[1].key.unrotated
     for name in ("leaky_rerope", "dynamic_leaky"):
-        assert not resolve(RopeSpec(method=name), trained()).reading(4096).parts[1].key.still
+        assert not resolve(RopeSpec(method=name), trained()).reading(4096).parts[1].key.unrotated
 
 
 @pytest.mark.parametrize("length", [512, 8192])

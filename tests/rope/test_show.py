@@ -44,12 +44,16 @@ def test_what_streaming_leaves_out_is_marked() -> None:
     assert set(np.unique(far.round(6))) == {UNREAD, 500.0}
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in method_table()])
-def test_every_method_can_be_drawn(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rope", "longrope", "streaming", "dual_chunk", "dynamic_leaky"])
+def test_methods_of_every_shape_can_be_drawn(name: str, tmp_path: Path) -> None:
+    """Few runs and many, one frequency vector and two, keys that are not read; `make docs` draws all the others."""
     entry = next(entry for entry in method_table() if entry.name == name)
     draw(example(entry), 300, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    assert (FOLDER / "figures" / f"{name}.png").exists(), "run make docs"
+
+
+def test_every_method_is_drawn() -> None:
+    assert {f"{entry.name}.png" for entry in method_table()} <= {path.name for path in (FOLDER / "figures").iterdir()}
 
 
 def test_the_page_is_the_registrys() -> None:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from prerope.server import connection as doors
+from prerope.server.http import connection as doors
 from prerope.server.log import LINES_OF_A_KIND, WINDOW_S, KindLimit
 
 from tests.faults import Faults

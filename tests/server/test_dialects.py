@@ -214,10 +214,10 @@ def test_a_conversation_goes_on_and_is_ones_own(client: openai.OpenAI, http: htt
     """Whole as it was, read by a worker (it is long) or here; and counted."""
     for padding in ("", "And so on. " * 400):
         first = client.responses.create(model=MODEL, input=f"One. {padding}", max_output_tokens=4)
-        assert client.responses.create(model=MODEL, input="Two.", previous_response_id=first.id, max_output_tokens=4)
         history = [{"role": "user", "content": f"One. {padding}"}, *(item.model_dump() for item in first.output)]
-        whole = client.responses.create(model=MODEL, input=[*history, {"role": "user", "content": "Two."}])
-        again = client.responses.create(model=MODEL, input="Two.", previous_response_id=first.id)
+        history.append({"role": "user", "content": "Two."})
+        whole = client.responses.create(model=MODEL, input=history, max_output_tokens=4)
+        again = client.responses.create(model=MODEL, input="Two.", previous_response_id=first.id, max_output_tokens=4)
         assert again.usage is not None
         assert whole.usage is not None
         assert again.usage.input_tokens == whole.usage.input_tokens

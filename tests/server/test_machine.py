@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from prerope.server import machine
+from prerope.server.environment import limit_threads
 from prerope.server.machine import cores, free_memory
-from prerope.server.settings import limit_threads
 
 MIB = 2**20
 V2 = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"

@@ -11,6 +11,7 @@ import openai
 import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
+from prerope.server.api.chat.template import render_chat
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.tokenizer import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -173,7 +174,7 @@ def test_vllm_extras(client: OpenAI) -> None:
 
 def test_chat(client: OpenAI, tokenizer: Tokenizer) -> None:
     reply = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_completion_tokens=12, temperature=0)
-    prompt_ids = tokenizer.apply_chat_template(MESSAGES)
+    prompt_ids = tokenizer.encode(render_chat(tokenizer, MESSAGES), add_special_tokens=False)
     assert reply.object == "chat.completion"
     assert reply.choices[0].message.role == "assistant"
     assert reply.usage is not None
@@ -196,7 +197,7 @@ def test_chat_logprobs(client: OpenAI, model: PreTrainedModel, tokenizer: Tokeni
     reply = client.chat.completions.create(
         model=MODEL, messages=MESSAGES, max_tokens=6, logprobs=True, top_logprobs=3, seed=2, n=2
     )
-    prompt_ids = tokenizer.apply_chat_template(MESSAGES)
+    prompt_ids = tokenizer.encode(render_chat(tokenizer, MESSAGES), add_special_tokens=False)
     best = log_softmax(model, prompt_ids)[-1].topk(3)
     for choice in reply.choices:
         assert choice.logprobs is not None

@@ -10,7 +10,8 @@ import pytest
 from prerope.server import places
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import allowed_text, environment_table, load_settings
-from prerope.server.settings import Settings, read_key_file
+from prerope.server.setting_types import read_key_file
+from prerope.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)

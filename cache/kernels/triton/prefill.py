@@ -1,7 +1,7 @@
 """Prefill: chunks of many rows, of any number of sequences, packed.
 
     turn_queries  the queries of each part at their angles, scaled
-    turn_keys     the keys of parts that turn, once a step and layer, into scratch; still parts' stay in the cache
+    turn_keys     the keys of parts that turn, once a step and layer, into scratch; unrotated parts' stay in the cache
     prefill       one program a tile of rows and KV head: flash attention that knows no positions but i − j
 
 A program walks the parts of its run with one softmax that runs on, so nothing is merged. In each part the key tiles

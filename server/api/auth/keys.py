@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
-from prerope.server.settings import read_key_file
+from prerope.server.setting_types import read_key_file
 
 log = structlog.get_logger(__name__)
 

@@ -207,7 +207,7 @@ class Message(RequestBody):
 
 
 def as_template_input(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:
-    """What `Tokenizer.render_chat` takes. A template without developers is told as the system."""
+    """What `template.render_chat` takes. A template without developers is told as the system."""
     rendered = []
     for message in messages:
         dumped = message.model_dump(exclude_none=True, exclude={"tool_calls"})

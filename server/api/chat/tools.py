@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from prerope.server.api.chat.template import template_text
 from prerope.server.api.chat.xml_calls import Types, types_of
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
 from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
@@ -206,7 +207,7 @@ def format_of(template: str) -> ToolFormat | None:
 def own_format(tokenizer: Tokenizer) -> ToolFormat | None:
     """The format of the served model's template; None where it takes no tools, or writes calls in a way that is not
     read here: then `untold` tells the model of them."""
-    template = tokenizer.template_text(with_tools=True)
+    template = template_text(tokenizer, with_tools=True)
     return format_of(template) if re.search(r"\btools\b", template) else None
 
 

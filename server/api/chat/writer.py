@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prerope.server.api.chat.documents import HEADING, Content, Document, as_plain_text
 from prerope.server.api.chat.marks import Marks, Span
 from prerope.server.api.chat.messages import Message, as_template_input
+from prerope.server.api.chat.template import render_chat, template_names
 from prerope.server.api.chat.tools import own_format
 from prerope.server.api.chat.untold import as_text
 
@@ -57,10 +58,11 @@ class ChatWriter:
 
     def _render(self, messages: Sequence[Message], documents: Sequence[Any]) -> str:
         tokenizer, chat, tools = self._tokenizer, self._chat, self._tools
-        rendered = as_template_input(messages, knows_developer=tokenizer.template_names("developer"))
+        rendered = as_template_input(messages, knows_developer=template_names(tokenizer, "developer"))
         if not self._told:
-            rendered, tools = as_text(rendered, tools, system=tokenizer.template_names("system")), []
-        return tokenizer.render_chat(
+            rendered, tools = as_text(rendered, tools, system=template_names(tokenizer, "system")), []
+        return render_chat(
+            tokenizer,
             rendered,
             tools=tools,
             documents=documents,
@@ -83,6 +85,5 @@ def _knows_tools(tokenizer: Tokenizer, messages: Sequence[Message], tools: Seque
     """Whether the template can write what the chat has of tools; one that knows none would leave calls out."""
     if tools and own_format(tokenizer) is None:
         return False
-    named = tokenizer.template_names
     calls, answers = any(m.tool_calls for m in messages), any(m.role == "tool" for m in messages)
-    return (named("tool_calls") or not calls) and (named("tool") or not answers)
+    return (template_names(tokenizer, "tool_calls") or not calls) and (template_names(tokenizer, "tool") or not answers)

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from prerope.server import errors
 from prerope.server.api.middleware import OPEN_PATHS
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
+from prerope.server.api.openapi import openai_replies as openai
 from prerope.server.api.openapi import replies
 from prerope.server.api.requests.schemas import DetokenizeRequest, GenerateRequest, MapRequest, TokenizeRequest
 from pydantic import BaseModel
@@ -44,9 +45,9 @@ OPERATIONS: dict[str, Operation] = {
         GenerateRequest,
     ),
     "/v1/completions": Operation(
-        replies.CompletionReply, (*MODEL, *QUEUE), (replies.CompletionChunk,), CompletionRequest
+        openai.CompletionReply, (*MODEL, *QUEUE), (openai.CompletionChunk,), CompletionRequest
     ),
-    "/v1/chat/completions": Operation(replies.ChatReply, (*MODEL, *QUEUE), (replies.ChatChunk,), ChatRequest),
+    "/v1/chat/completions": Operation(openai.ChatReply, (*MODEL, *QUEUE), (openai.ChatChunk,), ChatRequest),
     "/v1/chat/completions/render": Operation(replies.RenderReply, (*MODEL, errors.QueueFull), body=ChatRequest),
     "/v1/models": Operation(replies.ModelList, NOT_READY),
     "/v1/models/{model}": Operation(replies.ModelCard, MODEL),

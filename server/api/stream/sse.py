@@ -32,7 +32,7 @@ KEEP_ALIVE_S = 5
 SEPARATOR = "\n"
 LINE_ENDS = "\u0085\u2028\u2029"
 
-# By default it cuts streams at a signal; here they may finish (`server.http`).
+# By default it cuts streams at a signal; here they may finish (`server.http.server`).
 AppStatus.enable_automatic_graceful_drain = False
 
 

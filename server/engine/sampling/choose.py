@@ -33,7 +33,7 @@ class Arrival:
 
 def needs_host(sequence: Sequence, *, on_device: bool) -> bool:
     """Whether a token is chosen on the host; on_device: draws that need nothing else are made where the logits are."""
-    return sequence.chosen_on_host or (not sequence.sampling.greedy and not on_device)
+    return sequence.chosen_on_host or (not sequence.request.sampling.greedy and not on_device)
 
 
 def choose(
@@ -46,7 +46,7 @@ def choose(
             on_host.append(place)
         else:
             rest.append(place)
-            greedy = greedy and sequence.sampling.greedy
+            greedy = greedy and sequence.request.sampling.greedy
     if not on_host:
         return logits.argmax(dim=-1) if greedy else sample_on_device(logits, sequences), {}
     if not rest:
@@ -75,11 +75,11 @@ def _choose_on_host(
     raw = {
         sequence: logits[row : row + 1].clone()
         for row, sequence in enumerate(sequences)
-        if sequence.sampling.logprobs is not None
+        if sequence.request.sampling.logprobs is not None
     }
     tokens = sample(logits, sequences, eos_token_ids)
     scored = {
-        sequence: logprobs(raw[sequence], [token], sequence.sampling.logprobs or 0)[0]
+        sequence: logprobs(raw[sequence], [token], sequence.request.sampling.logprobs or 0)[0]
         for sequence, token in zip(sequences, tokens, strict=True)
         if sequence in raw
     }

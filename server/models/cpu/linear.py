@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterator
 
 import psutil
 import torch
-from prerope.server.models.quantization import is_quantized
+from prerope.server.models.quantized.int8 import is_quantized
 from torch import Tensor, nn
 from torch.nn import functional
 

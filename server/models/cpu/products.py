@@ -16,7 +16,7 @@ from prerope.cache.cpu.arithmetic import multiplies_pairs
 from prerope.cache.kernels.build import kernels, library
 from prerope.server.models.cpu.linear import fast_linears
 from prerope.server.models.modules import Kernels
-from prerope.server.models.quantization import int8_rows, is_quantized
+from prerope.server.models.quantized.int8 import int8_rows, is_quantized
 from prerope.server.models.shares import join_of
 from torch import Tensor, nn
 from torch.nn import functional
@@ -190,7 +190,8 @@ class GatedProducts:
         """x [..., in] → [..., out]."""
         if x.numel() > self._most_values:
             gate, up = self._first(x)
-            return self._whole(self._second(functional.silu(gate) * up)[0])
+            (out,) = self._second(functional.silu(gate) * up)
+            return out if self._whole is None else self._whole(out)
         x = x.contiguous()
         gated, _up = self._first.aim(x)
         (out,) = self._second.aim(gated)
@@ -198,7 +199,7 @@ class GatedProducts:
         if self._fitted != (plan.rows, plan.threads):
             self._fitted = _scratch.fit(plan, self._most_inputs, self._few_rows)
         self._multiply(*self._references, self._few, _scratch.pointer)
-        return self._whole(out)
+        return out if self._whole is None else self._whole(out)
 
 
 class RMSNorm:

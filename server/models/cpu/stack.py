@@ -28,7 +28,7 @@ from prerope.server.models.cpu.products import (
 )
 from prerope.server.models.layers import Around, Attend, PlainAttention, PlainLayer, around
 from prerope.server.models.raw_keys import RawKeyModel
-from prerope.server.models.shares import is_joined, join_of
+from prerope.server.models.shares import join_of
 from torch import Tensor, nn
 
 
@@ -87,7 +87,7 @@ class Stack:
         self._asks = [self._options.index(options) for options in self._layer_options]  # layer → which of them
         self._whole_rows = [join_of(layer.attention.output) for layer in layers]
         self._whole_logits = join_of(ends.head)
-        self._in_one_call = not any(is_joined(layer.attention.output) for layer in layers)
+        self._in_one_call = not any(self._whole_rows)
         self._hidden = first.products[0].inputs
         self.most_rows = min(products.few_rows for layer in layers for products in layer.products)
         self._head_dim = first.attention.head_dim
@@ -115,7 +115,8 @@ class Stack:
             hidden = self.run(hidden, batch.metadata)
         else:
             hidden = self._layer_by_layer(hidden, attend)
-        return self._whole_logits(ends.head.forward(ends.norm.forward(hidden[batch.logit_rows])))
+        logits: Tensor = ends.head.forward(ends.norm.forward(hidden[batch.logit_rows]))
+        return logits if self._whole_logits is None else self._whole_logits(logits)
 
     def _layer_by_layer(self, hidden: Tensor, attend: Attend) -> Tensor:
         """hidden [T, hidden] → what leaves the last layer."""
@@ -131,7 +132,8 @@ class Stack:
                 options,
             )
             (output,) = layer.output(rows.view(num_rows, -1))
-            hidden = hidden + self._whole_rows[place](output)
+            whole = self._whole_rows[place]
+            hidden = hidden + (output if whole is None else whole(output))
             hidden = hidden + layer.mlp(before_mlp(hidden))
         return hidden
 

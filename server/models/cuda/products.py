@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from prerope.server.models.modules import Forward, Kernels
-from prerope.server.models.quantization import is_quantized
+from prerope.server.models.quantized.int8 import is_quantized
 from prerope.server.models.shares import join_of
 from torch import Tensor, nn
 from torch.nn import functional
@@ -92,7 +92,8 @@ class GatedProducts:
 
         gate_up = self._first.together(x)
         gated = silu_mul(gate_up.view(-1, gate_up.shape[-1]))
-        return self._whole(self._second.together(gated.view(*x.shape[:-1], -1)))
+        down = self._second.together(gated.view(*x.shape[:-1], -1))
+        return down if self._whole is None else self._whole(down)
 
 
 class RMSNorm:

@@ -57,7 +57,8 @@ class Stack:
         """[N, V] of the batch's `logit_rows`; `attend` sees every layer's raw q, k and v, and stores the latter."""
         del storage  # attend knows it
         normal = self.run(self._ends.embedding.forward(batch.input_ids), attend)
-        return self._whole_logits(self._ends.head.forward(normal.index_select(0, batch.logit_rows)))
+        logits: Tensor = self._ends.head.forward(normal.index_select(0, batch.logit_rows))
+        return logits if self._whole_logits is None else self._whole_logits(logits)
 
     def run(self, hidden: Tensor, attend: Attend) -> Tensor:
         """hidden [T, hidden], as embedded → the last norm of what leaves the last layer."""
@@ -65,7 +66,9 @@ class Stack:
         for place, (layer, following) in enumerate(zip(self._layers, self._after, strict=True)):
             query, key, value = layer.attention.heads(layer.query_key_value(normal))
             rows = attend(place, query, key, value, self._options[place])
-            attended = self._whole_rows[place](layer.output.together(rows.view(len(hidden), -1)))
+            attended, whole = layer.output.together(rows.view(len(hidden), -1)), self._whole_rows[place]
+            if whole is not None:
+                attended = whole(attended)
             hidden, normal = layer.before_mlp.add(hidden, attended)
             hidden, normal = following.add(hidden, layer.mlp(normal))
         return normal

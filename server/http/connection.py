@@ -26,7 +26,7 @@ import structlog
 from prerope.server.api.errors import error_body
 from prerope.server.api.middleware import ABORT, FILLER, TOO_MANY_CHUNKS
 from prerope.server.errors import ServerFull
-from prerope.server.feed import CountingParser, Feed, HeldFlow
+from prerope.server.http.feed import CountingParser, Feed, HeldFlow
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = structlog.get_logger(__name__)

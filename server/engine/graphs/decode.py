@@ -22,7 +22,7 @@ from prerope.cache.cuda.transfer import send
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
-from prerope.server.engine.capture import Capture, Replay
+from prerope.server.engine.graphs.capture import Capture, Replay
 from prerope.server.engine.info import GraphStats, ModelInfo
 from prerope.server.engine.memory.warm_up import allowed_positions, readings_of_a_step
 from prerope.server.models.batch import Batch, Chunk, build_batch

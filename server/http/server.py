@@ -12,9 +12,9 @@ from types import FrameType
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from prerope.server.connection import ACCEPTED_AT_ONCE, Connection, Door, room_for
 from prerope.server.engine.async_engine import EngineState
 from prerope.server.errors import ConfigurationError, OutOfMemory, first_line
+from prerope.server.http.connection import ACCEPTED_AT_ONCE, Connection, Door, room_for
 from prerope.server.log import LEVELS
 from prerope.server.service import Service
 

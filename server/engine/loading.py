@@ -1,0 +1,86 @@
+"""From a checkpoint to an engine that serves it: weights, probe, cache, tiers, and on a GPU a warm-up and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prerope.cache.cpu.arithmetic import multiplies_pairs, multiply_pairs
+from prerope.cache.kernels.build import prepare
+from prerope.rope.model import ModelPositions
+from prerope.server.config import EngineConfig
+from prerope.server.engine.engine import Engine
+from prerope.server.engine.graphs.decode import capture_graphs
+from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size_cache
+from prerope.server.engine.memory.warm_up import warm_up
+from prerope.server.engine.tiers import Tiers, open_tier
+from prerope.server.errors import ConfigurationError
+from prerope.server.models.cpu.trial import choose_arithmetic
+from prerope.server.models.model import choose_device, load_model, resolve
+from prerope.server.models.probe import probe
+from prerope.server.models.weights import DTYPES
+from prerope.server.ranks.group import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from prerope.server.models.checkpoint import Checkpoint
+
+Report = Callable[[str], None]
+"""Gets a line as each stage begins."""
+
+
+def load_engine(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    report: Report = lambda _: None,
+    end_token_ids: frozenset[int] = frozenset(),
+    ranks: Ranks = ALONE,
+) -> Engine:
+    """Weights, probe, cache. Raises ConfigurationError.
+
+    end_token_ids: tokens that end a reply, beside those that the model's own configs name.
+    ranks: all of them load at once; rank 0 schedules, and the others `follow`.
+    """
+    config = config.on(choose_device(config.device).type)
+    if config.max_num_seqs > config.max_batched_tokens:
+        raise ConfigurationError(
+            f"MAX_NUM_SEQS is {config.max_num_seqs}: it must be at most MAX_BATCHED_TOKENS "
+            f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
+        )
+    _prepare_kernels(config, report, ranks)
+    model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
+    check_recurrent(model, config)
+    model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
+    report("checking the model against transformers' own forward")
+    error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype), config.block_size)
+    report(f"the check passed: relative difference {error:.1e}")
+    size = size_cache(model, config, report)
+    positions = resolve(model, config.rope, size.max_model_len, ConfigurationError)
+    _describe(positions, size, config, report)
+    engine = Engine(model, config, positions, size)
+    if config.prefix_caching and (config.tier_dir is not None or config.tier_memory):
+        tier = open_tier(model, config, engine.storage, report)
+        engine.tiers = Tiers(tier, engine.storage, engine.scheduler.cache)
+    if model.device.type == "cuda":
+        warm_up(model, config, size.max_model_len, engine.storage, report)
+        engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
+    return engine
+
+
+def _prepare_kernels(config: EngineConfig, report: Report, ranks: Ranks) -> None:
+    report(prepare(config.cache_dir))
+    if (chosen := choose_arithmetic()) is not None:
+        report(chosen)
+    if not ranks.alone:
+        multiply_pairs(bool(ranks.first(int(multiplies_pairs()))))
+
+
+def _describe(positions: ModelPositions, size: CacheSize, config: EngineConfig, report: Report) -> None:
+    for warning in positions.warnings():
+        report(f"warning: {warning}")
+    described = ", ".join(f"{key} {value}" for key, value in positions.describe().items())
+    report(
+        f"{described}; max_model_len {size.max_model_len}; cache of {size.num_blocks * config.block_size} tokens, "
+        f"{size.num_bytes / 2**30:.2f} GiB"
+    )
+    if size.num_states:
+        report(f"{size.num_states} states of recurrent layers, {size.state_bytes / 2**30:.2f} GiB")

@@ -1,0 +1,1 @@
+"""HTTP under the app: a server that drains, its connections, and what comes in over them."""

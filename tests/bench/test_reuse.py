@@ -1,0 +1,46 @@
+"""Documents read on their own: losses are those of the engine, and figures that are kept are not measured again."""
+
+from __future__ import annotations
+
+import random
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from prerope.server.config import EngineConfig
+from prerope.server.engine.loading import load_engine
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import Tokenizer
+
+from bench.reuse.__main__ import quality, quality_table
+from bench.reuse.quality import FULL, LOSS, NONE, TASKS, Case, Measured, loss_cases, prompt_of
+from bench.shared.kept import Kept
+
+
+def test_a_small_run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(str(tiny_checkpoint), "tiny")
+    tokenizer = Tokenizer.load(checkpoint)
+    measured = Measured(load_engine(checkpoint, EngineConfig(kv_cache_memory=2**23)), tokenizer)
+    text = " ".join(str(number) for number in range(400))
+    loss = next(iter(loss_cases(tokenizer, text, 1, 3, 20, 10)))
+    key = TASKS["keys, one asked for"](tokenizer, random.Random(0), 2, 20)
+    tests = [(LOSS.format("text"), loss), ("keys, one asked for", key)]
+    figures = quality(measured, [0, 64], tests, Kept(tmp_path / "kept"))
+    assert {name: {measure: len(values) for measure, values in found.items()} for name, found in figures.items()} == {
+        **{name: {measure: 1 for measure, _ in tests} for name in (FULL, "r = 0", "r = 64")},
+        NONE: {LOSS.format("text"): 1},
+    }
+    losses = {name: found[LOSS.format("text")][0] for name, found in figures.items()}
+    assert losses["r = 64"] == pytest.approx(losses[FULL], abs=1e-4), "all of a document read again is full attention"
+    assert losses["r = 0"] != losses[FULL] != losses[NONE]
+    monkeypatch.setattr(measured, "figure", lambda *_: pytest.fail("measured again"))
+    assert quality(measured, [0, 64], tests, Kept(tmp_path / "kept")) == figures
+    table = quality_table(figures, Namespace(documents=3, length=20))
+    assert [row[0] for row in table.rows] == [*figures]
+
+
+def test_the_first_document_and_what_is_read_again_are_in_the_spans() -> None:
+    ids, spans = prompt_of([1], Case([[2, 3], [4, 5, 6]], [7]), 2)
+    assert ids == [1, 2, 3, 4, 5, 6, 7]
+    assert [(span.start, span.stop, span.reread) for span in spans] == [(1, 3, 2), (3, 6, 2)]
+    assert prompt_of([1], Case([[2, 3]], [7]), None)[1] == ()
