@@ -38,7 +38,13 @@ def run(url: str, tmp_path: Path) -> Runner:
         there = folder / "node_modules" if node else folder / "bin" / program
         if not there.exists():
             pytest.skip(f"{there} is missing: make test-clients")
-        outside = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "URL": url}
+        outside = {
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "URL": url,
+        }
         done = subprocess.run(
             ["node" if node else str(there), *arguments],
             capture_output=True, text=True, timeout=LIMIT_S, check=False,

@@ -257,10 +257,11 @@ def test_a_reply_has_the_form_that_is_asked_for_and_tells_its_tokens(opened: Ope
     page.select_option("#set-constraint", "regex")
     setting(page, "constraint_text", r"\*\*Zebra\*\* and:\n\n- a `quiv`")
     ask(page)
-    for drawn, character, x in (("strong", "Z", 2), ("li code", "v", -3)):
+    for drawn, character, share in (("strong", "Z", 0.05), ("li code", "v", 0.8)):
         element = last(page).locator(drawn)
-        width = element.bounding_box()["width"]
-        element.hover(position={"x": x % width, "y": 6})
+        box = element.bounding_box()
+        element.hover(position={"x": share * box["width"], "y": box["height"] / 2})
+        page.wait_for_selector("#token-card:visible")
         assert character in page.inner_text("#token-card .chosen"), "drawn text tells its tokens under the pointer"
     page.mouse.move(0, 0)
     assert page.locator("#token-card").is_hidden()
@@ -339,7 +340,7 @@ def test_shared_programs_ask_what_the_page_asked(opened: Opener, tmp_path: Path,
         assert body == asked
 
 
-def test_a_key_is_asked_for_and_kept(opened: Opener, serve: Any, tiny_checkpoint: Path) -> None:
+def test_a_key_is_asked_for_and_kept(serve: Any, opened: Opener, tiny_checkpoint: Path) -> None:
     page = opened(at=serve(model_id=str(tiny_checkpoint), api_key="secret", max_model_len=512), ready=False)
     page.wait_for_selector("#key-dialog[open]")
     page.fill("#key", "secret")
