@@ -32,6 +32,8 @@ LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
 character of a name that is not listed be written by its number, and so a listed name, too."""
 
+WHITESPACE = ("whitespace_flexible", "whitespace_pattern")
+
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 _APPLICATORS = frozenset(
     {
@@ -62,10 +64,17 @@ def enforceable(schema: Any) -> Enforceable:
     new = rewriter.rewritten(schema)
     if isinstance(new, dict):
         new.pop("$schema", None)  # all drafts are said in the words of the last one
+        told = _whitespace(new.pop("x-guidance", None))
         if rewriter.document.names_are_open:
-            own = new.get("x-guidance")
-            new["x-guidance"] = {**(own if isinstance(own, dict) else {}), "json_allowed_escapes": LETTERS}
+            told["json_allowed_escapes"] = LETTERS
+        if told:
+            new["x-guidance"] = told
     return Enforceable(new, sorted(rewriter.dropped))
+
+
+def _whitespace(options: Any) -> dict[str, Any]:
+    """Of a schema's options for llguidance those of `json_options`. Others would turn its enforcement off."""
+    return {name: options[name] for name in WHITESPACE if name in options} if isinstance(options, dict) else {}
 
 
 class _Rewriter:

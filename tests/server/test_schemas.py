@@ -222,6 +222,8 @@ NAMED = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"]}
         ({"allOf": [{"multipleOf": 9_973}, {"multipleOf": 0.0997}]}, "multiple"),
         ({**CLOSED, "minProperties": 1, "required": ["b"], "const": {"b": "\x01"}}, "control"),
         ({"items": [True], "prefixItems": [True]}, "prefixItems"),
+        ({"type": "string", "pattern": "^(?!x)", "x-guidance": {"lenient": True}}, "look-around"),
+        ({"oneOf": [{"type": "integer"}, {"minimum": 0}], "x-guidance": {"coerce_one_of": True}}, "oneOf"),
         ({"oneOf": [PATTERNED, NAMED]}, "oneOf"),  # {"k": 1} is both; were other keys left out of the first, only one
         ({"oneOf": [{"items": {"type": "boolean"}, "uniqueItems": True}, {"type": "number"}]}, "oneOf"),
     ],
