@@ -163,6 +163,7 @@ class EngineFailure(RequestError):
 def first_line(error: BaseException, limit: int = 300) -> str:
     """What a library says of an error, in one line, with its type where the words alone would not tell."""
     lines = str(error).strip().splitlines()
-    text = lines[0].strip().rstrip(".:")[:limit] if lines else ""
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    text = " ".join(said.split()).rstrip(".:")[:limit]
     plain = isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError)
     return text if text and plain else f"{type(error).__name__}{f': {text}' if text else ''}"

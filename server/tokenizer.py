@@ -64,6 +64,8 @@ class Tokenizer:
                 **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
             )
         except Exception as error:  # a damaged file makes transformers and tokenizers raise whatever they meet
+            if checkpoint.gguf_file is None:
+                checkpoint.config()  # which is read with it, and says so where it is what cannot be read
             raise ConfigurationError(
                 f"{checkpoint.name}: its tokenizer cannot be read: {first_line(error)}. Download tokenizer.json and "
                 "tokenizer_config.json again"

@@ -86,6 +86,9 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
         raise _refused(folder, f"{INDEX} has no weight_map: download it again")
     names = sorted(set(parts.values()))
+    elsewhere = [name for name in names if Path(name).name != name]
+    if elsewhere:
+        raise _refused(folder, f"{INDEX} names {some(elsewhere)}, which is no file of this folder: download it again")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise _refused(

@@ -269,7 +269,10 @@ def _rotary(raw: RawKeyModel, layer_type: str, head_dim: int) -> Rotary:
     if not getattr(raw.text_config, "rope_parameters", None):
         raise cannot_serve(raw, "its config has no rope_parameters")
     nested = isinstance(raw.text_config.rope_parameters.get(layer_type), dict)
-    return Rotary.from_config(raw.text_config, layer_type if nested else None, head_dim=head_dim)
+    rotary = Rotary.from_config(raw.text_config, layer_type if nested else None, head_dim=head_dim)
+    if rotary.train_length < 1:
+        raise cannot_serve(raw, f"its config says that it was trained on {rotary.train_length} tokens")
+    return rotary
 
 
 def _refusal(config: Any) -> str | None:

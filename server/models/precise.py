@@ -39,17 +39,22 @@ def in_fp32(model: nn.Module, modules: Sequence[nn.Module] | None) -> Iterator[N
 
 
 def _widened_while_called(module: nn.Module) -> list[Any]:
-    """Hooks that give a module fp32 parameters of its own, and take them back."""
-    kept: list[dict[str, Any]] = []
+    """Hooks that give a module fp32 parameters of its own, and take them back.
+
+    Its children's, too: one that has some itself (Mamba's) may read theirs without calling them.
+    """
+    kept: list[list[tuple[nn.Module, dict[str, Any]]]] = []
 
     def widen(module: nn.Module, _arguments: Any) -> None:
-        kept.append(dict(module._parameters))
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                module._parameters[name] = nn.Parameter(_wide(parameter), requires_grad=False)
+        kept.append([(owner, dict(owner._parameters)) for owner in (module, *module.children())])
+        for owner, parameters in kept[-1]:
+            for name, parameter in parameters.items():
+                if parameter is not None and parameter.is_floating_point():
+                    owner._parameters[name] = nn.Parameter(_wide(parameter), requires_grad=False)
 
-    def restore(module: nn.Module, _arguments: Any, _output: Any) -> None:
-        module._parameters.update(kept.pop())
+    def restore(_module: nn.Module, _arguments: Any, _output: Any) -> None:
+        for owner, parameters in kept.pop():
+            owner._parameters.update(parameters)
 
     return [module.register_forward_pre_hook(widen), module.register_forward_hook(restore, always_call=True)]
 

@@ -27,7 +27,7 @@ HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid")
 LENGTHS = (1, 5, 16, 33, 60, 100)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", [*HYBRIDS, pytest.param("jamba", marks=pytest.mark.slow)])
 def test_greedy_equals_generate(family: str) -> None:
     """In small chunks beside decodes; with so few blocks that sequences are preempted; with as few states as possible;
     and again over a warm cache."""
@@ -46,6 +46,11 @@ def test_greedy_equals_generate(family: str) -> None:
         found = engine.stats().prefix_hit_tokens - hits
         assert config is tight or (found > 0) == ("num_states" not in config), "two slots have no room for kept ones"
         assert_idle(engine)
+
+
+@pytest.mark.parametrize(("family", "stepwise"), [("jamba", True), ("zaya", False), ("qwen3_5_text", False)])
+def test_modules_that_begin_a_chunk_from_nothing_run_token_by_token(family: str, stepwise: bool) -> None:
+    assert {layer.stepwise for layer in Model(tiny_of_type(family)).recurrent} == {stepwise}
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from prerope.cache.storage import StateShape
 from prerope.server.models.attention.interface import HANDLER, AttentionCall, UnknownAttention
 from prerope.server.models.raw_keys import RawKeyModel
-from prerope.server.models.recurrent.layers import RecurrentLayer, StateName
-from prerope.server.models.trials import own_values, probe_ids
+from prerope.server.models.recurrent.layers import Call, RecurrentLayer, StateName
+from prerope.server.models.trials import PROBE_LENGTH, own_values, probe_ids
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -27,7 +28,7 @@ class _Watched(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         self.entered: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-        self.asked: dict[nn.Module, tuple[int, str | int, dict[StateName, None]]] = {}
+        self.asked: dict[nn.Module, tuple[int, str | int, dict[StateName, None], Call]] = {}
         self.given_keys: dict[nn.Module, None] = {}
         self.attended: set[nn.Module] = set()
 
@@ -61,7 +62,8 @@ class _Watched(DynamicCache):  # type: ignore[misc]
         module, arguments, options = self.entered[-1]
         places: list[tuple[str | int, Any]] = [*options.items(), *enumerate(arguments)]
         argument = next(place for place, value in places if value is self)
-        self.asked.setdefault(module, (index, argument, {}))[2][name] = None
+        call = Call(arguments, options, PROBE_LENGTH)
+        self.asked.setdefault(module, (index, argument, {}, call))[2][name] = None
 
 
 def _watch(raw: RawKeyModel) -> _Watched | None:
@@ -100,27 +102,41 @@ def find_recurrent(raw: RawKeyModel) -> tuple[RecurrentLayer, ...]:
     if cache is None:
         return ()
     layers, names = list[RecurrentLayer](), {module: name for name, module in raw.model.named_modules()}
-    for module, (index, argument, asked) in cache.asked.items():
+    for module, (index, argument, asked, call) in cache.asked.items():
         kept = cache.layers[index]
         tensors = [getattr(kept, name.kind)[name.number] for name in asked]
         shapes = tuple(StateShape(tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors)
         first = sum(len(layer.states) for layer in layers)
-        layers.append(
-            RecurrentLayer(
-                module,
-                names[module],
-                argument,
-                index,
-                kept.number_of_states,
-                tuple(asked),
-                shapes,
-                first,
-                module.forward,
-            )
+        layer = RecurrentLayer(
+            module,
+            names[module],
+            argument,
+            index,
+            kept.number_of_states,
+            tuple(asked),
+            shapes,
+            first,
+            module.forward,
         )
+        layers.append(replace(layer, stepwise=_drops_a_state(layer, call)))
     for layer in layers:
         raw.replace_forward(layer.module, layer)
     return tuple(layers)
+
+
+@torch.inference_mode()
+def _drops_a_state(layer: RecurrentLayer, call: Call) -> bool:
+    """Whether a chunk of several rows is the same whatever one of the states before it was."""
+    half = call.num_rows // 2
+
+    def rest(states: list[Tensor]) -> list[Tensor]:
+        given, _ = layer.run(call, lambda x: x[:, half:], [state.clone() for state in states])
+        return [part for part in (given if isinstance(given, tuple) else (given,)) if isinstance(part, Tensor)]
+
+    _, states = layer.run(call, lambda x: x[:, :half], None)
+    own = rest(states)
+    others = ([*states[:n], state + 1, *states[n + 1 :]] for n, state in enumerate(states))
+    return any(all(map(torch.equal, rest(other), own)) for other in others)
 
 
 @contextmanager

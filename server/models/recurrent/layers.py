@@ -4,6 +4,9 @@ transformers' modules do the arithmetic. Each asks the cache that it is given fo
 new ones back. Their forward is called once for all single rows of a step and once for each chunk, with a cache that
 holds these states and nothing else. The rest of the model runs as if there were no cache.
 
+Some of transformers' modules begin a chunk of several tokens from nothing, whatever state they are given (Mamba 1 in
+Jamba and Zamba). Behind a state, these run token by token.
+
 In trials a row stands for itself: such a module sees each row as a prompt of one token, as attention does.
 """
 
@@ -44,6 +47,7 @@ class RecurrentLayer:
         argument: where its forward takes a cache: a name, or a place among its positional arguments.
         index, num_states: of its layer in a cache, and how many states of each kind such a layer may have.
         first: the place of its first tensor among all of the model's.
+        stepwise: from a state it takes one token at a time.
     """
 
     module: nn.Module
@@ -55,12 +59,22 @@ class RecurrentLayer:
     shapes: tuple[StateShape, ...]
     first: int
     forward: Callable[..., Any]
+    stepwise: bool = False
 
     def run(self, call: Call, pick: Pick, states: Sequence[Tensor] | None) -> tuple[Any, list[Tensor]]:
         """(what the module gives for some rows, its states behind them), from these states or from nothing.
 
         The states given, [n, …] each, may be written to.
         """
+        if not self.stepwise or states is None:
+            return self._run(call, pick, states)
+        given, kept = [], list(states)
+        for row in range(_rows_of(call.hidden, call.num_rows, pick).shape[1]):
+            one, kept = self._run(call, _only(pick, row), kept)
+            given.append(one)
+        return _in_turn(given), kept
+
+    def _run(self, call: Call, pick: Pick, states: Sequence[Tensor] | None) -> tuple[Any, list[Tensor]]:
         layer = LinearAttentionLayer(number_of_states=self.num_states)
         for name, tensor in zip(self.states, states or (), strict=False):
             getattr(layer, name.kind)[name.number] = tensor
@@ -95,6 +109,12 @@ class Call:
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     num_rows: int
+
+    @property
+    def hidden(self) -> Tensor:
+        """What it is that the rows are of."""
+        hidden: Tensor = self.options["hidden_states"] if "hidden_states" in self.options else self.arguments[0]
+        return hidden
 
 
 StateHandler = Callable[[RecurrentLayer, Call], Any]
@@ -207,6 +227,18 @@ def _rows_of(value: Any, num_rows: int, pick: Pick) -> Any:
     if type(value) is tuple:
         return tuple(_rows_of(member, num_rows, pick) for member in value)
     return {key: _rows_of(member, num_rows, pick) for key, member in value.items()} if type(value) is dict else value
+
+
+def _only(pick: Pick, row: int) -> Pick:
+    """Of the rows picked, one."""
+    return lambda x: pick(x)[:, row : row + 1]
+
+
+def _in_turn(given: Sequence[Any]) -> Any:
+    """Of rows that follow one another, [n, 1, …] each, all: [n, t, …]; of tuples, each member."""
+    if isinstance(given[0], tuple):
+        return tuple(_in_turn(members) for members in zip(*given, strict=True))
+    return torch.cat(list(given), dim=1) if isinstance(given[0], Tensor) else given[-1]
 
 
 def _joined(given: Sequence[tuple[slice | Tensor, Any]], num_rows: int) -> Any:
