@@ -95,11 +95,24 @@ def test_greedy_equals_one_rank(pair: Pair, family: str) -> None:
     assert pair.said() == "done"
 
 
+def test_three_heads_over_two_ranks_are_one_and_two(pair: Pair) -> None:
+    prompts = [prompt_of(length, seed=length) for length in LENGTHS]
+    config = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
+    expected = generate(tiny_engine(Model(tiny("llama", **config)), max_batched_tokens=37), prompts, greedy(8))
+    shared = pair.engine("llama", config, max_batched_tokens=37)
+    assert shared.storage.keys[0].shape[2] == 1
+    assert generate(shared, prompts, greedy(8)) == expected
+    shared.close()
+    assert pair.said() == "done"
+
+
 @pytest.mark.parametrize(
     ("family", "config", "reason"),
     [
         ("llama", {"num_key_value_heads": 1}, "its attention has 1 heads of keys and values"),
         ("phi3", {}, "'rowwise_split_input', which needs more than one collective"),
+        ("glm", {}, "which needs more than one collective"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "has no plan to share"),
         ("olmo2", {}, "'colwise_gather_output', which needs more than one collective"),
         ("gpt_oss", {}, "has no plan to share"),
     ],

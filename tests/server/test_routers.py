@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +44,34 @@ def url(replicas: list[str]) -> str:
     return replicas[0]
 
 
+@contextmanager
+def router(name: str, replicas: list[str], recipe: str, folder: Path, *flags: str) -> Iterator[str]:
+    """A recipe of docker/ or a command of docs/router.md, with other addresses; its URL. Skips what is missing."""
+    program = shutil.which(name) or shutil.which(name, path=f"/usr/sbin:{sysconfig.get_path('scripts')}")
+    if program is None:
+        pytest.skip(f"{name} is not installed")
+    port = free_port()
+    for given, own in zip(("8001", "8002", "8000"), (*(url.rpartition(":")[2] for url in replicas), port), strict=True):
+        recipe = recipe.replace(f"127.0.0.1:{given}", f"127.0.0.1:{own}").replace(f"--port {given}", f"--port {own}")
+    (folder / "recipe").write_text(recipe.replace("/tmp/prerope-", f"{folder}/"))
+    arguments = flags or shlex.split(recipe)[1:]
+    with (folder / "log").open("wb") as log:
+        command = [program, *(argument.format(recipe=folder / "recipe", port=port) for argument in arguments)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture
 def nginx(replicas: list[str], tmp_path: Path) -> Iterator[str]:
-    """The recipe of docker/nginx.conf before both replicas; its URL."""
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if program is None:
-        pytest.skip("nginx is not installed")
-    port, text = free_port(), (DOCKER / "nginx.conf").read_text(encoding="utf-8")
-    for given, own in zip(("8001", "8002", "8000"), (*(url.rpartition(":")[2] for url in replicas), port), strict=True):
-        text = text.replace(f"127.0.0.1:{given}", f"127.0.0.1:{own}")
-    (tmp_path / "nginx.conf").write_text(text.replace("/tmp/prerope-", f"{tmp_path}/"))
-    process = subprocess.Popen([program, "-c", str(tmp_path / "nginx.conf"), "-g", "daemon off; master_process off;"])
-    wait_for(f"http://127.0.0.1:{port}/health")
-    yield f"http://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
+    """The recipe of docker/nginx.conf before both replicas."""
+    flags = ("-c", "{recipe}", "-g", "daemon off; master_process off;")
+    with router("nginx", replicas, (DOCKER / "nginx.conf").read_text(encoding="utf-8"), tmp_path, *flags) as url:
+        yield url
 
 
 def turns(url: str, session: str, count: int) -> list[int]:
@@ -74,6 +90,17 @@ def turns(url: str, session: str, count: int) -> list[int]:
 def test_nginx_keeps_a_conversation_where_its_prefix_is(nginx: str, replicas: list[str]) -> None:
     alone = [turns(replicas[0], f"alone{number}", 3) for number in range(6)]
     routed = [turns(nginx, f"routed{number}", 3) for number in range(6)]
+    assert sum(map(sum, routed)) >= 0.9 * sum(map(sum, alone)) > 0
+
+
+@pytest.mark.slow
+def test_vllm_router_keeps_a_conversation_where_its_prefix_is(replicas: list[str], tmp_path: Path) -> None:
+    """By the command of docs/router.md. Where the router brings it: `pip install '.[routers]'`."""
+    text = (DOCKER.parent / "docs/router.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall(r"^vllm-router .*$", text, re.MULTILINE)
+    with router("vllm-router", replicas, f"{command} --prometheus-port {free_port()}", tmp_path) as url:
+        alone = [turns(replicas[0], f"single{number}", 3) for number in range(6)]
+        routed = [turns(url, f"through{number}", 3) for number in range(6)]
     assert sum(map(sum, routed)) >= 0.9 * sum(map(sum, alone)) > 0
 
 
