@@ -9,7 +9,7 @@ the reply are not timed: they know nothing of the context.
 
 Machines are noisy, so cells are measured in rounds, methods of one context beside each other and in another order each
 round, and methods are compared within a round: a ratio is the median of the rounds' ratios, not a ratio of medians.
-A served process also sets GOMP_SPINCOUNT (`server.environment.SPIN_COUNT`): set it in the shell to measure with it.
+A served process also sets GOMP_SPINCOUNT (`server.machine.threads.SPIN_COUNT`): set it in the shell to measure with it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.loading import load_engine
 from prerope.server.errors import PreRopeError
+from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
-from prerope.server.places import default_cache_dir
 from tqdm import tqdm
 
 from bench import BenchError

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import structlog
-from prerope.server.environment import let_waiting_threads_sleep, limit_threads
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import MODULE, load_settings
 from prerope.server.log import configure_logging
-from prerope.server.machine import cores
+from prerope.server.machine.allowance import cores
+from prerope.server.machine.threads import let_waiting_threads_sleep, limit_threads
 from prerope.server.settings import Settings
 
 log = structlog.get_logger(__name__)

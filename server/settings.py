@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from prerope.server import setting_types as types
-from prerope.server.places import default_cache_dir
+from prerope.server.machine.places import default_cache_dir
 from pydantic import ByteSize, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 

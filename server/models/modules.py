@@ -18,8 +18,8 @@ from itertools import groupby, permutations
 from typing import Any
 
 import torch
+from prerope.server.models.checks.trials import own_values, probe_ids, relative_difference
 from prerope.server.models.raw_keys import RawKeyModel
-from prerope.server.models.trials import own_values, probe_ids, relative_difference
 from prerope.server.ranks.group import Ranks
 from torch import Tensor, nn
 from torch.nn import functional

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.inspection import first_run
+from prerope.server.models.checks.inspection import first_run
+from prerope.server.models.checks.trials import Seen, layer_inputs, layer_outputs, relative_difference, run_trial
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.recurrent.finding import find_recurrent
-from prerope.server.models.trials import Seen, layer_inputs, layer_outputs, relative_difference, run_trial
 from prerope.server.ranks.group import Ranks, shares
 from torch import Tensor, nn
 

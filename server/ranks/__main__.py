@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from prerope.server.engine.loading import load_engine
-from prerope.server.environment import let_waiting_threads_sleep
 from prerope.server.errors import PreRopeError
+from prerope.server.machine.threads import let_waiting_threads_sleep
 from prerope.server.settings import Settings
 
 REPORT_AFTER_S = 2.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prerope.server.flags import load_settings
-from prerope.server.machine import cores
+from prerope.server.machine.allowance import cores
 from prerope.server.ray_app.entrance import Entrance
 from prerope.server.ray_app.replica import Replica
 from prerope.server.ray_app.scaling import QueuedTokens

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from prerope.server.environment import let_waiting_threads_sleep, limit_threads
 from prerope.server.log import configure_logging
+from prerope.server.machine.threads import let_waiting_threads_sleep, limit_threads
 from prerope.server.ray_app.call import Call
 from prerope.server.ray_app.metrics import Families
 from prerope.server.ray_app.scaling import BUSY, QUEUED_TOKENS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from prerope.cache.kernels.build import library, prepare
-from prerope.server.places import default_cache_dir
+from prerope.server.machine.places import default_cache_dir
 
 
 @pytest.fixture(scope="session")

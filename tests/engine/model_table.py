@@ -21,8 +21,8 @@ from prerope.cache.blocks.states import StateRows
 from prerope.cache.storage import KVStorage
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.batch import Chunk, build_batch
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model, own_positions
-from prerope.server.models.probe import probe
 from torch import Tensor
 
 from tests.engine.model_types import LENGTH, MODEL_TYPES, VOCABULARY, NoTinyModel, tiny_of_type

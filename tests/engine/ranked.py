@@ -15,8 +15,8 @@ import torch
 from prerope.cache.kernels.build import prepare
 from prerope.server.engine.engine import Engine
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model
-from prerope.server.models.probe import probe
 from prerope.server.models.shares import share_out
 from prerope.server.ranks.group import Ranks
 from prerope.server.ranks.orders import follow

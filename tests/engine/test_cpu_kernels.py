@@ -8,6 +8,7 @@ import pytest
 import torch
 from prerope.cache.cpu.arithmetic import multiplies_pairs
 from prerope.cache.kernels.build import library
+from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.cpu.products import (
     FEW_ROWS,
     FEW_ROWS_IN_PAIRS,
@@ -19,7 +20,6 @@ from prerope.server.models.cpu.products import (
 )
 from prerope.server.models.model import Model
 from prerope.server.models.modules import Siblings, fast_modules
-from prerope.server.models.probe import TOLERANCE, probe
 from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 

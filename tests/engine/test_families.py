@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.layers import PlainAttention
 from prerope.server.models.model import Model
-from prerope.server.models.probe import TOLERANCE, probe
 
 from tests.engine.tiny_models import FAMILIES, YARN, assert_idle, generate, greedy, prompt_of, tiny, tiny_engine
 

@@ -13,8 +13,8 @@ from prerope.cache.attention.dispatch import paged_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions
 from prerope.server.errors import ConfigurationError
 from prerope.server.models import model as model_module
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model
-from prerope.server.models.probe import probe
 from torch import Tensor
 
 from tests.engine.tiny_models import FAMILIES, prompt_of, tiny
@@ -33,7 +33,7 @@ def test_a_family_that_cannot_be_served(family: str, config: dict[str, Any], rea
 
 def test_a_norm_after_the_rotation_is_found_without_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """HunYuan, or any family like it, is caught by trying, not by its name."""
-    monkeypatch.setattr("prerope.server.models.inspection._refusal", lambda _config: None)
+    monkeypatch.setattr("prerope.server.models.checks.inspection._refusal", lambda _config: None)
     with pytest.raises(ConfigurationError, match=r"hunyuan_v1_dense.*layers\.\d\.self_attn.*norm after the rotation"):
         Model(tiny("hunyuan_v1_dense"))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model, load_model
-from prerope.server.models.probe import probe
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.engine.tiny_models import SHAPE, generate, greedy, prompt_of, tiny_engine

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from prerope.rope.spec import RopeSpec
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model
-from prerope.server.models.probe import probe
 
 from tests.engine.model_table import Verdict, as_people_run_it, examine
 from tests.engine.model_types import tiny_of_type

@@ -15,9 +15,9 @@ from prerope.server.config import EngineConfig
 from prerope.server.engine.loading import load_engine
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.cpu.products import FEW_ROWS, GatedProducts, Products, can_multiply
 from prerope.server.models.model import Model
-from prerope.server.models.probe import TOLERANCE, probe
 from prerope.server.models.quantized.int8 import INSTALL, check_quantization, int8_rows, quantize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

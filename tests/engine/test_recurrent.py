@@ -14,8 +14,8 @@ from prerope.server.config import EngineConfig
 from prerope.server.engine.limits import check_documents
 from prerope.server.engine.memory.sizing import check_recurrent, size_cache
 from prerope.server.errors import ConfigurationError, InvalidRequest
+from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.model import Model
-from prerope.server.models.probe import TOLERANCE, probe
 
 from tests.engine.model_types import tiny_of_type
 from tests.engine.test_families import NUM_TOKENS, transformers_greedy

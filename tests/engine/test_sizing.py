@@ -25,7 +25,7 @@ from prerope.server.engine.memory.sizing import (
     size_cache,
 )
 from prerope.server.errors import ConfigurationError
-from prerope.server.machine import Bound
+from prerope.server.machine.allowance import Bound
 from prerope.server.models.model import Model
 
 from tests.engine.model_types import tiny_of_type

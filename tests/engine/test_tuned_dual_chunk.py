@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from prerope.rope.spec import RopeSpec
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model
-from prerope.server.models.probe import probe
 
 from tests.engine.tiny_models import generate, greedy, prompt_of, tiny, tiny_engine
 

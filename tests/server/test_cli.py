@@ -19,9 +19,9 @@ from typing import NoReturn
 import httpx
 import pytest
 from prerope.server import __main__ as entry
-from prerope.server.environment import SPIN_COUNT
 from prerope.server.flags import environment_table
 from prerope.server.http.server import CLOSE_GRACE_S
+from prerope.server.machine.threads import SPIN_COUNT
 from prerope.server.settings import Settings
 from safetensors.torch import load_file, save_file
 

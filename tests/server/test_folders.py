@@ -14,8 +14,8 @@ import pytest
 import torch
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model, load_model
-from prerope.server.models.probe import probe
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 

@@ -18,11 +18,11 @@ from prerope.rope.methods import resolve
 from prerope.rope.spec import RopeSpec
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.gguf import header
 from prerope.server.models.gguf import tensors as gguf_tensors
 from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.model import load_model
-from prerope.server.models.probe import probe
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, Gemma3TextConfig, StableLmConfig

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from prerope.server import machine
-from prerope.server.environment import limit_threads
-from prerope.server.machine import cores, free_memory
+from prerope.server.machine import allowance as machine
+from prerope.server.machine.allowance import cores, free_memory
+from prerope.server.machine.threads import limit_threads
 
 MIB = 2**20
 V2 = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
@@ -119,7 +119,7 @@ def test_threads_go_by_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_address_space_is_a_bound() -> None:
     """In a process with a real limit: what is left of it, not of the machine."""
-    code = "from prerope.server.machine import free_memory as f; b = f(); print(int(b.amount), b.source)"
+    code = "from prerope.server.machine.allowance import free_memory as f; b = f(); print(int(b.amount), b.source)"
     limit = 2**30
     done = subprocess.run(
         [sys.executable, "-c", code],

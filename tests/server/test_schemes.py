@@ -13,8 +13,8 @@ import torch
 from prerope.server.errors import ConfigurationError
 from prerope.server.models import schemes
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
+from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import load_model
-from prerope.server.models.probe import probe
 from prerope.server.models.weights import load_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from prerope.server import places
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import allowed_text, environment_table, load_settings
+from prerope.server.machine import places
 from prerope.server.setting_types import read_key_file
 from prerope.server.settings import Settings
 

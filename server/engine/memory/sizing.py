@@ -23,7 +23,7 @@ from prerope.rope.reading import MethodError
 from prerope.server.config import EngineConfig
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.errors import ConfigurationError
-from prerope.server.machine import free_memory
+from prerope.server.machine.allowance import free_memory
 from prerope.server.models.model import Model
 from prerope.server.models.weights import DTYPES
 

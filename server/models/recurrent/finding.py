@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from prerope.cache.storage import StateShape
 from prerope.server.models.attention.interface import HANDLER, AttentionCall, UnknownAttention
+from prerope.server.models.checks.trials import PROBE_LENGTH, own_values, probe_ids
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.recurrent.layers import Call, RecurrentLayer, StateName
-from prerope.server.models.trials import PROBE_LENGTH, own_values, probe_ids
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin

@@ -1,4 +1,4 @@
-"""How many threads libraries take, by the environment: said before torch is imported. A leaf, as `server.places` is."""
+"""How many threads libraries take, by the environment: said before torch is imported. A leaf, as `places` is."""
 
 from __future__ import annotations
 

@@ -15,11 +15,18 @@ import torch
 from prerope.rope.frequencies import ALIBI, Rotary, unrotated
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.models.attention.interface import OWN_MASK
+from prerope.server.models.checks.trials import (
+    PROBE_LENGTH,
+    Seen,
+    named_lengths,
+    probe_ids,
+    relative_difference,
+    run_trial,
+)
+from prerope.server.models.checks.turning import RawKeyLayer, Turning, as_found, find_turning, raw_key_layer
 from prerope.server.models.raw_keys import RawKeyModel, cannot_serve
 from prerope.server.models.recurrent.finding import attends_on_its_own, keeps_states
 from prerope.server.models.recurrent.layers import RecurrentLayer
-from prerope.server.models.trials import PROBE_LENGTH, Seen, named_lengths, probe_ids, relative_difference, run_trial
-from prerope.server.models.turning import RawKeyLayer, Turning, as_found, find_turning, raw_key_layer
 from torch import Tensor, nn
 
 MIXED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}

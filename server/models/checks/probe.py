@@ -29,10 +29,8 @@ from prerope.rope.reading import UNBOUNDED
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.attention.interface import AttentionCall, AttentionHandler
 from prerope.server.models.batch import Chunk, build_batch
-from prerope.server.models.model import Model, own_positions
-from prerope.server.models.precise import in_fp32
-from prerope.server.models.recurrent.layers import Prompts, running
-from prerope.server.models.trials import (
+from prerope.server.models.checks.precise import in_fp32
+from prerope.server.models.checks.trials import (
     LONGEST,
     PROBE_LENGTH,
     layer_inputs,
@@ -41,6 +39,8 @@ from prerope.server.models.trials import (
     probe_ids,
     relative_difference,
 )
+from prerope.server.models.model import Model, own_positions
+from prerope.server.models.recurrent.layers import Prompts, running
 from torch import Tensor, nn
 
 STEPS: tuple[tuple[tuple[int, int], ...], ...] = (
