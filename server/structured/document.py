@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from prerope.server.structured.numbers import check_multiples
+from prerope.server.structured.values import Unenforceable
 
 Schema = dict[str, Any]
 
@@ -24,6 +25,9 @@ ONE = frozenset(
 """Keywords that hold a schema."""
 LISTS = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
 MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+
+VALUES = frozenset({"const", "default", "enum", "examples"})
+"""Keywords that hold no schema whatever a reference says."""
 
 BRANCHES = frozenset({"$ref", "anyOf", "oneOf"})
 REMARKS = frozenset(
@@ -39,17 +43,21 @@ class Document:
     """One schema of a client's, read only.
 
     Attributes:
+        ids: of all its schemas, those that keywords hold and those that references name, wherever they stand.
         names_are_open: an object has names of its own and room for others.
         is_met: several schemas look at one value somewhere.
     """
 
     def __init__(self, root: Any) -> None:
         self.root = root
-        nodes = [] if not isinstance(root, dict) else list(_reachable([root]))
-        self._has_ids = any("$id" in one or "id" in one for one in nodes if one is not root)
+        held = [] if not isinstance(root, dict) else list(_held([root]))
+        self._has_ids = any("$id" in one or "id" in one for one in held if one is not root)
+        nodes, _ = self._reached([root])
+        self.ids = {id(one) for one in nodes}
         self.names_are_open = any(map(_names_are_open, nodes))
         self.is_met = any(map(_is_met, nodes))
-        self._exact = self._reached([one for node in nodes for one in _list(node, "oneOf")])
+        exact, are_all = self._reached([one for node in nodes for one in _list(node, "oneOf")])
+        self._exact = {id(one) for one in exact} if are_all else None
         multiples = [one["multipleOf"] for one in nodes if "multipleOf" in one]
         check_multiples(multiples, met=self.is_met)
 
@@ -64,7 +72,7 @@ class Document:
         found = self.root
         for part in pointer[2:].split("/") if pointer != "#" else ():
             name = unquote(part).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            if isinstance(found, list) and name.isdecimal() and len(name) < 10 and int(name) < len(found):
                 found = found[int(name)]
             elif isinstance(found, dict) and name in found:
                 found = found[name]
@@ -72,10 +80,10 @@ class Document:
                 return None
         return found
 
-    def _reached(self, begin: list[Any]) -> set[int] | None:
-        """The ids of what these schemas reach by holding it or by reference; None: it may be anything."""
+    def _reached(self, begin: list[Any]) -> tuple[list[Schema], bool]:
+        """What these schemas reach by holding it or by reference, and whether that is all: it may be anything."""
         seen: dict[int, Schema] = {}
-        left = [one for one in begin if isinstance(one, dict)]
+        left, are_all = [one for one in begin if isinstance(one, dict)], True
         while left:
             node = left.pop()
             if id(node) in seen:
@@ -85,9 +93,10 @@ class Document:
             if "$ref" in node:
                 target = self.referenced(node["$ref"])
                 if target is None:
-                    return None
+                    are_all = False
+                    _check_place(node["$ref"])
                 left += [target] if isinstance(target, dict) else []
-        return set(seen)
+        return list(seen.values()), are_all
 
 
 def subschemas(schema: Schema) -> Iterator[Schema]:
@@ -100,11 +109,22 @@ def subschemas(schema: Schema) -> Iterator[Schema]:
         yield from (one for one in held if isinstance(one, dict))
 
 
-def _reachable(left: list[Schema]) -> Iterator[Schema]:
+def _held(left: list[Schema]) -> Iterator[Schema]:
     while left:
         node = left.pop()
         yield node
         left += subschemas(node)
+
+
+def _check_place(reference: Any) -> None:
+    """Unenforceable for a reference that is not followed here, to where no keyword holds a schema: llguidance does."""
+    _, at, pointer = reference.partition("#/") if isinstance(reference, str) else ("", "", "")
+    steps = iter(pointer.split("/") if at else ())
+    for step in steps:
+        if step in MAPS or step in LISTS - ONE:
+            next(steps, None)
+        elif step not in ONE:
+            raise Unenforceable("a '$ref' names what is no schema: put that into '$defs', and name it by '#/$defs/…'")
 
 
 def _list(schema: Schema, key: str) -> list[Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import combinations, permutations
 from typing import Any
 
-from prerope.server.structured.document import LISTS, MAPS, ONE, REMARKS, Document, Schema
+from prerope.server.structured.document import LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
 from prerope.server.structured.formats import format_schema
 from prerope.server.structured.numbers import check_numbers, narrow_bounds
 from prerope.server.structured.values import Unenforceable, distinct, of_type
@@ -62,6 +62,8 @@ def enforceable(schema: Any) -> Enforceable:
     than Python can follow."""
     rewriter = _Rewriter(Document(schema))
     new = rewriter.rewritten(schema)
+    if not rewriter.document.ids <= rewriter.done:
+        raise Unenforceable("a '$ref' names a listed value, which is no schema")
     if isinstance(new, dict):
         new.pop("$schema", None)  # all drafts are said in the words of the last one
         told = _whitespace(new.pop("x-guidance", None))
@@ -81,10 +83,12 @@ class _Rewriter:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.dropped: set[str] = set()
+        self.done: set[int] = set()
 
     def rewritten(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
-            return schema
+            return self._elsewhere(schema)
+        self.done.add(id(schema))
         new = {key: self._within(key, value) for key, value in schema.items()}
         exact = self.document.is_exact(schema)
         self._check_listed(new)
@@ -100,13 +104,23 @@ class _Rewriter:
         return new
 
     def _within(self, key: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            if key in MAPS:
-                return {name: self.rewritten(one) for name, one in value.items()}
-            return self.rewritten(value) if key in ONE else value
+        if key in VALUES:
+            return value
+        if isinstance(value, dict) and key in MAPS:
+            return {name: self.rewritten(one) for name, one in value.items()}
         if isinstance(value, list) and key in LISTS:
             return [self.rewritten(one) for one in value]
-        return value
+        return self.rewritten(value) if key in ONE else self._elsewhere(value)
+
+    def _elsewhere(self, value: Any) -> Any:
+        """Under a name that holds no schema (`components`) are schemas all the same where references name them."""
+        if isinstance(value, list):
+            return [self._elsewhere(one) for one in value]
+        if not isinstance(value, dict):
+            return value
+        if id(value) in self.document.ids:
+            return self.rewritten(value)
+        return {name: self._elsewhere(one) for name, one in value.items()}
 
     def _check_listed(self, schema: Schema) -> None:
         """Unenforceable for a listed value that could not be written."""
@@ -274,8 +288,9 @@ def _name_pattern(names: Schema, *, exact: bool) -> str | None:
         least, most = names.get("minLength", 0), names.get("maxLength", "")
         return f"^(?s:.){{{least},{most}}}$" if all(type(one) in (int, str) for one in (least, most)) else None
     if says == {"allOf"} and not exact:  # a format, rewritten
-        allof = names["allOf"]
-        return str(allof[0]["pattern"]) if len(allof) == 1 and set(allof[0]) == {"pattern"} else None
+        match names["allOf"]:
+            case [{"pattern": str(pattern), **more}] if not more:
+                return pattern
     return None
 
 
