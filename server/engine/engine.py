@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -50,10 +49,6 @@ from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.model import Model, resolve
 from prerope.server.ranks.orders import tell_copy, tell_end, tell_step
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
 
 MAX_RESOLVED_BYTES = 32 * 2**20
 

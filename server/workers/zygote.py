@@ -115,6 +115,8 @@ def _packed(outcome: Outcome) -> bytes:
         return pack(outcome)
     except MemoryError:
         return pack(Outcome(out_of_memory=True))
+    except Exception as error:  # it would be so again: not an end for which the task is begun anew
+        return pack(Outcome(failure=RuntimeError(f"what a task returned cannot be sent: {type(error).__name__}")))
 
 
 def _limit(limits: Limits) -> None:

@@ -6,6 +6,7 @@ What a reply must match is checked with what the server does not use for it: jso
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
+from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.prompts import ModelText
+from prerope.server.api.requests.reading import ReadTask, read_body
+from prerope.server.errors import InvalidRequest
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.structured.grammars import Grammars
 from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
@@ -390,6 +394,31 @@ def test_refusals_are_the_clients_exceptions(client: OpenAI) -> None:
 
 
 # --- compiling ---
+
+
+def test_what_nests_deep_is_read_by_a_worker_or_refused(tokenizer: Tokenizer) -> None:
+    text = ModelText(tokenizer, ("tiny",), True, 2048, tokenizer.vocab_size)
+
+    def body(depth: int, name: str, inner: str) -> bytes:
+        deep = "[" * depth + "]" * depth
+        return f'{{"messages":[{{"role":"user","content":"Hi"}}],"{name}":{inner % deep}}}'.encode()
+
+    schema = '{"type":"json_schema","json_schema":{"name":"x","schema":{"const":%s}}}'
+    tool = '[{"type":"function","function":{"name":"f","parameters":{"x":%s}}}]'
+
+    async def main() -> None:
+        workers = Workers(lambda: World(text), LANES)
+        try:
+            read = await workers.run(ReadTask(ChatRequest, body(600, "response_format", schema), False), "small body")
+        finally:
+            workers.close()
+        assert "[" * 600 in read.prepared.constraint.text
+        assert read.body.response_format.json_schema.schema_ == {}
+
+    asyncio.run(main())
+    for depth in range(900, 1000):
+        with contextlib.suppress(InvalidRequest):
+            read_body(ChatRequest, body(depth, "tools", tool), text)
 
 
 def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -> None:

@@ -241,6 +241,10 @@ TAGGED: list[tuple[str, Expected | None]] = [
         HEAD + argument("deep", '[{"x": 1}]') + argument("unit", "null") + END,
         (None, [("get_weather", '{"deep": [{"x": 1}], "unit": null}')]),
     ),
+    *(
+        (HEAD + argument("deep", value) + END, (None, [("get_weather", json.dumps({"deep": value}))]))
+        for value in ("NaN", "[1e999]", '["\\ud800"]')  # JSON for Python alone
+    ),
     (HEAD + argument("unit", "2") + END, (None, [("get_weather", '{"unit": "2"}')])),
     (
         HEAD + argument("other", "True") + argument("loop", "x") + END,

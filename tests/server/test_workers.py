@@ -45,6 +45,12 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Unsendable:
+    def run(self, world: Any) -> Any:  # noqa: ARG002
+        return lambda: None
+
+
+@dataclass(frozen=True)
 class Busy:
     def run(self, world: Any) -> None:  # noqa: ARG002
         while True:
@@ -108,6 +114,14 @@ def test_what_a_task_brings_on_itself_is_the_clients(task: Any) -> None:
         with pytest.raises(InvalidRequest) as refused:
             await workers.run(task, "test", param="prompt")
         assert refused.value.code == "too_much_work"
+
+    with_workers(use)
+
+
+def test_what_cannot_be_sent_is_not_done_again() -> None:
+    async def use(workers: Workers) -> None:
+        with pytest.raises(RuntimeError, match="cannot be sent"):
+            await workers.run(Unsendable(), "test")
 
     with_workers(use)
 

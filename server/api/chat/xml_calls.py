@@ -190,6 +190,8 @@ def _value(text: str, types: frozenset[str]) -> Any:
     if "string" in types and not ("null" in types and text.strip() == "null"):
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # nor may it be half a surrogate pair
+        return value
     except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text.strip(), text)

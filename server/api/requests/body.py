@@ -102,6 +102,8 @@ class RequestBody(BaseModel):
             value = getattr(self, name)
             if isinstance(value, list | dict):
                 setattr(self, name, type(value)())
+            elif isinstance(value, RequestBody):
+                value.slim()
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

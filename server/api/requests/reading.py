@@ -31,6 +31,8 @@ from pydantic import ValidationError
 
 B = TypeVar("B", bound=RequestBody)
 
+TOO_DEEP = "The body is nested too deeply."
+
 
 class HasText(Protocol):
     """What reading needs of the workers' world."""
@@ -106,9 +108,11 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
         return Read(body)
     try:  # adapters make messages and tools of what is theirs
         request: GenerationRequest = body.lowered()
+        prepared = prepare(text, request)
     except ValidationError as error:
         raise first_invalid(error.errors()) from None
-    prepared = prepare(text, request)
+    except RecursionError:  # what could just be read is written from further down the stack
+        raise InvalidRequest(TOO_DEEP, code="invalid_json") from None
     if isinstance(body, CompletionRequest) and body.echo:  # as it was given, or as its ids read
         body.prompt = [one if isinstance(one, str) else text.tokenizer.decode(one) for one in body.prompt]
     return Read(body, request, prepared)
@@ -123,7 +127,7 @@ def decode(raw: bytes) -> Any:
     except UnicodeDecodeError as error:
         message = f"The body is not valid UTF-8: at byte {error.start}."
     except RecursionError:
-        message = "The body is nested too deeply."
+        message = TOO_DEEP
     except ValueError:  # of Python's own limit to what takes quadratic time
         message = f"The body holds a number of more than {sys.get_int_max_str_digits()} digits."
     else:
