@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from prerope.server.engine.loading import load_engine
 from prerope.server.errors import PreRopeError
 from prerope.server.machine.threads import let_waiting_threads_sleep
 from prerope.server.settings import Settings
@@ -29,6 +28,7 @@ def main() -> NoReturn:
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.SIG_IGN)  # the server drains first
     let_waiting_threads_sleep()
+    from prerope.server.engine.loading import load_engine  # and torch: seconds in which a signal is not to end it
     from prerope.server.log import route_transformers_log
     from prerope.server.models.checkpoint import Checkpoint
     from prerope.server.ranks.group import Ranks

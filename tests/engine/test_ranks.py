@@ -122,3 +122,8 @@ def test_what_does_not_fit_is_refused_by_name(pair: Pair, family: str, config: d
         pair.engine(family, config)
     assert repr(family) in str(refusal.value)
     assert pair.said().startswith("refused: ")
+
+
+def test_a_follower_ignores_signals_and_has_its_environment_before_it_imports_torch() -> None:
+    code = "import sys, prerope.server.ranks.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
