@@ -185,7 +185,9 @@ class Tokenizer:
         ours = ("name_or_path", "is_local", "local_files_only", "backend")
         kept = {name: value for name, value in said.items() if not name.endswith("_file") and name not in ours}
         special = {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
-        template = {"chat_template": str(self._hf.get_chat_template())} if self._hf.chat_template else {}
+        named = self._hf.chat_template
+        whole = named.get("default") if isinstance(named, dict) else named  # a model may have others alone
+        template = {"chat_template": str(whole)} if whole else {}
         return {**kept, **special, **template, "tokenizer_class": type(self._hf).__name__}
 
 

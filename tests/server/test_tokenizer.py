@@ -241,3 +241,11 @@ def test_a_template_that_refuses_is_a_bad_request(strict_template: Tokenizer) ->
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ConfigurationError, match="tokenizer cannot be read"):
         Tokenizer.load(Checkpoint(str(tmp_path), "empty"))
+
+
+def test_a_tokenizer_is_described_whose_templates_have_no_default() -> None:
+    tokenizer, _ = llama_style(strip=False)
+    tokenizer.hf.chat_template = {"rag": "R", "tool_use": "T"}
+    assert "chat_template" not in tokenizer.described()
+    tokenizer.hf.chat_template["default"] = "D"
+    assert tokenizer.described()["chat_template"] == "D"
