@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from prerope.server.errors import ConfigurationError
-from prerope.server.models import schemes
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import load_model
+from prerope.server.models.quantized import schemes
 from prerope.server.models.weights import load_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -239,6 +239,7 @@ def test_a_template_that_refuses_is_a_bad_request(strict_template: Tokenizer) ->
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigurationError, match="tokenizer cannot be read"):
         Tokenizer.load(Checkpoint(str(tmp_path), "empty"))
 
