@@ -15,6 +15,8 @@ import pytest
 from prerope.server import service as app_service
 from prerope.server.engine.engine import Engine
 
+from tests.faults import Faults
+
 BODY = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
 
 
@@ -123,8 +125,9 @@ def test_notice_is_given_before_the_drain(serve: Any, tiny_checkpoint: Path) -> 
 
 
 def test_a_draining_server_is_not_ready_and_refuses_new_work(serve: Any, tiny_checkpoint: Path) -> None:
-    url = serve(model_id=str(tiny_checkpoint))
+    url = serve(model_id=str(tiny_checkpoint), shutdown_timeout_s=60)
     running = serve.running(url)
+    Faults(running.service.engine.engine).forward.slow_down(0.01)  # the stream outlives what is asked beside it
     with (
         httpx.Client(base_url=url, timeout=30) as http,
         http.stream("POST", "/generate", json=BODY | {"max_tokens": 200, "ignore_eos": True, "stream": True}) as stream,
