@@ -15,7 +15,6 @@ from prerope.server.api.requests.prompts import ModelText
 from prerope.server.api.room import BODIES, BodyRoom
 from prerope.server.byte_cache import ByteCache, CacheStats
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
-from prerope.server.engine.loading import load_engine
 from prerope.server.errors import EngineUnavailable
 from prerope.server.metrics import EngineSnapshot, Metrics
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
@@ -135,12 +134,12 @@ class Service:
         log.info(stage, seconds=round(self.seconds_up, 1))
 
     def _load(self) -> Engine:
-        """Runs on the engine's thread, and imports there what takes seconds to import."""
+        """Runs on the engine's thread."""
         size = self.settings.tensor_parallel_size
         if size > 1:
             self.followers = Followers(size, self.engine.lose)
-        self.report("Importing torch and transformers")
         from prerope.server.engine.limits import check_ranks
+        from prerope.server.engine.loading import load_engine
         from prerope.server.log import route_transformers_log
         from prerope.server.models.end_tokens import describe
         from prerope.server.structured.compile import prepare_tables

@@ -324,16 +324,7 @@ class Settings(BaseSettings):
 
     def rope_spec(self) -> RopeSpec:
         """The deployment's position method, unresolved."""
-        return RopeSpec(
-            method=self.rope_method,
-            factor=self.rope_factor,
-            window=self.rope_window,
-            leak=self.rope_leak,
-            group=self.rope_group,
-            sinks=self.rope_sinks,
-            logn=self.rope_logn,
-            train_length=self.rope_train_length,
-        )
+        return RopeSpec(**{field.name: getattr(self, f"rope_{field.name}") for field in fields(RopeSpec)})
 
     def engine_config(self) -> EngineConfig:
         """What the engine needs of all this."""

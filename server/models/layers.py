@@ -24,6 +24,7 @@ from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
 from prerope.server.models.attention.interface import HANDLER, AttentionCall
 from prerope.server.models.batch import Batch
+from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.checks.trials import own_values, probe_ids, relative_difference, trial_positions
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.shares import join_of
@@ -143,12 +144,8 @@ def _amplified(modules: Sequence[nn.Module]) -> Iterator[None]:
             return arguments, options | {"hidden_states": options["hidden_states"] * LOUD}
         return (arguments[0] * LOUD, *arguments[1:]), options
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
+    with hooked(module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -157,12 +154,8 @@ def _watched(modules: Sequence[nn.Module], recorded: Recorded) -> Iterator[None]
         recorded.entered[module] = options["hidden_states"] if "hidden_states" in options else arguments[0]
         recorded.left[module] = output
 
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
-    try:
+    with hooked(module.register_forward_hook(hook, with_kwargs=True) for module in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.inference_mode()

@@ -15,9 +15,9 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, permutations
-from typing import Any
 
 import torch
+from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.checks.trials import own_values, probe_ids, relative_difference
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.ranks.group import Ranks
@@ -116,15 +116,10 @@ def _called_together(raw: RawKeyModel, kernels: Kernels) -> list[list[nn.Linear]
         calls.append((module, parents[module], args[0]))
 
     linears = [module for module in raw.model.modules() if kernels.can_multiply(module)]
-    handles: list[Any] = [linear.register_forward_pre_hook(hook) for linear in linears]
     ids = probe_ids(raw.text_config.vocab_size, raw.model.device)
-    try:
-        with torch.inference_mode():
-            positions, row = torch.arange(len(ids), device=ids.device), torch.tensor([0], device=ids.device)
-            raw.forward(ids, positions, row, own_values)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.inference_mode(), hooked(linear.register_forward_pre_hook(hook) for linear in linears):
+        positions, row = torch.arange(len(ids), device=ids.device), torch.tensor([0], device=ids.device)
+        raw.forward(ids, positions, row, own_values)
     together = [
         list(dict.fromkeys(linear for linear, _, _ in group))
         for _, group in groupby(calls, key=lambda call: (id(call[1]), id(call[2])))

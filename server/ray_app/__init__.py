@@ -78,6 +78,8 @@ def app(arguments: dict[str, Any]) -> Application:
 
 def _replica_options(settings: Settings, scale: Scale) -> dict[str, Any]:
     most = max(scale.min_replicas, scale.max_replicas or 0)
+    share = cores().amount / most
+    cpus = scale.num_cpus or (int(share) if share >= 1 else share)  # Ray takes parts of a core below one alone
     gpus = scale.num_gpus
     if gpus is None:
         gpus = settings.tensor_parallel_size if settings.device.startswith("cuda") else 0
@@ -91,7 +93,7 @@ def _replica_options(settings: Settings, scale: Scale) -> dict[str, Any]:
             policy=AutoscalingPolicy(policy_function=QueuedTokens, policy_kwargs={"most": scale.queued_tokens}),
         ),
         "request_router_config": RequestRouterConfig(request_router_class=ROUTER, request_router_kwargs=ROUTING),
-        "ray_actor_options": {"num_cpus": scale.num_cpus or max(1, int(cores().amount) // most), "num_gpus": gpus},
+        "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
         "max_ongoing_requests": MAX_OPEN,
         "health_check_period_s": HEALTH_PERIOD_S,
         "graceful_shutdown_wait_loop_s": 0.5,

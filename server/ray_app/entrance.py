@@ -1,8 +1,8 @@
 """What Serve's proxy sends requests to: it reads each body, has Ray's router choose a replica, and passes on the reply.
 
-It refuses bodies that are too large or come too slowly, as the application would. A client that leaves ends its
-request on the replica. Where a replica dies, those that it had begun to answer are cut, and the others get a 503 with
-Retry-After; nothing is sent to another replica by itself, since what one died of may be the request.
+It refuses bodies that are too large, come too slowly or are too many together, as the application would. A client that
+leaves ends its request on the replica. Where a replica dies, those that it had begun to answer are cut, and the others
+get a 503 with Retry-After; nothing is sent to another replica by itself, since what one died of may be the request.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import structlog
 from prerope.server.api.errors import error_response
 from prerope.server.api.middleware import METRICS_PATH, BodyLimit, ClientTimeout
-from prerope.server.errors import EngineUnavailable, RequestError
+from prerope.server.api.room import BODIES, BodyRoom
+from prerope.server.errors import ClientGone, EngineUnavailable, RequestError
 from prerope.server.log import configure_logging
 from prerope.server.ray_app.call import Call
 from prerope.server.ray_app.metrics import merged
@@ -23,6 +24,7 @@ from prerope.server.settings import Settings
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RequestCancelledError
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,6 +53,7 @@ class PassOn:
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
         self._replicas = replicas
+        self._bodies = BodyRoom(BODIES * settings.max_body_bytes)
         self._in_time = ClientTimeout(BodyLimit(self._pass_on, settings.max_body_bytes), settings.client_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,10 +75,14 @@ class PassOn:
             await error_response(error)(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read(receive)
-        if body is None:
-            return
-        replies = self._replicas.options(stream=True).answer.remote(Call.of(scope, body))
+        try:
+            async with self._bodies.body(Request(scope, receive)) as body:
+                await self._ask(Call.of(scope, body), scope, receive, send)
+        except ClientGone:
+            log.debug("a client left within its body")
+
+    async def _ask(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        replies = self._replicas.options(stream=True).answer.remote(call)
         try:
             async with _ended_with_client(receive, replies):
                 async for messages in replies:
@@ -106,18 +113,6 @@ async def _live(receive: Receive, send: Send) -> None:
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return
-
-
-async def _read(receive: Receive) -> bytes | None:
-    """The whole body; None where the client leaves within it."""
-    pieces: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        pieces.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(pieces)
 
 
 @asynccontextmanager

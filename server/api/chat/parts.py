@@ -3,7 +3,7 @@ arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -72,3 +72,44 @@ class ChatReply:
                 case ArgumentsPart(index, text):
                     reply.calls[index].arguments += text
         return reply
+
+
+class PartsWriter:
+    """The parts that a reader of calls makes, until they are taken.
+
+    Attributes:
+        num_calls: calls so far.
+        skipping: the call at hand is one more than may be, and leaves nothing.
+    """
+
+    def __init__(self, new_id: Callable[[], str], *, parallel: bool) -> None:
+        """parallel: more than one call may be made."""
+        self.num_calls = 0
+        self.skipping = False
+        self._new_id = new_id
+        self._parallel = parallel
+        self._parts: list[Part] = []
+
+    def text(self, text: str) -> None:
+        if text:
+            self._parts.append(TextPart(text))
+
+    def start_call(self, name: str) -> None:
+        self.skipping = not self._parallel and self.num_calls > 0
+        if not self.skipping:
+            self._parts.append(CallPart(self.num_calls, self._new_id(), name))
+            self.num_calls += 1
+
+    def arguments(self, text: str) -> None:
+        """More of those of the call that was started last."""
+        if text and not self.skipping:
+            self._parts.append(ArgumentsPart(self.num_calls - 1, text))
+
+    def take(self) -> list[Part]:
+        parts, self._parts = self._parts, []
+        return parts
+
+
+def overlap(text: str, mark: str) -> int:
+    """Characters at the end of a text that may begin the mark."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from typing import Any, Protocol
 
-from prerope.server.api.chat.parts import ArgumentsPart, CallPart, Part, TextPart
+from prerope.server.api.chat.parts import Part, PartsWriter, TextPart, overlap
 from prerope.server.api.chat.tools import ToolFormat, ToolUse
 from prerope.server.api.chat.xml_calls import XmlCallReader
 
@@ -76,17 +76,18 @@ class ToolCallReader:
     """`num_calls` counts the calls so far."""
 
     def __init__(self, form: ToolFormat, names: Iterable[str], *, parallel: bool = True) -> None:
-        self.num_calls = 0
+        self._out = PartsWriter(lambda: new_call_id(form), parallel=parallel)
         self._form = form
         self._names = frozenset(names)
-        self._max_calls = None if parallel else 1
         self._state = _State.TEXT if form.begin else _State.BEGIN
         self._buffer = ""
         self._mark = ""  # the section's mark and the whitespace before it, until the section has a call
-        self._skipping = False  # a call beyond `max_calls`
         self._in_string = self._escaped = False
         self._depth = 0
-        self._parts: list[Part] = []
+
+    @property
+    def num_calls(self) -> int:
+        return self._out.num_calls
 
     def push(self, text: str) -> list[Part]:
         """The parts that this text makes certain."""
@@ -100,14 +101,14 @@ class ToolCallReader:
         }
         while self._buffer and steps[self._state]():
             pass
-        return self._take()
+        return self._out.take()
 
     def finish(self) -> list[Part]:
         """What was held back. A call that was cut short stays as it is."""
-        if self._state is _State.TEXT or self._mark or not self.num_calls:
+        if self._state is _State.TEXT or self._mark or not self._out.num_calls:
             rest, self._buffer = self._mark + self._buffer, ""
-            self._content(rest.rstrip() if self.num_calls else rest)
-        return self._take()
+            self._out.text(rest.rstrip() if self._out.num_calls else rest)
+        return self._out.take()
 
     # Each step returns whether to go on with what is left in the buffer.
 
@@ -122,17 +123,13 @@ class ToolCallReader:
         place = buffer.find(mark) if mark else -1
         if place >= 0:
             text, end = buffer[:place].rstrip(), place + len(mark)
-            self._content(text)
+            self._out.text(text)
             self._buffer, self._mark, self._state = buffer[end:], buffer[len(text) : end], _State.CALLS
             return True
-        if not mark and not self.num_calls:
-            held = 0
-        else:
-            held = next((n for n in range(min(len(mark) - 1, len(buffer)), 0, -1) if mark.startswith(buffer[-n:])), 0)
-        certain = buffer[: len(buffer) - held]
-        if mark or self.num_calls:
+        certain = buffer[: len(buffer) - overlap(buffer, mark)]
+        if mark or self._out.num_calls:
             certain = certain.rstrip()
-        self._content(certain)
+        self._out.text(certain)
         self._buffer = buffer[len(certain) :]
         return False
 
@@ -190,7 +187,7 @@ class ToolCallReader:
         if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
             return self._no_call()
         self._start_call(name)
-        self._arguments(json.dumps(arguments, ensure_ascii=False))
+        self._out.arguments(json.dumps(arguments, ensure_ascii=False))
         self._buffer = start[end:]
         return True
 
@@ -208,7 +205,7 @@ class ToolCallReader:
             elif character in "}]":
                 self._depth -= 1
                 if arguments and self._depth == 1:
-                    self._arguments(self._buffer[: place + 1])
+                    self._out.arguments(self._buffer[: place + 1])
                     self._buffer = self._buffer[place + 1 :]
                     self._state = _State.TEXT if self._form.args else _State.REST
                     return True
@@ -216,34 +213,18 @@ class ToolCallReader:
                     self._buffer, self._state = self._buffer[place + 1 :], _State.CALLS
                     return True
         if arguments:
-            self._arguments(self._buffer)
+            self._out.arguments(self._buffer)
         self._buffer = ""
         return False
 
     def _no_call(self) -> bool:
-        self._content(self._mark)
+        self._out.text(self._mark)
         self._mark, self._state = "", _State.TEXT
         return True
 
     def _start_call(self, name: str) -> None:
         self._mark = ""
-        self._skipping = self._max_calls is not None and self.num_calls >= self._max_calls
-        if self._skipping:
-            return
-        self._parts.append(CallPart(self.num_calls, new_call_id(self._form), name))
-        self.num_calls += 1
-
-    def _arguments(self, text: str) -> None:
-        if text and not self._skipping:
-            self._parts.append(ArgumentsPart(self.num_calls - 1, text))
-
-    def _content(self, text: str) -> None:
-        if text:
-            self._parts.append(TextPart(text))
-
-    def _take(self) -> list[Part]:
-        parts, self._parts = self._parts, []
-        return parts
+        self._out.start_call(name)
 
 
 def reader_of(use: ToolUse) -> ChatReader:

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prerope.server.api.chat.parts import ArgumentsPart, CallPart, Part, TextPart
+from prerope.server.api.chat.parts import Part, PartsWriter, overlap
 
 MARKS = ("<tool_call>", "<function=")
 """What a call begins with; models leave the first out at times."""
@@ -36,30 +36,30 @@ class XmlCallReader:
 
     def __init__(self, types: Mapping[str, Types], new_id: Callable[[], str], *, parallel: bool = True) -> None:
         """types: of the arguments of each function that was offered."""
-        self.num_calls = 0
         self._types = types
-        self._new_id = new_id
-        self._parallel = parallel
+        self._out = PartsWriter(new_id, parallel=parallel)
         self._step = self._text
         self._buffer = ""
         self._name = ""
         self._num_arguments = 0
-        self._skipping = False  # a call beyond the first, where one is asked for
-        self._parts: list[Part] = []
+
+    @property
+    def num_calls(self) -> int:
+        return self._out.num_calls
 
     def push(self, text: str) -> list[Part]:
         """The parts that this text makes certain."""
         self._buffer += text
         while self._buffer and self._step():
             pass
-        return self._take()
+        return self._out.take()
 
     def finish(self) -> list[Part]:
         """What was held back. A call that was cut short stays as it is."""
         if self._step == self._text:
-            self._content(self._buffer.rstrip() if self.num_calls else self._buffer)
+            self._out.text(self._buffer.rstrip() if self._out.num_calls else self._buffer)
         self._buffer = ""
-        return self._take()
+        return self._out.take()
 
     # Each step returns whether to go on with what is left in the buffer.
 
@@ -67,7 +67,7 @@ class XmlCallReader:
         buffer = self._buffer
         place = min((found for mark in MARKS if (found := buffer.find(mark)) >= 0), default=-1)
         if place < 0:
-            held = max(_overlap(buffer, mark) for mark in MARKS)
+            held = max(overlap(buffer, mark) for mark in MARKS)
             self._keep(buffer[: len(buffer) - held].rstrip())
             return False
         head = HEAD.match(buffer, place)
@@ -78,7 +78,7 @@ class XmlCallReader:
             end = place + next(len(mark) for mark in MARKS if buffer.startswith(mark, place))
             self._keep(buffer[:end])
             return True
-        self._content(buffer[:place].rstrip())
+        self._out.text(buffer[:place].rstrip())
         self._buffer = buffer[head.end() :]
         self._start(head[1])
         return True
@@ -89,7 +89,7 @@ class XmlCallReader:
         if tag is None:
             return False
         if tag[1] is None:
-            self._emit("{}" if self._num_arguments == 0 else "}")
+            self._out.arguments("{}" if self._num_arguments == 0 else "}")
             self._buffer, self._step = self._buffer[tag.end() :], self._after
             if tag[0] == "</tool_call>":
                 self._step = self._text
@@ -100,7 +100,7 @@ class XmlCallReader:
         value = value.removeprefix("\n").removesuffix("\n")
         typed = _value(value, self._types[self._name].get(tag[1], frozenset()))
         written = f"{json.dumps(tag[1], ensure_ascii=False)}: {json.dumps(typed, ensure_ascii=False)}"
-        self._emit((", " if self._num_arguments else "{") + written)
+        self._out.arguments((", " if self._num_arguments else "{") + written)
         self._num_arguments += 1
         self._buffer = rest
         return True
@@ -117,32 +117,12 @@ class XmlCallReader:
 
     def _start(self, name: str) -> None:
         self._name, self._num_arguments, self._step = name, 0, self._arguments
-        self._skipping = not self._parallel and self.num_calls > 0
-        if not self._skipping:
-            self._parts.append(CallPart(self.num_calls, self._new_id(), name))
-            self.num_calls += 1
-
-    def _emit(self, text: str) -> None:
-        if not self._skipping:
-            self._parts.append(ArgumentsPart(self.num_calls - 1, text))
+        self._out.start_call(name)
 
     def _keep(self, certain: str) -> None:
         """Send what begins the buffer as text."""
-        self._content(certain)
+        self._out.text(certain)
         self._buffer = self._buffer[len(certain) :]
-
-    def _content(self, text: str) -> None:
-        if text:
-            self._parts.append(TextPart(text))
-
-    def _take(self) -> list[Part]:
-        parts, self._parts = self._parts, []
-        return parts
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Characters at the end of a text that may begin the mark."""
-    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
 
 
 def _may_go_on(start: str) -> bool:

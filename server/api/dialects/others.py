@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from importlib import metadata
+from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -90,9 +91,10 @@ def sglang_reply(
         scored = ((logprob_of(token), token.token_id, None) for token in reply.tokens)
         info["output_token_logprobs"] = Many(scored, len(reply.tokens))
     if body.scores_prompt and reply.prompt_logprobs is not None:
-        first = body.logprob_start_len
-        rows = list(zip(generation.prompt_token_ids, reply.prompt_logprobs, strict=True))[first:]
-        info["input_token_logprobs"] = Many((_sglang_scored(service, *row) for row in rows), len(rows))
+        ids = generation.prompt_token_ids
+        first = min(body.logprob_start_len, len(ids))
+        rows = islice(zip(ids, reply.prompt_logprobs, strict=True), first, None)
+        info["input_token_logprobs"] = Many((_sglang_scored(service, *row) for row in rows), len(ids) - first)
     return {"text": reply.text, "output_ids": Many.ids([token.token_id for token in reply.tokens]), "meta_info": info}
 
 

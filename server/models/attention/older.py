@@ -10,14 +10,13 @@ A bias by distance (ALiBi) is a number a head, its slope: taken from the tensor 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from prerope.rope.rotation import Table, rotate
 from prerope.server.models.attention.interface import raw_attention
 from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 Forward = Callable[..., Any]
 
@@ -73,32 +72,54 @@ def _halves(cos_and_sin: tuple[Tensor, Tensor]) -> list[Tensor]:
     return [part[..., : part.shape[-1] // 2] for part in cos_and_sin]
 
 
-def _slopes(biases: Tensor) -> Tensor:
-    """[Hq] fp32 from the bias of two tokens: [Hq, 1, 2], which grows from key to key."""
-    return (biases[:, 0, 1] - biases[:, 0, 0]).float().contiguous()
+@lru_cache(maxsize=64)
+def _slopes(
+    biases: Callable[[int, torch.device], Any], num_heads: int, device: torch.device, scale: float = 1.0
+) -> Tensor:
+    """[Hq] fp32 from the bias of two tokens: [Hq, 1, 2], which grows from key to key. Made once for all layers."""
+    two: Tensor = biases(num_heads, device)
+    return (two[:, 0, 1] - two[:, 0, 0]).float() * scale
 
 
-def _two(like: Tensor) -> Tensor:
+def _two(device: torch.device) -> Tensor:
     """A mask of two tokens."""
-    return torch.ones(1, 2, dtype=torch.long, device=like.device)
+    return torch.ones(1, 2, dtype=torch.long, device=device)
+
+
+def _bloom_biases(num_heads: int, device: torch.device) -> Any:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # here: no other model needs the module
+
+    return build_alibi_tensor(_two(device), num_heads, torch.float32)
+
+
+def _mpt_biases(num_heads: int, device: torch.device) -> Any:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    return build_mpt_alibi_tensor(num_heads, 2, device=device)
+
+
+def _falcon_biases(num_heads: int, device: torch.device) -> Any:
+    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
+
+    return build_alibi_tensor(_two(device), num_heads, torch.float32)
 
 
 def bloom(
-    module: Any, base: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **_more: Any
+    module: Any, _base: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **_more: Any
 ) -> tuple[Tensor, None]:
     fused = module.query_key_value(hidden_states).unflatten(-1, (module.num_heads, 3, module.head_dim))
-    slopes = _slopes(base.build_alibi_tensor(_two(fused), module.num_heads, torch.float32))
+    slopes = _slopes(_bloom_biases, module.num_heads, fused.device)
     query, key, value = fused.unbind(-2)
     rows = _attend(module, query, key, value, module.inv_norm_factor, slopes=slopes)
     return residual + module.dense(rows), None
 
 
-def mpt(module: Any, base: Any, hidden_states: Tensor, *_: Any, **_more: Any) -> tuple[Tensor, None]:
+def mpt(module: Any, _base: Any, hidden_states: Tensor, *_: Any, **_more: Any) -> tuple[Tensor, None]:
     fused = module.Wqkv(hidden_states)
     if module.clip_qkv:
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv)
     query, key, value = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).unbind(-3)
-    slopes = _slopes(base.build_mpt_alibi_tensor(module.n_heads, 2, device=fused.device))
+    slopes = _slopes(_mpt_biases, module.n_heads, fused.device)
     return module.out_proj(_attend(module, query, key, value, module.softmax_scale, slopes=slopes)), None
 
 
@@ -117,7 +138,7 @@ def falcon(
     query, key, value = fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
     slopes = None
     if base.use_alibi:
-        slopes = _slopes(build_alibi_tensor(_two(fused), heads, torch.float32)) * module.inv_norm_factor
+        slopes = _slopes(_falcon_biases, heads, fused.device, module.inv_norm_factor)
     else:
         cos, sin = _halves(position_embeddings)
         query, key = (_turned(part, cos, sin, interleaved=False) for part in (query, key))

@@ -15,6 +15,7 @@ import torch
 from prerope.rope.frequencies import ALIBI, Rotary, unrotated
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.models.attention.interface import OWN_MASK
+from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.checks.trials import (
     PROBE_LENGTH,
     Seen,
@@ -189,12 +190,8 @@ def _every_output(raw: RawKeyModel, ids: Tensor) -> list[tuple[nn.Module, Tensor
         if isinstance(first, Tensor) and first.shape[:2] == (1, PROBE_LENGTH) and first.is_floating_point():
             outputs.append((module, first.clone()))
 
-    handles = [module.register_forward_hook(hook) for module in raw.model.modules()]
-    try:
+    with hooked(module.register_forward_hook(hook) for module in raw.model.modules()):
         run_trial(raw, {}, ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs
 
 

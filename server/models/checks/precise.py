@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.quantized.int8 import is_quantized
 from torch import Tensor, nn
 
@@ -31,11 +32,8 @@ def in_fp32(model: nn.Module, modules: Sequence[nn.Module] | None) -> Iterator[N
         handles.append(module.register_forward_pre_hook(_widen_arguments, with_kwargs=True))
     if modules is not None:
         handles += [module.register_forward_hook(_narrow(next(module.parameters()).dtype)) for module in modules]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _widened_while_called(module: nn.Module) -> list[Any]:

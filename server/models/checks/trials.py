@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from prerope.server.models.attention.interface import AttentionCall
+from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn
 
@@ -112,12 +113,8 @@ def layer_outputs(modules: Iterable[nn.Module], left: dict[nn.Module, Tensor]) -
     def hook(module: nn.Module, _arguments: Any, output: Any) -> None:
         left[module] = (output[0] if isinstance(output, tuple) else output).clone()
 
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
+    with hooked(module.register_forward_hook(hook) for module in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -125,12 +122,9 @@ def layer_inputs(
     modules: list[nn.Module], entered: dict[nn.Module, Tensor], held: Mapping[nn.Module, Tensor]
 ) -> Iterator[None]:
     """Inside, record the hidden states [1, T, hidden] that enter each module, after replacing those in `held`."""
-    handles = [module.register_forward_pre_hook(_input_hook(entered, held), with_kwargs=True) for module in modules]
-    try:
+    hook = _input_hook(entered, held)
+    with hooked(module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _input_hook(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from prerope.cache.storage import StateShape
 from prerope.server.models.attention.interface import HANDLER, AttentionCall, UnknownAttention
+from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.checks.trials import PROBE_LENGTH, own_values, probe_ids
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.recurrent.layers import Call, RecurrentLayer, StateName
@@ -149,12 +150,7 @@ def _entering(model: nn.Module, cache: _Watched) -> Iterator[None]:
     def leave(_module: nn.Module, _arguments: Any, _output: Any) -> None:
         cache.entered.pop()
 
-    handles: list[Any] = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(leave))
-    try:
+    before = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
+    after = [module.register_forward_hook(leave) for module in model.modules()]
+    with hooked(before + after):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
