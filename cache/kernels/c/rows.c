@@ -1,9 +1,10 @@
 /* Few rows of a sequence over its raw keys: decode steps, drafts that are verified, the ends of prompts.
  *
- * Rows of one sequence that follow one another and share a reading are a *run*, for which keys are turned once. A run's
- * work is cut into *items*, one for each part of its reading and span of keys, in the order in which they are merged; heads
- * of an item are taken by themselves. So few long rows use every thread, and nothing is summed in another order than in a
- * chunk. The plan of a step is made once for all layers, here: what queries are turned by, and the items.
+ * Rows of one sequence that follow one another and share a reading are a *run*. Keys are turned once for as many rows of
+ * it as a tile holds, MAX_ROWS over the query heads of a KV head. A run's work is cut into *items*, one for each part of its
+ * reading and span of keys, in the order in which they are merged; heads of an item are taken by themselves. So few long
+ * rows use every thread, and nothing is summed in another order than in a chunk. The plan of a step is made once for all
+ * layers, here: what queries are turned by, and the items.
  */
 #include "attend.h"
 
