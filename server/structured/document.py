@@ -53,6 +53,7 @@ class Document:
         held = [] if not isinstance(root, dict) else list(_held([root]))
         self._has_ids = any("$id" in one or "id" in one for one in held if one is not root)
         nodes, _ = self._reached([root])
+        self._check_loops(nodes)
         self.ids = {id(one) for one in nodes}
         self.names_are_open = any(map(_names_are_open, nodes))
         self.is_met = any(map(_is_met, nodes))
@@ -79,6 +80,18 @@ class Document:
             else:
                 return None
         return found
+
+    def _check_loops(self, nodes: list[Schema]) -> None:
+        """Unenforceable where references lead from one to the next and back, so that nothing says what a value is."""
+        ended = set[int]()
+        for begin in nodes:
+            node, path = begin, set[int]()
+            while isinstance(node, dict) and "$ref" in node and id(node) not in ended:
+                if id(node) in path:
+                    raise Unenforceable("a '$ref' leads back to itself by others: one on the way must say what it is")
+                path.add(id(node))
+                node = self.referenced(node["$ref"])
+            ended |= path
 
     def _reached(self, begin: list[Any]) -> tuple[list[Schema], bool]:
         """What these schemas reach by holding it or by reference, and whether that is all: it may be anything."""

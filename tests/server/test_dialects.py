@@ -294,6 +294,47 @@ def test_sglang(http: httpx.Client) -> None:
     assert json.loads(lines[-2].removeprefix("data: "))["text"] == plain
 
 
+def test_alternatives_are_told_by_their_names_there(http: httpx.Client) -> None:
+    asked = {"prompt": "Say it", "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 2, "model": MODEL}
+    known = http.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]["top_logprobs"]
+    values = [None if one is None else sorted(one.values(), reverse=True)[:2] for one in known]
+    sampling = {"max_new_tokens": 3, "temperature": 0}
+    body = {"text": "Say it", "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+    told = http.post("/generate", json=body | {"top_logprobs_num": 2}).json()["meta_info"]
+    tops = [*told["input_top_logprobs"], *told["output_top_logprobs"]]
+    assert len(tops) == len(values)
+    for top, value in zip(tops, values, strict=True):
+        assert top is value is None or [one[0] for one in top] == pytest.approx(value, abs=1e-5)
+    parameters = {"max_new_tokens": 3, "details": True, "top_n_tokens": 2}
+    details = http.post("/", json={"inputs": "Say it", "parameters": parameters}).json()[0]["details"]
+    said = [[one["logprob"] for one in top] for top in details["top_tokens"]]
+    assert said == [pytest.approx(value, abs=1e-5) for value in values[-3:]]
+    streamed = http.post("/generate_stream", json={"inputs": "Say it", "parameters": parameters}).text.splitlines()
+    events = [json.loads(line.removeprefix("data:")) for line in streamed if "generated_text" in line]
+    assert [one["top_tokens"] for one in events] == details["top_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/generate", {"inputs": "x", "parameters": {"typical_p": 0.9}}, "typical_p"),
+        ("/generate", {"inputs": "x", "parameters": {"adapter_id": "a"}}, "adapter_id"),
+        ("/generate", {"inputs": "x", "parameters": {"watermark": True}}, "watermark"),
+        ("/generate", {"text": "x", "lora_path": "a"}, "lora_path"),
+        ("/generate", {"text": "x", "return_hidden_states": True}, "return_hidden_states"),
+        ("/generate", {"text": "x", "sampling_params": {"no_stop_trim": True}}, "no_stop_trim"),
+        ("/api/generate", {"prompt": "x", "options": {"mirostat": 2}}, "mirostat"),
+        ("/api/generate", {"prompt": "x", "options": {"tfs_z": 0.5}}, "tfs_z"),
+    ],
+)
+def test_what_would_change_a_reply_is_refused_by_name(
+    http: httpx.Client, path: str, body: dict[str, Any], field: str
+) -> None:
+    reply = http.post(path, json=body)
+    assert reply.status_code == 400, reply.text
+    assert field in reply.text
+
+
 def test_sglang_scores_several_prompts(http: httpx.Client) -> None:
     """What `sgl.select` asks: the log-probabilities of each choice behind one text, and nothing new."""
     texts = ["The sky is blue", "The sky is seven"]

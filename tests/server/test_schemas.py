@@ -224,6 +224,8 @@ NAMED = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"]}
         ({"allOf": [{"multipleOf": 9_973}, {"multipleOf": 0.0997}]}, "multiple"),
         ({**CLOSED, "minProperties": 1, "required": ["b"], "const": {"b": "\x01"}}, "control"),
         ({"items": [True], "prefixItems": [True]}, "prefixItems"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "back to itself"),
+        ({"properties": {"a": {"$ref": "#/properties/a"}}}, "back to itself"),
         ({"$ref": "#/components/A", "components": {"A": {"multipleOf": 99_991}}}, "multipleOf"),
         ({"anyOf": [{"$ref": "#/const"}], "const": {"exclusiveMinimum": 0, "maximum": 0.5}}, "no schema"),
         ({"$id": "http://x/y", "$ref": "y#/components/A", "components": {"A": {"format": "date"}}}, "no schema"),

@@ -38,12 +38,24 @@ def tgi_reply(service: Service, running: Running, body: TgiRequest, reply: Reply
         tokens = (_tgi_token(service, token.token_id, logprob_of(token)) for token in reply.tokens)
         many = Many(tokens, len(reply.tokens))
         printed["details"] = {**_tgi_details(running, reply.finish_reason), "prefill": [], "tokens": many}
+        if body.parameters.top_n_tokens:
+            top = (_tgi_top(service, token) for token in reply.tokens)
+            printed["details"]["top_tokens"] = Many(top, len(reply.tokens))
     return printed
 
 
 def _tgi_token(service: Service, token_id: int, logprob: float | None) -> dict[str, Any]:
     special = token_id in service.tokenizer.special_ids
     return {"id": token_id, "text": service.tokenizer.token_text(token_id), "logprob": logprob, "special": special}
+
+
+def _tgi_top(service: Service, token: Token) -> list[dict[str, Any]]:
+    return [_tgi_token(service, *one) for one in _top(token.logprobs)]
+
+
+def _top(logprobs: TokenLogprobs | None) -> list[tuple[int, float | None]]:
+    """The alternatives of a token: id and log-probability, best first."""
+    return [] if logprobs is None else [(token_id, finite(logprob)) for token_id, logprob in logprobs.top]
 
 
 def _tgi_details(running: Running, reason: FinishReason) -> dict[str, Any]:
@@ -69,6 +81,8 @@ async def tgi_events(service: Service, running: Running, body: TgiRequest) -> As
                 printed = _tgi_token(service, token.token_id, logprob_of(token))
                 printed["text"] = piece.text if place == len(piece.tokens) - 1 else ""
                 last = {"index": index, "token": printed, "generated_text": None, "details": None}
+                if body.parameters.top_n_tokens:
+                    last["top_tokens"] = _tgi_top(service, token)
             text += piece.text
             if piece.finish_reason is not None:
                 last = last or {"index": 0, "token": {"id": 0, "text": "", "logprob": 0.0, "special": True}}
@@ -90,11 +104,18 @@ def sglang_reply(
     if body.return_logprob:
         scored = ((logprob_of(token), token.token_id, None) for token in reply.tokens)
         info["output_token_logprobs"] = Many(scored, len(reply.tokens))
+        if body.top_logprobs_num:
+            info["output_top_logprobs"] = Many(
+                (_sglang_top(token.logprobs) for token in reply.tokens), len(reply.tokens)
+            )
     if body.scores_prompt and reply.prompt_logprobs is not None:
         ids = generation.prompt_token_ids
         first = min(body.logprob_start_len, len(ids))
         rows = islice(zip(ids, reply.prompt_logprobs, strict=True), first, None)
         info["input_token_logprobs"] = Many((_sglang_scored(service, *row) for row in rows), len(ids) - first)
+        if body.top_logprobs_num:
+            top = (_sglang_top(logprobs) for logprobs in islice(reply.prompt_logprobs, first, None))
+            info["input_top_logprobs"] = Many(top, len(ids) - first)
     return {"text": reply.text, "output_ids": Many.ids([token.token_id for token in reply.tokens]), "meta_info": info}
 
 
@@ -102,6 +123,11 @@ def _sglang_scored(service: Service, token_id: int, logprobs: TokenLogprobs | No
     """A token of the prompt; nothing is said before the first one."""
     logprob = None if logprobs is None else finite(logprobs.logprob)
     return logprob, token_id, service.tokenizer.token_text(token_id)
+
+
+def _sglang_top(logprobs: TokenLogprobs | None) -> list[tuple[float | None, int, None]] | None:
+    """Alternatives; null before the first token of a prompt."""
+    return [(logprob, token_id, None) for token_id, logprob in _top(logprobs)] or None
 
 
 async def sglang_events(

@@ -17,7 +17,7 @@ from prerope.server.api.dialects.requests.common import (
     text_of,
 )
 from prerope.server.api.requests.body import RequestBody, Text
-from prerope.server.api.requests.foreign import IGNORED, Foreign
+from prerope.server.api.requests.foreign import HINT, IGNORED, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt, Sampling
 from prerope.server.api.requests.schemas import Stop
 from prerope.server.errors import InvalidRequest
@@ -29,33 +29,16 @@ class Options(RequestBody):
     """Ollama's `options`. Those that say how Ollama loads a model ask for nothing here."""
 
     path: ClassVar[str] = "options."
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
-        {
-            *(
-                "num_ctx",
-                "num_keep",
-                "num_batch",
-                "num_gpu",
-                "main_gpu",
-                "num_thread",
-                "low_vram",
-                "f16_kv",
-                "use_mmap",
-            ),
-            *(
-                "use_mlock",
-                "numa",
-                "vocab_only",
-                "logits_all",
-                "repeat_last_n",
-                "penalize_newline",
-                "typical_p",
-                "tfs_z",
-            ),
-            *("mirostat", "mirostat_tau", "mirostat_eta", "draft_num_predict"),
-        },
-        IGNORED,
-    )
+    foreign: ClassVar[Mapping[str, Foreign]] = {
+        **ignored("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "low_vram", "f16_kv"),
+        **ignored("use_mmap", "use_mlock", "numa", "vocab_only", "logits_all", "draft_num_predict"),
+        **ignored("mirostat_tau", "mirostat_eta"),  # of mirostat
+        "mirostat": Foreign("use 'temperature' with 'min_p' or 'top_p'", harmless=(0,)),
+        "typical_p": Foreign("use 'top_p'", harmless=(1, 1.0)),
+        "tfs_z": Foreign("use 'min_p'", harmless=(1, 1.0)),
+        "repeat_last_n": HINT,
+        "penalize_newline": HINT,
+    }
 
     num_predict: int | None = None
     temperature: float | None = Field(None, ge=0, le=10)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from prerope.server.api.requests.body import RequestBody, Text, prompts_of
-from prerope.server.api.requests.foreign import IGNORED, Foreign
+from prerope.server.api.requests.foreign import IGNORED, Foreign, ignored, refused
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.schemas import GenerateRequest, Stop
 from prerope.server.api.requests.structured import schema_grammar
@@ -22,16 +22,19 @@ class TgiParameters(RequestBody):
     """TGI's `parameters`."""
 
     path: ClassVar[str] = "parameters."
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
-        {"watermark", "decoder_input_details", "adapter_id", "best_of"}, IGNORED
-    )
+    foreign: ClassVar[Mapping[str, Foreign]] = {
+        **refused("one model without adapters is served", ("adapter_id",)),
+        **refused("the prompt's tokens are told by 'prompt_logprobs' of /v1/completions", ("decoder_input_details",)),
+        "watermark": Foreign("replies are not marked"),
+        "best_of": Foreign("'best_of' of /v1/completions draws several and keeps the likeliest", harmless=(1,)),
+        "typical_p": Foreign("use 'top_p'", harmless=(1, 1.0)),
+    }
 
     max_new_tokens: int | None = Field(None, ge=1)
     do_sample: bool = False
     temperature: float | None = Field(None, ge=0, le=10)
     top_k: int | None = Field(None, ge=0)
     top_p: float | None = Field(None, gt=0, le=1)
-    typical_p: float | None = None
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = None
@@ -40,7 +43,7 @@ class TgiParameters(RequestBody):
     truncate: int | None = None
     details: bool = False
     return_full_text: bool = False
-    top_n_tokens: int | None = None
+    top_n_tokens: int | None = Field(None, ge=0, le=20)
     grammar: dict[str, Any] | None = None
 
 
@@ -75,7 +78,7 @@ class TgiRequest(RequestBody):
                 stop=given.stop or given.stop_sequences,
                 seed=given.seed,
             ),
-            output=Output(logprobs=0),
+            output=Output(logprobs=given.top_n_tokens or 0),
             constraint=_tgi_grammar(given.grammar),
         )
 
@@ -95,9 +98,12 @@ class SglangSampling(RequestBody):
     """SGLang's `sampling_params`."""
 
     path: ClassVar[str] = "sampling_params."
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
-        {"no_stop_trim", "spaces_between_special_tokens", "custom_params"}, IGNORED
-    )
+    foreign: ClassVar[Mapping[str, Foreign]] = {
+        **ignored(
+            "spaces_between_special_tokens", "custom_params"
+        ),  # read by a logit processor, of which there is none
+        "no_stop_trim": Foreign("'include_stop_str_in_output' of /v1/completions keeps the stop string"),
+    }
 
     max_new_tokens: int | None = Field(None, ge=0)
     min_new_tokens: int = Field(0, ge=0)
@@ -121,9 +127,11 @@ class SglangSampling(RequestBody):
 class SglangRequest(RequestBody):
     """POST /generate of SGLang: `text` or `input_ids`, and `sampling_params`."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
-        {"rid", "lora_path", "return_text_in_logprobs", "return_hidden_states", "log_metrics"}, IGNORED
-    )
+    foreign: ClassVar[Mapping[str, Foreign]] = {
+        **ignored("rid", "return_text_in_logprobs", "log_metrics"),
+        **refused("one model without adapters is served", ("lora_path",)),
+        **refused("hidden states are not told", ("return_hidden_states",)),
+    }
 
     text: str | list[str] | None = None
     input_ids: list[int] | list[list[int]] | None = None
