@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -35,7 +36,7 @@ DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-SERVERS = ("gpu", "gpus", "cpu")
+SERVERS = ("gpu", "gpus", "replica0", "replica1", "cpu")
 SETTINGS = {name.upper() for name in Settings.model_fields}
 OF_THE_HOST = {"HOST", "PORT", "CACHE_DIR", "API_KEY_FILE"}
 """Settings that name something of the host: what is published and mounted. The container has its own."""
@@ -263,10 +264,8 @@ def test_every_setting_reaches_the_server_and_nothing_else_is_named(name: str) -
     assert len(set(passed)) == len(passed)
     assert set(passed) - OF_LIBRARIES.keys() == SETTINGS - OF_THE_HOST, "run `make docs`"
     own = {"gpu": {"GPU_ID"}, "gpus": {"TENSOR_PARALLEL_SIZE"}}.get(name, set())
-    assert (
-        interpolated(service)
-        == (OF_THE_HOST & SETTINGS) | {"SHUTDOWN_NOTICE_S", "SHUTDOWN_TIMEOUT_S", "MODELS_DIR"} | own
-    )
+    own |= {"SHUTDOWN_NOTICE_S", "SHUTDOWN_TIMEOUT_S", "MODELS_DIR", "CACHE_DIR", "API_KEY_FILE"}
+    assert interpolated(service) == own | ({"HOST", "PORT"} if service["ports"] else set())
 
 
 def test_variables_of_compose_are_explained_or_settings() -> None:
@@ -285,8 +284,10 @@ def test_ports_agree() -> None:
     assert only("EXPOSE") == inside
     fields = Settings.model_fields
     published = f"${{HOST:-{fields['host'].default}}}:${{PORT:-{fields['port'].default}}}:{inside}"
-    assert all(SERVICES[name]["ports"] == [published] for name in SERVERS)
-    others = [port for name in SERVICES.keys() - set(SERVERS) for port in SERVICES[name]["ports"]]
+    replicas = {"replica0", "replica1"}
+    assert all(SERVICES[name]["ports"] == [published] for name in {*SERVERS, "router"} - replicas)
+    assert all(SERVICES[name]["ports"] == [] for name in replicas)
+    others = [port for name in SERVICES.keys() - {*SERVERS, "router"} for port in SERVICES[name]["ports"]]
     assert all(port.startswith("127.0.0.1:") for port in others), "what asks for no key is not published to the network"
 
 
@@ -320,15 +321,33 @@ def test_a_stop_waits_for_the_drain() -> None:
 
 
 def test_gpus_are_reserved_by_the_servers_that_use_them() -> None:
-    for name in ("gpu", "gpus"):
+    for name in set(SERVERS) - {"cpu"}:
         (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
         assert device["driver"] == "nvidia"
         assert device["capabilities"] == ["gpu"]
         assert device.get("count", "${TENSOR_PARALLEL_SIZE:-1}") == "${TENSOR_PARALLEL_SIZE:-1}"
         assert ("count" in device) == (name == "gpus")
+        chosen = {"gpu": ["${GPU_ID:-0}"], "replica0": ["0"], "replica1": ["1"]}
+        assert device.get("device_ids") == chosen.get(name)
     assert "deploy" not in SERVICES["cpu"]
     targets = {name: SERVICES[name]["build"]["target"] for name in SERVERS}
-    assert targets == {"gpu": "gpu", "gpus": "gpu", "cpu": "cpu"}
+    assert targets == {name: "cpu" if name == "cpu" else "gpu" for name in SERVERS}
+
+
+def test_the_router_is_the_recipe_with_the_names_of_the_replicas() -> None:
+    """Its command makes the file, here as in the container; nothing in it names this host any more."""
+    router = SERVICES["router"]
+    source, inside = router["volumes"][0].split(":")[:2]
+    make, start = router["command"][-1].split(" && ")
+    assert f" {inside} > /tmp/nginx.conf" in make
+    assert start.startswith("exec nginx -c /tmp/nginx.conf ")
+    words = shlex.split(make.partition(" > ")[0].replace(inside, str(DOCKER / source)))
+    made = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    port = image_environment()["PORT"]
+    assert re.findall(r"server ([^\s{]+)", made) == [f"replica0:{port}", f"replica1:{port}"]
+    assert re.findall(r"listen (.*);", made) == [router["ports"][0].rpartition(":")[2]]
+    assert "127.0.0.1" not in made
+    assert router["depends_on"] == ["replica0", "replica1"]
 
 
 def test_mounts_of_the_host_exist() -> None:
@@ -378,6 +397,7 @@ def run_compose(compose: list[str], *arguments: str, **variables: str) -> str:
         ([], {"gpu"}),
         (["cpu"], {"cpu"}),
         (["gpus"], {"gpus"}),
+        (["replicas"], {"replica0", "replica1", "router"}),
         (["gpu", "monitoring"], {"gpu", "prometheus", "grafana"}),
         (["cpu", "monitoring"], {"cpu", "prometheus", "grafana"}),
         (["monitoring"], {"prometheus", "grafana"}),
@@ -511,8 +531,8 @@ def test_grafana_finds_prometheus_and_prometheus_finds_the_server() -> None:
     used |= {variable["datasource"]["uid"] for variable in DASHBOARD["templating"]["list"]}
     assert used == {source["uid"]}
     (job,) = yaml.safe_load((DOCKER / "prometheus.yml").read_text())["scrape_configs"]
-    target = f"prerope:{image_environment()['PORT']}"
-    assert job["static_configs"] == [{"targets": [target]}]
+    (found,) = job["dns_sd_configs"]
+    assert (found["names"], found["type"], found["port"]) == (["prerope"], "A", int(image_environment()["PORT"]))
     assert all(SERVICES[name]["networks"]["default"]["aliases"] == ["prerope"] for name in SERVERS)
 
 
