@@ -62,6 +62,13 @@ class Outcome:
     out_of_memory: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Unborn:
+    """Comes where a child's process id would: the system lets no child begin, and says why."""
+
+    reason: str
+
+
 def pack(message: object) -> bytes:
     """The message, ready to be sent."""
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)

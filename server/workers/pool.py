@@ -24,7 +24,7 @@ from typing import Any
 
 import structlog
 from prerope.server.errors import EngineUnavailable, InvalidRequest
-from prerope.server.workers.messages import EXIT, HEADER, Limits, Order, Outcome, Task, pack
+from prerope.server.workers.messages import EXIT, HEADER, Limits, Order, Outcome, Task, Unborn, pack
 from prerope.server.workers.turns import Turns
 
 log = structlog.get_logger(__name__)
@@ -50,18 +50,37 @@ class Lane:
 
 
 class _Lost(Exception):
-    """A child or its zygote is no more, and the task is not the cause."""
+    """A child or its zygote is no more, or cannot begin, and the task is not the cause."""
+
+
+def _no_room(reason: str) -> _Lost:
+    return _Lost(
+        f"this machine lets no helper process begin ({reason}): try again in a moment; where it stays so, allow more "
+        "processes (ulimit -u, pids.max), descriptors (ulimit -n) or memory"
+    )
 
 
 @dataclass(slots=True)
 class _Child:
+    """`handle` is its pidfd, where the system has those: it names this process even where its id is another's by now."""
+
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     pid: int | None = None
+    handle: int | None = None
 
     @property
     def alive(self) -> bool:
         return not self.reader.at_eof() and not self.writer.transport.is_closing()
+
+    async def greet(self) -> None:
+        """Hear its id."""
+        told = await self.receive()
+        if isinstance(told, Unborn):
+            raise _no_room(told.reason)
+        self.pid = told
+        with contextlib.suppress(AttributeError, OSError):
+            self.handle = os.pidfd_open(told)
 
     async def receive(self) -> Any:
         (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
@@ -76,9 +95,14 @@ class _Child:
     def end(self) -> None:
         """Kill it, whatever it does."""
         self.writer.transport.abort()
-        if self.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        pid, handle, self.pid, self.handle = self.pid, self.handle, None, None
+        with contextlib.suppress(ProcessLookupError):
+            if handle is not None:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            elif pid is not None:
+                os.kill(pid, signal.SIGKILL)
+        if handle is not None:
+            os.close(handle)
 
 
 @dataclass(slots=True)
@@ -89,12 +113,14 @@ class _Zygote:
     ended: dict[int, int] = field(default_factory=dict)
     told: asyncio.Event = field(default_factory=asyncio.Event)
     alive: bool = True
+    loop: asyncio.AbstractEventLoop | None = None
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
         self.control.setblocking(False)
-        loop.add_reader(self.control, self._hear, loop)
+        loop.add_reader(self.control, self._hear)
+        self.loop = loop
 
-    def _hear(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _hear(self) -> None:
         try:
             data = self.control.recv(EXIT.size * 64)
         except BlockingIOError:
@@ -102,8 +128,7 @@ class _Zygote:
         except OSError:
             data = b""
         if not data:
-            self.alive = False
-            loop.remove_reader(self.control)
+            self._turn_away()
         for pid, status in EXIT.iter_unpack(data[: len(data) // EXIT.size * EXIT.size]):
             self.ended[pid] = status
             while len(self.ended) > 1024:  # of children that nobody asks about
@@ -119,11 +144,17 @@ class _Zygote:
                     await self.told.wait()
         return self.ended.pop(pid, None)
 
+    def _turn_away(self) -> None:
+        self.alive = False
+        if self.loop is not None:
+            self.loop.remove_reader(self.control)  # or the loop would take the next one's socket for this one
+            self.loop = None
+
     def close(self) -> None:
         for child in self.standby:
             child.end()
         self.standby.clear()
-        self.alive = False
+        self._turn_away()
         self.control.close()
         self.process.kill()
         self.process.wait()
@@ -156,13 +187,17 @@ class Workers:
         kind = self.lanes[lane]
         async with self._turns[lane].turn(line):
             self.num_run += 1
+            reason = ""
             for _ in range(ATTEMPTS):
-                with contextlib.suppress(_Lost):
+                try:
                     outcome = await self._attempt(task, kind, param)
                     break
+                except _Lost as lost:
+                    reason = str(lost)
             else:
                 self.num_failed += 1
-                raise EngineUnavailable("a helper process was lost; send the request again", code="worker_lost")
+                said = reason or "a helper process was lost; send the request again"
+                raise EngineUnavailable(said, code="worker_lost")
         if outcome.out_of_memory:
             self.num_failed += 1
             raise _too_much_memory(kind, param)
@@ -186,8 +221,6 @@ class Workers:
         """Kill everything, at once."""
         self._closed = True
         if self._zygote is not None:
-            with contextlib.suppress(Exception):
-                asyncio.get_running_loop().remove_reader(self._zygote.control)
             self._zygote.close()
             self._zygote = None
 
@@ -220,7 +253,7 @@ class Workers:
                     self._zygote = await asyncio.to_thread(_start, self._world)
                 except OSError as error:  # no descriptor, process or memory left, or it ended as it began
                     log.error("the process that workers are forked from cannot be started", kind=type(error).__name__)
-                    raise _Lost from None
+                    raise _no_room(error.strerror or type(error).__name__) from None
                 self._zygote.listen(asyncio.get_running_loop())
             return self._zygote
 
@@ -234,26 +267,30 @@ class Workers:
         return await self._fork(zygote)
 
     async def _fork(self, zygote: _Zygote) -> _Child:
+        child = None
         try:
-            ours, theirs = socket.socketpair()
-        except OSError:
-            raise _Lost from None
-        with theirs:
-            try:
-                socket.send_fds(zygote.control, [b"+"], [theirs.fileno()])
-            except OSError:
-                ours.close()
-                zygote.alive = False
-                raise _Lost from None
-        child = _Child(*await asyncio.open_connection(sock=ours, limit=READ_LIMIT))
-        try:
-            child.pid = await child.receive()
+            child = await self._ask_for_one(zygote)
+            await child.greet()
         except (asyncio.IncompleteReadError, ConnectionError):
             raise _Lost from None
+        except OSError as error:
+            raise _no_room(error.strerror or type(error).__name__) from None
         finally:
-            if child.pid is None:
+            if child is not None and child.pid is None:
                 child.end()
         return child
+
+    async def _ask_for_one(self, zygote: _Zygote) -> _Child:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(zygote.control, [b"+"], [theirs.fileno()])
+            return _Child(*await asyncio.open_connection(sock=ours, limit=READ_LIMIT))
+        except OSError as error:
+            ours.close()
+            if isinstance(error, ConnectionError):  # otherwise it lives, and there is no room for this one alone
+                zygote.alive = False
+            raise
 
     def _keep_one_waiting(self, zygote: _Zygote) -> None:
         async def fork() -> None:
@@ -270,7 +307,8 @@ class Workers:
 
 def _start(world: Callable[[], Any]) -> _Zygote:
     ours, theirs = socket.socketpair()
-    with theirs:
+    with theirs, contextlib.ExitStack() as failed:
+        failed.callback(ours.close)
         where = f"import sys; sys.path[:] = {sys.path!r}; from prerope.server.workers.zygote import main"
         process = subprocess.Popen(
             [sys.executable, "-c", f"{where}; main({theirs.fileno()})"],
@@ -278,12 +316,11 @@ def _start(world: Callable[[], Any]) -> _Zygote:
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
-    zygote = _Zygote(process, ours)
-    try:
+        zygote = _Zygote(process, ours)
+        failed.callback(zygote.close)
+        theirs.close()  # where it ends as it begins, sending fails
         ours.sendall(pack(world()))
-    except OSError:
-        zygote.close()
-        raise
+        failed.pop_all()
     return zygote
 
 

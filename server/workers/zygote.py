@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prerope.server.workers.messages import EXIT, Limits, Order, Outcome, pack, receive
+from prerope.server.workers.messages import EXIT, Limits, Order, Outcome, Unborn, pack, receive
 
 SLACK_BYTES = 192 * 2**20
 """Of address space, which is what the kernel can limit: allocators reserve more of it than they use."""
@@ -71,12 +71,17 @@ def _fork(control: socket.socket, world: Any) -> bool:
     if not data:
         return False
     parent = os.getpid()
-    with contextlib.suppress(OSError):  # no process left: whoever sent the socket sees it closed
-        if fds and os.fork() == 0:
-            control.close()
-            _serve(socket.socket(fileno=fds[0]), world, parent)
-    for fd in fds:  # none where there was no descriptor left
-        os.close(fd)
+    for fd in fds:  # none where there was no descriptor left: whoever sent the socket sees it closed
+        with socket.socket(fileno=fd) as channel:
+            try:
+                born = os.fork() == 0
+            except OSError as error:  # no process or memory left
+                with contextlib.suppress(OSError):
+                    channel.sendall(pack(Unborn(error.strerror or type(error).__name__)))
+            else:
+                if born:
+                    control.close()
+                    _serve(channel, world, parent)
     return True
 
 

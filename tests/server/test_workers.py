@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import resource
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +56,13 @@ class Unsendable:
 
 @dataclass(frozen=True)
 class Busy:
+    """For ever. began: a file to be."""
+
+    began: str = ""
+
     def run(self, world: Any) -> None:  # noqa: ARG002
+        if self.began:
+            open(self.began, "x").close()
         while True:
             pass
 
@@ -65,9 +75,26 @@ class Large:
         return "x" * 150 * 2**20
 
 
-def with_workers(use: Callable[[Workers], Awaitable[None]]) -> None:
+@dataclass(frozen=True)
+class Full:
+    """A world in whose zygote no process can be forked while there is a file."""
+
+    file: str
+
+    def prepare(self) -> None:
+        fork = os.fork
+
+        def refuse() -> int:
+            if os.path.exists(self.file):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            return fork()
+
+        os.fork = refuse
+
+
+def with_workers(use: Callable[[Workers], Awaitable[None]], world: Callable[[], Any] = NoWorld) -> None:
     async def main() -> None:
-        workers = Workers(NoWorld, (LANE,))
+        workers = Workers(world, (LANE,))
         try:
             async with asyncio.timeout(120):
                 await use(workers)
@@ -171,3 +198,71 @@ def test_no_descriptor_left_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await workers.run(Ended(0, "/"), "test") == "done"
 
     with_workers(use)
+
+
+def test_where_no_process_can_begin_a_request_is_a_503_and_later_ones_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+
+    async def use(workers: Workers) -> None:
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        first = workers._zygote
+        assert first is not None
+        assert workers._forking is not None
+        await workers._forking
+        full.touch()
+        assert await workers.run(Ended(0, "/"), "test") == "done"  # by the one in waiting
+        with pytest.raises(EngineUnavailable, match="Resource temporarily unavailable.*try again.*ulimit -u"):
+            await workers.run(Ended(0, "/"), "test")
+        full.unlink()
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        assert workers._zygote is first
+        first.control.shutdown(socket.SHUT_RDWR)  # now the zygote is lost, and cannot be begun again at first
+        with monkeypatch.context() as patched:
+            patched.setattr(subprocess, "Popen", refused)
+            for _ in range(3):
+                with contextlib.suppress(EngineUnavailable):
+                    await workers.run(Ended(0, "/"), "test")
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with_workers(use, lambda: Full(str(full)))
+
+
+def test_a_zygote_that_is_given_up_is_no_longer_heard() -> None:
+    """Its socket's number is soon another's, and the event loop would take one for the other."""
+
+    async def use(workers: Workers) -> None:
+        for _ in range(3):
+            assert await workers.run(Ended(0, "/"), "test") == "done"
+            assert workers._zygote is not None
+            workers._zygote.alive = False  # as where nothing could be sent to it
+        with pytest.raises(EngineUnavailable, match="was lost"):
+            await workers.run(Ended(1), "test")
+        with pytest.raises(InvalidRequest):  # which it tells of a child's end by
+            await workers.run(Busy(), "test")
+
+    with_workers(use)
+
+
+def test_a_child_is_killed_and_never_another_process_of_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed, began = list[int](), tmp_path / "began"
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+
+    async def use(workers: Workers) -> None:
+        task = asyncio.create_task(workers.run(Busy(str(began)), "test"))
+        while not began.exists():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        zygote = workers._zygote
+        assert zygote is not None
+        while -signal.SIGKILL not in zygote.ended.values():
+            await asyncio.sleep(0.01)
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+
+    with_workers(use)
+    assert not killed
