@@ -62,7 +62,7 @@ def _no_room(reason: str) -> _Lost:
 
 @dataclass(slots=True)
 class _Child:
-    """`handle` is its pidfd, where the system has those: it names this process even where its id is another's by now."""
+    """`handle` is its pidfd, where the system has those: it names this process even when its id is another's."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
