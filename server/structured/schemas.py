@@ -18,6 +18,7 @@ from itertools import combinations, permutations
 from typing import Any
 
 from prerope.server.structured.document import LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
+from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.formats import format_schema
 from prerope.server.structured.numbers import check_numbers, narrow_bounds
 from prerope.server.structured.values import Unenforceable, distinct, of_type
@@ -60,6 +61,7 @@ class Enforceable:
 def enforceable(schema: Any) -> Enforceable:
     """Rewrites a schema. Unenforceable says why a reply could not be held to it; RecursionError where it nests deeper
     than Python can follow."""
+    schema = as_drafted(schema)
     rewriter = _Rewriter(Document(schema))
     new = rewriter.rewritten(schema)
     if not rewriter.document.ids <= rewriter.done:

@@ -253,3 +253,32 @@ def test_names_that_may_repeat_are_told_of() -> None:
 @pytest.mark.parametrize("format_", ["uuid4", "password", "binary", "file-path", "url", "int32", "ipv4network", "x y"])
 def test_a_format_asks_for_nothing_that_refuses(format_: str) -> None:
     assert replies({"type": "string", "format": format_, "maxLength": 40})
+
+
+SEVEN, NEWEST = "http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"
+BESIDE_REFERENCES: list[Any] = [
+    {"$ref": "#/definitions/n", "maximum": 3, "definitions": {"n": {"type": "integer", "minimum": 1, "maximum": 9}}},
+    {
+        "properties": {"$ref": {"$ref": "#/$defs/n", "const": 12}},
+        "$defs": {"n": {"enum": [7, 12]}},
+        "required": ["$ref"],
+    },
+    {"$ref": "#/definitions/n", "not": {"const": 1}, "unknown": 1, "definitions": {"n": {"enum": [1, 2]}}},
+    {"enum": [{"$ref": "#", "maximum": 1}]},
+]
+
+
+@pytest.mark.parametrize("draft", [SEVEN, "http://json-schema.org/draft-04/schema#", NEWEST, None])
+@pytest.mark.parametrize("schema", BESIDE_REFERENCES, ids=json.dumps)
+def test_what_stands_beside_a_reference_is_read_as_its_draft_does(schema: Any, draft: str | None) -> None:
+    """By jsonschema, which knows the drafts."""
+    named = {"$schema": draft, **schema} if draft else schema
+    validator = jsonschema.validators.validator_for(named, default=jsonschema.Draft202012Validator)(named)
+    try:
+        matcher = compiled(named)
+    except (InvalidRequest, Unenforceable):  # of `not`, which llguidance knows none of
+        assert "not" in schema
+        assert draft in (NEWEST, None)
+        return
+    values = [1, 2, 3, 7, 9, 12, {"$ref": 7}, {"$ref": 12}, {"$ref": "#", "maximum": 1}]
+    assert [accepts(matcher, json.dumps(one)) for one in values] == [validator.is_valid(one) for one in values]

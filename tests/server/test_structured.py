@@ -6,7 +6,6 @@ What a reply must match is checked with what the server does not use for it: jso
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -409,16 +408,17 @@ def test_what_nests_deep_is_read_by_a_worker_or_refused(tokenizer: Tokenizer) ->
     async def main() -> None:
         workers = Workers(lambda: World(text), LANES)
         try:
-            read = await workers.run(ReadTask(ChatRequest, body(600, "response_format", schema), False), "small body")
+            read = await workers.run(ReadTask(ChatRequest, body(120, "response_format", schema), False), "small body")
         finally:
             workers.close()
-        assert "[" * 600 in read.prepared.constraint.text
+        assert "[" * 120 in read.prepared.constraint.text
         assert read.body.response_format.json_schema.schema_ == {}
 
     asyncio.run(main())
-    for depth in range(900, 1000):
-        with contextlib.suppress(InvalidRequest):
-            read_body(ChatRequest, body(depth, "tools", tool), text)
+    for depth in (900, 990, 10_000):
+        for name, inner in (("tools", tool), ("response_format", schema), ("guided_json", json.dumps(schema))):
+            with pytest.raises(InvalidRequest, match="nest"):
+                read_body(ChatRequest, body(depth, name, inner), text)
 
 
 def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -> None:

@@ -56,5 +56,7 @@ def render_chat(
         )
     except Exception as error:  # a template is a program of the model's: whatever it raises, the messages caused it
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        if isinstance(error, RecursionError):
+            reason = "something in them, or in their tools, nests deeper than it can follow"
         raise InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages") from error
     return text

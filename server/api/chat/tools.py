@@ -29,6 +29,7 @@ from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_
 from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
 from prerope.server.api.requests.structured import quoted, schema_text
 from prerope.server.errors import InvalidRequest
+from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.text import GrammarText, json_options
 from prerope.server.tokenizer import Tokenizer
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
@@ -67,7 +68,9 @@ class Function(RequestBody):
     def schema_text(self) -> str:
         """The parameters' JSON schema for llguidance."""
         schema = self.parameters or {"properties": {}, "additionalProperties": False}
-        return schema_text({**schema, "type": "object", "x-guidance": json_options()}, "tools.function.parameters")
+        return schema_text(
+            {**as_drafted(schema), "type": "object", "x-guidance": json_options()}, "tools.function.parameters"
+        )
 
 
 class Tool(RequestBody):

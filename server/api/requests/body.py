@@ -25,6 +25,10 @@ MAX_SHOWN = 64
 
 INT32_MAX = 2**31 - 1
 
+MAX_DEPTH = 128
+"""Lists and objects within each other, in a body and in JSON that a text of it holds. What is done with them follows
+them by recursion, a few calls a level, and Python takes a thousand of those."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verbatim:
@@ -163,6 +167,17 @@ def token_ids(value: Any, param: str) -> list[int]:
         index, wrong = next((index, one) for index, one in enumerate(value) if type(one) is not int)
         raise InvalidRequest(f"'{param}[{index}]' must be a token id (an integer), not {json_type(wrong)}", param=param)
     return value
+
+
+def nests_deeper(value: Any) -> bool:
+    """Whether lists and objects stand deeper within each other than `MAX_DEPTH`."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        held = (one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer))
+        level = [one for one in held if isinstance(one, list | dict)]
+        if not level:
+            return False
+    return True
 
 
 def shown_number(number: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from prerope.server.api.chat.tools import Function, Tool, ToolUse
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import RequestBody
+from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, nests_deeper
 from prerope.server.api.requests.complaints import first_invalid
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 B = TypeVar("B", bound=RequestBody)
 
-TOO_DEEP = "The body is nested too deeply."
+TOO_DEEP = f"The body is nested too deeply: at most {MAX_DEPTH} lists and objects may stand within each other."
 
 
 class HasText(Protocol):
@@ -111,7 +111,7 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
         prepared = prepare(text, request)
     except ValidationError as error:
         raise first_invalid(error.errors()) from None
-    except RecursionError:  # what could just be read is written from further down the stack
+    except RecursionError:  # of a template's, say
         raise InvalidRequest(TOO_DEEP, code="invalid_json") from None
     if isinstance(body, CompletionRequest) and body.echo:  # as it was given, or as its ids read
         body.prompt = [one if isinstance(one, str) else text.tokenizer.decode(one) for one in body.prompt]
@@ -133,6 +133,8 @@ def decode(raw: bytes) -> Any:
     else:
         if not isinstance(value, dict):
             raise InvalidRequest("The body must be a JSON object.", code="invalid_body")
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and nests_deeper(value):
+            raise InvalidRequest(TOO_DEEP, code="invalid_json")
         refuse_surrogates(raw, value)
         return value
     raise InvalidRequest(message, code="invalid_json")

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from prerope.server.api.auth.allowance import current_hold
-from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type, unicode_text
+from prerope.server.api.requests.body import (
+    MAX_DEPTH,
+    MAX_SHOWN,
+    RequestBody,
+    Text,
+    json_type,
+    nests_deeper,
+    unicode_text,
+)
 from prerope.server.api.requests.foreign import FORMAT, IGNORED, Foreign
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
@@ -41,9 +49,12 @@ def _schema_or_text(value: Any) -> Any:
     if not isinstance(value, str):
         return _schema(value)
     try:
-        return _schema(json.loads(value))
+        schema = _schema(json.loads(value))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a JSON schema is an object, or the text of one ({error})") from None
+    if isinstance(schema, dict) and nests_deeper(schema):
+        raise ValueError(f"a JSON schema nests {MAX_DEPTH} lists and objects at most")
+    return schema
 
 
 def _choice(value: Any) -> Any:
