@@ -1,10 +1,14 @@
-"""A cache that is bounded by the bytes of what it keeps, and counts them: every cache that clients can fill is one."""
+"""A cache that is bounded by the bytes of what it keeps, and counts them: every cache that clients can fill is one.
+
+Entries have owners, and where there is no room, the owner of the most gives up what it used longest ago. So nobody
+loses what is within an equal share to somebody who keeps more.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -23,39 +27,61 @@ class CacheStats:
     evictions: int
 
 
+@dataclass(slots=True)
+class _Share(Generic[K, V]):
+    """One owner's entries, the least recently used first, and their bytes."""
+
+    entries: OrderedDict[K, tuple[V, int]] = field(default_factory=OrderedDict)
+    num_bytes: int = 0
+
+
 class ByteCache(Generic[K, V]):
-    """Keys to values, the least recently used put out first. What is larger than all of it is not kept."""
+    """Keys to values. What is larger than all of it is not kept."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
+        self._owners: dict[K, str] = {}
+        self._shares: dict[str, _Share[K, V]] = {}
         self._hits = self._misses = self._evictions = 0
 
     def get(self, key: K) -> V | None:
-        entry = self._entries.get(key)
-        if entry is None:
+        owner = self._owners.get(key)
+        if owner is None:
             self._misses += 1
             return None
         self._hits += 1
-        self._entries.move_to_end(key)
-        return entry[0]
+        entries = self._shares[owner].entries
+        entries.move_to_end(key)
+        return entries[key][0]
 
-    def put(self, key: K, value: V, num_bytes: int) -> None:
+    def put(self, key: K, value: V, num_bytes: int, owner: str = "") -> None:
         """Keep a value of so many bytes, its key's included."""
-        if key in self._entries:
-            self.num_bytes -= self._entries.pop(key)[1]
+        if key in self._owners:
+            self._remove(key)
         if num_bytes > self.max_bytes:
             return
-        self._entries[key] = value, num_bytes
+        share = self._shares.setdefault(owner, _Share())
+        share.entries[key] = value, num_bytes
+        share.num_bytes += num_bytes
+        self._owners[key] = owner
         self.num_bytes += num_bytes
         while self.num_bytes > self.max_bytes:
-            _, (_, freed) = self._entries.popitem(last=False)
-            self.num_bytes -= freed
+            largest = max(self._shares.values(), key=lambda one: one.num_bytes)
+            self._remove(next(iter(largest.entries)))
             self._evictions += 1
 
+    def _remove(self, key: K) -> None:
+        owner = self._owners.pop(key)
+        share = self._shares[owner]
+        _, freed = share.entries.pop(key)
+        share.num_bytes -= freed
+        self.num_bytes -= freed
+        if not share.entries:
+            del self._shares[owner]
+
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._owners)
 
     def stats(self) -> CacheStats:
-        return CacheStats(self.num_bytes, self.max_bytes, len(self._entries), self._hits, self._misses, self._evictions)
+        return CacheStats(self.num_bytes, self.max_bytes, len(self), self._hits, self._misses, self._evictions)

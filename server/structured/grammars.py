@@ -50,7 +50,7 @@ class Grammars:
     async def compile(self, wanted: GrammarText, tenant: str = "", line: str = "") -> CompiledGrammar:
         """InvalidRequest, with llguidance's reason, for what it cannot compile. Shared among requests of a tenant.
 
-        line: among whom it waits for a worker.
+        line: among whom it waits for a worker, and whose share of what is kept it takes.
         """
         key = tenant, wanted.digest
         if (grammar := self.kept.get(key)) is not None:
@@ -77,9 +77,9 @@ class Grammars:
             tokenizer = self._tokenizer()
             grammar = await asyncio.wrap_future(on_a_deep_stack(lambda: compile_here(wanted, tokenizer, cost)))
         except InvalidRequest as refused:
-            self.refused.put(key, refused, 512 + len(refused.message))
+            self.refused.put(key, refused, 512 + len(refused.message), line)
             raise
-        self.kept.put(key, grammar, grammar.num_bytes)
+        self.kept.put(key, grammar, grammar.num_bytes, line)
         return grammar
 
 

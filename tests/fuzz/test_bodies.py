@@ -85,7 +85,7 @@ HOSTILE = st.one_of(
     LEAVES,
     st.lists(LEAVES, max_size=4),
     st.dictionaries(st.one_of(st.sampled_from(NAMES), HALVES, st.text(max_size=8)), LEAVES, max_size=3),
-    st.builds(deep, st.sampled_from([5, 100, 900]), st.sampled_from(["list", "object"])),
+    st.builds(deep, st.sampled_from([5, 120, 900]), st.sampled_from(["list", "object"])),
     st.builds(lambda one, count: [one] * count, LEAVES, st.sampled_from([300, 20_000])),
     st.builds(lambda count: {f"k{i}": 1 for i in range(count)}, st.sampled_from([300, 20_000])),
 )

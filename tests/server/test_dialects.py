@@ -226,6 +226,67 @@ def test_a_conversation_goes_on_and_is_ones_own(client: openai.OpenAI, http: htt
     assert float(held.split()[-1]) > 2 * 400 * len("And so on. ")
 
 
+def test_responses_tell_log_probabilities(client: openai.OpenAI, http: httpx.Client) -> None:
+    """As a chat does; whole, in a stream, and where a worker reads the body."""
+    for asked in ("Say something.", "Say something. " * 300):
+        body: Any = {"messages": [{"role": "user", "content": asked}], "logprobs": True, "top_logprobs": 2}
+        known = http.post("/v1/chat/completions", json={**body, "max_tokens": 6, **GREEDY}).json()["choices"][0]
+        scores = known["logprobs"]["content"]
+        wanted: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "temperature": 0}
+        more: Any = {"model": MODEL, "input": asked, "max_output_tokens": 6, "metadata": {"a": "b"}, **wanted}
+        reply = client.responses.create(**more)
+        assert reply.metadata == {"a": "b"}
+        (item,) = reply.output
+        assert [one.model_dump() for one in item.content[0].logprobs] == scores  # type: ignore[union-attr, index]
+        events = list(client.responses.create(stream=True, **more))
+        told = [one for event in events if event.type == "response.output_text.delta" for one in event.logprobs]
+        assert [one.logprob for one in told] == [one["logprob"] for one in scores][: len(told)]
+        done = next(event for event in events if event.type == "response.output_text.done")
+        assert [one.logprob for one in done.logprobs] == [one["logprob"] for one in scores]
+        assert client.responses.create(previous_response_id=reply.id, **{**more, "input": "And?"}).output
+
+
+def test_the_oldest_items_are_left_out_where_that_is_asked_for(client: openai.OpenAI) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c", "output": "sunny"}
+    old = [{"role": "user", "content": "word " * 900}, call, result]
+    new = [{"role": "user", "content": "And?"}]
+    asked: Any = {"model": MODEL, "instructions": "Be.", "max_output_tokens": 64, "temperature": 0}
+    alone = client.responses.create(input=new, **asked)
+    reply = client.responses.create(input=[*old, *old, *old, *new], truncation="auto", **asked)
+    assert reply.truncation == "auto"
+    kept = client.responses.create(input=[*old, *old, *new], truncation="auto", **asked)
+    whole = client.responses.create(input=[*old, *old, *new], **asked)
+    read = {one.usage.input_tokens for one in (reply, kept, whole) if one.usage is not None}
+    assert len(read) == 1, "as much as fits is read"
+    assert (reply.output_text, kept.output_text) == (whole.output_text, whole.output_text)
+    last: Any = {"input": [*old, {"role": "user", "content": "word " * 1900}, *new], "truncation": "auto"}
+    assert client.responses.create(**asked, **last).output_text == alone.output_text
+    with pytest.raises(openai.BadRequestError, match="prompt and output together"):
+        client.responses.create(**asked, input=[*new, {"role": "user", "content": "word " * 3000}], truncation="auto")
+    with pytest.raises(openai.BadRequestError, match="prompt and output together"):
+        client.responses.create(**asked, input=[*old, *old, *old, *new])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"include": ["message.thoughts"]}, "message.thoughts"),
+        ({"include": [["message.output_text.logprobs"]]}, "a list"),
+        ({"text": {"formt": {"type": "json_object"}}}, "text.formt"),
+        ({"truncation": "middle"}, "truncation"),
+        ({"reasoning": {"budget": 7}}, "reasoning.budget"),
+        ({"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low", "summary": None}}, None),
+    ],
+)
+def test_nothing_of_a_response_is_ignored_in_silence(
+    http: httpx.Client, more: dict[str, Any], said: str | None
+) -> None:
+    reply = http.post("/v1/responses", json={"input": "x", "max_output_tokens": 2, **more})
+    assert reply.status_code == (400 if said else 200)
+    assert said is None or said in reply.json()["error"]["message"]
+
+
 # --- Ollama ---
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from prerope.server.api.limits import prefix_salt
+from prerope.server.byte_cache import ByteCache
 
 from tests.faulty_server import QUOTED
 from tests.server.test_cli import ROOT, free_port, start, wait_for
@@ -66,6 +67,24 @@ def test_no_salt_of_one_key_reaches_the_prefixes_of_another() -> None:
     tenants = ["0" * 32, "0" * 31 + "1"]
     salts = {prefix_salt(Service(), tenant, salt) for tenant in tenants for salt in ("", "1", tenants[0], tenants[1])}  # type: ignore[arg-type]
     assert len(salts) == 8
+
+
+def test_what_one_keeps_is_not_lost_to_another() -> None:
+    """Whoever fills a cache gives up his own; somebody's that is within an equal share stays, however old it is."""
+    cache: ByteCache[tuple[str, int], str] = ByteCache(1000)
+    for index in range(4):
+        cache.put(("small", index), "s", 100, "small")
+    for index in range(50):
+        cache.put(("greedy", index), "g", 100, "greedy")
+        assert cache.num_bytes <= 1000
+    assert [cache.get(("small", index)) for index in range(4)] == ["s"] * 4
+    assert [cache.get(("greedy", index)) is None for index in range(50)] == [True] * 44 + [False] * 6
+    cache.put(("third", 0), "t", 300, "third")
+    assert [cache.get(("third", 0)), cache.get(("small", 0))] == ["t", "s"]
+    cache.put(("third", 0), "t", 100, "third")
+    assert cache.stats().num_bytes == 100 * cache.stats().num_entries
+    cache.put(("third", 1), "t", 1001, "third")
+    assert cache.get(("third", 1)) is None
 
 
 # --- the grep ---------------------------------------------------------------------------------------------------------

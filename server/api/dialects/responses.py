@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's Responses, what its newest clients call by default.
 
 A conversation goes on by `previous_response_id` while its items are kept: in memory, up to `MAX_CONVERSATION_BYTES` of
-all tenants together, the least recently used ones out first, each found by its own tenant alone.
+all tenants together, each found by its own tenant alone. Where there is no room, who keeps most gives up the oldest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -17,16 +17,16 @@ from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, ReasoningPart, TextPart
 from prerope.server.api.connected import while_connected
-from prerope.server.api.dialects.common import (
-    chat_events,
-)
+from prerope.server.api.dialects.common import chat_events
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.limits import new_id
+from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import read_all
-from prerope.server.api.stream.printing import json_response
+from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream
+from prerope.server.api.stream.transcript import Token
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
 
@@ -62,7 +62,7 @@ async def responses(
     if read.body.stream:
         return event_stream(_events(printer), named=True)
     (reply,) = await read_all(request, running.generations)
-    return await json_response(printer.finished(running.chat_reply(reply), reply.finish_reason))
+    return await json_response(printer.finished(running.chat_reply(reply), reply.finish_reason, reply.tokens))
 
 
 class _Printer:
@@ -85,20 +85,29 @@ class _Printer:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "metadata": {},
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": body.previous_response_id,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "store": body.store,
             "temperature": body.temperature,
             **body.repeated(),
             "top_p": body.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation,
+            "top_logprobs": body.top_logprobs or 0,
             "usage": None,
             **more,
         }
 
-    def finished(self, reply: ChatReply, reason: FinishReason, ids: list[str] | None = None) -> dict[str, Any]:
+    def scores(self, tokens: Sequence[Token]) -> Many | list[Any]:
+        """Log-probabilities, where they are asked for."""
+        if self.body.num_logprobs is None or not tokens:
+            return []
+        told: Many = chat_logprobs(self._service.tokenizer, tokens, self.body.num_logprobs)["content"]
+        return told
+
+    def finished(
+        self, reply: ChatReply, reason: FinishReason, tokens: Sequence[Token], ids: list[str] | None = None
+    ) -> dict[str, Any]:
         """The whole response; its conversation is kept where it may be."""
         status = "completed" if reason is FinishReason.STOP else "incomplete"
         output: list[Any] = []
@@ -111,6 +120,9 @@ class _Printer:
             item["id"] = item_id
         if self.body.store:
             self._keep(output)
+        for item in output:
+            if item["type"] == "message":
+                item["content"][0]["logprobs"] = self.scores(tokens)
         details = None if status == "completed" else {"reason": "max_output_tokens"}
         return self.response(status, output, incomplete_details=details, usage=self._usage())
 
@@ -119,7 +131,7 @@ class _Printer:
         text = before[:-1] + (b"," if len(before) > len(b"[]") else b"") + after[1:]
         if len(text) <= MAX_KEPT_ITEMS_BYTES:
             num_bytes = len(text) + ENTRY_BYTES
-            self._service.conversations.put((self._tenant, self.running.id), text, num_bytes)
+            self._service.conversations.put((self._tenant, self.running.id), text, num_bytes, current_hold().line)
 
     def _usage(self) -> dict[str, Any]:
         usage = self.running.generations[0].usage
@@ -164,8 +176,9 @@ def call_item(item_id: str, one: Call, status: str) -> dict[str, Any]:
 class _OpenItem:
     """An item of a stream, from its first event to its last."""
 
-    def __init__(self, index: int, call: Call | None, *, thoughts: bool = False) -> None:
-        self.index, self.call, self.text, self.thoughts = index, call, "", thoughts
+    def __init__(self, printer: _Printer, index: int, call: Call | None, *, thoughts: bool = False) -> None:
+        self._printer, self.index, self.call, self.text, self.thoughts = printer, index, call, "", thoughts
+        self.tokens = list[Token]()
         self.id = new_id("rs" if thoughts else "msg" if call is None else "fc")
 
     @property
@@ -183,32 +196,39 @@ class _OpenItem:
     def item(self, status: str) -> dict[str, Any]:
         if self.call is not None:
             return call_item(self.id, self.call, status)
-        return (reasoning_item if self.thoughts else message_item)(self.id, self.text, status)
+        item = (reasoning_item if self.thoughts else message_item)(self.id, self.text, status)
+        if self.is_text and item["content"]:
+            item["content"] = [self._part()]
+        return item
 
     def _part(self) -> dict[str, Any]:
-        return thought_part(self.text) if self.thoughts else text_part(self.text)
+        if self.thoughts:
+            return thought_part(self.text)
+        return {**text_part(self.text), "logprobs": self._printer.scores(self.tokens)}
 
-    def _event(self, name: str, **more: Any) -> dict[str, Any]:
+    def _event(self, name: str, tokens: Sequence[Token], **more: Any) -> dict[str, Any]:
         """Of the item's text."""
         if self.thoughts:
             return {"type": f"response.reasoning_text.{name}", **self.text_place, **more}
-        return {"type": f"response.output_text.{name}", **self.text_place, **more, "logprobs": []}
+        told = {"logprobs": self._printer.scores(tokens)}
+        return {"type": f"response.output_text.{name}", **self.text_place, **more, **told}
 
     def begin(self) -> Iterator[dict[str, Any]]:
         yield {"type": "response.output_item.added", "output_index": self.index, "item": self.item("in_progress")}
         if self.call is None:
             yield {"type": "response.content_part.added", **self.text_place, "part": self._part()}
 
-    def more(self, text: str) -> dict[str, Any]:
+    def more(self, text: str, tokens: Sequence[Token] = ()) -> dict[str, Any]:
         if self.call is None:
             self.text += text
-            return self._event("delta", delta=text)
+            self.tokens += tokens
+            return self._event("delta", tokens, delta=text)
         self.call.arguments += text
         return {"type": "response.function_call_arguments.delta", **self.place, "delta": text}
 
     def end(self) -> Iterator[dict[str, Any]]:
         if self.call is None:
-            yield self._event("done", text=self.text)
+            yield self._event("done", self.tokens, text=self.text)
             yield {"type": "response.content_part.done", **self.text_place, "part": self._part()}
         else:
             named = {"name": self.call.name, "arguments": self.call.arguments}
@@ -229,14 +249,17 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
     yield {"type": "response.created", "response": begun}
     yield {"type": "response.in_progress", "response": begun}
     items, reply, reason = list[_OpenItem](), ChatReply(), FinishReason.ABORT
+    tokens, untold = list[Token](), list[Token]()
 
     def begin(one: Call | None, *, thoughts: bool = False) -> Iterator[dict[str, Any]]:
         if items:
             yield from items[-1].end()
-        items.append(_OpenItem(len(items), one, thoughts=thoughts))
+        items.append(_OpenItem(printer, len(items), one, thoughts=thoughts))
         yield from items[-1].begin()
 
     async for piece, parts in chat_events(printer.running):
+        tokens += piece.tokens
+        untold += piece.tokens
         for part in parts:
             events: list[dict[str, Any]] = []
             match part:
@@ -244,7 +267,8 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
                     if not items or not items[-1].is_text:
                         events += begin(None)
                     reply.text += text
-                    events.append(items[-1].more(text))
+                    events.append(items[-1].more(text, untold))
+                    untold = []
                 case ReasoningPart(text) if text:
                     if not items:
                         events += begin(None, thoughts=True)
@@ -260,7 +284,8 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
         reason = piece.finish_reason or reason
     for event in () if items else begin(None):
         yield event
+    items[-1].tokens += untold
     for event in items[-1].end():
         yield event
-    whole = printer.finished(reply, reason, [item.id for item in items])
+    whole = printer.finished(reply, reason, tokens, [item.id for item in items])
     yield {"type": f"response.{whole['status']}", "response": whole}

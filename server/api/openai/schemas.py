@@ -14,7 +14,7 @@ from prerope.server.api.chat.tools import ToolFields
 from prerope.server.api.requests.body import INT32_MAX, MAX_PROMPTS, RequestBody, Text, prompts_of
 from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
-from prerope.server.api.requests.schemas import MAX_LOGPROBS, SamplingFields, asks_for_reply
+from prerope.server.api.requests.schemas import MAX_LOGPROBS, SamplingFields, asks_for_reply, told_of_effort
 from prerope.server.api.requests.structured import OpenAIConstraints
 from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
@@ -190,16 +190,9 @@ class ChatRequest(OpenAIFields, ToolFields, ChatDocumentFields):
                 separate_reasoning=self.separate_reasoning,
                 documents=self.documents,
                 reading=self.document_reading(),
-                template_kwargs=self._template_kwargs(),
+                template_kwargs=told_of_effort(self.reasoning_effort) | self.chat_template_kwargs,
             ),
             sampling=self.sampling(max_tokens=max_tokens),
             output=self.output(logprobs=self.num_logprobs, prompt_logprobs=self.prompt_logprobs),
             **self.shared(),
         )
-
-    def _template_kwargs(self) -> dict[str, Any]:
-        """What the model's template is told beside messages and tools; it takes what it knows."""
-        told: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            told |= {"reasoning_effort": self.reasoning_effort, "enable_thinking": self.reasoning_effort != "none"}
-        return told | self.chat_template_kwargs

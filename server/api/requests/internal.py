@@ -47,6 +47,7 @@ class Chat:
     Attributes:
         documents: beside those that messages hold, as templates take them.
         reading: of all of these documents.
+        leaves_out_oldest: where they do not fit, the oldest messages are not read.
     """
 
     messages: Sequence[Message]
@@ -60,6 +61,7 @@ class Chat:
     documents: Sequence[Mapping[str, Any]] = ()
     reading: DocumentReading = field(default_factory=DocumentReading)
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    leaves_out_oldest: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prerope.server.api.chat.documents import texts_of
@@ -25,6 +25,9 @@ TEMPLATE_ARGUMENTS = frozenset(
     }
 )
 """What `chat_template_kwargs` may not set: these are the template engine's own arguments, not the template's."""
+
+TOO_LONG = "context_length_exceeded"
+"""The code of a refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,37 @@ def chat_prompt(
     return prompt
 
 
+def newest_that_fit(
+    text: ModelText, chat: Chat, max_tokens: int | None, *, tools: Sequence[Mapping[str, Any]] = ()
+) -> TokenizedPrompt:
+    """The prompt of a chat, without its oldest messages where it would leave no room for `max_tokens`. What tells the
+    model what it is stays, and so does the last turn; turns go whole, so that no result is there without its call."""
+    most = text.max_model_len - (max_tokens or 1)
+    told = next((i for i, one in enumerate(chat.messages) if one.role not in ("system", "developer")), 0)
+    begins = [i for i, one in enumerate(chat.messages) if i > told and one.role == "user"]
+
+    def without(start: int) -> TokenizedPrompt | None:
+        left = replace(chat, messages=[*chat.messages[:told], *chat.messages[start:]])
+        try:
+            prompt = chat_prompt(text, left, tools=tools)
+        except InvalidRequest as error:
+            if error.code != TOO_LONG:
+                raise
+            return None
+        return prompt if len(prompt.ids) <= most else None
+
+    if (whole := without(told)) is not None or not begins:
+        return whole or chat_prompt(text, chat, tools=tools)
+    found = None
+    while begins:  # fewer messages are fewer tokens
+        middle = len(begins) // 2
+        if (prompt := without(begins[middle])) is None:
+            begins = begins[middle + 1 :]
+        else:
+            found, begins = prompt, begins[:middle]
+    return found or chat_prompt(text, chat, tools=tools)
+
+
 def _documents_are_not_cut() -> InvalidRequest:
     return InvalidRequest(
         "'truncate_prompt_tokens' would cut the documents: send fewer of them", param="truncate_prompt_tokens"
@@ -155,7 +189,7 @@ def _check_characters(text: ModelText, num_chars: int, param: str) -> None:
             f"'{param}' has {num_chars} characters; at most {limit} can fit into {max_model_len} tokens "
             "(MAX_MODEL_LEN raises it)",
             param=param,
-            code="context_length_exceeded",
+            code=TOO_LONG,
         )
 
 

@@ -21,7 +21,14 @@ from prerope.server.api.requests.complaints import first_invalid
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.leniency import reporting
-from prerope.server.api.requests.prompts import ModelText, chat_prompt, check_model, tokenized, truncated
+from prerope.server.api.requests.prompts import (
+    ModelText,
+    chat_prompt,
+    check_model,
+    newest_that_fit,
+    tokenized,
+    truncated,
+)
 from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
 from prerope.server.api.requests.surrogates import refuse_surrogates
 from prerope.server.engine.limits import check_vocabulary
@@ -151,7 +158,11 @@ def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
         return Prepared(prompts, None, request.constraint, bad)
     use = ToolUse.of(text.tokenizer, given)
     constraint = _constraint(request, use)
-    read_chat = chat_prompt(text, given, tools=() if use is None else use.for_template, to_be_cut=cut)
+    tools = () if use is None else use.for_template
+    if given.leaves_out_oldest:
+        read_chat = newest_that_fit(text, given, request.sampling.max_tokens, tools=tools)
+    else:
+        read_chat = chat_prompt(text, given, tools=tools, to_be_cut=cut)
     prompt = TokenizedPrompt(truncated(text, read_chat.ids, request), read_chat.documents)
     return Prepared([prompt], use, constraint, bad)
 

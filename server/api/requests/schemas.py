@@ -334,6 +334,11 @@ def asks_for_reply(add_generation_prompt: bool | None, continue_final_message: b
     return not continue_final_message if add_generation_prompt is None else add_generation_prompt
 
 
+def told_of_effort(effort: str | float | None) -> dict[str, Any]:
+    """What a chat template is told of the effort that a client asks for: it takes what it knows."""
+    return {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+
+
 class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 

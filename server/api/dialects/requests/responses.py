@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import Tool, ToolChoice
@@ -17,13 +17,42 @@ from prerope.server.api.dialects.requests.common import (
     object_of,
     text_of,
 )
-from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, Verbatim
-from prerope.server.api.requests.foreign import IGNORED, Foreign
-from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
+from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, Verbatim, json_type
+from prerope.server.api.requests.foreign import HINT, IGNORED, Foreign
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Sampling
+from prerope.server.api.requests.schemas import MAX_LOGPROBS, told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic.json_schema import SkipJsonSchema
+
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = (
+    LOGPROBS,
+    "reasoning.encrypted_content",  # thoughts are told as they are, where a model has any
+    # Of tools and of pictures, none of which a response here can hold.
+    *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
+    *("code_interpreter_call.outputs", "computer_call_output.output.image_url", "message.input_image.image_url"),
+)
+"""What `include` may name. All but the first ask for nothing."""
+
+
+class Reasoning(RequestBody):
+    """How much the model is to think before it answers. Thoughts are told whole, so there is no summary of them."""
+
+    path: ClassVar[str] = "reasoning."
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(("summary", "generate_summary"), HINT)
+
+    effort: str | None = Field(None, description="Handed to the chat template; none: no thinking.")
+
+
+class TextFields(RequestBody):
+    """`text`: the format of the reply."""
+
+    path: ClassVar[str] = "text."
+    foreign: ClassVar[Mapping[str, Foreign]] = {"verbosity": HINT}
+
+    format: dict[str, Any] | None = None
 
 
 class ResponsesRequest(RequestBody):
@@ -31,8 +60,8 @@ class ResponsesRequest(RequestBody):
 
     foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
         {
-            *("user", "safety_identifier", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
-            *("include", "truncation", "reasoning", "stream_options", "max_tool_calls", "prompt_cache_options"),
+            *("user", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
+            *("stream_options", "max_tool_calls", "prompt_cache_options"),
         },
         IGNORED,
     )
@@ -49,7 +78,13 @@ class ResponsesRequest(RequestBody):
     tool_choice: Any = None
     parallel_tool_calls: bool = True
     text: dict[str, Any] | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=0)
+    include: list[Any] = Field(default_factory=list)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    truncation: Literal["auto", "disabled"] = Field(
+        "disabled", description="auto: of a conversation that is too long, the oldest items are left out."
+    )
+    reasoning: Reasoning | None = None
+    metadata: dict[str, Any] | None = None
     background: bool = False
     conversation: Any = None
     prompt: Any = None
@@ -58,10 +93,31 @@ class ResponsesRequest(RequestBody):
 
     _slim: tuple[str, dict[str, Verbatim]] | None = PrivateAttr(None)
 
+    @model_validator(mode="after")
+    def _known_names(self) -> ResponsesRequest:
+        for one in self.include:
+            if one not in INCLUDED:
+                shown = one[:MAX_SHOWN] if isinstance(one, str) else json_type(one)
+                raise InvalidRequest(
+                    f"'include' asks for '{shown}', which responses here do not have; known: {', '.join(INCLUDED)}",
+                    param="include",
+                    code="unsupported_field",
+                )
+        self.include = sorted(set(self.include))
+        TextFields.model_validate(self.text or {})
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token, as SamplingParams counts them."""
+        asked = self.top_logprobs or LOGPROBS in self.include
+        return (self.top_logprobs or 0) if asked else None
+
     def slim(self) -> None:
         self._slim = self.kept(), {name: Verbatim.of(value) for name, value in self.repeated().items()}
+        include = self.include
         super().slim()
-        self.tool_choice = self.history = None
+        self.include, self.tool_choice, self.history = include, None, None
 
     def kept(self) -> str:
         """The conversation as JSON, a list."""
@@ -72,7 +128,8 @@ class ResponsesRequest(RequestBody):
         if self._slim is not None:
             return self._slim[1]
         text = self.text or {"format": {"type": "text"}}
-        return {"text": text, "tool_choice": self.tool_choice or "auto", "tools": self.tools}
+        told = {"text": text, "tool_choice": self.tool_choice or "auto", "tools": self.tools}
+        return {**told, "metadata": self.metadata or {}}
 
     def items(self) -> list[Any]:
         """All of the conversation: what was kept, and what is new."""
@@ -103,13 +160,21 @@ class ResponsesRequest(RequestBody):
             tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
             tool_choice=_choice(self.tool_choice) if self.tools else None,
             parallel_tool_calls=self.parallel_tool_calls,
+            template_kwargs=told_of_effort(self.reasoning.effort if self.reasoning else None),
+            leaves_out_oldest=self.truncation == "auto",
         )
         sampling = Sampling(
             max_tokens=self.max_output_tokens,
             temperature=0.0 if self.top_p == 0 else self.temperature,
             top_p=self.top_p or None,
         )
-        return GenerationRequest(input=chat, model=self.model, sampling=sampling, constraint=self._constraint())
+        return GenerationRequest(
+            input=chat,
+            model=self.model,
+            sampling=sampling,
+            output=Output(logprobs=self.num_logprobs),
+            constraint=self._constraint(),
+        )
 
     def _constraint(self) -> GrammarText | None:
         given = (self.text or {}).get("format") or {"type": "text"}
