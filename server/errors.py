@@ -10,6 +10,7 @@
         ├── ModelNotFound       404
         ├── BodyTimeout         408: the rest of the body did not come
         ├── BodyTooLarge        413
+        ├── HeaderTooLarge      431
         ├── QueueFull           429, with Retry-After
         │   └── KeyBusy         429: one key has as many sequences as it may
         ├── ClientGone          499: nobody is left to read the reply
@@ -93,6 +94,13 @@ class BodyTooLarge(RequestError):
     """The request body exceeds the limit in bytes."""
 
     status = 413
+    type = "invalid_request_error"
+
+
+class HeaderTooLarge(RequestError):
+    """The request line and headers exceed the limit in bytes."""
+
+    status = 431
     type = "invalid_request_error"
 
 

@@ -67,7 +67,7 @@ class Door:
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.lingering: set[Refused] = set()
+        self.lingering: set[asyncio.Protocol] = set()
         self._open: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the one that is so longest first
 
@@ -123,7 +123,7 @@ class Connection(H11Protocol):
             refuse(transport, self.door)
             return
         super().connection_made(transport)
-        self.conn = CountingParser(h11.SERVER)
+        self.conn = CountingParser()
         self.flow = HeldFlow(transport)
         self._feed = Feed(self._take, self.flow, transport.abort)
         self.app_state = {**self.app_state, ABORT: transport.abort}
@@ -155,12 +155,32 @@ class Connection(H11Protocol):
         self.cycle.message_event.set()
         self.loop.call_later(LINGER_S, self.transport.abort)
 
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
+        """Of what is no HTTP, or too much of it: with the reason, and time to read it before the connection ends."""
+        self._deaf = True
+        self._feed.close()
+        error = self.conn.refusal
+        body = json.dumps(error_body(error)).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        reply = (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+        try:
+            for event in reply:
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:  # another reply has begun, and there is no more to be understood
+            self.transport.abort()
+        else:
+            linger(self.transport, self.door, self)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        log.debug("an upgrade was asked for: the request is answered as it is")
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._note_state(expecting=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.door.leave(self)
+        self.door.lingering.discard(self)
         self._feed.close()
         for timer in (self._header_timer, self._gone_timer):
             if timer is not None:
@@ -239,10 +259,15 @@ def refuse(transport: asyncio.Transport, door: Door) -> None:
     refused = Refused(door)
     transport.set_protocol(refused)
     transport.write(head.encode() + body)
+    linger(transport, door, refused)
+
+
+def linger(transport: asyncio.Transport, door: Door, whose: asyncio.Protocol) -> None:
+    """Close a connection once what was written is read, or there was time to."""
     if len(door.lingering) >= MAX_LINGERING:
         transport.close()
         return
-    door.lingering.add(refused)  # closed with what it sent unread, it would be reset, and the reply with it
+    door.lingering.add(whose)  # closed with what it sent unread, it would be reset, and the reply with it
     transport.write_eof()
     asyncio.get_running_loop().call_later(LINGER_S, _close, transport)
 

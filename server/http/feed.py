@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import h11
 import structlog
+from prerope.server.errors import HeaderTooLarge, InvalidRequest, RequestError, first_line
 from prerope.server.workers.slices import turn
 from uvicorn.protocols.http.flow_control import FlowControl
 
@@ -19,23 +20,55 @@ log = structlog.get_logger(__name__)
 PIECE_BYTES = 1024
 """What is parsed between two looks at the clock: two hundred chunks at most."""
 
+TLS = b"\x16\x03"
+
 FREE_CHUNKS, BYTES_A_CHUNK = 4096, 256
 """A body may come in so many chunks, and in one more for each so many bytes."""
 
 
+MAX_HEADER_BYTES = 16 * 2**10
+"""Of a request's line and headers together, and of a chunk's own line."""
+
+
 class CountingParser(h11.Connection):
-    """h11's, which counts the chunks of a request's body."""
+    """h11's, which bounds headers however they come, counts the chunks of a body, and remembers what it refuses."""
 
     num_chunks = num_bytes = 0
+    problem: h11.RemoteProtocolError | None = None
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEADER_BYTES)
 
     def next_event(self) -> object:  # type: ignore[override]
-        event = super().next_event()
+        try:
+            return self._counted(super().next_event())
+        except h11.RemoteProtocolError as problem:
+            self.problem = problem
+            raise
+
+    def _counted(self, event: object) -> object:
         if isinstance(event, h11.Request):
             self.num_chunks = self.num_bytes = 0
+            if len(event.target) + sum(len(name) + len(value) for name, value in event.headers) > MAX_HEADER_BYTES:
+                raise h11.RemoteProtocolError("long header", error_status_hint=HeaderTooLarge.status)
         elif isinstance(event, h11.Data):
             self.num_chunks += event.chunk_start
             self.num_bytes += len(event.data)
         return event
+
+    @property
+    def refusal(self) -> RequestError:
+        """What is wrong with what came."""
+        if self.problem is not None and self.problem.error_status_hint == HeaderTooLarge.status:
+            return HeaderTooLarge(
+                f"The request line and headers have more than {MAX_HEADER_BYTES} bytes: send fewer or shorter "
+                "ones, and what is long in the body.",
+                code="header_too_large",
+            )
+        said = f"This is no HTTP/1.1 request that can be read: {first_line(self.problem or ValueError())}."
+        if self.trailing_data[0].startswith(TLS):
+            said += " It begins as TLS: use http://, or put a proxy in front that ends TLS."
+        return InvalidRequest(said, code="bad_http")
 
     @property
     def too_many_chunks(self) -> bool:

@@ -48,6 +48,7 @@ class DrainingServer(uvicorn.Server):
                 log_level=max(LEVELS["warning"], LEVELS[service.settings.log_level]),
                 access_log=False,
                 server_header=False,
+                ws="none",
                 timeout_graceful_shutdown=CLOSE_GRACE_S,
             )
         )

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,6 +116,43 @@ def test_where_all_carry_requests_one_more_is_told_so_at_once(url: str, serve_mo
         for connection in busy:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     until(lambda: httpx.get(f"{url}/health").status_code == 200)
+
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+LONG = b"X-More: " + b"a" * 2**16 + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        (HEAD + LONG, 431, "16384 bytes"),
+        (HEAD + b"".join(b"X-%d: a\r\n" % index for index in range(20_000)) + b"\r\n", 431, "16384 bytes"),
+        (b"GET /health?" + b"a=1&" * 30_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431, "16384 bytes"),
+        (
+            b"GET /v1/models?" + b"[a]" * 3_000 + b"=1 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+            200,
+            "data",
+        ),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400, "Host"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n" * 9, 400, "http://"),
+        (TOKENIZE + b"Content-Length: -5\r\n\r\n", 400, "Content-Length"),
+        (TOKENIZE + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, "chunk"),
+    ],
+    ids=["long", "many", "query", "deep query", "no host", "TLS", "length", "chunk"],
+)
+@pytest.mark.parametrize("piece", [2**20, 1000])
+def test_what_is_no_request_is_told_why(url: str, sent: bytes, status: int, said: str, piece: int) -> None:
+    """However it comes; and the reply arrives, though not all that was sent is read."""
+    with closing(connect(url)) as connection:
+        with suppress(OSError):  # the rest is not wanted
+            for start in range(0, len(sent), piece):
+                connection.sendall(sent[start : start + piece])
+        answer = b""
+        while more := connection.recv(65536):
+            answer += more
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert said in (body.decode() if status == 200 else json.loads(body)["error"]["message"])
 
 
 def test_the_limit_of_descriptors_is_one_of_connections(tiny_checkpoint: Path) -> None:

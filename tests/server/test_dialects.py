@@ -260,7 +260,7 @@ def test_the_oldest_items_are_left_out_where_that_is_asked_for(client: openai.Op
     read = {one.usage.input_tokens for one in (reply, kept, whole) if one.usage is not None}
     assert len(read) == 1, "as much as fits is read"
     assert (reply.output_text, kept.output_text) == (whole.output_text, whole.output_text)
-    last: Any = {"input": [*old, {"role": "user", "content": "word " * 1900}, *new], "truncation": "auto"}
+    last: Any = {"input": [*old, {"role": "user", "content": "word " * 2100}, *new], "truncation": "auto"}
     assert client.responses.create(**asked, **last).output_text == alone.output_text
     with pytest.raises(openai.BadRequestError, match="prompt and output together"):
         client.responses.create(**asked, input=[*new, {"role": "user", "content": "word " * 3000}], truncation="auto")
