@@ -50,9 +50,12 @@ def _schema_or_text(value: Any) -> Any:
         return _schema(value)
     try:
         schema = _schema(json.loads(value))
-    except (ValueError, RecursionError) as error:
+        deeper = nests_deeper(schema) if isinstance(schema, dict) else False
+    except RecursionError:
+        deeper = True
+    except ValueError as error:
         raise ValueError(f"a JSON schema is an object, or the text of one ({error})") from None
-    if isinstance(schema, dict) and nests_deeper(schema):
+    if deeper:
         raise ValueError(f"a JSON schema nests {MAX_DEPTH} lists and objects at most")
     return schema
 

@@ -78,7 +78,7 @@ class ResponsesRequest(RequestBody):
     tool_choice: Any = None
     parallel_tool_calls: bool = True
     text: dict[str, Any] | None = None
-    include: list[Any] = Field(default_factory=list)
+    include: list[Any] = Field(default_factory=list, json_schema_extra={"items": {"enum": list(INCLUDED)}})
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     truncation: Literal["auto", "disabled"] = Field(
         "disabled", description="auto: of a conversation that is too long, the oldest items are left out."
