@@ -74,6 +74,11 @@ class Tokenizer:
             raise ConfigurationError(
                 f"{checkpoint.name}: no fast tokenizer ({type(hf).__name__}); a tokenizer.json is needed."
             )
+        if len(hf) <= sum(1 for one in hf.added_tokens_decoder.values() if one.special):
+            raise ConfigurationError(
+                f"{checkpoint.name}: its tokenizer has {len(hf)} tokens, none of which stands for text: tokenizer.json "
+                "is damaged, or of another program; download it again"
+            )
         if not hf.chat_template:
             hf.chat_template = _processor_template(Path(checkpoint.source))
         return cls(hf, end_tokens(checkpoint, hf))

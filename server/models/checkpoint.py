@@ -22,7 +22,8 @@ from filelock import FileLock
 from prerope.cache.sealed import damage, seal
 from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.machine.places import default_cache_dir
-from prerope.server.models.folder import check_folder, holds_weights
+from prerope.server.models.config_values import wrong_in
+from prerope.server.models.folder import check_folder, holds_weights, read_config
 from prerope.server.models.gguf.parts import is_gguf, parts_of
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -147,13 +148,15 @@ def _from_hub(model_id: str, revision: str | None, report: Callable[[str], None]
 
     report(f"Looking up {model_id} in the local hub cache and on the hub")
     try:
-        cached_file(model_id, "config.json", revision=revision)
+        config = cached_file(model_id, "config.json", revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigurationError(
             f"MODEL_ID={model_id}{f' at REVISION={revision}' if revision else ''} cannot be had: {reason} "
             "Check the name; without a network give a local folder; for a gated model set HF_TOKEN."
         ) from error
+    if config is not None and (wrong := wrong_in(read_config(Path(config).parent))):
+        raise ConfigurationError(f"MODEL_ID={model_id} cannot be served: its config.json says {wrong}.")
     return Checkpoint(model_id, model_id, revision)
 
 

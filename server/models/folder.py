@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.config_values import REMEDY, Stored, shown, wrong_in
 from prerope.server.models.quantized.schemes import scheme_of
 
 CONFIG = "config.json"
@@ -57,9 +58,17 @@ def check_folder(folder: Path) -> None:
         raise _refused(
             folder, f"an adapter ({ADAPTER}) lies beside the base model; {_merging(folder)}, or move it away"
         )
+    said = config.get("quantization_config")
+    if said is not None and not isinstance(said, dict):
+        raise _refused(folder, f"{CONFIG} says quantization_config is {shown(said)}, and it is an object: {REMEDY}")
     quantized = scheme_of(config, folder) is not None
-    for file in weight_files(folder):
-        _check_dtypes(folder, file.name, read_header(file), quantized)
+    files = weight_files(folder)
+    headers = [read_header(file) for file in files]
+    for file, tensors in zip(files, headers, strict=True):
+        _check_dtypes(folder, file.name, tensors, quantized)
+    stored = Stored(sum(map(len, headers)), sum(file.stat().st_size for file in files))
+    if wrong := wrong_in(config, stored):
+        raise _refused(folder, f"{CONFIG} says {wrong}")
     _check_other_files(folder)
 
 
@@ -145,12 +154,16 @@ def _still_missing(folder: Path, path: Path) -> bool:
 
 
 def _check_dtypes(folder: Path, file: str, tensors: dict[str, StoredTensor], quantized: bool) -> None:
-    """Weights in integers or 8-bit floats mean nothing without the scheme that their config should name."""
-    strange = [
-        name
-        for name, tensor in tensors.items()
-        if tensor.dtype not in FLOATS and (tensor.dtype.startswith("F") or _is_matrix(name, tensor))
-    ]
+    """Weights in integers or 8-bit floats mean nothing without the scheme that their config should name, and those of
+    norms, and biases, are of no scheme."""
+    strange = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS and _is_weight(name, tensor)]
+    plain = [name for name in strange if len(tensors[name].shape) < 2 and not tensors[name].dtype.startswith("F")]
+    if plain:
+        raise _refused(
+            folder,
+            f"{file} holds {some(plain)} as {tensors[plain[0]].dtype}, and such weights are floating-point numbers in "
+            "every scheme: the file is damaged or was converted wrongly; take the original checkpoint",
+        )
     if strange and not quantized:
         raise _refused(
             folder,
@@ -160,8 +173,10 @@ def _check_dtypes(folder: Path, file: str, tensors: dict[str, StoredTensor], qua
         )
 
 
-def _is_matrix(name: str, tensor: StoredTensor) -> bool:
-    return name.endswith("weight") and len(tensor.shape) > 1
+def _is_weight(name: str, tensor: StoredTensor) -> bool:
+    """Not a counter or a mask, which some checkpoints store."""
+    is_bias = name.endswith(".bias") and len(tensor.shape) < 2
+    return name.endswith("weight") or is_bias or tensor.dtype.startswith("F")
 
 
 def _check_other_files(folder: Path) -> None:

@@ -171,6 +171,18 @@ def both(*damages: Damage) -> Damage:
     return damage
 
 
+def quantised(**config: Any) -> Damage:
+    return change_json("config.json", quantization_config=config)
+
+
+def empty_vocabulary(folder: Path) -> None:
+    """But for the special tokens, which are added."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+NORM = "model.norm.weight"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/base"}))
 
@@ -194,6 +206,30 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (replaced(Q_PROJ, lambda t: t * float("nan")), f"1 of its weights hold NaN or infinity: {Q_PROJ}"),
         (replaced(Q_PROJ, lambda t: t.to(torch.int8)), "as I8, but config.json names no quantization_config"),
         (replaced(Q_PROJ, lambda t: t.to(torch.float8_e4m3fn)), "as F8_E4M3, but"),
+        (replaced(NORM, lambda t: t.to(torch.int32)), f"{NORM} as I32, and such weights are floating-point numbers"),
+        (replaced(NORM, lambda t: t.to(torch.complex64)), f"{NORM} as C64, and such weights"),
+        (both(replaced(NORM, lambda t: t.to(torch.int8)), quantised(quant_method="fp8")), f"{NORM} as I8, and such"),
+        # values that no model has
+        *(
+            (change_json("config.json", max_position_embeddings=value), f"'max_position_embeddings' is {shown}, and a")
+            for value, shown in ((-5, "-5"), (0, "0"), ("64", "the text '64'"), (1e30, "1e+30"), ([64], "a list"))
+        ),
+        (
+            written("config.json", '{"model_type":"llama","rope_theta":1,"max_position_embeddings":null}'),
+            "is null, and",
+        ),
+        (change_json("config.json", rope_parameters={"rope_theta": 0}), "'rope_parameters.rope_theta' is 0, and"),
+        (change_json("config.json", rope_scaling={"factor": -4, "rope_type": "yarn"}), "'rope_scaling.factor' is -4"),
+        (change_json("config.json", num_hidden_layers=10**7), "'num_hidden_layers' is 10000000, and 21 weights are"),
+        (change_json("config.json", vocab_size=10**9), "'vocab_size' is 1000000000 and 'hidden_size' 32, more numbers"),
+        (change_json("config.json", num_key_value_heads=0), "'num_key_value_heads' is 0, and it is a whole number"),
+        (empty_vocabulary, "tokenizer has 2 tokens, none of which stands for text"),
+        # schemes under their other names
+        (quantised(quant_method="gptqmodel", bits=4), "GPTQ (the package gptqmodel)"),
+        (quantised(bits=4, group_size=128, desc_act=False), "GPTQ (the package gptqmodel)"),
+        (quantised(quant_method="intel/auto-round", bits=4), "AutoRound (the package auto-round)"),
+        (quantised(quant_method="hqq"), "HQQ (the package hqq)"),
+        (change_json("config.json", quantization_config="gptq"), "quantization_config is the text 'gptq'"),
         (cut("model.safetensors", 0.5), "model.safetensors is cut short"),
         (cut("model.safetensors", 0.0), "model.safetensors is cut short (0 bytes"),
         (written("model.safetensors", b"<html>not found</html>" * 99), "is no safetensors file, or is damaged"),
@@ -229,10 +265,13 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (change_json("config.json", model_type=None), "names no model_type"),
         (change_json("config.json", model_type="strangeformer"), "strangeformer"),
         (change_json("config.json", model_type="t5"), "t5"),
-        (change_json("config.json", hidden_size="32"), "its config.json cannot be read: .*hidden_size.*expected int"),
-        (change_json("config.json", num_attention_heads=0), "its config.json cannot be read"),
+        (
+            change_json("config.json", rms_norm_eps="1"),
+            "its config.json cannot be read: .*rms_norm_eps.*expected float",
+        ),
+        (change_json("config.json", hidden_size="32"), "'hidden_size' is the text '32', and it is a whole number"),
+        (change_json("config.json", num_attention_heads=0), "'num_attention_heads' is 0, and it is a whole number"),
         (change_json("config.json", dtype="float3"), "its config.json cannot be read: .*float3"),
-        (change_json("config.json", max_position_embeddings=0), "its config says that it was trained on 0 tokens"),
         # other programs' formats
         (both(removed("config.json"), removed("model.safetensors"), ADAPTER), "merge it into its base owner/base once"),
         (ADAPTER, "an adapter (adapter_config.json) lies beside the base model"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,63 @@ def test_a_file_cut_short_says_so(copy_of: Callable[[Path], Path], tmp_path: Pat
     file.write_bytes(content[: int(len(content) * share)])
     said = refusal(copy_of, file)
     assert "is cut short" in said or "is no GGUF file" in said
+
+
+def patched(content: bytes, after: bytes, skip: int, new: bytes) -> bytes:
+    """Other bytes some way behind a name."""
+    place = content.index(after) + len(after) + skip
+    return content[:place] + new + content[place + len(new) :]
+
+
+MANY = (2**60).to_bytes(8, "little")
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "tensors": (lambda c: c[:8] + MANY + c[16:], "cut short"),
+    "values": (lambda c: c[:16] + MANY + c[24:], "cut short"),
+    "strings of a list": (lambda c: patched(c, b"tokenizer.ggml.tokens", 8, MANY), "cut short"),
+    "numbers of a list": (lambda c: patched(c, b"tokenizer.ggml.token_type", 8, MANY), "cut short"),
+    "length of a name": (lambda c: patched(c, b"llama.block_count", 8, MANY), "cut short"),
+    "no such type": (lambda c: patched(c, b"llama.block_count", 0, b"\x63"), "is damaged"),
+    "a float for a count": (lambda c: patched(c, b"llama.block_count", 0, b"\x06"), "block_count is"),
+    "more layers than tensors": (
+        lambda c: patched(c, b"llama.block_count", 4, b"\xff\xff\xff\x7f"),
+        "block_count is 2147",
+    ),
+    "an architecture that is no text": (
+        lambda c: patched(c, b"general.architecture", 0, b"\x06\0\0\0" + b"\0" * 4 + b"\0" * 5),
+        "is",
+    ),
+    "a key twice": (lambda c: c.replace(b"ggml.bos_token_id", b"ggml.eos_token_id"), "is said twice"),
+    "a tensor twice": (lambda c: c.replace(b"blk.0.attn_k.weight", b"blk.0.attn_v.weight"), "two tensors named"),
+    "tensors over each other": (lambda c: patched(c, b"blk.0.attn_q.weight", 24, b"\0" * 8), "lie over each other"),
+    "a tensor far away": (lambda c: patched(c, b"blk.0.attn_q.weight", 24, MANY), "cut short"),
+    "a tensor of any size": (lambda c: patched(c, b"blk.0.attn_q.weight", 4, MANY), "lie over each other"),
+}
+
+
+def test_no_header_ends_in_a_traceback_or_takes_more_than_its_file(tmp_path: Path) -> None:
+    """Cut at any byte, and with what a count, a type or a place should not be."""
+    file = write_gguf(tmp_path / "model.gguf")
+    whole = file.read_bytes()
+    tensors = header.read_header(file).tensors
+    end = min(tensor.offset for tensor in tensors)
+    tracemalloc.start()
+    for content, said in (
+        *((whole[:length], "") for length in range(0, end, 7)),
+        *((damage(whole), said) for damage, said in DAMAGES.values()),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(ConfigurationError) as caught:
+            header.read_header(file)
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    tracemalloc.stop()
+
+
+def test_values_that_no_model_has_are_refused_by_name(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf")
+    file.write_bytes(patched(file.read_bytes(), b"llama.context_length", 4, b"\0\0\0\0"))
+    assert "'max_position_embeddings' is 0, and a model's length is a number of tokens" in refusal(copy_of, file)
 
 
 def test_a_git_lfs_pointer_is_told(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:

@@ -594,9 +594,13 @@ def test_templates_without_tools(serve: Any, tiny_checkpoint: Path, tmp_path: Pa
         url = serve(model_id=str(path), max_model_len=2048)
         with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             options: dict[str, Any] = {"model": path.name, "tools": TOOLS, "max_tokens": 200}
-            reply = client.chat.completions.create(messages=MESSAGES, tool_choice="required", seed=1, **options)
+            must: dict[str, Any] = {"messages": MESSAGES, "tool_choice": "required", "seed": 1, "temperature": 2}
+            reply = client.chat.completions.create(n=4, **must, **options)
+            for choice in reply.choices:  # agents take one call for an answer, and two for a mistake
+                assert (choice.finish_reason, len(checked(choice.message))) == ("tool_calls", 1)
+            several = client.chat.completions.create(n=4, parallel_tool_calls=True, **must, **options)
+            assert any(len(choice.message.tool_calls or []) > 1 for choice in several.choices)
             message = reply.choices[0].message
-            assert checked(message)
             assert message.tool_calls is not None
             answers: list[Any] = [
                 {"role": "tool", "tool_call_id": call.id, "content": "21 °C"} for call in message.tool_calls

@@ -133,11 +133,12 @@ ToolChoiceField = Annotated[
 
 
 class ToolFields(RequestBody):
-    """The fields of a chat about tools. `parallel_tool_calls`: false keeps a reply to one call."""
+    """The fields of a chat about tools. `parallel_tool_calls`: false keeps a reply to one call; where it is left out, a
+    model whose template knows no tools is kept to one, too, where it must call: none has taught it when to stop."""
 
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: ToolChoiceField | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _names_agree(self) -> ToolFields:
@@ -276,17 +277,21 @@ class ToolUse:
         tools, choice = chat.tools, chat.tool_choice or ToolChoice("auto")
         if not tools or choice.mode == "none":
             return None
-        form = own_format(tokenizer) or HERMES
+        own = own_format(tokenizer)
+        form = own or HERMES
         strict = any(tool.function.strict for tool in tools) and form.begin != ""
         held = choice.mode == "required" or strict
         if held and form.tags:
             form = HERMES
         marks = special_marks(tokenizer, form)
+        parallel = chat.parallel_tool_calls
+        if parallel is None:
+            parallel = own is not None or choice.mode != "required"
         grammar = None
         if held:
-            grammar = call_grammar(tools, choice, form, marks, parallel=chat.parallel_tool_calls)
+            grammar = call_grammar(tools, choice, form, marks, parallel=parallel)
         types = {tool.function.name: types_of(tool.function.parameters or {}) for tool in tools} if form.tags else {}
-        return cls(tools, form, marks, chat.parallel_tool_calls, grammar, types)
+        return cls(tools, form, marks, parallel, grammar, types)
 
     @property
     def names(self) -> list[str]:

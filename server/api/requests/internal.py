@@ -53,7 +53,7 @@ class Chat:
     messages: Sequence[Message]
     tools: Sequence[Tool] = ()
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

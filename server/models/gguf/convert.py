@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from gguf import GGUFValueType, ReaderField
 from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.models.config_values import wrong_in
 from prerope.server.models.gguf.header import SCALARS, Header, read_header
 from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.gguf.tensors import ROPE_TENSORS, Weights, dequantised, write_by_transformers
@@ -46,18 +47,20 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
     try:
         with _parsed(header):
             config, tokenizer = _config(header), _tokenizer(header)
+        if wrong := wrong_in(config.to_dict()):
+            raise ConfigurationError(f"{file.name} cannot be served: it says, in a config's words, that {wrong}")
         folder.mkdir(parents=True, exist_ok=True)
         if is_gguf_arch_supported(header.architecture):
             write_by_transformers(header, config, folder)
         else:
             Weights(header, config, folder, report).write()
+        config.save_pretrained(folder)
+        _generation_config(header, config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     except (ConfigurationError, OSError):
         raise
     except Exception as error:  # readers of a format that grows raise whatever they meet
         raise ConfigurationError(f"transformers cannot read {file.name}: {first_line(error)}") from error
-    config.save_pretrained(folder)
-    _generation_config(header, config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 # --- config and tokenizer ---------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ what is no GGUF file, is cut short, or lacks parts.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from prerope.server.models.folder import POINTER
 from prerope.server.models.gguf.parts import MAGIC, parts_of
 
 VERSIONS = (2, 3)
+MAX_EXPERTS = 65_536
 MAX_ARRAY = 4096
 """Longer arrays (vocabularies) are left as their length."""
 
@@ -80,7 +83,7 @@ def read_header(file: Path) -> Header:
             f"{file.name} is one of {count} parts of a split model, under another name: name them all as they were, "
             f"NAME-00001-of-{count:05}.gguf, or join them with llama.cpp's gguf-split --merge"
         )
-    if "general.architecture" not in first.values:
+    if not isinstance(first.values.get("general.architecture"), str):
         raise ConfigurationError(f"{file.name} names no general.architecture, so it is no language model's GGUF file")
     tensors = tuple(tensor for header in (first, *others) for tensor in header.tensors)
     promised = first.values.get("split.tensors.count")
@@ -88,7 +91,23 @@ def read_header(file: Path) -> Header:
         raise ConfigurationError(
             f"{file.name}: its parts hold {len(tensors)} of {promised} tensors: download them again"
         )
-    return Header(first.file, first.values, first.types, tensors)
+    header = Header(first.file, first.values, first.types, tensors)
+    _check_counts(header)
+    return header
+
+
+def _check_counts(header: Header) -> None:
+    """What a model is made by, before one is made."""
+    for key, most, of in (
+        ("block_count", len(header.tensors), f"the {len(header.tensors)} tensors that the file holds"),
+        ("expert_count", MAX_EXPERTS, f"{MAX_EXPERTS}"),
+    ):
+        count = header.own(key, 0)
+        if not isinstance(count, int) or not 0 <= count <= most:
+            raise ConfigurationError(
+                f"{header.file.name} cannot be served: its {key} is {count!r}, and not a number up to {of}: the file "
+                "is damaged; download it again"
+            )
 
 
 def _read_file(file: Path) -> Header:
@@ -106,7 +125,7 @@ def _read_file(file: Path) -> Header:
                 raise _cut_short(file, f"{size} bytes, which end inside its header") from error
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 raise ConfigurationError(
-                    f"transformers cannot read {file.name}: its header is damaged: {error}"
+                    f"transformers cannot read {file.name}: its header is damaged: {error}; download it again"
                 ) from error
     end = max((tensor.offset + tensor.num_bytes for tensor in header.tensors), default=0)
     if end > size:
@@ -123,12 +142,29 @@ def _parse(file: Path, data: mmap.mmap) -> Header:
     types: dict[str, list[GGUFValueType]] = {}
     for _ in range(num_values):
         key = cursor.text()
+        if key in types:
+            raise ValueError(f"{key[:80]!r} is said twice")
         types[key] = [GGUFValueType(cursor.take("<I")[0])]
         values[key] = cursor.array(types[key]) if types[key] == [GGUFValueType.ARRAY] else cursor.value(types[key][0])
     entries = [_tensor_entry(cursor) for _ in range(num_tensors)]
-    alignment = int(values.get("general.alignment", 32))
+    alignment = values.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise ValueError(f"general.alignment is {alignment!r}, and it is a number of bytes")
     start = -(-cursor.position // alignment) * alignment
-    return Header(file, values, types, tuple(_placed(file, start, *entry) for entry in entries))
+    tensors = tuple(_placed(file, start, *entry) for entry in entries)
+    _check_apart(tensors)
+    return Header(file, values, types, tensors)
+
+
+def _check_apart(tensors: Sequence[StoredTensor]) -> None:
+    """Each name once, and each byte in one tensor."""
+    names = Counter(tensor.name for tensor in tensors)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"it holds two tensors named {twice[0][:80]!r}")
+    placed = sorted(tensors, key=lambda one: (one.offset, one.num_bytes))
+    for before, after in itertools.pairwise(placed):
+        if after.offset < before.offset + before.num_bytes:
+            raise ValueError(f"the tensors {before.name[:80]!r} and {after.name[:80]!r} lie over each other")
 
 
 def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

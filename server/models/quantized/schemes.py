@@ -49,6 +49,19 @@ SCHEMES: dict[str, Scheme] = {
 }
 """By `quant_method`. One that is not here is refused under its own name."""
 
+OTHER_NAMES = {
+    "gptqmodel": "gptq",
+    "gptq_v2": "gptq",
+    "marlin": "gptq",
+    "auto_round": "auto-round",
+    "autoround": "auto-round",
+    "intel/auto-round": "auto-round",
+}
+"""Of schemes, as packages and their older releases write them."""
+
+OF_GPTQ = ("desc_act", "checkpoint_format", "damp_percent", "static_groups", "true_sequential")
+"""What GPTQ's configs say and MLX's do not: older ones have no `quant_method`."""
+
 MODELOPT = "hf_quant_config.json"
 
 
@@ -60,8 +73,9 @@ def scheme_of(config: Mapping[str, Any], folder: Path | None = None) -> str | No
         if method is None and (said.get("load_in_4bit") or said.get("load_in_8bit")):
             return "bitsandbytes"
         if method is None and "bits" in said:
-            return "mlx"
-        return "modelopt" if str(method).startswith("modelopt") else str(getattr(method, "value", method))
+            return "gptq" if any(name in said for name in OF_GPTQ) else "mlx"
+        name = str(getattr(method, "value", method or "no name")).lower()
+        return "modelopt" if name.startswith("modelopt") else OTHER_NAMES.get(name, name)
     return "modelopt" if folder is not None and (folder / MODELOPT).is_file() else None
 
 

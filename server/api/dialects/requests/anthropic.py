@@ -49,11 +49,12 @@ class CountTokensRequest(RequestBody):
 
     def chat(self) -> Chat:
         choice = self.tool_choice or {}
+        one = choice.get("disable_parallel_tool_use")
         return Chat(
             messages=list(self._messages()),
             tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
             tool_choice=_choice(choice) if self.tools and choice else None,
-            parallel_tool_calls=choice.get("disable_parallel_tool_use") is not True,
+            parallel_tool_calls=None if one is None else one is not True,
             template_kwargs={} if self.thinking is None else {"enable_thinking": self.tells_thoughts},
             reading=DocumentReading(attention=self.document_attention, reread=self.document_reread),
         )

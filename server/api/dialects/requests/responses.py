@@ -76,7 +76,7 @@ class ResponsesRequest(RequestBody):
     store: bool = True
     tools: list[Any] = Field(default_factory=list)
     tool_choice: Any = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None
     text: dict[str, Any] | None = None
     include: list[Any] = Field(default_factory=list, json_schema_extra={"items": {"enum": list(INCLUDED)}})
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
