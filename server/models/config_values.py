@@ -17,7 +17,7 @@ NUMBERS_A_BYTE = {"vocab_size": 8, "intermediate_size": 64}
 """An embedding is always stored, a bit a number at least; the other may be a default that a family has no use for."""
 
 LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
-COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 MAX_FACTOR = 65_536
 ROPE = ("rope_parameters", "rope_scaling")
 REMEDY = "download it again, or correct it"

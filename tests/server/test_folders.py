@@ -15,6 +15,7 @@ import torch
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.checks.probe import probe
+from prerope.server.models.config_values import wrong_in
 from prerope.server.models.model import Model, load_model
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
@@ -286,6 +287,19 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
 def test_a_damaged_folder_is_refused_in_one_true_sentence(folder: Path, damage: Damage, said: str) -> None:
     damage(folder)
     assert re.search(said if ".*" in said else re.escape(said), refusal(folder))
+
+
+def test_no_family_s_own_defaults_are_refused() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if family in CONFIG_MAPPING:
+            try:
+                config = CONFIG_MAPPING[family]()
+            except Exception:  # some cannot be made without values
+                continue
+            assert (family, wrong_in(config.to_dict())) == (family, None)
 
 
 def test_a_whole_folder_is_served_in_one_file_or_in_parts(folder: Path) -> None:
