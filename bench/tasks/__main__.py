@@ -7,8 +7,8 @@ common and frequent words, and facts in filler: generated from a seed for any le
 --methods each request chooses its position method, as this project's server lets it; without, any OpenAI-compatible
 URL is asked as it is served. `--launch COMMAND` starts the server from here.
 
-Prompts are of at most the asked number of tokens, the reply included. All but the passkey have few-shot examples
-before them, which a small base model needs. Several questions are asked over one text: a server with a prefix cache
+Prompts are of at most the asked number of tokens, the reply included. All but passkey and secret_number have few-shot
+examples before them, which a small model needs. Several questions are asked over one text: a server with a prefix cache
 reads it once. Every reply is kept in the output folder, so an interrupted run resumes, and a longer one adds to it;
 a server that reads otherwise than before wants a folder or a --name of its own.
 
@@ -154,7 +154,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--depths", type=depth_list, default="5", metavar="N or A,B", help="of facts: evenly spread, or which")
     add("--seeds", type=options.count, default=3)
-    add("--shots", type=int, default=1, help="few-shot examples before each prompt; the passkey has none")
+    add(
+        "--shots", type=int, default=1, help="few-shot examples before each prompt; passkey and secret_number have none"
+    )
     add("--calibrate", action="store_true", help="choose a method on the first half of the seeds, hold it against auto "
         "on the others, and print its settings")  # fmt: skip
     add("--train-length", type=options.count, help="of the model; without it as this project's server says")

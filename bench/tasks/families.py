@@ -13,6 +13,7 @@ Family = Callable[[Room], list[Sheet]]
 
 FAMILIES: dict[str, Family] = {
     "passkey": needles.passkey,
+    "secret_number": needles.secret_number,
     "single": needles.single,
     "multikey": needles.multikey,
     "multivalue": needles.multivalue,
@@ -25,8 +26,8 @@ FAMILIES: dict[str, Family] = {
     "where_is_thing": reasoning.where_is_thing,
 }
 
-ENDS_WITHOUT_EXAMPLE = ("passkey",)
-"""Families whose question tells any model how to go on: they get no few-shot examples unless asked for."""
+ENDS_WITHOUT_EXAMPLE = ("passkey", "secret_number")
+"""Families whose question tells any model how to go on: they get no few-shot examples."""
 
 EXAMPLE_TOKENS = 350
 EXAMPLE_DEPTHS = (0.2, 0.5, 0.8)

@@ -11,14 +11,26 @@ NUMBER_TOKENS = 10
 
 
 def passkey(room: Room) -> list[Sheet]:
-    """A five-digit key in sentences that repeat; a sheet a depth, the deepest first: what is before it is read once."""
+    """A five-digit key in sentences that repeat, and a sentence about it to go on with."""
     intro = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n"
+    fact = "The pass key is {key}. Remember it. {key} is the pass key."
+    return _in_repeated(room, "passkey", intro, fact, "\nWhat is the pass key? The pass key is")
+
+
+def secret_number(room: Room) -> list[Sheet]:
+    """The passkey said once and asked as a question with its answer begun: a number is all that can follow."""
+    about = "The secret number of the vault is"
+    question = f"\nQuestion: What is the secret number of the vault?\nAnswer: {about}"
+    return _in_repeated(room, "secret_number", "", about + " {key}.", question)
+
+
+def _in_repeated(room: Room, purpose: str, intro: str, fact: str, question: str) -> list[Sheet]:
+    """A sheet a depth, the deepest first: what is before it is read once."""
 
     def sheet(depth: float, filler: int) -> Sheet:
-        (key,) = numbers(room.draw("passkey", depth), 1)
-        fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-        question = Question("\nWhat is the pass key? The pass key is", (key,), depth)
-        return Sheet(intro + planted(repeated(filler), [(depth, fact)]), (question,))
+        (key,) = numbers(room.draw(purpose, depth), 1)
+        text = intro + planted(repeated(filler), [(depth, fact.format(key=key))])
+        return Sheet(text, (Question(question, (key,), depth),))
 
     return [
         room.fill(lambda filler, depth=depth: sheet(depth, filler), NUMBER_TOKENS)  # type: ignore[misc]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.shared.report import NOTHING, Report, Table
+from bench.tasks.families import ENDS_WITHOUT_EXAMPLE
 from bench.tasks.scores import EFFECTIVE, Mean, Scores
 
 
@@ -29,10 +30,11 @@ def by_length(scores: Scores, about: Mapping[str, Any]) -> Table:
         ]
         for method in scores.methods
     ]
+    without = " and ".join(ENDS_WITHOUT_EXAMPLE)
     note = (
         f"{about['model']}, trained on {scores.train_length:,} tokens. Score in per cent ± standard error over "
         f"sheets, the mean of {', '.join(scores.families)}; {about['seeds']} seeds, depths {about['depths']}, "
-        f"{about['shots']} few-shot examples (passkey: none). Effective: the longest length up to which no score is "
+        f"{about['shots']} few-shot examples ({without}: none). Effective: the longest length up to which no score is "
         f"below {EFFECTIVE:.0%} of that at a quarter of the trained length. {about['date']}, {about['cpu']}."
     )
     return Table(["method", *(f"{n:,}" for n in scores.lengths), "effective"], rows, [note])

@@ -42,6 +42,11 @@ def find_passkey(text: str) -> list[str]:
     return re.findall(r"The pass key is (\d+)\. Remember it\. \1 is the pass key\.", text)
 
 
+def find_secret(text: str) -> list[str]:
+    assert text.endswith("Answer: The secret number of the vault is")
+    return re.findall(r"The secret number of the vault is (\d+)\.", text)
+
+
 def find_needles(text: str) -> list[str]:
     asked = text.rsplit("Question:", 1)[1].split("?")[0]
     facts = re.findall(r"The special magic number for ([a-z ]+) is (\d+)\.", text.rsplit("Question:", 1)[0])
@@ -90,6 +95,7 @@ def locate(text: str) -> list[str]:
 
 SOLVERS: dict[str, Callable[[str], list[str]]] = {
     "passkey": find_passkey,
+    "secret_number": find_secret,
     **dict.fromkeys(("single", "multikey", "multivalue", "multiquery"), find_needles),
     "key_value": find_pair,
     "variable_tracking": follow_variables,
@@ -126,7 +132,9 @@ def test_prompts_fill_the_length_and_begin_with_the_same_examples(family: str) -
         prompts(family, count, 200, DEPTHS, 7, shots=2)
 
 
-@pytest.mark.parametrize("family", ["passkey", "single", "multikey", "key_value", "where_is", "where_is_thing"])
+@pytest.mark.parametrize(
+    "family", ["passkey", "secret_number", "single", "multikey", "key_value", "where_is", "where_is_thing"]
+)
 def test_facts_lie_at_their_depths(family: str) -> None:
     made = prompts(family, count, 8000, DEPTHS, 0, shots=0)
     assert sorted(prompt.question.depth or 0 for prompt in made) == list(DEPTHS)
