@@ -39,9 +39,9 @@ def pytest_report_header() -> str:
 
 
 LONGEST = (
-    *("fuzz/test_openapi", "engine/test_invariance", "server/test_cli", "server/test_faults", "server/test_attacks"),
-    *("server/test_tensor_parallel", "engine/test_cuda_graphs", "kernels/test_attention", "server/test_tools"),
-    *("cache/test_cpu_attention", "server/test_structured", "engine/test_ranks", "engine/test_cuda_layers"),
+    *("kernels/test_attention", "server/test_attacks", "fuzz/test_openapi", "engine/test_invariance"),
+    *("server/test_faults", "engine/test_cuda_graphs", "server/test_tools", "server/test_cli", "server/test_limits"),
+    *("server/test_tensor_parallel", "server/test_structured", "engine/test_cuda_layers", "server/test_isolation"),
 )
 
 

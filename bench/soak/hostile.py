@@ -1,8 +1,13 @@
-"""Bodies by which one client would hold up all others: small for what they ask, or many of what costs by its number."""
+"""Bodies by which one client would hold up all others: small for what they ask, or many of what costs by its number.
+
+Each maker takes the share of what fits into a body, 1 for all of it: what is sent costs as its number, to be refused or
+answered without anybody's notice.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +20,10 @@ Post = tuple[str, Any]
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 
 
-def filled(head: str, item: str, tail: str, num_bytes: int = BODY_BYTES - 64) -> str:
-    """As many items as go into a body."""
-    return head + ",".join([item] * ((num_bytes - len(head) - len(tail)) // (len(item) + 1))) + tail
+def filled(head: str, item: str, tail: str, share: float) -> str:
+    """As many items as go into this share of a body."""
+    room = int(BODY_BYTES * share) - 64 - len(head) - len(tail)
+    return head + ",".join([item] * (room // (len(item) + 1))) + tail
 
 
 def doubling(letter: str) -> str:
@@ -39,77 +45,82 @@ def chat(content: Any, **more: Any) -> Post:
     return CHAT, {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **more}
 
 
-def explosive_grammars() -> list[Post]:
-    schema = {"type": "integer", "multipleOf": 99999989}
+def explosive_grammars(share: float) -> list[Post]:
+    """By their number alone are there fewer: each is small, and as costly as it was."""
     grammars: list[dict[str, Any]] = [
-        {"json_schema": schema},
+        {"grammar": doubling("a")},
         {"regex": ".?" * 32_000},
-        *({"grammar": doubling(one)} for one in "abc"),
+        {"json_schema": {"type": "integer", "multipleOf": 99999989}},
+        *({"grammar": doubling(one)} for one in "bc"),
     ]
-    return [(GENERATE, HUGE_GRAMMAR), *((GENERATE, {"prompt": "Hi", **grammar}) for grammar in grammars)]
+    posts: list[Post] = [(GENERATE, {"prompt": "Hi", "max_tokens": 64, **grammar}) for grammar in grammars]
+    return [*posts, (GENERATE, HUGE_GRAMMAR)][: math.ceil(6 * share)]
 
 
-def slow_masks() -> list[Post]:
-    return [(GENERATE, {"prompt": "Hi", "regex": "a" * 60_000, "max_tokens": 4, "temperature": 0})] * 32
+def slow_masks(share: float) -> list[Post]:
+    post = (GENERATE, {"prompt": "Hi", "regex": "a" * 60_000, "max_tokens": 4, "temperature": 0})
+    return [post] * int(share * 32)
 
 
-def many_messages() -> list[Post]:
+def many_messages(share: float) -> list[Post]:
     message = {"role": "user", "content": ""}
-    return [(CHAT, {"messages": [message] * count, "max_tokens": 1}) for count in (100_000, 9_000)]
+    return [(CHAT, {"messages": [message] * int(share * count), "max_tokens": 1}) for count in (100_000, 9_000)]
 
 
-def ordinary_prompt() -> list[Post]:
-    text = "The quick brown fox jumps over the lazy dog, and then it rests. " * 1_720
+def ordinary_prompt(share: float) -> list[Post]:
+    text = "The quick brown fox jumps over the lazy dog, and then it rests. " * int(share * 1_720)
     return [("/tokenize", {"prompt": text}), chat(text)]
 
 
-def echoed_logprobs(num_tokens: int = 20_000) -> list[Post]:
-    prompt = [1000 + i % 40_000 for i in range(num_tokens)]
+def echoed_logprobs(share: float) -> list[Post]:
+    prompt = [1000 + i % 40_000 for i in range(int(share * 20_000))]
     return [(COMPLETIONS, {"prompt": prompt, "echo": True, "logprobs": 20, "max_tokens": 1})]
 
 
-def many_items() -> list[Post]:
+def many_items(share: float) -> list[Post]:
     """Of a conversation that Responses would repeat and keep, and tools that it would repeat."""
     message = '{"role":"user","content":""}'
     tool = '{"type":"function","name":"f%d","parameters":{"type":"object","properties":{"a":{},"b":{},"c":{}}}}'
-    tools = ",".join(tool % i for i in range(120_000))
+    tools = ",".join(tool % i for i in range(int(share * 120_000)))
     return [
-        ("/v1/responses", filled('{"max_output_tokens":1,"input":[', message, "]}")),
+        ("/v1/responses", filled('{"max_output_tokens":1,"input":[', message, "]}", share)),
         ("/v1/responses", f'{{"max_output_tokens":1,"input":"Hi","tool_choice":"none","tools":[{tools}]}}'),
-        ("/v1/messages/count_tokens", filled('{"messages":[', message, "]}")),
+        ("/v1/messages/count_tokens", filled('{"messages":[', message, "]}", share)),
     ]
 
 
-def many_values() -> list[Post]:
+def many_values(share: float) -> list[Post]:
     """Where a list or an object is read item by item."""
-    bias = ",".join(f'"{i}":1' for i in range(100_000))
+    bias = ",".join(f'"{i}":1' for i in range(int(share * 100_000)))
     return [
         (GENERATE, f'{{"prompt":"Hi","max_tokens":1,"logit_bias":{{{bias}}}}}'),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"bad_words":[', '"b"', "]}")),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"stop":[', '"b"', "]}")),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"documents":[', '"b"', "]}")),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"unknown":[', "{}", "]}")),
-        ("/api/show", filled('{"model":"m","options":[', "{}", "]}")),
-        (COMPLETIONS, filled('{"max_tokens":1,"prompt":[', '"b"', "]}")),
+        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"bad_words":[', '"b"', "]}", share)),
+        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"stop":[', '"b"', "]}", share)),
+        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"documents":[', '"b"', "]}", share)),
+        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"unknown":[', "{}", "]}", share)),
+        ("/api/show", filled('{"model":"m","options":[', "{}", "]}", share)),
+        (COMPLETIONS, filled('{"max_tokens":1,"prompt":[', '"b"', "]}", share)),
     ]
 
 
-HOSTILE: dict[str, Callable[[], list[Post]]] = {
+HOSTILE: dict[str, Callable[[float], list[Post]]] = {
     "explosive grammars": explosive_grammars,
     "slow masks": slow_masks,
-    "empty messages": lambda: [(CHAT, filled('{"messages":[', "{}", "]}"))],
+    "empty messages": lambda share: [(CHAT, filled('{"messages":[', "{}", "]}", share))],
     "many messages": many_messages,
-    "empty parts": lambda: [chat([{"type": "text", "text": ""}] * 400_000)],
-    "nested prompts": lambda: [(path, filled('{"prompt":[', "[]", "]}")) for path in (GENERATE, COMPLETIONS)],
-    "emoji": lambda: [("/tokenize", {"prompt": "😀" * 250_000})],
-    "digits": lambda: [chat("1234567890" * 260_000)],
-    "many ids": lambda: [("/detokenize", filled('{"tokens":[', "33", "]}"))],
+    "empty parts": lambda share: [chat([{"type": "text", "text": ""}] * int(share * 400_000))],
+    "nested prompts": lambda share: [
+        (path, filled('{"prompt":[', "[]", "]}", share)) for path in (GENERATE, COMPLETIONS)
+    ],
+    "emoji": lambda share: [("/tokenize", {"prompt": "😀" * int(share * 250_000)})],
+    "digits": lambda share: [chat("1234567890" * int(share * 260_000))],
+    "many ids": lambda share: [("/detokenize", filled('{"tokens":[', "33", "]}", share))],
     "an ordinary long prompt": ordinary_prompt,
     "echoed logprobs": echoed_logprobs,
     "many items": many_items,
     "many values": many_values,
 }
-"""Name → what is sent, all at once."""
+"""Name → what is sent, all at once, of a share of a body."""
 
 
 def encoded(body: Any) -> bytes:

@@ -126,7 +126,7 @@ class TaskMaker:
     def _hostile(self) -> Task:
         """One of the bodies by which one client would hold up the others."""
         name = self.draw.choice(sorted(HOSTILE))
-        path, body = self.draw.choice(HOSTILE[name]())
+        path, body = self.draw.choice(HOSTILE[name](1))
         return Task("hostile", path, encoded(body), ANSWERED_OR_REFUSED, detail=name)
 
     def _ids(self, num_tokens: int) -> list[int]:
@@ -170,7 +170,7 @@ def streamed(path: str, body: dict[str, Any]) -> dict[str, Any]:
 def hostile_tasks() -> Iterator[Task]:
     """Each of the bodies by which one client would hold up the others, once."""
     for name, posts in HOSTILE.items():
-        for path, body in posts():
+        for path, body in posts(1):
             yield Task("hostile", path, encoded(body), ANSWERED_OR_REFUSED, detail=name)
 
 

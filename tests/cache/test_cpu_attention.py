@@ -112,7 +112,11 @@ def test_every_method_at_every_edge(name: str, kernel: bool) -> None:
         assert difference(step, AttentionOptions(0.25, ""), kernel=kernel) <= TOLERANCE
 
 
-@pytest.mark.parametrize("window", [1, 16, 32, 63])
+@pytest.mark.parametrize(
+    ("kernel", "window"),
+    [("kernel", 1), ("kernel", 16), ("kernel", 32), ("kernel", 63), ("torch", 16)],
+    indirect=["kernel"],
+)
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_sliding_window_beside_the_methods_own(name: str, window: int, kernel: bool) -> None:
     """w − 1, w and w + 1: the far part is empty, is just empty, and has one key a row."""

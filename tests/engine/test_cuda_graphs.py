@@ -45,6 +45,7 @@ __all__ = ["interpreter"]  # a fixture
 
 BUCKETS = [1, 3]
 """Two rows fill up a graph for three."""
+TRAINED = 32
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +65,9 @@ def served(family: str = "llama", method: str = "model") -> Engine:
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     if family != "llama":
         shape |= {"layer_types": ["sliding_attention", "full_attention"]}
-    model = Model(tiny(family, max_position_embeddings=64, **shape), BACKENDS["cuda"])
-    spec = RopeSpec(method=method, window=16 if "leaky" in method or method == "rerope" else None)
-    limits = {"max_model_len": 128, "num_blocks": 40, "max_num_seqs": 3, "max_batched_tokens": 64}
+    model = Model(tiny(family, max_position_embeddings=TRAINED, **shape), BACKENDS["cuda"])
+    spec = RopeSpec(method=method, window=8 if "leaky" in method or method == "rerope" else None)
+    limits = {"max_model_len": 128, "num_blocks": 40, "max_num_seqs": 3, "max_batched_tokens": TRAINED}
     return tiny_engine(model, spec, **limits, overlap=False)
 
 
@@ -104,8 +105,8 @@ def outputs(engine: Engine, lengths: tuple[int, ...], **options: Any) -> list[li
 
 @pytest.mark.parametrize("method", ["rerope", "dynamic_leaky"])
 def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
-    """Rows on both sides of the trained length, 64, one of them crossing it."""
-    lengths = (5, 63, 70)
+    """Rows on both sides of the trained length, one of them crossing it."""
+    lengths = (5, TRAINED - 1, TRAINED + 6)
     expected = outputs(served(method=method), lengths)
     assert RecordedGraph.num_replays == 0
     engine = with_graphs(served(method=method))
@@ -131,7 +132,7 @@ def test_logits_of_a_graph_are_those_of_the_step() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeGraphs, "logits", compared)
-        outputs(engine, (5, 63, 70))
+        outputs(engine, (5, TRAINED - 1, TRAINED + 6))
     assert len(differences) >= 3
     assert max(differences) <= 1e-5
 
@@ -139,7 +140,7 @@ def test_logits_of_a_graph_are_those_of_the_step() -> None:
 @pytest.mark.slow
 def test_two_engines_in_one_process() -> None:
     """Each has graphs of its own, and their steps take turns."""
-    methods, prompts = ("rerope", "model"), [prompt_of(30, 1), prompt_of(70, 2)]
+    methods, prompts = ("rerope", "model"), [prompt_of(20, 1), prompt_of(38, 2)]
     expected = [generate(served(method=method), prompts, greedy(5)) for method in methods]
     engines = [with_graphs(served(method=method)) for method in methods]
     found: list[list[list[int]]] = [[[], []], [[], []]]
@@ -185,7 +186,7 @@ def test_a_method_that_cannot_be_captured_in_traffic_runs_without(capsys: pytest
     assert engine.graphs is not None
     engine.graphs._capture = refusing
     positions = engine.resolve_positions(RopeSpec(method="dual_chunk"))
-    assert outputs(engine, (40, 50), positions=positions) == outputs(served(), (40, 50), positions=positions)
+    assert outputs(engine, (20, 40), positions=positions) == outputs(served(), (20, 40), positions=positions)
     assert capsys.readouterr().out.count("warning: a decode step has no CUDA graph, and is slower: RuntimeError") == 1
     graphs = engine.stats().graphs
     assert (graphs.num_captured, graphs.num_refused > 0) == (len(BUCKETS), True)
@@ -197,7 +198,7 @@ def test_requests_with_any_method_leave_the_graphs_as_they_are() -> None:
     """The tables of angles have room for all of them from the start."""
     engine = with_graphs(served())
     for name in ("dynamic_ntk", "dual_chunk", "dynamic_leaky"):
-        outputs(engine, (70, 66), positions=engine.resolve_positions(RopeSpec(method=name)))
+        outputs(engine, (38, 34), positions=engine.resolve_positions(RopeSpec(method=name)))
     assert engine.graphs is not None
     assert len({name[1] for name in engine.graphs._graphs}) == 1
 
@@ -217,7 +218,7 @@ def test_a_request_with_a_method_of_its_own() -> None:
         engine = make(served())
         positions = engine.resolve_positions(RopeSpec(method="dual_chunk"))
         own = [
-            request(str(n), prompt_of(40 + 8 * n, n), greedy(4), positions=positions if n % 2 else None)
+            request(str(n), prompt_of(28 + 8 * n, n), greedy(4), positions=positions if n % 2 else None)
             for n in range(3)
         ]
         found.append([tokens_of(output) for output in run(engine, own).values()])
@@ -230,9 +231,9 @@ def test_what_no_graph_is_for() -> None:
     """A chunk beside decodes, and one row of a prompt that is not sampled from."""
     engine = with_graphs(served())
     replays = RecordedGraph.num_replays
-    engine.add(request("0", prompt_of(65), greedy(1)))
+    engine.add(request("0", prompt_of(TRAINED + 1), greedy(1)))
     engine.step()
-    engine.step()  # the last of 65 tokens: a single row that samples is a decode step like any other
+    engine.step()  # the last of its tokens: a single row that samples is a decode step like any other
     assert RecordedGraph.num_replays == replays + 1
     engine.add(request("1", prompt_of(30), greedy(2)))
     engine.step()
@@ -254,7 +255,7 @@ def test_rows_that_fill_a_graph_up_store_nothing() -> None:
 @pytest.mark.slow
 def test_tables_made_anew_are_captured_anew() -> None:
     """A graph that reads the tensors of before would give other tokens."""
-    lengths = (70, 66)
+    lengths = (38, 34)
     expected = outputs(served(method="dynamic_ntk"), lengths)
     engine = with_graphs(served(method="dynamic_ntk"))
     outputs(engine, (10,))
@@ -304,5 +305,5 @@ def test_reserved_tables_hold_every_row_of_a_step() -> None:
     positions = resolve_model(RopeSpec(method="dynamic_ntk"), engine.model.rotaries, 128)
     assert positions.describe() == engine.info.positions.describe()
     versions = {name[1] for name in graphs._graphs}
-    outputs(engine, (70, 66, 69))
+    outputs(engine, (38, 34, 37))
     assert {name[1] for name in graphs._graphs} == versions

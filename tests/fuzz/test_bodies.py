@@ -133,14 +133,14 @@ def check(response: httpx.Response) -> None:
 
 
 @given(hostile_bodies())
-@budget(120)
+@budget(60)
 def test_hostile_bodies(http: httpx.Client, hostile: tuple[str, bytes]) -> None:
     path, body = hostile
     check(http.post(path, content=body))
 
 
 @given(st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(max_size=6)), HOSTILE, min_size=1, max_size=3))
-@budget(40)
+@budget(20)
 def test_variables_of_a_template(http: httpx.Client, variables: dict[str, Any]) -> None:
     """Of any name and value: the template may use them, its engine and Python not."""
     body = {"messages": [USER], "max_tokens": 1, "chat_template_kwargs": variables}

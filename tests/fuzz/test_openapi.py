@@ -60,6 +60,11 @@ def url(serve_module: Any, tiny_checkpoint: Path) -> str:
 
 DOCUMENT = create_app(Settings()).openapi()  # needs no model; each operation is a test of its own
 api = schemathesis.openapi.from_dict(DOCUMENT, config=SchemathesisConfig.from_dict(CONFIG))
+no_edges = schemathesis.openapi.from_dict(
+    DOCUMENT, config=SchemathesisConfig.from_dict({**CONFIG, "phases": {"coverage": {"enabled": False}}})
+)
+LARGE = ("/v1/chat/completions", "/v1/chat/completions/render", "/tokenize")
+"""Bodies of so many fields that the edges of each are slow; most are those of /generate and /v1/completions."""
 
 
 def answers_as_documented(case: Any, url: str) -> None:
@@ -72,10 +77,10 @@ def answers_as_documented(case: Any, url: str) -> None:
         assert response.text.endswith("data: [DONE]\n\n") or "event: error" in response.text
 
 
-def _test_of(method: str, path: str) -> Any:
+def _test_of(method: str, path: str, schema: Any) -> Any:
     """All phases of one operation, under a name of its own: items of one name would be run once by xdist."""
 
-    @api.include(method=method.upper(), path=path).parametrize()
+    @schema.include(method=method.upper(), path=path).parametrize()
     @budget(10)
     def test(case: Any, url: str) -> None:
         answers_as_documented(case, url)
@@ -85,7 +90,10 @@ def _test_of(method: str, path: str) -> Any:
 
 for _path, _item in DOCUMENT["paths"].items():
     for _method in _item:
-        globals()[f"test_{_method}{re.sub(r'[^a-z0-9]+', '_', _path)}"] = _test_of(_method, _path)
+        _name = f"test_{_method}{re.sub(r'[^a-z0-9]+', '_', _path)}"
+        globals()[_name] = _test_of(_method, _path, no_edges if _path in LARGE else api)
+        if _path in LARGE:
+            globals()[f"{_name}_at_its_edges"] = pytest.mark.slow(_test_of(_method, _path, api))
 
 
 def is_stream(response: Any) -> bool:

@@ -1,6 +1,7 @@
 """Compiles every shipped configuration for a GPU that need not be there, and prints what each takes, a JSON line each.
 
     python -m tests.kernels.compiled 80 90
+    python -m tests.kernels.compiled few 90     # two shapes of heads and one width
 
 A process of its own: kernels are compiled or interpreted, as was decided when Triton was imported.
 """
@@ -50,10 +51,11 @@ SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (128, 128, 4, torch.float32, {}),
     (256, 256, 2, torch.float32, {}),
 ]
+FEW_SHAPES = [SHAPES[0], SHAPES[6]]
 
 
-def kernels(arch: int) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
-    for dim, rotary, group, dtype, asked in SHAPES:
+def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
+    for dim, rotary, group, dtype, asked in FEW_SHAPES if few else SHAPES:
         query, cache = torch.empty(1, 8 * group, dim, device="meta"), torch.empty(4, 16, 8, dim, device="meta")
         off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None, "slopes": None}
         plan = SimpleNamespace(rotary_dim=rotary, **(off | asked))
@@ -70,7 +72,7 @@ def kernels(arch: int) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtyp
             yield from ((kernel, config, fixed, dtype) for kernel in main)
             yield from ((kernel, side, fixed, dtype) for kernel in others)
     yield store.store_kernel, Config(0, 0, 4, 3), {"KEY_SIZE": 192, "VALUE_SIZE": 192, "LANES": store.LANES}, HALF
-    for width, dtype in itertools.product((128, 576, 4096, 8192, 16384), (HALF, torch.float32)):
+    for width, dtype in itertools.product((4096,) if few else (128, 576, 4096, 8192, 16384), (HALF, torch.float32)):
         rows, lanes, warps = elementwise.norm_config(width)
         for added, rounded in ((False, False), (True, False), (True, True)):
             fixed = {"WIDTH": width, "ROWS": rows, "LANES": lanes, "RESIDUAL": added}
@@ -112,9 +114,9 @@ def compiled(kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dt
     }
 
 
-def main(archs: list[int]) -> None:
+def main(archs: list[int], *, few: bool) -> None:
     seen = set()
-    cases = [(arch, *case) for arch in archs for case in kernels(arch)]
+    cases = [(arch, *case) for arch in archs for case in kernels(arch, few=few)]
     for arch, kernel, config, fixed, dtype in cases:
         own = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         named = {
@@ -131,4 +133,5 @@ def main(archs: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]])
+    given = sys.argv[1:]
+    main([int(arch) for arch in given if arch != "few"], few="few" in given)

@@ -169,8 +169,18 @@ def test_plans_are_shared_by_layers_of_a_step() -> None:
         assert difference(step, changed) <= TOLERANCE
 
 
-@pytest.mark.parametrize("rows", [1, 70, 100, 10_000])
-@pytest.mark.parametrize("name", ["rope", "dynamic_leaky", "dynamic_ntk", "xpos", "rerope", "dual_chunk"])
+SCRATCHES = (1, 70, 100, 10_000)
+SCRATCHED = ("rope", "dynamic_leaky", "dynamic_ntk", "xpos", "rerope", "dual_chunk")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        pytest.param(name, rows, marks=() if (number + place) % 3 == 0 else pytest.mark.slow)
+        for number, name in enumerate(SCRATCHED)
+        for place, rows in enumerate(SCRATCHES)
+    ],
+)
 def test_scratch_is_bounded(name: str, rows: int) -> None:
     """Runs and heads in passes: several sequences, maps that change within a chunk, keys that are not turned."""
     own = method(name, rotary(16, 16), **({"window": 32} if name in ("dynamic_leaky", "rerope") else {}))

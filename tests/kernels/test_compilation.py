@@ -17,18 +17,20 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that a
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler runs on Linux only")
 @pytest.mark.parametrize(
-    "arch", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+    "asked", ["few 90", *(pytest.param(f"{arch}", marks=pytest.mark.slow) for arch in SHARED_MEMORY)]
 )
-def test_no_kernel_spills(arch: int, tmp_path: Path) -> None:
+def test_no_kernel_spills(asked: str, tmp_path: Path) -> None:
+    """Some for an H100; all of them, for each architecture, are slow."""
+    few, arch = asked.startswith("few"), int(asked.removeprefix("few "))
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled", str(arch)],
+        [sys.executable, "-m", "tests.kernels.compiled", *asked.split()],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) > 40
-    assert {kernel["dim"] for kernel in found} >= {64, 80, 96, 128, 256}
+    assert len(found) > (15 if few else 40)
+    assert {kernel["dim"] for kernel in found} >= ({64, 128} if few else {64, 80, 96, 128, 256})
     assert [kernel for kernel in found if kernel["spilled"]] == []
     assert [kernel for kernel in found if kernel["shared"] > SHARED_MEMORY[arch]] == []
     for kernel in found:

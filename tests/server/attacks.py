@@ -7,8 +7,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +23,7 @@ ATTACK_TIMEOUT_S = 300
 ORDINARY_S = 2.0
 """How long the bystander watches before the attack begins."""
 
-Attack = Callable[[str], list[int]]
+Attack = Callable[[str, float], list[int]]
 
 
 class Bystander:
@@ -101,12 +103,16 @@ def at_once(calls: list[Callable[[], int]]) -> list[int]:
 
 def sent(name: str) -> Attack:
     """The attack that sends bodies, all of it at once."""
-    return lambda url: at_once([lambda path=path, body=body: post(url, path, body) for path, body in HOSTILE[name]()])  # type: ignore[misc]
+
+    def attack(url: str, share: float) -> list[int]:
+        return at_once([partial(post, url, path, body) for path, body in HOSTILE[name](share)])
+
+    return attack
 
 
-def tiny_chunks(url: str) -> list[int]:
+def tiny_chunks(url: str, share: float) -> list[int]:
     """A million of one byte each, as chunked bodies have them."""
-    text = b'{"prompt":"a","max_tokens":1' + b" " * 1_000_000 + b"}"
+    text = b'{"prompt":"a","max_tokens":1' + b" " * int(share * 1_000_000) + b"}"
     parts = urlsplit(url)
     assert parts.hostname is not None
     with socket.create_connection((parts.hostname, parts.port or 80), timeout=ATTACK_TIMEOUT_S) as connection:
@@ -126,23 +132,24 @@ def tiny_chunks(url: str) -> list[int]:
 ATTACKS: dict[str, Attack] = {**{name: sent(name) for name in HOSTILE}, "tiny chunks": tiny_chunks}
 
 
-def attack(name: str, url: str) -> list[int]:
-    """In a process of its own: what it does to make its bodies is not to be felt by the bystander."""
+@contextmanager
+def attacker() -> Iterator[Callable[[str, str, float], list[int]]]:
+    """Makes attacks in a process of its own: what it does to make bodies is not to be felt by the bystander."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_made, name, url).result()
+        yield lambda name, url, share: pool.submit(_made, name, url, share).result()
 
 
-def _made(name: str, url: str) -> list[int]:
-    return ATTACKS[name](url)
+def _made(name: str, url: str, share: float) -> list[int]:
+    return ATTACKS[name](url, share)
 
 
 def main(url: str, *names: str) -> None:
     """Print a line for each attack."""
     for name in names or ATTACKS:
         began = time.monotonic()
-        with Bystander(url, ORDINARY_S) as bystander:
+        with attacker() as attack, Bystander(url, ORDINARY_S) as bystander:
             try:
-                outcome: object = sorted(set(attack(name, url)))
+                outcome: object = sorted(set(attack(name, url, 1)))
             except httpx.HTTPError as error:
                 outcome = type(error).__name__
         print(

@@ -1,4 +1,4 @@
-"""What one client can do to the others: each attack in full, beside a probe of /health and somebody's stream.
+"""What one client can do to the others: each attack beside a probe of /health and somebody's stream, in full when slow.
 
 The server is a process of its own with a tiny model, whose steps take a millisecond or two, so a stream's bound here is
 time; `python -m tests.server.attacks URL` makes the same attacks on any server and prints what they did.
@@ -6,7 +6,7 @@ time; `python -m tests.server.attacks URL` makes the same attacks on any server 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -41,10 +41,23 @@ def url(tiny_checkpoint: Path) -> Iterator[str]:
         process.communicate()
 
 
+@pytest.fixture(scope="module")
+def attack() -> Iterator[Callable[[str, str, float], list[int]]]:
+    with attacks.attacker() as attack:
+        yield attack
+
+
+QUICK = {"many items": 1 / 64}
+"""What of a body is sent where it is quick; of all others an eighth."""
+
+
+@pytest.mark.parametrize("share", [None, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ATTACKS)
-def test_nobody_else_is_held_up(url: str, name: str) -> None:
+def test_nobody_else_is_held_up(
+    url: str, attack: Callable[[str, str, float], list[int]], name: str, share: float | None
+) -> None:
     with Bystander(url) as bystander:
-        statuses = attacks.attack(name, url)
+        statuses = attack(name, url, share or QUICK.get(name, 1 / 8))
     assert bystander.worst_health_s < WORST_HEALTH_S
     assert bystander.worst_gap_s < WORST_GAP_S
     assert set(statuses) <= {200, 400, 408, 413, 429}, statuses

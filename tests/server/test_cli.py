@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import shutil
 import signal
@@ -198,27 +197,3 @@ def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], str]
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=30)
     assert time.monotonic() - began < CLOSE_GRACE_S + 3
-
-
-def test_the_log_can_be_json(tiny_checkpoint: Path) -> None:
-    port = free_port()
-    with start(
-        *("--model-id", str(tiny_checkpoint), "--port", str(port), "--kv-cache-memory", "16MiB", "--api-key", "hush"),
-        LOG_FORMAT="json",
-        LOG_LEVEL="debug",
-    ) as server:
-        wait_for(f"http://127.0.0.1:{port}/ready")
-        reply = httpx.post(
-            f"http://127.0.0.1:{port}/generate",
-            json={"prompt": "Sesame", "max_tokens": 2},
-            headers={"Authorization": "Bearer hush", "x-request-id": "mine"},
-        )
-        assert reply.status_code == 200
-        server.send_signal(signal.SIGTERM)
-        out, err = server.communicate(timeout=30)
-    assert out == ""
-    lines = [json.loads(line) for line in err.splitlines()]
-    assert any(line["event"] == "ready" and line["url"].endswith(str(port)) for line in lines)
-    assert any(line["event"] == "request" and line["request_id"] == "mine" and line["status"] == 200 for line in lines)
-    assert "Sesame" not in err
-    assert "hush" not in err

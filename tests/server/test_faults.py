@@ -23,7 +23,8 @@ import pytest
 import torch
 from prerope.server.api import generate
 from prerope.server.api.stream.transcript import Transcript
-from prerope.server.engine.async_engine import AsyncEngine
+from prerope.server.engine.async_engine import AsyncEngine, _explained
+from prerope.server.errors import OutOfMemory
 from prerope.server.tokenizer import Tokenizer
 
 from tests.faults import Faults, Point
@@ -401,12 +402,22 @@ def test_a_client_that_reads_too_slowly_is_cut(
 
 DEATHS: list[tuple[BaseException, str]] = [
     (RuntimeError("a secret of the engine"), "engine_dead"),
-    (SystemExit(3), "engine_dead"),
     (KeyboardInterrupt(), "engine_dead"),
-    (MemoryError(), "out_of_memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out_of_memory"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("a secret of the engine"), False),
+        (SystemExit(3), False),
+    ],
+)
+def test_what_counts_as_memory_that_ran_out(error: BaseException, is_memory: bool) -> None:
+    assert isinstance(_explained(error), OutOfMemory) == is_memory
 
 
 @pytest.mark.parametrize(("error", "code"), DEATHS, ids=lambda value: type(value).__name__)
@@ -467,7 +478,7 @@ def process(checkpoint: Path, fault: str, **variables: str) -> Iterator[tuple[su
 
 @pytest.mark.parametrize(
     ("fault", "said", "log_format"),
-    [("raise", "a fault of the test", "json"), ("exit", "SystemExit", "text")],
+    [pytest.param("raise", "a fault of the test", "json", marks=pytest.mark.slow), ("exit", "SystemExit", "text")],
 )
 def test_a_dead_engine_ends_the_process_with_an_error(
     tiny_checkpoint: Path, fault: str, said: str, log_format: str

@@ -17,7 +17,7 @@ PROMPTS = {
     "code": "def fibonacci(n):\n    ",
     "several chunks": "A list of planets and what is known of each. " * 30,
 }
-NUM_TOKENS = 24
+NUM_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
