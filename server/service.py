@@ -24,7 +24,7 @@ from prerope.server.settings import Settings
 from prerope.server.structured.grammars import Grammars
 from prerope.server.workers.lanes import LANES
 from prerope.server.workers.pool import Workers
-from prerope.server.world import World
+from prerope.server.workers.world import World
 
 if TYPE_CHECKING:
     from prerope.server.engine.engine import Engine

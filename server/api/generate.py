@@ -39,7 +39,7 @@ async def generate(
         return event_stream(_events(service, running, body))
     (reply,) = await read_all(request, running.generations)
     whole = Piece(reply.text, reply.tokens, reply.prompt_logprobs, finish_reason=reply.finish_reason)
-    return await json_response({**_printed(service, whole, body), **_ending(running, reply.finish_reason)})
+    return await json_response({**_printed(service, whole, body), **_last_fields(running, reply.finish_reason)})
 
 
 async def _events(service: Service, running: Running, body: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
@@ -53,7 +53,7 @@ async def _events(service: Service, running: Running, body: GenerateRequest) -> 
                 yield {"index": index, **_printed(service, piece, body)}
                 index += len(piece.tokens)
             if piece.finish_reason is not None:
-                yield _ending(running, piece.finish_reason)
+                yield _last_fields(running, piece.finish_reason)
 
 
 def _printed(service: Service, piece: Piece, body: GenerateRequest) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _printed(service: Service, piece: Piece, body: GenerateRequest) -> dict[str,
     return printed
 
 
-def _ending(running: Running, finish_reason: FinishReason) -> dict[str, Any]:
+def _last_fields(running: Running, finish_reason: FinishReason) -> dict[str, Any]:
     (generation,) = running.generations
     return {
         "id": running.id,

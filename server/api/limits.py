@@ -69,10 +69,8 @@ def sampling_params(
             f"'min_tokens' is {fields.min_tokens}, more than the {max_tokens} tokens to generate at most (max_tokens)",
             param="min_tokens",
         )
-    info = service.engine.info
-    check_vocabulary(fields.stop_token_ids, info.vocab_size, "stop_token_ids")
-    check_vocabulary(list(fields.logit_bias), info.vocab_size, "logit_bias")
-    check_vocabulary(fields.allowed_token_ids or (), info.vocab_size, "allowed_token_ids")
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        check_vocabulary(list(getattr(fields, name) or ()), service.engine.info.vocab_size, name)
     defaults = service.sampling_defaults
     temperature = _given(fields.temperature, defaults.temperature)
     return SamplingParams(

@@ -28,7 +28,7 @@ async def methods(service: ReadyService) -> dict[str, Any]:
         "per_request": service.settings.rope_per_request,
         "max_model_len": info.max_model_len,
         "train_length": info.train_length,
-        "methods": [_told(offer) for offer in found if offer.positions is not None],
+        "methods": [_described(offer) for offer in found if offer.positions is not None],
         "refused": [{"name": offer.name, "reason": offer.refusal} for offer in found if offer.positions is None],
     }
 
@@ -39,7 +39,7 @@ def offered(info: ModelInfo) -> list[Offer]:
     return offers(rotaries_of(info.positions), info.max_model_len)
 
 
-def _told(offer: Offer) -> dict[str, Any]:
+def _described(offer: Offer) -> dict[str, Any]:
     assert offer.positions is not None
     return {
         "name": offer.name,

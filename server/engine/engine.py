@@ -68,24 +68,12 @@ class Engine:
             model.states,
             size.num_states,
         )
-        cache = KVCacheManager(
-            size.num_blocks, config.block_size, prefix_caching=config.prefix_caching, num_states=size.num_states
-        )
-        # Recurrent layers would carry what was drafted on: their states are not taken back.
-        speculates = config.speculation != "off" and not model.states
-        speculator = Speculator(max_num_seqs=config.max_num_seqs) if speculates else None
-        self.scheduler = Scheduler(
-            cache,
-            max_num_seqs=config.max_num_seqs,
-            max_batched_tokens=config.max_batched_tokens,
-            speculator=speculator,
-            pace=Pace(config.stream_gap_s),
-        )
+        self.scheduler = _scheduler(model, config, size)
         self.info = ModelInfo(
             max_model_len=size.max_model_len,
             train_length=positions.methods[positions.main].train_length,
             vocab_size=model.vocab_size,
-            num_cache_tokens=cache.num_tokens,
+            num_cache_tokens=self.scheduler.cache.num_tokens,
             block_size=config.block_size,
             eos_token_ids=model.eos_token_ids,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -339,6 +327,20 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""
         self.scheduler.check_integrity()
+
+
+def _scheduler(model: Model, config: EngineConfig, size: CacheSize) -> Scheduler:
+    # Recurrent layers would carry what was drafted on: their states are not taken back.
+    speculates = config.speculation != "off" and not model.states
+    return Scheduler(
+        KVCacheManager(
+            size.num_blocks, config.block_size, prefix_caching=config.prefix_caching, num_states=size.num_states
+        ),
+        max_num_seqs=config.max_num_seqs,
+        max_batched_tokens=config.max_batched_tokens,
+        speculator=Speculator(max_num_seqs=config.max_num_seqs) if speculates else None,
+        pace=Pace(config.stream_gap_s),
+    )
 
 
 def _bad_rope(message: str) -> InvalidRequest:

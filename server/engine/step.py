@@ -183,8 +183,13 @@ def finish_launch(
     tokens, scored = choose(chosen, sampled, eos_token_ids, on_device=on_device)
     for verification in verifications.values():
         verification.begin()
+    _move_on(scheduled, sampled)
+    return Step(scheduled, Arrival(tokens), scored, verifications, may_stay, began, cpu_began)
+
+
+def _move_on(scheduled: list[Scheduled], sampled: list[Sequence]) -> None:
+    """Each sequence to where the step leaves it, its token still to come."""
     for one in scheduled:
-        one.sequence.num_computed_tokens = one.start + one.num_new_tokens
+        one.sequence.num_computed_tokens = one.stop
     for place, sequence in enumerate(sampled):
         sequence.expect(place)
-    return Step(scheduled, Arrival(tokens), scored, verifications, may_stay, began, cpu_began)

@@ -56,7 +56,7 @@ class Grammars:
         if (grammar := self.kept.get(key)) is not None:
             return grammar
         if (refusal := self.refused.get(key)) is not None:
-            raise _said_of(wanted, refusal)
+            raise _renamed(wanted, refusal)
         making = self._making.get(key)
         if making is None:
             making = self._making[key] = _Making(asyncio.create_task(self._make(key, wanted, line)))
@@ -64,7 +64,7 @@ class Grammars:
         try:
             return await asyncio.shield(making.task)
         except InvalidRequest as refused:
-            raise _said_of(wanted, refused) from None
+            raise _renamed(wanted, refused) from None
         finally:
             making.num_waiting -= 1
             if not making.num_waiting:
@@ -83,7 +83,7 @@ class Grammars:
         return grammar
 
 
-def _said_of(wanted: GrammarText, refusal: InvalidRequest) -> InvalidRequest:
+def _renamed(wanted: GrammarText, refusal: InvalidRequest) -> InvalidRequest:
     """The refusal of the same grammar, perhaps in another field of another request."""
     message = refusal.message.replace(f"'{refusal.param}'", f"'{wanted.param}'", 1)
     return InvalidRequest(message, param=wanted.param, code=refusal.code)

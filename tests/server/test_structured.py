@@ -29,7 +29,7 @@ from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
 from prerope.server.tokenizer import TextStream, Tokenizer
 from prerope.server.workers.lanes import LANES
 from prerope.server.workers.pool import Workers
-from prerope.server.world import World
+from prerope.server.workers.world import World
 from pydantic import BaseModel, Field, TypeAdapter
 
 MODEL = "tiny-llama"

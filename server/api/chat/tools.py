@@ -210,7 +210,7 @@ def format_of(template: str) -> ToolFormat | None:
 
 def own_format(tokenizer: Tokenizer) -> ToolFormat | None:
     """The format of the served model's template; None where it takes no tools, or writes calls in a way that is not
-    read here: then `untold` tells the model of them."""
+    read here: then `tools_as_text` tells the model of them."""
     template = template_text(tokenizer, with_tools=True)
     return format_of(template) if re.search(r"\btools\b", template) else None
 

@@ -1,5 +1,5 @@
 """A chat written by the model's template, and where in it documents are. What a template cannot say is told in words:
-tools in the system's (`untold`), documents at the beginning of what the user says first."""
+tools in the system's (`tools_as_text`), documents at the beginning of what the user says first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prerope.server.api.chat.marks import Marks, Span
 from prerope.server.api.chat.messages import Message, as_template_input
 from prerope.server.api.chat.template import render_chat, template_names
 from prerope.server.api.chat.tools import own_format
-from prerope.server.api.chat.untold import as_text
+from prerope.server.api.chat.tools_as_text import as_text
 
 if TYPE_CHECKING:
     from prerope.server.api.requests.internal import Chat
@@ -24,7 +24,7 @@ class ChatWriter:
     def __init__(self, tokenizer: Tokenizer, chat: Chat, tools: Sequence[Mapping[str, Any]]) -> None:
         self._tokenizer, self._chat = tokenizer, chat
         self._tools = [dict(tool) for tool in tools]
-        self._told = _knows_tools(tokenizer, chat.messages, self._tools)
+        self._tools_in_template = _knows_tools(tokenizer, chat.messages, self._tools)
         self._messages, self._documents = list(chat.messages), list(chat.documents)
         self._written = self._render(self._messages, self._documents)
         if self._documents and self._written == self._render(self._messages, []):  # it takes no documents
@@ -59,7 +59,7 @@ class ChatWriter:
     def _render(self, messages: Sequence[Message], documents: Sequence[Any]) -> str:
         tokenizer, chat, tools = self._tokenizer, self._chat, self._tools
         rendered = as_template_input(messages, knows_developer=template_names(tokenizer, "developer"))
-        if not self._told:
+        if not self._tools_in_template:
             rendered, tools = as_text(rendered, tools, system=template_names(tokenizer, "system")), []
         return render_chat(
             tokenizer,

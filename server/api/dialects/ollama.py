@@ -43,7 +43,7 @@ async def chat(
     calls = [_call(one.name, one.arguments) for one in parts.calls]
     thought = {"thinking": parts.reasoning} if parts.reasoning and read.body.think is not False else {}
     printed = {"role": "assistant", "content": parts.text, **thought, **({"tool_calls": calls} if calls else {})}
-    return JSONResponse({**_head(service), "message": printed, **_ending(running, reply.finish_reason)})
+    return JSONResponse({**_head(service), "message": printed, **_last_fields(running, reply.finish_reason)})
 
 
 @router.post("/generate", summary="Continue a prompt, in Ollama's shape")
@@ -59,7 +59,7 @@ async def generate(
     if read.body.stream:
         return line_stream(_lines(service, running, chat=False, thoughts=False))
     (reply,) = await read_all(request, running.generations)
-    return JSONResponse({**_head(service), "response": reply.text, **_ending(running, reply.finish_reason)})
+    return JSONResponse({**_head(service), "response": reply.text, **_last_fields(running, reply.finish_reason)})
 
 
 async def _lines(
@@ -86,7 +86,7 @@ async def _lines(
         reason = piece.finish_reason or reason
     if calls:
         yield line("", tool_calls=[_call(*one) for one in calls])
-    yield {**line(""), **_ending(running, reason)}
+    yield {**line(""), **_last_fields(running, reason)}
 
 
 def _call(name: str, arguments: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def _head(service: Service) -> dict[str, Any]:
     return {"model": service.model_name, "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z")}
 
 
-def _ending(running: Running, reason: FinishReason) -> dict[str, Any]:
+def _last_fields(running: Running, reason: FinishReason) -> dict[str, Any]:
     """Counts, and times in nanoseconds."""
     (generation,) = running.generations
     usage, timings = generation.usage, generation.timings

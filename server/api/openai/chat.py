@@ -14,7 +14,7 @@ from prerope.server.api.chat.tool_calls import ChatReader
 from prerope.server.api.connected import while_connected
 from prerope.server.api.limits import sampling_params
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
-from prerope.server.api.openai.replies import Head, found, usage
+from prerope.server.api.openai.replies import Head, documents_of, usage
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, parts_of, start
@@ -42,7 +42,7 @@ async def chat_completions(
         return event_stream(_chunks(head, running.generations, writer))
     replies = await read_all(request, running.generations)
     printed = [writer.choice(index, reply) for index, reply in enumerate(replies)]
-    used = {"usage": usage(running.generations, body.n), **found(running.generations)}
+    used = {"usage": usage(running.generations, body.n), **documents_of(running.generations)}
     return await json_response({**head.fields, "choices": printed, **used, **writer.of_prompt(replies[0])})
 
 
@@ -169,4 +169,4 @@ async def _chunks(
             for part in writer.parts(index, piece):
                 yield {**fields, "choices": [part]}
     if body.include_usage:
-        yield {**fields, "choices": [], "usage": usage(generations, body.n), **found(generations)}
+        yield {**fields, "choices": [], "usage": usage(generations, body.n), **documents_of(generations)}

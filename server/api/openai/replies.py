@@ -51,7 +51,7 @@ def usage(generations: Sequence[Generation], num_choices: int) -> dict[str, Any]
     }
 
 
-def found(generations: Sequence[Generation]) -> dict[str, Any]:
+def documents_of(generations: Sequence[Generation]) -> dict[str, Any]:
     """Of each document that is read on its own, how much of it was there: nothing where there are none."""
     documents = generations[0].documents
     return {"documents": documents} if documents else {}
