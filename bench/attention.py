@@ -18,9 +18,10 @@ from dataclasses import asdict, dataclass
 import torch
 from prerope.cache.attention.dispatch import paged_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
-from prerope.cache.kernels.build import library, prepare
+from prerope.cache.kernels.build import library
 from prerope.rope.model import ModelPositions
 from prerope.rope.reading import PositionMethod
+from prerope.server.models.cpu.build import prepare
 
 from bench import BenchError
 from bench.shared import options

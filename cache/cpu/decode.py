@@ -40,7 +40,7 @@ def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 class KernelShape(ctypes.Structure):
-    """`Shape` of kernels/c/parts.h."""
+    """`Shape` of kernels/c/rows.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("query_heads", "kv_heads", "head_dim", "value_dim", "rotary_dim")),

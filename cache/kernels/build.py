@@ -1,6 +1,7 @@
 """Builds and loads the C kernels of the CPU. Without a C compiler there are none, and torch does the work.
 
-The library is built once for its sources, a compiler and a processor, and kept. It runs its loops on the OpenMP that
+The library is built once for its sources, a compiler and a processor, and kept. Those of attention are here; a server
+builds its models' into the same one (`server.models.cpu.build`). It runs its loops on the OpenMP that
 torch has loaded already: two OpenMP runtimes would fight for the same cores.
 """
 
@@ -13,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,13 @@ import torch
 from prerope.cache.sealed import find_sealed, sealed_name
 
 SOURCES = Path(__file__).parent / "c"
+Functions = Mapping[str, type[ctypes.c_int64] | None]
+"""Name without `prerope_` → what it returns."""
+
+FUNCTIONS: Functions = {
+    **dict.fromkeys(("chunk", "rows", "query_turns", "store")),
+    **dict.fromkeys(("chunk_scratch", "rows_scratch", "plan_rows", "has_dots", "reads"), ctypes.c_int64),
+}
 FLAGS = [
     *("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
     "-ffp-contract=off",  # nothing that lets a compiler round otherwise in one kernel than in another
@@ -54,8 +62,11 @@ def reads(dtype: torch.dtype) -> bool:
     return _library is not None and dtype in DTYPES and bool(_library.prerope_reads(ctypes.c_int64(DTYPES[dtype])))
 
 
-def prepare(directory: Path | None) -> str:
-    """Load the kernels, building them into `directory` (a temporary one when None) if need be; says how that went."""
+def prepare(directory: Path | None, folders: Sequence[Path] = (SOURCES,), functions: Functions = FUNCTIONS) -> str:
+    """Load the kernels, building them into `directory` (a temporary one when None) if need be; says how that went.
+
+    folders: of the sources, which may include each other's headers. functions: what they define.
+    """
     global _library
     if _library is not None:
         return "the C kernels are loaded"
@@ -65,32 +76,32 @@ def prepare(directory: Path | None) -> str:
         missing = "a C compiler (cc)" if compiler is None else "torch's OpenMP library"
         return f"no {missing} found: attention runs in torch, slower"
     directory = directory or Path(tempfile.mkdtemp(prefix="prerope-"))
-    stem, num_damaged = f"kernels-{_fingerprint(compiler)}", 0
+    stem, num_damaged = f"kernels-{_fingerprint(compiler, folders)}", 0
     try:
         target, num_damaged = find_sealed(directory, stem, ".so")
-        target = target or _build(compiler, directory, stem)
+        target = target or _build(compiler, directory, stem, folders)
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
         loaded = ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = _first_error(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
         return f"the C kernels could not be built ({reason}): attention runs in torch, slower"
-    for name in ("chunk", "rows", "query_turns", "linear", "gated", "rms_norm", "store", "layers"):
-        getattr(loaded, f"prerope_{name}").restype = None
-    for name in ("chunk_scratch", "rows_scratch", "linear_scratch", "plan_rows", "has_dots", "reads"):
-        getattr(loaded, f"prerope_{name}").restype = ctypes.c_int64
+    for name, returned in functions.items():
+        getattr(loaded, f"prerope_{name}").restype = returned
     _library = loaded
     damaged = f" (built anew: the copy in {directory} was damaged)" if num_damaged else ""
     return f"the C kernels are loaded{damaged}"
 
 
-def _build(compiler: str, directory: Path, stem: str) -> Path:
+def _build(compiler: str, directory: Path, stem: str, folders: Sequence[Path]) -> Path:
     """Built aside and moved: a file that is there under its name is whole, and two servers may build at once."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        sources, linked = sorted(SOURCES.glob("*.c")), Path(folder, "kernels.so")
+        sources, linked = _files(folders, "*.c"), Path(folder, "kernels.so")
+        included = [argument for one in folders for argument in ("-I", str(one))]
         compiled = [Path(folder, source.stem + ".o") for source in sources]
         _run_all(
-            [compiler, *FLAGS, "-c", str(source), "-o", str(to)] for source, to in zip(sources, compiled, strict=True)
+            [compiler, *FLAGS, *included, "-c", str(source), "-o", str(to)]
+            for source, to in zip(sources, compiled, strict=True)
         )
         # Linked without -fopenmp: its symbols are resolved against the runtime that torch brought.
         _run_all([[compiler, "-shared", *map(str, compiled), "-o", str(linked), "-lm"]])
@@ -114,9 +125,13 @@ def _first_error(stderr: str) -> str:
     return next((line for line in lines if "error" in line), lines[0])
 
 
-def _fingerprint(compiler: str) -> str:
+def _files(folders: Sequence[Path], pattern: str) -> list[Path]:
+    return [file for folder in folders for file in sorted(folder.glob(pattern))]
+
+
+def _fingerprint(compiler: str, folders: Sequence[Path]) -> str:
     h = hashlib.blake2b(" ".join(FLAGS).encode(), digest_size=8)
-    for source in sorted(SOURCES.glob("*.[ch]")):
+    for source in _files(folders, "*.[ch]"):
         h.update(source.read_bytes())
     h.update(subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout)
     cpu = Path("/proc/cpuinfo")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prerope.cache.cpu.arithmetic import multiplies_pairs, multiply_pairs
-from prerope.cache.kernels.build import prepare
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
@@ -16,6 +15,7 @@ from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checks.probe import probe
+from prerope.server.models.cpu.build import prepare
 from prerope.server.models.cpu.trial import choose_arithmetic
 from prerope.server.models.model import choose_device, load_model, resolve
 from prerope.server.models.weights import DTYPES

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from prerope.cache.kernels.build import library, prepare
+from prerope.cache.kernels.build import library
+from prerope.server.models.cpu.build import prepare
 
 from bench import attention
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from prerope.cache.kernels.build import prepare
 from prerope.server.config import EngineConfig
+from prerope.server.models.cpu.build import prepare
 
 import bench.step.__main__ as step
 from bench.shared.shapes import MODELS

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from prerope.cache.kernels.build import library, prepare
+from prerope.cache.kernels.build import library
 from prerope.server.machine.places import default_cache_dir
+from prerope.server.models.cpu.build import prepare
 
 
 @pytest.fixture(scope="session")

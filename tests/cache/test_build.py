@@ -10,6 +10,7 @@ from prerope.cache.attention.dispatch import paged_attention
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.kernels import build
+from prerope.server.models.cpu.build import SOURCES, prepare
 
 from tests.cache.layouts import method, one_group, paged, rotary
 
@@ -17,7 +18,8 @@ from tests.cache.layouts import method, one_group, paged, rotary
 @pytest.mark.usefixtures("decode_kernel")
 def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As GCC 11 is: keys in fp16 are read by the specification then, and by the kernels where they can be."""
-    kept = build._fingerprint("cc")
+    folders = build.SOURCES, SOURCES
+    kept = build._fingerprint("cc", folders)
     positions = one_group(method("rerope", rotary(64, 64)))
     step = paged([(90, 1), (0, 40)], [positions] * 2, head_dim=64, dtype=torch.float16)
     arguments = (step.query, step.keys, step.values, step.metadata, AttentionOptions(0.125, ""))
@@ -26,8 +28,8 @@ def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(paged_attention(*arguments), expected, rtol=0, atol=2e-3)
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-U__FLT16_MAX__", "-O1"])  # an optimiser has no part in it
     monkeypatch.setattr(build, "_library", None)
-    build.prepare(tmp_path)
+    prepare(tmp_path)
     assert [build.reads(dtype) for dtype in build.DTYPES] == [True, True, False]
     step.metadata.plans.clear()
     torch.testing.assert_close(paged_attention(*arguments), expected, rtol=0, atol=2e-3)
-    assert build._fingerprint("cc") != kept
+    assert build._fingerprint("cc", folders) != kept

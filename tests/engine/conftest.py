@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from prerope.cache.kernels.build import prepare
 from prerope.server.machine.places import default_cache_dir
+from prerope.server.models.cpu.build import prepare
 
 from tests.device import DEVICE
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prerope.cache.kernels.build import prepare
 from prerope.server.engine.engine import Engine
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checks.probe import probe
+from prerope.server.models.cpu.build import prepare
 from prerope.server.models.model import Model
 from prerope.server.models.shares import share_out
 from prerope.server.ranks.group import Ranks

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map_only
 from tests.engine.tiny_models import VOCABULARY, two_layers
 
 pytest.importorskip("triton")
-from prerope.cache.kernels.triton import elementwise
+from prerope.server.models.cuda import elementwise
 
 ROWS = 5
 

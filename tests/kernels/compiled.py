@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import triton
-from prerope.cache.kernels.triton import decode, elementwise, prefill, splits, store
+from prerope.cache.kernels.triton import decode, prefill, splits, store
 from prerope.cache.kernels.triton.launch import Config, constants
 from prerope.cache.kernels.triton.read import RECORDS
+from prerope.server.models.cuda import elementwise
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

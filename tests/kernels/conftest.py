@@ -74,7 +74,7 @@ def hasten(patch: pytest.MonkeyPatch) -> None:
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         """Of a device function. Patching triton.language anew at every call would be half of all time."""
         module = self.fn.__module__
-        if module.startswith("prerope.cache.") or module in patched:
+        if module.startswith("prerope.") or module in patched:
             return self.rewrite()(*arguments, **named)
         patched.add(module)
         return device_function(self, *arguments, **named)

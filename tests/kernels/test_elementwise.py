@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from prerope.cache.kernels.triton import elementwise
-from prerope.cache.kernels.triton.elementwise import add_rms_norm, rms_norm, silu_mul
+from prerope.server.models.cuda import elementwise
+from prerope.server.models.cuda.elementwise import add_rms_norm, rms_norm, silu_mul
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm

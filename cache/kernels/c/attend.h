@@ -10,7 +10,7 @@
  * that a row does not see weigh 0, which changes no bit. So a row's result depends on nothing but its keys: whoever walks
  * over its spans, alone or with the rest of its chunk, in whatever order, and merges them in order, finds the same.
  */
-#include "parts.h"
+#include "rows.h"
 #include "vectors.h"
 
 #define KEYS 64  /* of a tile */

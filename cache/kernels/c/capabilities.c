@@ -1,7 +1,5 @@
 /* What these kernels can do as they were compiled. */
-#include <stdint.h>
-
-#include "dtypes.h"
+#include "vectors.h"
 
 /* Whether keys, values and queries of this dtype are read. */
 int64_t prerope_reads(int64_t dtype) {
@@ -11,3 +9,6 @@ int64_t prerope_reads(int64_t dtype) {
     return dtype == FP32 || dtype == BF16;
 #endif
 }
+
+/* Whether this processor multiplies pairs of bf16. */
+int64_t prerope_has_dots(void) { return HAS_DOTS; }

@@ -1,4 +1,4 @@
-"""The C kernels of cache/kernels/c/linear.c as calls on tensors: products, the gated MLP, the RMS norm.
+"""The C kernels of c/linear.c as calls on tensors: products, the gated MLP, the RMS norm.
 
 Activations are bf16 and weights bf16 or int8 with a scale a row, or both are fp32. Weights are read where transformers
 or torchao put them, so they must not move afterwards. Scratch is shared and pointers are kept in place from call to
@@ -31,7 +31,7 @@ FULL, WIDENED, DOTS, BYTES, BYTE_DOTS = range(5)
 
 
 class KernelPart(ctypes.Structure):
-    """`Part` of kernels/c/parts.h."""
+    """`Part` of c/linear.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scales", "bias", "out")),
@@ -40,7 +40,7 @@ class KernelPart(ctypes.Structure):
 
 
 class KernelLinear(ctypes.Structure):
-    """`Linear` of kernels/c/parts.h."""
+    """`Linear` of c/linear.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "num_parts", "threads", "kind")),
@@ -80,7 +80,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _kind(weight: Tensor) -> int:
-    """What a product with this weight is to kernels/c/parts.h."""
+    """What a product with this weight is to c/linear.h."""
     if weight.dtype == torch.float32:
         return FULL
     if is_quantized(weight):

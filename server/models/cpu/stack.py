@@ -2,7 +2,7 @@
 
 Where every layer has the short forward of `layers`, with the norms, products and gate of `products`, and nothing but an
 embedding, a norm and a linear layer stands around them, a step runs here and gives the logits that it would give module
-by module, to the bit. In a step of few rows all decoder layers are one call of kernels/c/layers.c: a
+by module, to the bit. In a step of few rows all decoder layers are one call of c/layers.c: a
 product of a small model takes 15 to 100 µs, and the way to the next one through Python as long.
 """
 
@@ -56,7 +56,7 @@ class _Parts:
     """What one layer is made of.
 
     Attributes:
-        products: of the step in one call, in the order of kernels/c/layers.c; their results stay where that wants them.
+        products: of the step in one call, in the order of c/layers.c; their results stay where that wants them.
         query_key_value, output, mlp: of all other steps.
     """
 

@@ -1,4 +1,4 @@
-"""What CUDA has for the modules of a model: merged products of torch, and the Triton kernels of kernels/elementwise.py.
+"""What CUDA has for the modules of a model: merged products of torch, and the Triton kernels of elementwise.py.
 
 Linear layers of one input become one product of one weight. A decode step's products are bound by reading weights, and
 one large product reads them nearer to the memory's rate than three small ones, whose grids do not fill a GPU. The
@@ -88,7 +88,7 @@ class GatedProducts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
-        from prerope.cache.kernels.triton.elementwise import silu_mul
+        from prerope.server.models.cuda.elementwise import silu_mul
 
         gate_up = self._first.together(x)
         gated = silu_mul(gate_up.view(-1, gate_up.shape[-1]))
@@ -97,20 +97,20 @@ class GatedProducts:
 
 
 class RMSNorm:
-    """`cache.kernels.triton.elementwise.rms_norm` of one weight."""
+    """`server.models.cuda.elementwise.rms_norm` of one weight."""
 
     def __init__(self, weight: Tensor, eps: float, *, add_one: bool, round_once: bool) -> None:
         self.weight, self.eps, self.add_one, self.round_once = weight.detach(), eps, add_one, round_once
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., width] → the same shape, dims in the order of those of x in memory."""
-        from prerope.cache.kernels.triton.elementwise import rms_norm
+        from prerope.server.models.cuda.elementwise import rms_norm
 
         return rms_norm(x, self.weight, self.eps, add_one=self.add_one, round_once=self.round_once)
 
     def add(self, residual: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """residual and x [..., width] → (their sum, its norm)."""
-        from prerope.cache.kernels.triton.elementwise import add_rms_norm
+        from prerope.server.models.cuda.elementwise import add_rms_norm
 
         return add_rms_norm(residual, x, self.weight, self.eps, add_one=self.add_one, round_once=self.round_once)
 

@@ -13,7 +13,7 @@
  */
 #include <stddef.h>
 
-#include "parts.h"
+#include "linear.h"
 #include "vectors.h"
 
 #define BLOCK 16 /* weight rows of a unit of work of few rows */
@@ -291,9 +291,6 @@ void prerope_linear(const Linear *linear, int64_t few_rows, float *scratch) {
     if (linear->rows <= few_rows) few(linear, scratch);
     else many(linear, scratch);
 }
-
-/* Whether this processor multiplies pairs of bf16. */
-int64_t prerope_has_dots(void) { return HAS_DOTS; }
 
 /* --- between products ------------------------------------------------------------------------------------------------- */
 

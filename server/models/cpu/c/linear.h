@@ -1,8 +1,6 @@
-/* What kernels are given, and the parts of them that `layers.c` runs inside a parallel region of its own: a function with
- * a loop in it must be called by all threads of the region, and ends with their barrier. */
+/* Linear layers: what kernels are given, and the parts of them that `layers.c` runs inside a parallel region of its own: a
+ * function with a loop in it must be called by all threads of the region, and ends with their barrier. */
 #include <stdint.h>
-
-/* --- linear.c --- */
 
 /* Weights in fp32; in bf16, widened or multiplied in pairs; in int8 with scales, likewise. Activations, biases and results
  * are fp32 with weights in fp32, else bf16. */
@@ -28,22 +26,3 @@ void linear_few(const Linear *linear, const void *x);                           
 void silu_mul(void *gate, const void *up, int64_t n, int64_t dtype);
 void rms_norm(const void *x, const void *weight, void *out, int64_t n, float eps, int64_t add_one, int64_t dtype);
 void add_rows(uint16_t *to, const uint16_t *from, int64_t n); /* to += from, rounded */
-
-/* --- rows.c --- */
-
-typedef struct {
-    int64_t query_heads, kv_heads, head_dim, value_dim, rotary_dim, block_size;
-    int64_t query_dtype, dtype; /* of queries and results; of keys and values */
-    int64_t interleaved;        /* pairs are (2m, 2m+1) */
-    int64_t dots;               /* keys and values of bf16 are multiplied in pairs */
-    float scale, softcap;       /* softcap 0: off */
-    const float *slopes;        /* [Hq] or null: a score falls by slope·(i − j) */
-} Shape;
-
-typedef struct RowPlan RowPlan;
-
-/* A loop over the work of all rows, query [rows, Hq, D]; `scratch` as in prerope_rows. */
-void rows_attend(const Shape *shape, const RowPlan *plan, const void *query, const void *keys, const void *values,
-                 float *scratch);
-/* What was found for one row, merged, to out [rows, Hq, Dv]. */
-void row_finish(const Shape *shape, const RowPlan *plan, int64_t row, const float *sinks, float *scratch, void *out);

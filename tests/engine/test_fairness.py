@@ -5,24 +5,45 @@ The scheduler and the block tables are the real ones; only the model is left out
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.server.engine.scheduler import Scheduler
+from prerope.server.engine.scheduler import OLDEST_SHARE, Scheduler
 from prerope.server.engine.sequence import Sequence
+from prerope.server.engine.step import Scheduled
 
-from bench import BenchError
-from bench.fairness.__main__ import steps_bound
-from bench.fairness.load import Latencies
-from bench.fairness.policy import FifoScheduler, most_steps, scheduling
-from bench.fairness.report import Fairness, report
-from tests.conftest import Servers
 from tests.engine.scripted import sequence, unique
+
+
+class FifoScheduler(Scheduler):
+    """What a chunked-prefill scheduler does that orders prompts by arrival alone: the oldest gets the whole budget, and
+    the next what is left once it is done. Decodes first, as in the product."""
+
+    def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
+        if budget <= 0:
+            return
+        for one in sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank):
+            num_tokens = min(one.num_remaining_tokens, budget)
+            known = one.num_computed_tokens
+            if num_tokens and one.request_id in self.running and self._grow(one, known + num_tokens, plan):
+                plan.append(Scheduled.of(one, num_tokens, known))
+                budget -= num_tokens
+
+
+def most_steps(budget: int, num_decodes: int, num_short_tokens: int) -> int:
+    """Steps from a short request's arrival to its first token, at most, the step that runs when it comes included.
+
+    budget: tokens of a step, B. num_decodes: running streams, D. num_short_tokens: of all prompts that are not longer
+    than what is left of it, its own included, n: those are served before it. Each step leaves B − D − ⌊(B − D) ÷ 4⌋
+    tokens to them. This supposes that the request is admitted at once: the cache has room, and no more than
+    MAX_NUM_SEQS run.
+    """
+    left = budget - num_decodes
+    share = left - max(1, left // OLDEST_SHARE)
+    if share < 1:
+        raise ValueError(f"a budget of {budget} tokens leaves nothing to prefill beside {num_decodes} decodes")
+    return 1 + -(-num_short_tokens // share)
 
 
 class Steps:
@@ -120,59 +141,3 @@ def test_fifo_breaks_the_bound_by_the_length_of_what_is_before() -> None:
         waits.append(steps.to_first_token([sequence(unique(20))]))
     assert all(wait > most_steps(100, 1, 20) for wait in waits)
     assert waits[2] > 1.9 * waits[1] > 3.6 * waits[0], "in proportion"
-
-
-def test_the_rival_is_served_by_the_products_own_app(serve: Servers, tiny_checkpoint: Path) -> None:
-    """Only the scheduler differs, and not what is generated."""
-    body = {"prompt": list(range(1000, 1100)), "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    replies = {}
-    for policy in ("ours", "fifo"):
-        with scheduling(policy):
-            url = serve(model_id=str(tiny_checkpoint), max_batched_tokens=64)
-        scheduler = serve.running(url).service.engine.engine.scheduler
-        assert type(scheduler) is (FifoScheduler if policy == "fifo" else Scheduler)
-        replies[policy] = httpx.post(f"{url}/generate", json=body, timeout=60).raise_for_status().json()["token_ids"]
-    assert replies["fifo"] == replies["ours"]
-    with pytest.raises(ValueError, match="no policy 'lifo'"), scheduling("lifo"):
-        pass
-
-
-def options(**changes: float) -> argparse.Namespace:
-    return argparse.Namespace(**{"budget": 512, "short_tokens": 64, "short_every": 4.0} | changes)
-
-
-def test_the_bound_of_a_measurement_counts_the_short_requests_that_come_together() -> None:
-    assert steps_bound(options(), 1.0) == 2
-    assert steps_bound(options(short_tokens=300), 1.0) == 3
-    with pytest.raises(BenchError, match="raise --short-every"):
-        steps_bound(options(short_every=0.01), 3.0)
-
-
-def found(ours: list[float], fifo: list[float], *, waiting: float = 0.0) -> Fairness:
-    """A step of 1 s: the bounds are 2 s and 1 s."""
-    about = {"date": "today", "cpu": "a", "cores": 2, "in_flight": 2, "long_tokens": 6144, "short_tokens": 64}
-    about |= {"short_every": 4, "seconds": 100}
-    gaps = [(0.0, 0.5), (1.0, 0.9)]
-    latencies = {
-        "ours": Latencies([(float(at), ttft) for at, ttft in enumerate(ours)], [(9.0, waiting)], gaps, 3),
-        "fifo": Latencies([(float(at), ttft) for at, ttft in enumerate(fifo)], [(9.0, 40.0)], gaps, 3),
-    }
-    return Fairness(about, latencies, budget=512, chunk_s=1.0, steps=2)
-
-
-def test_a_report_says_whether_the_bounds_held(tmp_path: Path) -> None:
-    good = found([1.0, 1.5, 1.9], [20.0, 30.0])
-    assert good.held
-    assert good.keeps("fifo") == (False, True)
-    made = report(good)
-    assert [path.stat().st_size > 0 for path in made.save(tmp_path)] == [True] * 3
-    text = (tmp_path / "fairness.md").read_text()
-    assert "Both bounds held" in text
-    assert "25.00" not in text, "the request that FIFO left without an answer counts as what it waited"
-
-
-def test_a_slow_answer_and_one_that_never_came_break_the_bound() -> None:
-    assert not found([1.0, 2.5], [20.0]).held
-    assert not found([1.0, 1.0], [20.0], waiting=7.0).held
-    assert found([1.0, 1.0], [20.0], waiting=1.5).held, "it had just come"
-    assert not found([], [20.0]).held, "nothing was measured"

@@ -1,1 +1,0 @@
-"""Do long prompts make short requests wait, and running streams stutter?"""
