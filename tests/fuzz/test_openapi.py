@@ -77,11 +77,11 @@ def answers_as_documented(case: Any, url: str) -> None:
         assert response.text.endswith("data: [DONE]\n\n") or "event: error" in response.text
 
 
-def _test_of(method: str, path: str, schema: Any) -> Any:
+def _test_of(method: str, path: str, schema: Any, max_examples: int = 10) -> Any:
     """All phases of one operation, under a name of its own: items of one name would be run once by xdist."""
 
     @schema.include(method=method.upper(), path=path).parametrize()
-    @budget(10)
+    @budget(max_examples)
     def test(case: Any, url: str) -> None:
         answers_as_documented(case, url)
 
@@ -91,7 +91,7 @@ def _test_of(method: str, path: str, schema: Any) -> Any:
 for _path, _item in DOCUMENT["paths"].items():
     for _method in _item:
         _name = f"test_{_method}{re.sub(r'[^a-z0-9]+', '_', _path)}"
-        globals()[_name] = _test_of(_method, _path, no_edges if _path in LARGE else api)
+        globals()[_name] = _test_of(_method, _path, no_edges, 30) if _path in LARGE else _test_of(_method, _path, api)
         if _path in LARGE:
             globals()[f"{_name}_at_its_edges"] = pytest.mark.slow(_test_of(_method, _path, api))
 
