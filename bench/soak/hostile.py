@@ -48,9 +48,9 @@ def chat(content: Any, **more: Any) -> Post:
 def explosive_grammars(share: float) -> list[Post]:
     """By their number alone are there fewer: each is small, and as costly as it was."""
     grammars: list[dict[str, Any]] = [
-        {"grammar": doubling("a")},
         {"regex": ".?" * 32_000},
         {"json_schema": {"type": "integer", "multipleOf": 99999989}},
+        {"grammar": doubling("a")},
         *({"grammar": doubling(one)} for one in "bc"),
     ]
     posts: list[Post] = [(GENERATE, {"prompt": "Hi", "max_tokens": 64, **grammar}) for grammar in grammars]

@@ -51,7 +51,7 @@ QUICK = {"many items": 1 / 64}
 """What of a body is sent where it is quick; of all others an eighth."""
 
 
-@pytest.mark.parametrize("share", [None, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [None, pytest.param(1, marks=pytest.mark.slow)], ids=["quick", "whole"])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_nobody_else_is_held_up(
     url: str, attack: Callable[[str, str, float], list[int]], name: str, share: float | None
