@@ -24,8 +24,10 @@ from typing import Any
 
 import psutil
 import torch
+from prerope.cache.attention.selection import selects_from
 from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions
+from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.loading import load_engine
@@ -61,7 +63,7 @@ class Decoding:
     def step(self, positions: ModelPositions, context: int) -> None:
         """One token a row, the last of `context`; the tokens it gives are the next step's."""
         chunks = [
-            Chunk([token], context - 1, table, positions, 1)
+            Chunk([token], context - 1, table, positions, 1, selects_from=selects_from(positions.select, 0))
             for token, table in zip(self._tokens, self._tables, strict=True)
         ]
         batch = build_batch(chunks, self._block_size, self._engine.model.device)
@@ -112,8 +114,10 @@ def measure(engine: Engine, asked: argparse.Namespace) -> Rounds:
 
 
 def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
-    """As it is served, with room for all rows at the longest context and no more."""
+    """As it is served, with room for all rows at the longest context and no more, and for bounds where any choose."""
+    select = max((method.spec.select or 0 for method in asked.methods), default=0)
     config = EngineConfig(
+        rope=RopeSpec(select=select or None),
         dtype=asked.dtype,
         device=asked.device,
         max_model_len=asked.contexts[-1],

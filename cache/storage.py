@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from prerope.cache.cpu.bounds import KeyBounds
 from prerope.cache.kernels.build import library
 from torch import Tensor
 
@@ -54,12 +55,20 @@ class KVStorage:
         device: torch.device,
         states: Sequence[StateShape] = (),
         num_states: int = 0,
+        *,
+        bounded: bool = False,
     ) -> None:
+        """bounded: room for bounds of keys, by which rows may choose what they read."""
+
         def allocate(heads: int, dim: int) -> Tensor:
             return _zeros((num_blocks, block_size, heads, dim), dtype, device)
 
         self.keys = [allocate(layer.num_kv_heads, layer.key_dim) for layer in layers]
         self.values = [allocate(layer.num_kv_heads, layer.value_dim) for layer in layers]
+        self.bounds: KeyBounds | None = None
+        if bounded:
+            shapes = [KeyBounds.shape_of(keys.shape) for keys in self.keys]
+            self.bounds = KeyBounds(self.keys, [_zeros(shape, dtype, device) for shape in shapes])
         self.states = [_zeros((num_states, *state.shape), state.dtype, device) for state in states]
 
     def store(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
@@ -85,6 +94,8 @@ class KVStorage:
 
         Keys are raw, so there is nothing to turn wherever they go.
         """
+        if self.bounds is not None:
+            self.bounds.forget(target)
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             key, value = (tensor.view(-1, *tensor.shape[2:]).index_select(0, source) for tensor in (keys, values))
             self.store(layer, key, value, target)
@@ -98,6 +109,8 @@ class KVStorage:
     def write_blocks(self, blocks: Sequence[int], payloads: Tensor) -> None:
         """What `read_blocks` gave, into these blocks."""
         index, start = torch.tensor(blocks, device=self.keys[0].device), 0
+        if self.bounds is not None:
+            self.bounds.forget(index * self.keys[0].shape[1])
         for tensor in (*self.keys, *self.values):
             size = tensor[0].numel() * tensor.itemsize
             rows = payloads[:, start : start + size].contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
@@ -118,6 +131,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
 
 
-def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers."""
-    return block_size * sum(layer.token_bytes(dtype) for layer in layers)
+def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype, *, bounded: bool = False) -> int:
+    """Bytes of one block over all layers, and of its keys' bounds where there are any."""
+    keys = [(1, block_size, layer.num_kv_heads, layer.key_dim) for layer in layers]
+    bounds = sum(math.prod(KeyBounds.shape_of(shape)) for shape in keys) * dtype.itemsize
+    return block_size * sum(layer.token_bytes(dtype) for layer in layers) + bounds * bounded

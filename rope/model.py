@@ -53,6 +53,11 @@ class ModelPositions:
         """What it takes once readings of all lengths have been asked for."""
         return sum(method.max_bytes for method in self.methods.values())
 
+    @property
+    def select(self) -> int | None:
+        """Far tokens that a row of a reply reads; None: all. Rows of prompts, and so `digest`, know nothing of it."""
+        return None if self.spec is None else self.spec.select
+
     def block_seed(self, end: int) -> bytes:
         """What a block that ends before row `end` mixes into its hash beside tokens and parent."""
         return self.plain_digest if end <= self.plain_rows else self.digest
@@ -60,7 +65,8 @@ class ModelPositions:
     def describe(self) -> dict[str, object]:
         """JSON-ready: the method's name, its resolved parameters and L."""
         method = self.methods[self.main]
-        return {"method": method.name, **method.parameters, "train_length": method.train_length}
+        selected = {} if self.select is None else {"select": self.select}
+        return {"method": method.name, **method.parameters, **selected, "train_length": method.train_length}
 
     def warnings(self) -> list[str]:
         return [method.rule.warning for method in self.methods.values() if method.rule.warning]

@@ -48,6 +48,7 @@ class RopeSpec:
         group: tokens that share a far position (Self-Extend's G), or that are near or far together (jagged ReRoPE's B).
         sinks: the first tokens of a prompt, which every row reads (StreamingLLM's S).
         logn: scale row i's query by max(1, ln(i+1) / ln L).
+        select: far tokens that a row of a reply reads, chosen by its query; None reads all.
         train_length: L, in tokens; None takes the model config's.
     """
 
@@ -57,6 +58,7 @@ class RopeSpec:
     leak: float | None = None
     group: int | None = None
     sinks: int | None = None
+    select: int | None = None
     logn: bool = False
     train_length: int | None = None
 
@@ -86,6 +88,7 @@ PARAMETERS: dict[str, type[int] | type[float]] = {
     "leak": float,
     "group": int,
     "sinks": int,
+    "select": int,
     "train_length": int,
 }
 """Fields of a `RopeSpec` that take a number."""

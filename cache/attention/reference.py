@@ -6,6 +6,7 @@ Every fast path is tested against this.
 from __future__ import annotations
 
 import torch
+from prerope.cache.attention.selection import selected_keys
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.rope.scores import method_scores
 from torch import Tensor
@@ -29,6 +30,7 @@ def attend_sequence(
 ) -> Tensor:
     """query [R, Hq, D], key and value [n, Hkv, D], fp32 → [R, Hq, Dv]. The keys are the last n of the sequence."""
     group_size = query.shape[1] // key.shape[1]
+    chosen = _chosen(query, key, sequence, options)
     key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
     i = torch.arange(sequence.start, sequence.length, device=query.device)
     j = torch.arange(sequence.length - len(key), sequence.length, device=query.device)
@@ -36,6 +38,8 @@ def attend_sequence(
 
     scores = _scores(query, key, sequence, options) * options.scale  # [Hq, R, n]
     visible = (distance >= 0) & ~scores.isneginf()
+    if chosen is not None:
+        visible &= chosen
     if options.slopes is not None:
         scores = scores - options.slopes[:, None, None] * distance
     if options.sliding_window is not None:
@@ -49,6 +53,19 @@ def attend_sequence(
     else:
         weights = scores.softmax(-1)
     return torch.einsum("hij,jhd->ihd", weights, value)
+
+
+def _chosen(query: Tensor, key: Tensor, sequence: SequenceRows, options: AttentionOptions) -> Tensor | None:
+    """[Hq, R, n] bool: the keys that rows read; None: all. Where rows choose, the keys are all of the sequence."""
+    tokens = sequence.selected(options)
+    if tokens is None:
+        return None
+    assert len(key) == sequence.length
+    chosen = torch.ones(key.shape[1], len(query), len(key), dtype=torch.bool, device=query.device)
+    for row, position in enumerate(range(sequence.start, sequence.length)):
+        if position >= sequence.selects_from:
+            chosen[:, row] = selected_keys(query[row], key, position, tokens)
+    return chosen.repeat_interleave(query.shape[1] // key.shape[1], dim=0)
 
 
 def _scores(query: Tensor, key: Tensor, sequence: SequenceRows, options: AttentionOptions) -> Tensor:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prerope.rope.model import ModelPositions
-from prerope.rope.reading import PositionMethod
+from prerope.rope.reading import UNBOUNDED, PositionMethod
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from prerope.cache.cpu.bounds import KeyBounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,7 @@ class SequenceRows:
     """The rows of one sequence in a step: `count` of them from packed row `first`, at positions `start`, `start` + 1, …
 
     block_table: [blocks] int64, on the host whatever the device: where positions 0 … start + count − 1 live.
+    selects_from: rows from this position on choose the far keys that they read (`cache.attention.selection`).
     """
 
     first: int
@@ -27,11 +31,18 @@ class SequenceRows:
     start: int
     block_table: Tensor
     positions: ModelPositions
+    selects_from: int = UNBOUNDED
 
     @property
     def length(self) -> int:
         """Keys that the last row reads."""
         return self.start + self.count
+
+    def selected(self, options: AttentionOptions) -> int | None:
+        """Far tokens that its rows read in a layer; None: all, as in layers that reach no further than a window."""
+        if self.length <= self.selects_from or options.sliding_window is not None:
+            return None
+        return self.positions.select
 
     def same_sequence(self, other: SequenceRows) -> bool:
         """Whether both are of one sequence: of its one table of blocks."""
@@ -46,12 +57,14 @@ class AttentionMetadata:
         sequences: in packed order.
         slot_mapping: [T] int64: block·block_size + offset, where each packed row's K and V are stored.
         plans: what a backend works out once a step, whatever the layer; keyed by the backend.
+        bounds: of keys, as far as rows choose by them, where a backend wants them made; see `cache.cpu.bounds`.
     """
 
     sequences: list[SequenceRows]
     slot_mapping: Tensor
     block_size: int
     plans: dict[Hashable, Any] = field(default_factory=dict)
+    bounds: KeyBounds | None = None
 
     @property
     def num_rows(self) -> int:

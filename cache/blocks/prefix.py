@@ -3,7 +3,8 @@
     h(b) = H( h(b−1), tokens of b, seed of b, documents in b )          h(−1) = H( salt )
 
 K and V above the first layer depend on the position method, so each block's seed is the digest of the resolved method,
-except where the block lies wholly in the rows that the method reads plainly (`ModelPositions.block_seed`).
+except where the block lies wholly in the rows that the method reads plainly (`ModelPositions.block_seed`). Rows of a
+reply that leave far keys out (`cache.attention.selection`) are in blocks that only the same reply finds again.
 """
 
 from __future__ import annotations
@@ -14,17 +15,25 @@ from collections.abc import Sequence
 
 from prerope.cache.blocks.documents import DocumentSpan, layout
 from prerope.rope.model import ModelPositions
+from prerope.rope.reading import UNBOUNDED
 
 
 class PrefixHasher:
     """The hash chain of one sequence, extended as its tokens become known. Append-only."""
 
     def __init__(
-        self, block_size: int, positions: ModelPositions, salt: str, documents: Sequence[DocumentSpan] = ()
+        self,
+        block_size: int,
+        positions: ModelPositions,
+        salt: str,
+        documents: Sequence[DocumentSpan] = (),
+        selects_from: int = UNBOUNDED,
     ) -> None:
+        """selects_from: the first row that may leave far keys out."""
         self._block_size = block_size
         self._documents = documents
         self._positions = positions
+        self._selects_from = selects_from
         self._root = hashlib.blake2b(salt.encode(), digest_size=16).digest()
         self.hashes: list[bytes] = []
 
@@ -55,4 +64,6 @@ class PrefixHasher:
         h = hashlib.blake2b(self.hashes[index - 1] if index else self._root, digest_size=16)
         h.update(array("q", token_ids).tobytes())
         h.update(self._positions.block_seed(end))
+        if end > self._selects_from:
+            h.update(repr(("selects", self._positions.select, self._selects_from)).encode())
         return h

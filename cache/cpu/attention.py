@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
-from prerope.cache.cpu.decode import can_attend, decode, plan_step
+from prerope.cache.cpu.decode import can_attend, decode, plan_step, split
 from prerope.cache.cpu.prefill import prefill
 from torch import Tensor
 
@@ -25,11 +25,11 @@ def cpu_attention(
     native = _is_native(query, keys, values, metadata)
     plan = plan_step(metadata, options) if native else None
     if plan is not None and plan.num_rows == len(query):
-        return decode(plan, query, keys, values, options)
+        return decode(plan, query, keys, values, options, metadata.bounds)
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     if plan is not None:
-        out[plan.rows] = decode(plan, query[plan.rows], keys, values, options)
-    for chunks in _chunks(metadata, () if plan is None else tuple(plan.rows)):
+        out[plan.rows] = decode(plan, query[plan.rows], keys, values, options, metadata.bounds)
+    for chunks in _chunks(metadata, options, () if plan is None else tuple(plan.rows)):
         packed = slice(chunks[0].first, chunks[-1].first + chunks[-1].count)
         if native:
             out[packed] = prefill(query[packed], keys, values, chunks, metadata, options)
@@ -49,11 +49,12 @@ def _is_native(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionM
     return native
 
 
-def _chunks(metadata: AttentionMetadata, few: tuple[int, ...]) -> list[list[SequenceRows]]:
+def _chunks(metadata: AttentionMetadata, options: AttentionOptions, few: tuple[int, ...]) -> list[list[SequenceRows]]:
     """Chunks of the same sequence that follow one another in the step, together. few: first rows that are left out."""
     key = ("chunks", few)
     if key not in metadata.plans:
-        metadata.plans[key] = _together([one for one in metadata.sequences if one.first not in few])
+        sequences = split(metadata.sequences, options)
+        metadata.plans[key] = _together([one for one in sequences if one.first not in few])
     chunks: list[list[SequenceRows]] = metadata.plans[key]
     return chunks
 
@@ -88,7 +89,7 @@ def _fallback(
     for begin in range(0, sequence.count, tile):
         count, start = min(tile, sequence.count - begin), sequence.start + begin
         blocks = sequence.block_table[: -(-(start + count) // metadata.block_size)]
-        rows = SequenceRows(0, count, start, blocks, sequence.positions)
+        rows = SequenceRows(0, count, start, blocks, sequence.positions, sequence.selects_from)
         step = replace(metadata, sequences=[rows], plans={})
         out[begin : begin + count] = reference_attention(query[begin : begin + count], keys, values, step, options)
     return out

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from prerope.cache.attention.selection import UNIT, far_units, units_of
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.cache.cpu.arithmetic import multiplies_pairs
+from prerope.cache.cpu.bounds import KeyBounds
 from prerope.cache.cpu.turns import READINGS
 from prerope.cache.kernels.build import DTYPES, kernels, reads
 from prerope.rope.reading import UNBOUNDED, PositionMethod
@@ -71,7 +73,11 @@ def kernel_shape(
 class _Row(ctypes.Structure):
     """`Row` of kernels/c/rows.c."""
 
-    _fields_ = [("reading", ctypes.c_void_p), ("blocks", ctypes.c_void_p), ("position", ctypes.c_int64)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("reading", "blocks")),
+        *((name, ctypes.c_int64) for name in ("position", "far_count", "far_first", "far_stop")),
+        *((name, ctypes.c_int64) for name in ("units_before", "chosen_before")),
+    ]
 
 
 class KernelPlan(ctypes.Structure):
@@ -79,6 +85,7 @@ class KernelPlan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_items", "most_parts", "reach")),
+        *((name, ctypes.c_int64) for name in ("num_found", "num_units", "num_chosen")),
         *((name, ctypes.c_void_p) for name in ("rows", "scales", "turns", "items", "row_items")),
     ]
 
@@ -89,30 +96,37 @@ class DecodePlan:
 
     Attributes:
         rows: the packed rows.
-        num_found: rows of all its items, for each of which something is found.
     """
 
     plan: KernelPlan
     held: tuple[Any, ...]
     rows: list[int]
-    num_found: int
     method: PositionMethod | None
 
     @property
     def num_rows(self) -> int:
         return len(self.rows)
 
-    def scratch(self, shape: KernelShape) -> Tensor:
-        """What the kernel wants, fp32."""
-        return torch.empty(kernels().prerope_rows_scratch(ctypes.byref(shape), ctypes.c_int64(self.num_found)))
+    @property
+    def selects(self) -> bool:
+        """Whether any row leaves far keys out."""
+        return bool(self.plan.num_chosen)
+
+    def scratch_size(self, shape: KernelShape) -> int:
+        """Of what the kernel wants, in fp32 numbers."""
+        return int(kernels().prerope_rows_scratch(ctypes.byref(shape), ctypes.byref(self.plan)))
 
 
 def few_rows(sequences: Sequence[SequenceRows]) -> list[SequenceRows]:
-    """Those that are planned here: single rows, and few of a sequence, unless more of it stand beside them."""
+    """Those that are planned here: single rows, and few of a sequence, unless more of it stand beside them.
+
+    And all rows that leave far keys out, however many.
+    """
     return [
         one
         for place, one in enumerate(sequences)
         if one.count == 1
+        or one.start >= one.selects_from
         or (
             one.count <= FEW_ROWS
             and one.count * (one.length // SPAN + 1) <= MAX_SPANS
@@ -123,25 +137,50 @@ def few_rows(sequences: Sequence[SequenceRows]) -> list[SequenceRows]:
     ]
 
 
+def split(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Sequence[SequenceRows]:
+    """Those of which only some rows choose their far keys in two: those before, and those that do."""
+    if all(one.selected(options) is None for one in sequences):
+        return sequences
+    parts: list[SequenceRows] = []
+    for one in sequences:
+        before = one.selects_from - one.start
+        if one.selected(options) is None or before <= 0:
+            parts.append(one)
+            continue
+        parts.append(replace(one, count=before))
+        parts.append(replace(one, first=one.first + before, start=one.start + before, count=one.count - before))
+    return parts
+
+
 def plan_step(metadata: AttentionMetadata, options: AttentionOptions) -> DecodePlan | None:
     """The plan of a step's sequences of few rows, for all layers with these options; None where there are none."""
     key = ("decode", options.group, options.sliding_window)
     if key not in metadata.plans:
-        few = few_rows(metadata.sequences)
+        few = few_rows(split(metadata.sequences, options))
         metadata.plans[key] = _plan(few, options) if few else None
     plan: DecodePlan | None = metadata.plans[key]
     return plan
 
 
-def decode(plan: DecodePlan, rows: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-    """Attention of the plan's query rows [R, Hq, D], in its order → [R, Hq, Dv]; keys as in `Attention`."""
+def decode(
+    plan: DecodePlan,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    options: AttentionOptions,
+    bounds: KeyBounds | None = None,
+) -> Tensor:
+    """Attention of the plan's query rows [R, Hq, D], in its order → [R, Hq, Dv]; keys as in `Attention`.
+
+    bounds: where any row chooses by them.
+    """
     rows = rows.contiguous()
     shape = kernel_shape(rows.shape[1], rows.dtype, keys, values, plan.method, options)
-    out, scratch = rows.new_empty(*rows.shape[:2], values.shape[3]), plan.scratch(shape)
+    out, scratch = rows.new_empty(*rows.shape[:2], values.shape[3]), torch.empty(plan.scratch_size(shape))
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     pointers = [
         None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
-        for tensor in (rows, keys, values, sinks, scratch, out)
+        for tensor in (rows, keys, values, bounds.of(keys) if bounds and plan.selects else None, sinks, scratch, out)
     ]
     kernels().prerope_rows(ctypes.byref(shape), ctypes.byref(plan.plan), *pointers)
     return out
@@ -157,32 +196,44 @@ def _plan(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Decod
     readings = [READINGS.of(method, position) for method, _, position in places]
     rows = (_Row * len(places))(
         *(
-            _Row(reading.address, sequence.block_table.data_ptr(), position)
+            _Row(reading.address, sequence.block_table.data_ptr(), position, *_far(sequence, position, options))
             for reading, (_, sequence, position) in zip(readings, places, strict=True)
         )
     )
     most_parts = max(len(reading.turns) for reading in readings)
     most_items = sum(
-        len(reading.turns) * (position // SPAN + 2) for reading, (_, _, position) in zip(readings, places, strict=True)
+        len(reading.turns) * (position // SPAN + 3) + row.far_count // (SPAN // UNIT) + 1
+        for reading, row, (_, _, position) in zip(readings, rows, places, strict=True)
     )
     scale = _query_scale(sequences, methods)
     turns = torch.empty(len(rows) * most_parts * max(reading.rotary_dim for reading in readings))
-    items, row_items = torch.empty(5 * most_items, dtype=torch.int64), torch.empty(len(rows), dtype=torch.int64)
+    items, row_items = torch.empty(6 * most_items, dtype=torch.int64), torch.empty(len(rows), dtype=torch.int64)
     plan = KernelPlan(
         len(rows),
         0,
         most_parts,
         options.sliding_window or UNBOUNDED,
+        *(0, 0, 0),
         ctypes.addressof(rows),
         *(None if tensor is None else tensor.data_ptr() for tensor in (scale, turns, items, row_items)),
     )
+    kernels().prerope_plan_rows(ctypes.byref(plan))
     return DecodePlan(
         plan=plan,
-        num_found=kernels().prerope_plan_rows(ctypes.byref(plan)),
         held=(rows, readings, sequences, scale, turns, items, row_items),
         rows=[row for sequence in sequences for row in range(sequence.first, sequence.first + sequence.count)],
         method=next((method for method in methods if method is not None), None),
     )
+
+
+def _far(sequence: SequenceRows, position: int, options: AttentionOptions) -> tuple[int, int, int]:
+    """How many units of which range the row reads; 0 of none where it reads all of them."""
+    tokens = sequence.selected(options)
+    if tokens is None or position < sequence.selects_from:
+        return 0, 0, 0
+    first, stop = far_units(position)
+    count = units_of(tokens)
+    return (count, first, stop) if count < stop - first else (0, 0, 0)
 
 
 def _query_scale(sequences: Sequence[SequenceRows], methods: Sequence[PositionMethod | None]) -> Tensor | None:

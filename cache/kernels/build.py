@@ -26,8 +26,8 @@ Functions = Mapping[str, type[ctypes.c_int64] | None]
 """Name without `prerope_` → what it returns."""
 
 FUNCTIONS: Functions = {
-    **dict.fromkeys(("chunk", "rows", "query_turns", "store")),
-    **dict.fromkeys(("chunk_scratch", "rows_scratch", "plan_rows", "has_dots", "reads"), ctypes.c_int64),
+    **dict.fromkeys(("chunk", "rows", "query_turns", "store", "plan_rows", "bounds")),
+    **dict.fromkeys(("chunk_scratch", "rows_scratch", "has_dots", "reads"), ctypes.c_int64),
 }
 FLAGS = [
     *("-O3", "-march=native", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),

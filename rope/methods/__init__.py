@@ -63,6 +63,8 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
 
 def _unrotated(spec: RopeSpec, name: str, rotary: Rotary, max_model_len: int | None) -> PositionMethod:
     """The only way to read keys that carry no rotation, as far as the model knows positions."""
+    if spec.select is not None:
+        raise MethodError("select (ROPE_SELECT) is for models with rotary embeddings, and this model has none")
     if name not in ("auto", "model") or spec.logn:
         raise MethodError(
             f"method {name!r}{' with logn' if spec.logn else ''} (ROPE_METHOD) needs keys that rotate, and this model "
@@ -86,6 +88,8 @@ def _scale(spec: RopeSpec, train_length: int, max_model_len: int | None) -> floa
 def _check_values(spec: RopeSpec) -> None:
     if spec.factor is not None and not 1 <= spec.factor <= 1e6:
         raise MethodError(f"factor (ROPE_FACTOR) is {spec.factor}: it must be between 1 and 1e6")
+    if spec.select is not None and spec.select < 1:
+        raise MethodError(f"select (ROPE_SELECT) is {spec.select}: it must be at least 1, the far tokens to be read")
     if spec.train_length is not None and spec.train_length < 2:
         raise MethodError(f"train_length (ROPE_TRAIN_LENGTH) is {spec.train_length}: it must be at least 2 tokens")
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prerope.cache.attention.dispatch import angle_bytes
+from prerope.cache.attention.selection import selects_from
 from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
@@ -39,6 +40,7 @@ from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutp
 from prerope.server.engine.pace import Pace
 from prerope.server.engine.sampling.mask import wait_for_masks
 from prerope.server.engine.scheduler import Scheduler
+from prerope.server.engine.selection import check_request
 from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.speculation.speculator import Speculator
 from prerope.server.engine.speculation.verification import Verification
@@ -67,6 +69,7 @@ class Engine:
             model.device,
             model.states,
             size.num_states,
+            bounded=config.rope.select is not None,
         )
         self.scheduler = _scheduler(model, config, size)
         self.info = ModelInfo(
@@ -104,6 +107,7 @@ class Engine:
         """A request's own position method; the same object for the same spec. Raises InvalidRequest."""
         if spec == self.config.rope:
             return self.info.positions
+        check_request(spec, self.config.rope)
         found = self.resolved.get(spec)
         if found is None:
             found = resolve(self.model, spec, self.info.max_model_len, _bad_rope)
@@ -121,7 +125,13 @@ class Engine:
         sequence = Sequence(
             request=request,
             positions=positions,
-            hasher=PrefixHasher(self.config.block_size, positions, request.cache_salt, request.documents),
+            hasher=PrefixHasher(
+                self.config.block_size,
+                positions,
+                request.cache_salt,
+                request.documents,
+                selects_from(positions.select, len(request.prompt_token_ids)),
+            ),
             generator=generator,
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=len(request.prompt_token_ids),

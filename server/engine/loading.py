@@ -12,6 +12,7 @@ from prerope.server.engine.engine import Engine
 from prerope.server.engine.graphs.decode import capture_graphs
 from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size_cache
 from prerope.server.engine.memory.warm_up import warm_up
+from prerope.server.engine.selection import check_deployment
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checks.probe import probe
@@ -46,6 +47,7 @@ def load_engine(
             f"MAX_NUM_SEQS is {config.max_num_seqs}: it must be at most MAX_BATCHED_TOKENS "
             f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
         )
+    check_deployment(config, choose_device(config.device).type, ranks.size)
     _prepare_kernels(config, report, ranks)
     model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
     check_recurrent(model, config)

@@ -29,6 +29,7 @@ from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_c
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.pace import Pace
+from prerope.server.engine.selection import MOST_ROWS
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation.speculator import Speculator
 from prerope.server.engine.step import Scheduled
@@ -158,6 +159,8 @@ class Scheduler:
             document = span_at(documents, position)
             if document is None:
                 stop = min(position + num_tokens, next_copied(documents, position, sequence.num_tokens))
+                if stop > sequence.selects_from:
+                    stop = min(stop, position + MOST_ROWS)
                 if not self._grow(sequence, stop, plan):
                     return
                 plan.append(Scheduled.of(sequence, stop - position, position))

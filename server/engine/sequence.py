@@ -9,6 +9,7 @@ from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
 
 import torch
+from prerope.cache.attention.selection import selects_from
 from prerope.cache.blocks.documents import DocumentSpan
 from prerope.cache.blocks.manager import BlockTable
 from prerope.cache.blocks.prefix import PrefixHasher
@@ -118,6 +119,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def selects_from(self) -> int:
+        """The first row that may leave far keys out."""
+        return selects_from(self.positions.select, self.num_prompt_tokens)
 
     @property
     def num_output_tokens(self) -> int:

@@ -82,11 +82,20 @@ class Scheduled(NamedTuple):
 
     def one_by_one(self, block_size: int) -> list[Chunk]:
         """Its token and its drafts as single rows, as if each came alone."""
+        own = self.chunk(block_size)
         behind = [
-            Chunk([draft], place, self.block_table.head(place // block_size + 1), self.sequence.positions, 1)
+            replace(
+                own,
+                token_ids=[draft],
+                start=place,
+                block_table=self.block_table.head(place // block_size + 1),
+                num_logits=1,
+                pending_place=None,
+                state=None,
+            )
             for place, draft in enumerate(self.drafts, self.stop)
         ]
-        return [self.chunk(block_size), *behind]
+        return [own, *behind]
 
     def chunk(self, block_size: int) -> Chunk:
         """What the model's forward is given of it, without its drafts."""
@@ -100,6 +109,7 @@ class Scheduled(NamedTuple):
             self.num_logits,
             sequence.pending_place if pending else None,
             self.state,
+            sequence.selects_from,
         )
 
 

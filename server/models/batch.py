@@ -16,6 +16,7 @@ from prerope.cache.attention.types import AttentionMetadata, SequenceRows
 from prerope.cache.blocks.states import StateRows
 from prerope.cache.cuda.transfer import send
 from prerope.rope.model import ModelPositions
+from prerope.rope.reading import UNBOUNDED
 from torch import Tensor
 
 Ints = NDArray[np.int64]
@@ -29,6 +30,7 @@ class Chunk:
     num_logits: how many of its last rows want logits.
     pending_place: where its last token is among those that the step before samples; None: it is in `token_ids`.
     state: the slots of its state, where layers keep one.
+    selects_from: rows from this position on choose the far keys that they read.
     """
 
     token_ids: Sequence[int]
@@ -38,6 +40,7 @@ class Chunk:
     num_logits: int
     pending_place: int | None = None
     state: StateRows | None = None
+    selects_from: int = UNBOUNDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,10 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, 
     for chunk in chunks:
         first, stop = len(ids), chunk.start + len(chunk.token_ids)
         table = np.asarray(chunk.block_table, dtype=np.int64)[: -(-stop // block_size)]
-        sequences.append(SequenceRows(first, stop - chunk.start, chunk.start, torch.from_numpy(table), chunk.positions))
+        blocks = torch.from_numpy(table)
+        sequences.append(
+            SequenceRows(first, stop - chunk.start, chunk.start, blocks, chunk.positions, chunk.selects_from)
+        )
         ids.extend(chunk.token_ids)
         positions.extend(range(chunk.start, stop))
         slots.extend(_slots(table, chunk.start, stop, block_size))

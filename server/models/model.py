@@ -118,6 +118,10 @@ class Model:
     def forward(self, batch: Batch, storage: KVStorage, out: Tensor | None = None) -> Tensor:
         """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`; written to `out` if given."""
         metadata, attention = batch.metadata, attention_on(self.device)
+        if storage.bounds is not None:
+            storage.bounds.forget(metadata.slot_mapping)
+            storage.bounds.prepare(metadata.sequences)
+            metadata.bounds = storage.bounds
 
         def attend(place: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
             storage.store(place, key, value, metadata.slot_mapping)

@@ -8,8 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-void prerope_linear(), prerope_rows();
-int64_t prerope_plan_rows(), prerope_has_dots();
+void prerope_linear(), prerope_rows(), prerope_plan_rows(), prerope_bounds();
+int64_t prerope_has_dots();
 
 typedef struct {
     int64_t address, size, pointers;
@@ -49,12 +49,13 @@ int main(int count, char **arguments) {
             *word = moved(*word);
         }
     for (int64_t calls = number(from); calls > 0; calls--) {
-        int64_t function = number(from), a[8] = {0};
+        int64_t function = number(from), a[9] = {0};
         for (int64_t n = 0, given = number(from); n < given; n++) a[n] = moved(number(from));
         if (function == 0) prerope_linear(a[0], a[1], a[2]);
         if (function == 1) prerope_plan_rows(a[0]);
-        if (function == 2) prerope_rows(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]);
+        if (function == 2) prerope_rows(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]);
         if (function == 3) *(int64_t *)a[0] = prerope_has_dots();
+        if (function == 4) prerope_bounds(a[0], a[1], a[2], a[3], a[4], a[5], a[6]);
     }
     for (Area *area = areas; area < areas + num; area++) fwrite(area->here, 1, area->size, to);
     return fclose(to) ? 1 : 0;

@@ -22,8 +22,11 @@ import pytest
 import torch
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionOptions, SequenceRows
+from prerope.cache.cpu.bounds import KeyBounds
 from prerope.cache.cpu.decode import DecodePlan, kernel_shape, plan_step
-from prerope.cache.kernels.build import FLAGS, SOURCES
+from prerope.cache.kernels.build import DTYPES, FLAGS, SOURCES
+from prerope.rope.model import ModelPositions
+from prerope.rope.spec import RopeSpec
 from prerope.server.models.cpu.products import BYTES, DOTS, FULL, WIDENED, Products
 from torch import Tensor, nn
 
@@ -31,7 +34,7 @@ from tests.cache.layouts import method, one_group, paged, rotary
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("decode_kernel")]
 
-LINEAR, PLAN_ROWS, ROWS, HAS_DOTS = range(4)
+LINEAR, PLAN_ROWS, ROWS, HAS_DOTS, BOUNDS = range(5)
 PROCESSORS = {
     "aarch64": ("aarch64-linux-gnu-gcc", ["-march=armv8-a"], ["qemu-aarch64"]),
     "aarch64 with bf16": ("aarch64-linux-gnu-gcc", ["-march=armv8.6-a+bf16"], ["qemu-aarch64", "-cpu", "max"]),
@@ -114,8 +117,10 @@ def attended(processor: Processor, step: Any, plan: DecodePlan, options: Attenti
     shape = kernel_shape(step.query.shape[1], step.query.dtype, step.keys, step.values, plan.method, options)
     shape.dots = dots
     rows, readings, sequences, *buffers = plan.held
-    out, scratch = torch.zeros_like(step.query), plan.scratch(shape)
-    processor.give(shape, step.query, step.keys, step.values, out, scratch, *buffers)
+    out, scratch = torch.zeros_like(step.query), torch.empty(plan.scratch_size(shape))
+    bounds = torch.zeros(KeyBounds.shape_of(step.keys.shape), dtype=step.keys.dtype)
+    blocks = torch.arange(len(step.keys))
+    processor.give(shape, step.query, step.keys, step.values, bounds, blocks, out, scratch, *buffers)
     processor.give(plan.plan, rows, pointers=True)
     processor.give(*(sequence.block_table for sequence in {id(one): one for one in sequences}.values()))
     for reading in {id(one): one for one in readings}.values():
@@ -124,8 +129,10 @@ def attended(processor: Processor, step: Any, plan: DecodePlan, options: Attenti
             processor.give(turns.kernel, pointers=True)
             processor.give(*turns._held, part.query.theta, part.query.offset)
         processor.give(reading.reading.decay)
+    width = step.keys.shape[2] * step.keys.shape[3]
+    processor.call(BOUNDS, step.keys, bounds, blocks, len(blocks), step.keys.shape[1], width, DTYPES[step.keys.dtype])
     processor.call(PLAN_ROWS, plan.plan)
-    processor.call(ROWS, shape, plan.plan, step.query, step.keys, step.values, 0, scratch, out)
+    processor.call(ROWS, shape, plan.plan, step.query, step.keys, step.values, bounds, 0, scratch, out)
     processor.run()
     return out
 
@@ -148,6 +155,22 @@ def test_attention(processor: Processor, name: str, dtype: torch.dtype, dots: bo
     alone = plan_step(replace(step.metadata, sequences=singles, plans={}), options)
     assert alone is not None
     assert torch.equal(attended(processor, step, alone, options, dots)[:9], together[:9])
+
+
+@pytest.mark.parametrize(("dtype", "dots"), [(torch.float32, 0), (torch.bfloat16, 1)], ids=str)
+def test_rows_that_choose_their_far_keys(processor: Processor, dtype: torch.dtype, dots: bool) -> None:
+    options = AttentionOptions(0.25, "")
+    resolved = method("rerope", rotary(64, 64), window=32)
+    positions = ModelPositions({"": resolved}, "", RopeSpec(method="rerope", select=128))
+    step = paged([(1600, 2), (1400, 1)], [positions] * 2, heads=6, head_dim=64, dtype=dtype)
+    sequences = [replace(one, selects_from=0) for one in step.metadata.sequences]
+    step = replace(step, query=step.query.float(), metadata=replace(step.metadata, sequences=sequences))
+    plan = plan_step(step.metadata, options)
+    assert plan is not None
+    assert plan.selects
+    expected = reference_attention(step.query, step.keys, step.values, step.metadata, options)
+    found = attended(processor, step, plan, options, dots)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 if dots else 2e-5)
 
 
 @pytest.mark.parametrize("kind", [FULL, WIDENED, DOTS, BYTES])

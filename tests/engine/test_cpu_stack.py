@@ -25,13 +25,13 @@ def needs_kernels(decode_kernel: str) -> None:
         pytest.skip(decode_kernel)
 
 
-def decoded(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], list[torch.Tensor]]:
+def decoded(model: Model, rows: int, method: str, least: int = 5) -> tuple[dict[str, Scored], list[torch.Tensor]]:
     """`rows` sequences of different lengths, 12 tokens each with log-probabilities; and the keys as they lie then."""
-    spec, room = RopeSpec.parse(method), 16 * rows
+    spec, room = RopeSpec.parse(method), (16 + least // 16) * rows
     options: Any = {"num_blocks": room, "cache_dtype": torch.bfloat16, "max_num_seqs": rows, "speculation": "off"}
     options["stream_gap_s"] = None  # so that every run has the same steps
-    engine = tiny_engine(model, spec, **options)
-    lengths = [5 + 37 * n % 90 for n in range(rows)]
+    engine = tiny_engine(model, spec, max_model_len=least + 250, **options)
+    lengths = [least + 37 * n % 90 for n in range(rows)]
     requests = [request(f"{n}", prompt_of(length, n), greedy(12, logprobs=3)) for n, length in enumerate(lengths)]
     outputs = {name: [output.logprobs or () for output in found] for name, found in run(engine, requests).items()}
     return outputs, [keys.clone() for keys in engine.storage.keys]
@@ -92,10 +92,24 @@ def test_every_way_of_reading(method: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert steps
 
 
-def decoded_without_stack(model: Model, rows: int, method: str) -> tuple[dict[str, Scored], list[torch.Tensor]]:
+def test_rows_that_choose_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other bits than those of rows that read all: rows do choose in that call."""
+    model, method = bf16("llama", max_position_embeddings=64), "dynamic_leaky:select=128"
+    expected = decoded_without_stack(model, 3, method, 1500)
+    steps = counted(monkeypatch)
+    outputs, keys = decoded(model, 3, method, 1500)
+    assert steps
+    assert outputs == expected[0]
+    assert all(map(torch.equal, keys, expected[1]))
+    assert decoded(model, 3, "dynamic_leaky", 1500)[0] != outputs
+
+
+def decoded_without_stack(
+    model: Model, rows: int, method: str, least: int = 5
+) -> tuple[dict[str, Scored], list[torch.Tensor]]:
     stack, model.stack = model.stack, None
     try:
-        return decoded(model, rows, method)
+        return decoded(model, rows, method, least)
     finally:
         model.stack = stack
 

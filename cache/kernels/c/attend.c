@@ -98,29 +98,29 @@ INLINE void pack_values(const Shape *shape, const char *const *from, int64_t n, 
     }
 }
 
-INLINE void pack_as(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
-                    const Packed *to, const int dtype) {
+/* Keys tile + n … tile + n + 15, of them [low, high), turned, to 16 columns of a tile; their values to 16 rows. */
+INLINE void pack_columns(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t n, int64_t low,
+                         int64_t high, const Packed *to, const int dtype) {
     int64_t dim = shape->head_dim, wide = padded(dim), words = words_of(shape), rotary = shape->rotary_dim;
     int64_t size = dtype == FP32 ? 4 : 2, slot = 0, offset = shape->block_size;
     const float *table = 0;
-    if (turns->bases) table = turns->tables + (int64_t)turns->table[tile / KEYS] * KEYS * rotary;
+    if (turns->bases) table = turns->tables + ((int64_t)turns->table[tile / KEYS] * KEYS + n) * rotary;
     float raw[MAX_DIM], heads[16][MAX_DIM] __attribute__((aligned(64)));
     const char *values[2];
-    for (int64_t i = 0; i < 16; i++)
-        for (int64_t d = dim; d < wide; d++) heads[i][d] = 0.0f;
-    for (int64_t n = 0; n < KEYS; n++) {
-        int64_t j = tile + n;
-        float *head = heads[n % 16];
-        values[n % 2] = 0;
+    for (int64_t i = 0; i < 16; i++) {
+        int64_t j = tile + n + i;
+        float *head = heads[i];
+        for (int64_t d = dim; d < wide; d++) head[d] = 0.0f;
+        values[i % 2] = 0;
         if (j >= low && j < high) {
             if (offset >= shape->block_size) {
                 offset = j % shape->block_size;
                 slot = source->blocks[j / shape->block_size] * shape->block_size + offset;
             }
             int64_t at = slot * shape->kv_heads + source->head;
-            values[n % 2] = (const char *)source->values + at * shape->value_dim * size;
+            values[i % 2] = (const char *)source->values + at * shape->value_dim * size;
             unpair(source->keys, at * dim, table ? raw : head, dim, rotary, shape->interleaved, dtype);
-            if (table) turn(raw, head, table + n * rotary, table + n * rotary + rotary / 2, dim, rotary);
+            if (table) turn(raw, head, table + i * rotary, table + i * rotary + rotary / 2, dim, rotary);
             slot++, offset++;
         } else {
             memset(head, 0, sizeof(float) * dim);
@@ -128,11 +128,21 @@ INLINE void pack_as(const Shape *shape, const Source *source, const Turns *turns
         if (shape->dots) /* in place: a vector of words is written where its two of floats were read */
             for (int64_t d = 0; d < wide; d += 32)
                 *(u32x16 *)(head + d / 2) = narrow32(*(v16 *)(head + d), *(v16 *)(head + d + 16));
-        if (n % 2) pack_values(shape, values, n - 1, to->values, dtype);
-        if (n % 16 == 15) columns(heads[0], MAX_DIM, words, to->keys + n - 15);
-        if (shape->dots)
-            for (int64_t d = dim; d < wide && n % 16 == 15; d++)
-                for (int64_t i = 0; i < 16; i++) heads[i][d] = 0.0f;
+        if (i % 2) pack_values(shape, values, i - 1, to->values, dtype);
+    }
+    columns(heads[0], MAX_DIM, words, to->keys);
+}
+
+/* Where 16 columns of packed keys begin, from column n of a block on, and the rows of their values. */
+INLINE Packed columns_at(const Shape *shape, const Packed *block, int64_t n) {
+    return (Packed){block->keys + packed_keys(shape, n / KEYS * KEYS) + n % KEYS, block->values + packed_values(shape, n)};
+}
+
+INLINE void pack_as(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
+                    const Packed *to, const int dtype) {
+    for (int64_t n = 0; n < KEYS; n += 16) {
+        Packed at = columns_at(shape, to, n);
+        pack_columns(shape, source, turns, tile, n, low, high, &at, dtype);
     }
 }
 
@@ -327,6 +337,30 @@ int attend(const Shape *shape, const Rows *rows, const Read *read, const Source 
         weigh(shape, &tile, count, here.values, found);
     }
     return 1;
+}
+
+void attend_units(const Shape *shape, const Rows *rows, const Read *read, const Source *source, const int32_t *units,
+                  int64_t count, const State *found) {
+    Tile tile;
+    float keys[packed_keys(shape, BLOCK)] __attribute__((aligned(64)));
+    float values[packed_values(shape, BLOCK)] __attribute__((aligned(64)));
+    Packed here = {keys, values};
+    int64_t num_rows = turn_queries(shape, rows, read, source->head, &tile), wide = padded(shape->head_dim);
+    state_clear(found, num_rows, shape->value_dim);
+    for (int64_t r = 0; r < num_rows; r++) tile.from[r] = 0, tile.to[r] = UNIT * count;
+    for (int64_t n = 0; n < count; n++) {
+        int64_t key = (int64_t)units[n] * UNIT, base = key / KEYS * KEYS;
+        Packed at = columns_at(shape, &here, UNIT * n);
+        if (shape->dtype == BF16) pack_columns(shape, source, read->turns, base, key - base, 0, INT64_MAX, &at, BF16);
+        else if (shape->dtype == FP16) pack_columns(shape, source, read->turns, base, key - base, 0, INT64_MAX, &at, FP16);
+        else pack_columns(shape, source, read->turns, base, key - base, 0, INT64_MAX, &at, FP32);
+        turn_back(shape, read->turns, base, num_rows, &tile);
+        for (int64_t r = 0; r < num_rows; r += ROWS)
+            product(tile.turned + r * wide, wide, at.keys, KEYS, words_of(shape), 0, tile.scores + r * BLOCK + UNIT * n,
+                    BLOCK, least(ROWS, num_rows - r), UNIT / 16, shape->dots);
+    }
+    soften(&tile, num_rows, shape->softcap, shape->dots, found);
+    weigh(shape, &tile, num_rows, values, found);
 }
 
 /* --- states ------------------------------------------------------------------------------------------------------------ */

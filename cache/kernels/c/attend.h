@@ -17,6 +17,7 @@
 #define BLOCK 128
 #define SPAN 512
 #define ROWS 6 /* of a product */
+#define UNIT 16 /* keys that a row reads together or leaves out; of cache/attention/selection.py */
 #define MAX_ROWS 96 /* rows × query heads of a KV head */
 
 /* How the keys of one map are turned; all null: they are read as they lie. */
@@ -96,6 +97,9 @@ void pack_tile(const Shape *shape, const Source *source, const Turns *turns, int
  * `begin` on, or, where `packed` is null, as they are needed. */
 int attend(const Shape *shape, const Rows *rows, const Read *read, const Source *source, int64_t begin, int64_t end,
            const Packed *packed, const State *found);
+/* The same of up to BLOCK / UNIT units of keys, anywhere, all of which the rows read. */
+void attend_units(const Shape *shape, const Rows *rows, const Read *read, const Source *source, const int32_t *units,
+                  int64_t count, const State *found);
 void state_clear(const State *state, int64_t rows, int64_t dim);
 void state_merge(const State *to, const State *from, int64_t rows, int64_t dim);
 /* Sums divide, after a sink has taken its share: rows × heads of a group to the heads of `out`. */

@@ -5,23 +5,32 @@
  * reading and span of keys, in the order in which they are merged; heads of an item are taken by themselves. So few long
  * rows use every thread, and nothing is summed in another order than in a chunk. The plan of a step is made once for all
  * layers, here: what queries are turned by, and the items.
+ *
+ * A row that leaves far keys out is a run of its own, for each KV head reads keys of its own. Its units are chosen
+ * before anything is read; an item is SPAN keys of them, through whatever parts they are in.
  */
 #include "attend.h"
+#include "select.h"
 
 typedef struct {
     const Reading *reading;
     const int64_t *blocks;
     int64_t position;
+    Far far;
+    int64_t units_before, chosen_before; /* far units, and those that are read, of all rows before it */
 } Row;
 
+enum { CHOSEN = -1 }; /* in place of a part: the item's keys are those of the chosen units begin … end − 1 */
+
 typedef struct {
-    int64_t first, count, part, span; /* rows of a run */
-    int64_t before;                   /* rows of all items before it */
+    int64_t first, count, part, begin, end; /* rows of a run, keys of a span */
+    int64_t before;                         /* rows of all items before it */
 } Item;
 
 struct RowPlan {
     int64_t num_rows, num_items, most_parts, reach; /* rows see keys with i − j < reach */
-    const Row *rows;
+    int64_t num_found, num_units, num_chosen;       /* of all items and rows together */
+    Row *rows;
     const float *scales; /* [rows] or null: on the queries, beside Shape.scale */
     float *turns;        /* of each run [most_parts, rows, rotary_dim] */
     Item *items;
@@ -56,7 +65,8 @@ INLINE Read read_of(const RowPlan *plan, int64_t first, int64_t count, int64_t p
 static int64_t run_from(const RowPlan *plan, int64_t first) {
     int64_t row = first + 1;
     const Row *rows = plan->rows;
-    while (row < plan->num_rows && rows[row].reading == rows[first].reading && rows[row].blocks == rows[first].blocks &&
+    while (row < plan->num_rows && !rows[row].far.count && !rows[first].far.count &&
+           rows[row].reading == rows[first].reading && rows[row].blocks == rows[first].blocks &&
            rows[row].position == rows[first].position + row - first)
         row++;
     return row - first;
@@ -70,8 +80,25 @@ INLINE void seen_of(const RowPlan *plan, int64_t first, int64_t count, int64_t p
     *high = least(read.stop_key, i + count - read.d_min);
 }
 
-/* Turns and items of one run; `before`: rows of all items so far, which is moved on. */
-static void plan_run(RowPlan *plan, int64_t first, int64_t count, int64_t *before) {
+INLINE void add_item(RowPlan *plan, int64_t first, int64_t count, int64_t part, int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    plan->items[plan->num_items++] = (Item){first, count, part, begin, end, plan->num_found};
+    plan->num_found += count;
+}
+
+/* Of a part of the keys [begin, end) of a span, those that are not left to selection. */
+static void add_span(RowPlan *plan, int64_t first, int64_t count, int64_t part, int64_t begin, int64_t end) {
+    Far far = plan->rows[first].far;
+    if (!far.count) return add_item(plan, first, count, part, begin, end);
+    int64_t low, high;
+    seen_of(plan, first, count, part, &low, &high);
+    low = most(low, begin), high = least(high, end);
+    add_item(plan, first, count, part, low, least(high, far.first * UNIT));
+    add_item(plan, first, count, part, most(low, far.stop * UNIT), high);
+}
+
+/* Turns and items of one run. */
+static void plan_run(RowPlan *plan, int64_t first, int64_t count) {
     const Reading *reading = plan->rows[first].reading;
     int64_t parts = reading->num_parts;
     for (int64_t p = 0; p < parts; p++)
@@ -87,22 +114,27 @@ static void plan_run(RowPlan *plan, int64_t first, int64_t count, int64_t *befor
             for (int64_t p = begin; p < end; p++) {
                 seen_of(plan, first, count, p, &from, &to);
                 if (most(from, span * SPAN) >= least(to, (span + 1) * SPAN)) continue;
-                plan->items[plan->num_items++] = (Item){first, count, p, span, *before};
-                *before += count;
+                add_span(plan, first, count, p, span * SPAN, (span + 1) * SPAN);
             }
     }
+    int64_t chosen = plan->rows[first].far.count;
+    for (int64_t unit = 0; unit < chosen; unit += SPAN / UNIT)
+        add_item(plan, first, count, CHOSEN, unit, least(unit + SPAN / UNIT, chosen));
 }
 
-/* Turns and items of all rows; returns how many rows the items have together. */
-int64_t prerope_plan_rows(RowPlan *plan) {
-    int64_t before = 0;
-    plan->num_items = 0;
+/* Turns and items of all rows. */
+void prerope_plan_rows(RowPlan *plan) {
+    plan->num_items = plan->num_found = plan->num_units = plan->num_chosen = 0;
     for (int64_t first = 0, count; first < plan->num_rows; first += count) {
         count = run_from(plan, first);
-        for (int64_t row = first; row < first + count; row++) plan->row_items[row] = plan->num_items;
-        plan_run(plan, first, count, &before);
+        for (int64_t row = first; row < first + count; row++) {
+            Row *one = plan->rows + row;
+            plan->row_items[row] = plan->num_items;
+            one->units_before = plan->num_units, one->chosen_before = plan->num_chosen;
+            if (one->far.count) plan->num_units += one->far.stop - one->far.first, plan->num_chosen += one->far.count;
+        }
+        plan_run(plan, first, count);
     }
-    return before;
 }
 
 /* Floats of what one KV head finds for one row of an item. */
@@ -116,21 +148,76 @@ INLINE State state_at(const Shape *shape, float *scratch, const Item *item, int6
     return (State){out + at * padded(shape->value_dim), sums + 16 * at, maxima + at};
 }
 
+/* Where the units that a row reads are written, behind what is found; after those of all rows, room for their scores. */
+INLINE int32_t *chosen_at(const Shape *shape, const RowPlan *plan, float *scratch, int64_t row, int64_t head) {
+    int32_t *all = (int32_t *)(scratch + plan->num_found * shape->kv_heads * state_floats(shape));
+    return all + plan->rows[row].chosen_before * shape->kv_heads + head * plan->rows[row].far.count;
+}
+
+INLINE uint32_t *scores_at(const Shape *shape, const RowPlan *plan, float *scratch, int64_t row, int64_t head) {
+    const Row *one = plan->rows + row;
+    float *all = scratch + plan->num_found * shape->kv_heads * state_floats(shape) + plan->num_chosen * shape->kv_heads;
+    return (uint32_t *)all + one->units_before * shape->kv_heads + head * (one->far.stop - one->far.first);
+}
+
+/* What a row finds among the chosen units of an item: part by part, as many units at once as are wholly in one. */
+static void attend_chosen(const Shape *shape, const RowPlan *plan, const Item *item, const Rows *rows,
+                          const Source *source, const int32_t *chosen, const State *found) {
+    int64_t group = group_of(shape), width = padded(shape->value_dim);
+    float other_in[group * (width + 17)] __attribute__((aligned(64)));
+    State other = {other_in, other_in + group * width, other_in + group * (width + 16)};
+    state_clear(found, group, shape->value_dim);
+    for (int64_t part = 0; part < plan->rows[item->first].reading->num_parts; part++) {
+        Read read = read_of(plan, item->first, 1, part);
+        int64_t low, high, count = 0;
+        int32_t units[BLOCK / UNIT];
+        seen_of(plan, item->first, 1, part, &low, &high);
+        for (int64_t n = item->begin; n <= item->end; n++) {
+            int64_t begin = n < item->end ? (int64_t)chosen[n] * UNIT : high, end = begin + UNIT;
+            if (begin >= low && end <= high) units[count++] = chosen[n];
+            if (count == BLOCK / UNIT || (count && n == item->end)) {
+                attend_units(shape, rows, &read, source, units, count, &other);
+                state_merge(found, &other, group, shape->value_dim);
+                count = 0;
+            }
+            if (begin < high && (begin < low || end > high) && attend(shape, rows, &read, source, begin, end, 0, &other))
+                state_merge(found, &other, group, shape->value_dim);
+        }
+    }
+}
+
+static void rows_select(const Shape *shape, const RowPlan *plan, const void *query, const void *bounds, float *scratch) {
+    int64_t heads = shape->kv_heads;
+#pragma omp for schedule(dynamic)
+    for (int64_t n = 0; n < plan->num_rows * heads; n++) {
+        int64_t row = n / heads, head = n % heads;
+        const Row *one = plan->rows + row;
+        if (!one->far.count) continue;
+        select_units(shape, query, row * shape->query_heads * shape->head_dim, bounds, one->blocks, head, &one->far,
+                     scores_at(shape, plan, scratch, row, head), chosen_at(shape, plan, scratch, row, head));
+    }
+}
+
 void rows_attend(const Shape *shape, const RowPlan *plan, const void *query, const void *keys, const void *values,
-                 float *scratch) {
+                 const void *bounds, float *scratch) {
     int64_t heads = shape->kv_heads, work = plan->num_items * heads, group = group_of(shape), tile = MAX_ROWS / group;
     int64_t row_size = shape->query_heads * shape->head_dim * (shape->query_dtype == FP32 ? 4 : 2);
+    if (plan->num_chosen) rows_select(shape, plan, query, bounds, scratch);
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < work; n++) {
         const Item *item = plan->items + n / heads;
         int64_t first = item->first;
-        Read read = read_of(plan, first, item->count, item->part);
         Source source = {keys, values, plan->rows[first].blocks, n % heads};
         for (int64_t row = 0; row < item->count; row += tile) {
             Rows rows = {(const char *)query + first * row_size, plan->scales ? plan->scales + first : 0,
                          plan->rows[first].position, 0, row, least(row + tile, item->count)};
             State state = state_at(shape, scratch, item, n % heads, first + row);
-            if (!attend(shape, &rows, &read, &source, item->span * SPAN, (item->span + 1) * SPAN, 0, &state))
+            if (item->part == CHOSEN) {
+                attend_chosen(shape, plan, item, &rows, &source, chosen_at(shape, plan, scratch, first, n % heads), &state);
+                continue;
+            }
+            Read read = read_of(plan, first, item->count, item->part);
+            if (!attend(shape, &rows, &read, &source, item->begin, item->end, 0, &state))
                 state_clear(&state, (rows.stop - row) * group, shape->value_dim);
         }
     }
@@ -152,15 +239,18 @@ void row_finish(const Shape *shape, const RowPlan *plan, int64_t row, const floa
     }
 }
 
-/* Floats of scratch for items of this many rows together. */
-int64_t prerope_rows_scratch(const Shape *shape, int64_t rows) { return rows * shape->kv_heads * state_floats(shape); }
+/* Floats of scratch for a plan. */
+int64_t prerope_rows_scratch(const Shape *shape, const RowPlan *plan) {
+    return (plan->num_found * state_floats(shape) + plan->num_chosen + plan->num_units) * shape->kv_heads;
+}
 
-/* query, out: [rows, Hq, D or Dv]. keys, values: [num_blocks, block_size, Hkv, D or Dv]. sinks: [Hq] or null. */
+/* query, out: [rows, Hq, D or Dv]. keys, values: [num_blocks, block_size, Hkv, D or Dv]. bounds: of keys, as in
+ * select.h, where rows choose. sinks: [Hq] or null. */
 void prerope_rows(const Shape *shape, const RowPlan *plan, const void *query, const void *keys, const void *values,
-                  const float *sinks, float *scratch, void *out) {
+                  const void *bounds, const float *sinks, float *scratch, void *out) {
 #pragma omp parallel
     {
-        rows_attend(shape, plan, query, keys, values, scratch);
+        rows_attend(shape, plan, query, keys, values, bounds, scratch);
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < plan->num_rows; row++) row_finish(shape, plan, row, sinks, scratch, out);
     }

@@ -13,8 +13,8 @@ typedef struct {
 
 typedef struct RowPlan RowPlan;
 
-/* A loop over the work of all rows, query [rows, Hq, D]; `scratch` as in prerope_rows. */
+/* A loop over the work of all rows, query [rows, Hq, D]; `bounds` and `scratch` as in prerope_rows. */
 void rows_attend(const Shape *shape, const RowPlan *plan, const void *query, const void *keys, const void *values,
-                 float *scratch);
+                 const void *bounds, float *scratch);
 /* What was found for one row, merged, to out [rows, Hq, Dv]. */
 void row_finish(const Shape *shape, const RowPlan *plan, int64_t row, const float *sinks, float *scratch, void *out);

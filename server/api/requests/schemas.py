@@ -159,6 +159,7 @@ class RopeFields(RequestBody):
     leak: float | None = Field(None, ge=1, le=65536)
     group: int | None = Field(None, ge=1, le=65536)
     sinks: int | None = Field(None, ge=0, le=65536)
+    select: int | None = Field(None, ge=1, le=INT32_MAX)
     logn: bool = False
     train_length: int | None = Field(None, ge=1, le=INT32_MAX)
 
@@ -179,6 +180,7 @@ class RopeFields(RequestBody):
             leak=self.leak,
             group=self.group,
             sinks=self.sinks,
+            select=self.select,
             logn=self.logn,
             train_length=self.train_length,
         )

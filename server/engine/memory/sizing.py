@@ -233,7 +233,8 @@ def _dtype(model: Model, config: EngineConfig) -> torch.dtype:
 
 
 def _block_bytes(model: Model, config: EngineConfig) -> int:
-    return block_bytes([layer.shape for layer in model.layers], config.block_size, _dtype(model, config))
+    shapes, bounded = [layer.shape for layer in model.layers], config.rope.select is not None
+    return block_bytes(shapes, config.block_size, _dtype(model, config), bounded=bounded)
 
 
 def _too_long(model: Model, config: EngineConfig, wanted: int, available: int) -> str:

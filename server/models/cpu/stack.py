@@ -40,7 +40,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Norm) for name in ("before_attention", "before_mlp")),
         *((name, KernelLinear) for name in ("query_key_value", "output", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "shape", "plan")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "bounds", "shape", "plan")),
     ]
 
 
@@ -156,6 +156,7 @@ class Stack:
             self._storage = storage
             for layer, own_keys, own_values in zip(self._layers, storage.keys, storage.values, strict=True):
                 layer.keys, layer.values = own_keys.data_ptr(), own_values.data_ptr()
+                layer.bounds = None if storage.bounds is None else storage.bounds.of(own_keys).data_ptr()
         for layer, asks in zip(self._layers, self._asks, strict=True):
             plan = self._plans[asks]
             layer.plan, layer.shape = ctypes.addressof(plan.plan), ctypes.addressof(self._shapes[asks])
@@ -163,7 +164,8 @@ class Stack:
 
     def run(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
         """hidden [T, hidden], contiguous → what leaves the last layer, in place."""
-        scratch = max(self._plans, key=lambda plan: plan.num_found).scratch(self._shapes[0])
+        sizes = (plan.scratch_size(shape) for plan, shape in zip(self._plans, self._shapes, strict=True))
+        scratch = torch.empty(max(sizes))
         tensors = (hidden, metadata.slot_mapping, self._row, self._x, scratch)
         step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *map(torch.Tensor.data_ptr, tensors))
         kernels().prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))

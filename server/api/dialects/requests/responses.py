@@ -18,7 +18,7 @@ from prerope.server.api.dialects.requests.common import (
     text_of,
 )
 from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, Verbatim, json_type
-from prerope.server.api.requests.foreign import HINT, Foreign, ignored
+from prerope.server.api.requests.foreign import HINT, IGNORED, Foreign
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Sampling
 from prerope.server.api.requests.schemas import MAX_LOGPROBS, told_of_effort
 from prerope.server.errors import InvalidRequest
@@ -58,15 +58,13 @@ class TextFields(RequestBody):
 class ResponsesRequest(RequestBody):
     """POST /v1/responses."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = {
-        **ignored("user", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
-        **ignored("stream_options", "max_tool_calls", "prompt_cache_options"),
-        "moderation": Foreign("no moderation model runs here"),
-        "context_management": Foreign("'truncation': 'auto' leaves out the oldest items"),
-        "background_options": Foreign("replies are made while their client waits"),
-        "access_programs": Foreign("there are none here"),
-        "image": Foreign("this server reads and writes text only"),
-    }
+    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
+        {
+            *("user", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
+            *("stream_options", "max_tool_calls", "prompt_cache_options"),
+        },
+        IGNORED,
+    )
 
     model: Text | None = None
     input: str | list[Any]

@@ -19,6 +19,7 @@ typedef struct {
     Norm before_attention, before_mlp;
     Linear query_key_value, output, gate_up, down; /* parts point to buffers that all layers share */
     char *keys, *values;                           /* [slots, Hkv, D] bf16: this layer's cache */
+    const char *bounds;                            /* of the keys, where rows choose which they read */
     const Shape *shape;
     const RowPlan *plan;
 } Layer;
@@ -64,7 +65,7 @@ static void attend(const Step *step, const Layer *layer) {
         memcpy(layer->keys + step->slots[r] * key_bytes, (char *)parts[1].out + r * key_bytes, key_bytes);
         memcpy(layer->values + step->slots[r] * key_bytes, (char *)parts[2].out + r * key_bytes, key_bytes);
     }
-    rows_attend(shape, layer->plan, parts[0].out, layer->keys, layer->values, step->scratch);
+    rows_attend(shape, layer->plan, parts[0].out, layer->keys, layer->values, layer->bounds, step->scratch);
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < step->rows; r++) {
         row_finish(shape, layer->plan, r, 0, step->scratch, step->row);

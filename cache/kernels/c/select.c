@@ -1,0 +1,116 @@
+/* Which units of far keys a row reads: see cache/attention/selection.py. Bounds, the smallest and the largest raw value of
+ * each dim, are of *grains*: what a block of the cache and a unit have in common. */
+#include "attend.h"
+#include "select.h"
+
+INLINE v16 smaller(v16 a, v16 b) { return -larger(-a, -b); }
+
+INLINE void bounds_of(const void *keys, int64_t from, int64_t size, int64_t width, void *bounds, int64_t at,
+                      const int dtype) {
+    int64_t d = 0;
+    for (; d + 16 <= width; d += 16) {
+        v16 least = load16(keys, from + d, dtype), most = least;
+        for (int64_t n = 1; n < size; n++) {
+            v16 key = load16(keys, from + n * width + d, dtype);
+            least = smaller(least, key), most = larger(most, key);
+        }
+        store16(bounds, at + d, least, dtype), store16(bounds, at + width + d, most, dtype);
+    }
+    for (; d < width; d++) {
+        float least = load1(keys, from + d, dtype), most = least;
+        for (int64_t n = 1; n < size; n++) {
+            float key = load1(keys, from + n * width + d, dtype);
+            least = key < least ? key : least, most = key > most ? key : most;
+        }
+        store1(bounds, at + d, least, dtype), store1(bounds, at + width + d, most, dtype);
+    }
+}
+
+/* Of these grains: keys [grains, size, width] to bounds [grains, 2, width]. */
+void prerope_bounds(const void *keys, void *bounds, const int64_t *grains, int64_t count, int64_t size, int64_t width,
+                    int64_t dtype) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < count; n++) {
+        int64_t from = grains[n] * size * width, at = 2 * grains[n] * width;
+        if (dtype == BF16) bounds_of(keys, from, size, width, bounds, at, BF16);
+        else if (dtype == FP16) bounds_of(keys, from, size, width, bounds, at, FP16);
+        else bounds_of(keys, from, size, width, bounds, at, FP32);
+    }
+}
+
+/* low, high: [D] of a unit, from those of its grains. */
+INLINE void unit_bounds(const Shape *shape, const void *bounds, const int64_t *blocks, int64_t unit, int64_t head,
+                        float *low, float *high, const int dtype) {
+    int64_t dim = shape->head_dim, width = shape->kv_heads * dim, size = shape->block_size, grain = least(size, UNIT);
+    for (int64_t n = 0; n < UNIT / grain; n++) {
+        int64_t key = unit * UNIT + n * grain, slot = blocks[key / size] * size + key % size;
+        int64_t at = 2 * (slot / grain) * width + head * dim, d = 0;
+        for (; d + 16 <= dim; d += 16) {
+            v16 least = load16(bounds, at + d, dtype), most = load16(bounds, at + width + d, dtype);
+            if (n) least = smaller(*(v16 *)(low + d), least), most = larger(*(v16 *)(high + d), most);
+            *(v16 *)(low + d) = least, *(v16 *)(high + d) = most;
+        }
+        for (; d < dim; d++) {
+            float least = load1(bounds, at + d, dtype), most = load1(bounds, at + width + d, dtype);
+            low[d] = n && low[d] < least ? low[d] : least, high[d] = n && high[d] > most ? high[d] : most;
+        }
+    }
+}
+
+/* The largest sum of any of the group's queries: negative and positive parts of them, [group, 2, wide]. */
+INLINE float unit_score(const float *parts, const float *low, const float *high, int64_t group, int64_t wide) {
+    float best = -INFINITY;
+    for (int64_t g = 0; g < group; g++) {
+        v16 sum = {};
+        for (int64_t d = 0; d < wide; d += 16) {
+            sum = fma16(*(v16 *)(parts + 2 * g * wide + d), *(v16 *)(low + d), sum);
+            sum = fma16(*(v16 *)(parts + (2 * g + 1) * wide + d), *(v16 *)(high + d), sum);
+        }
+        float total = 0.0f;
+        for (int lane = 0; lane < 16; lane++) total += sum[lane];
+        best = total > best ? total : best;
+    }
+    return best;
+}
+
+/* Floats as integers of the same order. */
+INLINE uint32_t ordered(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* The k largest of n, in their order, among equals the first: a bit of the least of them at a time. */
+static void largest(const uint32_t *scores, int64_t n, int64_t k, int32_t first, int32_t *to) {
+    uint32_t least = 0;
+    for (int bit = 31; bit >= 0; bit--) {
+        uint32_t higher = least | 1u << bit;
+        int32_t count = 0;
+        for (int64_t u = 0; u < n; u++) count += scores[u] >= higher;
+        if (count >= k) least = higher;
+    }
+    int64_t equal = k;
+    for (int64_t u = 0; u < n; u++) equal -= scores[u] > least;
+    for (int64_t u = 0; u < n; u++)
+        if (scores[u] > least || (scores[u] == least && equal-- > 0)) *to++ = first + u;
+}
+
+void select_units(const Shape *shape, const void *query, int64_t query_at, const void *bounds, const int64_t *blocks,
+                  int64_t head, const Far *far, uint32_t *scores, int32_t *chosen) {
+    int64_t dim = shape->head_dim, wide = (dim + 15) / 16 * 16, group = shape->query_heads / shape->kv_heads;
+    float parts[2 * group * wide] __attribute__((aligned(64)));
+    float low[MAX_DIM] __attribute__((aligned(64))), high[MAX_DIM] __attribute__((aligned(64)));
+    for (int64_t d = dim; d < wide; d++) low[d] = high[d] = 0.0f;
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t d = 0; d < wide; d++) {
+            float x = d < dim ? load1(query, query_at + (head * group + g) * dim + d, shape->query_dtype) : 0.0f;
+            parts[2 * g * wide + d] = x < 0.0f ? x : 0.0f, parts[(2 * g + 1) * wide + d] = x > 0.0f ? x : 0.0f;
+        }
+    for (int64_t u = 0; u < far->stop - far->first; u++) {
+        if (shape->dtype == BF16) unit_bounds(shape, bounds, blocks, far->first + u, head, low, high, BF16);
+        else if (shape->dtype == FP16) unit_bounds(shape, bounds, blocks, far->first + u, head, low, high, FP16);
+        else unit_bounds(shape, bounds, blocks, far->first + u, head, low, high, FP32);
+        scores[u] = ordered(unit_score(parts, low, high, group, wide));
+    }
+    largest(scores, far->stop - far->first, far->count, far->first, chosen);
+}
