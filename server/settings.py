@@ -182,8 +182,8 @@ class Settings(BaseSettings):
     rope_select: int | None = Field(
         default=None,
         ge=1,
-        description="Far tokens that a row of a reply reads, chosen by its query (on a CPU): long prompts then cost little "
-        "more a token than short ones; unset: all",
+        description="Far tokens that a row of a reply reads, chosen by its query (on a CPU): long prompts then cost "
+        "little more a token than short ones; unset: all",
     )
     rope_logn: bool = Field(default=False, description="Scale row i's query by max(1, ln(i+1) ÷ ln(trained length))")
     rope_train_length: int | None = Field(
