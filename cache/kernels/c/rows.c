@@ -186,15 +186,25 @@ static void attend_chosen(const Shape *shape, const RowPlan *plan, const Item *i
     }
 }
 
+/* Scores a slice at a time, since there may be fewer heads than threads; then what each head reads. */
 static void rows_select(const Shape *shape, const RowPlan *plan, const void *query, const void *bounds, float *scratch) {
-    int64_t heads = shape->kv_heads;
+    enum { SLICES = 8 };
+    int64_t heads = shape->kv_heads, work = plan->num_rows * heads;
 #pragma omp for schedule(dynamic)
-    for (int64_t n = 0; n < plan->num_rows * heads; n++) {
-        int64_t row = n / heads, head = n % heads;
+    for (int64_t n = 0; n < work * SLICES; n++) {
+        int64_t row = n / SLICES / heads, head = n / SLICES % heads, slice = n % SLICES;
         const Row *one = plan->rows + row;
+        int64_t units = one->far.stop - one->far.first, begin = units * slice / SLICES, end = units * (slice + 1) / SLICES;
         if (!one->far.count) continue;
-        select_units(shape, query, row * shape->query_heads * shape->head_dim, bounds, one->blocks, head, &one->far,
-                     scores_at(shape, plan, scratch, row, head), chosen_at(shape, plan, scratch, row, head));
+        score_units(shape, query, row * shape->query_heads * shape->head_dim, bounds, one->blocks, head,
+                    one->far.first + begin, one->far.first + end, scores_at(shape, plan, scratch, row, head) + begin);
+    }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < work; n++) {
+        int64_t row = n / heads, head = n % heads;
+        if (!plan->rows[row].far.count) continue;
+        choose_units(&plan->rows[row].far, scores_at(shape, plan, scratch, row, head),
+                     chosen_at(shape, plan, scratch, row, head));
     }
 }
 

@@ -57,18 +57,21 @@ INLINE void unit_bounds(const Shape *shape, const void *bounds, const int64_t *b
     }
 }
 
-/* The largest sum of any of the group's queries: negative and positive parts of them, [group, 2, wide]. */
-INLINE float unit_score(const float *parts, const float *low, const float *high, int64_t group, int64_t wide) {
-    float best = -INFINITY;
+/* The largest sums of any of the group's queries, for 16 units whose bounds are low, high [16, MAX_DIM]; parts: negative
+ * and positive parts of the queries, [group, 2, wide]. */
+INLINE v16 unit_scores(const float *parts, const float *low, const float *high, int64_t group, int64_t wide) {
+    v16 best = all16(-INFINITY);
     for (int64_t g = 0; g < group; g++) {
-        v16 sum = {};
-        for (int64_t d = 0; d < wide; d += 16) {
-            sum = fma16(*(v16 *)(parts + 2 * g * wide + d), *(v16 *)(low + d), sum);
-            sum = fma16(*(v16 *)(parts + (2 * g + 1) * wide + d), *(v16 *)(high + d), sum);
+        const float *negative = parts + 2 * g * wide, *positive = negative + wide;
+        v16 sums[16];
+        for (int u = 0; u < 16; u++) {
+            sums[u] = (v16){};
+            for (int64_t d = 0; d < wide; d += 16) {
+                sums[u] = fma16(*(v16 *)(negative + d), *(v16 *)(low + u * MAX_DIM + d), sums[u]);
+                sums[u] = fma16(*(v16 *)(positive + d), *(v16 *)(high + u * MAX_DIM + d), sums[u]);
+            }
         }
-        float total = 0.0f;
-        for (int lane = 0; lane < 16; lane++) total += sum[lane];
-        best = total > best ? total : best;
+        best = larger(best, fold16(sums, 0));
     }
     return best;
 }
@@ -95,22 +98,29 @@ static void largest(const uint32_t *scores, int64_t n, int64_t k, int32_t first,
         if (scores[u] > least || (scores[u] == least && equal-- > 0)) *to++ = first + u;
 }
 
-void select_units(const Shape *shape, const void *query, int64_t query_at, const void *bounds, const int64_t *blocks,
-                  int64_t head, const Far *far, uint32_t *scores, int32_t *chosen) {
+void score_units(const Shape *shape, const void *query, int64_t query_at, const void *bounds, const int64_t *blocks,
+                 int64_t head, int64_t begin, int64_t end, uint32_t *scores) {
     int64_t dim = shape->head_dim, wide = (dim + 15) / 16 * 16, group = shape->query_heads / shape->kv_heads;
     float parts[2 * group * wide] __attribute__((aligned(64)));
-    float low[MAX_DIM] __attribute__((aligned(64))), high[MAX_DIM] __attribute__((aligned(64)));
-    for (int64_t d = dim; d < wide; d++) low[d] = high[d] = 0.0f;
+    float low[16][MAX_DIM] __attribute__((aligned(64))), high[16][MAX_DIM] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < 16; i++)
+        for (int64_t d = 0; d < wide; d++) low[i][d] = high[i][d] = 0.0f;
     for (int64_t g = 0; g < group; g++)
         for (int64_t d = 0; d < wide; d++) {
             float x = d < dim ? load1(query, query_at + (head * group + g) * dim + d, shape->query_dtype) : 0.0f;
             parts[2 * g * wide + d] = x < 0.0f ? x : 0.0f, parts[(2 * g + 1) * wide + d] = x > 0.0f ? x : 0.0f;
         }
-    for (int64_t u = 0; u < far->stop - far->first; u++) {
-        if (shape->dtype == BF16) unit_bounds(shape, bounds, blocks, far->first + u, head, low, high, BF16);
-        else if (shape->dtype == FP16) unit_bounds(shape, bounds, blocks, far->first + u, head, low, high, FP16);
-        else unit_bounds(shape, bounds, blocks, far->first + u, head, low, high, FP32);
-        scores[u] = ordered(unit_score(parts, low, high, group, wide));
+    for (int64_t unit = begin; unit < end; unit += 16) {
+        int64_t count = least(16, end - unit);
+        for (int64_t i = 0; i < count; i++)
+            if (shape->dtype == BF16) unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], BF16);
+            else if (shape->dtype == FP16) unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], FP16);
+            else unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], FP32);
+        v16 found = unit_scores(parts, low[0], high[0], group, wide);
+        for (int64_t i = 0; i < count; i++) scores[unit - begin + i] = ordered(found[i]);
     }
+}
+
+void choose_units(const Far *far, const uint32_t *scores, int32_t *chosen) {
     largest(scores, far->stop - far->first, far->count, far->first, chosen);
 }

@@ -5,7 +5,9 @@ typedef struct {
     int64_t count, first, stop;
 } Far;
 
-/* `chosen` [count], in ascending order, for one KV head of the row whose query [Hq, D] is at `query_at`.
- * bounds: [grains, 2, Hkv, D], as prerope_bounds makes them; blocks: of the row's sequence; scores: room for stop − first. */
-void select_units(const Shape *shape, const void *query, int64_t query_at, const void *bounds, const int64_t *blocks,
-                  int64_t head, const Far *far, uint32_t *scores, int32_t *chosen);
+/* Scores of the units [begin, end) for one KV head of the row whose query [Hq, D] is at `query_at`, as integers of their
+ * order. bounds: [grains, 2, Hkv, D], as prerope_bounds makes them; blocks: of the row's sequence. */
+void score_units(const Shape *shape, const void *query, int64_t query_at, const void *bounds, const int64_t *blocks,
+                 int64_t head, int64_t begin, int64_t end, uint32_t *scores);
+/* `chosen` [count], in ascending order, by the scores of all far units. */
+void choose_units(const Far *far, const uint32_t *scores, int32_t *chosen);
