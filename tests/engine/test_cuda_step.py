@@ -112,6 +112,8 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, metadata: Any, option
 class Storage:
     """Keys and values of any layer."""
 
+    bounds = None
+
     def __init__(self, head_dim: int, device: str) -> None:
         self.keys = self.values = _Same(torch.empty(4, 16, 2, head_dim, device=device))
 
