@@ -109,6 +109,8 @@ def settle(case: Any) -> None:
         case.path_parameters = {"model": "tiny-llama"}
     if not isinstance(body, dict):
         return
+    if case.path == "/tokenize" and not body.keys() & {"prompt", "messages"}:
+        body["prompt"] = "said"  # which of the two, no document says
     if OPERATIONS[case.path].events:
         body["max_tokens"] = SMALL["max_tokens"] if body.get("max_tokens") is None else body["max_tokens"]
     for name, limit in SMALL.items():
