@@ -1,18 +1,23 @@
 """A cache that is bounded by the bytes of what it keeps, and counts them: every cache that clients can fill is one.
 
-Entries have owners, and where there is no room, the owner of the most gives up what it used longest ago. So nobody
-loses what is within an equal share to somebody who keeps more.
+Entries have owners. Where there is no room, whoever has used nothing for `IDLE_S` gives up what it used longest ago,
+and where there is no such owner, the owner of the most. So nobody who is there loses what is within an equal share to
+somebody who keeps more, and those who are gone do not hold the room.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+IDLE_S = 600.0
+"""An owner who has used nothing for so long is taken to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +38,19 @@ class _Share(Generic[K, V]):
 
     entries: OrderedDict[K, tuple[V, int]] = field(default_factory=OrderedDict)
     num_bytes: int = 0
+    used_at: float = 0.0
 
 
 class ByteCache(Generic[K, V]):
     """Keys to values. What is larger than all of it is not kept."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: seconds."""
         self.max_bytes = max_bytes
+        self._clock = clock
         self.num_bytes = 0
         self._owners: dict[K, str] = {}
-        self._shares: dict[str, _Share[K, V]] = {}
+        self._shares: OrderedDict[str, _Share[K, V]] = OrderedDict()  # who used anything longest ago first
         self._hits = self._misses = self._evictions = 0
 
     def get(self, key: K) -> V | None:
@@ -51,7 +59,7 @@ class ByteCache(Generic[K, V]):
             self._misses += 1
             return None
         self._hits += 1
-        entries = self._shares[owner].entries
+        entries = self._used(owner).entries
         entries.move_to_end(key)
         return entries[key][0]
 
@@ -61,15 +69,26 @@ class ByteCache(Generic[K, V]):
             self._remove(key)
         if num_bytes > self.max_bytes:
             return
-        share = self._shares.setdefault(owner, _Share())
+        share = self._used(owner)
         share.entries[key] = value, num_bytes
         share.num_bytes += num_bytes
         self._owners[key] = owner
         self.num_bytes += num_bytes
         while self.num_bytes > self.max_bytes:
-            largest = max(self._shares.values(), key=lambda one: one.num_bytes)
-            self._remove(next(iter(largest.entries)))
+            self._remove(next(iter(self._who_gives_up().entries)))
             self._evictions += 1
+
+    def _used(self, owner: str) -> _Share[K, V]:
+        share = self._shares.setdefault(owner, _Share())
+        self._shares.move_to_end(owner)
+        share.used_at = self._clock()
+        return share
+
+    def _who_gives_up(self) -> _Share[K, V]:
+        oldest = next(iter(self._shares.values()))
+        if self._clock() - oldest.used_at > IDLE_S:
+            return oldest
+        return max(self._shares.values(), key=lambda one: one.num_bytes)
 
     def _remove(self, key: K) -> None:
         owner = self._owners.pop(key)

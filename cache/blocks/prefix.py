@@ -33,7 +33,7 @@ class PrefixHasher:
         self._block_size = block_size
         self._documents = documents
         self._positions = positions
-        self._selects_from = selects_from
+        self.selects_from = selects_from
         self._root = hashlib.blake2b(salt.encode(), digest_size=16).digest()
         self.hashes: list[bytes] = []
 
@@ -64,6 +64,6 @@ class PrefixHasher:
         h = hashlib.blake2b(self.hashes[index - 1] if index else self._root, digest_size=16)
         h.update(array("q", token_ids).tobytes())
         h.update(self._positions.block_seed(end))
-        if end > self._selects_from:
-            h.update(repr(("selects", self._positions.select, self._selects_from)).encode())
+        if end > self.selects_from:
+            h.update(repr(("selects", self._positions.select, self.selects_from)).encode())
         return h

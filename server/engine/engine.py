@@ -12,7 +12,6 @@ Knows token ids only: text, HTTP and metrics are the caller's.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -20,10 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prerope.cache.attention.dispatch import angle_bytes
-from prerope.cache.attention.selection import selects_from
 from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.cache.blocks.prefix import PrefixHasher
 from prerope.cache.cuda.transfer import send
 from prerope.cache.storage import KVStorage
 from prerope.cache.tier import TierStats
@@ -119,25 +116,7 @@ class Engine:
         sampling = request.sampling
         assert 0 < len(request.prompt_token_ids) <= self.info.max_model_len - sampling.max_tokens
         positions = request.positions or self.info.positions
-        generator, timeout = None, self.config.request_timeout_s
-        if sampling.seed is not None:
-            generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        sequence = Sequence(
-            request=request,
-            positions=positions,
-            hasher=PrefixHasher(
-                self.config.block_size,
-                positions,
-                request.cache_salt,
-                request.documents,
-                selects_from(positions.select, len(request.prompt_token_ids)),
-            ),
-            generator=generator,
-            token_ids=list(request.prompt_token_ids),
-            num_prompt_tokens=len(request.prompt_token_ids),
-            matcher=None if sampling.grammar is None else sampling.grammar.matcher(),
-            deadline=min(request.deadline, math.inf if timeout is None else time.monotonic() + timeout),
-        )
+        sequence = Sequence.from_request(request, positions, self.config.block_size, self.config.request_timeout_s)
         if self.tiers is not None:
             self.tiers.ask(sequence)
         self.scheduler.add(sequence)

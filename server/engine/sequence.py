@@ -108,6 +108,26 @@ class Sequence:
     scheduled_at: float | None = None
     first_token_at: float | None = None
 
+    @classmethod
+    def from_request(
+        cls, request: EngineRequest, positions: ModelPositions, block_size: int, timeout: float | None
+    ) -> Sequence:
+        """A request that has just come, read by these positions; timeout: the deployment's, in seconds."""
+        ids, sampling, generator = list(request.prompt_token_ids), request.sampling, None
+        if sampling.seed is not None:
+            generator = torch.Generator().manual_seed(sampling.seed % 2**64)
+        chooses = selects_from(positions.select, len(ids))
+        return cls(
+            request=request,
+            positions=positions,
+            hasher=PrefixHasher(block_size, positions, request.cache_salt, request.documents, chooses),
+            generator=generator,
+            token_ids=ids,
+            num_prompt_tokens=len(ids),
+            matcher=None if sampling.grammar is None else sampling.grammar.matcher(),
+            deadline=min(request.deadline, math.inf if timeout is None else time.monotonic() + timeout),
+        )
+
     @property
     def request_id(self) -> str:
         return self.request.request_id
@@ -123,7 +143,7 @@ class Sequence:
     @property
     def selects_from(self) -> int:
         """The first row that may leave far keys out."""
-        return selects_from(self.positions.select, self.num_prompt_tokens)
+        return self.hasher.selects_from
 
     @property
     def num_output_tokens(self) -> int:

@@ -6,7 +6,6 @@ import itertools
 from typing import Any
 
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.cache.blocks.prefix import PrefixHasher
 from prerope.rope.frequencies import Rotary
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
@@ -22,14 +21,7 @@ IDS = itertools.count()
 
 def sequence(prompt: list[int], max_tokens: int = 4, *, priority: int = 0, block_size: int = BLOCK) -> Sequence:
     request = EngineRequest(str(next(IDS)), prompt, SamplingParams(max_tokens=max_tokens), priority=priority)
-    return Sequence(
-        request=request,
-        positions=POSITIONS,
-        hasher=PrefixHasher(block_size, POSITIONS, ""),
-        generator=None,
-        token_ids=list(prompt),
-        num_prompt_tokens=len(prompt),
-    )
+    return Sequence.from_request(request, POSITIONS, block_size, None)
 
 
 def unique(length: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from prerope.server.api.limits import prefix_salt
-from prerope.server.byte_cache import ByteCache
+from prerope.server.byte_cache import IDLE_S, ByteCache
 
 from tests.faulty_server import QUOTED
 from tests.server.test_cli import ROOT, free_port, start, wait_for
@@ -71,7 +71,7 @@ def test_no_salt_of_one_key_reaches_the_prefixes_of_another() -> None:
 
 
 def test_what_one_keeps_is_not_lost_to_another() -> None:
-    """Whoever fills a cache gives up his own; somebody's that is within an equal share stays, however old it is."""
+    """Whoever fills a cache gives up his own; somebody's that is within an equal share stays while he is there."""
     cache: ByteCache[tuple[str, int], str] = ByteCache(1000)
     for index in range(3):
         cache.put(("small", index), "s", 100, "small")
@@ -86,6 +86,22 @@ def test_what_one_keeps_is_not_lost_to_another() -> None:
     assert cache.stats().num_bytes == 100 * cache.stats().num_entries
     cache.put(("third", 1), "t", 1001, "third")
     assert cache.get(("third", 1)) is None
+
+
+def test_those_who_are_gone_hold_no_room() -> None:
+    """Many small ones fill a cache: who comes later keeps something larger once they have used nothing for long."""
+    now = 0.0
+    cache: ByteCache[str, str] = ByteCache(1000, lambda: now)
+    for index in range(100):
+        cache.put(f"small {index}", "s", 10, f"owner {index}")
+    cache.put("large", "l", 500, "late")
+    assert cache.get("large") is None, "all of them are there"
+    now = IDLE_S
+    assert cache.get("small 7") == "s"
+    now += 1.0
+    cache.put("large", "l", 500, "late")
+    assert [cache.get("large"), cache.get("small 7")] == ["l", "s"]
+    assert len(cache) == 51
 
 
 # --- the grep ---------------------------------------------------------------------------------------------------------

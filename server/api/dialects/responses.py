@@ -1,7 +1,7 @@
 """POST /v1/responses: OpenAI's Responses, what its newest clients call by default.
 
 A conversation goes on by `previous_response_id` while its items are kept: in memory, up to `MAX_CONVERSATION_BYTES` of
-all tenants together, each found by its own tenant alone. Where there is no room, who keeps most gives up the oldest.
+all tenants together, each found by its own tenant alone; `ByteCache` says who gives up what where there is no room.
 """
 
 from __future__ import annotations

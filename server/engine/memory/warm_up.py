@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from prerope.cache.blocks.prefix import PrefixHasher
 from prerope.cache.blocks.states import StateRows
 from prerope.cache.cuda.decode import reserve_tables
 from prerope.cache.cuda.plan import PlanKey
@@ -147,12 +145,5 @@ def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorag
 
 def _sampling(positions: ModelPositions, config: EngineConfig) -> Sequence:
     """Nobody's sequence, which asks for the draw that takes most."""
-    sampling = SamplingParams(max_tokens=1, top_p=0.999)
-    return Sequence(
-        request=EngineRequest("warm-up", [0], sampling),
-        positions=positions,
-        hasher=PrefixHasher(config.block_size, positions, ""),
-        generator=torch.Generator(),
-        token_ids=[0],
-        num_prompt_tokens=1,
-    )
+    request = EngineRequest("warm-up", [0], SamplingParams(max_tokens=1, top_p=0.999, seed=0))
+    return Sequence.from_request(request, positions, config.block_size, None)
