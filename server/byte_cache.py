@@ -7,6 +7,7 @@ somebody who keeps more, and those who are gone do not hold the room.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -51,6 +52,7 @@ class ByteCache(Generic[K, V]):
         self.num_bytes = 0
         self._owners: dict[K, str] = {}
         self._shares: OrderedDict[str, _Share[K, V]] = OrderedDict()  # who used anything longest ago first
+        self._by_size: list[tuple[int, str]] = []  # a heap: the largest share first
         self._hits = self._misses = self._evictions = 0
 
     def get(self, key: K) -> V | None:
@@ -74,6 +76,7 @@ class ByteCache(Generic[K, V]):
         share.num_bytes += num_bytes
         self._owners[key] = owner
         self.num_bytes += num_bytes
+        self._sized(owner)
         while self.num_bytes > self.max_bytes:
             self._remove(next(iter(self._who_gives_up().entries)))
             self._evictions += 1
@@ -88,7 +91,20 @@ class ByteCache(Generic[K, V]):
         oldest = next(iter(self._shares.values()))
         if self._clock() - oldest.used_at > IDLE_S:
             return oldest
-        return max(self._shares.values(), key=lambda one: one.num_bytes)
+        while True:
+            size, owner = self._by_size[0]
+            share = self._shares.get(owner)
+            if share is not None and share.num_bytes == -size:
+                return share
+            heapq.heappop(self._by_size)  # of a size that it no longer has
+
+    def _sized(self, owner: str) -> None:
+        """The owner's share has another size: its place is noted anew, and notes that are out of date are few."""
+        if len(self._by_size) > 2 * len(self._shares) + 64:
+            self._by_size = [(-share.num_bytes, name) for name, share in self._shares.items()]
+            heapq.heapify(self._by_size)
+        else:
+            heapq.heappush(self._by_size, (-self._shares[owner].num_bytes, owner))
 
     def _remove(self, key: K) -> None:
         owner = self._owners.pop(key)
@@ -96,7 +112,9 @@ class ByteCache(Generic[K, V]):
         _, freed = share.entries.pop(key)
         share.num_bytes -= freed
         self.num_bytes -= freed
-        if not share.entries:
+        if share.entries:
+            self._sized(owner)
+        else:
             del self._shares[owner]
 
     def __len__(self) -> int:

@@ -50,9 +50,10 @@ class KeyBounds:
             if sequence.length <= sequence.selects_from:
                 continue
             _, stop = far_units(sequence.length - 1)
-            if stop * UNIT > sequence.start:
+            num_blocks = -(-stop * UNIT // self._block_size)
+            if num_blocks * self._block_size > sequence.start:
                 raise AssertionError("a step's rows would choose among keys of the same step")
-            blocks = sequence.block_table.numpy()[: -(-stop * UNIT // self._block_size)]
+            blocks = sequence.block_table.numpy()[:num_blocks]
             missing = blocks[~self._known[blocks]]
             if len(missing):
                 self._make(missing)

@@ -29,7 +29,7 @@ from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_c
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.pace import Pace
-from prerope.server.engine.selection import MOST_ROWS
+from prerope.server.engine.selection import most_rows
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation.speculator import Speculator
 from prerope.server.engine.step import Scheduled
@@ -154,28 +154,28 @@ class Scheduler:
 
     def _schedule_prefill(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> None:
         """Up to `num_tokens` rows of a prompt; the documents that it comes to are copied, or read first."""
-        position, documents, rows = sequence.num_computed_tokens, sequence.request.documents, False
+        position, documents, first = sequence.num_computed_tokens, sequence.request.documents, None
         while num_tokens > 0 and position < sequence.num_tokens:
             document = span_at(documents, position)
             if document is None:
                 stop = min(position + num_tokens, next_copied(documents, position, sequence.num_tokens))
-                if stop > sequence.selects_from:
-                    stop = min(stop, position + MOST_ROWS)
-                if not self._grow(sequence, stop, plan):
+                first = position if first is None else first
+                stop = min(stop, max(sequence.selects_from, first + most_rows(self.cache.block_size)))
+                if stop <= position or not self._grow(sequence, stop, plan):
                     return
                 plan.append(Scheduled.of(sequence, stop - position, position))
-                num_tokens, position, rows = num_tokens - (stop - position), stop, True
+                num_tokens, position = num_tokens - (stop - position), stop
                 continue
             reader = self._open(sequence, document, position)
             if reader.num_processed_tokens < reader.num_tokens:
                 # What it needs, the prefix first of all, may be among the rows of this very step.
-                self._close(sequence) if rows else self._schedule_reader(reader, num_tokens, plan)
+                self._schedule_reader(reader, num_tokens, plan) if first is None else self._close(sequence)
                 return
             if not self._grow(sequence, document.stop, plan):
                 return
             self._copy(reader, position)
             position = document.stop
-            if not rows:
+            if first is None:
                 sequence.num_computed_tokens = position
 
     def _open(self, sequence: Sequence, document: DocumentSpan, position: int) -> DocumentReader:

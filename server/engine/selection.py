@@ -7,11 +7,13 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.errors import ConfigurationError, InvalidRequest
 
-MOST_ROWS = WINDOW - UNIT
-"""Of a sequence in a step, where rows choose: what the last of them chooses among was stored before the step."""
-
 MOST_BLOCK = WINDOW // 2
-"""Tokens of a block, for a block with a far key in it to be full."""
+"""Tokens of a block, for rows that choose to have some room in a step."""
+
+
+def most_rows(block_size: int) -> int:
+    """Of a sequence in a step, up to the last that chooses: whole blocks of what it chooses among are stored before."""
+    return WINDOW - max(UNIT, block_size)
 
 
 def check_deployment(config: EngineConfig, device_type: str, num_ranks: int) -> None:

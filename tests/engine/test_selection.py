@@ -157,6 +157,39 @@ def test_blocks_from_a_tier_are_bounded_anew(model: Model) -> None:
     assert bounds._known[blocks].all()
 
 
+def stale(engine: Engine) -> list[int]:
+    """Blocks of running sequences whose bounds are taken for known and are not those of the keys that they have."""
+    bounds, found = engine.storage.bounds, []
+    assert bounds is not None
+    for sequence in engine.scheduler.running.values():
+        for block in sequence.block_table.head(sequence.num_computed_tokens // engine.config.block_size):
+            for keys in engine.storage.keys if bounds._known[block] else ():
+                own = keys[block].view(-1, UNIT, *keys.shape[2:])
+                kept = bounds.of(keys).view(len(keys), -1, 2, *keys.shape[2:])[block]
+                if not torch.equal(kept, torch.stack([own.amin(1), own.amax(1)], 1)):
+                    found.append(block)
+    return found
+
+
+@pytest.mark.parametrize(("block_size", "budget", "num_prompt"), [(16, 4096, 1800), (64, 1008, 1990), (64, 4096, 1990)])
+def test_bounds_are_of_what_is_stored(block_size: int, budget: int, num_prompt: int, model: Model) -> None:
+    """Also where one step reads a prompt again and rows behind it that choose."""
+    config = {"block_size": block_size, "num_blocks": 9000 // block_size, "max_batched_tokens": budget}
+    engine = engine_for(model, prefix_caching=False, speculation="off", **config)
+    engine.add(request("one", [token % VOCABULARY for token in prompt_of(num_prompt)], greedy(60)))
+    outputs: list[TokenOutput] = []
+    while len(tokens_of(outputs)) < 30:
+        outputs += [output for _, output in engine.step()]
+    for sequence in list(engine.scheduler.running.values()):
+        engine.scheduler.preempt(sequence)
+    for keys in engine.storage.keys:  # as if others had used the blocks
+        keys.copy_(20 * torch.randn(keys.shape, generator=torch.Generator().manual_seed(0)))
+    engine.storage.bounds._known[:] = False  # type: ignore[union-attr]
+    while engine.has_work():
+        engine.step()
+        assert stale(engine) == []
+
+
 def test_memory_counts_bounds(model: Model) -> None:
     shapes = [layer.shape for layer in model.layers]
     own = sum(tensor[0].nbytes for tensor in (*engine_for(model).storage.keys, *engine_for(model).storage.values))

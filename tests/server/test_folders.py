@@ -220,6 +220,7 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
             "is null, and",
         ),
         (change_json("config.json", rope_parameters={"rope_theta": 0}), "'rope_parameters.rope_theta' is 0, and"),
+        (change_json("config.json", rope_theta=10**400), "'rope_theta' is beyond 20 digits, and"),
         (change_json("config.json", rope_scaling={"factor": -4, "rope_type": "yarn"}), "'rope_scaling.factor' is -4"),
         (change_json("config.json", num_hidden_layers=10**7), "'num_hidden_layers' is 10000000, and 21 weights are"),
         (change_json("config.json", vocab_size=10**9), "'vocab_size' is 1000000000 and 'hidden_size' 32, more numbers"),

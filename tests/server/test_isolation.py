@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import dropwhile
@@ -86,6 +88,26 @@ def test_what_one_keeps_is_not_lost_to_another() -> None:
     assert cache.stats().num_bytes == 100 * cache.stats().num_entries
     cache.put(("third", 1), "t", 1001, "third")
     assert cache.get(("third", 1)) is None
+
+
+def test_the_owner_of_the_most_gives_up_whatever_came_before() -> None:
+    """Held to what is left of every key that was put, in random histories of owners who come and go."""
+    draw, sizes = random.Random(0), dict[int, tuple[str, int]]()
+    cache: ByteCache[int, str] = ByteCache(300, lambda: 0.0)
+    for _ in range(5000):
+        key, owner, size = draw.randrange(40), f"owner {draw.randrange(8)}", draw.randrange(1, 120)
+        shares = Counter[str]()
+        for one, (name, taken) in sizes.items():
+            shares[name] += taken if one != key else 0
+        shares[owner] += size
+        cache.put(key, "", size, owner)
+        sizes = {one: told for one, told in (sizes | {key: (owner, size)}).items() if cache.get(one) is not None}
+        left = Counter[str]()
+        for name, taken in sizes.values():
+            left[name] += taken
+        assert left.total() == cache.num_bytes <= 300
+        most = max(left.values(), default=0)
+        assert all(shares[name] == left[name] or left[name] + 120 > most for name in shares), "one who kept less lost"
 
 
 def test_those_who_are_gone_hold_no_room() -> None:
