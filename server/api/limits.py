@@ -127,14 +127,32 @@ def admit(
     shown_special_ids: frozenset[int] = frozenset(),
 ) -> list[Generation]:
     """Submit one sequence for each pair of prompt and parameters. `arrived` is of `time.perf_counter()`."""
-    positions = positions_of(service, request.rope)
     hold = current_hold()
     hold.count(len(prompts))
+    sequences = engine_requests(service, request_id, prompts, request, arrived=arrived)
+    generations = [
+        Generation(service, sequence, outputs, request, arrived, shown_special_ids)
+        for sequence, outputs in zip(sequences, service.engine.submit(sequences), strict=True)
+    ]
+    hold.close_at_end(generations)
+    return generations
+
+
+def engine_requests(
+    service: Service,
+    request_id: str,
+    prompts: Sequence[tuple[TokenizedPrompt, SamplingParams]],
+    request: GenerationRequest,
+    *,
+    arrived: float,
+) -> list[EngineRequest]:
+    """One sequence for each pair of prompt and parameters, as the engine takes them."""
+    positions = positions_of(service, request.rope)
     deadline = math.inf
     if request.timeout_s is not None:
         deadline = time.monotonic() - (time.perf_counter() - arrived) + request.timeout_s
-    salt = prefix_salt(service, hold.tenant, request.cache_salt)
-    sequences = [
+    salt = prefix_salt(service, current_hold().tenant, request.cache_salt)
+    return [
         EngineRequest(
             request_id=f"{request_id}-{index}",
             prompt_token_ids=prompt.ids,
@@ -149,9 +167,3 @@ def admit(
         )
         for index, (prompt, sampling) in enumerate(prompts)
     ]
-    generations = [
-        Generation(service, sequence, outputs, request, arrived, shown_special_ids)
-        for sequence, outputs in zip(sequences, service.engine.submit(sequences), strict=True)
-    ]
-    hold.close_at_end(generations)
-    return generations

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prerope.server.api.beams import BeamSearch
 from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, reader_of
@@ -74,7 +75,9 @@ async def start(service: Service, read: Read[Any], prefix: str, arrived: float) 
     (request, prepared), request_id = read.ready, new_id(prefix)
     use = prepared.tools
     grammar = await compiled(service, prepared.constraint)
-    choices = []
+    shown = frozenset[int]() if use is None else frozenset(use.marks.values())
+    search = BeamSearch(service, request, request_id, arrived, shown) if request.beams else None
+    choices, searched = [], list[Generation]()
     info, asked, default = service.engine.info, request.sampling.max_tokens, request.sampling.default_max_tokens
     for prompt in prepared.prompts:
         if prompt.documents and request.output.prompt_logprobs is not None:
@@ -85,14 +88,14 @@ async def start(service: Service, read: Read[Any], prefix: str, arrived: float) 
             )
         max_tokens = max_tokens_that_fit(info, len(prompt.ids), asked, default)
         check_documents(prompt.documents, len(prompt.ids), max_tokens, info)
+        bad = prepared.bad_token_ids
         for index in range(request.n):
-            params = sampling_params(
-                service, request, max_tokens, index=index, grammar=grammar, bad_token_ids=prepared.bad_token_ids
-            )
+            params = sampling_params(service, request, max_tokens, index=index, grammar=grammar, bad_token_ids=bad)
             choices.append((prompt, params))
-    shown = frozenset[int]() if use is None else frozenset(use.marks.values())
-    generations = admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
-    thinking = isinstance(request.input, Chat) and _thinks(service, choices[0][0].ids)
+        if search is not None:
+            searched += await search.replies(*choices[-1], len(searched))
+    generations = searched or admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
+    thinking = isinstance(request.input, Chat) and _thinks(service, prepared.prompts[0].ids)
     return Running(request_id, request, generations, use, thinking)
 
 

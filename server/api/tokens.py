@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Response
 from prerope.server.api.bodies import body_of
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
+from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
 from prerope.server.service import ReadyService
 
 router = APIRouter(tags=["tokens"])

@@ -6,14 +6,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import anthropic
 import httpx
 import ollama
 import openai
 import pytest
+from anthropic.types.beta.message_count_tokens_params import MessageCountTokensParams as CountParams
+from anthropic.types.beta.message_create_params import MessageCreateParamsStreaming as MessageParams
 from huggingface_hub import InferenceClient
+from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
 
 TOOL_TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\\n<tools>' + tools | tojson + '</tools> <tool_call> name' }}
 {{- '<|im_end|>\\n' }}{%- endif %}{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
@@ -110,6 +113,27 @@ def test_anthropic_tools_there_and_back(claude: anthropic.Anthropic, stream: boo
     ]
     again = claude.messages.create(model=MODEL, max_tokens=4, messages=history, tools=tools)
     assert again.usage.output_tokens <= 4
+
+
+def test_anthropic_schemas_prefills_and_stops(claude: anthropic.Anthropic, http: httpx.Client) -> None:
+    asked: Any = {"model": MODEL, "max_tokens": 100, "messages": ASKED, "extra_body": GREEDY}
+    form: Any = {"format": {"type": "json_schema", "schema": WEATHER}, "effort": "low"}
+    reply: Any = claude.messages.create(output_config=form, **asked)
+    assert json.loads(reply.content[0].text)["city"] in ("Paris", "Rome")
+    begun: Any = [*ASKED, {"role": "assistant", "content": "The answer is"}]
+    reply = claude.messages.create(**{**asked, "messages": begun, "max_tokens": 8})
+    assert reply.content[0].text == expected_chat(http, messages=begun, continue_final_message=True)
+    for word in expected_chat(http, 30).split():
+        if word.isalpha():
+            stopped = claude.messages.create(stop_sequences=["never", word], **asked)
+            assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
+            break
+
+
+def test_every_field_of_anthropics_client_is_known() -> None:
+    for params, request in ((MessageParams, MessagesRequest), (CountParams, CountTokensRequest)):
+        known = {*request._names(), *request.foreign}
+        assert not set(get_type_hints(params)) - known, request.__name__
 
 
 def test_anthropic_refuses_pictures_by_name(claude: anthropic.Anthropic) -> None:
@@ -287,6 +311,22 @@ def test_nothing_of_a_response_is_ignored_in_silence(
     assert said is None or said in reply.json()["error"]["message"]
 
 
+def test_sglang_and_tgi_options(http: httpx.Client) -> None:
+    few = {"max_new_tokens": 6, "temperature": 0}
+    text = http.post("/generate", json={"text": "Once", "sampling_params": few}).json()["text"]
+    stop = text[2:4]
+    for keep, wanted in ((True, text[: text.index(stop)] + stop), (False, text[: text.index(stop)])):
+        body = {"text": "Once", "sampling_params": {**few, "stop": [stop], "no_stop_trim": keep}}
+        assert http.post("/generate", json=body).json()["text"] == wanted
+    for constraint in ({"ebnf": 'root ::= "ab"'}, {"json_schema": '{"enum": [7]}'}, {"regex": "[a]{3}"}):
+        body = {"text": "Once", "sampling_params": {**few, **constraint}}
+        assert http.post("/generate", json=body).json()["text"] in ("ab", "7", "aaa")
+    ids = http.post("/tokenize", json={"prompt": "a b c d e f g"}).json()["tokens"]
+    last = http.post("/generate", json={"input_ids": ids[-3:], "sampling_params": few}).json()["text"]
+    cut = {"inputs": "a b c d e f g", "parameters": {"max_new_tokens": 6, "truncate": 3}}
+    assert http.post("/generate", json=cut).json()["generated_text"] == last
+
+
 # --- Ollama ---
 
 
@@ -295,6 +335,21 @@ def llama(url: str) -> Iterator[ollama.Client]:
     client = ollama.Client(host=url, headers={"authorization": "Bearer secret"})
     yield client
     client._client.close()
+
+
+def test_ollama_prefills_and_log_probabilities(llama: ollama.Client, http: httpx.Client) -> None:
+    options = {"temperature": 0, "num_predict": 6}
+    begun: Any = [*ASKED, {"role": "assistant", "content": "The answer is"}]
+    asked: Any = {"options": options, "logprobs": True, "top_logprobs": 2}
+    body = {"messages": begun, "continue_final_message": True, "max_tokens": 6, "logprobs": True, "top_logprobs": 2}
+    wanted = http.post("/v1/chat/completions", json={**body, **GREEDY}).json()["choices"][0]
+    reply = llama.chat(MODEL, begun, **asked)
+    assert reply.message.content == wanted["message"]["content"]
+    streamed = [one for part in llama.chat(MODEL, begun, stream=True, **asked) for one in part.logprobs or ()]
+    for told in (list(reply.logprobs or ()), streamed):
+        assert [one.token for one in told] == [one["token"] for one in wanted["logprobs"]["content"]]
+        assert all(len(one.top_logprobs or ()) == 2 for one in told)
+    assert len(llama.generate(MODEL, "Once", **asked).logprobs or ()) == 6
 
 
 def test_ollama(llama: ollama.Client, http: httpx.Client) -> None:
@@ -383,7 +438,7 @@ def test_alternatives_are_told_by_their_names_there(http: httpx.Client) -> None:
         ("/generate", {"inputs": "x", "parameters": {"watermark": True}}, "watermark"),
         ("/generate", {"text": "x", "lora_path": "a"}, "lora_path"),
         ("/generate", {"text": "x", "return_hidden_states": True}, "return_hidden_states"),
-        ("/generate", {"text": "x", "sampling_params": {"no_stop_trim": True}}, "no_stop_trim"),
+        ("/generate", {"text": "x", "sampling_params": {"stop_regex": "a+"}}, "stop_regex"),
         ("/api/generate", {"prompt": "x", "options": {"mirostat": 2}}, "mirostat"),
         ("/api/generate", {"prompt": "x", "options": {"tfs_z": 0.5}}, "tfs_z"),
     ],

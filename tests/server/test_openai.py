@@ -136,6 +136,57 @@ def test_echo_goes_before_new_text(client: OpenAI) -> None:
     assert bare.choices[0].logprobs is None
 
 
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -1.0])
+def test_beams_are_those_of_transformers(
+    client: OpenAI, model: PreTrainedModel, tokenizer: Tokenizer, length_penalty: float
+) -> None:
+    """With two tokens as ends that greedy replies hold, so that beams end early and late."""
+    ids = tokenizer.encode(PROMPT)
+    width, length = 4, 10
+    body: dict[str, Any] = {"use_beam_search": True, "length_penalty": length_penalty, "return_token_ids": True}
+    plain = client.completions.create(
+        model=MODEL, prompt=ids, max_tokens=length, n=width, extra_body={**body, "ignore_eos": True}
+    )
+    first: list[Any] = [choice.model_extra["token_ids"] for choice in plain.choices if choice.model_extra]
+    ends = [first[0][4], first[1][7]]
+    found = client.completions.create(
+        model=MODEL, prompt=ids, max_tokens=length, n=width, logprobs=1,
+        extra_body={**body, "ignore_eos": True, "stop_token_ids": ends},
+    )  # fmt: skip
+    expected = model.generate(
+        torch.tensor([ids]), num_beams=width, num_return_sequences=width, max_new_tokens=length, do_sample=False,
+        length_penalty=length_penalty, early_stopping="never", eos_token_id=ends, pad_token_id=-1,
+        return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    wanted = [[one for one in row[len(ids) :].tolist() if one != -1] for row in expected.sequences]
+    replies: list[Any] = [choice.model_extra["token_ids"] for choice in found.choices if choice.model_extra]
+    assert replies == wanted
+    for choice, score in zip(found.choices, expected.sequences_scores.tolist(), strict=True):
+        assert choice.logprobs is not None
+        scored = choice.logprobs.token_logprobs or []
+        assert sum(map(float, scored)) / len(scored) ** length_penalty == pytest.approx(score, rel=1e-5)
+    reasons = ["stop" if reply[-1] in ends else "length" for reply in replies]
+    assert [choice.finish_reason for choice in found.choices] == reasons
+    assert len({*reasons}) == 2 or length_penalty != 1.0
+
+
+def test_beams_of_a_chat_and_a_stream(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 6, "extra_body": {"use_beam_search": True}}
+    one = client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message.content
+    greedy = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=6, temperature=0)
+    assert one == greedy.choices[0].message.content, "a single beam is greedy"
+    best = client.chat.completions.create(messages=MESSAGES, n=3, **asked).choices
+    chunks = list(client.chat.completions.create(messages=MESSAGES, n=3, stream=True, **asked))
+    streamed = ["", "", ""]
+    for chunk in chunks:
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == [choice.message.content for choice in best]
+    asked["extra_body"]["bad_words"] = ["a"]
+    with pytest.raises(openai.BadRequestError, match="bad_words"):
+        client.chat.completions.create(messages=MESSAGES, **asked)
+
+
 def test_several_prompts_and_choices(client: OpenAI, tokenizer: Tokenizer) -> None:
     prompts: Any = [tokenizer.encode("One two"), tokenizer.encode("Three four five")]
     reply = client.completions.create(model=MODEL, prompt=prompts, n=3, max_tokens=8, seed=3)

@@ -329,7 +329,7 @@ BAD: list[tuple[str, dict[str, Any], str, list[str]]] = [
         "guided_regex",
         ["response_format", "guided_regex", "give one"],
     ),
-    (CHAT, {**USER, "structured_outputs": {}}, "structured_outputs", ["json", "choice"]),
+    (CHAT, {**USER, "structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs", ["json", "choice"]),
     (
         CHAT,
         {**USER, "structured_outputs": {"regex": "a", "choice": ["a"]}},
@@ -358,7 +358,6 @@ BAD: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (GENERATE, {**TEXT, "grammar": "start: " + "(" * 30000 + '"a"' + ")" * 30000}, "grammar", ["nested"]),
     (GENERATE, {**TEXT, "grammar": "root ::= " + "(" * 30000 + '"a"' + ")" * 30000}, "grammar", ["recursion"]),
     (GENERATE, {**TEXT, "grammar": "start: @elsewhere"}, "grammar", ["grammar"]),
-    (GENERATE, {**TEXT, "grammar": ""}, "grammar", ["grammar"]),
     (GENERATE, {**TEXT, "regex": "a", "json_schema": {}}, "regex", ["json_schema", "regex", "give one"]),
     (GENERATE, {**TEXT, "json_schema": [1]}, "json_schema", ["object", "a list"]),
     (GENERATE, {**TEXT, "response_format": {"type": "json_object"}}, "response_format", ["unknown field"]),
@@ -373,7 +372,7 @@ def test_bad_constraints(http: httpx.Client, path: str, body: dict[str, Any], pa
         error = response.json()["error"]
         assert error["type"] == "invalid_request_error"
         assert error["param"] == param
-        assert len(error["message"]) < 600
+        assert len(error["message"]) < 800
         for word in words:
             assert word in error["message"], error["message"]
         for path_of_machine in ("/root", "/usr", "site-packages", ".rs:", ".py"):

@@ -9,14 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as CompletionParams
+from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
+from openai.types.responses import ResponseIncludable
+from openai.types.responses.response_create_params import ResponseCreateParamsStreaming as ResponseParams
+from prerope.server.api.chat.tool_choice import ToolChoice
+from prerope.server.api.dialects.requests.responses import INCLUDED, ResponsesRequest
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests import foreign
+from prerope.server.api.requests.internal import Chat
 from prerope.server.api.requests.leniency import HEADER, reporting
 from prerope.server.errors import InvalidRequest
 
@@ -140,6 +147,76 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "prompt_cache_key": "k",
     },
 }
+OFF: dict[str, Any] = {
+    # llama.cpp's page and Open WebUI: samplers at values that leave them off, and what goes with them
+    "dynatemp_range": 0,
+    "dynatemp_exponent": 1,
+    "xtc_probability": 0,
+    "xtc_threshold": 0.1,
+    "typ_p": 1,
+    "typical_p": 1.0,
+    "repeat_penalty": 1.0,
+    "dry_multiplier": 0,
+    "dry_base": 1.75,
+    "dry_allowed_length": 2,
+    "dry_penalty_last_n": -1,
+    "mirostat": 0,
+    "mirostat_tau": 5.0,
+    "tfs_z": 1.0,
+    "top_n_sigma": -1,
+    "n_keep": 0,
+    "n_probs": 0,
+    "cache_prompt": True,
+    "id_slot": -1,
+    "logit_bias": [],
+    "grammar": "",
+    "chat_id": "c",
+    "keep_alive": "5m",
+    # fields of the other endpoint, at what asks for nothing
+    "best_of": 1,
+    "include_reasoning": True,
+    "separate_reasoning": True,
+    "stream_reasoning": True,
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "modalities": ["text"],
+    "top_logprobs": 0,
+    "logprobs": False,
+    # LiteLLM, OpenRouter, services
+    "api_base": "x",
+    "max_retries": 2,
+    "provider": {"order": ["a"]},
+    "truncation": "disabled",
+    "reasoning_format": "auto",
+    # empty where no such value is taken, and empty within
+    "seed": False,
+    "response_format": {},
+    "structured_outputs": {},
+    "rope": {},
+    "tools": [],
+    "made_up": {"a": None, "b": []},
+    "made_up_too": [None, ""],
+}
+COMPLETION_LACKS = ("reasoning_format",)
+SYNONYMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"max_new_tokens": 3}, {"max_tokens": 3}),
+    ({"n_predict": 3}, {"max_tokens": 3}),
+    ({"max_tokens": 3.0, "seed": 5.0, "top_k": 9.0}, {"max_tokens": 3, "seed": 5, "top_k": 9}),
+    ({"random_seed": 5, "temperature": 2}, {"seed": 5, "temperature": 2}),
+    ({"repeat_penalty": 1.5}, {"repetition_penalty": 1.5}),
+    ({"do_sample": False, "temperature": None}, {"temperature": 0}),
+    ({"stop_sequences": ["e"]}, {"stop": ["e"]}),
+    ({"prompt_truncate_len": 9}, {"truncate_prompt_tokens": 9}),
+    ({"regex": "[ab]{4}"}, {"guided_regex": "[ab]{4}"}),
+    ({"ebnf": 'root ::= "a" "b"'}, {"guided_grammar": 'root ::= "a" "b"'}),
+    ({"json_schema": '{"enum": ["a"]}'}, {"guided_json": {"enum": ["a"]}}),
+    ({"response_format": {"type": "json_object", "schema": {"enum": ["a"]}}}, {"guided_json": {"enum": ["a"]}}),
+    ({"response_format": {"type": "json_schema", "schema": {"enum": ["a"]}}}, {"guided_json": {"enum": ["a"]}}),
+    ({"response_format": {"type": "json", "value": {"enum": ["a"]}}}, {"guided_json": {"enum": ["a"]}}),
+    ({"response_format": {"type": "regex", "value": "[ab]{4}"}}, {"guided_regex": "[ab]{4}"}),
+    ({"response_format": {"type": "grammar", "grammar": 'root ::= "a"'}}, {"guided_grammar": 'root ::= "a"'}),
+    ({"extra_body": {"max_tokens": 3}}, {"max_tokens": 3}),
+]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 HISTORY: list[dict[str, Any]] = [
     {"role": "assistant", "content": "hi", "refusal": None, "annotations": [], "audio": None, "function_call": None},
@@ -156,6 +233,17 @@ HISTORY: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
     {"role": "user", "content": [{"type": "input_text", "text": "hi", "prompt_cache_breakpoint": {}}]},
     {"role": "user", "content": "hi", "name": "someone"},
+    {
+        "role": "assistant",
+        "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "hi"}],
+    },
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]},
+    {"role": "assistant", "content": [{"type": "reasoning", "text": "hm"}, {"type": "redacted_thinking", "data": "x"}]},
+    {"role": "assistant", "content": "hi", "usage": {"total_tokens": 5}, "stop_reason": "end_turn", "parsed": {"a": 1}},
+    {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "function", "name": "f", "content": "sunny"},
+    {"role": "tool", "content": "sunny", "tool_call_id": "c", "is_error": True},
+    {"role": "assistant", "content": "hi", "prefix": True},
 ]
 
 
@@ -182,6 +270,93 @@ def test_defaults_of_others_ask_for_nothing(http: httpx.Client) -> None:
         told = http.post(path, json={**defaults, **body, "temperature": 0})
         assert answered(told)["choices"] == plain["choices"]
         assert told.headers.get(HEADER) == ("verbosity" if path == CHAT else None), "a hint is not kept quiet about"
+
+
+@pytest.mark.parametrize("path", DEFAULTS)
+def test_what_is_off_asks_for_nothing(http: httpx.Client, path: str) -> None:
+    """Each alone, so that a refusal names it; whatever the endpoint, the reply is the plain one."""
+    body = {**(USER if path == CHAT else {"prompt": "hi", "max_tokens": 2}), "temperature": 0}
+    plain = answered(http.post(path, json=body))["choices"]
+    for name, value in OFF.items():
+        if path == COMPLETIONS and name in COMPLETION_LACKS:
+            continue
+        told = http.post(path, json={**body, name: value})
+        assert answered(told)["choices"] == plain, name
+        assert HEADER not in told.headers, name
+
+
+@pytest.mark.parametrize("path", DEFAULTS)
+@pytest.mark.parametrize(("said", "meant"), SYNONYMS, ids=lambda value: json.dumps(value)[:60])
+def test_others_names_are_honoured(http: httpx.Client, path: str, said: dict[str, Any], meant: dict[str, Any]) -> None:
+    body = {"messages": USER["messages"]} if path == CHAT else {"prompt": "hi"}
+    usual = {"temperature": 0, "max_tokens": 12}
+    limit = {} if {*said} & {"max_new_tokens", "n_predict", "extra_body"} else {"max_tokens": 12}
+    replies = [
+        answered(http.post(path, json={**body, "temperature": 0, **limit, **said})),
+        answered(http.post(path, json={**body, **usual, **meant})),
+    ]
+    assert replies[0]["choices"] == replies[1]["choices"]
+    if "max_new_tokens" in said:
+        both = http.post(path, json={**body, **said, "max_tokens": 4})
+        assert both.json()["error"]["param"] == "max_new_tokens", "two that differ are refused"
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({"enable_thinking": False}, {"enable_thinking": False}),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
+        ({"thinking": {"type": "enabled", "budget_tokens": 99}}, {"enable_thinking": True}),
+        ({"thinking": False}, {"enable_thinking": False}),
+        ({"think": False}, {"enable_thinking": False}),
+        ({"think": "low"}, {"reasoning_effort": "low", "enable_thinking": True}),
+        ({"reasoning": {"effort": "none", "exclude": True}}, {"reasoning_effort": "none", "enable_thinking": False}),
+        ({"reasoning": {"enabled": False}}, {"enable_thinking": False}),
+        ({"reasoning": "high"}, {"reasoning_effort": "high", "enable_thinking": True}),
+        ({"reasoning_effort": "low", "enable_thinking": False}, {"reasoning_effort": "low", "enable_thinking": False}),
+        ({}, {}),
+    ],
+)
+def test_all_names_of_thinking_reach_the_template(said: dict[str, Any], meant: dict[str, Any]) -> None:
+    given = ChatRequest.model_validate({**USER, **said}).lowered().input
+    assert isinstance(given, Chat)
+    assert given.template_kwargs == meant
+
+
+def test_tools_may_be_narrowed_and_chosen_by_others_words() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in "fg"]
+    of_f = {"type": "function", "function": {"name": "f"}}
+    for said, meant in (
+        ({"type": "auto"}, ToolChoice("auto")),
+        ({"type": "any"}, ToolChoice("required")),
+        ("any", ToolChoice("required")),
+        ({"type": "function", "name": "f"}, ToolChoice("required", "f")),
+        ({"type": "tool", "name": "f"}, ToolChoice("required", "f")),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [of_f]}},
+            ToolChoice("required", names=("f",)),
+        ),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [of_f]}, ToolChoice("auto", names=("f",))),
+    ):
+        assert ChatRequest.model_validate({**USER, "tools": tools, "tool_choice": said}).tool_choice == meant
+    for wrong in (
+        {"type": "allowed_tools", "tools": []},
+        {"type": "custom", "custom": {"name": "f"}},
+        {"type": "tool", "name": "h"},
+    ):
+        with pytest.raises(InvalidRequest, match="tool_choice"):
+            ChatRequest.model_validate({**USER, "tools": tools, "tool_choice": wrong})
+
+
+def test_all_tokens_that_fit(http: httpx.Client) -> None:
+    for path, body in (
+        (CHAT, {"messages": USER["messages"]}),
+        (COMPLETIONS, {"prompt": "hi"}),
+        ("/generate", {"prompt": "hi"}),
+    ):
+        reply = answered(http.post(path, json={**body, "max_tokens": -1, "ignore_eos": True, "temperature": 0}))
+        used = reply["usage"]
+        assert used["prompt_tokens"] + used["completion_tokens"] == 256, path
 
 
 @pytest.mark.parametrize("message", HISTORY, ids=lambda message: json.dumps(message)[:70])
@@ -219,6 +394,18 @@ def test_every_refusal_says_what_to_do(table: str) -> None:
         with reporting(strict=False) as report:
             request.model_validate({**body, name: "anything"})
         assert report.names == [name]
+
+
+def test_every_field_of_the_official_client_is_known() -> None:
+    """Of its newest requests: honoured, or in the table of what is not and why."""
+    for params, request in (
+        (CompletionParams, ChatRequest),
+        (TextParams, CompletionRequest),
+        (ResponseParams, ResponsesRequest),
+    ):
+        known = {*request._names(), *request.foreign}
+        assert not set(get_type_hints(params)) - known, request.__name__
+    assert set(get_args(ResponseIncludable)) <= set(INCLUDED)
 
 
 def test_lenient_servers_say_what_they_ignore(serve: Any, tiny_checkpoint: Path) -> None:

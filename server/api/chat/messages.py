@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.server.api.chat.documents import DOCUMENT_PART_NAMES, Content, Document, document_part
+from prerope.server.api.chat.replayed import replayed
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type, unicode_text
 from prerope.server.api.requests.foreign import EMPTY, MESSAGE, PART, TOOL_CALL, Foreign, is_empty
 from prerope.server.api.requests.leniency import current_report
@@ -159,6 +160,7 @@ class Message(RequestBody):
 
     path: ClassVar[str] = "messages."
     foreign: ClassVar[Mapping[str, Foreign]] = MESSAGE
+    synonyms: ClassVar[Mapping[str, str]] = {"partial": "prefix"}  # Moonshot's and DashScope's
 
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Annotated[Content, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
@@ -166,6 +168,7 @@ class Message(RequestBody):
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_PARTS)
     tool_call_id: Text | None = Field(None, max_length=256)
     reasoning_content: Text | None = Field(None, description="What the assistant thought: for the chat template.")
+    prefix: bool | None = Field(None, description="Of the last message: the reply goes on with it (Mistral, DeepSeek).")
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -178,17 +181,8 @@ class Message(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _as_it_was_answered(cls, data: Any) -> Any:
-        """What replies of this API and of others hold: no text beside calls, a refusal for a text, thoughts by either
-        of their names."""
-        if not isinstance(data, dict):
-            return data
-        message = dict(data)
-        refusal, thought = message.pop("refusal", None), message.pop("reasoning", None)
-        if message.get("content") is None and message.get("role") in ("assistant", "tool"):
-            message["content"] = refusal or ""
-        if isinstance(thought, str) and not message.get("reasoning_content"):
-            message["reasoning_content"] = thought
-        return message
+        """What replies of this API and of others hold, see `replayed`."""
+        return replayed(data, {*cls._names(), *cls.foreign}) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _roles_of_tool_fields(self) -> Message:
@@ -210,7 +204,7 @@ def as_template_input(messages: Sequence[Message], *, knows_developer: bool) -> 
     """What `template.render_chat` takes. A template without developers is told as the system."""
     rendered = []
     for message in messages:
-        dumped = message.model_dump(exclude_none=True, exclude={"tool_calls"})
+        dumped = message.model_dump(exclude_none=True, exclude={"tool_calls", "prefix"})
         if message.role == "developer" and not knows_developer:
             dumped["role"] = "system"
         if message.tool_calls:

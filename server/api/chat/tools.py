@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from prerope.server.api.chat.template import template_text
+from prerope.server.api.chat.tool_choice import ToolChoice, ToolChoiceField
 from prerope.server.api.chat.xml_calls import Types, types_of
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
 from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
@@ -32,7 +33,7 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.text import GrammarText, json_options
 from prerope.server.tokenizer import Tokenizer
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 if TYPE_CHECKING:
     from prerope.server.api.requests.internal import Chat
@@ -83,55 +84,6 @@ class Tool(RequestBody):
     function: Function
 
 
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """Whether a reply may or must call a function. `name` narrows `required` to one."""
-
-    mode: Literal["none", "auto", "required"]
-    name: str | None = None
-
-
-def _choice(value: Any) -> ToolChoice:
-    match value:
-        case "none" | "auto" | "required":
-            return ToolChoice(value)
-        case "any":  # Mistral's word
-            return ToolChoice("required")
-        case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
-            return ToolChoice("required", name)
-    raise InvalidRequest(
-        "'tool_choice' is 'none', 'auto', 'required' or {\"type\": \"function\", \"function\": {\"name\": …}}",
-        param="tool_choice",
-    )
-
-
-ToolChoiceField = Annotated[
-    ToolChoice,
-    PlainValidator(_choice),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": ["none", "auto", "required", "any"]},
-                {
-                    "type": "object",
-                    "properties": {
-                        "type": {"const": "function"},
-                        "function": {
-                            "type": "object",
-                            "properties": {"name": {"type": "string"}},
-                            "required": ["name"],
-                            "additionalProperties": False,
-                        },
-                    },
-                    "required": ["type", "function"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
-]
-
-
 class ToolFields(RequestBody):
     """The fields of a chat about tools. `parallel_tool_calls`: false keeps a reply to one call; where it is left out, a
     model whose template knows no tools is kept to one, too, where it must call: none has taught it when to stop."""
@@ -151,11 +103,12 @@ class ToolFields(RequestBody):
             return self
         if not names:
             raise InvalidRequest("'tool_choice' needs 'tools' to choose from", param="tool_choice")
-        if choice.name is not None and choice.name not in names:
-            raise InvalidRequest(
-                f"'tool_choice' names the function '{choice.name[:MAX_SHOWN]}', which 'tools' does not hold",
-                param="tool_choice",
-            )
+        for name in choice.all_names:
+            if name not in names:
+                raise InvalidRequest(
+                    f"'tool_choice' names the function '{name[:MAX_SHOWN]}', which 'tools' does not hold",
+                    param="tool_choice",
+                )
         return self
 
 
@@ -274,7 +227,8 @@ class ToolUse:
     @classmethod
     def of(cls, tokenizer: Tokenizer, chat: Chat) -> ToolUse | None:
         """None where the model is told of no tools: with tool_choice none it is told of none."""
-        tools, choice = chat.tools, chat.tool_choice or ToolChoice("auto")
+        choice = chat.tool_choice or ToolChoice("auto")
+        tools = [tool for tool in chat.tools if tool.function.name in choice.names] if choice.names else chat.tools
         if not tools or choice.mode == "none":
             return None
         own = own_format(tokenizer)

@@ -41,7 +41,7 @@ async def messages(
             **_head(service, running),
             "content": _content(parts, thoughts=read.body.tells_thoughts),
             "stop_reason": _stop_reason(reply.finish_reason, bool(parts.calls), running),
-            "stop_sequence": None,
+            "stop_sequence": running.generations[0].stop_string,
             "usage": _usage(running),
         }
     )
@@ -87,9 +87,9 @@ def _whole(arguments: str) -> bool:
 
 def _stop_reason(reason: FinishReason, has_calls: bool, running: Running) -> str:
     if reason is FinishReason.STOP:
-        if has_calls:
-            return "tool_use"
-        return "stop_sequence" if running.generations[0].stopped_by_string else "end_turn"
+        if running.generations[0].stopped_by_string:
+            return "stop_sequence"
+        return "tool_use" if has_calls else "end_turn"
     return "max_tokens"
 
 
@@ -140,7 +140,8 @@ async def _events(service: Service, running: Running, *, thoughts: bool) -> Asyn
         for event in begin({"type": "text", "text": ""}):
             yield event
     yield {"type": "content_block_stop", "index": index}
-    stopped = {"stop_reason": _stop_reason(reason, num_calls > 0, running), "stop_sequence": None}
+    sequence = running.generations[0].stop_string
+    stopped = {"stop_reason": _stop_reason(reason, num_calls > 0, running), "stop_sequence": sequence}
     yield {"type": "message_delta", "delta": stopped, "usage": _usage(running)}
     yield {"type": "message_stop"}
 

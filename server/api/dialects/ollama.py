@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Annotated, Any
@@ -17,11 +17,19 @@ from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
 )
-from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
+from prerope.server.api.dialects.requests.ollama import (
+    OllamaChatRequest,
+    OllamaFields,
+    OllamaGenerateRequest,
+    ShowRequest,
+)
+from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
 from prerope.server.api.stream.collect import read_all
 from prerope.server.api.stream.lines import line_stream
+from prerope.server.api.stream.printing import Many, json_response
+from prerope.server.api.stream.transcript import Token
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
 
@@ -37,13 +45,14 @@ async def chat(
     """Ollama's chat: JSON lines, or one object where `stream` is false."""
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:
-        return line_stream(_lines(service, running, chat=True, thoughts=read.body.think is not False))
+        return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
     parts = running.chat_reply(reply)
     calls = [_call(one.name, one.arguments) for one in parts.calls]
     thought = {"thinking": parts.reasoning} if parts.reasoning and read.body.think is not False else {}
     printed = {"role": "assistant", "content": parts.text, **thought, **({"tool_calls": calls} if calls else {})}
-    return JSONResponse({**_head(service), "message": printed, **_last_fields(running, reply.finish_reason)})
+    told = {"message": printed, **_scores(service, read.body, reply.tokens)}
+    return await json_response({**_head(service), **told, **_last_fields(running, reply.finish_reason)})
 
 
 @router.post("/generate", summary="Continue a prompt, in Ollama's shape")
@@ -57,26 +66,41 @@ async def generate(
         return JSONResponse({**_head(service), "response": "", "done": True, "done_reason": "load"})
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:
-        return line_stream(_lines(service, running, chat=False, thoughts=False))
+        return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
-    return JSONResponse({**_head(service), "response": reply.text, **_last_fields(running, reply.finish_reason)})
+    told = {"response": reply.text, **_scores(service, read.body, reply.tokens)}
+    return await json_response({**_head(service), **told, **_last_fields(running, reply.finish_reason)})
 
 
-async def _lines(
-    service: Service, running: Running, *, chat: bool, thoughts: bool
-) -> AsyncGenerator[dict[str, Any], None]:
+def _scores(service: Service, body: OllamaFields, tokens: Sequence[Token]) -> dict[str, Many]:
+    """Log-probabilities, where they are asked for."""
+    if body.num_logprobs is None or not tokens:
+        return {}
+    return {"logprobs": chat_logprobs(service.tokenizer, tokens, body.num_logprobs)["content"]}
+
+
+async def _lines(service: Service, running: Running, body: OllamaFields) -> AsyncGenerator[dict[str, Any], None]:
     """A line for each piece of text and each whole call, then one with the counts."""
     head, calls, reason = _head(service), list[tuple[str, str]](), FinishReason.ABORT
+    chat = isinstance(body, OllamaChatRequest)
+    thoughts, untold = chat and body.think is not False, list[Token]()
+
+    def scores() -> dict[str, Any]:
+        """Of the tokens whose text is told now."""
+        told = {name: list(many.items) for name, many in _scores(service, body, untold).items()}
+        untold.clear()
+        return told
 
     def line(text: str, **more: Any) -> dict[str, Any]:
         content = {"message": {"role": "assistant", "content": text, **more}} if chat else {"response": text}
         return {**head, **content, "done": False}
 
     async for piece, parts in chat_events(running):
+        untold += piece.tokens
         for part in parts:
             match part:
                 case TextPart(text) if text:
-                    yield line(text)
+                    yield line(text) | scores()
                 case ReasoningPart(text) if thoughts:
                     yield line("", thinking=text)
                 case CallPart(_, _, name):
@@ -86,7 +110,7 @@ async def _lines(
         reason = piece.finish_reason or reason
     if calls:
         yield line("", tool_calls=[_call(*one) for one in calls])
-    yield {**line(""), **_last_fields(running, reason)}
+    yield {**line(""), **scores(), **_last_fields(running, reason)}
 
 
 def _call(name: str, arguments: str) -> dict[str, Any]:

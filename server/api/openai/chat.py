@@ -74,7 +74,7 @@ class _Writer:
         read = self._running.chat_reply(reply)
         choice = {
             "index": index,
-            "message": {"role": "assistant", "refusal": None, **_message(read, thoughts=self.body.include_reasoning)},
+            "message": {"role": "assistant", "refusal": None, **_message(read, thoughts=self.body.tells_thoughts)},
             "logprobs": self._logprobs(reply.tokens),
             "finish_reason": _finish_reason(reply.finish_reason, len(read.calls)),
         }
@@ -90,7 +90,7 @@ class _Writer:
         return told
 
     def _tells(self, part: Part) -> bool:
-        return self.body.include_reasoning or not isinstance(part, ReasoningPart)
+        return self.body.tells_thoughts or not isinstance(part, ReasoningPart)
 
     def _token_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {"token_ids": Many.ids([token.token_id for token in tokens])} if self.body.return_token_ids else {}

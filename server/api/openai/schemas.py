@@ -11,16 +11,26 @@ from typing import Annotated, Any, ClassVar
 from prerope.server.api.chat.documents import ChatDocumentFields
 from prerope.server.api.chat.messages import MAX_MESSAGES, Message
 from prerope.server.api.chat.tools import ToolFields
-from prerope.server.api.requests.body import INT32_MAX, MAX_PROMPTS, RequestBody, Text, prompts_of
+from prerope.server.api.requests.body import MAX_PROMPTS, RequestBody, Text, prompts_of
 from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
-from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
-from prerope.server.api.requests.schemas import MAX_LOGPROBS, SamplingFields, asks_for_reply, told_of_effort
+from prerope.server.api.requests.internal import Beams, Chat, GenerationRequest, Prompt
+from prerope.server.api.requests.sampling_types import MaxTokens
+from prerope.server.api.requests.schemas import (
+    ALL_THAT_FIT,
+    MAX_LOGPROBS,
+    SYNONYMS,
+    SamplingFields,
+    asks_for_reply,
+)
 from prerope.server.api.requests.structured import OpenAIConstraints
+from prerope.server.api.requests.thinking import ThinkingFields
 from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 MAX_CHOICES = 128
 """Of a prompt; prompts times choices are `MAX_PROMPTS` at most."""
+MAX_BEAMS = 32
+NOT_OF_BEAMS = ("prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "stop")
 DEFAULT_MAX_TOKENS = 16
 """Of completions, where none are asked for (OpenAI's)."""
 
@@ -39,17 +49,49 @@ class StreamOptions(RequestBody):
 class OpenAIFields(SamplingFields, OpenAIConstraints):
     """What both OpenAI endpoints share."""
 
+    synonyms: ClassVar[Mapping[str, str]] = {
+        **SYNONYMS,
+        "json_schema": "guided_json",
+        "regex": "guided_regex",
+        "choice": "guided_choice",
+        "grammar": "guided_grammar",
+        "ebnf": "guided_grammar",
+    }
+
     model: Text | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
 
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Not in a stream.")
+    use_beam_search: bool = Field(False, description="Search for the n likeliest replies as a whole; nothing is drawn.")
+    length_penalty: float = Field(1.0, ge=-8, le=8, description="Beams compare by log-probability / length ** this.")
 
     @model_validator(mode="after")
     def _prompts_are_scored_whole(self) -> OpenAIFields:
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("'prompt_logprobs' are not streamed: leave 'stream' out", param="prompt_logprobs")
         return self
+
+    @model_validator(mode="after")
+    def _beams_stand_alone(self) -> OpenAIFields:
+        if not self.use_beam_search:
+            return self
+        if self.width > MAX_BEAMS:
+            raise InvalidRequest(
+                f"'use_beam_search' goes on with {self.width} beams, as 'n' asks; at most {MAX_BEAMS}", param="n"
+            )
+        for name in NOT_OF_BEAMS:
+            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise InvalidRequest(
+                    f"'use_beam_search' compares replies by the model's own log-probabilities: leave out '{name}'",
+                    param=name,
+                )
+        return self
+
+    @property
+    def width(self) -> int:
+        """Beams of a search."""
+        return self.n
 
     @property
     def include_usage(self) -> bool:
@@ -61,7 +103,14 @@ class OpenAIFields(SamplingFields, OpenAIConstraints):
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def shared(self) -> dict[str, Any]:
-        return {**super().shared(), "model": self.model, "n": self.n, "constraint": self.wanted_grammar()}
+        beams = Beams(width=self.width, length_penalty=self.length_penalty) if self.use_beam_search else None
+        return {
+            **super().shared(),
+            "model": self.model,
+            "n": self.n,
+            "beams": beams,
+            "constraint": self.wanted_grammar(),
+        }
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -119,6 +168,10 @@ class CompletionRequest(OpenAIFields):
     @property
     def num_drawn(self) -> int:
         """Completions of each prompt, of which the best `n` are given."""
+        return self.n if self.use_beam_search else self.width
+
+    @property
+    def width(self) -> int:
         return self.best_of or self.n
 
     def lowered(self) -> GenerationRequest:
@@ -141,23 +194,19 @@ class CompletionRequest(OpenAIFields):
         )
 
 
-class ChatRequest(OpenAIFields, ToolFields, ChatDocumentFields):
+class ChatRequest(OpenAIFields, ToolFields, ThinkingFields, ChatDocumentFields):
     """POST /v1/chat/completions."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = CHAT
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
-    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    max_tokens: MaxTokens | None = Field(None, description=ALL_THAT_FIT)
+    max_completion_tokens: MaxTokens | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = Field(False, description="The reply goes on with the last message.")
     add_special_tokens: bool = Field(False, description="Beside those that the chat template writes.")
-    reasoning_effort: str | float | None = Field(None, description="Handed to the chat template; none: no thinking.")
-    include_reasoning: bool = Field(True, description="Whether thoughts are told, as reasoning_content.")
-    separate_reasoning: bool = Field(True, description="Whether thoughts are told apart from the content (SGLang).")
-    stream_reasoning: bool = Field(True, description="Whether thoughts are streamed as they come (SGLang).")
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -178,19 +227,20 @@ class ChatRequest(OpenAIFields, ToolFields, ChatDocumentFields):
 
     def lowered(self) -> GenerationRequest:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        continues = self.continue_final_message or bool(self.messages[-1].prefix)
         return GenerationRequest(
             input=Chat(
                 messages=self.messages,
                 tools=self.tools,
                 tool_choice=self.tool_choice,
                 parallel_tool_calls=self.parallel_tool_calls,
-                add_generation_prompt=asks_for_reply(self.add_generation_prompt, self.continue_final_message),
-                continue_final_message=self.continue_final_message,
+                add_generation_prompt=asks_for_reply(self.add_generation_prompt, continues),
+                continue_final_message=continues,
                 add_special_tokens=self.add_special_tokens,
-                separate_reasoning=self.separate_reasoning,
+                separate_reasoning=self.separates_thoughts,
                 documents=self.documents,
                 reading=self.document_reading(),
-                template_kwargs=told_of_effort(self.reasoning_effort) | self.chat_template_kwargs,
+                template_kwargs=self.told_of_thinking() | self.chat_template_kwargs,
             ),
             sampling=self.sampling(max_tokens=max_tokens),
             output=self.output(logprobs=self.num_logprobs, prompt_logprobs=self.prompt_logprobs),

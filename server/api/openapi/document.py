@@ -16,7 +16,8 @@ from prerope.server.api.middleware import OPEN_PATHS
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.openapi import openai_replies as openai
 from prerope.server.api.openapi import replies
-from prerope.server.api.requests.schemas import DetokenizeRequest, GenerateRequest, MapRequest, TokenizeRequest
+from prerope.server.api.requests.schemas import GenerateRequest, MapRequest
+from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 

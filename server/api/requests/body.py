@@ -8,15 +8,19 @@ A check of our own raises InvalidRequest directly; pydantic lets it through, and
 from __future__ import annotations
 
 import difflib
+import functools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from prerope.server.api.requests.foreign import EMPTY, Foreign, is_empty
+from prerope.server.api.requests.foreign import EMPTY, EMPTY_SCHEMAS, Foreign, is_empty
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -47,26 +51,46 @@ class RequestBody(BaseModel):
     Attributes:
         path: where this object sits in the request, for the `param` of an error ("rope." or nothing).
         foreign: fields of others' schemas that are not honoured (`server.api.requests.foreign`).
+        synonyms: names that others have for fields of ours.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     path: ClassVar[str] = ""
     foreign: ClassVar[Mapping[str, Foreign]] = {}
+    synonyms: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        known = cls._names()
+        known = cls._taken()
         given: dict[str, Any] = {}
-        for name, value in data.items():
-            if name not in known:
-                cls._leave_out(name, value)
-            elif value is not None:
+        beside = data.get("extra_body")
+        if isinstance(beside, dict) and not cls.path:  # what Python's clients write beside the rest, others write so
+            data = {name: value for name, value in data.items() if name != "extra_body"} | beside
+        for said, value in data.items():
+            name = cls.synonyms.get(said, said)
+            taken = known.get(name)
+            if taken is None:
+                cls._leave_out(said, value)
+            elif value is not None and not taken.leaves_out(value):
+                value = int(value) if taken.whole and type(value) is float and value.is_integer() else value
+                if name != said and data.get(name, value) != value:
+                    raise InvalidRequest(
+                        f"'{cls.path}{said}' and '{cls.path}{name}' mean the same: give one of them",
+                        param=cls.path + said,
+                    )
                 given[name] = value
         return given
+
+    @classmethod
+    @functools.cache
+    def _taken(cls) -> Mapping[str, _Taken]:
+        """The fields, as clients write them, and what each takes."""
+        fields = cls.model_fields.items()
+        return {field.alias or name: _Taken.of(field) for name, field in fields}
 
     @classmethod
     def _leave_out(cls, name: str, value: object) -> None:
@@ -89,7 +113,7 @@ class RequestBody(BaseModel):
     @classmethod
     def _names(cls) -> list[str]:
         """The fields, as clients write them."""
-        return [field.alias or name for name, field in cls.model_fields.items()]
+        return list(cls._taken())
 
     @classmethod
     def _unknown(cls, name: object) -> InvalidRequest:
@@ -114,27 +138,74 @@ class RequestBody(BaseModel):
         """The document says what `_check_names` does: null is the default, and other names may ask for nothing."""
         schema = handler(core_schema)
         body = handler.resolve_ref_schema(schema)
-        required = body.get("required", [])
+        known = cls._taken()
         properties = {
-            name: field if name in required else _nullable(field) for name, field in body.get("properties", {}).items()
+            name: _nullable(field, known[name].left_out) if known[name].optional else field
+            for name, field in body.get("properties", {}).items()
         }
-        for name, foreign in cls.foreign.items():
-            if foreign.any_value or foreign.hint:
-                properties.setdefault(name, {"description": "Accepted and ignored."})
-            else:
-                said = f"Not supported: {foreign.reason}."
-                properties.setdefault(name, {"enum": [*EMPTY, *foreign.harmless], "description": said})
+        properties |= {said: properties[name] for said, name in cls.synonyms.items() if name in properties}
+        rows = {name: row for name, row in cls.foreign.items() if name not in properties}
+        for name, row in rows.items():
+            if row.harmless:
+                taken = [*EMPTY_SCHEMAS, *({"const": one} for one in row.harmless)]
+                properties[name] = {"anyOf": taken, "description": f"Not supported: {row.reason}."}
+        told = [name for name, row in rows.items() if row.any_value or row.hint]
+        refused = {name: row.reason for name, row in rows.items() if row.reason and not row.harmless}
+        why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        body["patternProperties"] = {
+            **_any_of(told, {"description": "Accepted and ignored."}),
+            **_any_of(refused, {"anyOf": list(EMPTY_SCHEMAS), "description": f"Not supported. {why}."}),
+        }
         body["properties"] = properties
-        body["additionalProperties"] = {"enum": list(EMPTY)}
+        body["additionalProperties"] = {"anyOf": list(EMPTY_SCHEMAS)}
         return schema
 
 
-def _nullable(field: JsonSchemaValue) -> JsonSchemaValue:
-    """The schema of a field that may also be null; what is said about the field stays outside."""
-    if {"type": "null"} in field.get("anyOf", []):
-        return field
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a field takes. whole: numbers without a fraction. left_out: empty values that are none of its own."""
+
+    optional: bool
+    whole: bool
+    left_out: tuple[object, ...]
+
+    @classmethod
+    def of(cls, field: FieldInfo) -> _Taken:
+        kinds = set(_kinds(field.annotation))
+        optional = not field.is_required()
+        left = tuple(one for one in EMPTY if one is not None and type(one) not in kinds) if optional else ()
+        return cls(optional, int in kinds and float not in kinds, left)
+
+    def leaves_out(self, value: object) -> bool:
+        """Whether an empty value asks for nothing, as it is none that the field could take."""
+        return bool(self.left_out) and any(value == one and type(value) is type(one) for one in self.left_out)
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The types of JSON that an annotation is made of. A model's own is no object here: an empty one asks nothing."""
+    if annotation is Any:
+        yield from (bool, str, list, dict)
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _kinds(inner[0])
+    elif origin in (list, dict):
+        yield origin
+    elif origin in (Union, UnionType):
+        for one in inner:
+            yield from _kinds(one)
+    elif isinstance(annotation, type):
+        yield annotation
+
+
+def _any_of(names: Iterable[str], schema: JsonSchemaValue) -> JsonSchemaValue:
+    """What all of these names have in common. (As a property each, they would fill the document.)"""
+    return {f"^({'|'.join(map(re.escape, names))})$": schema} if names else {}
+
+
+def _nullable(field: JsonSchemaValue, left_out: tuple[object, ...]) -> JsonSchemaValue:
+    """The schema of a field that may also be null or empty; what is said about the field stays outside."""
     said: JsonSchemaValue = {name: field[name] for name in ("title", "description", "default") if name in field}
-    return {"anyOf": [{k: v for k, v in field.items() if k not in said}, {"type": "null"}], **said}
+    return {"anyOf": [{k: v for k, v in field.items() if k not in said}, {"enum": [None, *left_out]}], **said}
 
 
 def unicode_text(value: Any, param: str) -> str:

@@ -1,9 +1,11 @@
 """Fields of others' request schemas that this server has no use for, and what each asks for: a table.
 
-A field is taken without a word where its value asks for nothing: where it is empty (null, false, "", [] or {}), where
-it is the default of the schema that it comes from, which routers write into every body, or where nothing that the user
-gets depends on it. Anything else is refused by name, with the reason that stands here. Drawn from the schemas of the
-openai client, vLLM, SGLang and its router, LiteLLM, LangChain, LlamaIndex, pydantic-ai, the Vercel SDK and Mistral.
+A field is taken without a word where its value asks for nothing: where it is empty (null, false, "", [], {}, or a list
+or an object of such), where it is the default of the schema that it comes from, which routers write into every body, or
+where nothing that the user gets depends on it. Anything else is refused by name, with the reason that stands here; what
+others have other names for is in `synonyms`. Drawn from the schemas of the openai client, vLLM, SGLang and its router,
+llama.cpp and its page, LiteLLM, LangChain, LlamaIndex, pydantic-ai, the Vercel SDK, Open WebUI, and of the services
+that have OpenAI's API beside fields of their own: Mistral, OpenRouter, Groq, Fireworks, Together, DeepSeek, DashScope.
 """
 
 from __future__ import annotations
@@ -33,7 +35,21 @@ class Foreign(NamedTuple):
 
 def is_empty(value: object) -> bool:
     """Whether a value asks for nothing whatever its field is called. (Zero is a value: temperature has it.)"""
+    return _is_bare(value) or (
+        isinstance(value, list | dict) and all(map(_is_bare, value.values() if isinstance(value, dict) else value))
+    )
+
+
+def _is_bare(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+EMPTY_SCHEMAS: tuple[dict[str, object], ...] = (
+    {"enum": list(EMPTY)},
+    {"type": "array", "items": {"enum": list(EMPTY)}},
+    {"type": "object", "additionalProperties": {"enum": list(EMPTY)}},
+)
+"""What is empty, as JSON schemas."""
 
 
 IGNORED = Foreign(any_value=True)
@@ -42,6 +58,10 @@ HINT = Foreign(hint=True)
 
 def ignored(*names: str) -> dict[str, Foreign]:
     return dict.fromkeys(names, IGNORED)
+
+
+def hints(*names: str) -> dict[str, Foreign]:
+    return dict.fromkeys(names, HINT)
 
 
 def refused(reason: str, names: Iterable[str]) -> dict[str, Foreign]:
@@ -62,9 +82,9 @@ BODY: Mapping[str, Foreign] = {
     ),
     **ignored("litellm_call_id", "litellm_trace_id", "stream_interval", "cache_control", "caching", "num_retries"),
     **ignored("spaces_between_special_tokens", "return_mm_kwargs", "return_token_offsets", "media_io_kwargs"),
-    "length_penalty": Foreign("beam search is not supported", harmless=(1, 1.0)),
-    "early_stopping": Foreign("beam search is not supported"),
-    "use_beam_search": Foreign("beam search is not supported; 'best_of' draws several and keeps the likeliest"),
+    "early_stopping": Foreign("beams are searched to their end"),
+    "truncation": Foreign("use 'truncate_prompt_tokens'", harmless=("disabled",)),
+    "num_beams": Foreign("use 'use_beam_search' with 'n'", harmless=(1,)),
     "routed_experts_prompt_start": Foreign("experts are not told", harmless=(0,)),
     "routed_experts_start_len": Foreign("experts are not told", harmless=(0,)),
     **refused("experts and hidden states are not told", ("return_routed_experts", "return_hidden_states")),
@@ -81,14 +101,75 @@ BODY: Mapping[str, Foreign] = {
     ),
     **refused(_TEXT_ONLY, ("prompt_embeds", "mm_processor_kwargs", "images_config", "audio", "use_audio_in_video")),
     **refused(_TEXT_ONLY, ("max_dynamic_patch", "min_dynamic_patch", "image_data", "video_data", "audio_data")),
+    # How a client calls: LiteLLM's, LangChain's and LlamaIndex's own settings, where they reach the body.
+    **ignored("max_retries", "api_key", "api_base", "api_version", "base_url"),
+    **ignored("custom_llm_provider", "drop_params", "additional_drop_params", "litellm_params", "model_info"),
+    **ignored(
+        "extra_headers",
+        "headers",
+        "default_headers",
+        "tags",
+        "no-log",
+        "proxy_server_request",
+        "streaming",
+        "anthropic_version",
+    ),
+    # Which of several models or providers, how it is paid, whose conversation it is: OpenRouter, gateways, Open WebUI.
+    **ignored("provider", "route", "keep_alive"),
+    **hints("timeout", "request_timeout", "models", "fallbacks", "context_window_fallback_dict", "num_ctx"),
+    **ignored("chat_id", "conversation_id", "thread_id", "session", "client_metadata", "trace", "x_request_id"),
+    **ignored("message_id", "model_item", "background_tasks", "prompt_cache_isolation_key", "client_request_id"),
+    **hints("usage", "transforms", "prompt_mode", "details", "perf_metrics_in_response"),
+    "context_length_exceeded_behavior": Foreign("use 'truncate_prompt_tokens': -1", harmless=("error",)),
+    "plugins": Foreign("the server reaches no web and runs no plugins"),
+    "guardrails": Foreign("no guardrails run here"),
+    "safe_prompt": Foreign("write it into a system message"),
+    "options": Foreign("write its fields beside 'messages' or 'prompt'"),
+    "mock_response": Foreign("replies are the model's"),
+    # llama.cpp: places in its cache, what its replies tell beside the text, samplers that are off at these values.
+    **ignored("cache_prompt", "id_slot", "slot_id", "n_keep", "n_discard", "n_cache_reuse", "penalize_nl"),
+    **ignored("mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+    **ignored("dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "adaptive_decay", "chat_format"),
+    **ignored("grammar_lazy", "grammar_triggers", "preserved_tokens", "parse_tool_calls", "backend_sampling"),
+    **hints("samplers", "repeat_last_n", "timings_per_token", "verbose", "return_progress"),
+    "typical_p": Foreign("use 'top_p'", harmless=(1, 1.0)),
+    "typ_p": Foreign("use 'top_p'", harmless=(1, 1.0)),
+    "tfs_z": Foreign("use 'min_p'", harmless=(1, 1.0)),
+    "top_a": Foreign("use 'min_p'", harmless=(0, 0.0)),
+    "top_n_sigma": Foreign("use 'min_p'", harmless=(-1, -1.0, 0, 0.0)),
+    "mirostat": Foreign("use 'temperature' with 'min_p' or 'top_p'", harmless=(0,)),
+    "dry_multiplier": Foreign("use 'repetition_penalty' or 'frequency_penalty'", harmless=(0, 0.0)),
+    "xtc_probability": Foreign("use 'temperature' with 'min_p'", harmless=(0, 0.0)),
+    "dynatemp_range": Foreign("use 'temperature'", harmless=(0, 0.0)),
+    "adaptive_target": Foreign("use 'temperature'", harmless=(-1, -1.0)),
+    "min_keep": Foreign("use 'top_k'", harmless=(0, 1)),
+    "n_probs": Foreign("use 'logprobs'", harmless=(0,)),
+    "top_n_tokens": Foreign("use 'logprobs'", harmless=(0,)),
+    "n_indent": Foreign("use a 'grammar'", harmless=(0,)),
+    "t_max_predict_ms": Foreign("use 'timeout_s'", harmless=(0, -1)),
     "stop_regex": Foreign("give 'stop' strings, or a 'regex' that the whole reply matches"),
     "logprob_token_ids": Foreign("ask for 'top_logprobs' (or 'logprobs')"),
     "return_tokens_as_token_ids": Foreign("ask for 'return_token_ids'"),
     "repetition_detection": Foreign("use 'repetition_penalty' or 'frequency_penalty'"),
     "watermarking": Foreign("replies are not marked"),
     "thinking_token_budget": Foreign("limit the reply by 'max_tokens'", harmless=(-1,)),
-    "ebnf": Foreign("write a 'guided_grammar' in Lark or GBNF"),
     "suffix": Foreign("models served here complete at the end only"),
+    # Of chats, or of completions, at what asks for nothing of the other.
+    "modalities": Foreign(_TEXT_ONLY, harmless=(["text"],)),
+    "tool_choice": Foreign("a call is a chat's: use /v1/chat/completions", harmless=("none", "auto")),
+    "tools": Foreign("a call is a chat's: use /v1/chat/completions"),
+    "function_call": Foreign("a call is a chat's: use /v1/chat/completions", harmless=("none", "auto")),
+    "messages": Foreign("a chat's: use /v1/chat/completions"),
+    **dict.fromkeys(
+        ("parallel_tool_calls", "include_reasoning", "separate_reasoning", "stream_reasoning", "add_generation_prompt"),
+        Foreign("a chat's: use /v1/chat/completions", harmless=(True,)),
+    ),
+    "reasoning_effort": HINT,
+    "best_of": Foreign("of /v1/completions; use 'n'", harmless=(1,)),
+    "n": Foreign("send as many requests, or use /v1/completions", harmless=(1,)),
+    "top_logprobs": Foreign("use 'logprobs'", harmless=(0,)),
+    "stream_options": IGNORED,  # where it isn't known the usage is told anyway
+    "logprob_start_len": Foreign("use 'prompt_logprobs'", harmless=(-1,)),
 }
 """Of a body of /v1/completions, /v1/chat/completions, /generate, /tokenize and /detokenize."""
 
@@ -96,16 +177,17 @@ CHAT: Mapping[str, Foreign] = {
     **BODY,
     "functions": Foreign("use 'tools'"),
     "function_call": Foreign("use 'tool_choice'", harmless=("none", "auto")),
-    "modalities": Foreign(_TEXT_ONLY, harmless=(["text"],)),
+    "prompt": Foreign("a completion's: use /v1/completions"),
+    **refused("the server reaches no web", ("enable_search", "search_parameters", "search_settings", "search_options")),
+    **ignored("incremental_output", "result_format", "compound_custom", "disable_tool_validation"),
+    "citation_options": HINT,
+    "thinking_budget": Foreign("limit the reply by 'max_tokens'", harmless=(-1,)),
     "web_search_options": Foreign("the server reaches no web"),
     "echo": Foreign("a chat's prompt is not repeated; 'continue_final_message' goes on with a message"),
     "chat_template": Foreign("the model's own template is used"),
     "chat_template_content_format": Foreign("texts of a message are joined", harmless=("auto", "string", "openai")),
     "input_ids": Foreign("send them as the 'prompt' of /v1/completions"),
     "task": Foreign("ask for it in a message"),
-    "enable_thinking": Foreign("write 'chat_template_kwargs': {\"enable_thinking\": …}", harmless=(True,)),
-    "thinking": Foreign("write it into 'chat_template_kwargs', by the name that the model's template has"),
-    "reasoning": Foreign("use 'reasoning_effort'"),
 }
 """Of a body of /v1/chat/completions."""
 
@@ -117,7 +199,7 @@ OF_A_REPLY: Mapping[str, Foreign] = {
     **ignored("stop", "stop_token_ids", "include_stop_str_in_output", "no_stop_trim", "skip_special_tokens"),
     **ignored("allowed_token_ids", "bad_words", "return_token_ids", "stream", "stream_options", "stream_reasoning"),
     **ignored("cache_salt", "priority", "timeout_s", "logprobs", "top_logprobs", "prompt_logprobs"),
-    **ignored("include_reasoning", "separate_reasoning"),
+    **ignored("use_beam_search", "length_penalty", "best_of"),
 }
 """Fields of a chat that change nothing in its prompt."""
 
@@ -129,11 +211,9 @@ MESSAGE: Mapping[str, Foreign] = {
     **ignored("provider_specific_fields", "provider_metadata", "providerOptions", "experimental_providerMetadata"),
     **ignored("response_metadata", "usage_metadata", "additional_kwargs", "thinking_blocks", "reasoning_details"),
     **ignored("reasoning_items", "weight", "finish_reason", "index", "token_ids"),
-    "function_call": Foreign("use 'tool_calls'"),
     "audio": Foreign(_TEXT_ONLY),
     "images": Foreign(_TEXT_ONLY),
     "tools": Foreign("give the request's own 'tools'"),
-    "prefix": Foreign("use 'continue_final_message'"),
 }
 """Of a message."""
 

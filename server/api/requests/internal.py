@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from prerope.rope.spec import RopeSpec
 from prerope.server.api.chat.messages import Message
-from prerope.server.api.chat.tools import Tool, ToolChoice
+from prerope.server.api.chat.tool_choice import ToolChoice
+from prerope.server.api.chat.tools import Tool
 from prerope.server.api.requests.documents import DocumentReading, Documents
 from prerope.server.structured.text import GrammarText
 
@@ -114,10 +115,19 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Beams:
+    """A beam search in place of draws: how many beginnings are gone on with, and how much length weighs."""
+
+    width: int
+    length_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """One request of any dialect: `n` replies to each prompt, or to one chat.
 
     Attributes:
+        beams: how replies are searched for, where they are not drawn.
         model: the name that the client wrote, if it wrote one.
         constraint: what the text of each reply has to match.
         rope: the position method, where the request chooses one.
@@ -129,6 +139,7 @@ class GenerationRequest:
     model: str | None = None
     n: int = 1
     sampling: Sampling = field(default_factory=Sampling)
+    beams: Beams | None = None
     output: Output = field(default_factory=Output)
     constraint: GrammarText | None = None
     truncation: Truncation | None = None

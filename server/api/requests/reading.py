@@ -29,8 +29,8 @@ from prerope.server.api.requests.prompts import (
     tokenized,
     truncated,
 )
-from prerope.server.api.requests.schemas import DetokenizeRequest, TokenizeRequest
 from prerope.server.api.requests.surrogates import refuse_surrogates
+from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
 from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText

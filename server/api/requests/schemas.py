@@ -1,4 +1,4 @@
-"""What clients may send to /generate, /tokenize and /detokenize, and the sampling fields of all generating endpoints.
+"""What clients may send to /generate, and the sampling fields of all generating endpoints.
 
 Names, types and ranges are settled here; what depends on the model is checked in `server.api.limits`.
 `server.api.openai.schemas` adds the OpenAI shapes.
@@ -11,38 +11,47 @@ from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
-from prerope.server.api.chat.documents import ChatDocumentFields
-from prerope.server.api.chat.messages import MAX_MESSAGES, Message
-from prerope.server.api.chat.tools import MAX_TOOLS, Tool
 from prerope.server.api.requests.body import (
     INT32_MAX,
     MAX_SHOWN,
     RequestBody,
     Text,
     json_type,
-    shown_number,
     token_ids,
     unicode_text,
 )
 from prerope.server.api.requests.documents import DocumentFields
-from prerope.server.api.requests.foreign import BODY, CHAT, OF_A_REPLY, Foreign
-from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling, Truncation
+from prerope.server.api.requests.foreign import BODY, Foreign
+from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
+from prerope.server.api.requests.sampling_types import (
+    IDS_SCHEMA,
+    AllowedTokenIds,
+    BadWords,
+    LogitBias,
+    MaxTokens,
+    Stop,
+    StopTokenIds,
+)
 from prerope.server.api.requests.structured import GenerateConstraints
 from prerope.server.errors import InvalidRequest
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
-MAX_STOP_STRINGS = 256
-MAX_STOP_CHARS = 1024
-MAX_STOP_TOKEN_IDS = 256
-MAX_LOGIT_BIAS = 1024
-MAX_BAD_WORDS = 256
 MAX_LOGPROBS = 20
 MODELS_OWN = "Without it the model's own default, which /v1/models tells."
 DEFAULT_MAX_TOKENS = 256
 """Of /generate, where none are asked for."""
+ALL_THAT_FIT = "-1: all that fit."
 
-_IDS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
-_PROMPT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {**_IDS_SCHEMA, "minItems": 1}]}
+SYNONYMS: Mapping[str, str] = {
+    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
+    **dict.fromkeys(("random_seed", "sampling_seed"), "seed"),
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+    "prompt_truncate_len": "truncate_prompt_tokens",
+}
+"""Names that TGI, llama.cpp, Ollama, Mistral, SGLang, Anthropic and Fireworks have for fields of ours."""
+
+_PROMPT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string", "minLength": 1}, {**IDS_SCHEMA, "minItems": 1}]}
 
 
 def _prompt(value: Any) -> str | list[int]:
@@ -55,95 +64,6 @@ def _prompt(value: Any) -> str | list[int]:
 
 PromptField = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 """Text, or token ids as they are (no special tokens are added to ids)."""
-
-
-def _stop(value: Any) -> list[str]:
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list):
-        raise InvalidRequest(f"'stop' must be a string or a list of strings, not {json_type(value)}", param="stop")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidRequest(f"'stop' takes at most {MAX_STOP_STRINGS} strings, not {len(strings)}", param="stop")
-    for index, text in enumerate(strings):
-        if len(unicode_text(text, f"stop[{index}]")) > MAX_STOP_CHARS:
-            raise InvalidRequest(
-                f"'stop[{index}]' takes at most {MAX_STOP_CHARS} characters, not {len(text)}", param="stop"
-            )
-    return [text for text in strings if text]
-
-
-def _bad_words(value: Any) -> list[str]:
-    if not isinstance(value, list):
-        raise InvalidRequest(f"'bad_words' must be a list of strings, not {json_type(value)}", param="bad_words")
-    if len(value) > MAX_BAD_WORDS:
-        raise InvalidRequest(f"'bad_words' takes at most {MAX_BAD_WORDS} words, not {len(value)}", param="bad_words")
-    return [word for index, text in enumerate(value) if (word := unicode_text(text, f"bad_words[{index}]"))]
-
-
-def _logit_bias(value: Any) -> dict[int, float]:
-    if not isinstance(value, dict):
-        raise InvalidRequest(
-            f"'logit_bias' must be an object of token id → bias, not {json_type(value)}", param="logit_bias"
-        )
-    if len(value) > MAX_LOGIT_BIAS:
-        raise InvalidRequest(
-            f"'logit_bias' takes at most {MAX_LOGIT_BIAS} tokens, not {len(value)}", param="logit_bias"
-        )
-    return {_biased_token(key): _bias(key, bias) for key, bias in value.items()}
-
-
-def _biased_token(key: Any) -> int:
-    text = str(key)
-    if not (text.isascii() and text.isdigit() and len(text) <= 10):
-        raise InvalidRequest(
-            f"'logit_bias' has the key '{text[:MAX_SHOWN]}': keys are token ids, in digits", param="logit_bias"
-        )
-    return int(text)
-
-
-def _bias(key: Any, bias: Any) -> float:
-    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-        shown = shown_number(bias) if isinstance(bias, float | int) else json_type(bias)
-        raise InvalidRequest(f"'logit_bias[{key}]' must be a number from -100 to 100, not {shown}", param="logit_bias")
-    return float(bias)
-
-
-LogitBias = Annotated[
-    dict[int, float],
-    PlainValidator(_logit_bias),
-    WithJsonSchema(
-        {
-            "type": "object",
-            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-            "maxProperties": MAX_LOGIT_BIAS,
-        }
-    ),
-]
-_STOP_STRING: dict[str, Any] = {"type": "string", "maxLength": MAX_STOP_CHARS}
-Stop = Annotated[
-    list[str],
-    BeforeValidator(_stop),
-    WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}),
-]
-StopTokenIds = Annotated[
-    list[int],
-    Field(max_length=MAX_STOP_TOKEN_IDS),
-    BeforeValidator(lambda value: token_ids(value, "stop_token_ids")),
-    WithJsonSchema({**_IDS_SCHEMA, "maxItems": MAX_STOP_TOKEN_IDS}),
-]
-
-
-AllowedTokenIds = Annotated[
-    list[int],
-    Field(min_length=1),
-    BeforeValidator(lambda value: token_ids(value, "allowed_token_ids")),
-    WithJsonSchema({**_IDS_SCHEMA, "minItems": 1}),
-]
-BadWords = Annotated[
-    list[str],
-    BeforeValidator(_bad_words),
-    WithJsonSchema({"type": "array", "items": {"type": "string"}, "maxItems": MAX_BAD_WORDS}),
-]
 
 
 class RopeFields(RequestBody):
@@ -190,8 +110,9 @@ class SamplingFields(RequestBody):
     """How to choose tokens and when to end, under the names of OpenAI, vLLM and SGLang."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = BODY
+    synonyms: ClassVar[Mapping[str, str]] = SYNONYMS
 
-    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    max_tokens: int | None = Field(None, ge=-1, le=INT32_MAX, description=ALL_THAT_FIT)
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
     temperature: float | None = Field(None, ge=0, le=10, description=MODELS_OWN)
     top_p: float | None = Field(None, ge=0, le=1, description=f"0 keeps the likeliest token. {MODELS_OWN}")
@@ -214,6 +135,7 @@ class SamplingFields(RequestBody):
     truncation_side: Literal["left", "right"] = Field("left", description="left: the last tokens stay.")
     return_token_ids: bool = False
     ignore_eos: bool = False
+    do_sample: bool | None = Field(None, description="false: temperature 0 (TGI, transformers).")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     cache_salt: Text = Field("", max_length=256, description="Prefixes are shared within one salt only.")
@@ -228,7 +150,12 @@ class SamplingFields(RequestBody):
 
     def sampling(self, **more: Any) -> Sampling:
         """These fields as the internal request has them; `more` are those that a dialect names otherwise."""
-        return Sampling(**{name: getattr(self, name) for name in SAMPLING_NAMES} | more)
+        given = {name: getattr(self, name) for name in SAMPLING_NAMES} | more
+        if self.do_sample is False and self.temperature is None:
+            given["temperature"] = 0.0
+        if given["max_tokens"] == -1:
+            given |= {"max_tokens": None, "default_max_tokens": None}
+        return Sampling(**given)
 
     def output(self, **more: Any) -> Output:
         """What is told of a reply; `more` are the fields that dialects name otherwise."""
@@ -255,7 +182,8 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
     """POST /generate."""
 
     prompt: PromptField
-    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    max_tokens: MaxTokens | None = Field(None, description=ALL_THAT_FIT)
+    model: Text | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Alternatives beside each token.")
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Likewise, of the prompt.")
     add_special_tokens: bool = Field(True, description="To a prompt that is text, as the tokenizer does.")
@@ -276,6 +204,7 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
                 prompt_logprobs=self.prompt_logprobs,
                 report_progress=self.stream and self.return_progress,
             ),
+            model=self.model,
             constraint=self.wanted_grammar(),
             **self.shared(),
         )
@@ -292,39 +221,6 @@ class MapRequest(RequestBody):
     rope: RopeFields | None = Field(None, description="As in a request; without it the server's own method.")
 
 
-class TokenizeRequest(ChatDocumentFields):
-    """POST /tokenize, in vLLM's shape: a prompt or chat messages. Routers post the whole body of a chat."""
-
-    foreign: ClassVar[Mapping[str, Foreign]] = {**CHAT, **OF_A_REPLY}
-
-    model: Text | None = None
-    prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    add_special_tokens: bool = Field(True, description="For a prompt; a chat template writes its own.")
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
-    return_token_strs: bool = False
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise InvalidRequest("give 'prompt' or 'messages', one of the two", param="prompt")
-        return self
-
-    def chat(self) -> Chat:
-        """The messages as the internal request has them."""
-        return Chat(
-            messages=self.messages or [],
-            tools=self.tools,
-            add_generation_prompt=asks_for_reply(self.add_generation_prompt, self.continue_final_message),
-            continue_final_message=self.continue_final_message,
-            documents=self.documents,
-            reading=self.document_reading(),
-            template_kwargs=self.chat_template_kwargs,
-        )
-
-
 def asks_for_reply(add_generation_prompt: bool | None, continue_final_message: bool) -> bool:
     """Whether the chat template is to open a reply; to go on with the last message is the contrary of it."""
     if add_generation_prompt and continue_final_message:
@@ -334,17 +230,3 @@ def asks_for_reply(add_generation_prompt: bool | None, continue_final_message: b
             param="continue_final_message",
         )
     return not continue_final_message if add_generation_prompt is None else add_generation_prompt
-
-
-def told_of_effort(effort: str | float | None) -> dict[str, Any]:
-    """What a chat template is told of the effort that a client asks for: it takes what it knows."""
-    return {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-
-
-class DetokenizeRequest(RequestBody):
-    """POST /detokenize."""
-
-    foreign: ClassVar[Mapping[str, Foreign]] = BODY
-
-    model: Text | None = None
-    tokens: Annotated[list[int], PlainValidator(lambda value: token_ids(value, "tokens")), WithJsonSchema(_IDS_SCHEMA)]

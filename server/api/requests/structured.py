@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MAX_CHOICES = 4096
 
 _SCHEMA: dict[str, Any] = {"anyOf": [{"type": "object"}, {"type": "boolean"}]}
+_SCHEMA_OR_TEXT: dict[str, Any] = {"anyOf": [*_SCHEMA["anyOf"], {"type": "string"}]}
 
 
 def _schema(value: Any) -> Any:
@@ -60,6 +61,10 @@ def _schema_or_text(value: Any) -> Any:
     return schema
 
 
+def _schema_or_pattern(value: Any) -> Any:
+    return unicode_text(value, "response_format.value") if isinstance(value, str) else _schema(value)
+
+
 def _choice(value: Any) -> Any:
     if not isinstance(value, list) or not value:
         raise ValueError("must be a list of at least one string")
@@ -72,7 +77,7 @@ JsonSchema = Annotated[dict[str, Any] | bool, BeforeValidator(_schema), WithJson
 JsonSchemaOrText = Annotated[
     dict[str, Any] | bool,
     BeforeValidator(_schema_or_text),
-    WithJsonSchema({"anyOf": [*_SCHEMA["anyOf"], {"type": "string"}]}),
+    WithJsonSchema(_SCHEMA_OR_TEXT),
 ]
 Choice = Annotated[
     list[str],
@@ -87,37 +92,76 @@ class JsonSchemaFormat(RequestBody):
     path: ClassVar[str] = "response_format.json_schema."
     foreign: ClassVar[Mapping[str, Foreign]] = FORMAT
 
-    name: Text = Field(max_length=64)
+    name: Text = Field("", max_length=64)
     schema_: JsonSchema = Field(alias="schema")
 
 
+FORMATS: Mapping[str, tuple[str, ...]] = {
+    "text": (),
+    "json_object": ("schema",),
+    "json_schema": ("json_schema", "schema"),
+    "json": ("value", "schema"),
+    "regex": ("value", "pattern"),
+    "grammar": ("grammar", "value"),
+}
+"""Of `response_format`: each type, and what goes with it."""
+
+
 class ResponseFormat(RequestBody):
-    """OpenAI's `response_format`: text, json_object or json_schema."""
+    """OpenAI's `response_format`: text, json_object or json_schema; a schema beside json_object, as llama.cpp and
+    Together have it; TGI's json and regex, with a value; Fireworks' grammar."""
 
     path: ClassVar[str] = "response_format."
 
-    type: str = Field(json_schema_extra={"enum": ["text", "json_object", "json_schema"]})
+    type: str = Field(json_schema_extra={"enum": list(FORMATS)})
     json_schema: JsonSchemaFormat | None = None
+    schema_: JsonSchema | None = Field(None, alias="schema")
+    value: Annotated[Any, BeforeValidator(_schema_or_pattern), WithJsonSchema(_SCHEMA_OR_TEXT)] = None
+    pattern: Text | None = None
+    grammar: Text | None = Field(None, description="Lark as llguidance reads it, or GBNF.")
 
     @model_validator(mode="after")
     def _known_type(self) -> ResponseFormat:
-        if self.type not in ("text", "json_object", "json_schema"):
+        if self.type not in FORMATS:
             raise InvalidRequest(
-                f"'response_format.type' is '{self.type[:MAX_SHOWN]}'; it is one of text, json_object, json_schema",
+                f"'response_format.type' is '{self.type[:MAX_SHOWN]}'; it is one of {', '.join(FORMATS)}",
                 param="response_format",
                 code="unsupported_field",
             )
-        if (self.type == "json_schema") != (self.json_schema is not None):
+        taken = FORMATS[self.type]
+        given = [name for name, value in self._given().items() if value is not None]
+        for name in given:
+            if name not in taken:
+                fitting = ", ".join(f"'{type_}'" for type_, names in FORMATS.items() if name in names)
+                raise InvalidRequest(
+                    f"'response_format.{name}' goes with the type {fitting}, and only with it", param="response_format"
+                )
+        if len(given) > 1 or (not given and self.type not in ("text", "json_object")):
             raise InvalidRequest(
-                "'response_format.json_schema' goes with the type 'json_schema', and only with it",
-                param="response_format",
+                f"'response_format' of the type '{self.type}' has one of {', '.join(taken)}", param="response_format"
             )
         return self
 
+    def _given(self) -> Mapping[str, Any]:
+        names = ("json_schema", "value", "pattern", "grammar")
+        return {"schema": self.schema_, **{name: getattr(self, name) for name in names}}
+
     def wanted(self) -> GrammarText | None:
-        if self.json_schema is not None:
-            return schema_grammar(self.json_schema.schema_, "response_format.json_schema.schema")
-        return schema_grammar({"type": "object"}, "response_format") if self.type == "json_object" else None
+        name, value = next(((f"response_format.{k}", v) for k, v in self._given().items() if v is not None), ("", None))
+        match self.type, value:
+            case "text", _:
+                return None
+            case "json_object", None:
+                return schema_grammar({"type": "object"}, "response_format")
+            case "json_schema", JsonSchemaFormat():
+                return schema_grammar(value.schema_, f"{name}.schema")
+            case (("json_object" | "json_schema" | "json"), dict() | bool()):
+                return schema_grammar(value, name)
+            case "regex", str():
+                return regex_grammar(value, name)
+            case "grammar", str():
+                return lark_grammar(value, name)
+        raise InvalidRequest(f"'{name}' must be {'a JSON schema' if self.type == 'json' else 'text'}", param=name)
 
 
 class StructuredOutputs(RequestBody):
@@ -225,7 +269,7 @@ def schema_text(schema: Any, param: str) -> str:
 
 
 def regex_grammar(regex: str | None, param: str) -> GrammarText | None:
-    return None if regex is None else GrammarText("regex", regex, param)
+    return GrammarText("regex", regex, param) if regex else None  # "" asks for nothing
 
 
 def choice_grammar(choice: list[str] | None, param: str) -> GrammarText | None:
@@ -235,7 +279,7 @@ def choice_grammar(choice: list[str] | None, param: str) -> GrammarText | None:
 
 
 def lark_grammar(grammar: str | None, param: str) -> GrammarText | None:
-    return None if grammar is None else GrammarText("lark", grammar, param)
+    return GrammarText("lark", grammar, param) if grammar else None
 
 
 def quoted(text: str) -> str:

@@ -77,7 +77,7 @@ class Generation:
         usage: grows as pieces arrive.
         timings: set with the last piece.
         rope: the position method, resolved.
-        stopped_by_string: set with the last piece.
+        stopped_by_string, stop_string: set with the last piece.
         documents: of each that is read on its own, its tokens and how many of them were cached; set at the end.
     """
 
@@ -117,6 +117,11 @@ class Generation:
     def stopped_by_string(self) -> bool:
         """Whether a stop string has ended it."""
         return self._transcript.stopped
+
+    @property
+    def stop_string(self) -> str | None:
+        """Which one it was."""
+        return self._transcript.stop_string
 
     def __aiter__(self) -> Generation:
         return self

@@ -55,6 +55,11 @@ class Transcript:
         """A stop string was found; tokens after it are not part of the reply."""
         return self._text.stopped
 
+    @property
+    def stop_string(self) -> str | None:
+        """Which one it was."""
+        return self._text.stop_string
+
     def push(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
     ) -> tuple[str, list[Token]]:

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from prerope.server.api.chat.messages import Message
-from prerope.server.api.chat.tools import Tool, ToolChoice
+from prerope.server.api.chat.tool_choice import ToolChoice
+from prerope.server.api.chat.tools import Tool
 from prerope.server.api.dialects.requests.common import (
+    begins_reply,
     call,
     function_tool,
+    json_schema,
     list_of,
     message,
     not_read_here,
@@ -19,19 +22,34 @@ from prerope.server.api.dialects.requests.common import (
 )
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text
 from prerope.server.api.requests.documents import REREAD_FIELD, Attention, DocumentReading
-from prerope.server.api.requests.foreign import IGNORED, Foreign
+from prerope.server.api.requests.foreign import Foreign, hints, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
+from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
+from prerope.server.structured.text import GrammarText
 from pydantic import Field
+
+
+class OutputConfig(RequestBody):
+    """`output_config`: how much the model is to think, and the schema that its reply follows."""
+
+    path: ClassVar[str] = "output_config."
+    foreign: ClassVar[Mapping[str, Foreign]] = hints("task_budget")
+
+    effort: str | None = Field(None, description="Handed to the chat template.")
+    format: dict[str, Any] | None = Field(None, description='{"type": "json_schema", "schema": …}')
 
 
 class CountTokensRequest(RequestBody):
     """The part of a request that makes its prompt. `document_attention` and `document_reread` are ours."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
-        {"metadata", "service_tier", "container", "context_management", "cache_control", "betas", "output_config"},
-        IGNORED,
-    )
+    foreign: ClassVar[Mapping[str, Foreign]] = {
+        **ignored("metadata", "service_tier", "cache_control", "betas", "inference_geo", "user_profile_id"),
+        **ignored("workspace_id", "diagnostics", "billing_policy", "fallback_credit_token"),
+        **hints("container", "context_management", "speed", "fallbacks", "compaction"),
+        "mcp_servers": Foreign("the server calls no others; tools are their client's"),
+        "thread": Foreign("conversations are kept by their client"),
+    }
 
     model: Text | None = None
     messages: list[Any] = Field(min_length=1)
@@ -39,6 +57,8 @@ class CountTokensRequest(RequestBody):
     tools: list[Any] = Field(default_factory=list)
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    output_format: dict[str, Any] | None = Field(None, description="Older name of output_config.format.")
     document_attention: Attention | None = None
     document_reread: int = REREAD_FIELD
 
@@ -50,12 +70,19 @@ class CountTokensRequest(RequestBody):
     def chat(self) -> Chat:
         choice = self.tool_choice or {}
         one = choice.get("disable_parallel_tool_use")
+        told = told_of_effort(self.output_config.effort if self.output_config else None)
+        if self.thinking is not None:
+            told["enable_thinking"] = self.tells_thoughts
+        messages = list(self._messages())
+        continues = begins_reply(messages)
         return Chat(
-            messages=list(self._messages()),
+            messages=messages,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
             tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
             tool_choice=_choice(choice) if self.tools and choice else None,
             parallel_tool_calls=None if one is None else one is not True,
-            template_kwargs={} if self.thinking is None else {"enable_thinking": self.tells_thoughts},
+            template_kwargs=told,
             reading=DocumentReading(attention=self.document_attention, reread=self.document_reread),
         )
 
@@ -88,7 +115,18 @@ class MessagesRequest(CountTokensRequest):
             top_k=self.top_k,
             stop=[text for text in self.stop_sequences if text],
         )
-        return GenerationRequest(input=self.chat(), model=self.model, sampling=sampling)
+        return GenerationRequest(input=self.chat(), model=self.model, sampling=sampling, constraint=self._constraint())
+
+    def _constraint(self) -> GrammarText | None:
+        name, given = "output_format", self.output_format
+        if self.output_config is not None and self.output_config.format:
+            name, given = "output_config.format", self.output_config.format
+        match given:
+            case None | {"type": "text"}:
+                return None
+            case {"type": "json_schema", "schema": schema}:
+                return json_schema(schema, f"{name}.schema")
+        raise InvalidRequest(f'\'{name}\' is {{"type": "json_schema", "schema": …}}', param=name)
 
 
 def _parts(value: Any, param: str) -> str | list[Mapping[str, Any]]:
@@ -112,7 +150,7 @@ def _part(block: Mapping[str, Any], param: str) -> Mapping[str, Any]:
 def _lowered(given: Any, param: str) -> Iterator[Message]:
     """One message as OpenAI's: results of tools become messages of their own, before the text beside them."""
     role, content = given.get("role"), given.get("content")
-    if isinstance(content, str) or role not in ("user", "assistant"):
+    if isinstance(content, str) or role not in ("user", "assistant", "system"):
         yield message(role, text_of(content, f"{param}.content"))
         return
     parts, calls = [], []
@@ -141,7 +179,7 @@ def _tool(value: Any, param: str) -> Tool:
             param="tools",
             code="unsupported_field",
         )
-    return function_tool(given.get("name"), given.get("description"), given.get("input_schema"))
+    return function_tool(given.get("name"), given.get("description"), given.get("input_schema"), given.get("strict"))
 
 
 def _choice(value: dict[str, Any]) -> ToolChoice:

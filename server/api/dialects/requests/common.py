@@ -23,8 +23,14 @@ def call(call_id: str | None, name: Any, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def function_tool(name: Any, description: Any, parameters: Any) -> Tool:
-    function = {"name": name, "description": description, "parameters": parameters}
+def begins_reply(messages: Sequence[Message]) -> bool:
+    """Whether the last message is the beginning of the reply, as Anthropic's and Ollama's chats have it."""
+    last = messages[-1] if messages else None
+    return last is not None and last.role == "assistant" and bool(last.content) and not last.tool_calls
+
+
+def function_tool(name: Any, description: Any, parameters: Any, strict: Any = None) -> Tool:
+    function = {"name": name, "description": description, "parameters": parameters, "strict": strict}
     return Tool.model_validate({"type": "function", "function": {k: v for k, v in function.items() if v is not None}})
 
 

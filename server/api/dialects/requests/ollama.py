@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import Tool
 from prerope.server.api.dialects.requests.common import (
+    begins_reply,
     call,
     json_schema,
     message,
@@ -18,8 +19,10 @@ from prerope.server.api.dialects.requests.common import (
 )
 from prerope.server.api.requests.body import RequestBody, Text
 from prerope.server.api.requests.foreign import HINT, IGNORED, Foreign, ignored
-from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt, Sampling
-from prerope.server.api.requests.schemas import Stop
+from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling
+from prerope.server.api.requests.sampling_types import Stop
+from prerope.server.api.requests.schemas import MAX_LOGPROBS
+from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import Field
@@ -31,7 +34,7 @@ class Options(RequestBody):
     path: ClassVar[str] = "options."
     foreign: ClassVar[Mapping[str, Foreign]] = {
         **ignored("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "low_vram", "f16_kv"),
-        **ignored("use_mmap", "use_mlock", "numa", "vocab_only", "logits_all", "draft_num_predict"),
+        **ignored("use_mmap", "use_mlock", "numa", "vocab_only", "logits_all", "draft_num_predict", "embedding_only"),
         **ignored("mirostat_tau", "mirostat_eta"),  # of mirostat
         "mirostat": Foreign("use 'temperature' with 'min_p' or 'top_p'", harmless=(0,)),
         "typical_p": Foreign("use 'top_p'", harmless=(1, 1.0)),
@@ -76,7 +79,14 @@ class OllamaFields(RequestBody):
     stream: bool = True
     format: str | dict[str, Any] | None = None
     think: bool | Text | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     options: Options = Field(default_factory=Options)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives beside each token, as SamplingParams counts them."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def constraint(self) -> GrammarText | None:
         if self.format in (None, ""):
@@ -97,11 +107,22 @@ class OllamaChatRequest(OllamaFields):
     def lowered(self) -> GenerationRequest:
         if not self.messages:
             raise InvalidRequest("'messages' is empty: give at least one", param="messages")
-        told = {} if self.think is None else {"enable_thinking": self.think is not False}
-        chat = Chat(messages=list(self._messages()), tools=self.tools, template_kwargs=told)
-        constraint = self.constraint()
+        told = told_of_effort(self.think) if isinstance(self.think, str) else {"enable_thinking": self.think}
+        messages = list(self._messages())
+        continues = begins_reply(messages)
+        chat = Chat(
+            messages=messages,
+            tools=self.tools,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            template_kwargs={} if self.think is None else told,
+        )
         return GenerationRequest(
-            input=chat, model=_name(self.model), sampling=self.options.sampling(), constraint=constraint
+            input=chat,
+            model=_name(self.model),
+            sampling=self.options.sampling(),
+            output=Output(logprobs=self.num_logprobs),
+            constraint=self.constraint(),
         )
 
     def _messages(self) -> Iterator[Message]:
@@ -148,7 +169,11 @@ class OllamaGenerateRequest(OllamaFields):
             system = [message("system", self.system)] if self.system else []
             given = Chat(messages=[*system, message("user", self.prompt)])
         return GenerationRequest(
-            input=given, model=_name(self.model), sampling=self.options.sampling(), constraint=self.constraint()
+            input=given,
+            model=_name(self.model),
+            sampling=self.options.sampling(),
+            output=Output(logprobs=self.num_logprobs),
+            constraint=self.constraint(),
         )
 
 

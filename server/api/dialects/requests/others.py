@@ -7,9 +7,17 @@ from typing import Any, ClassVar, Self
 
 from prerope.server.api.requests.body import RequestBody, Text, prompts_of
 from prerope.server.api.requests.foreign import IGNORED, Foreign, ignored, refused
-from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling
-from prerope.server.api.requests.schemas import GenerateRequest, Stop
-from prerope.server.api.requests.structured import schema_grammar
+from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
+from prerope.server.api.requests.sampling_types import LogitBias, Stop
+from prerope.server.api.requests.schemas import GenerateRequest
+from prerope.server.api.requests.structured import (
+    JsonSchemaOrText,
+    lark_grammar,
+    only_one,
+    optional_schema,
+    regex_grammar,
+    schema_grammar,
+)
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
@@ -40,7 +48,7 @@ class TgiParameters(RequestBody):
     seed: int | None = None
     stop: Stop = Field(default_factory=list)
     stop_sequences: Stop = Field(default_factory=list)
-    truncate: int | None = None
+    truncate: int | None = Field(None, ge=1, description="Tokens of the prompt that are read: the last ones.")
     details: bool = False
     return_full_text: bool = False
     top_n_tokens: int | None = Field(None, ge=0, le=20)
@@ -58,12 +66,6 @@ class TgiRequest(RequestBody):
 
     def lowered(self) -> GenerationRequest:
         given = self.parameters
-        if given.truncate is not None:
-            raise InvalidRequest(
-                "'parameters.truncate' is not supported: prompts are read whole; send a shorter one",
-                param="parameters.truncate",
-                code="unsupported_field",
-            )
         sampled = given.do_sample or any(v is not None for v in (given.temperature, given.top_k, given.top_p))
         return GenerationRequest(
             input=[Prompt(given=self.inputs, param="inputs")],
@@ -79,6 +81,7 @@ class TgiRequest(RequestBody):
                 seed=given.seed,
             ),
             output=Output(logprobs=given.top_n_tokens or 0),
+            truncation=None if given.truncate is None else Truncation(num_tokens=given.truncate),
             constraint=_tgi_grammar(given.grammar),
         )
 
@@ -99,16 +102,16 @@ class SglangSampling(RequestBody):
 
     path: ClassVar[str] = "sampling_params."
     foreign: ClassVar[Mapping[str, Foreign]] = {
-        **ignored(
-            "spaces_between_special_tokens", "custom_params"
-        ),  # read by a logit processor, of which there is none
-        "no_stop_trim": Foreign("'include_stop_str_in_output' of /v1/completions keeps the stop string"),
+        **ignored("spaces_between_special_tokens", "stream_interval"),
+        **ignored("custom_params"),  # read by a logit processor, of which there is none
+        "stop_regex": Foreign("give 'stop' strings, or a 'regex' that the whole reply matches"),
+        "structural_tag": Foreign("give a 'json_schema', a 'regex' or an 'ebnf'"),
     }
 
     max_new_tokens: int | None = Field(None, ge=0)
     min_new_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=10)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(-1, ge=-1)
     min_p: float = Field(0.0, ge=0, le=1)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -118,9 +121,12 @@ class SglangSampling(RequestBody):
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    logit_bias: LogitBias = Field(default_factory=dict)
     n: int = Field(1, ge=1, le=1)
-    json_schema: str | None = None
-    regex: str | None = None
+    json_schema: JsonSchemaOrText | None = None
+    regex: Text | None = None
+    ebnf: Text | None = None
     sampling_seed: int | None = None
 
 
@@ -128,7 +134,11 @@ class SglangRequest(RequestBody):
     """POST /generate of SGLang: `text` or `input_ids`, and `sampling_params`."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = {
-        **ignored("rid", "return_text_in_logprobs", "log_metrics"),
+        **ignored("rid", "return_text_in_logprobs", "log_metrics", "stream_interval", "priority", "session_id"),
+        **ignored("background", "conversation_id", "extra_key", "routed_dp_rank", "data_parallel_rank", "model"),
+        **refused("this server reads and writes text only", ("image_data", "video_data", "audio_data", "modalities")),
+        **refused("token ids and text are read, nothing else", ("input_embeds",)),
+        "token_ids_logprob": Foreign("ask for 'top_logprobs_num'"),
         **refused("one model without adapters is served", ("lora_path",)),
         **refused("hidden states are not told", ("return_hidden_states",)),
     }
@@ -165,11 +175,13 @@ class SglangRequest(RequestBody):
         prompts = prompts_of(getattr(self, param), param)
         names = (f"{param}[{index}]" if self.is_list else param for index in range(len(prompts)))
         given = self.sampling_params
-        constraint = None
-        if given.json_schema is not None:
-            constraint = GrammarText("json", given.json_schema, "sampling_params.json_schema")
-        elif given.regex is not None:
-            constraint = GrammarText("regex", given.regex, "sampling_params.regex")
+        constraint = only_one(
+            [
+                optional_schema(given.json_schema, "sampling_params.json_schema"),
+                regex_grammar(given.regex, "sampling_params.regex"),
+                lark_grammar(given.ebnf, "sampling_params.ebnf"),
+            ]
+        )
         return GenerationRequest(
             input=[Prompt(given=one, param=name) for one, name in zip(prompts, names, strict=True)],
             sampling=Sampling(
@@ -185,12 +197,15 @@ class SglangRequest(RequestBody):
                 repetition_penalty=given.repetition_penalty,
                 stop=given.stop,
                 stop_token_ids=given.stop_token_ids,
+                logit_bias=given.logit_bias,
                 ignore_eos=given.ignore_eos,
                 seed=given.sampling_seed,
             ),
             output=Output(
                 logprobs=self.top_logprobs_num if self.return_logprob else None,
                 prompt_logprobs=self.top_logprobs_num if self.scores_prompt else None,
+                include_stop=given.no_stop_trim,
+                skip_special_tokens=given.skip_special_tokens,
             ),
             constraint=constraint,
         )

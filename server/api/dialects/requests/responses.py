@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from prerope.server.api.chat.messages import Message
-from prerope.server.api.chat.tools import Tool, ToolChoice
+from prerope.server.api.chat.tool_choice import tool_choice
+from prerope.server.api.chat.tools import Tool
 from prerope.server.api.dialects.requests.common import (
     call,
     function_tool,
@@ -18,9 +19,10 @@ from prerope.server.api.dialects.requests.common import (
     text_of,
 )
 from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, Verbatim, json_type
-from prerope.server.api.requests.foreign import HINT, IGNORED, Foreign
+from prerope.server.api.requests.foreign import HINT, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Sampling
-from prerope.server.api.requests.schemas import MAX_LOGPROBS, told_of_effort
+from prerope.server.api.requests.schemas import MAX_LOGPROBS
+from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import Field, PrivateAttr, model_validator
@@ -58,13 +60,15 @@ class TextFields(RequestBody):
 class ResponsesRequest(RequestBody):
     """POST /v1/responses."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys(
-        {
-            *("user", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
-            *("stream_options", "max_tool_calls", "prompt_cache_options"),
-        },
-        IGNORED,
-    )
+    foreign: ClassVar[Mapping[str, Foreign]] = {
+        **ignored("user", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
+        **ignored("stream_options", "max_tool_calls", "prompt_cache_options"),
+        "moderation": Foreign("no moderation model runs here"),
+        "context_management": Foreign("'truncation': 'auto' leaves out the oldest items"),
+        "background_options": Foreign("replies are made while their client waits"),
+        "access_programs": Foreign("there are none here"),
+        "image": Foreign("this server reads and writes text only"),
+    }
 
     model: Text | None = None
     input: str | list[Any]
@@ -158,7 +162,7 @@ class ResponsesRequest(RequestBody):
         chat = Chat(
             messages=list(self._messages()),
             tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
-            tool_choice=_choice(self.tool_choice) if self.tools else None,
+            tool_choice=tool_choice(self.tool_choice) if self.tools and self.tool_choice else None,
             parallel_tool_calls=self.parallel_tool_calls,
             template_kwargs=told_of_effort(self.reasoning.effort if self.reasoning else None),
             leaves_out_oldest=self.truncation == "auto",
@@ -238,15 +242,4 @@ def _tool(value: Any, param: str) -> Tool:
             param="tools",
             code="unsupported_field",
         )
-    return function_tool(given.get("name"), given.get("description"), given.get("parameters"))
-
-
-def _choice(value: Any) -> ToolChoice | None:
-    match value:
-        case None:
-            return None
-        case "none" | "auto" | "required" as mode:
-            return ToolChoice(mode)
-        case {"type": "function", "name": str(name)}:
-            return ToolChoice("required", name)
-    raise InvalidRequest("'tool_choice' is none, auto, required or one function", param="tool_choice")
+    return function_tool(given.get("name"), given.get("description"), given.get("parameters"), given.get("strict"))

@@ -1,0 +1,157 @@
+"""Beam search: replies that are likely as a whole, found by going on with the `width` likeliest beginnings.
+
+    prompt ─┬─ a ─┬─ a b ── a b .        each step asks the engine for one token more of every beam, with the
+            │     └─ a c                 likeliest alternatives; of all of them the likeliest are the next beams
+            └─ d ──── d e
+
+What beams have in common is in the prefix cache, so that a step reads little more than its last block. A beam that
+ends counts when it is among the `width` likeliest of its step, and the search goes on with others; beams are compared
+by their log-probability over length ** length_penalty. As transformers searches with early_stopping "never": the
+sampler's filters, penalties and seed have no part in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prerope.server.api.auth.allowance import current_hold
+from prerope.server.api.limits import engine_requests
+from prerope.server.api.requests.documents import TokenizedPrompt
+from prerope.server.api.requests.internal import GenerationRequest
+from prerope.server.api.stream.generation import Generation
+from prerope.server.engine.output_stream import OutputStream
+from prerope.server.engine.outputs import ALTERNATIVE, FinishReason, TokenLogprobs, TokenOutput
+from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.errors import InvalidRequest
+from prerope.server.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Beam:
+    """A beginning of a reply; `total` is its log-probability."""
+
+    ids: tuple[int, ...] = ()
+    scored: tuple[TokenLogprobs, ...] = ()
+    total: float = 0.0
+
+    def score(self, length_penalty: float) -> float:
+        return float(self.total / len(self.ids) ** length_penalty)
+
+    def with_token(self, token: TokenLogprobs) -> Beam:
+        return Beam((*self.ids, token.token_id), (*self.scored, token), self.total + token.logprob)
+
+
+@dataclass(slots=True)
+class BeamSearch:
+    """Of one request. arrived: `time.perf_counter()` when the HTTP request came. shown_special_ids: of `TextStream`."""
+
+    service: Service
+    request: GenerationRequest
+    request_id: str
+    arrived: float
+    shown_special_ids: frozenset[int] = frozenset()
+
+    async def replies(self, prompt: TokenizedPrompt, params: SamplingParams, index: int) -> list[Generation]:
+        """The best replies to a prompt, the likeliest first, as generations that have ended. params: as they would be
+        drawn by. index: of the first of these replies."""
+        beams, max_tokens = self.request.beams, params.max_tokens
+        assert beams is not None
+        if params.grammar is not None:
+            raise InvalidRequest(
+                "'use_beam_search' goes with text that nothing constrains: leave out the one or the other",
+                param="use_beam_search",
+            )
+        current_hold().count(beams.width)
+        ends = self._ends()
+        live, ended, usage = [Beam()], list[Beam](), _Usage()
+        for step in range(max_tokens):
+            name = f"{self.request_id}-{index}-{step}"
+            grown = await self._grown(name, prompt, live, beams.width + len(ends), usage)
+            grown.sort(key=lambda beam: -beam.total)
+            ended += [beam for beam in grown[: beams.width] if beam.ids[-1] in ends]
+            live = [beam for beam in grown if beam.ids[-1] not in ends][: beams.width]
+            if self._is_over(live[0], ended, max_tokens):
+                break
+        found = sorted(ended + live, key=lambda beam: -beam.score(beams.length_penalty))[: self.request.n]
+        return [self._ended(prompt, beam, ends, usage, f"{name}-{place}") for place, beam in enumerate(found)]
+
+    def _is_over(self, best: Beam, ended: Sequence[Beam], max_tokens: int) -> bool:
+        """Whether no beam that goes on can become one of the replies: its log-probability only falls."""
+        beams, num_replies = self.request.beams, self.request.n
+        assert beams is not None
+        if len(ended) < num_replies:
+            return False
+        length = max_tokens if beams.length_penalty > 0 else len(best.ids)
+        worst = sorted((beam.score(beams.length_penalty) for beam in ended), reverse=True)[num_replies - 1]
+        return bool(worst >= best.total / length**beams.length_penalty)
+
+    def _ends(self) -> frozenset[int]:
+        asked = self.request.sampling
+        own = () if asked.ignore_eos else self.service.tokenizer.eos_token_ids
+        return frozenset((*own, *asked.stop_token_ids))
+
+    async def _grown(
+        self, name: str, prompt: TokenizedPrompt, beams: Sequence[Beam], num_alternatives: int, usage: _Usage
+    ) -> list[Beam]:
+        """Each beam with each of its likeliest next tokens."""
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=num_alternatives, ignore_eos=True)
+        prompts = [(TokenizedPrompt([*prompt.ids, *beam.ids], prompt.documents), params) for beam in beams]
+        asked = engine_requests(self.service, name, prompts, self.request, arrived=self.arrived)
+        streams = self.service.engine.submit(asked)
+        try:
+            outputs = await asyncio.gather(*map(_last, streams))
+        finally:
+            for stream in streams:
+                await stream.aclose()
+        usage.count(outputs[0])
+        grown = []
+        for beam, output in zip(beams, outputs, strict=True):
+            assert output.logprobs is not None
+            packed = output.logprobs[0].packed
+            grown += [beam.with_token(TokenLogprobs(i, logprob, packed)) for i, logprob in output.logprobs[0].top]
+        return grown
+
+    def _ended(self, prompt: TokenizedPrompt, beam: Beam, ends: frozenset[int], usage: _Usage, name: str) -> Generation:
+        """A reply whose tokens have all come."""
+        asked = self.request.output.logprobs
+        size = (asked or 0) * ALTERNATIVE.size
+        scored = tuple(TokenLogprobs(one.token_id, one.logprob, one.packed[:size]) for one in beam.scored)
+        outputs = OutputStream(lambda: None)
+        outputs.put(
+            TokenOutput(
+                token_ids=beam.ids,
+                num_prompt_tokens=len(prompt.ids),
+                num_cached_tokens=usage.cached,
+                num_processed_tokens=len(prompt.ids),
+                logprobs=None if asked is None else scored,
+                finish_reason=FinishReason.STOP if beam.ids[-1] in ends else FinishReason.LENGTH,
+                document_cached_tokens=usage.cached_of_documents,
+            )
+        )
+        whole = [(prompt, SamplingParams(max_tokens=len(beam.ids), logprobs=asked))]
+        (sequence,) = engine_requests(self.service, name, whole, self.request, arrived=self.arrived)
+        return Generation(self.service, sequence, outputs, self.request, self.arrived, self.shown_special_ids)
+
+
+@dataclass(slots=True)
+class _Usage:
+    """How much of the prompt was cached when its first token was asked for."""
+
+    cached: int = 0
+    cached_of_documents: tuple[int, ...] = ()
+    known: bool = False
+
+    def count(self, output: TokenOutput) -> None:
+        if not self.known:
+            self.cached, self.cached_of_documents = output.num_cached_tokens, output.document_cached_tokens
+            self.known = True
+
+
+async def _last(stream: OutputStream) -> TokenOutput:
+    """The output that has the token."""
+    async for output in stream:
+        if output.token_ids:
+            return output
+    raise AssertionError("a request of one token has an output with it")
