@@ -44,7 +44,7 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
 
     try:
         config = GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)
-    except (OSError, ValueError):
+    except Exception:  # it is no reason not to serve
         return SamplingDefaults()
     found: dict[str, Any] = {}
     named = config.to_diff_dict()

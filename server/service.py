@@ -139,7 +139,7 @@ class Service:
         if size > 1:
             self.followers = Followers(size, self.engine.lose)
         from prerope.server.engine.limits import check_ranks
-        from prerope.server.engine.loading import load_engine
+        from prerope.server.engine.loading import in_words, load_engine
         from prerope.server.log import route_transformers_log
         from prerope.server.models.end_tokens import describe
         from prerope.server.structured.compile import prepare_tables
@@ -152,12 +152,13 @@ class Service:
         checkpoint = resolve_checkpoint(settings.model_id, settings.revision, self.report, cache_dir=settings.cache_dir)
         ranks = self._join(checkpoint)
         self.report(f"Loading the tokenizer of {checkpoint.name}")
-        tokenizer = Tokenizer.load(checkpoint)
-        _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
-        self.report(describe(tokenizer.end_tokens, tokenizer.hf))
-        if settings.generation_config == "auto":
-            self.sampling_defaults = EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint)
-        prepare_tables(tokenizer)  # here too
+        with in_words(checkpoint.name):
+            tokenizer = Tokenizer.load(checkpoint)
+            _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
+            self.report(describe(tokenizer.end_tokens, tokenizer.hf))
+            if settings.generation_config == "auto":
+                self.sampling_defaults = EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint)
+            prepare_tables(tokenizer)  # here too
         engine = load_engine(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
         self._tokenizer = tokenizer
         return engine

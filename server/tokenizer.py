@@ -56,16 +56,16 @@ class Tokenizer:
         """Raises ConfigurationError if the checkpoint has no tokenizer of the `tokenizers` kind."""
         from transformers import AutoTokenizer
 
+        known = {} if checkpoint.gguf_file else {"config": checkpoint.config()}
         try:
             hf = AutoTokenizer.from_pretrained(
                 checkpoint.source,
                 revision=checkpoint.revision,
+                **known,
                 trust_remote_code=False,
                 **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
             )
         except Exception as error:  # a damaged file makes transformers and tokenizers raise whatever they meet
-            if checkpoint.gguf_file is None:
-                checkpoint.config()  # which is read with it, and says so where it is what cannot be read
             raise ConfigurationError(
                 f"{checkpoint.name}: its tokenizer cannot be read: {first_line(error)}. Download tokenizer.json and "
                 "tokenizer_config.json again"
@@ -79,6 +79,8 @@ class Tokenizer:
                 f"{checkpoint.name}: its tokenizer has {len(hf)} tokens, none of which stands for text: tokenizer.json "
                 "is damaged, or of another program; download it again"
             )
+        if (beyond := _beyond_the_model(hf, checkpoint)) is not None:
+            raise ConfigurationError(f"{checkpoint.name}: {beyond}")
         if not hf.chat_template:
             hf.chat_template = _processor_template(Path(checkpoint.source))
         return cls(hf, end_tokens(checkpoint, hf))
@@ -332,6 +334,21 @@ def _decoder_types(backend: Any) -> set[str]:
     state = backend.decoder.__getstate__() if backend.decoder is not None else b"{}"
     found = set(re.findall(r'"type":\s*"(\w+)"', bytes(state).decode()))
     return found - {"Sequence"}
+
+
+def _beyond_the_model(hf: Any, checkpoint: Checkpoint) -> str | None:
+    """Why these tokens are another model's: some that stand for text have no row in this one's embedding.
+
+    Tokens that were added to a vocabulary may lie beyond it, as they do beside many a model that was never taught them.
+    """
+    rows = getattr(checkpoint.config().get_text_config(), "vocab_size", None)
+    highest = max(hf.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    if not isinstance(rows, int) or highest < rows:
+        return None
+    return (
+        f"its tokenizer has a token of number {highest}, and the model has {rows} (vocab_size in config.json): "
+        "tokenizer.json is another model's; take both from one source"
+    )
 
 
 def _processor_template(folder: Path) -> str | None:

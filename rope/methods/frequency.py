@@ -166,7 +166,8 @@ def _yarn_ramp(t: Target) -> dict[str, Any]:
     use="Models that come with its factors (Phi-3, Phi-4-mini): use model.",
 )
 def _longrope(t: Target) -> Rule:
-    """1/(ext_m·b^(2m/D)), the long factors iff the row length exceeds L; attention factor √(1 + ln s/ln L)."""
+    """1/(ext_m·b^(2m/D)), the long factors iff the row length exceeds L; attention factor √(1 + ln s/ln L), unless the
+    config has one for either (Phi-3.5-MoE's `short_mscale`, `long_mscale`)."""
     d, b, trained, config = t.rotary.dim, t.rotary.base, t.train_length, t.rotary.parameters
     if not config.get("long_factor") or not config.get("short_factor"):
         raise MethodError(
@@ -176,7 +177,8 @@ def _longrope(t: Target) -> Rule:
     scale = float(config.get("factor") or t.rotary.max_length / trained)
     attention = float(config.get("attention_factor") or freq.longrope_attention_factor(scale, trained))
     short, long = (
-        plain_reading(freq.longrope(d, b, config[key]), attention) for key in ("short_factor", "long_factor")
+        plain_reading(freq.longrope(d, b, config[f"{kind}_factor"]), float(config.get(f"{kind}_mscale") or attention))
+        for kind in ("short", "long")
     )
     parameters = {"factor": scale, "attention_factor": attention}
     return Rule(parameters, lambda run: long if run > trained else short, switched(trained))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+import torch
 from prerope.cache.cpu.arithmetic import multiplies_pairs, multiply_pairs
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
@@ -14,7 +19,7 @@ from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.selection import check_deployment
 from prerope.server.engine.tiers import Tiers, open_tier
-from prerope.server.errors import ConfigurationError
+from prerope.server.errors import ConfigurationError, PreRopeError, first_line
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.cpu.build import prepare
 from prerope.server.models.cpu.trial import choose_arithmetic
@@ -24,6 +29,8 @@ from prerope.server.ranks.group import ALONE, Ranks
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
+
+log = structlog.get_logger(__name__)
 
 Report = Callable[[str], None]
 """Gets a line as each stage begins."""
@@ -49,11 +56,13 @@ def load_engine(
         )
     check_deployment(config, choose_device(config.device).type, ranks.size)
     _prepare_kernels(config, report, ranks)
-    model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
+    with in_words(checkpoint.name):
+        model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
     check_recurrent(model, config)
     model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
     report("checking the model against transformers' own forward")
-    error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype), config.block_size)
+    with in_words(checkpoint.name):
+        error = probe(model, DTYPES.get(config.kv_cache_dtype, model.dtype), config.block_size)
     report(f"the check passed: relative difference {error:.1e}")
     size = size_cache(model, config, report)
     positions = resolve(model, config.rope, size.max_model_len, ConfigurationError)
@@ -66,6 +75,28 @@ def load_engine(
         warm_up(model, config, size.max_model_len, engine.storage, report)
         engine.take_graphs(capture_graphs(model, engine.storage, config, engine.info, report))
     return engine
+
+
+@contextmanager
+def in_words(name: str) -> Iterator[None]:
+    """Inside, whatever code of a model raises, or of a library on its files, is a refusal in one line.
+
+    name: the model's. Want of memory stays what it is, as does what is said in words already.
+    """
+    try:
+        yield
+    except (PreRopeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever that code meets
+        if "can't allocate memory" in str(error):
+            raise
+        log.debug("the model's code failed", exc_info=error)
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigurationError(
+            f"MODEL_ID: {name!r} cannot be served: code that reads or runs it fails: {first_line(error)} "
+            f"({Path(frame.filename).name}, line {frame.lineno}). Its files may be damaged: download them again; "
+            "LOG_LEVEL=debug tells where it failed"
+        ) from error
 
 
 def _prepare_kernels(config: EngineConfig, report: Report, ranks: Ranks) -> None:

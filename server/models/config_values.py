@@ -6,6 +6,7 @@ than any machine holds. A size is bounded by what is stored, whose numbers take 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,25 @@ from typing import Any
 
 MOST = 2**31 - 1
 
-NUMBERS_A_BYTE = {"vocab_size": 8, "intermediate_size": 64}
+NUMBERS_A_BYTE = {"vocab_size": 8, "intermediate_size": 64, "head_dim": 64}
 """An embedding is always stored, a bit a number at least; the other may be a default that a family has no use for."""
 
 LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
-COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+COUNTS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size"),
+)
 MAX_FACTOR = 65_536
+MAX_BASE = 1e20
+MAX_LAYERS = 1024
+"""A model may share its layers' weights; beyond so many layers, each has some of its own or there are none."""
+
+POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+"""Of weights, as configs name them; those of 8 bits and fewer are a scheme's."""
+
+DUAL_CHUNK = "dual_chunk_attention_config"
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 ROPE = ("rope_parameters", "rope_scaling")
 REMEDY = "download it again, or correct it"
 
@@ -33,6 +47,7 @@ class Stored:
 
 def wrong_in(config: Mapping[str, Any], stored: Stored | None = None) -> str | None:
     """The first value that cannot be, and what to do about it; None where there is none."""
+    config = whole_numbers(config)
     inner = config.get("text_config")
     for values in (config, inner if isinstance(inner, Mapping) else {}):
         wrong = next(_complaints(values, stored), None)
@@ -52,10 +67,37 @@ def _complaints(values: Mapping[str, Any], stored: Stored | None) -> Iterator[st
             yield f"'{name}' is {shown(values[name])}, and it is a whole number from 1 up: {REMEDY}"
     for name in ROPE:
         yield from _of_rotation(name, values.get(name))
-    if "rope_theta" in values:
-        yield from _of_rotation("", {"rope_theta": values["rope_theta"]})
+    yield from _of_rotation("", {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")})
+    yield from _not_finite("", values)
+    yield from _of_other_kinds(values)
+    for name, value in values.items():
+        if type(value) not in (int, float):
+            continue
+        if str(name).endswith(("_eps", "epsilon")) and not 0 < value <= 1:
+            yield f"'{name}' is {shown(value)}, and what keeps a norm from dividing by zero lies above 0: {REMEDY}"
+        if name in CAPS and value <= 0:
+            yield f"'{name}' is {shown(value)}, and scores are capped at a number above 0, or not at all: {REMEDY}"
     if stored is not None:
         yield from _more_than_stored(values, stored)
+
+
+def _of_other_kinds(values: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("dtype", "torch_dtype"):
+        value = values.get(name)
+        if isinstance(value, int | float | list) or (isinstance(value, str) and _bare(value) not in DTYPES):
+            yield f"'{name}' is {shown(value)}, and weights are of {', '.join(DTYPES[1:])}: {REMEDY}"
+    window, chunks = values.get("sliding_window"), values.get(DUAL_CHUNK)
+    if isinstance(window, int | float) and abs(window) > MOST:
+        yield f"'sliding_window' is {shown(window)}, and a window is a number of tokens: {REMEDY}"
+    if chunks is not None and not isinstance(chunks, Mapping):
+        yield f"'{DUAL_CHUNK}' is {shown(chunks)}, and it is an object: {REMEDY}"
+    for name, value in (chunks or {}).items() if isinstance(chunks, Mapping) else ():
+        if name in ("chunk_size", "local_size", LENGTHS[1]) and not _is_count(value):
+            yield f"'{DUAL_CHUNK}.{name}' is {shown(value)}, and it is a number of tokens: {REMEDY}"
+
+
+def _bare(dtype: str) -> str:
+    return dtype.removeprefix("torch.")
 
 
 def _of_rotation(where: str, said: Any) -> Iterator[str]:
@@ -69,17 +111,45 @@ def _of_rotation(where: str, said: Any) -> Iterator[str]:
         path = f"{where}.{name}" if where else name
         if isinstance(value, Mapping):
             yield from _of_rotation(path, value)
-        elif name in LENGTHS and value is not None and not _is_count(value):
-            yield f"'{path}' is {shown(value)}, and a model's length is a number of tokens: {REMEDY}"
-        elif name == "factor" and _is_positive(value) and value > MAX_FACTOR:
-            yield f"'{path}' is {shown(value)}, and positions are stretched by {MAX_FACTOR} at most: {REMEDY}"
-        elif name in ("rope_theta", "factor") and value is not None and not _is_positive(value):
-            yield f"'{path}' is {shown(value)}, and it is a number above 0: {REMEDY}"
+        elif (wanted := _wanted_of_rotation(name, value)) is not None:
+            yield f"'{path}' is {shown(value)}, and {wanted}: {REMEDY}"
+    yield from _not_finite(f"{where}." if where else "", said)
+    low, high = said.get("low_freq_factor"), said.get("high_freq_factor")
+    if isinstance(low, int | float) and isinstance(high, int | float) and 0 < high <= low:
+        yield f"'{where}.high_freq_factor' is {shown(high)}, and it lies above low_freq_factor, {shown(low)}: {REMEDY}"
+
+
+def _wanted_of_rotation(name: str, value: Any) -> str | None:
+    """What a value of this name must be, where it is not; null leaves what is usual."""
+    if value is None:
+        return None
+    if name in LENGTHS:
+        return None if _is_count(value) else "a model's length is a number of tokens"
+    if name in ("factor", "attention_factor") and _is_positive(value) and value > MAX_FACTOR:
+        return f"positions and scores are stretched by {MAX_FACTOR} at most"
+    if name in POSITIVE:
+        return None if _is_positive(value) else "it is a number above 0"
+    if name == "rope_theta":
+        if not _is_positive(value):
+            return "it is a number above 0"
+        return None if 1 < value <= MAX_BASE else f"the base of a rotation lies above 1, up to {MAX_BASE:.0e}"
+    if name == "partial_rotary_factor":
+        return None if _is_positive(value) and value <= 1 else "it is a share of a head's dims, up to 1"
+    if name in ("short_factor", "long_factor"):
+        whole = isinstance(value, list) and value and all(map(_is_positive, value))
+        return None if whole else "it is a list of numbers above 0"
+    return None
+
+
+def _not_finite(prefix: str, values: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"'{prefix}{name}' is {shown(value)}, and it is a finite number: {REMEDY}"
 
 
 def _more_than_stored(values: Mapping[str, Any], stored: Stored) -> Iterator[str]:
     layers, width = values.get("num_hidden_layers"), values.get("hidden_size")
-    if isinstance(layers, int) and layers > stored.num_tensors:
+    if isinstance(layers, int) and layers > max(stored.num_tensors, MAX_LAYERS):
         yield f"'num_hidden_layers' is {shown(layers)}, and {stored.num_tensors} weights are stored: {REMEDY}"
     for name, most in NUMBERS_A_BYTE.items():
         size = values.get(name)
@@ -90,8 +160,21 @@ def _more_than_stored(values: Mapping[str, Any], stored: Stored) -> Iterator[str
             )
 
 
+def whole_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with counts and lengths that are whole, but written as 2048.0, as the integers that they are."""
+    return {name: _whole(name, value) for name, value in config.items()}
+
+
+def _whole(name: str, value: Any) -> Any:
+    if name in ("text_config", *ROPE) and isinstance(value, Mapping):
+        return whole_numbers(value)
+    counted = name in (*LENGTHS, *COUNTS) and isinstance(value, float) and value.is_integer() and abs(value) <= MOST
+    return int(value) if counted else value
+
+
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MOST
+    whole = type(value) is int or (type(value) is float and value.is_integer())
+    return whole and 1 <= value <= MOST
 
 
 def _is_positive(value: Any) -> bool:

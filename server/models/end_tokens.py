@@ -78,4 +78,4 @@ def _turn_ends(tokenizer: Any) -> list[int]:
 
 def _ids(named: object) -> Iterable[int]:
     values = named if isinstance(named, list | tuple) else [named]
-    return [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    return [value for value in values if type(value) is int and 0 <= value < 2**31]

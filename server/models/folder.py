@@ -10,21 +10,21 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.config_values import REMEDY, Stored, shown, wrong_in
 from prerope.server.models.quantized.schemes import scheme_of
+from prerope.server.models.stored import POINTER, Damaged, StoredTensor, pointer, read_header, some
+from prerope.server.models.text_values import TEXT_FILES, wrong_in_text_file
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-POINTER = b"version https://git-lfs"
-MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 UNFINISHED = (
     "*.incomplete",
     "*.part",
@@ -35,22 +35,18 @@ UNFINISHED = (
 )
 """What programs leave where a download was interrupted."""
 
+READ = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
+"""Ends of names that are read here or by transformers."""
+
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One entry of a safetensors header: dtype as the format spells it, shape in numbers."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 def check_folder(folder: Path) -> None:
     """Raise ConfigurationError, with the remedy, unless the folder holds a whole model in transformers' format."""
     _check_unfinished(folder)
+    _check_links(folder)
     if not (folder / CONFIG).is_file():
         raise _refused(folder, _what_instead_of_a_model(folder))
     config = read_config(folder)
@@ -63,7 +59,8 @@ def check_folder(folder: Path) -> None:
         raise _refused(folder, f"{CONFIG} says quantization_config is {shown(said)}, and it is an object: {REMEDY}")
     quantized = scheme_of(config, folder) is not None
     files = weight_files(folder)
-    headers = [read_header(file) for file in files]
+    headers = [_header_of(folder, file) for file in files]
+    _check_names(folder, headers)
     for file, tensors in zip(files, headers, strict=True):
         _check_dtypes(folder, file.name, tensors, quantized)
     stored = Stored(sum(map(len, headers)), sum(file.stat().st_size for file in files))
@@ -95,9 +92,11 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
         raise _refused(folder, f"{INDEX} has no weight_map: download it again")
     names = sorted(set(parts.values()))
-    elsewhere = [name for name in names if Path(name).name != name]
+    elsewhere = [name[:80] for name in names if Path(name).name != name or not 0 < len(name) <= 255 or "\0" in name]
     if elsewhere:
-        raise _refused(folder, f"{INDEX} names {some(elsewhere)}, which is no file of this folder: download it again")
+        raise _refused(
+            folder, f"{INDEX} names {some(elsewhere) or 'nothing'}, which is no file of this folder: download it again"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise _refused(
@@ -106,37 +105,6 @@ def weight_files(folder: Path) -> list[Path]:
             f"{'is' if len(missing) == 1 else 'are'} missing: the download is incomplete; run it again",
         )
     return [folder / name for name in names]
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, whose length agrees with its header. Raises ConfigurationError."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(len(POINTER))
-        if start == POINTER:
-            raise _refused(file.parent, _pointer(file.name))
-        length = int.from_bytes(start[:8], "little")
-        stream.seek(8)
-        text = stream.read(length) if length <= MAX_HEADER else b""
-    if size < 8 or (len(text) < length <= MAX_HEADER):
-        raise _refused(file.parent, _cut_short(file.name, f"{size} bytes, which end inside its header"))
-    try:
-        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        tensors = {name: StoredTensor(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _refused(file.parent, f"{file.name} is no safetensors file, or is damaged: download it again") from error
-    if size < end:
-        raise _refused(file.parent, _cut_short(file.name, f"{size} of {end} bytes"))
-    if size > end:
-        raise _refused(file.parent, f"{file.name} has {size} bytes, and its header says {end}: download it again")
-    return tensors
-
-
-def some(names: list[str], shown: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 # --- reasons ----------------------------------------------------------------------------------------------------------
@@ -148,9 +116,38 @@ def _check_unfinished(folder: Path) -> None:
         raise _refused(folder, f"{some(left)} was left by an interrupted download; run it again, or remove that file")
 
 
+def _check_links(folder: Path) -> None:
+    """Links without what they name, as they are left where a snapshot of a hub's cache is copied."""
+    broken = sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists())
+    if broken := [name for name in broken if name.endswith(READ)]:
+        raise _refused(
+            folder,
+            f"{some(broken)} {'is a link' if len(broken) == 1 else 'are links'} to what is not there: copy the folder "
+            "with what its links name (cp -L), or download it again",
+        )
+
+
 def _still_missing(folder: Path, path: Path) -> bool:
     """Whether what a leftover was to become is not there: a later download may have succeeded beside it."""
     return not holds_weights(folder) or path.parent == folder
+
+
+def _header_of(folder: Path, file: Path) -> dict[str, StoredTensor]:
+    try:
+        return read_header(file)
+    except Damaged as damage:
+        raise _refused(folder, str(damage)) from damage
+    except OSError as error:
+        raise _refused(folder, f"{file.name} cannot be read: {(error.strerror or str(error)).lower()}") from error
+
+
+def _check_names(folder: Path, headers: list[dict[str, StoredTensor]]) -> None:
+    """No weight twice, in two parts: which one is read would be chance."""
+    names = Counter(name for header in headers for name in header)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise _refused(
+            folder, f"{some(twice)} is in two of the parts: parts of two models lie there; download it again"
+        )
 
 
 def _check_dtypes(folder: Path, file: str, tensors: dict[str, StoredTensor], quantized: bool) -> None:
@@ -180,9 +177,11 @@ def _is_weight(name: str, tensor: StoredTensor) -> bool:
 
 
 def _check_other_files(folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        if (folder / name).exists():
-            _read_json(folder, name)
+    for name in ("generation_config.json", *TEXT_FILES):
+        if (folder / name).exists() and (wrong := wrong_in_text_file(name, _read_json(folder, name))):
+            raise _refused(folder, f"{name} says {wrong}: download it again, or correct it")
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        _read_text(folder, "chat_template.jinja")
     if any(True for pattern in TOKENIZERS for _ in folder.glob(pattern)):
         return
     if (folder / "tekken.json").is_file():
@@ -218,7 +217,7 @@ def _what_instead_of_a_model(folder: Path) -> str:
 
 def _what_instead_of_weights(folder: Path) -> str:
     """Why a folder with config.json has no weights to read."""
-    found = sorted(file.name for file in folder.glob("*.safetensors"))
+    found = sorted(file.name for file in folder.glob("*.safetensors") if file.is_file())
     parts = [name for name in found if re.search(r"-\d+-of-\d+\.safetensors$", name)]
     if parts:
         return f"{some(parts)} {'is' if len(parts) == 1 else 'are'} there without {INDEX}: download that file, too"
@@ -265,12 +264,11 @@ def _merging(folder: Path) -> str:
     return f"merge it into its base{f' {base}' if base else ''} once (peft's merge_and_unload, then save_pretrained)"
 
 
-def _pointer(name: str) -> str:
-    return f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder"
-
-
-def _cut_short(name: str, said: str) -> str:
-    return f"{name} is cut short ({said}): the download is incomplete; run it again"
+def _read_text(folder: Path, name: str) -> str:
+    try:
+        return (folder / name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _refused(folder, f"{name} is no text in UTF-8: download it again") from error
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -279,7 +277,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         raise _refused(folder, f"{name} cannot be read: {(error.strerror or str(error)).lower()}") from error
     if data.startswith(POINTER):
-        raise _refused(folder, _pointer(name))
+        raise _refused(folder, pointer(name))
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

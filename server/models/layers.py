@@ -216,7 +216,7 @@ def _as_plain_layer(layer: nn.Module, attention: nn.Module, recorded: Recorded) 
         try:
             agree = same(first.forward(x), recorded.entered[attention])
             agree = agree and same(hidden + mlp.forward(second.forward(hidden)), left)
-        except (TypeError, RuntimeError):  # not what these modules take
+        except Exception:  # not what these modules take
             continue
         if agree:
             return PlainLayer(attention, (first, second), mlp)

@@ -73,8 +73,8 @@ class Model:
         backend = backend or BACKENDS.get(self.device.type)
         self.stack = None if backend is None else self._hasten(backend)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
-        named = self.raw.model.generation_config.eos_token_id
-        named = self.raw.text_config.eos_token_id if named is None else named
+        named = getattr(self.raw.model.generation_config, "eos_token_id", None)
+        named = getattr(self.raw.text_config, "eos_token_id", None) if named is None else named
         self.eos_token_ids = frozenset([named] if isinstance(named, int) else named or ())
 
     def _hasten(self, backend: Backend) -> Stack | None:

@@ -140,7 +140,7 @@ def _as_gated(module: nn.Module, together: list[list[nn.Linear]], kernels: Kerne
         try:
             if all(_is_gated(module, first, down, x * loud) for loud in (1, LOUD)):
                 return kernels.gated(first, down)
-        except TypeError:  # a module that takes more than one tensor
+        except Exception:  # a module that takes more than one tensor, and says so in words of its own
             return None
     return None
 
@@ -181,7 +181,7 @@ def _as_rms_norm(module: nn.Module, dtype: torch.dtype, kernels: Kernels) -> For
     x = torch.cat([_random(weight) * scale for scale in (10.0, 1.0, eps**0.5)])
     try:
         expected = module(x)
-    except (TypeError, RuntimeError):  # a norm that takes more than one tensor
+    except Exception:  # a norm that takes more than one tensor, likewise
         return None
     return next((norm for norm in norms if _rounds_alike(norm(x), expected)), None)
 

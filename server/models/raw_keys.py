@@ -37,8 +37,7 @@ class IdentityRotary(nn.Module):
         # Kept out of the module tree: its buffers are not this model's any more.
         self._original = [original]
         self.turns: dict[str, tuple[float, float]] = {}  # layer type, or "" → (cos, sin)
-        self.widths: dict[str, int] = {}  # likewise → dims of the cos that the original makes: D, or D/2
-        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[str, tuple[Tensor, Tensor] | Tensor] = {}
 
     @property
     def original(self) -> nn.Module:
@@ -58,24 +57,22 @@ class IdentityRotary(nn.Module):
         self.turns[layer_type] = (cos, sin)
         self._tables.clear()
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor] | Tensor:
         key = layer_type or ""
         if key not in self._tables:
             extra = () if layer_type is None else (layer_type,)
-            cos, sin = _cos_sin(self.original, x, position_ids[:, :1], *extra)
-            self.widths[key] = cos.shape[-1]
             turn = self.turns.setdefault(key, (1.0, 0.0))
-            self._tables[key] = (torch.full_like(cos, turn[0]), torch.full_like(sin, turn[1]))
+            self._tables[key] = _alike(self.original(x, position_ids[:, :1], *extra), *turn)
         return self._tables[key]
 
 
-def _cos_sin(rotary: nn.Module, *arguments: Any) -> tuple[Tensor, Tensor]:
-    output = rotary(*arguments)
-    if isinstance(output, tuple) and len(output) == 2 and not output[0].is_complex():
-        return output
-    raise ConfigurationError(
-        f"{type(rotary).__name__} does not give cos and sin (a complex rotation?): its keys cannot be kept raw"
-    )
+def _alike(given: Any, cos: float, sin: float) -> tuple[Tensor, Tensor] | Tensor:
+    """In place of what a rotary embedding gives, cos and sin or complex numbers of both: the same for every pair."""
+    if isinstance(given, tuple) and len(given) == 2:
+        return torch.full_like(given[0], cos), torch.full_like(given[1], sin)
+    if isinstance(given, Tensor) and given.is_complex():
+        return torch.full_like(given, complex(cos, sin))
+    raise UnknownAttention("its rotary embedding gives neither cos and sin nor complex numbers")
 
 
 class RawKeyModel:

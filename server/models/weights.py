@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from prerope.server.errors import ConfigurationError, first_line
-from prerope.server.models.folder import some
 from prerope.server.models.quantized.schemes import SCHEMES, check_scheme, dequantising, scheme_of
+from prerope.server.models.stored import some
 from torch import nn
 
 if TYPE_CHECKING:
@@ -41,10 +41,12 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
 
     Only safetensors are read, and no code that comes with a checkpoint is run.
     """
+    from transformers import GenerationConfig
+
     config, scheme = _config_and_scheme(checkpoint, report)
     try:
         with _quiet_report():
-            model, info = _class_for(config).from_pretrained(
+            model, info = class_for(config).from_pretrained(
                 checkpoint.source,
                 config=config,
                 dtype=DTYPES.get(dtype, "auto"),
@@ -52,6 +54,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
                 trust_remote_code=False,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # so that the report names them all
+                generation_config=GenerationConfig(),  # what its file says is read elsewhere, and may be anything
                 output_loading_info=True,
                 **_same_commit(checkpoint),
             )
@@ -73,6 +76,10 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
 def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) -> tuple[Any, str | None]:
     """The checkpoint's config, asking for dense weights where they are quantised by a scheme that can be read."""
     config = checkpoint.config()
+    if reason := unsuited(config):
+        raise ConfigurationError(
+            f"MODEL_ID: {checkpoint.name!r} cannot be served: model type {config.model_type!r} {reason}"
+        )
     folder = Path(checkpoint.source)
     scheme = scheme_of(config.to_dict(), folder if folder.is_dir() else None)
     if scheme is None:
@@ -82,18 +89,31 @@ def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) ->
     return dequantising(config), scheme
 
 
-def _class_for(config: Any) -> Any:
-    """transformers' class of causal models or, for a type that has none, the one that reads images beside text."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def unsuited(config: Any) -> str | None:
+    """Why no model of this type continues a text by itself, as a predicate; None where one may."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     )
 
-    multimodal = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    if multimodal and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    model_type = str(config.model_type)
+    if getattr(config, "is_encoder_decoder", False):
+        return "has an encoder, which its decoder reads, and decoders that stand alone are served"
+    if model_type.endswith("_assistant"):
+        return "drafts tokens for another model, whose keys it reads, so it does not run alone"
+    if model_type not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}:
+        return "is none of transformers' language models that continue a text"
+    return None
+
+
+def class_for(config: Any) -> Any:
+    """transformers' class of causal models or, for a type that has none, the one that reads images beside text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return (
+        AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
+    )
 
 
 def drop_other_senses(model: Any) -> list[str]:
@@ -106,7 +126,9 @@ def drop_other_senses(model: Any) -> list[str]:
     if model.config is model.config.get_text_config() or inner is None or decoder is inner:
         return []
     others = [
-        name for name, child in inner.named_children() if not any(module is decoder for module in child.modules())
+        name
+        for name, child in inner.named_children()
+        if not name.startswith("embed") and not any(module is decoder for module in child.modules())
     ]
     for name in others:
         setattr(inner, name, nn.Identity())
@@ -210,4 +232,11 @@ def _reason(error: Exception) -> str:
             "as pytorch_model.bin, can run code when they are read, so they are refused; where you trust them, convert "
             "them once with transformers' save_pretrained, or choose a REVISION that has model.safetensors"
         )
-    return first_line(error).replace(os.path.expanduser("~"), "~")
+    if needed := re.search(r"requires the (\S+) library", str(error)):
+        return f"transformers needs the package {needed[1]} for it: pip install {needed[1]}"
+    if "Unrecognized configuration class" in str(error):
+        return "transformers has no language model of its type"
+    said = first_line(error).replace(os.path.expanduser("~"), "~")
+    if isinstance(error, OSError | ValueError):
+        return said
+    return f"no model can be made of its config.json ({said}): take that file again, from where the weights are from"

@@ -6,16 +6,20 @@ here. `SPECIAL` has what a type needs beside. Lengths are short, so that prompts
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from prerope.server.models.weights import class_for, drop_other_senses
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from tests.engine.tiny_models import randomize
 
-MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+MODEL_TYPES = tuple(sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}))
 
 LAYERS, LENGTH, VOCABULARY = 4, 64, 128
 SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -25,6 +29,8 @@ SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
         (
             *("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "emb_dim", "embedding_dim"),
             *("lru_width", "attention_hidden_size", "input_embedding_size", "output_embedding_size"),
+            *("hidden_size_global", "adapter_in_dim", "adapter_out_dim", "adapter_input_size", "backbone_hidden_size"),
+            *("out_hidden_size", "text_hidden_size"),
         ),
     ),
     (
@@ -149,22 +155,48 @@ DOTS3 = {
 }
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+TEXT_MLA = {"text_config": MLA}
+AXES = {"text_config": {"rope_parameters": PLAIN | {"mrope_section": [2, 3, 3]}}}
+HALF_AXES = {"text_config": {"rope_parameters": PLAIN | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}}
+UNSHARED = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 HALF = PLAIN | {"partial_rotary_factor": 0.5}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v3", "deepseek_v32"), MLA),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "longcat_flash", "minicpm3", "youtu"), MLA),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "cosmos3_edge"), AXES),
+    **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr", "glmga"), HALF_AXES),
+    **dict.fromkeys(("kimi_k25", "mistral_large4", "unlimited_ocr"), TEXT_MLA),
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]},
     "falcon_h1": MAMBA,
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "blt": {"encoder_hash_byte_group_vocab": 128},
+    "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2}},
     "deepseek_v2": MLA | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
     "dots3_note": {"text_config": DOTS3},
     "dots3_note_text": DOTS3,
+    "ernie4_5_vl_moe": {
+        "text_config": {
+            "rope_parameters": PLAIN | {"mrope_section": [2, 2, 4]},
+            "moe_intermediate_size": [96, 96],
+        }
+    },
+    "exaone4_5": {"text_config": {"model_type": "exaone4_5_text"}},
+    "glm5_next": {"text_config": MLA | {"qk_rope_head_dim": 0}},
+    "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "4/8"},
+    "hunyuan_vl": {"text_config": AXES["text_config"] | {"head_dim": 16}},
+    "minimax_m3_vl": {"text_config": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2}},
+    "mistral4": MLA | {"head_dim": 32},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0, 1]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "gemma4_assistant": {"text_config": UNSHARED},
+    "gemma3n": {"text_config": {"num_kv_shared_layers": 0, "intermediate_size": [96] * LAYERS}},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96] * LAYERS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -182,6 +214,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * LAYERS},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2},
     "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8, "attention_hidden_size": 128, "attention_head_dim": 32},
@@ -212,7 +245,11 @@ def _shrunk(cls: Any, special: dict[str, Any]) -> dict[str, Any]:
     return options | {name: value for name, value in special.items() if name not in own.sub_configs}
 
 
-MOST_PARAMETERS = 20_000_000
+MOST_PARAMETERS = 60_000_000
+
+
+OTHER_SENSES = ("pixel_values", "flattened_patches", "[Bb]box", "encoder_outputs", "'state'")
+"""In errors of models whose forward takes more than tokens."""
 
 
 class NoTinyModel(Exception):
@@ -220,21 +257,37 @@ class NoTinyModel(Exception):
 
 
 def tiny_of_type(model_type: str, **more: Any) -> Any:
-    """A random causal LM in fp32; `more` goes into its config."""
+    """A random causal LM in fp32; `more` goes into its config.
+
+    Not one that asks for something beside tokens: what refuses it is to say so.
+    """
     try:
         config = tiny_config(model_type, **more)
         with torch.device("meta"):
-            sketch = AutoModelForCausalLM.from_config(config)
+            sketch = class_for(config).from_config(config)
+        drop_other_senses(sketch)
         if sum(parameter.numel() for parameter in sketch.parameters()) > MOST_PARAMETERS:
             raise NoTinyModel("its config has no small sizes")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+            model = class_for(config).from_config(config, attn_implementation="eager", dtype=torch.float32)
+            drop_other_senses(model)
             randomize(model.eval())
         with torch.inference_mode():
             model(input_ids=torch.arange(3, 9)[None], use_cache=False)
     except NoTinyModel:
         raise
+    except (TypeError, ValueError) as error:
+        if not re.search("|".join(OTHER_SENSES), str(error)):
+            raise NoTinyModel(_first_line(error)) from error
     except Exception as error:  # whatever a config or a forward of transformers raises
-        raise NoTinyModel(str(error).strip().splitlines()[0] if str(error).strip() else repr(error)) from error
+        raise NoTinyModel(_first_line(error)) from error
     return model
+
+
+def _first_line(error: Exception) -> str:
+    if needed := re.search(r"requires the (\S+) library|No module named '(\S+)'", str(error)):
+        return f"transformers needs the package {needed[1] or needed[2]} for it"
+    if "Unrecognized configuration class" in str(error):
+        return "no language model of transformers takes its config"
+    return (str(error).strip().splitlines() or [repr(error)])[0]

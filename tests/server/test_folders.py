@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from prerope.server.engine.loading import in_words
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.checks.probe import probe
-from prerope.server.models.config_values import wrong_in
+from prerope.server.models.config_values import Stored, wrong_in
 from prerope.server.models.model import Model, load_model
+from prerope.server.sampling_defaults import sampling_defaults
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -68,9 +70,11 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 def load(folder: Path, cache: Path | None = None) -> Model:
     """All of a start that reads the folder."""
     checkpoint = resolve_checkpoint(str(folder), None, lambda _: None, cache_dir=cache or folder.parent / "cache")
-    Tokenizer.load(checkpoint)
-    model = load_model(checkpoint, "auto", "cpu", lambda _: None)
-    probe(model)
+    with in_words(checkpoint.name):
+        Tokenizer.load(checkpoint)
+        sampling_defaults(checkpoint)
+        model = load_model(checkpoint, "auto", "cpu", lambda _: None)
+        probe(model)
     return model
 
 
@@ -176,6 +180,64 @@ def quantised(**config: Any) -> Damage:
     return change_json("config.json", quantization_config=config)
 
 
+def in_header(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    """Of the weights' file: what its header says, changed."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        text = json.dumps(change(header) or header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return damage
+
+
+def entry(**said: Any) -> Damage:
+    return in_header(lambda header: header[Q_PROJ].update(said))
+
+
+def in_tokenizer(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def linked(name: str, target: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return damage
+
+
+def tensor_in_two_parts(folder: Path) -> None:
+    in_parts(1, 2, 3)(folder)
+    first, second = (folder / f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: 3 * tensor}, second, {"format": "pt"})
+
+
+class Malicious:
+    """What a pickle may run when it is read."""
+
+    def __reduce__(self) -> Any:
+        return pytest.fail, ("a pickle was read",)
+
+
+def pickled(name: str) -> Damage:
+    return lambda folder: torch.save({"weight": Malicious()}, folder / name)
+
+
+def rope(**said: Any) -> Damage:
+    whole = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    return change_json("config.json", rope_parameters=whole | said)
+
+
 def empty_vocabulary(folder: Path) -> None:
     """But for the special tokens, which are added."""
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -226,6 +288,76 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (change_json("config.json", vocab_size=10**9), "'vocab_size' is 1000000000 and 'hidden_size' 32, more numbers"),
         (change_json("config.json", num_key_value_heads=0), "'num_key_value_heads' is 0, and it is a whole number"),
         (empty_vocabulary, "tokenizer has 2 tokens, none of which stands for text"),
+        (change_json("config.json", rms_norm_eps=0.0), "'rms_norm_eps' is 0.0, and what keeps a norm from dividing by"),
+        (written("config.json", '{"model_type":"llama","initializer_range":NaN}'), "is nan, and it is a finite number"),
+        (change_json("config.json", head_dim=-1), "'head_dim' is -1, and it is a whole number"),
+        (change_json("config.json", head_dim=2**30), "more numbers than the"),
+        (
+            change_json("config.json", sliding_window=1e30),
+            "'sliding_window' is 1e+30, and a window is a number of tokens",
+        ),
+        (change_json("config.json", dual_chunk_attention_config="x"), "'dual_chunk_attention_config' is the text 'x'"),
+        (
+            change_json("config.json", num_attention_heads=7),
+            "The hidden size (32) is not a multiple of the number of att",
+        ),
+        (change_json("config.json", hidden_act="x"), "no model can be made of its config.json (KeyError: 'x')"),
+        (change_json("config.json", num_hidden_layers=40), "lacks 342 weights"),
+        (change_json("config.json", is_encoder_decoder=True), "has an encoder, which its decoder reads"),
+        (rope(attention_factor=-1), "'rope_parameters.attention_factor' is -1, and it is a number above 0"),
+        (rope(rope_theta=1.0), "'rope_parameters.rope_theta' is 1.0, and the base of a rotation lies above 1"),
+        (rope(partial_rotary_factor="x"), "'rope_parameters.partial_rotary_factor' is the text 'x', and it is a share"),
+        (
+            rope(rope_type="longrope", short_factor=[1, None]),
+            "'rope_parameters.short_factor' is a list, and it is a list",
+        ),
+        # headers that lie
+        *(
+            (entry(**said), "is no safetensors file, or is damaged")
+            for said in (
+                {"dtype": "Q9"},
+                {"dtype": "F64"},
+                {"shape": [2**40, 2**40]},
+                {"shape": [-32, 32]},
+                {"shape": [32.0, 32]},
+                {"data_offsets": [4096, 0]},
+                {"data_offsets": [0, 4096]},
+                {"data_offsets": [0]},
+            )
+        ),
+        (in_header(lambda header: header.update(__metadata__={"format": {}})), "is damaged"),
+        (written("model.safetensors", (200_000).to_bytes(8, "little") + b"[" * 200_000), "is damaged"),
+        (tensor_in_two_parts, "is in two of the parts: parts of two models lie there"),
+        # tokenizers and what lies beside them
+        (
+            in_tokenizer(lambda said: said["model"]["vocab"].update(word=999)),
+            "another model's; take both from one source",
+        ),
+        (in_tokenizer(lambda said: said["model"].update(merges=[["a"]])), "its tokenizer cannot be read: data did not"),
+        (
+            in_tokenizer(lambda said: said.update(version="9.9")),
+            "its tokenizer cannot be read: Unknown tokenizer version",
+        ),
+        (written("tokenizer.json", "[" * 200_000), "tokenizer.json is no JSON"),
+        (
+            change_json("tokenizer_config.json", eos_token=7),
+            "tokenizer_config.json says 'eos_token' is 7, and it is a to",
+        ),
+        (change_json("tokenizer_config.json", tokenizer_class=5), "'tokenizer_class' is 5, and it is a name"),
+        (change_json("tokenizer_config.json", chat_template=5), "'chat_template' is 5, and it is a text"),
+        (written("added_tokens.json", '{"<x>": "7"}'), "'<x>' is the text '7', and it is the number of a token"),
+        (written("special_tokens_map.json", "[]"), "special_tokens_map.json is no JSON object"),
+        (written("chat_template.jinja", b"\xff\xfe\x00"), "chat_template.jinja is no text in UTF-8"),
+        # links
+        (linked("model.safetensors", "../../blobs/4d7a"), "model.safetensors is a link to what is not there: copy the"),
+        (linked("model.safetensors", "model.safetensors"), "is a link to what is not there"),
+        (linked("config.json", "config.json"), "config.json is a link to what is not there"),
+        (linked("tokenizer.json", "/nowhere"), "tokenizer.json is a link to what is not there"),
+        (linked("model.safetensors", "/dev/zero"), "no safetensors are found there, only config.json"),
+        # code that a pickle would run
+        (both(removed("model.safetensors"), pickled("pytorch_model.bin")), "can run code when they are read"),
+        (both(removed("model.safetensors"), pickled("model.pt")), "can run code when they are read"),
+        (both(ADAPTER, pickled("adapter_model.bin")), "an adapter (adapter_config.json) lies beside the base model"),
         # schemes under their other names
         (quantised(quant_method="gptqmodel", bits=4), "GPTQ (the package gptqmodel)"),
         (quantised(bits=4, group_size=128, desc_act=False), "GPTQ (the package gptqmodel)"),
@@ -252,6 +384,9 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
             "interrupted download",
         ),
         (both(in_parts(1, 2, 3), in_index({Q_PROJ: "/etc/hostname"})), "names /etc/hostname, which is no file of"),
+        (both(in_parts(1, 2, 3), in_index({Q_PROJ: "x" * 5000})), "which is no file of this folder"),
+        (both(in_parts(1, 2, 3), in_index({Q_PROJ: "a\0b"})), "which is no file of this folder"),
+        (both(in_parts(1, 2, 3), in_index({Q_PROJ: ""})), "which is no file of this folder"),
         (both(in_parts(1, 2, 3), in_index({Q_PROJ: "../model.safetensors"})), "names ../model.safetensors, which"),
         (
             both(in_parts(1, 2, 3), in_index(dict.fromkeys(("model.norm.weight", Q_PROJ), "model-00009-of-00003"))),
@@ -273,7 +408,7 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         ),
         (change_json("config.json", hidden_size="32"), "'hidden_size' is the text '32', and it is a whole number"),
         (change_json("config.json", num_attention_heads=0), "'num_attention_heads' is 0, and it is a whole number"),
-        (change_json("config.json", dtype="float3"), "its config.json cannot be read: .*float3"),
+        (change_json("config.json", dtype="float3"), "'dtype' is the text 'float3', and weights are of bfloat16"),
         # other programs' formats
         (both(removed("config.json"), removed("model.safetensors"), ADAPTER), "merge it into its base owner/base once"),
         (ADAPTER, "an adapter (adapter_config.json) lies beside the base model"),
@@ -313,6 +448,33 @@ def test_what_is_not_the_decoder_s_is_left_out(folder: Path) -> None:
     with_tensor("v_head.weight", torch.ones(1, 32))(folder)
     with_tensor("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))(folder)
     load(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        change_json("config.json", max_position_embeddings=64.0, vocab_size=258.0),
+        change_json("tokenizer_config.json", chat_template="{{ raise_exception('no') }}"),
+        written(
+            "generation_config.json", '{"eos_token_id": [1000000000000, -1], "temperature": NaN, "num_beams": "x"}'
+        ),
+        written("generation_config.json", '{"cache_implementation": "none of them"}'),
+        both(pickled("pytorch_model.bin"), pickled("training_args.bin")),
+        change_json("config.json", auto_map={"AutoModelForCausalLM": "code.Model"}),
+        in_header(lambda header: header.update(__metadata__={"format": "mlx"})),
+    ],
+)
+def test_what_does_no_harm_is_served(folder: Path, damage: Damage) -> None:
+    """Lengths written as 64.0, values that nothing needs, and pickles or code beside the weights, which none reads."""
+    damage(folder)
+    load(folder)
+
+
+def test_layers_may_share_their_weights() -> None:
+    """More layers than weights are no reason to refuse, up to a number that none has."""
+    config = {"model_type": "llama", "num_hidden_layers": 48}
+    assert wrong_in(config, Stored(20, 10**6)) is None
+    assert "20 weights are stored" in str(wrong_in(config | {"num_hidden_layers": 4800}, Stored(20, 10**6)))
 
 
 def test_ollama_s_store_is_told_by_its_blobs(tmp_path: Path) -> None:

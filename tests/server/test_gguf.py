@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -260,6 +261,20 @@ def test_values_that_no_model_has_are_refused_by_name(copy_of: Callable[[Path], 
     file = write_gguf(tmp_path / "model.gguf")
     file.write_bytes(patched(file.read_bytes(), b"llama.context_length", 4, b"\0\0\0\0"))
     assert "'max_position_embeddings' is 0, and a model's length is a number of tokens" in refusal(copy_of, file)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-5, math.nan, math.inf, 1e30])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("attention.layer_norm_rms_epsilon", "rms_norm_eps"), ("rope.freq_base", "rope_parameters.rope_theta")],
+)
+def test_numbers_that_no_norm_and_no_rotation_has(
+    copy_of: Callable[[Path], Path], tmp_path: Path, key: str, name: str, value: float
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf")
+    content = patched(file.read_bytes(), f"llama.{key}".encode(), 4, struct.pack("<f", value))
+    file.write_bytes(content)
+    assert f"'{name}' is {np.float32(value).item()!r}, and" in refusal(copy_of, file)
 
 
 def test_a_git_lfs_pointer_is_told(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:

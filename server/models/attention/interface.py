@@ -22,6 +22,9 @@ ATTENTION_NAME = "prerope"
 TRIAL_NAME = "prerope-trial"
 """The same attention, with masks as rules: a trial run sees which keys transformers would let a layer read."""
 
+WINDOW_BY_MASK = "window_by_mask"
+"""Set on a module that leaves its window to its mask, and says nothing of it to attention."""
+
 OWN_MASK = "its layers choose the keys that a row reads by a mask of their own"
 
 WITHOUT_EFFECT = frozenset(
@@ -31,6 +34,14 @@ WITHOUT_EFFECT = frozenset(
     )
 )
 """What attention is handed on the way down and does not read, or reads only in training."""
+
+
+NOT_HERE = {
+    "position_bias": "its scores have a bias by distance that each row makes for itself, which is not read here",
+    "block_indices": "its rows choose the blocks of keys that they read",
+    "is_causal": "its rows read what follows them, too, and raw keys are read causally",
+}
+"""What attention may be handed that this server does not have: a clause each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +99,11 @@ def raw_attention(
     if attention_mask is not None and rule is None:
         raise UnknownAttention(OWN_MASK)
     for name, given in others.items():
-        if given is not None and name not in WITHOUT_EFFECT:
-            raise UnknownAttention(f"its attention takes {name!r}, which this server does not know")
+        if given is not None and name not in WITHOUT_EFFECT and not (name == "is_causal" and given is True):
+            raise UnknownAttention(NOT_HERE.get(name, f"its attention takes {name!r}, which this server does not know"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if getattr(module, WINDOW_BY_MASK, False):
+        sliding_window = vars(module)["sliding_window"]
     call = AttentionCall(scale, sliding_window, softcap, s_aux, rule, slopes)
     packed_query, packed_key, packed_value = (x[0].transpose(0, 1) for x in (query, key, value))
     rows = HANDLER.get()(module, packed_query, packed_key, packed_value, call)

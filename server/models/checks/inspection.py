@@ -7,21 +7,22 @@ be exactly that quarter turn, in the half or in the interleaved pairing: a norm 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from prerope.rope.frequencies import ALIBI, Rotary, unrotated
-from prerope.rope.reading import UNBOUNDED
 from prerope.server.models.attention.interface import OWN_MASK
+from prerope.server.models.checks.counting import counts_positions
 from prerope.server.models.checks.hooks import hooked
+from prerope.server.models.checks.masks import check_mask
 from prerope.server.models.checks.trials import (
     PROBE_LENGTH,
     Seen,
-    named_lengths,
+    mixed,
     probe_ids,
-    relative_difference,
     run_trial,
 )
 from prerope.server.models.checks.turning import RawKeyLayer, Turning, as_found, find_turning, raw_key_layer
@@ -30,11 +31,8 @@ from prerope.server.models.recurrent.finding import attends_on_its_own, keeps_st
 from prerope.server.models.recurrent.layers import RecurrentLayer
 from torch import Tensor, nn
 
-MIXED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
-"""Relative, rms: what rounding may change in a row when another row has another token."""
-
-
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
+COUNTS = "it counts positions itself, so a chunk of a prompt cannot be told where in the prompt it is"
 BLOOM_LENGTH = 2048
 """What BLOOM was trained at, which most of its configs do not say."""
 
@@ -53,11 +51,13 @@ def inspect_layers(
         raise cannot_serve(raw, reason)
     base = first_run(raw)
     for seen in base:
-        _check_mask(raw, seen)
+        check_mask(raw, seen)
     if not base and keeps_states(raw):
         raise cannot_serve(raw, "none of its layers attends: it keeps recurrent states alone, and no keys")
     _check_rows(raw, base)
     _check_count(raw, base, recurrent)
+    if counts_positions(raw, base):
+        raise cannot_serve(raw, COUNTS)
     names = {module: name for name, module in raw.model.named_modules()}
     turnings, groups, rotaries = _turn_each_group(raw, base, names)
     layers = [
@@ -97,40 +97,16 @@ def first_run(raw: RawKeyModel) -> list[Seen]:
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         if "MaskRule" in str(error):
             raise cannot_serve(raw, OWN_MASK) from error
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise cannot_serve(raw, f"its forward does not run on them ({type(error).__name__}: {reason})") from error
+        raise cannot_serve(raw, _why_it_does_not_run(error)) from error
 
 
-def _check_mask(raw: RawKeyModel, seen: Seen) -> None:
-    """Refuse a layer that reads other keys than ours: all before a row, or a window of them.
-
-    transformers' rule for it is asked at the edges of every length that the config names.
-    """
-    if seen.call.mask is None:
-        return
-    edges = {0, *(length + step for length in named_lengths(raw) for step in (-1, 0, 1))}
-    rows = torch.tensor(sorted(edges | {2 * max(edges), 4 * max(edges)}))
-    shifts = torch.tensor(sorted({-1, 0, 1, *edges}))
-    row = rows.repeat_interleave(len(shifts))
-    key = row - shifts.repeat(len(rows))
-    row, key = row[key >= 0], key[key >= 0]
-    window = seen.call.sliding_window
-    ours = (key <= row) & (row - key < (UNBOUNDED if window is None else window))
-    device = seen.key.device
-    try:
-        theirs = seen.call.mask.reads(row.to(device), key.to(device)).cpu()
-    except IndexError:  # a rule that also looks at the prompt, such as one for the blocks of images in it
-        inside = row < PROBE_LENGTH
-        row, key, ours = row[inside], key[inside], ours[inside]
-        theirs = seen.call.mask.reads(row.to(device), key.to(device)).cpu()
-    if not torch.equal(ours, theirs):
-        place = int((ours != theirs).nonzero()[0])
-        verb = "reads" if theirs[place] else "does not read"
-        raise cannot_serve(
-            raw,
-            f"row {int(row[place])} of a layer {verb} key {int(key[place])}, so which keys it reads is neither all "
-            "before it nor a sliding window",
-        )
+def _why_it_does_not_run(error: Exception) -> str:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    if missing := re.search(r"missing \d+ required .*argument.*?: (.*)", said):
+        return f"its forward needs {missing[1]} beside tokens"
+    if isinstance(error, AttributeError | TypeError | KeyError):
+        return "its forward takes more than a prompt of tokens"
+    return f"transformers' forward of it does not run on a prompt of tokens: {said}"
 
 
 def _check_rows(raw: RawKeyModel, base: list[Seen]) -> None:
@@ -143,7 +119,7 @@ def _check_rows(raw: RawKeyModel, base: list[Seen]) -> None:
     other[0] = (other[0] + 1) % raw.text_config.vocab_size
     again = run_trial(raw, {}, other)
     calls = zip(base, again, strict=True)
-    if not base or any(_mixed(was.key[1:], now.key[1:]) or _mixed(was.value[1:], now.value[1:]) for was, now in calls):
+    if not base or any(mixed(was.key[1:], now.key[1:]) or mixed(was.value[1:], now.value[1:]) for was, now in calls):
         raise cannot_serve(raw, _mixing_module(raw, ids, other))
 
 
@@ -153,13 +129,13 @@ def _mixing_module(raw: RawKeyModel, ids: Tensor, other: Tensor) -> str:
     alone = attends_on_its_own(raw)
     if alone is not None:
         return (
-            f"{names[alone]} ({type(alone).__name__}) attends in code of its own and not through transformers' "
-            f"attention interface{_alibi(raw)}, so its keys cannot be kept raw"
+            f"{names[alone]} attends in code of its own and not through transformers' attention interface"
+            f"{_alibi(raw)}, so its keys cannot be kept raw"
         )
     before, after = (_every_output(raw, prompt) for prompt in (ids, other))
     for (module, was), (_, now) in zip(before, after, strict=True):
-        if _mixed(was[:, 1:], now[:, 1:]):
-            where = f"{names[module]} ({type(module).__name__})"
+        if mixed(was[:, 1:], now[:, 1:]):
+            where = names[module]
             break
     else:
         return "none of its layers attends through the shared attention interface"
@@ -175,10 +151,6 @@ def _alibi(raw: RawKeyModel) -> str:
     told = [entry["alibi"] for entry in entries if isinstance(entry.get("alibi"), bool)]
     builds = any("alibi" in name for name in vars(sys.modules[type(raw.model).__module__]))
     return ", with a bias by distance (ALiBi) on its scores" if (any(told) if told else builds) else ""
-
-
-def _mixed(was: Tensor, now: Tensor) -> bool:
-    return not relative_difference(now, was) <= MIXED[was.dtype]
 
 
 def _every_output(raw: RawKeyModel, ids: Tensor) -> list[tuple[nn.Module, Tensor]]:
@@ -246,10 +218,8 @@ def _without_rotation(raw: RawKeyModel, base: list[Seen]) -> Rotary:
         raise cannot_serve(raw, "it has no rotary embedding, and its config does not say how many positions it knows")
     ids = torch.full((PROBE_LENGTH,), 7, device=raw.model.device)
     (one, *_rest) = run_trial(raw, {}, ids, torch.full((PROBE_LENGTH,), 3))
-    if _mixed(one.key[:1].expand_as(one.key), one.key):
-        raise cannot_serve(
-            raw, "it counts positions itself, so a chunk of a prompt cannot be told where in the prompt it is"
-        )
+    if mixed(one.key[:1].expand_as(one.key), one.key):
+        raise cannot_serve(raw, COUNTS)
     return unrotated(base[0].key.shape[-1], raw.reach)
 
 

@@ -26,6 +26,14 @@ LONGEST = 2**20
 """Farther, fp32 angles such as transformers' say nothing any more."""
 
 
+MIXED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Relative, rms: what rounding may change in a row when another row has another token."""
+
+
+RULED_OUT = -1e9
+"""Logits below are of tokens that a model never gives (Chameleon's, of pictures)."""
+
+
 @dataclass(slots=True)
 class Seen:
     """One attention call of a trial run: what entered the module, and raw q, k and v as attention received them."""
@@ -79,8 +87,19 @@ def relative_difference(ours: Tensor, expected: Tensor) -> float:
     """Of the rms difference over the expected rms; infinite for tensors of another shape or dtype."""
     if ours.shape != expected.shape or ours.dtype != expected.dtype:
         return float("inf")
-    ours, expected = ours.float(), expected.float()
+    ours, expected = _without_ruled_out(ours.float(), expected.float())
     return float(((ours - expected).square().mean() / expected.square().mean().clamp(min=1e-20)).sqrt())
+
+
+def _without_ruled_out(ours: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero where both rule a token out by the smallest number there is, beside which no other would count."""
+    ruled_out = (expected < RULED_OUT) & (ours < RULED_OUT)
+    return ours.masked_fill(ruled_out, 0.0), expected.masked_fill(ruled_out, 0.0)
+
+
+def mixed(was: Tensor, now: Tensor) -> bool:
+    """Whether rows changed by more than rounding."""
+    return not relative_difference(now, was) <= MIXED[was.dtype]
 
 
 def run_trial(

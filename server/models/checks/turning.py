@@ -134,9 +134,15 @@ def _both_senses(dims: list[int], interleaved: bool) -> list[list[int]]:
     return [dims, dims[half:] + dims[:half]]
 
 
+MSCALES = ("short_mscale", "long_mscale")
+"""Attention factors of LongRoPE in configs, of which one family makes use."""
+
+
 def as_found(rotary: Rotary, turning: Turning, head_dim: int, embedding: nn.Module) -> Rotary:
     """What the config says, with the dims that were seen to turn, and the base that plain frequencies have."""
     rotary = replace(rotary, head_dim=head_dim, dim=turning.dim, interleaved=turning.interleaved)
+    if "short_mscale" in rotary.parameters and not _scales_by_config(rotary, embedding):
+        rotary = replace(rotary, parameters={k: v for k, v in rotary.parameters.items() if k not in MSCALES})
     theta = getattr(embedding, "inv_freq", None)
     if (
         rotary.rope_type != "default"
@@ -148,3 +154,9 @@ def as_found(rotary: Rotary, turning: Turning, head_dim: int, embedding: nn.Modu
     if torch.allclose(plain(rotary.dim, rotary.base), theta.double().cpu(), rtol=1e-3):
         return rotary
     return replace(rotary, base=float(theta[1].double()) ** (-turning.dim / 2))
+
+
+def _scales_by_config(rotary: Rotary, embedding: nn.Module) -> bool:
+    """Whether cos at position 0 is the attention factor that the config has for short prompts."""
+    given = embedding(torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long))
+    return isinstance(given, tuple) and abs(float(given[0].flatten()[0]) - rotary.parameters["short_mscale"]) < 1e-4

@@ -18,8 +18,8 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.folder import POINTER
 from prerope.server.models.gguf.parts import MAGIC, parts_of
+from prerope.server.models.stored import POINTER
 
 VERSIONS = (2, 3)
 MAX_EXPERTS = 65_536

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.folder import some
+from prerope.server.models.stored import some
 
 MAGIC = b"GGUF"
 PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
