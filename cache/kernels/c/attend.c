@@ -64,95 +64,6 @@ APART void product(const float *a, int64_t a_stride, const float *b, int64_t b_s
     }
 }
 
-/* --- packing ----------------------------------------------------------------------------------------------------------- */
-
-/* 16 heads [16, from + dim] of floats or words to columns n … n + 15 of a tile. */
-INLINE void columns(const float *heads, int64_t stride, int64_t words, float *tile) {
-    for (int64_t w = 0; w < words; w += 16) {
-        v16 square[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) square[i] = *(const v16 *)(heads + i * stride + w);
-        transpose16(square);
-        for (int i = 0; i < 16 && w + i < words; i++) *(v16 *)(tile + (w + i) * KEYS) = square[i];
-    }
-}
-
-INLINE void pack_values(const Shape *shape, const char *const *from, int64_t n, float *to, const int dtype) {
-    int64_t dim = shape->value_dim, width = padded(dim);
-    float last[2][32] = {};
-    for (int64_t d = 0; d < width; d += 16) {
-        v16 value[2] = {};
-        for (int i = 0; i < 2; i++) {
-            if (!from[i]) continue; /* a key that is not read: weighed with 0, anything finite will do */
-            if (d + 16 <= dim) value[i] = load16(from[i], d, dtype);
-            else {
-                for (int64_t lane = 0; d + lane < dim; lane++) last[i][lane] = load1(from[i], d + lane, dtype);
-                if (d < dim) value[i] = *(v16 *)last[i];
-            }
-        }
-        if (shape->dots) *(u32x16 *)(to + n / 2 * width + d) = ((u32x16)value[0] >> 16) | (u32x16)odd((u32x16)value[1]);
-        else {
-            *(v16 *)(to + n * width + d) = value[0];
-            *(v16 *)(to + (n + 1) * width + d) = value[1];
-        }
-    }
-}
-
-/* Keys tile + n … tile + n + 15, of them [low, high), turned, to 16 columns of a tile; their values to 16 rows. */
-INLINE void pack_columns(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t n, int64_t low,
-                         int64_t high, const Packed *to, const int dtype) {
-    int64_t dim = shape->head_dim, wide = padded(dim), words = words_of(shape), rotary = shape->rotary_dim;
-    int64_t size = dtype == FP32 ? 4 : 2, slot = 0, offset = shape->block_size;
-    const float *table = 0;
-    if (turns->bases) table = turns->tables + ((int64_t)turns->table[tile / KEYS] * KEYS + n) * rotary;
-    float raw[MAX_DIM], heads[16][MAX_DIM] __attribute__((aligned(64)));
-    const char *values[2];
-    for (int64_t i = 0; i < 16; i++) {
-        int64_t j = tile + n + i;
-        float *head = heads[i];
-        for (int64_t d = dim; d < wide; d++) head[d] = 0.0f;
-        values[i % 2] = 0;
-        if (j >= low && j < high) {
-            if (offset >= shape->block_size) {
-                offset = j % shape->block_size;
-                slot = source->blocks[j / shape->block_size] * shape->block_size + offset;
-            }
-            int64_t at = slot * shape->kv_heads + source->head;
-            values[i % 2] = (const char *)source->values + at * shape->value_dim * size;
-            unpair(source->keys, at * dim, table ? raw : head, dim, rotary, shape->interleaved, dtype);
-            if (table) turn(raw, head, table + i * rotary, table + i * rotary + rotary / 2, dim, rotary);
-            slot++, offset++;
-        } else {
-            memset(head, 0, sizeof(float) * dim);
-        }
-        if (shape->dots) /* in place: a vector of words is written where its two of floats were read */
-            for (int64_t d = 0; d < wide; d += 32)
-                *(u32x16 *)(head + d / 2) = narrow32(*(v16 *)(head + d), *(v16 *)(head + d + 16));
-        if (i % 2) pack_values(shape, values, i - 1, to->values, dtype);
-    }
-    columns(heads[0], MAX_DIM, words, to->keys);
-}
-
-/* Where 16 columns of packed keys begin, from column n of a block on, and the rows of their values. */
-INLINE Packed columns_at(const Shape *shape, const Packed *block, int64_t n) {
-    return (Packed){block->keys + packed_keys(shape, n / KEYS * KEYS) + n % KEYS, block->values + packed_values(shape, n)};
-}
-
-INLINE void pack_as(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
-                    const Packed *to, const int dtype) {
-    for (int64_t n = 0; n < KEYS; n += 16) {
-        Packed at = columns_at(shape, to, n);
-        pack_columns(shape, source, turns, tile, n, low, high, &at, dtype);
-    }
-}
-
-void pack_tile(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
-               const Packed *to) {
-    if (shape->dtype == BF16) pack_as(shape, source, turns, tile, low, high, to, BF16);
-    else if (shape->dtype == FP16) pack_as(shape, source, turns, tile, low, high, to, FP16);
-    else pack_as(shape, source, turns, tile, low, high, to, FP32);
-}
-
 /* --- rows over blocks of keys ------------------------------------------------------------------------------------------ */
 
 typedef struct {
@@ -307,6 +218,7 @@ int attend(const Shape *shape, const Rows *rows, const Read *read, const Source 
     Tile tile;
     float keys[packed ? 1 : packed_keys(shape, BLOCK)] __attribute__((aligned(64)));
     float values[packed ? 1 : packed_values(shape, BLOCK)] __attribute__((aligned(64)));
+    if (!packed) fetch_keys(shape, source, low, least(low + AHEAD, high));
     int64_t count = turn_queries(shape, rows, read, source->head, &tile), wide = padded(shape->head_dim);
     state_clear(found, count, shape->value_dim);
     for (int64_t block = low / BLOCK * BLOCK; block < high; block += BLOCK) {
@@ -349,11 +261,9 @@ void attend_units(const Shape *shape, const Rows *rows, const Read *read, const 
     state_clear(found, num_rows, shape->value_dim);
     for (int64_t r = 0; r < num_rows; r++) tile.from[r] = 0, tile.to[r] = UNIT * count;
     for (int64_t n = 0; n < count; n++) {
-        int64_t key = (int64_t)units[n] * UNIT, base = key / KEYS * KEYS;
+        int64_t base = (int64_t)units[n] * UNIT / KEYS * KEYS;
         Packed at = columns_at(shape, &here, UNIT * n);
-        if (shape->dtype == BF16) pack_columns(shape, source, read->turns, base, key - base, 0, INT64_MAX, &at, BF16);
-        else if (shape->dtype == FP16) pack_columns(shape, source, read->turns, base, key - base, 0, INT64_MAX, &at, FP16);
-        else pack_columns(shape, source, read->turns, base, key - base, 0, INT64_MAX, &at, FP32);
+        pack_unit(shape, source, read->turns, units[n], &at);
         turn_back(shape, read->turns, base, num_rows, &tile);
         for (int64_t r = 0; r < num_rows; r += ROWS)
             product(tile.turned + r * wide, wide, at.keys, KEYS, words_of(shape), 0, tile.scores + r * BLOCK + UNIT * n,

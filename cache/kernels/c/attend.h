@@ -18,6 +18,7 @@
 #define SPAN 512
 #define ROWS 6 /* of a product */
 #define UNIT 16 /* keys that a row reads together or leaves out; of cache/attention/selection.py */
+#define AHEAD 64 /* keys: so long before its use one is fetched */
 #define MAX_ROWS 96 /* rows × query heads of a KV head */
 
 /* How the keys of one map are turned; all null: they are read as they lie. */
@@ -90,9 +91,19 @@ INLINE int64_t packed_values(const Shape *shape, int64_t keys) {
 }
 INLINE int64_t group_of(const Shape *shape) { return shape->query_heads / shape->kv_heads; }
 
+/* Where 16 columns of packed keys begin, from column n of a block on, and the rows of their values. */
+INLINE Packed columns_at(const Shape *shape, const Packed *block, int64_t n) {
+    return (Packed){block->keys + packed_keys(shape, n / KEYS * KEYS) + n % KEYS, block->values + packed_values(shape, n)};
+}
+
+/* Keys [begin, end) and their values into L2, from where they are read without waiting: blocks lie anywhere, which no
+ * processor foresees. Not into L1, which waits for few lines at a time. */
+void fetch_keys(const Shape *shape, const Source *source, int64_t begin, int64_t end);
 /* Keys [low, high) of the tile from `tile` on, turned, and their values, to the tile's place in `to`. */
 void pack_tile(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
                const Packed *to);
+/* The same of one unit of keys, all of which are read, to its 16 columns. */
+void pack_unit(const Shape *shape, const Source *source, const Turns *turns, int64_t unit, const Packed *to);
 /* What `rows` find among the keys [begin, end) of one span, to `found`; 0: none of them reads any. Keys are packed from
  * `begin` on, or, where `packed` is null, as they are needed. */
 int attend(const Shape *shape, const Rows *rows, const Read *read, const Source *source, int64_t begin, int64_t end,

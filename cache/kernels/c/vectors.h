@@ -132,9 +132,23 @@ INLINE v16 odd(u32x16 pairs) { return (v16)(pairs & 0xffff0000u); }
 INLINE u16x16 narrow16(v16 x) {
     u32x16 bits = (u32x16)x, nan = (u32x16)(x != x);
     u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), u16x16);
+    rounded = (nan & 0x7fc0) | (~nan & rounded);
+#ifdef __AVX512F__
+    return (u16x16)_mm512_cvtepi32_epi16((__m512i)rounded);
+#else
+    return __builtin_convertvector(rounded, u16x16);
+#endif
 }
-INLINE v16 widen16(u16x16 x) { return (v16)(__builtin_convertvector(x, u32x16) << 16); }
+
+/* Compilers take four instructions for what is one. */
+INLINE u32x16 words16(u16x16 x) {
+#ifdef __AVX512F__
+    return (u32x16)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, u32x16);
+#endif
+}
+INLINE v16 widen16(u16x16 x) { return (v16)(words16(x) << 16); }
 INLINE v16 round16(v16 x) { return widen16(narrow16(x)); }
 
 /* Both narrowed, one after the other: words of neighbours. */

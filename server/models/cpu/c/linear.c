@@ -18,7 +18,7 @@
 
 #define BLOCK 16 /* weight rows of a unit of work of few rows */
 #define BESIDE 4  /* of them are streamed side by side: 16, and 1, were slower */
-#define AHEAD 4096 /* bytes before its use that a weight is asked for */
+#define AHEAD 8192 /* bytes before its use that a weight is asked for */
 #define PANEL 32 /* weight rows of a unit of work of many rows */
 #define TILE 4   /* rows that run over a panel together */
 #define LEAST_ROWS 64 /* of many rows, a unit of work */
@@ -86,7 +86,7 @@ INLINE v16 dots(const char *const *x, const char *weight, int64_t stride, int64_
 #pragma GCC unroll 4
             for (int c = 0; c < beside; c++) {
                 const char *at = weight + (begin + c) * stride + k * weight_size(kind);
-                if (stream) __builtin_prefetch(at + ahead);
+                if (stream) __builtin_prefetch(at + ahead, 0, 2);
                 v16 first, second;
                 weigh(at, &first, &second, kind);
                 first = held16(first);
@@ -213,7 +213,7 @@ INLINE void pack_as(const Part *part, int64_t first, int64_t count, int64_t in, 
         char *to = panel + c * in * panel_size(kind);
         for (int64_t k = 0; k < in; k += 32) {
             v16 low, high;
-            __builtin_prefetch(from + k * weight_size(kind) + AHEAD);
+            __builtin_prefetch(from + k * weight_size(kind) + AHEAD, 0, 2);
             weigh(from + k * weight_size(kind), &low, &high, kind);
             *(v16 *)(to + k * panel_size(kind)) = low;
             if (!in_pairs(kind)) *(v16 *)(to + k * 4 + 64) = high;
