@@ -1,7 +1,7 @@
 """Replicas behind something that people run before them: started, one of them killed, all of them restarted in turn.
 
-Behind   processes of `prerope.server`, and nginx or vllm-router before them; whoever is killed is started again, as
-         a supervisor would
+Behind   processes of `prerope.server`, and nginx, vllm-router or LiteLLM's proxy before them; whoever is killed is
+         started again, as a supervisor would
 OnRay    `serve run prerope.server.ray_app:app`, where Ray starts replicas, and starts them again
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from bench.shared.servers import free_port
 
 ROOT = Path(__file__).parents[2]
 READY_S, NOTICE_S = 180.0, 3
-SUCCESS = re.compile(r"^vllm:request_success_total\{([^}]*)\} (\S+)$", re.MULTILINE)
+KEY = f"sk-{secrets.token_hex(16)}"
+"""LiteLLM's proxy does not start without one; the others ask for none."""
+SAMPLE = re.compile(r"^(\S+?)\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
 async def answers(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
@@ -62,16 +65,24 @@ class Fleet:
     async def start(self) -> None:
         raise NotImplementedError
 
-    async def kill_one(self) -> None:
-        """With -9, and see to it that one comes in its place."""
+    async def kill_one(self) -> str:
+        """With -9, and see to it that one comes in its place; that one's name, where it is known before."""
         raise NotImplementedError
 
     async def restart_each(self) -> None:
         raise NotImplementedError
 
+    async def measured(self, *names: str) -> dict[str, float]:
+        """Replica → the sum of its samples of these names."""
+        raise NotImplementedError
+
     async def finished(self) -> dict[str, float]:
         """Replica → requests that it has finished."""
-        raise NotImplementedError
+        return await self.measured("vllm:request_success_total")
+
+    async def held(self) -> dict[str, float]:
+        """Replica → requests that run or wait there."""
+        return await self.measured("vllm:num_requests_running", "vllm:num_requests_waiting")
 
     def run(self, command: Sequence[str], name: str, **variables: str) -> subprocess.Popen[bytes]:
         """Its output goes to a file."""
@@ -101,9 +112,10 @@ class Fleet:
 
 @dataclass(slots=True)
 class Behind(Fleet):
-    """`kind`: nginx, vllm-router, or none, where a single replica is asked itself."""
+    """`kind`: nginx, vllm-router, litellm, or none, where a single replica is asked itself."""
 
     kind: str = "none"
+    policy: str = "cache_aware"  # of vllm-router
     _ports: list[int] = field(default_factory=list)
     _replicas: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -115,7 +127,9 @@ class Behind(Fleet):
                 self._health(number), self._replicas[number]
             )  # one after the other: each is checked by trials
         if self.kind != "none":
-            await answers(f"{self.url}/health", self.run(self._router(), self.kind))
+            probe = "health/liveliness" if self.kind == "litellm" else "health"
+            variables = {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # nothing is fetched
+            await answers(f"{self.url}/{probe}", self.run(self._router(), self.kind, **variables))
 
     def _health(self, number: int) -> str:
         return f"http://127.0.0.1:{self._ports[number]}/health"
@@ -126,23 +140,32 @@ class Behind(Fleet):
 
     def _router(self) -> list[str]:
         if self.kind == "nginx":
-            text = (ROOT / "docker/nginx.conf").read_text(encoding="utf-8").replace("/tmp/prerope-", f"{self.out}/")
-            upstream = "".join(f"server 127.0.0.1:{port} max_fails=1 fail_timeout=2s;\n" for port in self._ports)
-            text = re.sub(r"(?:\s*server 127\.0\.0\.1:800[12] .*;)+", "\n" + upstream, text)
-            (self.out / "nginx.conf").write_text(text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}"))
-            return [self.program, "-c", str(self.out.resolve() / "nginx.conf"), "-g", "daemon off;"]
+            return [self.program, "-c", self._recipe("nginx.conf"), "-g", "daemon off;"]
+        if self.kind == "litellm":
+            own = "--host", "127.0.0.1", "--port", str(self.port)
+            return [self.program, "--config", self._recipe("litellm.yaml"), *own]
         workers = [f"http://127.0.0.1:{port}" for port in self._ports]
         health = ("check-interval-secs", "1"), ("failure-threshold", "2"), ("success-threshold", "1")
         return [
-            *(self.program, "--worker-urls", *workers, "--policy", "cache_aware", "--port", str(self.port)),
+            *(self.program, "--worker-urls", *workers, "--policy", self.policy, "--port", str(self.port)),
             *(part for name, value in health for part in (f"--health-{name}", value)),
-            *("--prometheus-port", str(free_port())),
+            *("--cb-timeout-duration-secs", "5", "--prometheus-port", str(free_port())),
         ]
 
-    async def kill_one(self) -> None:
+    def _recipe(self, name: str) -> str:
+        """A file of docker/ with these ports, and a line for each replica."""
+        text = (ROOT / "docker" / name).read_text(encoding="utf-8").replace("/tmp/prerope-", f"{self.out.resolve()}/")
+        first, second = (re.findall(rf"^.*127\.0\.0\.1:{port}.*\n", text, re.MULTILINE)[0] for port in (8001, 8002))
+        lines = "".join(first.replace("127.0.0.1:8001", f"127.0.0.1:{port}") for port in self._ports)
+        text = text.replace(second, "").replace(first, lines).replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
+        (self.out / name).write_text(text)
+        return str((self.out / name).resolve())
+
+    async def kill_one(self) -> str:
         self._replicas[0].kill()
         self._replicas[0].wait()
         self._replicas[0] = self._replica(0)
+        return str(self._ports[0])
 
     async def restart_each(self) -> None:
         for number in range(self.size):
@@ -152,28 +175,36 @@ class Behind(Fleet):
             await answers(self._health(number), self._replicas[number])
             await asyncio.sleep(NOTICE_S)  # until the router has seen it
 
-    async def finished(self) -> dict[str, float]:
+    async def measured(self, *names: str) -> dict[str, float]:
         found = {}
         async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
             for port in self._ports:
                 text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
-                found[str(port)] = sum(float(value) for _, value in SUCCESS.findall(text))
+                found[str(port)] = sum(float(value) for name, _, value in SAMPLE.findall(text) if name in names)
         return found
 
 
 @dataclass(slots=True)
 class OnRay(Fleet):
-    """A cluster of this machine, with as many CPUs for Ray's book-keeping as the replicas are to have threads."""
+    """A cluster of this machine, with as many CPUs for Ray's book-keeping as the replicas are to have threads.
+
+    grows: from one replica to `size`, by what waits.
+    """
+
+    grows: bool = False
 
     async def start(self) -> None:
         text = (ROOT / "docker/ray.yaml").read_text(encoding="utf-8").replace("port: 8000", f"port: {self.port}")
-        text = re.sub(r"(m\w+_replicas): 2", rf"\1: {self.size}", text)
+        text = text.replace("max_replicas: 2", f"max_replicas: {self.size}")
+        text = text.replace("min_replicas: 2", f"min_replicas: {1 if self.grows else self.size}")
         text += f"      num_cpus: {min(self.threads, (os.cpu_count() or 1) / self.size)}\n"
+        if self.grows:
+            text += "      queued_tokens: 4000\n      upscale_delay_s: 2\n      downscale_delay_s: 10\n"
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "ray.yaml").write_text(text)
         process = self.run([self.program, "run", str(self.out / "ray.yaml")], "ray", **self._variables())
         await answers(f"{self.url}/ready", process)
-        await self._until(lambda names: len(names) >= self.size)
+        await self._until(lambda names: self.grows or len(names) >= self.size)
 
     def _variables(self) -> dict[str, str]:
         # Of this machine alone; and what Ray keeps objects in is memory that replicas want.
@@ -183,9 +214,10 @@ class OnRay(Fleet):
             "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "100000000",
         }
 
-    async def kill_one(self) -> None:
+    async def kill_one(self) -> str:
         family = psutil.Process(self._processes[0].pid).children(recursive=True)
         next(one for one in family if "ServeReplica:prerope:Replica" in " ".join(one.cmdline())).kill()
+        return ""
 
     async def restart_each(self) -> None:
         """By deploying it again with another setting."""
@@ -206,10 +238,11 @@ class OnRay(Fleet):
                 raise BenchError(f"Ray has not the replicas it should have after {READY_S:g} s")
             await asyncio.sleep(0.5)
 
-    async def finished(self) -> dict[str, float]:
-        async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
+    async def measured(self, *names: str) -> dict[str, float]:
+        async with httpx.AsyncClient(timeout=READY_S, trust_env=False) as client:
             text = (await client.get(f"{self.url}/metrics")).text
         found: dict[str, float] = dict.fromkeys(re.findall(r'replica="([^"]*)"', text), 0)
-        for labels, value in SUCCESS.findall(text):
-            found[re.findall(r'replica="([^"]*)"', labels)[0]] += float(value)
+        for name, labels, value in SAMPLE.findall(text):
+            if name in names:
+                found[re.findall(r'replica="([^"]*)"', labels)[0]] += float(value)
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import structlog
@@ -35,6 +35,10 @@ log = structlog.get_logger(__name__)
 
 METRICS_TIMEOUT_S = 5.0
 
+ROUTING_S = 0.1
+"""The router learns where a request went once it has been sent there, which takes milliseconds: many at once would all
+go to the same replica. So the next one waits until then, and no longer than this for a replica that does not answer."""
+
 
 class Entrance:
     """The ingress deployment. What serves HTTP is an object of its own, since Serve wants no `__call__` here."""
@@ -53,6 +57,7 @@ class PassOn:
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
         self._replicas = replicas
+        self._routing = asyncio.Lock()
         self._bodies = BodyRoom(BODIES * settings.max_body_bytes)
         self._in_time = ClientTimeout(BodyLimit(self._pass_on, settings.max_body_bytes), settings.client_timeout_s)
 
@@ -82,9 +87,12 @@ class PassOn:
             log.debug("a client left within its body")
 
     async def _ask(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        replies = self._replicas.options(stream=True).answer.remote(call)
         try:
-            async with _ended_with_client(receive, replies):
+            async with AsyncExitStack() as stack:
+                async with self._routing:
+                    replies = self._replicas.options(stream=True).answer.remote(call)
+                    await stack.enter_async_context(_ended_with_client(receive, replies))
+                    await _sent(replies)
                 async for messages in replies:
                     if scope["path"] == METRICS_PATH and messages[0].get("status") == 200:  # this client may see them
                         await Response(await self._metrics(), media_type=CONTENT_TYPE_LATEST)(scope, receive, send)
@@ -113,6 +121,13 @@ async def _live(receive: Receive, send: Send) -> None:
         await send({"type": f"{message['type']}.complete"})
         if message["type"] == "lifespan.shutdown":
             return
+
+
+async def _sent(replies: DeploymentResponseGenerator) -> None:
+    """Wait until a replica has the request, for ROUTING_S at most. What goes wrong, who reads the replies hears."""
+    sending = asyncio.ensure_future(replies._to_object_ref_gen())
+    sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+    await asyncio.wait([sending], timeout=ROUTING_S)
 
 
 @asynccontextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 
 from bench.replicas.simulation import parse, simulate
@@ -9,6 +13,13 @@ from bench.replicas.simulation import parse, simulate
 
 def simulated(*flags: str) -> dict[str, float]:
     return simulate(parse(["--seconds", "120", *flags]))
+
+
+def test_the_command_of_the_page_is_understood() -> None:
+    page = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
+    (flags,) = re.findall(r"`python -m bench\.replicas\.simulation ([^`]*)`", page)
+    asked = parse(shlex.split(flags))
+    assert (asked.replicas, asked.prefill) == (1000, 613)
 
 
 def test_one_replica_with_room_finds_all_that_was_there_before() -> None:

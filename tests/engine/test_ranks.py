@@ -80,9 +80,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.mark.parametrize("family", SHARED)
 def test_greedy_equals_one_rank(pair: Pair, family: str) -> None:
-    """With chunked prefill beside decodes, the same prompts again (prefix hits), and an abort on the way."""
+    """Whose prompts are read in one piece; the ranks' in chunks, beside decodes, then again (prefix hits)."""
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
-    alone = tiny_engine(Model(tiny(family)), max_batched_tokens=37, max_num_seqs=8)
+    alone = tiny_engine(Model(tiny(family)), max_batched_tokens=256, max_num_seqs=8)
     expected = generate(alone, prompts, greedy(8))
     shared = pair.engine(family, max_batched_tokens=37, max_num_seqs=8)
     assert shared.storage.keys[0].shape[2] * 2 == alone.storage.keys[0].shape[2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -19,7 +21,12 @@ from prerope.server.engine.async_engine import EngineState
 
 from tests.server.test_cli import free_port, wait_for
 
-DOCKER = Path(__file__).parents[2] / "docker"
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+PAGE = (ROOT / "docs/router.md").read_text(encoding="utf-8").replace("\\\n", " ")
+PROGRAMS = f"/usr/sbin:{sysconfig.get_path('scripts')}:{os.environ.get('CLIENTS', ROOT / '.clients')}/router/bin"
+KEY = f"sk-{secrets.token_hex(16)}"
+"""LiteLLM's proxy wants one; the others ask for none."""
 BODY = {
     "model": "m",
     "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a river."}],
@@ -45,79 +52,109 @@ def url(replicas: list[str]) -> str:
 
 
 @contextmanager
-def router(name: str, replicas: list[str], recipe: str, folder: Path, *flags: str) -> Iterator[str]:
-    """A recipe of docker/ or a command of docs/router.md, with other addresses; its URL. Skips what is missing."""
-    program = shutil.which(name) or shutil.which(name, path=f"/usr/sbin:{sysconfig.get_path('scripts')}")
+def router(recipe: str, replicas: list[str], folder: Path, *flags: str, probe: str = "health") -> Iterator[str]:
+    """A command of docs/router.md, and its file of docker/, with other addresses; its URL. Skips what is missing."""
+    name, *arguments = shlex.split(recipe.replace("$PWD", str(ROOT)))
+    program = shutil.which(name) or shutil.which(name, path=PROGRAMS)
     if program is None:
         pytest.skip(f"{name} is not installed")
-    port = free_port()
-    for given, own in zip(("8001", "8002", "8000"), (*(url.rpartition(":")[2] for url in replicas), port), strict=True):
-        recipe = recipe.replace(f"127.0.0.1:{given}", f"127.0.0.1:{own}").replace(f"--port {given}", f"--port {own}")
-    (folder / "recipe").write_text(recipe.replace("/tmp/prerope-", f"{folder}/"))
-    arguments = flags or shlex.split(recipe)[1:]
+    addresses = {"8000": free_port()} | {str(8001 + i): url.rpartition(":")[2] for i, url in enumerate(replicas)}
+
+    def own(text: str) -> str:
+        return re.sub(r"(127\.0\.0\.1:|^)(800[012])\b", lambda found: f"{found[1]}{addresses[found[2]]}", text)
+
+    for place, argument in enumerate(arguments):
+        if (ROOT / argument).is_file():
+            text = "\n".join(map(own, (ROOT / argument).read_text(encoding="utf-8").split("\n")))
+            (folder / Path(argument).name).write_text(text.replace("/tmp/prerope-", f"{folder}/"))
+            arguments[place] = str(folder / Path(argument).name)
     with (folder / "log").open("wb") as log:
-        command = [program, *(argument.format(recipe=folder / "recipe", port=port) for argument in arguments)]
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        environment = os.environ | {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        command = [program, *map(own, arguments), *flags]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        wait_for(f"http://127.0.0.1:{port}/health")
-        yield f"http://127.0.0.1:{port}"
+        wait_for(f"http://127.0.0.1:{addresses['8000']}/{probe}")
+        yield f"http://127.0.0.1:{addresses['8000']}"
     finally:
         process.kill()
         process.wait()
 
 
+def command(name: str) -> str:
+    """The one of docs/router.md that starts this."""
+    (found,) = re.findall(rf"^(?:\w+=\S+ )?({name} .*)$", PAGE, re.MULTILINE)
+    return str(found)
+
+
 @pytest.fixture
 def nginx(replicas: list[str], tmp_path: Path) -> Iterator[str]:
     """The recipe of docker/nginx.conf before both replicas."""
-    flags = ("-c", "{recipe}", "-g", "daemon off; master_process off;")
-    with router("nginx", replicas, (DOCKER / "nginx.conf").read_text(encoding="utf-8"), tmp_path, *flags) as url:
+    with router(command("nginx"), replicas, tmp_path, "-g", "daemon off; master_process off;") as url:
         yield url
+
+
+def through(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
 
 
 def turns(url: str, session: str, count: int) -> list[int]:
     """Cached tokens of each turn of one conversation."""
     chat, cached = [{"role": "user", "content": f"{session} " * 12}], []
-    for _ in range(count):
-        body = {"model": "m", "messages": chat, "max_tokens": 4, "temperature": 0}
-        reply = httpx.post(
-            f"{url}/v1/chat/completions", json=body, headers={"x-session-id": session}, timeout=60
-        ).json()
-        cached.append(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
-        chat += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And then?"}]
+    with through(url) as http:
+        for _ in range(count):
+            body = {"model": "prerope", "messages": chat, "max_tokens": 4, "temperature": 0}
+            reply = http.post("/v1/chat/completions", json=body, headers={"x-session-id": session}).json()
+            cached.append(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+            chat += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And then?"}]
     return cached
 
 
+def assert_prefixes_are_found(url: str, alone: str) -> None:
+    """Behind a router, as on one replica."""
+    own = [turns(alone, f"{secrets.token_hex(8)}-alone", 3) for _ in range(6)]
+    routed = [turns(url, f"{secrets.token_hex(8)}-routed", 3) for _ in range(6)]
+    assert sum(map(sum, routed)) >= 0.9 * sum(map(sum, own)) > 0
+
+
 def test_nginx_keeps_a_conversation_where_its_prefix_is(nginx: str, replicas: list[str]) -> None:
-    alone = [turns(replicas[0], f"alone{number}", 3) for number in range(6)]
-    routed = [turns(nginx, f"routed{number}", 3) for number in range(6)]
-    assert sum(map(sum, routed)) >= 0.9 * sum(map(sum, alone)) > 0
+    assert_prefixes_are_found(nginx, replicas[0])
 
 
 @pytest.mark.slow
-def test_vllm_router_keeps_a_conversation_where_its_prefix_is(replicas: list[str], tmp_path: Path) -> None:
-    """By the command of docs/router.md. Where the router brings it: `pip install '.[routers]'`."""
-    text = (DOCKER.parent / "docs/router.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    (command,) = re.findall(r"^vllm-router .*$", text, re.MULTILINE)
-    with router("vllm-router", replicas, f"{command} --prometheus-port {free_port()}", tmp_path) as url:
-        alone = [turns(replicas[0], f"single{number}", 3) for number in range(6)]
-        routed = [turns(url, f"through{number}", 3) for number in range(6)]
-    assert sum(map(sum, routed)) >= 0.9 * sum(map(sum, alone)) > 0
+@pytest.mark.parametrize("policy", ["cache_aware", "consistent_hash"])
+def test_vllm_router_keeps_a_conversation_where_its_prefix_is(replicas: list[str], tmp_path: Path, policy: str) -> None:
+    """Where the router is: `pip install '.[routers]'`."""
+    recipe = command("vllm-router").replace("cache_aware", policy)
+    with router(f"{recipe} --prometheus-port {free_port()}", replicas, tmp_path) as url:
+        assert_prefixes_are_found(url, replicas[0])
+
+
+@pytest.mark.slow
+def test_litellm_keeps_a_conversation_and_passes_a_draining_replica_by(
+    replicas: list[str], tmp_path: Path, serve_module: Any
+) -> None:
+    """Where the proxy is: `make test-clients`."""
+    with router(command("litellm"), replicas, tmp_path, probe="health/liveliness") as url:
+        assert_prefixes_are_found(url, replicas[0])
+        assert codes_while_one_drains(url, serve_module.running(replicas[0]).service.engine) == {200}
+
+
+def codes_while_one_drains(url: str, engine: Any) -> set[int]:
+    """Of chats of many conversations."""
+    engine.state = EngineState.DRAINING
+    body = {"model": "prerope", "messages": [{"role": "user", "content": "on"}], "max_tokens": 2}
+    try:
+        with through(url) as http:
+            return {
+                http.post("/v1/chat/completions", json=body, headers={"x-session-id": f"session-{number}"}).status_code
+                for number in range(12)
+            }
+    finally:
+        engine.state = EngineState.READY
 
 
 def test_nginx_passes_a_draining_replica_by(nginx: str, replicas: list[str], serve_module: Any) -> None:
-    engine = serve_module.running(replicas[0]).service.engine
-    engine.state = EngineState.DRAINING
-    try:
-        body = {"model": "m", "prompt": "on", "max_tokens": 2}
-        codes = [
-            httpx.post(
-                f"{nginx}/v1/completions", json=body, headers={"x-session-id": str(number)}, timeout=60
-            ).status_code
-            for number in range(12)
-        ]
-    finally:
-        engine.state = EngineState.READY
-    assert codes == [200] * 12
+    assert codes_while_one_drains(nginx, serve_module.running(replicas[0]).service.engine) == {200}
 
 
 def test_a_chats_body_is_tokenized_as_it_would_be_answered(url: str) -> None:

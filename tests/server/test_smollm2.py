@@ -11,6 +11,7 @@ from prerope.server.models.checkpoint import Checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import Servers
+from tests.server.test_tensor_parallel import started
 
 PROMPTS = {
     "sentence": "The capital of France is",
@@ -40,3 +41,19 @@ def test_greedy_equals_transformers(name: str, http: httpx.Client, model: PreTra
     body = {"prompt": PROMPTS[name], "temperature": 0, "max_tokens": NUM_TOKENS}
     reply = http.post("/generate", json=body).json()
     assert reply["token_ids"] == output[0, len(prompt_ids) :].tolist()
+
+
+@pytest.mark.slow
+def test_two_ranks_say_what_one_says(http: httpx.Client) -> None:
+    """Whose prompts are read in one piece, where the other's are read in several."""
+    process, url = started(None, DTYPE="float32", KV_CACHE_MEMORY="256MiB")
+    try:
+        for prompt in PROMPTS.values():
+            body = {"prompt": prompt, "temperature": 0, "max_tokens": 32, "ignore_eos": True}
+            ours, theirs = (
+                httpx.post(f"{base}/generate", json=body, timeout=300).json() for base in (url, http.base_url)
+            )
+            assert ours["token_ids"] == theirs["token_ids"]
+    finally:
+        process.kill()
+        process.communicate()

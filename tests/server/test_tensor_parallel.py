@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import threading
@@ -21,6 +23,7 @@ from prerope.server.errors import ConfigurationError
 
 from tests.server.test_cli import free_port, start, wait_for
 
+PAGE = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
 PROMPT = "A prompt that is longer than a block of the cache, so that a second one of the same beginning finds it there."
 END_WITHIN_S = 10
 SCHEMA = {"type": "object", "properties": {"name": {"enum": ["Ada", "Grace"]}}, "required": ["name"]}
@@ -28,15 +31,13 @@ SCHEMA = {"type": "object", "properties": {"name": {"enum": ["Ada", "Grace"]}}, 
 Started = tuple[subprocess.Popen[str], str]
 
 
-def started(checkpoint: Path, **variables: str) -> Started:
-    """A server of two ranks, ready."""
-    port = free_port()
+def started(checkpoint: Path | None, **variables: str) -> Started:
+    """A server of two ranks, ready: the command of docs/scale.md, with this model, or the embedded one."""
+    (flags,) = re.findall(r"^python -m prerope\.server --model-id owner/model (.*)$", PAGE, re.MULTILINE)
+    port, model = free_port(), () if checkpoint is None else ("--model-id", str(checkpoint))
     process = start(
-        *("--port", str(port), "--tensor-parallel-size", "2", "--log-level", "warning"),
-        MODEL_ID=str(checkpoint),
-        KV_CACHE_MEMORY="8MiB",
-        OMP_NUM_THREADS="1",
-        **variables,
+        *(*model, *shlex.split(flags), "--port", str(port), "--log-level", "warning"),
+        **{"KV_CACHE_MEMORY": "8MiB"} | variables,
     )
     url = f"http://127.0.0.1:{port}"
     wait_for(f"{url}/ready")
