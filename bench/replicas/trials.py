@@ -31,7 +31,7 @@ def prompt(fillers: int) -> str:
 
 @dataclass(slots=True)
 class Asked:
-    """One streamed chat, asked once and not again, and how it ended. `begun`: its first token has come, or never will."""
+    """One streamed chat, asked once and not again, and how it ended. `begun`: a token has come, or never will."""
 
     prompt: str
     num_tokens: int
