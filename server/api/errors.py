@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prerope.server.api.requests.complaints import SHOWN_CHARS, first_invalid
+from prerope.server.api.unserved import instead_of
 from prerope.server.errors import (
     BodiesFull,
     BodyTimeout,
@@ -90,12 +91,13 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    known = instead_of(request.url.path) if error.status_code == 404 else None
     messages = {
-        404: "There is no such route; /docs lists them.",
+        404: known or "There is no such route; /docs lists them.",
         405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",
     }
     message = messages.get(error.status_code, str(error.detail))
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_served" if known else None}
     return JSONResponse({"error": body}, status_code=error.status_code, headers=_plain(error.headers))
 
 

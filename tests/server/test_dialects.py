@@ -517,3 +517,23 @@ def test_thoughts_in_every_dialect(serve: Any, tiny_checkpoint: Path, tmp_path: 
         assert item.type == "reasoning"
         assert (item.content or [])[0].text == told
         assert told.startswith(thought)
+
+
+def test_what_is_not_served_says_what_to_use_instead(client: openai.OpenAI, http: httpx.Client) -> None:
+    with pytest.raises(openai.NotFoundError, match="embedding model beside it"):
+        client.embeddings.create(model=MODEL, input="x")
+    with pytest.raises(openai.NotFoundError, match="images: this server writes text"):
+        client.images.generate(model=MODEL, prompt="x")
+    with pytest.raises(openai.NotFoundError, match="transcribe beside it"):
+        client.audio.transcriptions.create(model=MODEL, file=("a.wav", b"x"))
+    for path in (
+        "/v1/rerank",
+        "/v1/moderations",
+        "/v1/files/f/content",
+        "/v1/threads/t/runs",
+        "/completion",
+        "/api/pull",
+    ):
+        reply = http.post(path, json={})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_served"), path
+    assert http.post("/v1/none", json={}).json()["error"]["code"] is None

@@ -10,6 +10,7 @@ import enum
 import functools
 import json
 import math
+import os
 import pathlib
 import random
 import re
@@ -282,3 +283,32 @@ def test_what_stands_beside_a_reference_is_read_as_its_draft_does(schema: Any, d
         return
     values = [1, 2, 3, 7, 9, 12, {"$ref": 7}, {"$ref": 12}, {"$ref": "#", "maximum": 1}]
     assert [accepts(matcher, json.dumps(one)) for one in values] == [validator.is_valid(one) for one in values]
+
+
+SUITE = os.environ.get("JSON_SCHEMA_SUITE", "")
+"""The folder `tests` of JSON Schema's official suite, which jsonschema's source distribution holds as json/tests."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SUITE, reason="JSON_SCHEMA_SUITE names no folder")
+@pytest.mark.parametrize("draft", ["draft2020-12", "draft2019-09", "draft7", "draft6", "draft4"])
+def test_the_official_suite(draft: str) -> None:
+    """Of each schema that is not refused at once: nothing invalid is let through, unless the header names a keyword."""
+    let_through, valid = [], []
+    for path in sorted((pathlib.Path(SUITE) / draft).glob("*.json")):
+        for group in json.loads(path.read_text(encoding="utf-8")):
+            schema = group["schema"]
+            if isinstance(schema, dict) and draft not in ("draft2020-12", "draft2019-09"):
+                schema = {"$schema": f"http://json-schema.org/{draft.replace('draft', 'draft-0')}/schema#", **schema}
+            try:
+                dropped, matcher = enforceable(schema).dropped, compiled(schema)
+            except (Unenforceable, InvalidRequest):
+                continue
+            for test in group["tests"]:
+                taken = accepts(matcher, json.dumps(test["data"], ensure_ascii=False))
+                if test["valid"]:
+                    valid.append(taken)
+                elif taken and not dropped:
+                    let_through.append((path.name, group["description"], test["description"]))
+    assert not let_through
+    assert sum(valid) > 0.85 * len(valid) > 200

@@ -95,8 +95,8 @@ function drawStats(box, { stats }) {
   const { method, train_length: _, ...parameters } = stats.rope ?? {};
   const shown = Object.entries(parameters).filter(([, value]) => value !== null && typeof value !== "object").map(([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(4)) : value}`);
   const facts = [
-    ["read", `${plural(stats.prompt_tokens, "token")}${stats.first ? ` in ${seconds(stats.first)}` : ""}`],
-    ["from the cache", number(stats.cached)],
+    ["read", stats.prompt_tokens > 0 && `${plural(stats.prompt_tokens, "token")}${stats.first ? ` in ${seconds(stats.first)}` : ""}`],
+    ["from the cache", stats.prompt_tokens > 0 && number(stats.cached)],
     ["written", `${plural(stats.written, "token")}${stats.speed ? ` at ${stats.speed.toFixed(1)} a second` : ""}`],
     ["positions", method && [method, ...shown].join(" · ")],
     ["ended by", stats.finish],
