@@ -199,7 +199,7 @@ class OnRay(Fleet):
         text = text.replace("min_replicas: 2", f"min_replicas: {1 if self.grows else self.size}")
         text += f"      num_cpus: {min(self.threads, (os.cpu_count() or 1) / self.size)}\n"
         if self.grows:
-            text += "      queued_tokens: 4000\n      upscale_delay_s: 2\n      downscale_delay_s: 10\n"
+            text += "      queued_tokens: 1000\n      upscale_delay_s: 2\n      downscale_delay_s: 10\n"
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "ray.yaml").write_text(text)
         process = self.run([self.program, "run", str(self.out / "ray.yaml")], "ray", **self._variables())
