@@ -23,17 +23,27 @@ pytestmark = [pytest.mark.clients, pytest.mark.slow]
 
 PROGRAMS = HERE / "programs"
 LANGUAGES = {
-    "agents": ["openai", "langchain", "pydantic_ai", "smolagents", "huggingface_hub", "anthropic", "ollama"],
+    "agents": [
+        "openai",
+        "langchain",
+        "pydantic_ai",
+        "openai_agents",
+        "smolagents",
+        "huggingface_hub",
+        "anthropic",
+        "ollama",
+    ],
     "older-openai": ["instructor", "litellm", "llama_index"],
     "js": ["openai", "ai-sdk-openai", "ai-sdk-openai-compatible"],
 }
+FILES = {"agents": "libraries.py", "older-openai": "older_openai.py", "js": "node.mjs"}
 CASES = [(environment, client) for environment, clients in LANGUAGES.items() for client in clients]
 
 
 @pytest.mark.parametrize(("environment", "client"), CASES)
 def test_a_client_is_answered(run: Runner, environment: str, client: str) -> None:
-    program, file = ("node", "node.mjs") if environment == "js" else ("python", f"{environment.replace('-', '_')}.py")
-    assert run(environment, program, str(PROGRAMS / file), client).endswith("answered\n")
+    program = "node" if environment == "js" else "python"
+    assert run(environment, program, str(PROGRAMS / FILES[environment]), client).endswith("answered\n")
 
 
 def test_sglangs_language(run: Runner) -> None:

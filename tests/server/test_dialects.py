@@ -292,6 +292,20 @@ def test_the_oldest_items_are_left_out_where_that_is_asked_for(client: openai.Op
         client.responses.create(**asked, input=[*old, *old, *old, *new])
 
 
+def test_responses_take_the_sampling_of_other_servers(client: openai.OpenAI, http: httpx.Client) -> None:
+    plain = expected_chat(http, 12)
+    asked: Any = {"model": MODEL, "input": "Say something.", "max_output_tokens": 12, "temperature": 0}
+    stop = plain[5:8]
+    more: Any = {"stop": [stop], "seed": 1, "top_k": 40, "min_p": 0.0, "repetition_penalty": 1.0, "priority": 0, "n": 1}
+    assert client.responses.create(**asked, extra_body=more).output_text == plain[: plain.index(stop)]
+    assert client.responses.create(**asked, extra_body={"rope": {"method": "rope"}}).output_text == plain
+    with pytest.raises(openai.BadRequestError, match="known methods"):
+        client.responses.create(**asked, extra_body={"rope": {"method": "none"}})
+    assert http.post("/v1/responses", json={"input": "x", "max_tokens": 2}).json()["usage"]["output_tokens"] == 2
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    assert http.post("/v1/responses", json={"input": "x", "max_output_tokens": 2, "tools": [tool]}).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

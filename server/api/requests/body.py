@@ -117,7 +117,7 @@ class RequestBody(BaseModel):
 
     @classmethod
     def _unknown(cls, name: object) -> InvalidRequest:
-        shown, known = str(name)[:MAX_SHOWN], cls._names()
+        shown, known = str(name)[:MAX_SHOWN], [name for name in cls._names() if not name.startswith("_")]
         near = difflib.get_close_matches(shown, known, n=1)
         hint = f"did you mean '{cls.path}{near[0]}'?" if near else f"known fields: {', '.join(sorted(known))}"
         return InvalidRequest(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from prerope.server.api.requests.body import RequestBody, Text, prompts_of
-from prerope.server.api.requests.foreign import IGNORED, Foreign, ignored, refused
+from prerope.server.api.requests.foreign import Foreign, ignored, refused
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
 from prerope.server.api.requests.sampling_types import LogitBias, Stop
 from prerope.server.api.requests.schemas import GenerateRequest
@@ -36,6 +36,9 @@ class TgiParameters(RequestBody):
         "watermark": Foreign("replies are not marked"),
         "best_of": Foreign("'best_of' of /v1/completions draws several and keeps the likeliest", harmless=(1,)),
         "typical_p": Foreign("use 'top_p'", harmless=(1, 1.0)),
+        "num_return_sequences": Foreign("'n' of /v1/completions asks for several", harmless=(1,)),
+        "min_new_tokens": Foreign("'min_tokens' of /v1/completions does it", harmless=(0,)),
+        "max_time": Foreign("'timeout_s' of /v1/completions does it"),
     }
 
     max_new_tokens: int | None = Field(None, ge=1)
@@ -58,7 +61,7 @@ class TgiParameters(RequestBody):
 class TgiRequest(RequestBody):
     """POST /generate and /generate_stream of text-generation-inference, and what huggingface_hub sends to `/`."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys({"model"}, IGNORED)
+    foreign: ClassVar[Mapping[str, Foreign]] = ignored("model", "options")  # of the hub's own caches
 
     inputs: Text
     parameters: TgiParameters = Field(default_factory=TgiParameters)

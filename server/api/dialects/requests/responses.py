@@ -18,10 +18,12 @@ from prerope.server.api.dialects.requests.common import (
     object_of,
     text_of,
 )
-from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, RequestBody, Text, Verbatim, json_type
-from prerope.server.api.requests.foreign import HINT, Foreign, ignored
-from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Sampling
-from prerope.server.api.requests.schemas import MAX_LOGPROBS
+from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, Verbatim, json_type
+from prerope.server.api.requests.foreign import BODY, HINT, Foreign, ignored
+from prerope.server.api.requests.internal import Chat, GenerationRequest
+from prerope.server.api.requests.leniency import current_report
+from prerope.server.api.requests.sampling_types import MaxTokens
+from prerope.server.api.requests.schemas import ALL_THAT_FIT, MAX_LOGPROBS, SYNONYMS, SamplingFields
 from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
@@ -57,10 +59,15 @@ class TextFields(RequestBody):
     format: dict[str, Any] | None = None
 
 
-class ResponsesRequest(RequestBody):
-    """POST /v1/responses."""
+class ResponsesRequest(SamplingFields):
+    """POST /v1/responses. Beside OpenAI's fields it takes those of sampling by vLLM's names, and `rope`."""
 
+    synonyms: ClassVar[Mapping[str, str]] = {
+        **{said: "max_output_tokens" if name == "max_tokens" else name for said, name in SYNONYMS.items()},
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
+    }
     foreign: ClassVar[Mapping[str, Foreign]] = {
+        **BODY,
         **ignored("user", "safety_identifier", "service_tier", "prompt_cache_key", "prompt_cache_retention"),
         **ignored("stream_options", "max_tool_calls", "prompt_cache_options"),
         "moderation": Foreign("no moderation model runs here"),
@@ -73,10 +80,7 @@ class ResponsesRequest(RequestBody):
     model: Text | None = None
     input: str | list[Any]
     instructions: Text | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    stream: bool = False
+    max_output_tokens: MaxTokens | None = Field(None, description=ALL_THAT_FIT)
     store: bool = True
     tools: list[Any] = Field(default_factory=list)
     tool_choice: Any = None
@@ -161,23 +165,19 @@ class ResponsesRequest(RequestBody):
                 raise InvalidRequest(f"'{name}' is not supported: {reason}", param=name, code="unsupported_field")
         chat = Chat(
             messages=list(self._messages()),
-            tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
+            tools=[tool for index, one in enumerate(self.tools) if (tool := _tool(one, f"tools[{index}]"))],
             tool_choice=tool_choice(self.tool_choice) if self.tools and self.tool_choice else None,
             parallel_tool_calls=self.parallel_tool_calls,
             template_kwargs=told_of_effort(self.reasoning.effort if self.reasoning else None),
             leaves_out_oldest=self.truncation == "auto",
         )
-        sampling = Sampling(
-            max_tokens=self.max_output_tokens,
-            temperature=0.0 if self.top_p == 0 else self.temperature,
-            top_p=self.top_p or None,
-        )
         return GenerationRequest(
             input=chat,
             model=self.model,
-            sampling=sampling,
-            output=Output(logprobs=self.num_logprobs),
+            sampling=self.sampling(max_tokens=self.max_output_tokens),
+            output=self.output(logprobs=self.num_logprobs),
             constraint=self._constraint(),
+            **self.shared(),
         )
 
     def _constraint(self) -> GrammarText | None:
@@ -212,14 +212,19 @@ class ResponsesRequest(RequestBody):
 def _lowered(item: Any, param: str) -> Iterator[Message]:
     match item.get("type", "message"):
         case "message":
-            yield message(item.get("role", "user"), _content(item.get("content"), f"{param}.content"))
+            yield message(item.get("role", "user"), _content(item.get("content") or "", f"{param}.content"))
         case "function_call_output":
             output = _content(item.get("output") or "", f"{param}.output")
             yield message("tool", output, tool_call_id=item.get("call_id"))
         case "reasoning" | "item_reference":
             pass
         case kind:
-            raise not_read_here(kind, param)
+            raise InvalidRequest(
+                f"'{param}' has the type '{str(kind)[:MAX_SHOWN]}', which is not read here: messages, function calls "
+                "and their outputs are",
+                param=param,
+                code="unsupported_field",
+            )
 
 
 def _content(value: Any, param: str) -> str:
@@ -234,12 +239,17 @@ def _content(value: Any, param: str) -> str:
     return "\n".join(texts)
 
 
-def _tool(value: Any, param: str) -> Tool:
+def _tool(value: Any, param: str) -> Tool | None:
+    """A function; None for another tool, where such are left out."""
     given = object_of(value, param)
     if given.get("type") != "function":
+        if not current_report().strict:
+            current_report().ignore(param)
+            return None
         raise InvalidRequest(
             f"'{param}' has the type '{str(given.get('type'))[:MAX_SHOWN]}': only functions are supported",
             param="tools",
             code="unsupported_field",
         )
+    given = object_of(given.get("function", given), param)  # some write it as chats have it
     return function_tool(given.get("name"), given.get("description"), given.get("parameters"), given.get("strict"))

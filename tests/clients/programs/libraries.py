@@ -1,4 +1,4 @@
-"""Agent libraries and clients on their default paths, as their documentation has them: python agents.py NAME."""
+"""Agent libraries and clients on their default paths, as their documentation has them: python libraries.py NAME."""
 
 import json
 import os
@@ -59,6 +59,35 @@ def pydantic_ai():
     assert Agent(model, model_settings={"max_tokens": 20}).run_sync("Say hi.").output
 
 
+def openai_agents():
+    """On Responses, its default: a required tool, a pydantic model, a stream."""
+    import asyncio
+
+    from agents import Agent, ModelSettings, Runner, function_tool, set_default_openai_client, set_tracing_disabled
+    from openai import AsyncOpenAI
+
+    @function_tool
+    def weather(city: str) -> str:
+        """Weather of a city."""
+        return f"It is sunny in {city}."
+
+    async def run():
+        set_tracing_disabled(True)
+        set_default_openai_client(AsyncOpenAI(base_url=BASE, api_key="-"), use_for_tracing=False)
+        few = ModelSettings(max_tokens=150)
+        must = ModelSettings(max_tokens=150, tool_choice="required")
+        asked = Agent(
+            name="A", model=MODEL, tools=[weather], model_settings=must, tool_use_behavior="stop_on_first_tool"
+        )
+        assert (await Runner.run(asked, "The weather in Rome?")).final_output.startswith("It is sunny")
+        typed = Agent(name="B", model=MODEL, output_type=Person, model_settings=few)
+        assert isinstance((await Runner.run(typed, "Ann is 30.")).final_output, Person)
+        streamed = Runner.run_streamed(typed, "Ann is 30.")
+        assert [event async for event in streamed.stream_events()]
+
+    asyncio.run(run())
+
+
 def smolagents():
     from smolagents import OpenAIModel, ToolCallingAgent, tool
 
@@ -105,6 +134,8 @@ def anthropic():
         model=MODEL, max_tokens=100, messages=ASKED, tools=[tool], tool_choice={"type": "any"}
     )
     assert any(block.type == "tool_use" for block in called.content)
+    parsed = client.messages.parse(model=MODEL, max_tokens=100, messages=ASKED, output_format=Person)
+    assert isinstance(parsed.parsed_output, Person)
 
 
 def ollama():
