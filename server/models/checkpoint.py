@@ -126,7 +126,8 @@ def _said_of(error: Exception) -> str:
         return reason[1]
     if isinstance(error, OSError | ValueError):
         return first_line(error)
-    return f"a value in it is of another kind than it should be ({first_line(error)})"
+    inner = re.search(r"validator '\w+':\s+\w+: (.*)", said)
+    return f"a value in it is of another kind than it should be ({inner[1] if inner else first_line(error)})"
 
 
 def _embedded_file() -> Path:

@@ -28,6 +28,16 @@ MAX_LAYERS = 1024
 """A model may share its layers' weights; beyond so many layers, each has some of its own or there are none."""
 
 POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+OF_ROTATION = (*LENGTHS, *POSITIVE, "rope_theta", "partial_rotary_factor", "short_factor", "long_factor", "rope_type")
+NEEDED = {
+    "linear": ("rope_theta", "factor"),
+    "dynamic": ("rope_theta", "factor"),
+    "yarn": ("rope_theta",),
+    "longrope": ("rope_theta", "short_factor", "long_factor", LENGTHS[1]),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", LENGTHS[1]),
+}
+"""What null is no value for, by rope_type."""
+
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 """Of weights, as configs name them; those of 8 bits and fewer are a scheme's."""
 
@@ -48,7 +58,11 @@ class Stored:
 def wrong_in(config: Mapping[str, Any], stored: Stored | None = None) -> str | None:
     """The first value that cannot be, and what to do about it; None where there is none."""
     config = whole_numbers(config)
-    inner = config.get("text_config")
+    inner, kinds = config.get("text_config"), config.get("layer_types")
+    if inner is not None and not isinstance(inner, Mapping):
+        return f"'text_config' is {shown(inner)}, and it is an object: {REMEDY}"
+    if kinds is not None and not isinstance(kinds, list | tuple):
+        return f"'layer_types' is {shown(kinds)}, and it is a list: {REMEDY}"
     for values in (config, inner if isinstance(inner, Mapping) else {}):
         wrong = next(_complaints(values, stored), None)
         if wrong is not None:
@@ -109,11 +123,14 @@ def _of_rotation(where: str, said: Any) -> Iterator[str]:
         return
     for name, value in said.items():
         path = f"{where}.{name}" if where else name
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and name not in OF_ROTATION:
             yield from _of_rotation(path, value)
         elif (wanted := _wanted_of_rotation(name, value)) is not None:
             yield f"'{path}' is {shown(value)}, and {wanted}: {REMEDY}"
     yield from _not_finite(f"{where}." if where else "", said)
+    for name in NEEDED.get(str(said.get("rope_type", said.get("type"))), ()):
+        if name in said and said[name] is None:
+            yield f"'{where}.{name}' is null, and this rope_type needs it: {REMEDY}"
     low, high = said.get("low_freq_factor"), said.get("high_freq_factor")
     if isinstance(low, int | float) and isinstance(high, int | float) and 0 < high <= low:
         yield f"'{where}.high_freq_factor' is {shown(high)}, and it lies above low_freq_factor, {shown(low)}: {REMEDY}"
@@ -138,6 +155,8 @@ def _wanted_of_rotation(name: str, value: Any) -> str | None:
     if name in ("short_factor", "long_factor"):
         whole = isinstance(value, list) and value and all(map(_is_positive, value))
         return None if whole else "it is a list of numbers above 0"
+    if name == "rope_type":
+        return None if isinstance(value, str) else "it is a name"
     return None
 
 

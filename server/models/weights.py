@@ -89,31 +89,38 @@ def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) ->
     return dequantising(config), scheme
 
 
+def language_models() -> dict[str, str]:
+    """Model type → the name of the automatic class that makes the model of it that continues a text.
+
+    Of causal models where there is one; else of those that read images or hear beside text.
+    """
+    from transformers.models.auto import modeling_auto
+
+    classes = {
+        "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    return {model_type: name for name, types in classes.items() for model_type in types}
+
+
 def unsuited(config: Any) -> str | None:
     """Why no model of this type continues a text by itself, as a predicate; None where one may."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
     model_type = str(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
         return "has an encoder, which its decoder reads, and decoders that stand alone are served"
     if model_type.endswith("_assistant"):
         return "drafts tokens for another model, whose keys it reads, so it does not run alone"
-    if model_type not in {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}:
+    if model_type not in language_models():
         return "is none of transformers' language models that continue a text"
     return None
 
 
 def class_for(config: Any) -> Any:
-    """transformers' class of causal models or, for a type that has none, the one that reads images beside text."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """transformers' automatic class for the model of this config that continues a text."""
+    import transformers
 
-    return (
-        AutoModelForCausalLM if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModelForImageTextToText
-    )
+    return getattr(transformers, language_models()[config.model_type])
 
 
 def drop_other_senses(model: Any) -> list[str]:
@@ -131,8 +138,24 @@ def drop_other_senses(model: Any) -> list[str]:
         if not name.startswith("embed") and not any(module is decoder for module in child.modules())
     ]
     for name in others:
-        setattr(inner, name, nn.Identity())
+        setattr(inner, name, _LeftOut(decoder))
     return others
+
+
+class _LeftOut(nn.Identity):
+    """In place of what was taken out: a forward may ask it where it lies, whatever it is given."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self._decoder = [decoder]  # out of the module tree
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._decoder[0].parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._decoder[0].parameters()).dtype
 
 
 def incomplete(report: dict[str, Any]) -> str | None:

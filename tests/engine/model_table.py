@@ -33,8 +33,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BLOCK_SIZE = 16
 HEAD = """# Model types
 
-Every type of transformers {version} that continues a text, those that see pictures beside it included. Each was tried
-on a tiny random model of its own config class: served, and then equal to transformers' own logits below and beyond
+Every type of transformers {version} that continues a text, those that see or hear beside it included. Each was tried on
+a tiny random model of its own config class: served, and then equal to transformers' own logits below and beyond
 every length that the config names, in fp32 and bf16, in one piece, in chunks of 7 and one token at a time; or refused,
 and why. Whether a checkpoint is served is found out anew at every start, on its own weights. Made by
 `python -m tests.engine.model_table`, held by tests/engine/test_model_types.py.

@@ -10,16 +10,12 @@ import re
 from typing import Any
 
 import torch
-from prerope.server.models.weights import class_for, drop_other_senses
+from prerope.server.models.weights import class_for, drop_other_senses, language_models
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from tests.engine.tiny_models import randomize
 
-MODEL_TYPES = tuple(sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}))
+MODEL_TYPES = tuple(sorted(language_models()))
 
 LAYERS, LENGTH, VOCABULARY = 4, 64, 128
 SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -30,7 +26,7 @@ SIZES: tuple[tuple[int, tuple[str, ...]], ...] = (
             *("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "emb_dim", "embedding_dim"),
             *("lru_width", "attention_hidden_size", "input_embedding_size", "output_embedding_size"),
             *("hidden_size_global", "adapter_in_dim", "adapter_out_dim", "adapter_input_size", "backbone_hidden_size"),
-            *("out_hidden_size", "text_hidden_size"),
+            *("out_hidden_size", "text_hidden_size", "audio_hidden_size"),
         ),
     ),
     (
@@ -188,6 +184,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         }
     },
     "exaone4_5": {"text_config": {"model_type": "exaone4_5_text"}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "glm5_next": {"text_config": MLA | {"qk_rope_head_dim": 0}},
     "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "4/8"},
     "hunyuan_vl": {"text_config": AXES["text_config"] | {"head_dim": 16}},
@@ -248,7 +245,7 @@ def _shrunk(cls: Any, special: dict[str, Any]) -> dict[str, Any]:
 MOST_PARAMETERS = 60_000_000
 
 
-OTHER_SENSES = ("pixel_values", "flattened_patches", "[Bb]box", "encoder_outputs", "'state'")
+OTHER_SENSES = ("pixel_values", "input_features", "flattened_patches", "[Bb]box", "encoder_outputs", "'state'")
 """In errors of models whose forward takes more than tokens."""
 
 

@@ -306,6 +306,11 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (change_json("config.json", is_encoder_decoder=True), "has an encoder, which its decoder reads"),
         (rope(attention_factor=-1), "'rope_parameters.attention_factor' is -1, and it is a number above 0"),
         (rope(rope_theta=1.0), "'rope_parameters.rope_theta' is 1.0, and the base of a rotation lies above 1"),
+        (rope(rope_type="llama3", factor=None), "'rope_parameters.factor' is null, and this rope_type needs it"),
+        (rope(factor={}), "'rope_parameters.factor' is an object, and it is a number above 0"),
+        (rope(rope_type=5), "'rope_parameters.rope_type' is 5, and it is a name"),
+        (change_json("config.json", text_config=5), "'text_config' is 5, and it is an object"),
+        (change_json("config.json", layer_types=5), "'layer_types' is 5, and it is a list"),
         (rope(partial_rotary_factor="x"), "'rope_parameters.partial_rotary_factor' is the text 'x', and it is a share"),
         (
             rope(rope_type="longrope", short_factor=[1, None]),

@@ -1,8 +1,12 @@
-"""A hybrid model over HTTP: choices, streams that are left, prefix hits, what /metrics says, and what is refused."""
+"""Models that are no Llama over HTTP: hybrids, scores that fall with the distance, latent keys; and what is refused.
+
+Of a hybrid also choices, streams that are left, prefix hits, and what /metrics says.
+"""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +15,7 @@ import torch
 from prerope.server.models.checkpoint import Checkpoint
 
 from tests.conftest import Servers
+from tests.engine.model_table import as_people_run_it
 from tests.engine.model_types import tiny_of_type
 
 PROMPT = "The state of a sequence is kept where a block ends, and " * 4
@@ -53,3 +58,30 @@ def test_documents_are_refused_by_name(url: str) -> None:
     reply = httpx.post(f"{url}/generate", json={"prompt": "?", "documents": ["one " * 40, "two " * 40]})
     assert reply.status_code == 400
     assert "recurrent layers" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [("jamba", {"max_position_embeddings": 512}), ("falcon", {"alibi": True}), ("deepseek_v2", {})],
+)
+def test_greedy_equals_generate(
+    model_type: str, config: dict[str, Any], smollm2: Checkpoint, tmp_path: Path, serve: Servers
+) -> None:
+    """Past the trained length (Jamba's config ends its positions there), in small chunks, then over a warm cache."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.source)
+    model = tiny_of_type(model_type, vocab_size=len(tokenizer), **config)
+    ids = tokenizer(PROMPT + PROMPT, return_tensors="pt").input_ids
+    assert ids.shape[1] > 64 * 3 // 2
+    with as_people_run_it(model, 512):
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=None
+        )[0, ids.shape[1] :].tolist()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    url = serve(model_id=str(tmp_path), max_num_seqs=4, max_batched_tokens=48, max_model_len=512, rope_method="model")
+    for choices in (1, 2):
+        body = {"prompt": PROMPT + PROMPT, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "n": choices}
+        reply = httpx.post(f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60).json()
+        assert [choice["token_ids"] for choice in reply["choices"]] == [expected] * choices
