@@ -41,6 +41,8 @@ NEEDED = {
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 """Of weights, as configs name them; those of 8 bits and fewer are a scheme's."""
 
+ALIASES = ("half", "float", "double")
+
 DUAL_CHUNK = "dual_chunk_attention_config"
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 ROPE = ("rope_parameters", "rope_scaling")
@@ -98,7 +100,7 @@ def _complaints(values: Mapping[str, Any], stored: Stored | None) -> Iterator[st
 def _of_other_kinds(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("dtype", "torch_dtype"):
         value = values.get(name)
-        if isinstance(value, int | float | list) or (isinstance(value, str) and _bare(value) not in DTYPES):
+        if isinstance(value, int | float | list) or (isinstance(value, str) and _bare(value) not in (*DTYPES, *ALIASES)):
             yield f"'{name}' is {shown(value)}, and weights are of {', '.join(DTYPES[1:])}: {REMEDY}"
     window, chunks = values.get("sliding_window"), values.get(DUAL_CHUNK)
     if isinstance(window, int | float) and abs(window) > MOST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -509,10 +510,13 @@ def test_no_folder_ends_in_a_traceback(folder: Path, seed: int) -> None:
     assert "\n" not in (refused or "")
 
 
+STRANGE = (None, 0, -1, 3, 7, 0.5, 1e9, 1e30, 2**40, 10**30, "x", "", [], {}, [1, 2], {"a": 1}, True)
+
+
 def _damage_at_random(folder: Path, draw: random.Random) -> None:
     name = draw.choice(sorted(file.name for file in folder.iterdir() if file.is_file()))
     content = (folder / name).read_bytes()
-    kind = draw.choice(("cut", "flip", "json", "json", "rename", "empty", "folder"))
+    kind = draw.choice(("cut", "flip", "json", "json", "inside", "inside", "header", "rename", "empty", "folder"))
     if kind == "cut":
         cut(name, draw.random())(folder)
     elif kind == "flip" and content:
@@ -520,11 +524,17 @@ def _damage_at_random(folder: Path, draw: random.Random) -> None:
         for _ in range(draw.randint(1, 20)):
             flipped[draw.randrange(min(len(flipped), 2000))] = draw.randrange(256)
         (folder / name).write_bytes(flipped)
+    elif kind == "inside":
+        _change_inside(folder, draw)
+    elif kind == "header" and (folder / "model.safetensors").is_file():
+        with contextlib.suppress(ValueError):  # damaged already
+            in_header(lambda header: _set_inside(header, draw))(folder)
     elif kind == "json":
-        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-        strange = draw.choice((None, 0, -1, 3, 7, 1e9, "x", [], {}, [1, 2], True))
-        if config:
-            (folder / "config.json").write_text(json.dumps(config | {draw.choice(sorted(config)): strange}))
+        with contextlib.suppress(ValueError, OSError):  # damaged already
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(
+                json.dumps(config | {draw.choice(sorted(config)): draw.choice(STRANGE)})
+            )
     elif kind == "rename":
         (folder / name).rename(folder / f"{name}.old")
     elif kind == "empty":
@@ -532,3 +542,22 @@ def _damage_at_random(folder: Path, draw: random.Random) -> None:
     else:
         (folder / name).unlink()
         (folder / name).mkdir()
+
+
+def _change_inside(folder: Path, draw: random.Random) -> None:
+    """A value anywhere in one of the JSON files, another."""
+    file = draw.choice(sorted(file for file in folder.glob("*.json") if file.is_file()) or [folder / "none"])
+    with contextlib.suppress(ValueError, OSError):
+        content = json.loads(file.read_text())
+        _set_inside(content, draw)
+        file.write_text(json.dumps(content))
+
+
+def _set_inside(content: Any, draw: random.Random) -> None:
+    place = content
+    while isinstance(place, dict | list) and place:
+        key = draw.choice(sorted(place)) if isinstance(place, dict) else draw.randrange(len(place))
+        if not isinstance(place[key], dict | list) or not place[key] or draw.random() < 0.2:
+            place[key] = draw.choice(STRANGE)
+            return
+        place = place[key]
