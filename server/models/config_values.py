@@ -100,7 +100,9 @@ def _complaints(values: Mapping[str, Any], stored: Stored | None) -> Iterator[st
 def _of_other_kinds(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("dtype", "torch_dtype"):
         value = values.get(name)
-        if isinstance(value, int | float | list) or (isinstance(value, str) and _bare(value) not in (*DTYPES, *ALIASES)):
+        if isinstance(value, int | float | list) or (
+            isinstance(value, str) and _bare(value) not in (*DTYPES, *ALIASES)
+        ):
             yield f"'{name}' is {shown(value)}, and weights are of {', '.join(DTYPES[1:])}: {REMEDY}"
     window, chunks = values.get("sliding_window"), values.get(DUAL_CHUNK)
     if isinstance(window, int | float) and abs(window) > MOST:

@@ -68,7 +68,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("dbrx", {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 0.5}}),
     ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
     ("zamba2", {"use_mem_rope": True, "use_long_context": True}),
-    ("zamba2", {"use_shared_attention_adapter": True, "num_mem_blocks": 2}),
+    ("zamba2", {"num_mem_blocks": 2}),
     ("nemotron_h", {"sliding_window": 8}),
     ("zaya", {"sliding_window": 8}),
     ("afmoe", {"global_attn_every_n_layers": 2, "mup_enabled": True}),

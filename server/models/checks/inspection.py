@@ -200,7 +200,11 @@ def _turn_each_group(
                     )
                 turnings[before.module], groups[before.module] = turning, group
                 rotaries[group] = as_found(
-                    _rotary(raw, layer_type, before.key.shape[-1]), turning, before.key.shape[-1], identity.original
+                    _rotary(raw, layer_type, before.key.shape[-1]),
+                    turning,
+                    before.key.shape[-1],
+                    identity.original,
+                    layer_type,
                 )
     if not rotaries:
         return {}, {}, {"": _without_rotation(raw, base)}

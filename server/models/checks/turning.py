@@ -138,12 +138,12 @@ MSCALES = ("short_mscale", "long_mscale")
 """Attention factors of LongRoPE in configs, of which one family makes use."""
 
 
-def as_found(rotary: Rotary, turning: Turning, head_dim: int, embedding: nn.Module) -> Rotary:
+def as_found(rotary: Rotary, turning: Turning, head_dim: int, embedding: nn.Module, layer_type: str) -> Rotary:
     """What the config says, with the dims that were seen to turn, and the base that plain frequencies have."""
     rotary = replace(rotary, head_dim=head_dim, dim=turning.dim, interleaved=turning.interleaved)
     if "short_mscale" in rotary.parameters and not _scales_by_config(rotary, embedding):
         rotary = replace(rotary, parameters={k: v for k, v in rotary.parameters.items() if k not in MSCALES})
-    theta = getattr(embedding, "inv_freq", None)
+    theta = getattr(embedding, f"{layer_type}_inv_freq" if layer_type else "inv_freq", None)
     if (
         rotary.rope_type != "default"
         or not isinstance(theta, Tensor)
