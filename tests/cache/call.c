@@ -16,7 +16,7 @@ typedef struct {
     char *here;
 } Area;
 
-static Area areas[64];
+static Area areas[512];
 static int64_t num_areas;
 
 static int64_t number(FILE *from) {
@@ -38,6 +38,7 @@ int main(int count, char **arguments) {
     FILE *from = fopen(arguments[1], "rb"), *to = fopen(arguments[2], "wb");
     int64_t num = number(from);
     for (; num_areas < num; num_areas++) {
+        if (num_areas == sizeof areas / sizeof *areas) return 2;
         Area *area = areas + num_areas;
         area->address = number(from), area->size = number(from), area->pointers = number(from);
         area->here = aligned_alloc(64, (area->size + 63) / 64 * 64);

@@ -27,6 +27,7 @@ from prerope.cache.cpu.decode import DecodePlan, kernel_shape, plan_step
 from prerope.cache.kernels.build import DTYPES, FLAGS, SOURCES
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
+from prerope.server.models.cpu import build as models
 from prerope.server.models.cpu.products import BYTES, DOTS, FULL, WIDENED, Products
 from torch import Tensor, nn
 
@@ -98,10 +99,12 @@ def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         pytest.skip(f"no {' or '.join(missing)}" if missing else "not an x86 machine")
     folder = tmp_path_factory.mktemp("processor")
     common = [flag for flag in FLAGS if not flag.startswith(("-march", "-mprefer"))]
-    sources = [*sorted(SOURCES.glob("*.c")), Path(__file__).with_name("call.c")]
+    folders = (SOURCES, models.SOURCES)
+    sources = [*(file for one in folders for file in sorted(one.glob("*.c"))), Path(__file__).with_name("call.c")]
+    included = [argument for one in folders for argument in ("-I", one)]
     objects = [folder / f"{source.stem}.o" for source in sources]
     commands = [
-        [compiler, *common, *flags, "-I", SOURCES, "-c", source, "-o", to]
+        [compiler, *common, *flags, *included, "-c", source, "-o", to]
         for source, to in zip(sources, objects, strict=True)
     ]
     with ThreadPoolExecutor(2) as pool:

@@ -257,6 +257,7 @@ void attend_units(const Shape *shape, const Rows *rows, const Read *read, const 
     float keys[packed_keys(shape, BLOCK)] __attribute__((aligned(64)));
     float values[packed_values(shape, BLOCK)] __attribute__((aligned(64)));
     Packed here = {keys, values};
+    for (int64_t n = 0; n < count; n++) fetch_keys(shape, source, UNIT * (int64_t)units[n], UNIT * ((int64_t)units[n] + 1));
     int64_t num_rows = turn_queries(shape, rows, read, source->head, &tile), wide = padded(shape->head_dim);
     state_clear(found, num_rows, shape->value_dim);
     for (int64_t r = 0; r < num_rows; r++) tile.from[r] = 0, tile.to[r] = UNIT * count;

@@ -18,6 +18,7 @@
 #define SPAN 512
 #define ROWS 6 /* of a product */
 #define UNIT 16 /* keys that a row reads together or leaves out; of cache/attention/selection.py */
+#define LINE 64  /* bytes that memory gives at once, or less */
 #define AHEAD 64 /* keys: so long before its use one is fetched */
 #define MAX_ROWS 96 /* rows × query heads of a KV head */
 

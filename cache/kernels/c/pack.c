@@ -1,8 +1,6 @@
 /* Keys and values as attend.c's products take them: see `Packed` in attend.h. */
 #include "attend.h"
 
-#define LINE 64 /* bytes that memory gives at once, or less */
-
 /* 16 heads [16, from + dim] of floats or words to columns n … n + 15 of a tile. */
 INLINE void columns(const float *heads, int64_t stride, int64_t words, float *tile) {
     for (int64_t w = 0; w < words; w += 16) {

@@ -38,13 +38,31 @@ void prerope_bounds(const void *keys, void *bounds, const int64_t *grains, int64
     }
 }
 
+/* Where the bounds of a unit's grain n are, of one head. */
+INLINE int64_t bounds_at(const Shape *shape, const int64_t *blocks, int64_t unit, int64_t n, int64_t head) {
+    int64_t size = shape->block_size, grain = least(size, UNIT), key = unit * UNIT + n * grain;
+    int64_t slot = blocks[key / size] * size + key % size;
+    return (2 * (slot / grain) * shape->kv_heads + head) * shape->head_dim;
+}
+
+/* As `fetch_keys`. */
+INLINE void fetch_bounds(const Shape *shape, const void *bounds, const int64_t *blocks, int64_t unit, int64_t head) {
+    int64_t size = shape->dtype == FP32 ? 4 : 2, bytes = shape->head_dim * size, grains = UNIT / least(shape->block_size, UNIT);
+    for (int64_t n = 0; n < grains; n++) {
+        const char *low = (const char *)bounds + bounds_at(shape, blocks, unit, n, head) * size;
+        for (int64_t byte = 0; byte < bytes; byte += LINE) {
+            __builtin_prefetch(low + byte, 0, 2);
+            __builtin_prefetch(low + shape->kv_heads * bytes + byte, 0, 2);
+        }
+    }
+}
+
 /* low, high: [D] of a unit, from those of its grains. */
 INLINE void unit_bounds(const Shape *shape, const void *bounds, const int64_t *blocks, int64_t unit, int64_t head,
                         float *low, float *high, const int dtype) {
-    int64_t dim = shape->head_dim, width = shape->kv_heads * dim, size = shape->block_size, grain = least(size, UNIT);
-    for (int64_t n = 0; n < UNIT / grain; n++) {
-        int64_t key = unit * UNIT + n * grain, slot = blocks[key / size] * size + key % size;
-        int64_t at = 2 * (slot / grain) * width + head * dim, d = 0;
+    int64_t dim = shape->head_dim, width = shape->kv_heads * dim, grains = UNIT / least(shape->block_size, UNIT);
+    for (int64_t n = 0; n < grains; n++) {
+        int64_t at = bounds_at(shape, blocks, unit, n, head), d = 0;
         for (; d + 16 <= dim; d += 16) {
             v16 least = load16(bounds, at + d, dtype), most = load16(bounds, at + width + d, dtype);
             if (n) least = smaller(*(v16 *)(low + d), least), most = larger(*(v16 *)(high + d), most);
@@ -110,8 +128,10 @@ void score_units(const Shape *shape, const void *query, int64_t query_at, const 
             float x = d < dim ? load1(query, query_at + (head * group + g) * dim + d, shape->query_dtype) : 0.0f;
             parts[2 * g * wide + d] = x < 0.0f ? x : 0.0f, parts[(2 * g + 1) * wide + d] = x > 0.0f ? x : 0.0f;
         }
+    for (int64_t unit = begin; unit < least(begin + 16, end); unit++) fetch_bounds(shape, bounds, blocks, unit, head);
     for (int64_t unit = begin; unit < end; unit += 16) {
         int64_t count = least(16, end - unit);
+        for (int64_t next = unit + 16; next < least(unit + 32, end); next++) fetch_bounds(shape, bounds, blocks, next, head);
         for (int64_t i = 0; i < count; i++)
             if (shape->dtype == BF16) unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], BF16);
             else if (shape->dtype == FP16) unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], FP16);
