@@ -174,6 +174,6 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     text = " ".join(said.split()).rstrip(".:")[:limit]
     plain = isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError)
-    return (
-        text if text and (plain or type(error) is Exception) else f"{type(error).__name__}{f': {text}' if text else ''}"
-    )
+    if text and (plain or type(error) is Exception):
+        return text
+    return f"{type(error).__name__}{f': {text}' if text else ''}"

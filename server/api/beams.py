@@ -13,8 +13,9 @@ sampler's filters, penalties and seed have no part in it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.limits import engine_requests
@@ -39,8 +40,19 @@ class Beam:
     def score(self, length_penalty: float) -> float:
         return float(self.total / len(self.ids) ** length_penalty)
 
-    def with_token(self, token: TokenLogprobs) -> Beam:
-        return Beam((*self.ids, token.token_id), (*self.scored, token), self.total + token.logprob)
+
+class Step(NamedTuple):
+    """A beam and one of its likeliest next tokens. Most are not taken, so that they are no beams of their own yet."""
+
+    total: float
+    beam: Beam
+    token_id: int
+    logprob: float
+    packed: bytes
+
+    def taken(self) -> Beam:
+        scored = TokenLogprobs(self.token_id, self.logprob, self.packed)
+        return Beam((*self.beam.ids, self.token_id), (*self.beam.scored, scored), self.total)
 
 
 @dataclass(slots=True)
@@ -64,27 +76,41 @@ class BeamSearch:
                 param="use_beam_search",
             )
         current_hold().count(beams.width)
+        self._limit_time()
         ends = self._ends()
         live, ended, usage = [Beam()], list[Beam](), _Usage()
-        for step in range(max_tokens):
-            name = f"{self.request_id}-{index}-{step}"
-            grown = await self._grown(name, prompt, live, beams.width + len(ends), usage)
-            grown.sort(key=lambda beam: -beam.total)
-            ended += [beam for beam in grown[: beams.width] if beam.ids[-1] in ends]
-            live = [beam for beam in grown if beam.ids[-1] not in ends][: beams.width]
-            if self._is_over(live[0], ended, max_tokens):
+        for number in range(max_tokens):
+            name = f"{self.request_id}-{index}-{number}"
+            steps = await self._steps(name, prompt, live, beams.width + len(ends), usage)
+            steps.sort(key=lambda step: -step.total)
+            ended = self._best([*ended, *(step.taken() for step in steps[: beams.width] if step.token_id in ends)])
+            live = [step.taken() for step in [step for step in steps if step.token_id not in ends][: beams.width]]
+            if not live or self._is_over(live[0], ended, max_tokens):
                 break
-        found = sorted(ended + live, key=lambda beam: -beam.score(beams.length_penalty))[: self.request.n]
-        return [self._ended(prompt, beam, ends, usage, f"{name}-{place}") for place, beam in enumerate(found)]
+        found = enumerate(self._best([*ended, *live]))
+        return [self._ended(prompt, beam, ends, usage, f"{name}-{place}") for place, beam in found]
+
+    def _limit_time(self) -> None:
+        """REQUEST_TIMEOUT_S is the engine's, from when it gets a request: of a search, which asks it again and again,
+        it holds from the beginning, as the request's own does."""
+        given = (self.request.timeout_s, self.service.settings.request_timeout_s)
+        self.request = replace(self.request, timeout_s=min((one for one in given if one is not None), default=None))
+
+    def _best(self, beams: Iterable[Beam]) -> list[Beam]:
+        """As many as there are replies, the best first; no others can become one."""
+        asked = self.request.beams
+        assert asked is not None
+        return sorted(beams, key=lambda beam: -beam.score(asked.length_penalty))[: self.request.n]
 
     def _is_over(self, best: Beam, ended: Sequence[Beam], max_tokens: int) -> bool:
-        """Whether no beam that goes on can become one of the replies: its log-probability only falls."""
+        """Whether no beam that goes on can become one of the replies: its log-probability only falls. ended: the best
+        first."""
         beams, num_replies = self.request.beams, self.request.n
         assert beams is not None
         if len(ended) < num_replies:
             return False
         length = max_tokens if beams.length_penalty > 0 else len(best.ids)
-        worst = sorted((beam.score(beams.length_penalty) for beam in ended), reverse=True)[num_replies - 1]
+        worst = ended[num_replies - 1].score(beams.length_penalty)
         return bool(worst >= best.total / length**beams.length_penalty)
 
     def _ends(self) -> frozenset[int]:
@@ -92,9 +118,9 @@ class BeamSearch:
         own = () if asked.ignore_eos else self.service.tokenizer.eos_token_ids
         return frozenset((*own, *asked.stop_token_ids))
 
-    async def _grown(
+    async def _steps(
         self, name: str, prompt: TokenizedPrompt, beams: Sequence[Beam], num_alternatives: int, usage: _Usage
-    ) -> list[Beam]:
+    ) -> list[Step]:
         """Each beam with each of its likeliest next tokens."""
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=num_alternatives, ignore_eos=True)
         prompts = [(TokenizedPrompt([*prompt.ids, *beam.ids], prompt.documents), params) for beam in beams]
@@ -106,18 +132,16 @@ class BeamSearch:
             for stream in streams:
                 await stream.aclose()
         usage.count(outputs[0])
-        grown = []
+        size, steps = (self.request.output.logprobs or 0) * ALTERNATIVE.size, list[Step]()
         for beam, output in zip(beams, outputs, strict=True):
             assert output.logprobs is not None
-            packed = output.logprobs[0].packed
-            grown += [beam.with_token(TokenLogprobs(i, logprob, packed)) for i, logprob in output.logprobs[0].top]
-        return grown
+            told = output.logprobs[0].packed[:size]
+            steps += [Step(beam.total + logprob, beam, i, logprob, told) for i, logprob in output.logprobs[0].top]
+        return steps
 
     def _ended(self, prompt: TokenizedPrompt, beam: Beam, ends: frozenset[int], usage: _Usage, name: str) -> Generation:
         """A reply whose tokens have all come."""
         asked = self.request.output.logprobs
-        size = (asked or 0) * ALTERNATIVE.size
-        scored = tuple(TokenLogprobs(one.token_id, one.logprob, one.packed[:size]) for one in beam.scored)
         outputs = OutputStream(lambda: None)
         outputs.put(
             TokenOutput(
@@ -125,7 +149,7 @@ class BeamSearch:
                 num_prompt_tokens=len(prompt.ids),
                 num_cached_tokens=usage.cached,
                 num_processed_tokens=len(prompt.ids),
-                logprobs=None if asked is None else scored,
+                logprobs=None if asked is None else beam.scored,
                 finish_reason=FinishReason.STOP if beam.ids[-1] in ends else FinishReason.LENGTH,
                 document_cached_tokens=usage.cached_of_documents,
             )

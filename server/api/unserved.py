@@ -35,11 +35,12 @@ _PATHS = {
     "models": ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/v1/load_lora_adapter"),
 }
 _KINDS = {path: kind for kind, paths in _PATHS.items() for path in paths}
+_MOST_PARTS = max(path.count("/") for path in _KINDS)
 
 
 def instead_of(path: str) -> str | None:
     """The message for a path that has no route, where it is one of others."""
-    parts = path.rstrip("/").split("/")
+    parts = path.split("/", _MOST_PARTS + 1)[: _MOST_PARTS + 1]
     starts = ("/".join(parts[:length]) for length in range(len(parts), 1, -1))
     kind = next((_KINDS[start] for start in starts if start in _KINDS), None)
     return None if kind is None else f"Not served here: {_INSTEAD[kind]}."

@@ -50,7 +50,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         stream.seek(8)
         text = stream.read(length) if length <= MAX_HEADER else b""
     if size < 8 or (len(text) < length <= MAX_HEADER):
-        raise Damaged(_cut_short(file.name, f"{size} bytes, which end inside its header"))
+        raise Damaged(cut_short(file.name, f"{size} bytes, which end inside its header"))
     try:
         entries = json.loads(text)
         places, tensors = _parsed(entries)
@@ -58,7 +58,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise Damaged(f"{file.name} is no safetensors file, or is damaged: download it again") from error
     end = 8 + length + (places[-1][1] if places else 0)
     if size < end:
-        raise Damaged(_cut_short(file.name, f"{size} of {end} bytes"))
+        raise Damaged(cut_short(file.name, f"{size} of {end} bytes"))
     if size > end:
         raise Damaged(f"{file.name} has {size} bytes, and its header says {end}: download it again")
     return tensors
@@ -67,6 +67,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def pointer(name: str) -> str:
     """Of a file that stands for one that was not fetched."""
     return f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder"
+
+
+def cut_short(name: str, said: str) -> str:
+    """Of a file that ends before it should."""
+    return f"{name} is cut short ({said}): the download is incomplete; run it again"
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
@@ -95,7 +100,3 @@ def _place(entry: dict[str, Any], tensor: StoredTensor) -> tuple[int, int]:
     if (end - begin) * 8 != math.prod(tensor.shape) * BITS[tensor.dtype]:
         raise ValueError("a place of another size than its shape")
     return begin, end
-
-
-def _cut_short(name: str, said: str) -> str:
-    return f"{name} is cut short ({said}): the download is incomplete; run it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +18,7 @@ from anthropic.types.beta.message_count_tokens_params import MessageCountTokensP
 from anthropic.types.beta.message_create_params import MessageCreateParamsStreaming as MessageParams
 from huggingface_hub import InferenceClient
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.unserved import instead_of
 
 TOOL_TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\\n<tools>' + tools | tojson + '</tools> <tool_call> name' }}
 {{- '<|im_end|>\\n' }}{%- endif %}{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
@@ -307,6 +309,23 @@ def test_responses_take_the_sampling_of_other_servers(client: openai.OpenAI, htt
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "choice"),
+    [
+        ("/v1/responses", {"input": "x"}, {"type": "function", "name": "other"}),
+        ("/v1/responses", {"input": "x"}, {"type": "allowed_tools", "tools": [{"type": "function", "name": "other"}]}),
+        ("/v1/messages", {"messages": ASKED, "max_tokens": 2}, {"type": "tool", "name": "other"}),
+    ],
+)
+def test_a_choice_of_a_function_that_is_not_there(
+    http: httpx.Client, path: str, body: dict[str, Any], choice: dict[str, Any]
+) -> None:
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object"}, "input_schema": {"type": "object"}}
+    told = {**tool, "type": "custom"} if path == "/v1/messages" else tool
+    reply = http.post(path, json={**body, "tools": [told], "tool_choice": choice})
+    assert (reply.status_code, "function 'other'" in reply.json()["error"]["message"]) == (400, True), reply.text
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"include": ["message.thoughts"]}, "message.thoughts"),
@@ -551,3 +570,6 @@ def test_what_is_not_served_says_what_to_use_instead(client: openai.OpenAI, http
         reply = http.post(path, json={})
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_served"), path
     assert http.post("/v1/none", json={}).json()["error"]["code"] is None
+    began = time.process_time()
+    assert all(instead_of("/a" * 8000) is None for _ in range(10))
+    assert time.process_time() - began < 0.5, "no path, however long, takes long"

@@ -416,6 +416,10 @@ def test_the_deployments_limit_holds_beside_the_requests(serve: Any, tiny_checkp
     reply = httpx.post(url + GENERATE, json={"prompt": "a", "timeout_s": 60} | LONG_REPLY, timeout=60).json()
     assert reply["finish_reason"] == "abort"
     assert time.monotonic() - began < 5.0
+    beams = {"prompt": "a", "use_beam_search": True, "n": 2} | LONG_REPLY
+    refused = httpx.post(url + COMPLETIONS, json=beams, timeout=60)
+    assert error_of(refused, 504)["code"] == "deadline_exceeded", "of all steps of a search together"
+    until(lambda: idle(serve, url))
 
 
 @pytest.mark.parametrize("value", [0, -1, "soon", True, 1e300])

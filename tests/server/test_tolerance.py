@@ -216,6 +216,7 @@ SYNONYMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"response_format": {"type": "regex", "value": "[ab]{4}"}}, {"guided_regex": "[ab]{4}"}),
     ({"response_format": {"type": "grammar", "grammar": 'root ::= "a"'}}, {"guided_grammar": 'root ::= "a"'}),
     ({"extra_body": {"max_tokens": 3}}, {"max_tokens": 3}),
+    ({"n_predict": 3, "max_tokens": None}, {"max_tokens": 3}),
 ]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 HISTORY: list[dict[str, Any]] = [

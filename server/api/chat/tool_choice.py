@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from prerope.server.api.requests.body import MAX_SHOWN
 from prerope.server.errors import InvalidRequest
 from pydantic import PlainValidator, WithJsonSchema
 
@@ -23,6 +24,15 @@ class ToolChoice:
     def all_names(self) -> tuple[str, ...]:
         """Those that a request's tools have to hold."""
         return self.names if self.name is None else (self.name,)
+
+    def check_names(self, tools: Set[str]) -> None:
+        """Raise InvalidRequest unless the request's tools hold those that are named."""
+        for name in self.all_names:
+            if name not in tools:
+                raise InvalidRequest(
+                    f"'tool_choice' names the function '{name[:MAX_SHOWN]}', which 'tools' does not hold",
+                    param="tool_choice",
+                )
 
 
 MODES: Mapping[str, Literal["none", "auto", "required"]] = {
@@ -70,7 +80,7 @@ def _allowed(value: Any) -> ToolChoice:
             '{"type": "function", "function": {"name": …}}',
             param="tool_choice",
         )
-    return ToolChoice(mode, names=tuple(names))
+    return ToolChoice(mode, names=tuple(dict.fromkeys(names)))
 
 
 ToolChoiceField = Annotated[

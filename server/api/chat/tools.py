@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from prerope.server.api.chat.template import template_text
 from prerope.server.api.chat.tool_choice import ToolChoice, ToolChoiceField
 from prerope.server.api.chat.xml_calls import Types, types_of
-from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type
+from prerope.server.api.requests.body import RequestBody, Text, json_type
 from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
 from prerope.server.api.requests.structured import quoted, schema_text
 from prerope.server.errors import InvalidRequest
@@ -103,12 +103,7 @@ class ToolFields(RequestBody):
             return self
         if not names:
             raise InvalidRequest("'tool_choice' needs 'tools' to choose from", param="tool_choice")
-        for name in choice.all_names:
-            if name not in names:
-                raise InvalidRequest(
-                    f"'tool_choice' names the function '{name[:MAX_SHOWN]}', which 'tools' does not hold",
-                    param="tool_choice",
-                )
+        choice.check_names({*names})
         return self
 
 
@@ -228,6 +223,7 @@ class ToolUse:
     def of(cls, tokenizer: Tokenizer, chat: Chat) -> ToolUse | None:
         """None where the model is told of no tools: with tool_choice none it is told of none."""
         choice = chat.tool_choice or ToolChoice("auto")
+        choice.check_names({tool.function.name for tool in chat.tools})  # not every dialect's have been
         tools = [tool for tool in chat.tools if tool.function.name in choice.names] if choice.names else chat.tools
         if not tools or choice.mode == "none":
             return None

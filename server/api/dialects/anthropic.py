@@ -40,8 +40,7 @@ async def messages(
         {
             **_head(service, running),
             "content": _content(parts, thoughts=read.body.tells_thoughts),
-            "stop_reason": _stop_reason(reply.finish_reason, bool(parts.calls), running),
-            "stop_sequence": running.generations[0].stop_string,
+            **_stop(reply.finish_reason, bool(parts.calls), running),
             "usage": _usage(running),
         }
     )
@@ -85,12 +84,13 @@ def _whole(arguments: str) -> bool:
         return False
 
 
-def _stop_reason(reason: FinishReason, has_calls: bool, running: Running) -> str:
+def _stop(reason: FinishReason, has_calls: bool, running: Running) -> dict[str, str | None]:
+    """Why a reply ended, and by which stop string, if by one."""
+    said = "max_tokens"
     if reason is FinishReason.STOP:
-        if running.generations[0].stopped_by_string:
-            return "stop_sequence"
-        return "tool_use" if has_calls else "end_turn"
-    return "max_tokens"
+        ended = "tool_use" if has_calls else "end_turn"
+        said = "stop_sequence" if running.generations[0].stopped_by_string else ended
+    return {"stop_reason": said, "stop_sequence": running.generations[0].stop_string}
 
 
 def _usage(running: Running) -> dict[str, int]:
@@ -140,9 +140,7 @@ async def _events(service: Service, running: Running, *, thoughts: bool) -> Asyn
         for event in begin({"type": "text", "text": ""}):
             yield event
     yield {"type": "content_block_stop", "index": index}
-    sequence = running.generations[0].stop_string
-    stopped = {"stop_reason": _stop_reason(reason, num_calls > 0, running), "stop_sequence": sequence}
-    yield {"type": "message_delta", "delta": stopped, "usage": _usage(running)}
+    yield {"type": "message_delta", "delta": _stop(reason, num_calls > 0, running), "usage": _usage(running)}
     yield {"type": "message_stop"}
 
 

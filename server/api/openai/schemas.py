@@ -30,7 +30,11 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 MAX_CHOICES = 128
 """Of a prompt; prompts times choices are `MAX_PROMPTS` at most."""
 MAX_BEAMS = 32
-NOT_OF_BEAMS = ("prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "stop")
+NOT_OF_BEAMS = (
+    *("prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "stop"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+NO_PENALTY = {"repetition_penalty": 1}
 DEFAULT_MAX_TOKENS = 16
 """Of completions, where none are asked for (OpenAI's)."""
 
@@ -81,7 +85,8 @@ class OpenAIFields(SamplingFields, OpenAIConstraints):
                 f"'use_beam_search' goes on with {self.width} beams, as 'n' asks; at most {MAX_BEAMS}", param="n"
             )
         for name in NOT_OF_BEAMS:
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+            off = type(self).model_fields[name].get_default(call_default_factory=True), NO_PENALTY.get(name)
+            if getattr(self, name) not in off:
                 raise InvalidRequest(
                     f"'use_beam_search' compares replies by the model's own log-probabilities: leave out '{name}'",
                     param=name,
@@ -155,6 +160,11 @@ class CompletionRequest(OpenAIFields):
                 f"{len(self.prompt) * self.num_drawn} completions; "
                 f"one request takes at most {MAX_PROMPTS}",
                 param="n",
+            )
+        if self.use_beam_search and self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            raise InvalidRequest(
+                "'use_beam_search' tells log-probabilities of the reply, which is searched for: leave out 'echo'",
+                param="echo",
             )
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("'max_tokens' is 0, which asks for nothing unless 'echo' is true", param="max_tokens")

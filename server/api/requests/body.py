@@ -67,6 +67,7 @@ class RequestBody(BaseModel):
             return data
         known = cls._taken()
         given: dict[str, Any] = {}
+        said_as: dict[str, str] = {}
         beside = data.get("extra_body")
         if isinstance(beside, dict) and not cls.path:  # what Python's clients write beside the rest, others write so
             data = {name: value for name, value in data.items() if name != "extra_body"} | beside
@@ -77,12 +78,12 @@ class RequestBody(BaseModel):
                 cls._leave_out(said, value)
             elif value is not None and not taken.leaves_out(value):
                 value = int(value) if taken.whole and type(value) is float and value.is_integer() else value
-                if name != said and data.get(name, value) != value:
+                before = said_as.setdefault(name, said)
+                if given.setdefault(name, value) != value:
                     raise InvalidRequest(
-                        f"'{cls.path}{said}' and '{cls.path}{name}' mean the same: give one of them",
-                        param=cls.path + said,
+                        f"'{cls.path}{before}' and '{cls.path}{said}' mean the same: give one of them",
+                        param=cls.path + (before if said == name else said),
                     )
-                given[name] = value
         return given
 
     @classmethod

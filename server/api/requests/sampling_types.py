@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from prerope.server.api.requests.body import INT32_MAX, MAX_SHOWN, json_type, shown_number, token_ids, unicode_text
 from prerope.server.errors import InvalidRequest
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 MAX_STOP_STRINGS = 256
 MAX_STOP_CHARS = 1024
@@ -106,10 +106,10 @@ BadWords = Annotated[
 ]
 
 
-def _token_limit(value: Any) -> Any:
+def _token_limit(value: Any, info: ValidationInfo) -> Any:
     if type(value) is int and (value == 0 or value < -1):
         raise InvalidRequest(
-            f"'max_tokens' is {shown_number(value)}: at least 1, or -1 for all that fit", param="max_tokens"
+            f"'{info.field_name}' is {shown_number(value)}: at least 1, or -1 for all that fit", param=info.field_name
         )
     return value
 

@@ -19,7 +19,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.gguf.parts import MAGIC, parts_of
-from prerope.server.models.stored import POINTER
+from prerope.server.models.stored import POINTER, cut_short
 
 VERSIONS = (2, 3)
 MAX_EXPERTS = 65_536
@@ -122,14 +122,15 @@ def _read_file(file: Path) -> Header:
             try:
                 header = _parse(file, data)
             except (struct.error, IndexError, OverflowError) as error:
-                raise _cut_short(file, f"{size} bytes, which end inside its header") from error
+                said = cut_short(file.name, f"{size} bytes, which end inside its header")
+                raise ConfigurationError(said) from error
             except (ValueError, KeyError, TypeError, ArithmeticError) as error:
                 raise ConfigurationError(
                     f"transformers cannot read {file.name}: its header is damaged: {error}; download it again"
                 ) from error
     end = max((tensor.offset + tensor.num_bytes for tensor in header.tensors), default=0)
     if end > size:
-        raise _cut_short(file, f"{size} of {end} bytes")
+        raise ConfigurationError(cut_short(file.name, f"{size} of {end} bytes"))
     return header
 
 
@@ -184,10 +185,6 @@ def _placed(file: Path, start: int, name: str, shape: tuple[int, ...], kind: int
     for size in shape:
         count *= size
     return StoredTensor(name, shape, quantization, file, start + offset, count // block * block_bytes)
-
-
-def _cut_short(file: Path, said: str) -> ConfigurationError:
-    return ConfigurationError(f"{file.name} is cut short ({said}): the download is incomplete; run it again")
 
 
 class _Cursor:
