@@ -128,9 +128,7 @@ INLINE void pack_columns(const Shape *shape, const Source *source, const Turns *
 /* The same of any dtype. */
 INLINE void pack_any(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t n, int64_t low,
                      int64_t high, const Packed *to) {
-    if (shape->dtype == BF16) pack_columns(shape, source, turns, tile, n, low, high, to, BF16);
-    else if (shape->dtype == FP16) pack_columns(shape, source, turns, tile, n, low, high, to, FP16);
-    else pack_columns(shape, source, turns, tile, n, low, high, to, FP32);
+    WITH_DTYPE(shape->dtype, pack_columns(shape, source, turns, tile, n, low, high, to, DTYPE))
 }
 
 void pack_tile(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,

@@ -32,9 +32,7 @@ void prerope_bounds(const void *keys, void *bounds, const int64_t *grains, int64
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < count; n++) {
         int64_t from = grains[n] * size * width, at = 2 * grains[n] * width;
-        if (dtype == BF16) bounds_of(keys, from, size, width, bounds, at, BF16);
-        else if (dtype == FP16) bounds_of(keys, from, size, width, bounds, at, FP16);
-        else bounds_of(keys, from, size, width, bounds, at, FP32);
+        WITH_DTYPE(dtype, bounds_of(keys, from, size, width, bounds, at, DTYPE))
     }
 }
 
@@ -133,9 +131,7 @@ void score_units(const Shape *shape, const void *query, int64_t query_at, const 
         int64_t count = least(16, end - unit);
         for (int64_t next = unit + 16; next < least(unit + 32, end); next++) fetch_bounds(shape, bounds, blocks, next, head);
         for (int64_t i = 0; i < count; i++)
-            if (shape->dtype == BF16) unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], BF16);
-            else if (shape->dtype == FP16) unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], FP16);
-            else unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], FP32);
+            WITH_DTYPE(shape->dtype, unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], DTYPE))
         v16 found = unit_scores(parts, low[0], high[0], group, wide);
         for (int64_t i = 0; i < count; i++) scores[unit - begin + i] = ordered(found[i]);
     }
