@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -111,10 +111,18 @@ class AsyncEngine:
         return self.engine.resolve_positions(spec)
 
     def stats(self) -> EngineStats:
-        """As of the last step."""
-        if self._stats is None:
+        """As of the last step; what was submitted since is waiting, however long that step is."""
+        stats = self._stats
+        if stats is None:
             raise EngineUnavailable("the engine is loading its model; see /ready", code=self.state.value)
-        return self._stats
+        if not self._unseen:
+            return stats
+        num_waiting, num_tokens = len(self._unseen), sum(self._unseen.values())
+        return replace(
+            stats,
+            num_waiting=stats.num_waiting + num_waiting,
+            num_waiting_tokens=stats.num_waiting_tokens + num_tokens,
+        )
 
     def submit(self, requests: Sequence[EngineRequest]) -> list[OutputStream]:
         """Queue the sequences of one request, all or, where the queue has no room for them, none.
@@ -125,7 +133,7 @@ class AsyncEngine:
         if self.state is EngineState.DRAINING:
             raise EngineUnavailable("the server is shutting down and takes no new requests", code="draining")
         stats = self.stats()
-        check_room(engine.config, self._backlog(stats), num_tokens, len(requests), stats.prefill_tokens_per_s)
+        check_room(engine.config, _backlog(stats), num_tokens, len(requests), stats.prefill_tokens_per_s)
         return [self._queue(request) for request in requests]
 
     def _queue(self, request: EngineRequest) -> OutputStream:
@@ -140,14 +148,8 @@ class AsyncEngine:
         """Seconds until what is here now is read, for those who are refused."""
         if self._stats is None:
             return 1
-        return retry_after_s(self._backlog(self._stats), self._stats.prefill_tokens_per_s)
-
-    def _backlog(self, stats: EngineStats) -> Backlog:
-        return Backlog(
-            stats.num_waiting + len(self._unseen),
-            stats.num_waiting_tokens + sum(self._unseen.values()),
-            stats.num_running_tokens,
-        )
+        stats = self.stats()
+        return retry_after_s(_backlog(stats), stats.prefill_tokens_per_s)
 
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
@@ -267,6 +269,10 @@ class AsyncEngine:
                 commands.append(self._inbox.get_nowait())
             except queue.Empty:
                 return commands
+
+
+def _backlog(stats: EngineStats) -> Backlog:
+    return Backlog(stats.num_waiting, stats.num_waiting_tokens, stats.num_running_tokens)
 
 
 def _shut_down() -> EngineUnavailable:

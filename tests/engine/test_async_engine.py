@@ -108,6 +108,7 @@ def test_the_queue_counts_what_the_thread_has_not_seen_yet(model: Model) -> None
             await asyncio.gather(*(collect(stream) for stream in streams))
             await until(lambda: idle(engine))
             stream = engine.submit([request("3", prompt_of(60), greedy(2))])[0]
+            assert (engine.stats().num_waiting, engine.stats().num_waiting_tokens) == (1, 60)
             with pytest.raises(QueueFull, match="60 prompt tokens are waiting and 50 more"):
                 engine.submit([request("refused", prompt_of(50), greedy(2))])
             await collect(stream)

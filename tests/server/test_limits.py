@@ -243,7 +243,7 @@ def test_retry_after_over_http(serve: Any, tiny_checkpoint: Path) -> None:
         bodies = [{"prompt": [5] * length, "max_tokens": 1} for length in (300, 200)]
         with in_background(*(partial(http.post, GENERATE, json=body) for body in bodies)) as replies:
             until(lambda: len(engine._streams) == 2)
-            engine._stats = replace(engine.stats(), prefill_tokens_per_s=20.0)
+            engine._stats = replace(engine._stats, prefill_tokens_per_s=20.0)
             response = http.post(GENERATE, json={"prompt": "a", "max_tokens": 1})
             assert "2 requests are waiting and 1 more" in error_of(response, 429)["message"]
             assert int(response.headers["retry-after"]) == 500 / 20
