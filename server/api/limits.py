@@ -26,6 +26,9 @@ from prerope.server.structured.matcher import CompiledGrammar
 
 SEEDS = 2**63
 
+NO_SEED = -1
+"""What llama.cpp, Ollama, vLLM and the pages before them write where each reply is to be drawn anew."""
+
 GREEDY_BELOW = 1e-4
 """A temperature this low draws the best token anyway, and one much lower would overflow the logits."""
 
@@ -88,7 +91,7 @@ def sampling_params(
         allowed_token_ids=None if fields.allowed_token_ids is None else tuple(fields.allowed_token_ids),
         bad_token_ids=bad_token_ids,
         ignore_eos=fields.ignore_eos,
-        seed=None if fields.seed is None else (fields.seed + index) % SEEDS,
+        seed=None if fields.seed in (None, NO_SEED) else (fields.seed + index) % SEEDS,
         logprobs=output.logprobs,
         prompt_logprobs=output.prompt_logprobs,
         grammar=grammar,

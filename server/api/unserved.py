@@ -17,6 +17,7 @@ _INSTEAD = {
     "realtime": "speech in real time: stream text from /v1/responses or /v1/chat/completions",
     "infill": "text in between: models served here complete at the end only (/v1/completions)",
     "completion": "completions at this path: they are at /v1/completions, with llama.cpp's names for its fields",
+    "base": "paths without /v1: an OpenAI client's base_url ends with /v1",
     "models": "models by their clients' wish: one is served, which is chosen at the start (MODEL_ID)",
 }
 _PATHS = {
@@ -32,6 +33,7 @@ _PATHS = {
     "realtime": ("/v1/realtime",),
     "infill": ("/infill", "/v1/fim"),
     "completion": ("/completion", "/completions"),
+    "base": ("/chat/completions", "/responses", "/messages", "/models"),
     "models": ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/v1/load_lora_adapter"),
 }
 _KINDS = {path: kind for kind, paths in _PATHS.items() for path in paths}

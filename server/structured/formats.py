@@ -22,6 +22,10 @@ _DURATION_DATE = f"(?:{_N}Y(?:{_N}M(?:{_N}D)?)?|{_N}M(?:{_N}D)?|{_N}D)"
 _DURATION = f"P(?:{_N}W|{_DURATION_DATE}(?:{_DURATION_TIME})?|{_DURATION_TIME})"
 
 _HEX = "[0-9a-fA-F]"
+_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_IPV4, _IPV6 = rf"{_BYTE}(?:\.{_BYTE}){{3}}", f"(?:{_HEX}{{1,4}}:){{7}}{_HEX}{{1,4}}"
+_IPV4_NETWORK = rf"(?:{_IPV4}/32|{_BYTE}(?:\.{_BYTE}){{2}}\.0/24|{_BYTE}\.{_BYTE}\.0\.0/16|{_BYTE}\.0\.0\.0/8)"
+_IPV4_INTERFACE = rf"{_IPV4}/(?:[12]?\d|3[0-2])"
 _POINTER = "(?:/(?:[^~/]|~[01])*)*"
 
 PATTERNS = {
@@ -32,6 +36,11 @@ PATTERNS = {
     "json-pointer": _POINTER,
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "base64": "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?",
+    "base64url": "(?:[A-Za-z0-9_-]{4})*(?:[A-Za-z0-9_-]{2}==|[A-Za-z0-9_-]{3}=)?",
+    **dict.fromkeys(("ipv4network", "ipvanynetwork"), _IPV4_NETWORK),
+    **dict.fromkeys(("ipv4interface", "ipvanyinterface"), _IPV4_INTERFACE),
+    "ipv6network": f"{_IPV6}/128",
+    "ipv6interface": rf"{_IPV6}/(?:\d|[1-9]\d|1[01]\d|12[0-8])",
     "uuid": f"{_HEX}{{8}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{4}}-{_HEX}{{12}}",
     **{
         f"uuid{version}": f"{_HEX}{{8}}-{_HEX}{{4}}-{version}{_HEX}{{3}}-[89abAB]{_HEX}{{3}}-{_HEX}{{12}}"

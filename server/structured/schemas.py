@@ -61,7 +61,7 @@ class Enforceable:
 def enforceable(schema: Any) -> Enforceable:
     """Rewrites a schema. Unenforceable says why a reply could not be held to it; RecursionError where it nests deeper
     than Python can follow."""
-    schema = as_drafted(schema)
+    schema = {} if schema is True else as_drafted(schema)
     rewriter = _Rewriter(Document(schema))
     new = rewriter.rewritten(schema)
     if not rewriter.document.ids <= rewriter.done:
@@ -91,6 +91,9 @@ class _Rewriter:
         if not isinstance(schema, dict):
             return self._elsewhere(schema)
         self.done.add(id(schema))
+        if schema.get("not") in ({}, True) and schema.keys() - REMARKS == {"not"}:
+            self.done.add(id(schema["not"]))
+            return False  # as zod writes it
         new = {key: self._within(key, value) for key, value in schema.items()}
         exact = self.document.is_exact(schema)
         self._check_listed(new)

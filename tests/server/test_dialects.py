@@ -90,6 +90,8 @@ def test_anthropic_stream_blocks_and_system(claude: anthropic.Anthropic, http: h
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
     assert text == final.content[0].text == expected_chat(http)  # type: ignore[union-attr]
+    silent: Any = [*ASKED, {"role": "assistant", "content": None}, *ASKED]
+    assert claude.messages.create(model=MODEL, max_tokens=2, messages=silent).usage.output_tokens <= 2
     system = claude.messages.create(model=MODEL, max_tokens=8, messages=ASKED, system="Be brief.", extra_body=GREEDY)  # type: ignore[arg-type]
     both = [{"role": "system", "content": "Be brief."}, *ASKED]
     assert system.content[0].text == expected_chat(http, messages=both)  # type: ignore[union-attr]
@@ -192,6 +194,18 @@ def test_responses_text_and_stream(client: openai.OpenAI, http: httpx.Client) ->
     assert text == reply.output_text
     assert types[:2] == ["response.created", "response.in_progress"]
     assert types[-1] in ("response.completed", "response.incomplete")
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_items_of_a_response_end_as_they_were_told(client: openai.OpenAI, called: bool) -> None:
+    """Also where the reply was cut short."""
+    tool: Any = {"type": "function", "name": "weather", "parameters": WEATHER}
+    more: Any = {"tools": [tool], "tool_choice": "required"} if called else {}
+    for limit in (2, 8, 24, 60, 200):
+        events = list(client.responses.create(model=MODEL, input="x", max_output_tokens=limit, stream=True, **more))
+        reply = events[-1].response  # type: ignore[union-attr]
+        assert reply.output == [event.item for event in events if event.type == "response.output_item.done"]
+        assert reply.output[-1].status == reply.status  # type: ignore[union-attr]
 
 
 def test_responses_go_on(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -355,6 +369,10 @@ def test_sglang_and_tgi_options(http: httpx.Client) -> None:
         body = {"text": "Once", "sampling_params": {**few, **constraint}}
         assert http.post("/generate", json=body).json()["text"] in ("ab", "7", "aaa")
     ids = http.post("/tokenize", json={"prompt": "a b c d e f g"}).json()["tokens"]
+    neutral = {"top_p": 0, "top_k": -1, "skip_special_tokens": True, "temperature": 2, "max_new_tokens": 6}
+    greedy = {"inputs": "Once", "parameters": {"max_new_tokens": 6}}
+    said = http.post("/generate", json={"inputs": "Once", "parameters": neutral}).json()
+    assert said == http.post("/generate", json=greedy).json()
     last = http.post("/generate", json={"input_ids": ids[-3:], "sampling_params": few}).json()["text"]
     cut = {"inputs": "a b c d e f g", "parameters": {"max_new_tokens": 6, "truncate": 3}}
     assert http.post("/generate", json=cut).json()["generated_text"] == last
@@ -398,6 +416,8 @@ def test_ollama(llama: ollama.Client, http: httpx.Client) -> None:
     raw = llama.generate(model=MODEL, prompt="Say", raw=True, options=options, stream=True)
     plain = http.post("/generate", json={"prompt": "Say", "max_tokens": 8, "temperature": 0}).json()["text"]
     assert "".join(part.response for part in raw) == plain
+    assert llama.chat(model=MODEL, messages=[]).done_reason == "load"
+    assert llama.generate(model=MODEL).done_reason == "load"
     assert llama.list().models[0].model == MODEL
     assert llama.show(MODEL).capabilities == ["completion", "tools"]
 
@@ -540,6 +560,10 @@ def test_thoughts_in_every_dialect(serve: Any, tiny_checkpoint: Path, tmp_path: 
         pieces = llama.chat(MODEL, ASKED, options=options, stream=True)
         assert "".join(piece.message.thinking or "" for piece in pieces) == thought
         assert llama.chat(MODEL, ASKED, options=options, think=False).message.thinking is None
+        said = llama.generate(MODEL, "Say something.", options=options)
+        assert (said.response, said.thinking) == ("", thought)
+        streamed_ = llama.generate(MODEL, "Say something.", options=options, stream=True)
+        assert "".join(piece.thinking or "" for piece in streamed_) == thought
 
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         asked = {"model": MODEL, "input": "Say something.", "max_output_tokens": 16, "temperature": 0}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import enum
 import functools
+import ipaddress
 import json
 import math
 import os
@@ -121,6 +122,12 @@ TYPES: list[Any] = [
     pydantic.SecretStr,
     pydantic.IPvAnyAddress,
     pydantic.Base64Bytes,
+    pydantic.Base64UrlBytes,
+    ipaddress.IPv4Network,
+    ipaddress.IPv6Network,
+    ipaddress.IPv6Interface,
+    pydantic.IPvAnyNetwork,
+    pydantic.IPvAnyInterface,
     Annotated[float, Field(gt=0, lt=1)],
     Annotated[list[int], Field(min_length=1, max_length=3)],
     Annotated[Cat | Dog, Field(discriminator="kind")],
@@ -153,6 +160,14 @@ CLOSED = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"type": "object", "propertyNames": {"maxLength": 2}}, ['{"ab":null}'], ['{"abc":null}']),
         ({"type": "object", "propertyNames": {"format": "date"}}, ['{"2024-02-29":1}'], ['{"2023-02-29":1}']),
         ({"type": "object", "propertyNames": {"type": "string"}}, ['{"abc":null}'], ["[]"]),
+        (
+            {"properties": {"a": {"type": "integer", "enum": None, "pattern": None}}, "required": None, "items": None},
+            ['{"a":1}'],
+            ['{"a":null}'],
+        ),
+        ({"anyOf": [{"not": {}}, {"const": "a"}]}, ['"a"'], ['"b"', "1"]),
+        ({"properties": {"a": {"not": {}}}, "additionalProperties": {"not": {}}}, ["{}"], ['{"a":1}', '{"b":1}']),
+        (True, ["1", "{}"], []),
         ({"enum": ["a", "b"], "uniqueItems": False}, ['"a"'], ['"c"']),
         ({"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True}, ["[]", '["b","a"]'], ['["a","a"]']),
         (

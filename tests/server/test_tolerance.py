@@ -20,6 +20,9 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 from openai.types.responses import ResponseIncludable
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming as ResponseParams
 from prerope.server.api.chat.tool_choice import ToolChoice
+from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaGenerateRequest
+from prerope.server.api.dialects.requests.others import AnyGenerateRequest
 from prerope.server.api.dialects.requests.responses import INCLUDED, ResponsesRequest
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests import foreign
@@ -197,7 +200,6 @@ OFF: dict[str, Any] = {
     "made_up": {"a": None, "b": []},
     "made_up_too": [None, ""],
 }
-COMPLETION_LACKS = ("reasoning_format",)
 SYNONYMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_new_tokens": 3}, {"max_tokens": 3}),
     ({"n_predict": 3}, {"max_tokens": 3}),
@@ -245,6 +247,20 @@ HISTORY: list[dict[str, Any]] = [
     {"role": "function", "name": "f", "content": "sunny"},
     {"role": "tool", "content": "sunny", "tool_call_id": "c", "is_error": True},
     {"role": "assistant", "content": "hi", "prefix": True},
+    *(
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": id_, "function": {"name": "f", "arguments": text}}],
+        }
+        for id_, text in (
+            (7, "null"),
+            ("call_1__thought__" + "A" * 2000, "[1]"),
+            ("", "Rome"),
+            (None, '"{\\"a\\": 1}"'),
+        )
+    ),
+    {"role": "tool", "content": "sunny", "tool_call_id": 7},
 ]
 
 
@@ -279,11 +295,41 @@ def test_what_is_off_asks_for_nothing(http: httpx.Client, path: str) -> None:
     body = {**(USER if path == CHAT else {"prompt": "hi", "max_tokens": 2}), "temperature": 0}
     plain = answered(http.post(path, json=body))["choices"]
     for name, value in OFF.items():
-        if path == COMPLETIONS and name in COMPLETION_LACKS:
-            continue
         told = http.post(path, json={**body, name: value})
         assert answered(told)["choices"] == plain, name
         assert HEADER not in told.headers, name
+
+
+@pytest.mark.parametrize(
+    ("request_", "body"),
+    [
+        (MessagesRequest, USER),
+        (CountTokensRequest, {"messages": USER["messages"]}),
+        (OllamaChatRequest, {"messages": USER["messages"]}),
+        (OllamaGenerateRequest, {"prompt": "hi"}),
+        (AnyGenerateRequest, {"inputs": "hi"}),
+        (AnyGenerateRequest, {"text": "hi"}),
+        (ResponsesRequest, {"input": "hi"}),
+        (AnyGenerateRequest, {"prompt": "hi"}),
+    ],
+)
+def test_what_asks_for_nothing_does_so_in_every_dialect(request_: Any, body: dict[str, Any]) -> None:
+    plain = request_.model_validate(body)
+    for name, value in {**DEFAULTS[CHAT], **OFF, "best_of": 1, "detokenize": True, "user_id": "u"}.items():
+        told = request_.model_validate({**body, name: value})
+        if name not in request_.model_fields and name not in request_.synonyms:
+            assert told == plain, name
+    if request_ is not CountTokensRequest:  # to which what a reply should be like is nothing
+        with pytest.raises(InvalidRequest, match="best_of"):
+            request_.model_validate({**body, "best_of": 2})
+
+
+def test_seed_minus_one_is_none(http: httpx.Client) -> None:
+    """As llama.cpp, Ollama and vLLM read it; pages write it where each reply is to be another."""
+    body = {"prompt": "Once", "max_tokens": 12, "temperature": 3, "top_p": 1, "top_k": -1}
+    for seed, num_replies in ((-1, 3), (5, 1)):
+        texts = {answered(http.post("/generate", json={**body, "seed": seed}))["text"] for _ in range(3)}
+        assert len(texts) == num_replies, seed
 
 
 @pytest.mark.parametrize("path", DEFAULTS)

@@ -569,11 +569,6 @@ BAD: list[tuple[dict[str, Any], str, list[str]]] = [
         "messages",
         ["tool_calls", "assistant"],
     ),
-    (
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]}]},
-        "messages",
-        ["arguments", "JSON object"],
-    ),
 ]
 
 

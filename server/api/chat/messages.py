@@ -22,6 +22,9 @@ from pydantic_core import CoreSchema, from_json
 MAX_NAME = 128
 """Characters of the name of a function."""
 
+MAX_ID = 2**14
+"""Characters of a call's id: LiteLLM hides signatures of Gemini's thoughts in them."""
+
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
 """Of one message. What a message or a part costs is for its being there, whatever little it says."""
@@ -118,6 +121,13 @@ def _arguments(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
+def _id(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+CallId = Annotated[Text, Field(max_length=MAX_ID), BeforeValidator(_id)]
+
+
 class CalledFunction(RequestBody):
     """A function and its arguments: the text of a JSON object, as the model wrote it, whole or cut short."""
 
@@ -126,22 +136,19 @@ class CalledFunction(RequestBody):
     name: Text = Field(max_length=MAX_NAME)
     arguments: Annotated[Text, BeforeValidator(_arguments)] = ""
 
-    @model_validator(mode="after")
-    def _arguments_are_an_object(self) -> CalledFunction:
-        if self.arguments.strip() and not self.arguments.lstrip().startswith("{"):
-            raise InvalidRequest(
-                "'messages.tool_calls.function.arguments' must be the text of a JSON object", param="messages"
-            )
-        return self
-
     def parsed(self) -> dict[str, Any] | str:
         """Chat templates write the arguments themselves and want them as an object. A call of ours that was cut short
-        comes back as it is: of such a one, what can be read; the text itself where that is nothing."""
-        try:
-            arguments = from_json(self.arguments.strip() or "{}", allow_partial="trailing-strings")
-        except ValueError:
-            arguments = None
-        return arguments if isinstance(arguments, dict) else self.arguments
+        comes back as it is: of such a one, what can be read; the text itself where that is nothing. Others' models
+        write `null`, and some clients the text of a text."""
+        arguments: Any = self.arguments
+        for _ in range(2):
+            try:
+                arguments = from_json(arguments.strip() or "{}", allow_partial="trailing-strings")
+            except ValueError:
+                break
+            if not isinstance(arguments, str):
+                break
+        return {} if arguments is None else arguments if isinstance(arguments, dict) else self.arguments
 
 
 class ToolCall(RequestBody):
@@ -150,7 +157,7 @@ class ToolCall(RequestBody):
     path: ClassVar[str] = "messages.tool_calls."
     foreign: ClassVar[Mapping[str, Foreign]] = TOOL_CALL
 
-    id: Text | None = Field(None, max_length=256)
+    id: CallId | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -166,7 +173,7 @@ class Message(RequestBody):
     content: Annotated[Content, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
     name: Text | None = Field(None, max_length=256)
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_PARTS)
-    tool_call_id: Text | None = Field(None, max_length=256)
+    tool_call_id: CallId | None = None
     reasoning_content: Text | None = Field(None, description="What the assistant thought: for the chat template.")
     prefix: bool | None = Field(None, description="Of the last message: the reply goes on with it (Mistral, DeepSeek).")
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
-from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ReasoningPart, TextPart
+from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
@@ -35,6 +35,9 @@ from prerope.server.service import ReadyService, Service
 
 router = APIRouter(prefix="/api", tags=["ollama"])
 
+LOADED = {"done": True, "done_reason": "load"}
+"""Of the answer to a request without a prompt: so its clients load a model ahead of time."""
+
 
 @router.post("/chat", summary="Answer a chat, in Ollama's shape")
 async def chat(
@@ -43,13 +46,15 @@ async def chat(
     service: ReadyService,
 ) -> Response:
     """Ollama's chat: JSON lines, or one object where `stream` is false."""
+    if not read.body.messages:
+        return JSONResponse({**_head(service), "message": {"role": "assistant", "content": ""}, **LOADED})
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:
         return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
     parts = running.chat_reply(reply)
     calls = [_call(one.name, one.arguments) for one in parts.calls]
-    thought = {"thinking": parts.reasoning} if parts.reasoning and read.body.think is not False else {}
+    thought = _thought(read.body, parts)
     printed = {"role": "assistant", "content": parts.text, **thought, **({"tool_calls": calls} if calls else {})}
     told = {"message": printed, **_scores(service, read.body, reply.tokens)}
     return await json_response({**_head(service), **told, **_last_fields(running, reply.finish_reason)})
@@ -62,14 +67,19 @@ async def generate(
     service: ReadyService,
 ) -> Response:
     """Ollama's generate: JSON lines, or one object where `stream` is false."""
-    if not read.body.prompt:  # how its clients load a model ahead of time
-        return JSONResponse({**_head(service), "response": "", "done": True, "done_reason": "load"})
+    if not read.body.prompt:
+        return JSONResponse({**_head(service), "response": "", **LOADED})
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:
         return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
-    told = {"response": reply.text, **_scores(service, read.body, reply.tokens)}
+    parts = running.chat_reply(reply)
+    told = {"response": parts.text, **_thought(read.body, parts), **_scores(service, read.body, reply.tokens)}
     return await json_response({**_head(service), **told, **_last_fields(running, reply.finish_reason)})
+
+
+def _thought(body: OllamaFields, parts: ChatReply) -> dict[str, str]:
+    return {"thinking": parts.reasoning} if parts.reasoning and body.think is not False else {}
 
 
 def _scores(service: Service, body: OllamaFields, tokens: Sequence[Token]) -> dict[str, Many]:
@@ -83,7 +93,7 @@ async def _lines(service: Service, running: Running, body: OllamaFields) -> Asyn
     """A line for each piece of text and each whole call, then one with the counts."""
     head, calls, reason = _head(service), list[tuple[str, str]](), FinishReason.ABORT
     chat = isinstance(body, OllamaChatRequest)
-    thoughts, untold = chat and body.think is not False, list[Token]()
+    thoughts, untold = body.think is not False, list[Token]()
 
     def scores() -> dict[str, Any]:
         """Of the tokens whose text is told now."""
@@ -92,7 +102,7 @@ async def _lines(service: Service, running: Running, body: OllamaFields) -> Asyn
         return told
 
     def line(text: str, **more: Any) -> dict[str, Any]:
-        content = {"message": {"role": "assistant", "content": text, **more}} if chat else {"response": text}
+        content = {"message": {"role": "assistant", "content": text, **more}} if chat else {"response": text, **more}
         return {**head, **content, "done": False}
 
     async for piece, parts in chat_events(running):

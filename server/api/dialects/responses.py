@@ -109,13 +109,14 @@ class _Printer:
         self, reply: ChatReply, reason: FinishReason, tokens: Sequence[Token], ids: list[str] | None = None
     ) -> dict[str, Any]:
         """The whole response; its conversation is kept where it may be."""
-        status = "completed" if reason is FinishReason.STOP else "incomplete"
+        status = _status(reason)
         output: list[Any] = []
         if reply.reasoning:
             output.append(reasoning_item(new_id("rs"), reply.reasoning, "completed"))
         if reply.text or (not output and not reply.calls):
-            output.append(message_item(new_id("msg"), reply.text, status))
-        output += [call_item(new_id("fc"), one, status) for one in reply.calls]
+            output.append(message_item(new_id("msg"), reply.text, "completed"))
+        output += [call_item(new_id("fc"), one, "completed") for one in reply.calls]
+        output[-1]["status"] = status  # what stands before the last item was written to its end
         for item, item_id in zip(output, ids or (), strict=False):
             item["id"] = item_id
         if self.body.store:
@@ -142,6 +143,10 @@ class _Printer:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
+
+
+def _status(reason: FinishReason) -> str:
+    return "completed" if reason is FinishReason.STOP else "incomplete"
 
 
 def message_item(item_id: str, text: str, status: str) -> dict[str, Any]:
@@ -226,14 +231,14 @@ class _OpenItem:
         self.call.arguments += text
         return {"type": "response.function_call_arguments.delta", **self.place, "delta": text}
 
-    def end(self) -> Iterator[dict[str, Any]]:
+    def end(self, status: str = "completed") -> Iterator[dict[str, Any]]:
         if self.call is None:
             yield self._event("done", self.tokens, text=self.text)
             yield {"type": "response.content_part.done", **self.text_place, "part": self._part()}
         else:
             named = {"name": self.call.name, "arguments": self.call.arguments}
             yield {"type": "response.function_call_arguments.done", **self.place, **named}
-        yield {"type": "response.output_item.done", "output_index": self.index, "item": self.item("completed")}
+        yield {"type": "response.output_item.done", "output_index": self.index, "item": self.item(status)}
 
 
 async def _events(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]:
@@ -285,7 +290,7 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
     for event in () if items else begin(None):
         yield event
     items[-1].tokens += untold
-    for event in items[-1].end():
+    for event in items[-1].end(_status(reason)):
         yield event
     whole = printer.finished(reply, reason, tokens, [item.id for item in items])
     yield {"type": f"response.{whole['status']}", "response": whole}

@@ -74,6 +74,7 @@ BODY: Mapping[str, Foreign] = {
     # OpenAI: who asks, labels, price, copies and caches of theirs; a prediction makes the same reply come sooner.
     **ignored("user", "safety_identifier", "metadata", "store", "service_tier", "prediction"),
     **ignored("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
+    **ignored("user_id", "betas", "anthropic_beta"),
     "verbosity": HINT,
     "moderation": Foreign("no moderation model runs here"),
     # Names of a request or of a conversation, and how often a stream is flushed: vLLM, SGLang, LiteLLM.
@@ -82,6 +83,13 @@ BODY: Mapping[str, Foreign] = {
     ),
     **ignored("litellm_call_id", "litellm_trace_id", "stream_interval", "cache_control", "caching", "num_retries"),
     **ignored("spaces_between_special_tokens", "return_mm_kwargs", "return_token_offsets", "media_io_kwargs"),
+    "detokenize": Foreign("ask for 'return_token_ids'", harmless=(True,)),
+    "response_format": Foreign(
+        "say by this endpoint's own field what the reply is to match", harmless=({"type": "text"},)
+    ),
+    "length_penalty": Foreign("of a beam search, in /v1/chat/completions", harmless=(1, 1.0)),
+    "reasoning_format": Foreign("a chat's: use /v1/chat/completions", harmless=("auto",)),
+    "thinking": Foreign("a chat's: use /v1/chat/completions", harmless=({"type": "disabled"},)),
     "early_stopping": Foreign("beams are searched to their end"),
     "truncation": Foreign("use 'truncate_prompt_tokens'", harmless=("disabled",)),
     "num_beams": Foreign("use 'use_beam_search' with 'n'", harmless=(1,)),
@@ -165,7 +173,7 @@ BODY: Mapping[str, Foreign] = {
         ("parallel_tool_calls", "include_reasoning", "separate_reasoning", "stream_reasoning", "add_generation_prompt"),
         Foreign("a chat's: use /v1/chat/completions", harmless=(True,)),
     ),
-    "reasoning_effort": HINT,
+    **hints("reasoning_effort", "reasoning"),
     "best_of": Foreign("of /v1/completions; use 'n'", harmless=(1,)),
     "n": Foreign("send as many requests, or use /v1/completions", harmless=(1,)),
     "top_logprobs": Foreign("use 'logprobs'", harmless=(0,)),
@@ -173,6 +181,21 @@ BODY: Mapping[str, Foreign] = {
     "logprob_start_len": Foreign("use 'prompt_logprobs'", harmless=(-1,)),
 }
 """Of a body of /v1/completions, /v1/chat/completions, /generate, /tokenize and /detokenize."""
+
+_OPENAIS = "of OpenAI's endpoints: ask there, or by a field of this one"
+DIALECT: Mapping[str, Foreign] = {
+    **BODY,
+    **dict.fromkeys(("skip_special_tokens", "add_special_tokens", "do_sample"), Foreign(_OPENAIS, harmless=(True,))),
+    **dict.fromkeys(("min_p", "min_tokens", "min_new_tokens", "priority"), Foreign(_OPENAIS, harmless=(0, 0.0))),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), Foreign(_OPENAIS, harmless=(0, 0.0))),
+    **dict.fromkeys(("top_p", "repetition_penalty", "repeat_penalty"), Foreign(_OPENAIS, harmless=(1, 1.0))),
+    "top_k": Foreign(_OPENAIS, harmless=(-1, 0)),
+    "seed": Foreign(_OPENAIS, harmless=(-1,)),
+    "truncation_side": Foreign(_OPENAIS, harmless=("left",)),
+    **ignored("use_cache", "pad_token_id", "clean_up_tokenization_spaces"),
+    "no_repeat_ngram_size": Foreign("use 'repetition_penalty'", harmless=(0,)),
+}
+"""Of a body of another dialect: what routers write into every body, at its default."""
 
 CHAT: Mapping[str, Foreign] = {
     **BODY,

@@ -46,6 +46,7 @@ SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
     **dict.fromkeys(("random_seed", "sampling_seed"), "seed"),
     "repeat_penalty": "repetition_penalty",
+    "min_new_tokens": "min_tokens",
     "stop_sequences": "stop",
     "prompt_truncate_len": "truncate_prompt_tokens",
 }

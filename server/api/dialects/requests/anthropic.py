@@ -22,8 +22,9 @@ from prerope.server.api.dialects.requests.common import (
 )
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text
 from prerope.server.api.requests.documents import REREAD_FIELD, Attention, DocumentReading
-from prerope.server.api.requests.foreign import Foreign, hints, ignored
+from prerope.server.api.requests.foreign import DIALECT, OF_A_REPLY, Foreign, hints, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
+from prerope.server.api.requests.sampling_types import Stop
 from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
@@ -40,22 +41,26 @@ class OutputConfig(RequestBody):
     format: dict[str, Any] | None = Field(None, description='{"type": "json_schema", "schema": …}')
 
 
+FOREIGN: Mapping[str, Foreign] = {
+    **DIALECT,
+    **ignored("metadata", "service_tier", "cache_control", "betas", "inference_geo", "user_profile_id"),
+    **ignored("workspace_id", "diagnostics", "billing_policy", "fallback_credit_token"),
+    **hints("container", "context_management", "speed", "fallbacks", "compaction"),
+    "mcp_servers": Foreign("the server calls no others; tools are their client's"),
+    "thread": Foreign("conversations are kept by their client"),
+}
+
+
 class CountTokensRequest(RequestBody):
     """The part of a request that makes its prompt. `document_attention` and `document_reread` are ours."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = {
-        **ignored("metadata", "service_tier", "cache_control", "betas", "inference_geo", "user_profile_id"),
-        **ignored("workspace_id", "diagnostics", "billing_policy", "fallback_credit_token"),
-        **hints("container", "context_management", "speed", "fallbacks", "compaction"),
-        "mcp_servers": Foreign("the server calls no others; tools are their client's"),
-        "thread": Foreign("conversations are kept by their client"),
-    }
+    foreign: ClassVar[Mapping[str, Foreign]] = {**FOREIGN, **OF_A_REPLY}
 
     model: Text | None = None
     messages: list[Any] = Field(min_length=1)
     system: str | list[Any] | None = None
     tools: list[Any] = Field(default_factory=list)
-    tool_choice: dict[str, Any] | None = None
+    tool_choice: dict[str, Any] | str | None = Field(None, description="An object; OpenAI's words, too.")
     thinking: dict[str, Any] | None = None
     output_config: OutputConfig | None = None
     output_format: dict[str, Any] | None = Field(None, description="Older name of output_config.format.")
@@ -68,7 +73,8 @@ class CountTokensRequest(RequestBody):
         return (self.thinking or {}).get("type") in ("enabled", "adaptive")
 
     def chat(self) -> Chat:
-        choice = self.tool_choice or {}
+        given = self.tool_choice or {}
+        choice = {"type": "any" if given == "required" else given} if isinstance(given, str) else given
         one = choice.get("disable_parallel_tool_use")
         told = told_of_effort(self.output_config.effort if self.output_config else None)
         if self.thinking is not None:
@@ -100,12 +106,15 @@ class CountTokensRequest(RequestBody):
 class MessagesRequest(CountTokensRequest):
     """POST /v1/messages."""
 
+    foreign: ClassVar[Mapping[str, Foreign]] = FOREIGN
+    synonyms: ClassVar[Mapping[str, str]] = {"stop": "stop_sequences", "max_completion_tokens": "max_tokens"}
+
     max_tokens: int = Field(ge=1, le=INT32_MAX)
     stream: bool = False
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX)
-    stop_sequences: list[Text] = Field(default_factory=list, max_length=64)
+    stop_sequences: Stop = Field(default_factory=list)
 
     def lowered(self) -> GenerationRequest:
         sampling = Sampling(
@@ -113,7 +122,7 @@ class MessagesRequest(CountTokensRequest):
             temperature=0.0 if self.top_p == 0 else self.temperature,
             top_p=self.top_p or None,
             top_k=self.top_k,
-            stop=[text for text in self.stop_sequences if text],
+            stop=self.stop_sequences,
         )
         return GenerationRequest(input=self.chat(), model=self.model, sampling=sampling, constraint=self._constraint())
 
@@ -150,6 +159,8 @@ def _part(block: Mapping[str, Any], param: str) -> Mapping[str, Any]:
 def _lowered(given: Any, param: str) -> Iterator[Message]:
     """One message as OpenAI's: results of tools become messages of their own, before the text beside them."""
     role, content = given.get("role"), given.get("content")
+    if content is None and role == "assistant":  # who said nothing
+        return
     if isinstance(content, str) or role not in ("user", "assistant", "system"):
         yield message(role, text_of(content, f"{param}.content"))
         return

@@ -18,7 +18,7 @@ from prerope.server.api.dialects.requests.common import (
     text_of,
 )
 from prerope.server.api.requests.body import RequestBody, Text
-from prerope.server.api.requests.foreign import HINT, IGNORED, Foreign, ignored
+from prerope.server.api.requests.foreign import DIALECT, HINT, IGNORED, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.sampling_types import Stop
 from prerope.server.api.requests.schemas import MAX_LOGPROBS
@@ -33,6 +33,7 @@ class Options(RequestBody):
 
     path: ClassVar[str] = "options."
     foreign: ClassVar[Mapping[str, Foreign]] = {
+        **DIALECT,
         **ignored("num_ctx", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread", "low_vram", "f16_kv"),
         **ignored("use_mmap", "use_mlock", "numa", "vocab_only", "logits_all", "draft_num_predict", "embedding_only"),
         **ignored("mirostat_tau", "mirostat_eta"),  # of mirostat
@@ -73,7 +74,7 @@ class Options(RequestBody):
 class OllamaFields(RequestBody):
     """What both endpoints take."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = dict.fromkeys({"keep_alive", "truncate", "shift"}, IGNORED)
+    foreign: ClassVar[Mapping[str, Foreign]] = {**DIALECT, **ignored("keep_alive", "truncate", "shift")}
 
     model: Text | None = None
     stream: bool = True
@@ -87,6 +88,12 @@ class OllamaFields(RequestBody):
     def num_logprobs(self) -> int | None:
         """Alternatives beside each token, as SamplingParams counts them."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def told_of_thinking(self) -> dict[str, Any]:
+        """What the chat template is told."""
+        if isinstance(self.think, str):
+            return told_of_effort(self.think)
+        return {} if self.think is None else {"enable_thinking": self.think}
 
     def constraint(self) -> GrammarText | None:
         if self.format in (None, ""):
@@ -105,9 +112,6 @@ class OllamaChatRequest(OllamaFields):
     tools: list[Tool] = Field(default_factory=list)
 
     def lowered(self) -> GenerationRequest:
-        if not self.messages:
-            raise InvalidRequest("'messages' is empty: give at least one", param="messages")
-        told = told_of_effort(self.think) if isinstance(self.think, str) else {"enable_thinking": self.think}
         messages = list(self._messages())
         continues = begins_reply(messages)
         chat = Chat(
@@ -115,10 +119,10 @@ class OllamaChatRequest(OllamaFields):
             tools=self.tools,
             add_generation_prompt=not continues,
             continue_final_message=continues,
-            template_kwargs={} if self.think is None else told,
+            template_kwargs=self.told_of_thinking(),
         )
         return GenerationRequest(
-            input=chat,
+            input=chat if messages else [],  # none: to load the model
             model=_name(self.model),
             sampling=self.options.sampling(),
             output=Output(logprobs=self.num_logprobs),
@@ -167,7 +171,7 @@ class OllamaGenerateRequest(OllamaFields):
         given: list[Prompt] | Chat = [Prompt(given=self.prompt)] if self.prompt else []  # none: to load the model
         if self.prompt and not self.raw:
             system = [message("system", self.system)] if self.system else []
-            given = Chat(messages=[*system, message("user", self.prompt)])
+            given = Chat(messages=[*system, message("user", self.prompt)], template_kwargs=self.told_of_thinking())
         return GenerationRequest(
             input=given,
             model=_name(self.model),

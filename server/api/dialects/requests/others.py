@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from prerope.server.api.requests.body import RequestBody, Text, prompts_of
-from prerope.server.api.requests.foreign import Foreign, ignored, refused
+from prerope.server.api.requests.foreign import DIALECT, Foreign, ignored, refused
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
 from prerope.server.api.requests.sampling_types import LogitBias, Stop
 from prerope.server.api.requests.schemas import GenerateRequest
@@ -31,6 +31,7 @@ class TgiParameters(RequestBody):
 
     path: ClassVar[str] = "parameters."
     foreign: ClassVar[Mapping[str, Foreign]] = {
+        **DIALECT,
         **refused("one model without adapters is served", ("adapter_id",)),
         **refused("the prompt's tokens are told by 'prompt_logprobs' of /v1/completions", ("decoder_input_details",)),
         "watermark": Foreign("replies are not marked"),
@@ -44,8 +45,8 @@ class TgiParameters(RequestBody):
     max_new_tokens: int | None = Field(None, ge=1)
     do_sample: bool = False
     temperature: float | None = Field(None, ge=0, le=10)
-    top_k: int | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    top_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = None
@@ -61,7 +62,7 @@ class TgiParameters(RequestBody):
 class TgiRequest(RequestBody):
     """POST /generate and /generate_stream of text-generation-inference, and what huggingface_hub sends to `/`."""
 
-    foreign: ClassVar[Mapping[str, Foreign]] = ignored("model", "options")  # of the hub's own caches
+    foreign: ClassVar[Mapping[str, Foreign]] = {**DIALECT, **ignored("model", "options")}  # of the hub's own caches
 
     inputs: Text
     parameters: TgiParameters = Field(default_factory=TgiParameters)
@@ -77,7 +78,7 @@ class TgiRequest(RequestBody):
                 default_max_tokens=DEFAULT_TGI_TOKENS,
                 temperature=(1.0 if given.temperature is None else given.temperature) if sampled else 0.0,
                 top_k=given.top_k or 0,
-                top_p=given.top_p or 1.0,
+                top_p=1.0 if given.top_p is None else given.top_p,
                 repetition_penalty=given.repetition_penalty or 1.0,
                 frequency_penalty=given.frequency_penalty or 0.0,
                 stop=given.stop or given.stop_sequences,
@@ -105,10 +106,17 @@ class SglangSampling(RequestBody):
 
     path: ClassVar[str] = "sampling_params."
     foreign: ClassVar[Mapping[str, Foreign]] = {
+        **DIALECT,
         **ignored("spaces_between_special_tokens", "stream_interval"),
         **ignored("custom_params"),  # read by a logit processor, of which there is none
         "stop_regex": Foreign("give 'stop' strings, or a 'regex' that the whole reply matches"),
         "structural_tag": Foreign("give a 'json_schema', a 'regex' or an 'ebnf'"),
+    }
+
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "max_tokens": "max_new_tokens",
+        "min_tokens": "min_new_tokens",
+        "seed": "sampling_seed",
     }
 
     max_new_tokens: int | None = Field(None, ge=0)
@@ -137,9 +145,10 @@ class SglangRequest(RequestBody):
     """POST /generate of SGLang: `text` or `input_ids`, and `sampling_params`."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = {
+        **DIALECT,
         **ignored("rid", "return_text_in_logprobs", "log_metrics", "stream_interval", "priority", "session_id"),
         **ignored("background", "conversation_id", "extra_key", "routed_dp_rank", "data_parallel_rank", "model"),
-        **refused("this server reads and writes text only", ("image_data", "video_data", "audio_data", "modalities")),
+        **refused("this server reads and writes text only", ("image_data", "video_data", "audio_data")),
         **refused("token ids and text are read, nothing else", ("input_embeds",)),
         "token_ids_logprob": Foreign("ask for 'top_logprobs_num'"),
         **refused("one model without adapters is served", ("lora_path",)),
@@ -220,7 +229,7 @@ class AnyGenerateRequest(GenerateRequest):
     @model_validator(mode="wrap")
     @classmethod
     def _of_its_dialect(cls, value: Any, ours: ModelWrapValidatorHandler[Self]) -> Any:
-        given = value.keys() if isinstance(value, dict) else {"prompt"}
+        given = {name for name, one in value.items() if one is not None} if isinstance(value, dict) else {"prompt"}
         if "inputs" in given:
             return TgiRequest.model_validate(value)
         if "prompt" not in given and given & {"text", "input_ids", "sampling_params"}:

@@ -199,7 +199,7 @@ class ResponsesRequest(SamplingFields):
             place = f"input[{index}]"
             item = object_of(one, place)
             if item.get("type") == "function_call":
-                pending.append(call(item.get("call_id"), item.get("name"), text_of(item.get("arguments"), place)))
+                pending.append(call(item.get("call_id"), item.get("name"), text_of(item.get("arguments") or "", place)))
                 continue
             if pending:
                 yield message("assistant", "", tool_calls=pending)
@@ -210,7 +210,7 @@ class ResponsesRequest(SamplingFields):
 
 
 def _lowered(item: Any, param: str) -> Iterator[Message]:
-    match item.get("type", "message"):
+    match item.get("type") or "message":
         case "message":
             yield message(item.get("role", "user"), _content(item.get("content") or "", f"{param}.content"))
         case "function_call_output":
