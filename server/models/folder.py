@@ -269,6 +269,8 @@ def _read_text(folder: Path, name: str) -> str:
         return (folder / name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise _refused(folder, f"{name} is no text in UTF-8: download it again") from error
+    except PermissionError as error:
+        raise _refused(folder, f"{name} cannot be read: permission denied") from error
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

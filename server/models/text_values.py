@@ -11,6 +11,8 @@ from typing import Any
 from prerope.server.models.config_values import shown
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SPECIAL = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+"""What every tokenizer may have; a number or a flag under another name that ends so is not read."""
 
 
 def wrong_in_text_file(name: str, said: Mapping[str, Any]) -> str | None:
@@ -37,7 +39,7 @@ def _wanted(key: str, value: Any) -> str | None:
     """What a value of this name should be, where it is not."""
     if value is None:
         return None
-    if key.endswith("_token") and not key.startswith(("add_", "use_")):
+    if key in SPECIAL:
         return None if isinstance(value, str | Mapping) else "a token, as text or as an object"
     if key in ("tokenizer_class", "padding_side", "truncation_side"):
         return None if isinstance(value, str) else "a name"

@@ -19,6 +19,7 @@ from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.config_values import Stored, wrong_in
 from prerope.server.models.model import Model, load_model
+from prerope.server.models.text_values import wrong_in_text_file
 from prerope.server.sampling_defaults import sampling_defaults
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
@@ -561,3 +562,11 @@ def _set_inside(content: Any, draw: random.Random) -> None:
             place[key] = draw.choice(STRANGE)
             return
         place = place[key]
+
+
+def test_values_of_a_tokenizer_that_nobody_reads_are_none_of_ours() -> None:
+    said = {"add_bos_token": False, "keep_pad_token": True, "bos_token": None, "eos_token": {"content": "</s>"}}
+    assert wrong_in_text_file("tokenizer_config.json", said) is None
+    assert wrong_in_text_file("tokenizer_config.json", said | {"eos_token": 2}) == (
+        "'eos_token' is 2, and it is a token, as text or as an object"
+    )
