@@ -60,6 +60,8 @@ class Asked:
         if response.status_code != 200:
             raise BenchError(f"{response.request.url}: {response.status_code} {response.text[:200]}")
         found = response.json()["choices"][0]["logprobs"]
+        if "content" in found:  # llama.cpp's completions answer as chats do
+            return [one["token"] for one in found["content"]], [one["logprob"] for one in found["content"]]
         return found["tokens"], found["token_logprobs"]
 
 
