@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import metadata
 
 from fastapi import FastAPI
 from prerope.cache.tier import folder_secret
+from prerope.server import version
 from prerope.server.api import generate, health, pages, positions
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldRequest
@@ -30,7 +30,7 @@ EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields"]
 def create_app(settings: Settings) -> FastAPI:
     """The whole server but for its socket. Importing and calling this loads no model; the lifespan does."""
     service = Service(settings)
-    app = FastAPI(title="PreRoPE", version=_version(), lifespan=_lifespan, redoc_url=None)
+    app = FastAPI(title="PreRoPE", version=version(), lifespan=_lifespan, redoc_url=None)
     app.state.service = service
     for module in (generate, openai, tokenize, positions, health, pages):
         app.include_router(module.router)
@@ -81,10 +81,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.workers.close()
         await service.engine.shutdown(service.settings.shutdown_timeout_s)
         await asyncio.to_thread(service.close)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("prerope")
-    except metadata.PackageNotFoundError:  # run from a source folder that was never installed
-        return "0"

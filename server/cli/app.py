@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from prerope.rope.spec import METHOD_NAMES
+from prerope.server import version
 from prerope.server.cli.chat import Chat, rope_field
 from prerope.server.cli.client import CallFailed, Client
 from prerope.server.cli.files import documents_of
@@ -37,6 +38,21 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Of each reply.")]
 Temperature = Annotated[float | None, typer.Option(min=0, max=10, help="Unset: the model's own.")]
 System = Annotated[str | None, typer.Option(help="System prompt.")]
 LOCAL = "http://127.0.0.1:8000"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(version())
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Of PreRoPE, and end.")
+    ] = False,
+) -> None:
+    """Without a command: what holds for all of them."""
 
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)

@@ -64,7 +64,9 @@ class Chat:
             case "add":
                 added = documents_of([Path(given).expanduser()])
                 self.documents += added
-                aside.print(f"{len(added)} documents were added, {len(self.documents)} in all", style="dim")
+                aside.print(
+                    f"{len(added)} document{'s'[: len(added) != 1]} added, {len(self.documents)} in all", style="dim"
+                )
             case _:
                 aside.print(HELP)
         return True

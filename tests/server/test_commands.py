@@ -13,6 +13,7 @@ import httpx
 import pytest
 import structlog
 from prerope.rope.spec import METHOD_NAMES
+from prerope.server import version
 from prerope.server.cli import app as commands
 from prerope.server.cli.chat import rope_field
 from prerope.server.cli.client import CallFailed, Client, Document
@@ -172,3 +173,5 @@ def test_the_module_and_the_completion_start_quickly() -> None:
         [sys.executable, "-m", "server.cli", "serve", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     assert "--max-model-len" in help_text
+    told = CliRunner().invoke(commands.app, ["--version"])
+    assert (told.exit_code, told.output.strip()) == (0, version())

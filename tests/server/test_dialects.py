@@ -97,6 +97,14 @@ def test_anthropic_stream_blocks_and_system(claude: anthropic.Anthropic, http: h
     assert system.content[0].text == expected_chat(http, messages=both)  # type: ignore[union-attr]
 
 
+def test_a_reply_of_anthropics_shape_has_content_when_its_call_is_cut(claude: anthropic.Anthropic) -> None:
+    tools: Any = [{"name": "weather", "description": "of a city", "input_schema": WEATHER}]
+    asked: Any = {"tools": tools, "tool_choice": {"type": "tool", "name": "weather"}, "extra_body": GREEDY}
+    for max_tokens in range(8, 80, 6):
+        reply = claude.messages.create(model=MODEL, max_tokens=max_tokens, messages=ASKED, **asked)
+        assert reply.content, f"clients read content[0]; cut at {max_tokens}"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_anthropic_tools_there_and_back(claude: anthropic.Anthropic, stream: bool) -> None:
     tools: Any = [{"name": "weather", "description": "of a city", "input_schema": WEATHER}]

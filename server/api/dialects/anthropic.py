@@ -62,12 +62,12 @@ def _head(service: Service, running: Running) -> dict[str, Any]:
 
 def _content(reply: ChatReply, *, thoughts: bool) -> list[dict[str, Any]]:
     thought = [_thinking(reply.reasoning)] if thoughts and reply.reasoning else []
-    text = [{"type": "text", "text": reply.text}] if reply.text or not reply.calls else []
     uses = [
         {"type": "tool_use", "id": one.id, "name": one.name, "input": json.loads(one.arguments or "{}")}
         for one in reply.calls
         if _whole(one.arguments)
     ]
+    text = [{"type": "text", "text": reply.text}] if reply.text or not uses else []
     return [*thought, *text, *uses]
 
 
