@@ -28,6 +28,9 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 
+MOST_TOKENS = 2**18
+"""Of all beams and their prompt: each step gives every beam to the engine anew, which costs all others time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Beam:
@@ -75,6 +78,7 @@ class BeamSearch:
                 "'use_beam_search' goes with text that nothing constrains: leave out the one or the other",
                 param="use_beam_search",
             )
+        _check_size(beams.width, len(prompt.ids) + max_tokens)
         current_hold().count(beams.width)
         self._limit_time()
         ends = self._ends()
@@ -171,6 +175,15 @@ class _Usage:
         if not self.known:
             self.cached, self.cached_of_documents = output.num_cached_tokens, output.document_cached_tokens
             self.known = True
+
+
+def _check_size(width: int, length: int) -> None:
+    if width * length > MOST_TOKENS:
+        raise InvalidRequest(
+            f"'use_beam_search' with {width} beams of up to {length} tokens, prompt and reply, is {width * length} "
+            f"tokens, and at most {MOST_TOKENS} are searched: ask for fewer beams, or shorten the prompt or max_tokens",
+            param="use_beam_search",
+        )
 
 
 async def _last(stream: OutputStream) -> TokenOutput:

@@ -466,3 +466,12 @@ def test_with_keys_a_request_does_not_choose_its_place(
     assert response.status_code == status
     if status == 400:
         assert "PRIORITY_PER_REQUEST" in error_of(response, 400)["message"]
+
+
+def test_beams_and_prompt_together_have_a_limit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step gives all of them to the engine anew, which costs whoever else is served."""
+    monkeypatch.setattr("prerope.server.api.beams.MOST_TOKENS", 32)
+    asked = {"prompt": [5] * 12, "use_beam_search": True, "n": 2}
+    assert httpx.post(f"{url}{COMPLETIONS}", json=asked | {"max_tokens": 4}, timeout=60).status_code == 200
+    refused = httpx.post(f"{url}{COMPLETIONS}", json=asked | {"max_tokens": 5}, timeout=60)
+    assert "2 beams of up to 17 tokens" in error_of(refused, 400)["message"]
