@@ -360,7 +360,7 @@ BAD: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (GENERATE, {**TEXT, "grammar": "start: @elsewhere"}, "grammar", ["grammar"]),
     (GENERATE, {**TEXT, "regex": "a", "json_schema": {}}, "regex", ["json_schema", "regex", "give one"]),
     (GENERATE, {**TEXT, "json_schema": [1]}, "json_schema", ["object", "a list"]),
-    (GENERATE, {**TEXT, "response_format": {"type": "json_object"}}, "response_format", ["unknown field"]),
+    (GENERATE, {**TEXT, "response_format": {"type": "json_object"}}, "response_format", ["own field"]),
 ]
 
 

@@ -62,7 +62,8 @@ async def responses(
     if read.body.stream:
         return event_stream(_events(printer), named=True)
     (reply,) = await read_all(request, running.generations)
-    return await json_response(printer.finished(running.chat_reply(reply), reply.finish_reason, reply.tokens))
+    items = [(item, reply.tokens) for item in _items(running.chat_reply(reply))]
+    return await json_response(printer.finished(items, reply.finish_reason))
 
 
 class _Printer:
@@ -105,23 +106,13 @@ class _Printer:
         told: Many = chat_logprobs(self._service.tokenizer, tokens, self.body.num_logprobs)["content"]
         return told
 
-    def finished(
-        self, reply: ChatReply, reason: FinishReason, tokens: Sequence[Token], ids: list[str] | None = None
-    ) -> dict[str, Any]:
-        """The whole response; its conversation is kept where it may be."""
-        status = _status(reason)
-        output: list[Any] = []
-        if reply.reasoning:
-            output.append(reasoning_item(new_id("rs"), reply.reasoning, "completed"))
-        if reply.text or (not output and not reply.calls):
-            output.append(message_item(new_id("msg"), reply.text, "completed"))
-        output += [call_item(new_id("fc"), one, "completed") for one in reply.calls]
+    def finished(self, items: Sequence[tuple[dict[str, Any], Sequence[Token]]], reason: FinishReason) -> dict[str, Any]:
+        """The whole response of these items, each with its tokens; its conversation is kept where it may be."""
+        status, output = _status(reason), [item for item, _ in items]
         output[-1]["status"] = status  # what stands before the last item was written to its end
-        for item, item_id in zip(output, ids or (), strict=False):
-            item["id"] = item_id
         if self.body.store:
             self._keep(output)
-        for item in output:
+        for item, tokens in items:
             if item["type"] == "message":
                 item["content"][0]["logprobs"] = self.scores(tokens)
         details = None if status == "completed" else {"reason": "max_output_tokens"}
@@ -147,6 +138,15 @@ class _Printer:
 
 def _status(reason: FinishReason) -> str:
     return "completed" if reason is FinishReason.STOP else "incomplete"
+
+
+def _items(reply: ChatReply) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    if reply.reasoning:
+        items.append(reasoning_item(new_id("rs"), reply.reasoning, "completed"))
+    if reply.text or (not items and not reply.calls):
+        items.append(message_item(new_id("msg"), reply.text, "completed"))
+    return items + [call_item(new_id("fc"), one, "completed") for one in reply.calls]
 
 
 def message_item(item_id: str, text: str, status: str) -> dict[str, Any]:
@@ -198,10 +198,14 @@ class _OpenItem:
     def text_place(self) -> dict[str, Any]:
         return {**self.place, "content_index": 0}
 
-    def item(self, status: str) -> dict[str, Any]:
+    def bare(self, status: str) -> dict[str, Any]:
+        """Without log-probabilities."""
         if self.call is not None:
             return call_item(self.id, self.call, status)
-        item = (reasoning_item if self.thoughts else message_item)(self.id, self.text, status)
+        return (reasoning_item if self.thoughts else message_item)(self.id, self.text, status)
+
+    def item(self, status: str) -> dict[str, Any]:
+        item = self.bare(status)
         if self.is_text and item["content"]:
             item["content"] = [self._part()]
         return item
@@ -253,8 +257,7 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
     begun = printer.response("in_progress", [])
     yield {"type": "response.created", "response": begun}
     yield {"type": "response.in_progress", "response": begun}
-    items, reply, reason = list[_OpenItem](), ChatReply(), FinishReason.ABORT
-    tokens, untold = list[Token](), list[Token]()
+    items, untold, reason = list[_OpenItem](), list[Token](), FinishReason.ABORT
 
     def begin(one: Call | None, *, thoughts: bool = False) -> Iterator[dict[str, Any]]:
         if items:
@@ -263,7 +266,6 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
         yield from items[-1].begin()
 
     async for piece, parts in chat_events(printer.running):
-        tokens += piece.tokens
         untold += piece.tokens
         for part in parts:
             events: list[dict[str, Any]] = []
@@ -271,17 +273,14 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
                 case TextPart(text) if text:
                     if not items or not items[-1].is_text:
                         events += begin(None)
-                    reply.text += text
                     events.append(items[-1].more(text, untold))
                     untold = []
                 case ReasoningPart(text) if text:
                     if not items:
                         events += begin(None, thoughts=True)
-                    reply.reasoning += text
                     events.append(items[-1].more(text))
                 case CallPart(_, call_id, name):
-                    reply.calls.append(Call(call_id, name))
-                    events += begin(reply.calls[-1])
+                    events += begin(Call(call_id, name))
                 case ArgumentsPart(_, text):
                     events.append(items[-1].more(text))
             for event in events:
@@ -292,5 +291,5 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
     items[-1].tokens += untold
     for event in items[-1].end(_status(reason)):
         yield event
-    whole = printer.finished(reply, reason, tokens, [item.id for item in items])
+    whole = printer.finished([(item.bare("completed"), item.tokens) for item in items], reason)
     yield {"type": f"response.{whole['status']}", "response": whole}
