@@ -13,7 +13,7 @@ from prerope.server.api import generate, health, pages, positions
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldRequest
 from prerope.server.api.auth.keys import KeyRing
-from prerope.server.api.dialects import anthropic, ollama, others, responses
+from prerope.server.api.dialects import anthropic, kept_responses, ollama, others, rendering, responses
 from prerope.server.api.errors import install_error_handlers
 from prerope.server.api.hosts import HostCheck
 from prerope.server.api.middleware import BodyLimit, ClientTimeout, FieldReport, HeadAsGet, KeyCheck, RequestContext
@@ -32,9 +32,9 @@ def create_app(settings: Settings) -> FastAPI:
     service = Service(settings)
     app = FastAPI(title="PreRoPE", version=version(), lifespan=_lifespan, redoc_url=None)
     app.state.service = service
-    for module in (generate, openai, tokenize, positions, health, pages):
+    for module in (generate, openai, rendering, tokenize, positions, health, pages):
         app.include_router(module.router)
-    for dialect in (anthropic, responses, ollama, others):
+    for dialect in (anthropic, responses, kept_responses, ollama, others):
         app.include_router(dialect.router, include_in_schema=False)  # their own documentation says what they take
     install_error_handlers(app)
     install_document(app, needs_key=bool(settings.api_keys or settings.api_key_file))
@@ -52,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED_HEADERS,
         )

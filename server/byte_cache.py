@@ -65,6 +65,13 @@ class ByteCache(Generic[K, V]):
         entries.move_to_end(key)
         return entries[key][0]
 
+    def remove(self, key: K) -> bool:
+        """Whether there was such an entry."""
+        known = key in self._owners
+        if known:
+            self._remove(key)
+        return known
+
     def put(self, key: K, value: V, num_bytes: int, owner: str = "") -> None:
         """Keep a value of so many bytes, its key's included."""
         if key in self._owners:

@@ -8,6 +8,7 @@
         ├── InvalidRequest      400
         ├── Unauthorized        401
         ├── ModelNotFound       404
+        ├── NotKept             404
         ├── BodyTimeout         408: the rest of the body did not come
         ├── BodyTooLarge        413
         ├── HeaderTooLarge      431
@@ -71,6 +72,13 @@ class Unauthorized(RequestError):
 
 class ModelNotFound(RequestError):
     """The `model` field names a model that this server does not serve."""
+
+    status = 404
+    type = "not_found_error"
+
+
+class NotKept(RequestError):
+    """A response that is asked for by its id is not in memory."""
 
     status = 404
     type = "not_found_error"

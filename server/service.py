@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import structlog
 from fastapi import Depends, Request
@@ -40,6 +40,14 @@ log = structlog.get_logger(__name__)
 MAX_CONVERSATION_BYTES = 64 * 2**20
 
 
+class Kept(NamedTuple):
+    """A response of /v1/responses, as JSON. given: the items that it answers. head: it without its `output`."""
+
+    given: bytes
+    output: bytes
+    head: bytes
+
+
 @dataclass(slots=True)
 class Service:
     """Everything an endpoint may use; one for each app, at `app.state.service`.
@@ -47,7 +55,7 @@ class Service:
     Attributes:
         served_names: what clients may call the model; replies use the first.
         sampling_defaults: how tokens are chosen where a request does not say; known once the model is loaded.
-        conversations: of Responses that may be gone on with, by tenant and the response's id: the items, as JSON.
+        conversations: of Responses that may be gone on with, by tenant and the response's id.
         stage: what loading does now, for people who ask /ready.
         leaving: routers are to send nobody any more, though whoever comes is served.
     """
@@ -58,7 +66,7 @@ class Service:
     metrics: Metrics = field(init=False)
     workers: Workers = field(init=False)
     grammars: Grammars = field(init=False)
-    conversations: ByteCache[tuple[str, str], bytes] = field(init=False)
+    conversations: ByteCache[tuple[str, str], Kept] = field(init=False)
     bodies: BodyRoom = field(init=False)
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     stage: str = "starting"

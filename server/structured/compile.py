@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, shorten
+from prerope.server.structured.rules import check_rules
 from prerope.server.structured.text import GrammarText, json_options
 
 if TYPE_CHECKING:
@@ -183,14 +184,20 @@ _stack_size = threading.Lock()
 
 def _to_llguidance(wanted: GrammarText) -> str:
     """The grammar in llguidance's own form; a Lark grammar may also be written in llama.cpp's GBNF."""
-    from llguidance import LLMatcher, grammar_from, regex_to_lark
+    from llguidance import LLMatcher, regex_to_lark
+    from llguidance.gbnf_to_lark import any_to_lark
 
     if wanted.kind == "json":
         options: Any = json_options(wanted.compact)
         return LLMatcher.grammar_from_json_schema(wanted.text, overrides=options)
     if wanted.kind == "regex":  # with \d as 0 to 9: what matches so does in every client's dialect
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(wanted.text, 'd')}/")
-    return grammar_from("grammar", wanted.text)
+    try:
+        lark = any_to_lark(wanted.text)
+    except Exception as error:  # of its own kind, and of Python's where it nests too deep
+        raise ValueError(f"it cannot be read as GBNF: {error}") from None
+    check_rules(lark)
+    return LLMatcher.grammar_from_lark(lark)
 
 
 def _refusal(wanted: GrammarText, reason: str) -> InvalidRequest:

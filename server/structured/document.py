@@ -68,18 +68,7 @@ class Document:
 
     def referenced(self, pointer: Any) -> Any:
         """What a reference names; None for anything but a path into this document."""
-        if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")) or self._has_ids:
-            return None
-        found = self.root
-        for part in pointer[2:].split("/") if pointer != "#" else ():
-            name = unquote(part).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and name.isdecimal() and len(name) < 10 and int(name) < len(found):
-                found = found[int(name)]
-            elif isinstance(found, dict) and name in found:
-                found = found[name]
-            else:
-                return None
-        return found
+        return None if self._has_ids else pointed(self.root, pointer)
 
     def _check_loops(self, nodes: list[Schema]) -> None:
         """Unenforceable where references lead from one to the next and back, so that nothing says what a value is."""
@@ -110,6 +99,22 @@ class Document:
                     _check_place(node["$ref"])
                 left += [target] if isinstance(target, dict) else []
         return list(seen.values()), are_all
+
+
+def pointed(root: Any, pointer: Any) -> Any:
+    """What `#/…` names in a document; None for anything else."""
+    if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
+        return None
+    found = root
+    for part in pointer[2:].split("/") if pointer != "#" else ():
+        name = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and len(name) < 10 and int(name) < len(found):
+            found = found[int(name)]
+        elif isinstance(found, dict) and name in found:
+            found = found[name]
+        else:
+            return None
+    return found
 
 
 def subschemas(schema: Schema) -> Iterator[Schema]:

@@ -51,6 +51,22 @@ def _step_inside(schema: dict[str, Any], side: str, other: str, sign: int, *, me
     del schema[exclusive]
 
 
+def few_integers(schema: dict[str, Any], most: int) -> list[int] | None:
+    """The whole numbers within a schema's bounds; None where they are more than `most`."""
+
+    def inner(plain: str, exclusive: str, sign: int) -> int | None:
+        """The outermost number on one side."""
+        bound, beyond = schema.get(plain), schema.get(exclusive)
+        found = [math.ceil(sign * bound)] if is_number(bound) and math.isfinite(bound) else []
+        found += [math.floor(sign * beyond) + 1] if is_number(beyond) and math.isfinite(beyond) else []
+        return sign * max(found) if found else None
+
+    least, last = inner("minimum", "exclusiveMinimum", 1), inner("maximum", "exclusiveMaximum", -1)
+    if least is None or last is None or last - least >= most:
+        return None
+    return [*range(least, last + 1)]
+
+
 def is_number(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float)
 

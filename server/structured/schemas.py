@@ -19,15 +19,19 @@ from typing import Any
 
 from prerope.server.structured.document import LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
 from prerope.server.structured.drafts import as_drafted
+from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
-from prerope.server.structured.numbers import check_numbers, narrow_bounds
+from prerope.server.structured.numbers import check_numbers, few_integers, narrow_bounds
 from prerope.server.structured.values import Unenforceable, distinct, of_type
 
 MAX_PERMUTED = 4
 """Items of a set that may come in any order."""
 
-MAX_LISTED = 6
-"""Items of a set that come in the order of their enumeration: 64 subsets."""
+MAX_LISTED = 7
+"""Items of a set that come in the order of their enumeration: 128 subsets."""
+
+MAX_CHOICES = 256
+"""Such subsets and orders of all sets in a schema: some 130 characters each of what is compiled."""
 
 LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
@@ -63,6 +67,7 @@ def enforceable(schema: Any) -> Enforceable:
     than Python can follow."""
     schema = {} if schema is True else as_drafted(schema)
     rewriter = _Rewriter(Document(schema))
+    check_finite(schema, rewriter.document.referenced)
     new = rewriter.rewritten(schema)
     if not rewriter.document.ids <= rewriter.done:
         raise Unenforceable("a '$ref' names a listed value, which is no schema")
@@ -86,6 +91,7 @@ class _Rewriter:
         self.document = document
         self.dropped: set[str] = set()
         self.done: set[int] = set()
+        self._choices_left = MAX_CHOICES
 
     def rewritten(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
@@ -153,20 +159,32 @@ class _Rewriter:
         del schema["propertyNames"]
 
     def _unique(self, schema: Schema, *, exact: bool) -> None:
-        """`uniqueItems` of an enumeration: every choice of its values as a tuple. Elsewhere it is dropped."""
+        """`uniqueItems` of items that can be listed: every choice of them as a tuple. Elsewhere it is dropped."""
         if "uniqueItems" not in schema:
             return
         if schema.pop("uniqueItems") is not True or schema.get("maxItems", 2) in (0, 1):
             return
-        items = self._target(schema.get("items"))
-        values = None if items is None or "prefixItems" in schema else _enumerated(items)
+        values = None if "prefixItems" in schema else self._enumerated(schema.get("items"))
         if values is None or len(values) > (MAX_PERMUTED if exact else MAX_LISTED):
             self.dropped.add("uniqueItems")
             return
+        tuples = [*map(_tuple, _choices(values))]
+        if len(tuples) > self._choices_left:
+            self.dropped.add("uniqueItems")
+            return
+        self._choices_left -= len(tuples)
         # The bounds on the number of items stay where they are, and choose among the tuples.
         del schema["items"]
         others: list[Schema] = [] if schema.get("type") == "array" else [{"type": list(_TYPES[:-1])}]
-        _also(schema, {"anyOf": [*map(_tuple, _choices(values)), *others]})
+        _also(schema, {"anyOf": [*tuples, *others]})
+
+    def _enumerated(self, items: Any) -> list[Any] | None:
+        """The values that a schema lists, itself or by references and choices, without repetition."""
+        schema = self._target(items)
+        if schema is None or set(schema) != {"anyOf"} or not isinstance(schema["anyOf"], list):
+            return None if schema is None else _enumerated(schema)
+        listed = [None if (one := self._target(branch)) is None else _enumerated(one) for branch in schema["anyOf"]]
+        return None if None in listed else distinct([value for values in listed for value in values or ()])
 
     def _differing_names(self, schema: Schema) -> None:
         """More names than are listed may be one name twice: a grammar cannot tell."""
@@ -268,16 +286,19 @@ def _also(schema: Schema, other: Schema) -> None:
 
 def _enumerated(schema: Schema) -> list[Any] | None:
     """The values that a schema lists, without repetition; None for one that lists none or says more."""
+    values: list[Any] | None
     says = set(schema) - {"type"}
     if says == {"enum"} and isinstance(schema["enum"], list):
         values = schema["enum"]
     elif says == {"const"}:
         values = [schema["const"]]
-    elif not says and schema.get("type") == "boolean":
-        values = [False, True]
+    elif not says and schema.get("type") in ("boolean", "null"):
+        values = [False, True] if schema["type"] == "boolean" else [None]
+    elif schema.get("type") == "integer" and says <= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}:
+        values = few_integers(schema, MAX_LISTED)
     else:
         return None
-    return distinct([value for value in values if of_type(value, schema.get("type"))])
+    return values and distinct([value for value in values if of_type(value, schema.get("type"))])
 
 
 def _name_pattern(names: Schema, *, exact: bool) -> str | None:

@@ -227,6 +227,56 @@ def test_responses_go_on(client: openai.OpenAI, http: httpx.Client) -> None:
         client.responses.create(model=MODEL, input="x", previous_response_id="resp-" + "0" * 32)
 
 
+def test_responses_are_kept_and_forgotten(client: openai.OpenAI, http: httpx.Client) -> None:
+    more: Any = {"model": MODEL, "temperature": 0, "max_output_tokens": 8, "metadata": {"a": "b"}}
+    first = client.responses.create(input="Say something.", **more)
+    items: Any = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And more. " * 600}]
+    events = list(client.responses.create(input=items, previous_response_id=first.id, stream=True, **more))
+    second = events[-1].response  # type: ignore[union-attr]
+    for one in (first, second):
+        assert client.responses.retrieve(one.id) == one
+    listed = list(client.responses.input_items.list(second.id, order="asc", limit=2))  # of four, two pages
+    texts = [one.content[0].text for one in listed]  # type: ignore[union-attr, index]
+    assert texts == ["Say something.", first.output_text, "Yes.", items[1]["content"]]
+    newest = client.responses.input_items.list(second.id, limit=1)
+    assert newest.data == listed[-1:]
+    assert newest.has_more
+    client.responses.delete(first.id)
+    for gone in (first.id, "resp-" + "0" * 32, client.responses.create(input="x", store=False, **more).id):
+        with pytest.raises(openai.NotFoundError, match="not kept here"):
+            client.responses.retrieve(gone)
+        with pytest.raises(openai.NotFoundError, match="not kept here"):
+            client.responses.delete(gone)
+    assert client.responses.create(input="x", previous_response_id=second.id, **more).status
+    assert http.get(f"/v1/responses/{second.id}", headers={"authorization": "Bearer wrong"}).status_code == 401
+    assert http.get(f"/v1/responses/{second.id}?stream=true").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["Once upon", "One two three"]}),
+        ("/v1/chat/completions", {"messages": ASKED}),
+        ("/v1/responses", {"input": "Say something.", "instructions": "Be brief."}),
+        ("/v1/messages", {"messages": ASKED, "max_tokens": 4, "system": "Be brief."}),
+    ],
+)
+def test_any_body_is_told_as_the_token_ids_that_answer_it(http: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    told = http.post(f"{path}/render", json=body).json()
+    rendered = told if isinstance(told, list) else [told]
+    texts = [http.post("/detokenize", json={"tokens": one["token_ids"]}).json()["prompt"] for one in rendered]
+    if path == "/v1/completions":
+        assert texts == body["prompt"]
+    else:
+        assert texts[0].endswith("Say something.<|im_end|>\n<|im_start|>assistant\n")
+    usage = http.post(path, json=body).json()["usage"]
+    counted = usage.get("prompt_tokens", usage.get("input_tokens")) + usage.get("cache_read_input_tokens", 0)
+    assert counted == sum(len(one["token_ids"]) for one in rendered)
+    refused = http.post(f"{path}/render", json={**body, "temperature": "hot"})
+    assert refused.status_code == 400
+    assert "temperature" in refused.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_responses_call_functions(client: openai.OpenAI, stream: bool) -> None:
     tools: Any = [{"type": "function", "name": "weather", "parameters": WEATHER, "strict": True}]

@@ -5,6 +5,7 @@ Replies are drawn at random from the grammar alone, byte by byte: a model of any
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import functools
@@ -98,9 +99,18 @@ class Dog(pydantic.BaseModel):
     name: Annotated[str, Field(max_length=5)]
 
 
+class Next(pydantic.BaseModel):
+    """Always another, or none."""
+
+    next: Next | None
+
+
 TYPES: list[Any] = [
-    Decimal,
     set[Colour],
+    set[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]],
+    set[Annotated[int, Field(ge=1, lt=4)]],
+    set[Literal["a", "b"] | None],
+    Annotated[set[bool | None], Field(min_length=3)],
     set[bool],
     set[Literal["a", "b", "c", "d", "e"]],
     Annotated[set[Literal[1, 2, 3]], Field(min_length=2)],
@@ -133,6 +143,7 @@ TYPES: list[Any] = [
     Annotated[Cat | Dog, Field(discriminator="kind")],
     int | str | None,
     Node,
+    Next,
 ]
 
 
@@ -145,6 +156,25 @@ def test_what_pydantic_asks_for(type_: Any) -> None:
     for text in replies(schema):
         adapter.validate_json(text)
         validator.validate(json.loads(text))
+
+
+def test_what_pydantic_takes_though_its_schema_cannot_be_held() -> None:
+    """Items that may repeat: a set has each once. And the text of a number, where pydantic's schema has its pattern:
+    without one, as it writes a Decimal from 2.14 on, it is that of `float | str`."""
+    adapter = TypeAdapter(set[int])
+    assert enforceable(adapter.json_schema()).dropped == ["uniqueItems"]
+    assert all(isinstance(adapter.validate_json(text), set) for text in replies(adapter.json_schema()))
+    pattern = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"  # pydantic 2.12 and 2.13
+    for text in replies({"anyOf": [{"type": "number"}, {"type": "string", "pattern": pattern}]}):
+        TypeAdapter(Decimal).validate_json(text)
+
+
+def test_sets_that_would_be_too_many_choices_are_told_of() -> None:
+    days = {"type": "array", "items": {"enum": [*"abcdefg"]}, "uniqueItems": True}
+    schema = {"type": "object", "properties": dict.fromkeys("abc", days), "additionalProperties": False}
+    rewritten = enforceable(schema)
+    assert rewritten.dropped == ["uniqueItems"]
+    assert len(json.dumps(rewritten.schema)) < 40_000
 
 
 NAMES = {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "integer"}}
@@ -258,6 +288,72 @@ NAMED = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"]}
 def test_what_could_not_be_held_is_refused_at_once(schema: Any, words: str) -> None:
     with pytest.raises((Unenforceable, InvalidRequest), match=words):
         compiled(schema)
+
+
+OBJECT: dict[str, Any] = {"type": "object"}
+ENDLESS: list[tuple[Any, str]] = [
+    ({**OBJECT, "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "#"),
+    ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "#"),
+    ({"type": "array", "prefixItems": [True, {"$ref": "#"}], "minItems": 2}, "#"),
+    ({"type": "array", "contains": {"$ref": "#"}}, "#"),
+    ({**OBJECT, "additionalProperties": {"$ref": "#"}, "minProperties": 1}, "#"),
+    ({**OBJECT, "patternProperties": {"^a": {"$ref": "#"}}, "additionalProperties": False, "required": ["ab"]}, "#"),
+    (
+        {  # a trap: the whole may end without it
+            **OBJECT,
+            "properties": {"a": {"$ref": "#/$defs/i"}},
+            "$defs": {
+                "i": {
+                    "allOf": [{**OBJECT, "properties": {"a": {"anyOf": [{"$ref": "#/$defs/j"}]}}, "required": ["a"]}]
+                },
+                "j": {"type": "array", "items": {"$ref": "#/$defs/i"}, "minItems": 1},
+            },
+        },
+        "#/$defs/",
+    ),
+]
+ENDING: list[Any] = [
+    {**OBJECT, "properties": {"a": {"$ref": "#"}}},
+    {"properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    {"type": "array", "items": {"$ref": "#"}},
+    {"anyOf": [{**OBJECT, "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, {"const": 1}]},
+    {**OBJECT, "properties": {"a": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}}, "required": ["a"]},
+    {"type": "null", "$defs": {"unused": ENDLESS[0][0]}},
+]
+
+
+@pytest.mark.parametrize(("schema", "named"), ENDLESS, ids=str)
+def test_a_schema_that_no_finite_value_fits_is_refused(schema: Any, named: str) -> None:
+    with pytest.raises(Unenforceable, match=f"no finite value fits '{re.escape(named)}"):
+        compiled(schema)
+
+
+@pytest.mark.parametrize("schema", ENDING, ids=str)
+def test_a_schema_that_holds_itself_has_replies_that_end(schema: Any) -> None:
+    for text in replies(schema):
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "endless"),
+    [
+        ('start: "a" start', "start"),
+        ('start: "b" | a\na: "(" b ")"\nb: a "c" | a{2,3}', "a"),
+        ('root ::= "x" | list\nlist ::= [a-z]+ "," list', "list"),
+        ('start: "b" | %json {"items": {"$ref": "#"}, "minItems": 1, "type": "array"}', "#"),
+        ('start: x*\nx[capture="y"]: x "a" // and so on', "x"),
+        ('start: "(" start? ")"', ""),
+        ('start: "a" [ start ] | WORD{2}\nWORD: /[a-z"]+/', ""),
+        ('root ::= "(" list ")"\nlist ::= item ("," list)?\nitem ::= [a-z]+ | root', ""),
+        ('start: "a" (start){0,2}\nunused: unused "a"', ""),
+        ('start: %json {"enum": ["}: start"]} "b" -> done\n  | start start', ""),
+    ],
+)
+def test_a_rule_without_an_end_is_refused(grammar: str, endless: str) -> None:
+    refused = pytest.raises(InvalidRequest, match=f"no finite .* '{endless}'") if endless else contextlib.nullcontext()
+    with refused:
+        new_matcher(GrammarText("lark", grammar, "grammar"), byte_tokens())
 
 
 def test_names_that_may_repeat_are_told_of() -> None:

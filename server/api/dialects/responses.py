@@ -1,13 +1,7 @@
-"""POST /v1/responses: OpenAI's Responses, what its newest clients call by default.
-
-A conversation goes on by `previous_response_id` while its items are kept: in memory, up to `MAX_CONVERSATION_BYTES` of
-all tenants together, each found by its own tenant alone; `ByteCache` says who gives up what where there is no room.
-"""
+"""POST /v1/responses: OpenAI's Responses, what its newest clients call by default."""
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Annotated, Any
@@ -18,6 +12,7 @@ from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, ReasoningPart, TextPart
 from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import chat_events
+from prerope.server.api.dialects.kept_responses import keep, with_history
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.limits import new_id
 from prerope.server.api.logprobs import chat_logprobs
@@ -32,23 +27,6 @@ from prerope.server.service import ReadyService, Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-MAX_KEPT_ITEMS_BYTES = 8 * 2**20
-"""Of one conversation; a longer one is not kept."""
-
-ENTRY_BYTES = 512
-"""What a conversation takes beside its text."""
-
-_PREVIOUS = re.compile(rb'"previous_response_id"\s*:\s*"(resp-[0-9a-f]{32})"')
-
-
-def with_history(service: Service, raw: bytes) -> bytes:
-    """A body with the items that its `previous_response_id` stands for beside it, so that whoever reads it has both."""
-    found = _PREVIOUS.search(raw)
-    if found is None or not raw.rstrip().endswith(b"}"):
-        return raw
-    kept = service.conversations.get((current_hold().tenant, found[1].decode()))
-    return raw if kept is None else raw.rstrip()[:-1] + b',"_history":{"id":"' + found[1] + b'","items":' + kept + b"}}"
-
 
 @router.post("/responses", summary="Answer, in the shape of OpenAI's Responses")
 async def responses(
@@ -58,19 +36,21 @@ async def responses(
 ) -> Response:
     """OpenAI's Responses: text and function calls, whole or as events."""
     running = await while_connected(request, start(service, read, "resp", time.perf_counter()))
-    printer = _Printer(service, read.body, running, current_hold().tenant)
+    printer = _Printer(service, read.body, running)
     if read.body.stream:
         return event_stream(_events(printer), named=True)
     (reply,) = await read_all(request, running.generations)
     items = [(item, reply.tokens) for item in _items(running.chat_reply(reply))]
-    return await json_response(printer.finished(items, reply.finish_reason))
+    return await json_response(await printer.finished(items, reply.finish_reason))
 
 
 class _Printer:
     """Prints one response in its states."""
 
-    def __init__(self, service: Service, body: ResponsesRequest, running: Running, tenant: str) -> None:
-        self._service, self.body, self.running, self._tenant = service, body, running, tenant
+    def __init__(self, service: Service, body: ResponsesRequest, running: Running) -> None:
+        self._service, self.body, self.running = service, body, running
+        hold = current_hold()  # a stream is printed outside of its request
+        self._tenant, self._line = hold.tenant, hold.line
         self._model, self._created = service.model_name, int(time.time())
 
     def response(self, status: str, output: list[Any], **more: Any) -> dict[str, Any]:
@@ -106,24 +86,20 @@ class _Printer:
         told: Many = chat_logprobs(self._service.tokenizer, tokens, self.body.num_logprobs)["content"]
         return told
 
-    def finished(self, items: Sequence[tuple[dict[str, Any], Sequence[Token]]], reason: FinishReason) -> dict[str, Any]:
-        """The whole response of these items, each with its tokens; its conversation is kept where it may be."""
+    async def finished(
+        self, items: Sequence[tuple[dict[str, Any], Sequence[Token]]], reason: FinishReason
+    ) -> dict[str, Any]:
+        """The whole response of these items, each with its tokens; it is kept where it may be."""
         status, output = _status(reason), [item for item, _ in items]
         output[-1]["status"] = status  # what stands before the last item was written to its end
+        details = None if status == "completed" else {"reason": "max_output_tokens"}
+        response = self.response(status, output, incomplete_details=details, usage=self._usage())
         if self.body.store:
-            self._keep(output)
+            await keep(self._service, self._tenant, self._line, self.body.kept(), response)
         for item, tokens in items:
             if item["type"] == "message":
                 item["content"][0]["logprobs"] = self.scores(tokens)
-        details = None if status == "completed" else {"reason": "max_output_tokens"}
-        return self.response(status, output, incomplete_details=details, usage=self._usage())
-
-    def _keep(self, output: list[Any]) -> None:
-        before, after = self.body.kept().encode(), json.dumps(output, separators=(",", ":")).encode()
-        text = before[:-1] + (b"," if len(before) > len(b"[]") else b"") + after[1:]
-        if len(text) <= MAX_KEPT_ITEMS_BYTES:
-            num_bytes = len(text) + ENTRY_BYTES
-            self._service.conversations.put((self._tenant, self.running.id), text, num_bytes, current_hold().line)
+        return response
 
     def _usage(self) -> dict[str, Any]:
         usage = self.running.generations[0].usage
@@ -291,5 +267,5 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
     items[-1].tokens += untold
     for event in items[-1].end(_status(reason)):
         yield event
-    whole = printer.finished([(item.bare("completed"), item.tokens) for item in items], reason)
+    whole = await printer.finished([(item.bare("completed"), item.tokens) for item in items], reason)
     yield {"type": f"response.{whole['status']}", "response": whole}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
@@ -12,7 +11,6 @@ from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
 from prerope.server.api.connected import while_connected
-from prerope.server.api.limits import sampling_params
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai.replies import Head, documents_of, usage
 from prerope.server.api.openai.schemas import ChatRequest
@@ -44,20 +42,6 @@ async def chat_completions(
     printed = [writer.choice(index, reply) for index, reply in enumerate(replies)]
     used = {"usage": usage(running.generations, body.n), **documents_of(running.generations)}
     return await json_response({**head.fields, "choices": printed, **used, **writer.of_prompt(replies[0])})
-
-
-@router.post("/chat/completions/render", summary="A chat as token ids, by the body that would have it answered")
-async def render(read: Annotated[Read[ChatRequest], Depends(body_of(ChatRequest))], service: ReadyService) -> Response:
-    """What routers ask for that choose a server by the prefixes that it holds, as vLLM answers it."""
-    request, prepared = read.ready
-    (prompt,) = prepared.prompts
-    sampling_params(service, request, service.engine.info.max_model_len)  # refuses what an answer would refuse
-    told = {
-        "request_id": f"chatcmpl-{uuid.uuid4().hex}",
-        "model": service.model_name,
-        "token_ids": Many.ids(prompt.ids),
-    }
-    return await json_response(told)
 
 
 class _Writer:

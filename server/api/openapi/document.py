@@ -50,6 +50,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "/v1/chat/completions": Operation(openai.ChatReply, (*MODEL, *QUEUE), (openai.ChatChunk,), ChatRequest),
     "/v1/chat/completions/render": Operation(replies.RenderReply, (*MODEL, errors.QueueFull), body=ChatRequest),
+    "/v1/completions/render": Operation(replies.RenderReplies, (*MODEL, errors.QueueFull), body=CompletionRequest),
     "/v1/models": Operation(replies.ModelList, NOT_READY),
     "/v1/models/{model}": Operation(replies.ModelCard, MODEL),
     "/tokenize": Operation(replies.TokenizeReply, (*MODEL, errors.QueueFull), body=TokenizeRequest),

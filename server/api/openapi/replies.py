@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -215,11 +215,15 @@ class TokenizeReply(ReplyBody):
 
 
 class RenderReply(ReplyBody):
-    """The prompt that a chat becomes."""
+    """The prompt that a body becomes."""
 
     request_id: str
     model: str
     token_ids: list[Count]
+
+
+class RenderReplies(RootModel[list[RenderReply]]):
+    """Those of completions, one of each prompt."""
 
 
 class DetokenizeReply(ReplyBody):

@@ -1,0 +1,122 @@
+"""Refuses JSON schemas that no finite value fits: `{"type": "object", "properties": {"a": {"$ref": "#"}}, "required":
+["a"]}` asks for an object in an object, and so on for ever.
+
+What is looked at are the keywords by which a schema can ask for another one: references, branches, required properties
+and items. Others are taken to be met. A schema that only may hold an endless one is refused, too: a reply that began
+it would be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prerope.server.structured.document import Schema
+from prerope.server.structured.productive import Needs
+from prerope.server.structured.values import Unenforceable
+
+SHOWN = 64
+"""Characters of a reference in a message."""
+
+_DEFINITIONS = frozenset({"$defs", "definitions"})
+
+Referenced = Callable[[Any], Any]
+"""What a reference names; None where that is not known."""
+
+
+def check_finite(root: Any, referenced: Referenced) -> None:
+    """Unenforceable where a schema in use refers to one that no finite value fits."""
+    graph = _Graph(referenced)
+    graph.number(root)
+    graph.build()
+    endless = graph.needs.endless()
+    for reference, target in graph.references:
+        if target in endless and target != graph.needs.never:
+            raise Unenforceable(
+                f"no finite value fits '{reference[:SHOWN]}': what it requires leads back to itself; make a property "
+                "on the way optional, or give it another choice (null, an empty list)"
+            )
+
+
+class _Graph:
+    """The schemas in use as `Needs`. references: each with the number of what it names."""
+
+    def __init__(self, referenced: Referenced) -> None:
+        self.needs = Needs()
+        self.references: list[tuple[str, int]] = []
+        self._referenced = referenced
+        self._numbers: dict[int, int] = {}
+        self._left: list[Schema] = []
+
+    def number(self, schema: Any) -> int:
+        if schema is False or (isinstance(schema, dict) and schema.get("not") in ({}, True)):
+            return self.needs.never
+        if not isinstance(schema, dict):
+            return self.needs.always
+        if id(schema) not in self._numbers:
+            self._numbers[id(schema)] = self.needs.add()
+            self._left.append(schema)
+        return self._numbers[id(schema)]
+
+    def build(self) -> None:
+        while self._left:
+            schema = self._left.pop()
+            parts = [*self._parts(schema)]
+            self.needs.settle(self._numbers[id(schema)], len(parts), parts)
+
+    def _parts(self, schema: Schema) -> Iterator[int]:
+        """All that a value has to meet at once."""
+        if isinstance(reference := schema.get("$ref"), str):
+            target = self._referenced(reference)
+            number = self.needs.always if target is None else self.number(target)
+            self.references.append((reference, number))
+            yield number
+        yield from self._all(schema.get("allOf"))
+        for key in ("anyOf", "oneOf"):
+            if isinstance(schema.get(key), list):
+                yield self.needs.any_of(self._all(schema[key]))
+        shapes = self._object(schema), self._array(schema)  # both, whatever the type: what they hold is in use
+        if not ({"const", "enum"} & schema.keys()):
+            types = schema.get("type")
+            named = [types] if isinstance(types, str) else types if isinstance(types, list) else ["any"]
+            possible = {"object": shapes[0], "array": shapes[1]}
+            yield self.needs.any_of(possible.get(str(one), self.needs.always) for one in named)
+
+    def _all(self, schemas: Any) -> list[int]:
+        return [self.number(one) for one in schemas] if isinstance(schemas, list) else []
+
+    def _object(self, schema: Schema) -> int:
+        properties, patterns = _map(schema, "properties"), _map(schema, "patternProperties")
+        named = {name: self.number(one) for name, one in properties.items()}
+        matching = {pattern: self.number(one) for pattern, one in patterns.items()}
+        rest = self.number(schema.get("additionalProperties", schema.get("unevaluatedProperties", True)))
+        required = [name for name in _list(schema, "required") if isinstance(name, str)]
+        unlisted = self.needs.any_of([rest, *matching.values()])  # a client's pattern may take for ever to match
+        needed = [named.get(name, unlisted) for name in required]
+        least = schema.get("minProperties", 0)
+        if isinstance(least, int | float) and least > 0:
+            enough = self.needs.add(int(least), named.values())
+            needed.append(self.needs.any_of([enough, unlisted]))
+        return self.needs.all_of(needed)
+
+    def _array(self, schema: Schema) -> int:
+        items = schema.get("items", schema.get("unevaluatedItems", True))
+        first = items if isinstance(items, list) else _list(schema, "prefixItems")
+        rest = self.number(schema.get("additionalItems", True) if isinstance(items, list) else items)
+        places = self._all(first)
+        least = schema.get("minItems", 0)
+        if not isinstance(least, int | float):
+            return self.needs.always
+        needed = places[: max(int(least), 0)] + ([rest] if least > len(places) else [])
+        if "contains" in schema:
+            held = self.number(schema["contains"])
+            needed += [held] if schema.get("minContains", 1) != 0 else []
+        return self.needs.all_of(needed)
+
+
+def _map(schema: Schema, key: str) -> dict[str, Any]:
+    return value if isinstance(value := schema.get(key), dict) else {}
+
+
+def _list(schema: Schema, key: str) -> list[Any]:
+    return value if isinstance(value := schema.get(key), list) else []
