@@ -24,6 +24,7 @@ from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.engine.limits import check_documents, max_tokens_that_fit
+from prerope.server.engine.outputs import FinishReason
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 
@@ -58,13 +59,17 @@ class Running:
     def chat_reply(self, reply: Reply) -> ChatReply:
         """A whole reply of a chat."""
         reader = self.reader()
-        return ChatReply.of([*reader.push(reply.text), *reader.finish()])
+        return ChatReply.of([*reader.push(reply.text), *_last_parts(reader, reply.finish_reason)])
 
 
 def parts_of(piece: Piece, reader: ChatReader) -> list[Part]:
     """What a piece of a stream adds to a chat's reply that `reader` reads."""
     parts = reader.push(piece.text)
-    return parts if piece.finish_reason is None else [*parts, *reader.finish()]
+    return parts if piece.finish_reason is None else [*parts, *_last_parts(reader, piece.finish_reason)]
+
+
+def _last_parts(reader: ChatReader, reason: FinishReason) -> list[Part]:
+    return reader.finish(cut=reason is not FinishReason.STOP)
 
 
 async def start(service: Service, read: Read[Any], prefix: str, arrived: float) -> Running:

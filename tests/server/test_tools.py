@@ -190,6 +190,48 @@ def test_calls_in_texts(form: ToolFormat, text: str, expected: Expected | None) 
         assert read(form, pieces) == (expected or (text, []))
 
 
+@pytest.mark.parametrize(
+    ("form", "whole"),
+    [
+        (HERMES, f"<tool_call>\n{call_text()}\n</tool_call>"),
+        (HERMES, '<tool_call>\n{"arguments": {"a": 1}, "name": "now"}\n</tool_call>'),
+        (SMOLLM2, f"<tool_call>[{call_text()}, {call_text(OTHER)}]</tool_call>"),
+        (MISTRAL, f"[TOOL_CALLS] [{call_text()}, {call_text(OTHER)}]"),
+        (MISTRAL_NAMED, f"[TOOL_CALLS]get_weather[ARGS]{ARGUMENTS}[TOOL_CALLS]now[CALL_ID]abc123XYZ[ARGS] {{}}"),
+        (LLAMA, '{"type": "function", "name": "now", "parameters": {}}'),
+        (
+            QWEN_TAGS,
+            "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>",
+        ),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "Let me see.\n"])
+def test_a_call_that_is_cut_is_no_text(form: ToolFormat, whole: str, before: str) -> None:
+    """Wherever the limit falls: words that stand before it, and calls whose names are known, are all there is."""
+    if before and not form.begin:
+        return
+    for place in range(len(whole)):
+        for pieces in ([before + whole[:place]], list(before + whole[:place])):
+            use = ToolUse([], form, {}, True, None, {name: {} for name in NAMES})
+            reader = XmlCallReader(use.types, lambda: "id") if form.tags else ToolCallReader(form, NAMES)
+            parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish(cut=True)
+            reply = ChatReply.of(parts)
+            left = "<" if before and place == 1 and whole[0] == "<" else "[" if before and place == 1 else ""
+            assert reply.text.strip() == f"{before}{left}".strip(), whole[:place]
+
+
+def test_a_cut_text_that_looks_like_a_call_stays() -> None:
+    for form, text in (
+        (LLAMA, '{"name": "Bo'),
+        (LLAMA, '{"answer": '),
+        (HERMES, "if a < b <"),
+        (HERMES, 'x <tool_call>{"name": "oth'),
+        (HERMES, "words and \n"),
+    ):
+        reader = ToolCallReader(form, NAMES)
+        assert ChatReply.of([*reader.push(text), *reader.finish(cut=True)]).text == text
+
+
 @given(st.sampled_from(TEXTS), st.data())
 def test_how_a_text_is_cut_changes_nothing(case: Any, data: st.DataObject) -> None:
     form, text, _ = case
@@ -610,6 +652,24 @@ def test_templates_without_tools(serve: Any, tiny_checkpoint: Path, tmp_path: Pa
             assert f'<tool_call>\n{{"name": "{message.tool_calls[0].function.name}", "arguments": ' in text
             assert "<tool_response>\n21 °C\n</tool_response>" in text
             assert "21 °C" in httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_is_cut_before_its_call_is_named_comes_back(url: str, stream: bool) -> None:
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        for limit in range(1, 12):
+            must: dict[str, Any] = {"model": MODEL, "tools": TOOLS, "tool_choice": "required", "max_tokens": limit}
+            if stream:
+                chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, **must))
+                choices = [chunk.choices[0] for chunk in chunks]
+                text, reason = "".join(one.delta.content or "" for one in choices), choices[-1].finish_reason
+                sent: Any = {"role": "assistant", "content": text}
+            else:
+                choice = client.chat.completions.create(messages=MESSAGES, **must).choices[0]
+                text, reason, sent = choice.message.content or "", choice.finish_reason, choice.message
+            assert (text, reason) == ("", "length")
+            history: Any = [*MESSAGES, sent, {"role": "user", "content": "Go on."}]
+            assert client.chat.completions.create(model=MODEL, messages=history, tools=TOOLS, max_tokens=2).choices
 
 
 @pytest.mark.parametrize("cut", ["{", '{"city": "Par', '{"city": "Paris", "unit"', '{"a": nonsense', ""])

@@ -86,13 +86,19 @@ class PartsWriter:
         """parallel: more than one call may be made."""
         self.num_calls = 0
         self.skipping = False
+        self._words = False
         self._new_id = new_id
         self._parallel = parallel
         self._parts: list[Part] = []
 
     def text(self, text: str) -> None:
         if text:
+            self._words = True
             self._parts.append(TextPart(text))
+
+    def before_cut(self, held: str, *marks: str) -> str:
+        """What of a text that was held back, and cut, is none of a mark. (A `<` alone after words is one of theirs.)"""
+        return without_begun_mark(held, *marks, least=2 if self._words and not self.num_calls else 1)
 
     def start_call(self, name: str) -> None:
         self.skipping = not self._parallel and self.num_calls > 0
@@ -113,3 +119,9 @@ class PartsWriter:
 def overlap(text: str, mark: str) -> int:
     """Characters at the end of a text that may begin the mark."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
+
+
+def without_begun_mark(text: str, *marks: str, least: int = 1) -> str:
+    """A text that was cut, without the beginning of a mark at its end, if that has so many characters."""
+    begun = max(overlap(text, mark) for mark in marks)
+    return text[: len(text) - begun].rstrip() if begun >= least else text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prerope.server.api.chat.parts import Part, ReasoningPart
+from prerope.server.api.chat.parts import Part, ReasoningPart, without_begun_mark
 from prerope.server.api.chat.tool_calls import ChatReader
 
 BEGIN, END = "<think>", "</think>"
@@ -34,12 +34,15 @@ class ReasoningReader:
             return []
         return self._thoughts() if self._thinking else self._answer("")
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut: bool = False) -> list[Part]:
         """What was held back: thoughts that were cut short stay thoughts."""
         held, self._buffer = self._buffer, ""
+        if cut:
+            held = without_begun_mark(held, END if self._thinking else BEGIN)
+        last = self._inner.finish
         if self._thinking:
-            return [ReasoningPart(held), *self._inner.finish()] if held else self._inner.finish()
-        return [*self._inner.push(held), *self._inner.finish()] if held else self._inner.finish()
+            return [ReasoningPart(held), *last(cut=cut)] if held else last(cut=cut)
+        return [*self._inner.push(held), *last(cut=cut)] if held else last(cut=cut)
 
     def _begin(self) -> bool:
         """Whether it is known by now if the reply begins with thoughts."""

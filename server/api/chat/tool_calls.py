@@ -3,7 +3,7 @@
 One reader serves streams and whole replies, so both say the same. Text before a call goes out as it comes, but for a
 tail that may begin a call's mark, and for whitespace that a call would swallow. A call's name goes out once it is
 known, and its arguments as they are written. What looked like a call and is none (no JSON, a function that was not
-offered) is text, mark included.
+offered) is text, mark included. What begins a call where the reply was cut, before the name was whole, is neither.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 """A call up to its arguments, as models write it."""
+
+BEGUN = re.compile(r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)$')
+"""A call within its name."""
 
 NAME = re.compile(r"\s*([A-Za-z0-9_.-]{1,128})(?:\[CALL_ID\][A-Za-z0-9]{0,64})?")
 """Before the mark of a format with `args`."""
@@ -56,8 +59,9 @@ class ChatReader(Protocol):
     def push(self, text: str) -> list[Part]:
         """The parts that this text makes certain."""
 
-    def finish(self) -> list[Part]:
-        """What was held back, once no more text comes."""
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """What was held back, once no more text comes. cut: the reply had not ended, so that a call that has begun is
+        none of its text."""
 
 
 class TextReader:
@@ -68,7 +72,7 @@ class TextReader:
     def push(self, text: str) -> list[Part]:
         return [TextPart(text)] if text else []
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut: bool = False) -> list[Part]:  # noqa: ARG002 - text is text
         return []
 
 
@@ -103,12 +107,21 @@ class ToolCallReader:
             pass
         return self._out.take()
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut: bool = False) -> list[Part]:
         """What was held back. A call that was cut short stays as it is."""
         if self._state is _State.TEXT or self._mark or not self._out.num_calls:
-            rest, self._buffer = self._mark + self._buffer, ""
+            rest, self._buffer = self._text_held(cut=cut), ""
             self._out.text(rest.rstrip() if self._out.num_calls else rest)
         return self._out.take()
+
+    def _text_held(self, *, cut: bool) -> str:
+        if not cut:
+            return self._mark + self._buffer
+        if self._state is _State.TEXT:
+            return self._out.before_cut(self._buffer, self._form.begin)
+        named = BEGUN.match(self._buffer.lstrip(_SEPARATORS))
+        may_be_call = named is None or any(name.startswith(named[1]) for name in self._names)
+        return "" if may_be_call and self._state is not _State.BEGIN else self._mark + self._buffer
 
     # Each step returns whether to go on with what is left in the buffer.
 

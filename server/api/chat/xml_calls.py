@@ -54,10 +54,11 @@ class XmlCallReader:
             pass
         return self._out.take()
 
-    def finish(self) -> list[Part]:
+    def finish(self, *, cut: bool = False) -> list[Part]:
         """What was held back. A call that was cut short stays as it is."""
         if self._step == self._text:
-            self._out.text(self._buffer.rstrip() if self._out.num_calls else self._buffer)
+            rest = self._out.before_cut(_before_mark(self._buffer), *MARKS) if cut else self._buffer
+            self._out.text(rest.rstrip() if self._out.num_calls else rest)
         self._buffer = ""
         return self._out.take()
 
@@ -123,6 +124,12 @@ class XmlCallReader:
         """Send what begins the buffer as text."""
         self._out.text(certain)
         self._buffer = self._buffer[len(certain) :]
+
+
+def _before_mark(buffer: str) -> str:
+    """What is held back before the mark that begins a call; all of it where none does."""
+    place = min((found for mark in MARKS if (found := buffer.find(mark)) >= 0), default=len(buffer))
+    return buffer[:place].rstrip() if place < len(buffer) else buffer
 
 
 def _may_go_on(start: str) -> bool:
