@@ -18,6 +18,7 @@ from prerope.server.api.errors import install_error_handlers
 from prerope.server.api.hosts import HostCheck
 from prerope.server.api.middleware import BodyLimit, ClientTimeout, FieldReport, HeadAsGet, KeyCheck, RequestContext
 from prerope.server.api.openai import completions as openai
+from prerope.server.api.openai.prefix import OtherPrefix
 from prerope.server.api.openapi.document import install_document
 from prerope.server.errors import ConfigurationError
 from prerope.server.service import Service
@@ -48,6 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(KeyCheck, keys=keys, metrics_keys=KeyRing(settings.metrics_keys))
     app.add_middleware(HostCheck, allowed=settings.host_names, default_all=keys.asks)
     app.add_middleware(RequestContext, metrics=service.metrics)
+    app.add_middleware(OtherPrefix)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

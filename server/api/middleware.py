@@ -1,7 +1,8 @@
 """What happens to every HTTP request before and after its endpoint: an id, the key, limits, a log line.
 
-    CORS → RequestContext (id, log, metric, last resort for errors) → HostCheck (`hosts`) → KeyCheck
-         → HoldRequest (`auth.allowance`) → ClientTimeout → BodyLimit → FieldReport → HeadAsGet → routes
+    CORS → OtherPrefix (`openai.prefix`) → RequestContext (id, log, metric, last resort for errors)
+         → HostCheck (`hosts`) → KeyCheck → HoldRequest (`auth.allowance`) → ClientTimeout → BodyLimit
+         → FieldReport → HeadAsGet → routes
 
 Plain ASGI, so that streams pass through unbuffered.
 """

@@ -144,7 +144,7 @@ def test_anthropic_schemas_prefills_and_stops(claude: anthropic.Anthropic, http:
 
 def test_every_field_of_anthropics_client_is_known() -> None:
     for params, request in ((MessageParams, MessagesRequest), (CountParams, CountTokensRequest)):
-        known = {*request._names(), *request.foreign}
+        known = {*request._names(), *request.foreign, *request.synonyms}
         assert not set(get_type_hints(params)) - known, request.__name__
 
 

@@ -7,6 +7,7 @@ serialises its model sends along, and `HISTORY` is what clients send back of a r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -21,7 +22,7 @@ from openai.types.responses import ResponseIncludable
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming as ResponseParams
 from prerope.server.api.chat.tool_choice import ToolChoice
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
-from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaGenerateRequest
+from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaFields, OllamaGenerateRequest, Options
 from prerope.server.api.dialects.requests.others import AnyGenerateRequest
 from prerope.server.api.dialects.requests.responses import INCLUDED, ResponsesRequest
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
@@ -317,11 +318,119 @@ def test_what_asks_for_nothing_does_so_in_every_dialect(request_: Any, body: dic
     plain = request_.model_validate(body)
     for name, value in {**DEFAULTS[CHAT], **OFF, "best_of": 1, "detokenize": True, "user_id": "u"}.items():
         told = request_.model_validate({**body, name: value})
-        if name not in request_.model_fields and name not in request_.synonyms:
+        beside = {*Options.model_fields, *Options.synonyms} if issubclass(request_, OllamaFields) else set()
+        if name not in {*request_.model_fields, *request_.synonyms, *beside}:
             assert told == plain, name
     if request_ is not CountTokensRequest:  # to which what a reply should be like is nothing
         with pytest.raises(InvalidRequest, match="best_of"):
             request_.model_validate({**body, "best_of": 2})
+
+
+EQUIVALENT: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("/v1/messages", {"seed": 1, "min_p": 0.2}, {}),
+    ("/v1/messages", {"response_format": {"type": "json_object"}, "temperature": 0}, {}),
+    ("/v1/messages", {"reasoning_effort": "low", "do_sample": False}, {}),
+    ("/v1/completions", {"max_completion_tokens": 3}, {"max_tokens": 3}),
+    ("/v1/completions", {"logprobs": True, "top_logprobs": 2}, {"logprobs": 2}),
+    ("/v1/chat/completions", {"max_output_tokens": 3}, {"max_tokens": 3}),
+    ("/v1/responses", {"response_format": {"type": "regex", "value": "[ab]{3}"}}, {"guided_regex": "[ab]{3}"}),
+    ("/v1/responses", {"logprobs": True}, {"include": ["message.output_text.logprobs"]}),
+    (
+        "/api/chat",
+        {"max_tokens": 3, "seed": 4, "stop": ["q"]},
+        {"options": {"num_predict": 3, "seed": 4, "stop": ["q"]}},
+    ),
+    ("/api/chat", {"response_format": {"type": "json_object"}}, {"format": "json"}),
+    (
+        "/api/generate",
+        {"temperature": 0, "options": {"num_predict": 3}},
+        {"options": {"num_predict": 3, "temperature": 0}},
+    ),
+]
+SENT: dict[str, dict[str, Any]] = {
+    "/v1/messages": USER,
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/chat/completions": {"messages": USER["messages"]},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 12},
+    "/api/chat": {"messages": USER["messages"], "stream": False},
+    "/api/generate": {"prompt": "hi", "stream": False},
+}
+
+
+@pytest.mark.parametrize(("path", "said", "meant"), EQUIVALENT, ids=lambda value: str(value)[:60])
+def test_one_dialects_words_are_understood_in_another(
+    http: httpx.Client, path: str, said: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    def told(more: dict[str, Any]) -> Any:
+        body = {"temperature": 0, **SENT[path]} if not path.startswith("/api") else SENT[path]
+        reply = http.post(path, json={**body, **more})
+        answered(reply)
+        assert HEADER not in reply.headers
+        held = [reply.json().get(name) for name in ("choices", "content", "output", "message", "response")]
+        return re.sub(r'"id": "[^"]*"', "", json.dumps(held))
+
+    if meant:
+        more = {"options": {"temperature": 0}} if path == "/api/chat" else {}
+        greedy = {"options": {"temperature": 0, **meant.get("options", {})}} if more else {}
+        assert told({**more, **said}) == told({**meant, **greedy})
+    else:
+        assert told(said) == told(said), "a seed or no draw: twice the same"
+
+
+def test_calls_and_results_among_parts_are_read(http: httpx.Client) -> None:
+    """As Anthropic's, the Vercel SDK's, LangChain's and Responses' histories have them: the prompt is OpenAI's."""
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    plain = [
+        *USER["messages"],
+        {"role": "assistant", "content": "So.", "tool_calls": [call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "x"},
+        {"role": "user", "content": "And?"},
+    ]
+    ids = answered(http.post("/tokenize", json={"messages": plain}))["tokens"]
+    so, arguments = {"type": "text", "text": "So."}, {"a": 1}
+    for part, result in (
+        (
+            {"type": "tool_use", "id": "x", "name": "f", "input": arguments},
+            {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "text", "text": "sunny"}]},
+        ),
+        (
+            {"type": "tool-call", "toolCallId": "x", "toolName": "f", "input": arguments},
+            {"type": "tool-result", "toolCallId": "x", "toolName": "f", "output": {"type": "text", "value": "sunny"}},
+        ),
+        (
+            {"type": "tool_call", "id": "x", "name": "f", "args": arguments},
+            {"type": "tool-result", "toolCallId": "x", "result": "sunny"},
+        ),
+        (
+            {"type": "function_call", "call_id": "x", "name": "f", "arguments": '{"a": 1}'},
+            {"type": "function_call_output", "call_id": "x", "output": "sunny"},
+        ),
+    ):
+        apart = [{"role": "tool", "content": [result]}, {"role": "user", "content": "And?"}]
+        beside = [{"role": "user", "content": [result, {"type": "text", "text": "And?"}]}]
+        for rest in (apart, beside):
+            messages = [*USER["messages"], {"role": "assistant", "content": [so, part]}, *rest]
+            assert answered(http.post("/tokenize", json={"messages": messages}))["tokens"] == ids
+            answered(http.post(CHAT, json={"messages": messages, "max_tokens": 2}))
+    answered(http.post("/api/chat", json={"messages": messages, "stream": False, "options": {"num_predict": 2}}))
+    refused = http.post(CHAT, json={"messages": [{"role": "user", "content": [part]}]})
+    assert "function_call" in refused.json()["error"]["message"], "a user makes no calls"
+    for path in ("/v1/messages", "/v1/responses"):  # OpenAI's messages, sent there
+        name = "input" if path == "/v1/responses" else "messages"
+        told = answered(http.post(f"{path}/render", json={name: plain, "max_tokens": 2}))
+        assert told["token_ids"] == ids
+
+
+def test_false_asks_for_nothing_but_where_the_thing_is_done_anyway(http: httpx.Client) -> None:
+    def said(**more: Any) -> tuple[int, str | None]:
+        reply = http.post("/api/chat", json={**SENT["/api/chat"], "options": {"num_predict": 2}, **more})
+        return reply.status_code, reply.headers.get(HEADER)
+
+    assert said(return_hidden_states=False, use_cache=False, tools=False) == (200, None)
+    assert said(skip_special_tokens=True) == (200, None)
+    assert said(skip_special_tokens=False) == (400, None), "they are left out here unless that is asked for elsewhere"
+    assert said(frobnicate=None, frobnicated=[]) == (200, None)
+    assert said(frobnicate=False) == (200, "frobnicate"), "taken, but nobody here knows the word"
 
 
 def test_seed_minus_one_is_none(http: httpx.Client) -> None:
@@ -431,7 +540,10 @@ def test_every_refusal_says_what_to_do(table: str) -> None:
         if name in request.model_fields:
             continue
         for value in (*foreign.EMPTY, *row.harmless):
-            request.model_validate({**body, name: value})
+            if row.asks_for_nothing(value):
+                request.model_validate({**body, name: value})
+            else:
+                assert (value, True in row.harmless) == (False, True), "what is on by itself is not off"
         if row.any_value or row.hint:
             request.model_validate({**body, name: "anything"})
             continue
@@ -480,6 +592,17 @@ def test_any_model_name_is_served_until_names_are_given(http: httpx.Client, serv
     assert httpx.get(f"{url}/v1/models/gpt-4o").json()["root"] == "mine"
     assert answered(httpx.post(url + CHAT, json={**USER, "model": "gpt-4o"}))["model"] == "mine"
     assert httpx.post(url + CHAT, json={**USER, "model": "tiny-llama"}).status_code == 404
+
+
+def test_groqs_paths_and_mistrals_cards(http: httpx.Client, serve: Any, tiny_checkpoint: Path) -> None:
+    plain = answered(http.post(CHAT, json={**USER, "temperature": 0}))["choices"]
+    assert answered(http.post(f"/openai{CHAT}", json={**USER, "temperature": 0}))["choices"] == plain
+    (card,) = answered(http.get("/openai/v1/models"))["data"]
+    assert card["type"] == "base"
+    assert card["capabilities"]["completion_chat"]
+    assert http.get("/openai/health").status_code == 404
+    url = serve(model_id=str(tiny_checkpoint), api_key="secret", max_model_len=64)
+    assert httpx.get(f"{url}/openai/v1/models").status_code == 401
 
 
 def test_a_snapshot_of_the_hub_has_the_models_name(tmp_path: Path) -> None:

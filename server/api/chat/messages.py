@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.server.api.chat.documents import DOCUMENT_PART_NAMES, Content, Document, document_part
-from prerope.server.api.chat.replayed import replayed
+from prerope.server.api.chat.replayed import replayed, results_apart
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, json_type, unicode_text
 from prerope.server.api.requests.foreign import EMPTY, MESSAGE, PART, TOOL_CALL, Foreign, is_empty
 from prerope.server.api.requests.leniency import current_report
@@ -41,6 +41,7 @@ def _role(value: Any) -> Any:
 
 def _content(value: Any) -> Content:
     """The text of a message; parts are joined by a line break, as vLLM does for templates that take text only."""
+    value = [value] if isinstance(value, dict) else value
     if isinstance(value, list):
         if len(value) > MAX_PARTS:
             raise InvalidRequest(
@@ -63,7 +64,9 @@ def _part(part: Any, param: str) -> str | Document:
     if name is None:
         shown = kind[:MAX_SHOWN]
         raise InvalidRequest(
-            f"'{param}' has the type '{shown}'; only 'text' and 'document' are supported", param="messages"
+            f"'{param}' has the type '{shown}'; only 'text' and 'document' are supported, calls in an assistant's "
+            "message, and their results",
+            param="messages",
         )
     _check_extras(part, {"type", name}, param)
     return unicode_text(part.get(name), f"{param}.{name}")
@@ -205,6 +208,10 @@ class Message(RequestBody):
             + len(self.reasoning_content or "")
             + sum(len(call.function.arguments) for call in self.tool_calls or ())
         )
+
+
+Messages = Annotated[list[Message], BeforeValidator(results_apart)]
+"""A chat. Results of calls that stand among the parts of a message are messages of their own."""
 
 
 def as_template_input(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ is left out, and its sender is told (`leniency`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Set
 from typing import Any
 
@@ -17,6 +18,12 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_text", "thi
 
 THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text", "reasoning_content": "reasoning_content"}
 """Parts of a content that are thoughts, and the field that has them: of Mistral, SGLang, LangChain, the Vercel SDK."""
+
+CALL_PARTS = ("tool_use", "tool-call", "tool_call", "function_call")
+"""Parts that are calls: of Anthropic, the Vercel SDK, LangChain, Responses."""
+
+RESULT_PARTS = ("tool_result", "tool-result", "function_call_output")
+"""Parts that are what a call gave: of Anthropic, the Vercel SDK, Responses."""
 
 NO_PARTS = ("redacted_thinking", "redacted_reasoning")
 
@@ -35,6 +42,9 @@ def replayed(data: dict[str, Any], known: Set[str]) -> dict[str, Any]:
         message["content"], thoughts = kept, thoughts or found
     if thoughts:
         message["reasoning_content"] = thoughts[0]
+    if isinstance(message.get("content"), list) and not message.get("tool_calls"):
+        message["content"], calls = _without_calls(message["content"])
+        message |= {"tool_calls": calls} if calls else {}
     called = message.pop("function_call", None)
     if isinstance(called, dict) and called and not message.get("tool_calls"):
         message["tool_calls"] = [{"type": "function", "function": called}]
@@ -46,12 +56,57 @@ def replayed(data: dict[str, Any], known: Set[str]) -> dict[str, Any]:
     return message
 
 
+def results_apart(messages: Any) -> Any:
+    """A chat in which each result of a call is a message of its own, as it is OpenAI's."""
+    if not isinstance(messages, list):
+        return messages
+    apart: list[Any] = []
+    for message in messages:
+        parts = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(parts, list) or not any(_kind(part) in RESULT_PARTS for part in parts):
+            apart.append(message)
+            continue
+        apart += [_result(part) for part in parts if _kind(part) in RESULT_PARTS]
+        if rest := [part for part in parts if _kind(part) not in RESULT_PARTS]:
+            apart.append({**message, "content": rest})
+    return apart
+
+
+def _result(part: dict[str, Any]) -> dict[str, Any]:
+    call_id = next((part[name] for name in ("tool_use_id", "toolCallId", "call_id") if name in part), None)
+    told = next((part[name] for name in ("content", "output", "result") if name in part), "")
+    if isinstance(told, dict) and set(told) == {"type", "value"}:  # as the Vercel SDK says what it is
+        told = told["value"]
+    parts = isinstance(told, list) and all(isinstance(one, dict) and "type" in one for one in told)
+    content = told if isinstance(told, str) or parts else json.dumps(told, ensure_ascii=False)
+    return {"role": "tool", "content": content, "tool_call_id": call_id}
+
+
+def _without_calls(parts: list[Any]) -> tuple[list[Any], list[dict[str, Any]]]:
+    """What is left of them, and the calls as a message has them."""
+    kept, calls = [], []
+    for part in parts:
+        if _kind(part) not in CALL_PARTS:
+            kept.append(part)
+            continue
+        call_id = next((part[name] for name in ("call_id", "toolCallId", "id") if part.get(name)), None)
+        arguments = next((part[name] for name in ("arguments", "input", "args") if name in part), None) or {}
+        function = {"name": part.get("name", part.get("toolName")), "arguments": arguments}
+        calls.append({"id": call_id, "type": "function", "function": function})
+    return kept, calls
+
+
+def _kind(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    return kind if isinstance(kind, str) else ""
+
+
 def _without_thoughts(parts: list[Any]) -> tuple[list[Any], list[str]]:
     """What is left of them, and the thoughts as one text, if there are any."""
     kept, texts = [], []
     for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or (kind not in THOUGHT_PARTS and kind not in NO_PARTS):
+        kind = _kind(part)
+        if kind not in THOUGHT_PARTS and kind not in NO_PARTS:
             kept.append(part)
             continue
         told = part.get(THOUGHT_PARTS.get(kind, ""))

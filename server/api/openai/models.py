@@ -13,6 +13,8 @@ from prerope.server.service import ReadyService, Service
 
 router = APIRouter()
 
+CAPABILITIES = {"completion_chat": True, "completion_fim": False, "function_calling": True, "fine_tuning": False}
+
 _STARTED = int(time.time())
 
 
@@ -31,7 +33,7 @@ async def retrieve_model(model: str, service: ReadyService) -> dict[str, Any]:
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
-    """OpenAI's fields, vLLM's `max_model_len`, and how positions are read."""
+    """OpenAI's fields, vLLM's `max_model_len`, what Mistral's client reads of a card, and how positions are read."""
     info = service.engine.info
     return {
         "id": name,
@@ -40,6 +42,8 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "prerope",
         "root": service.model_name,
         "parent": None,
+        "type": "base",
+        "capabilities": CAPABILITIES,
         "max_model_len": info.max_model_len,
         "train_length": info.train_length,
         "default_sampling_params": asdict(service.sampling_defaults),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from prerope.server.api.chat.documents import ChatDocumentFields
-from prerope.server.api.chat.messages import MAX_MESSAGES, Message
+from prerope.server.api.chat.messages import MAX_MESSAGES, Messages
 from prerope.server.api.chat.tools import ToolFields
 from prerope.server.api.requests.body import MAX_PROMPTS, RequestBody, Text, prompts_of
 from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
@@ -138,13 +138,29 @@ _PROMPTS_SCHEMA: dict[str, Any] = {
 class CompletionRequest(OpenAIFields):
     """POST /v1/completions."""
 
+    synonyms: ClassVar[Mapping[str, str]] = {**OpenAIFields.synonyms, "max_completion_tokens": "max_tokens"}
+
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPTS_SCHEMA)]
     best_of: int | None = Field(
         None, ge=1, le=MAX_CHOICES, description="Completions drawn, of which the n likeliest a token are given."
     )
     add_special_tokens: bool = Field(True, description="To prompts that are text, as the tokenizer does.")
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Alternatives beside each token; true and top_logprobs, as chats have it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _logprobs_as_chats_have_them(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("logprobs") is not True:
+            return data
+        return {name: one for name, one in data.items() if name != "top_logprobs"} | {
+            "logprobs": data.get("top_logprobs") or 0
+        }
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionRequest:
@@ -209,7 +225,7 @@ class ChatRequest(OpenAIFields, ToolFields, ThinkingFields, ChatDocumentFields):
 
     foreign: ClassVar[Mapping[str, Foreign]] = CHAT
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: MaxTokens | None = Field(None, description=ALL_THAT_FIT)
     max_completion_tokens: MaxTokens | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool = False

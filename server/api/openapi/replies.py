@@ -149,6 +149,8 @@ class ModelCard(ReplyBody):
     owned_by: str
     root: str = Field(description="The name that replies have.")
     parent: None
+    type: Literal["base"]
+    capabilities: dict[str, bool] = Field(description="As Mistral's API tells them.")
     max_model_len: Count
     default_sampling_params: dict[str, float] = Field(description="What holds where a request does not say.")
     train_length: Count

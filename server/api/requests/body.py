@@ -97,7 +97,11 @@ class RequestBody(BaseModel):
     def _leave_out(cls, name: str, value: object) -> None:
         """A field that is none of ours: it asks for nothing, or it is refused, or with STRICT_FIELDS=false reported."""
         report, foreign = current_report(), cls.foreign.get(name)
-        if is_empty(value) or (foreign is not None and foreign.asks_for_nothing(value) and not foreign.hint):
+        if foreign is None and is_empty(value):
+            if value is False:
+                report.ignore(cls.path + name)
+            return
+        if foreign is not None and foreign.asks_for_nothing(value) and (is_empty(value) or not foreign.hint):
             return
         if report.strict and (foreign is None or not foreign.hint):
             raise (
@@ -148,7 +152,7 @@ class RequestBody(BaseModel):
         rows = {name: row for name, row in cls.foreign.items() if name not in properties}
         for name, row in rows.items():
             if row.harmless:
-                taken = [*EMPTY_SCHEMAS, *({"const": one} for one in row.harmless)]
+                taken = [*_empty_schemas(row), *({"const": one} for one in row.harmless)]
                 properties[name] = {"anyOf": taken, "description": f"Not supported: {row.reason}."}
         told = [name for name, row in rows.items() if row.any_value or row.hint]
         refused = {name: row.reason for name, row in rows.items() if row.reason and not row.harmless}
@@ -160,6 +164,12 @@ class RequestBody(BaseModel):
         body["properties"] = properties
         body["additionalProperties"] = {"anyOf": list(EMPTY_SCHEMAS)}
         return schema
+
+
+def _empty_schemas(row: Foreign) -> list[JsonSchemaValue]:
+    """What is empty and asks a row for nothing."""
+    bare: JsonSchemaValue = {"enum": [value for value in EMPTY if row.asks_for_nothing(value)]}
+    return [bare, *EMPTY_SCHEMAS[1:]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,14 @@
 """Fields of others' request schemas that this server has no use for, and what each asks for: a table.
 
-A field is taken without a word where its value asks for nothing: where it is empty (null, false, "", [], {}, or a list
-or an object of such), where it is the default of the schema that it comes from, which routers write into every body, or
-where nothing that the user gets depends on it. Anything else is refused by name, with the reason that stands here; what
-others have other names for is in `synonyms`. Drawn from the schemas of the openai client, vLLM, SGLang and its router,
-llama.cpp and its page, LiteLLM, LangChain, LlamaIndex, pydantic-ai, the Vercel SDK, Open WebUI, and of the services
-that have OpenAI's API beside fields of their own: Mistral, OpenRouter, Groq, Fireworks, Together, DeepSeek, DashScope.
+A field is taken without a word where its value asks for nothing: where it is empty (null, "", [], {}, or a list or an
+object of such), where it is the default of the schema that it comes from, which routers write into every body, or where
+nothing that the user gets depends on it. `false` says that something is not to be done. What is not known here is not
+done here, so under a name of the table it asks for nothing, unless the thing is done where nobody says so (a row whose
+default is true: `false` is refused like any other value), and under a name that nobody here has heard of it is taken
+and its sender told. Anything else is refused by name, with the reason that stands here; what others have other names
+for is in `synonyms`. Drawn from the schemas of the openai client, vLLM, SGLang and its router, llama.cpp and its page,
+LiteLLM, LangChain, LlamaIndex, pydantic-ai, the Vercel SDK, Open WebUI, and of the services that have OpenAI's API
+beside fields of their own: Mistral, OpenRouter, Groq, Fireworks, Together, DeepSeek, DashScope.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ class Foreign(NamedTuple):
     hint: bool = False
 
     def asks_for_nothing(self, value: object) -> bool:
-        return self.any_value or self.hint or is_empty(value) or value in self.harmless
+        if self.any_value or self.hint or value in self.harmless:
+            return True
+        return is_empty(value) and (value is not False or True not in self.harmless)
 
 
 def is_empty(value: object) -> bool:
@@ -43,6 +48,9 @@ def is_empty(value: object) -> bool:
 def _is_bare(value: object) -> bool:
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
+
+ON_OR_OFF = (True, False)
+"""Harmless values of a switch that turns nothing here."""
 
 EMPTY_SCHEMAS: tuple[dict[str, object], ...] = (
     {"enum": list(EMPTY)},
@@ -135,7 +143,7 @@ BODY: Mapping[str, Foreign] = {
     "options": Foreign("write its fields beside 'messages' or 'prompt'"),
     "mock_response": Foreign("replies are the model's"),
     # llama.cpp: places in its cache, what its replies tell beside the text, samplers that are off at these values.
-    **ignored("cache_prompt", "id_slot", "slot_id", "n_keep", "n_discard", "n_cache_reuse", "penalize_nl"),
+    **ignored("cache_prompt", "use_cache", "id_slot", "slot_id", "n_keep", "n_discard", "n_cache_reuse", "penalize_nl"),
     **ignored("mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
     **ignored("dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "adaptive_decay", "chat_format"),
     **ignored("preserved_tokens", "parse_tool_calls", "backend_sampling"),
@@ -171,9 +179,15 @@ BODY: Mapping[str, Foreign] = {
     "messages": Foreign("a chat's: use /v1/chat/completions"),
     **dict.fromkeys(
         ("parallel_tool_calls", "include_reasoning", "separate_reasoning", "stream_reasoning", "add_generation_prompt"),
-        Foreign("a chat's: use /v1/chat/completions", harmless=(True,)),
+        Foreign("a chat's: use /v1/chat/completions", harmless=ON_OR_OFF),
     ),
     **hints("reasoning_effort", "reasoning"),
+    "return_prompt_text": Foreign("ask for 'return_token_ids'"),
+    "return_prompt_token_ids": Foreign("ask for 'return_token_ids'"),
+    **refused("an Anthropic field: use 'response_format' and 'reasoning_effort'", ("output_config", "output_format")),
+    "format": Foreign("an Ollama field: use 'response_format'"),
+    **refused("a field of /v1/responses: ask there", ("input", "instructions", "text", "previous_response_id")),
+    "system": Foreign("write it into a message of the role 'system'"),
     "best_of": Foreign("of /v1/completions; use 'n'", harmless=(1,)),
     "n": Foreign("send as many requests, or use /v1/completions", harmless=(1,)),
     "top_logprobs": Foreign("use 'logprobs'", harmless=(0,)),
@@ -185,14 +199,15 @@ BODY: Mapping[str, Foreign] = {
 _OPENAIS = "of OpenAI's endpoints: ask there, or by a field of this one"
 DIALECT: Mapping[str, Foreign] = {
     **BODY,
-    **dict.fromkeys(("skip_special_tokens", "add_special_tokens", "do_sample"), Foreign(_OPENAIS, harmless=(True,))),
+    **dict.fromkeys(("skip_special_tokens", "do_sample"), Foreign(_OPENAIS, harmless=(True,))),
+    "add_special_tokens": Foreign(_OPENAIS, harmless=ON_OR_OFF),
     **dict.fromkeys(("min_p", "min_tokens", "min_new_tokens", "priority"), Foreign(_OPENAIS, harmless=(0, 0.0))),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), Foreign(_OPENAIS, harmless=(0, 0.0))),
     **dict.fromkeys(("top_p", "repetition_penalty", "repeat_penalty"), Foreign(_OPENAIS, harmless=(1, 1.0))),
     "top_k": Foreign(_OPENAIS, harmless=(-1, 0)),
     "seed": Foreign(_OPENAIS, harmless=(-1,)),
     "truncation_side": Foreign(_OPENAIS, harmless=("left",)),
-    **ignored("use_cache", "pad_token_id", "clean_up_tokenization_spaces"),
+    **ignored("pad_token_id", "clean_up_tokenization_spaces"),
     "no_repeat_ngram_size": Foreign("use 'repetition_penalty'", harmless=(0,)),
 }
 """Of a body of another dialect: what routers write into every body, at its default."""

@@ -43,7 +43,7 @@ DEFAULT_MAX_TOKENS = 256
 ALL_THAT_FIT = "-1: all that fit."
 
 SYNONYMS: Mapping[str, str] = {
-    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict"), "max_tokens"),
+    **dict.fromkeys(("max_new_tokens", "n_predict", "num_predict", "max_output_tokens"), "max_tokens"),
     **dict.fromkeys(("random_seed", "sampling_seed"), "seed"),
     "repeat_penalty": "repetition_penalty",
     "min_new_tokens": "min_tokens",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from prerope.server.api.chat.documents import ChatDocumentFields
-from prerope.server.api.chat.messages import MAX_MESSAGES, Message
+from prerope.server.api.chat.messages import MAX_MESSAGES, Messages
 from prerope.server.api.chat.tools import MAX_TOOLS, Tool
 from prerope.server.api.requests.body import RequestBody, Text, token_ids
 from prerope.server.api.requests.foreign import BODY, CHAT, OF_A_REPLY, Foreign
@@ -25,7 +25,7 @@ class TokenizeRequest(ThinkingFields, ChatDocumentFields):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = Field(True, description="For a prompt; a chat template writes its own.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False

@@ -20,11 +20,13 @@ from prerope.server.api.dialects.requests.common import (
     object_of,
     text_of,
 )
+from prerope.server.api.openai.schemas import OpenAIFields
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text
 from prerope.server.api.requests.documents import REREAD_FIELD, Attention, DocumentReading
 from prerope.server.api.requests.foreign import DIALECT, OF_A_REPLY, Foreign, hints, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
-from prerope.server.api.requests.sampling_types import Stop
+from prerope.server.api.requests.schemas import SamplingFields
+from prerope.server.api.requests.structured import OpenAIConstraints, only_one
 from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
@@ -64,6 +66,9 @@ class CountTokensRequest(RequestBody):
     thinking: dict[str, Any] | None = None
     output_config: OutputConfig | None = None
     output_format: dict[str, Any] | None = Field(None, description="Older name of output_config.format.")
+    reasoning_effort: str | float | None = Field(None, description="OpenAI's name of output_config.effort.")
+    parallel_tool_calls: bool | None = Field(None, description="OpenAI's word of tool_choice.")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
     document_attention: Attention | None = None
     document_reread: int = REREAD_FIELD
 
@@ -76,7 +81,9 @@ class CountTokensRequest(RequestBody):
         given = self.tool_choice or {}
         choice = {"type": "any" if given == "required" else given} if isinstance(given, str) else given
         one = choice.get("disable_parallel_tool_use")
-        told = told_of_effort(self.output_config.effort if self.output_config else None)
+        parallel = self.parallel_tool_calls if one is None else one is not True
+        effort = self.output_config.effort if self.output_config else None
+        told = told_of_effort(self.reasoning_effort if effort is None else effort)
         if self.thinking is not None:
             told["enable_thinking"] = self.tells_thoughts
         messages = list(self._messages())
@@ -87,8 +94,8 @@ class CountTokensRequest(RequestBody):
             continue_final_message=continues,
             tools=[_tool(one, f"tools[{index}]") for index, one in enumerate(self.tools)],
             tool_choice=_choice(choice) if self.tools and choice else None,
-            parallel_tool_calls=None if one is None else one is not True,
-            template_kwargs=told,
+            parallel_tool_calls=parallel,
+            template_kwargs=told | self.chat_template_kwargs,
             reading=DocumentReading(attention=self.document_attention, reread=self.document_reread),
         )
 
@@ -103,28 +110,24 @@ class CountTokensRequest(RequestBody):
             yield from _lowered(given, f"messages[{index}]")
 
 
-class MessagesRequest(CountTokensRequest):
-    """POST /v1/messages."""
+class MessagesRequest(CountTokensRequest, SamplingFields, OpenAIConstraints):
+    """POST /v1/messages. Beside Anthropic's fields it takes those of sampling by OpenAI's and vLLM's names, their
+    constraints, and `rope`."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = FOREIGN
-    synonyms: ClassVar[Mapping[str, str]] = {"stop": "stop_sequences", "max_completion_tokens": "max_tokens"}
+    synonyms: ClassVar[Mapping[str, str]] = {**OpenAIFields.synonyms, "max_completion_tokens": "max_tokens"}
 
     max_tokens: int = Field(ge=1, le=INT32_MAX)
-    stream: bool = False
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=INT32_MAX)
-    stop_sequences: Stop = Field(default_factory=list)
 
     def lowered(self) -> GenerationRequest:
-        sampling = Sampling(
-            max_tokens=self.max_tokens,
-            temperature=0.0 if self.top_p == 0 else self.temperature,
-            top_p=self.top_p or None,
-            top_k=self.top_k,
-            stop=self.stop_sequences,
+        return GenerationRequest(
+            input=self.chat(),
+            model=self.model,
+            sampling=self.sampling(),
+            output=self.output(),
+            constraint=only_one([self._constraint(), self.wanted_grammar()]),
+            **self.shared(),
         )
-        return GenerationRequest(input=self.chat(), model=self.model, sampling=sampling, constraint=self._constraint())
 
     def _constraint(self) -> GrammarText | None:
         name, given = "output_format", self.output_format
@@ -159,10 +162,13 @@ def _part(block: Mapping[str, Any], param: str) -> Mapping[str, Any]:
 def _lowered(given: Any, param: str) -> Iterator[Message]:
     """One message as OpenAI's: results of tools become messages of their own, before the text beside them."""
     role, content = given.get("role"), given.get("content")
-    if content is None and role == "assistant":  # who said nothing
+    openais = {name: given[name] for name in ("tool_calls", "tool_call_id") if given.get(name)}
+    if content is None and role == "assistant" and not openais:  # who said nothing
         return
-    if isinstance(content, str) or role not in ("user", "assistant", "system"):
-        yield message(role, text_of(content, f"{param}.content"))
+    if isinstance(content, str) or openais or role not in ("user", "assistant", "system"):
+        yield message(
+            role, text_of(content or "", f"{param}.content") if isinstance(content, str | None) else content, **openais
+        )
         return
     parts, calls = [], []
     for index, one in enumerate(list_of(content, f"{param}.content")):

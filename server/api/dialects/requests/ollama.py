@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.replayed import results_apart
+from prerope.server.api.chat.tool_choice import ToolChoiceField
 from prerope.server.api.chat.tools import Tool
 from prerope.server.api.dialects.requests.common import (
     begins_reply,
@@ -22,10 +24,11 @@ from prerope.server.api.requests.foreign import DIALECT, HINT, IGNORED, Foreign,
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.sampling_types import Stop
 from prerope.server.api.requests.schemas import MAX_LOGPROBS
+from prerope.server.api.requests.structured import ResponseFormat, only_one
 from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 
 class Options(RequestBody):
@@ -42,6 +45,12 @@ class Options(RequestBody):
         "tfs_z": Foreign("use 'min_p'", harmless=(1, 1.0)),
         "repeat_last_n": HINT,
         "penalize_newline": HINT,
+    }
+
+    synonyms: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict"), "num_predict"),
+        "repetition_penalty": "repeat_penalty",
+        "stop_sequences": "stop",
     }
 
     num_predict: int | None = None
@@ -83,6 +92,23 @@ class OllamaFields(RequestBody):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     options: Options = Field(default_factory=Options)
+    response_format: ResponseFormat | None = Field(None, description="OpenAI's word of 'format'.")
+    reasoning_effort: str | float | None = Field(None, description="OpenAI's word of 'think'.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_beside(cls, data: Any) -> Any:
+        """Options that stand beside `options`, where OpenAI's clients write them."""
+        inside = data.get("options") if isinstance(data, dict) else None
+        if not isinstance(data, dict) or not isinstance(inside, dict | None):
+            return data
+        names = ({*Options.model_fields, *Options.synonyms} - cls.model_fields.keys()) & data.keys()
+        beside = {name: data[name] for name in sorted(names)}
+        for name, value in beside.items():
+            if value is not None and (inside or {}).get(name, value) != value:
+                raise InvalidRequest(f"'{name}' and 'options.{name}' mean the same: give one of them", param=name)
+        rest = {name: value for name, value in data.items() if name not in names}
+        return {**rest, "options": {**beside, **(inside or {})}} if beside else data
 
     @property
     def num_logprobs(self) -> int | None:
@@ -93,9 +119,14 @@ class OllamaFields(RequestBody):
         """What the chat template is told."""
         if isinstance(self.think, str):
             return told_of_effort(self.think)
-        return {} if self.think is None else {"enable_thinking": self.think}
+        if self.think is None:
+            return told_of_effort(self.reasoning_effort)
+        return {"enable_thinking": self.think}
 
     def constraint(self) -> GrammarText | None:
+        return only_one([self._format(), self.response_format.wanted() if self.response_format else None])
+
+    def _format(self) -> GrammarText | None:
         if self.format in (None, ""):
             return None
         if self.format == "json":
@@ -108,8 +139,10 @@ class OllamaFields(RequestBody):
 class OllamaChatRequest(OllamaFields):
     """POST /api/chat."""
 
-    messages: list[Any] = Field(default_factory=list)
+    messages: Annotated[list[Any], BeforeValidator(results_apart)] = Field(default_factory=list)
     tools: list[Tool] = Field(default_factory=list)
+    tool_choice: ToolChoiceField | None = Field(None, description="As OpenAI's chats have it.")
+    parallel_tool_calls: bool | None = Field(None, description="As OpenAI's chats have it.")
 
     def lowered(self) -> GenerationRequest:
         messages = list(self._messages())
@@ -117,6 +150,8 @@ class OllamaChatRequest(OllamaFields):
         chat = Chat(
             messages=messages,
             tools=self.tools,
+            tool_choice=self.tool_choice if self.tools else None,
+            parallel_tool_calls=self.parallel_tool_calls,
             add_generation_prompt=not continues,
             continue_final_message=continues,
             template_kwargs=self.told_of_thinking(),
@@ -146,7 +181,10 @@ class OllamaChatRequest(OllamaFields):
                 ]
             if given.get("role") == "tool":
                 more["tool_call_id"] = last_ids.pop(0) if last_ids else "call00000000"
-            yield message(given.get("role", ""), text_of(given.get("content") or "", f"{place}.content"), **more)
+            content = given.get("content") or ""
+            if not isinstance(content, list):  # of parts, as OpenAI's chats have them
+                text_of(content, f"{place}.content")
+            yield message(given.get("role", ""), content, **more)
 
 
 class OllamaGenerateRequest(OllamaFields):

@@ -38,8 +38,10 @@ class TgiParameters(RequestBody):
         "best_of": Foreign("'best_of' of /v1/completions draws several and keeps the likeliest", harmless=(1,)),
         "typical_p": Foreign("use 'top_p'", harmless=(1, 1.0)),
         "num_return_sequences": Foreign("'n' of /v1/completions asks for several", harmless=(1,)),
-        "min_new_tokens": Foreign("'min_tokens' of /v1/completions does it", harmless=(0,)),
-        "max_time": Foreign("'timeout_s' of /v1/completions does it"),
+    }
+    synonyms: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_new_tokens"),
+        "min_tokens": "min_new_tokens",
     }
 
     max_new_tokens: int | None = Field(None, ge=1)
@@ -47,8 +49,14 @@ class TgiParameters(RequestBody):
     temperature: float | None = Field(None, ge=0, le=10)
     top_k: int | None = Field(None, ge=-1)
     top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default_factory=dict)
+    min_new_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    max_time: float | None = Field(None, gt=0, description="Seconds.")
     seed: int | None = None
     stop: Stop = Field(default_factory=list)
     stop_sequences: Stop = Field(default_factory=list)
@@ -80,13 +88,19 @@ class TgiRequest(RequestBody):
                 top_k=given.top_k or 0,
                 top_p=1.0 if given.top_p is None else given.top_p,
                 repetition_penalty=given.repetition_penalty or 1.0,
+                min_p=given.min_p or 0.0,
                 frequency_penalty=given.frequency_penalty or 0.0,
+                presence_penalty=given.presence_penalty or 0.0,
+                logit_bias=given.logit_bias,
+                min_tokens=given.min_new_tokens,
+                ignore_eos=given.ignore_eos,
                 stop=given.stop or given.stop_sequences,
                 seed=given.seed,
             ),
             output=Output(logprobs=given.top_n_tokens or 0),
             truncation=None if given.truncate is None else Truncation(num_tokens=given.truncate),
             constraint=_tgi_grammar(given.grammar),
+            timeout_s=given.max_time,
         )
 
 

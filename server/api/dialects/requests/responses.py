@@ -18,12 +18,14 @@ from prerope.server.api.dialects.requests.common import (
     object_of,
     text_of,
 )
+from prerope.server.api.openai.schemas import OpenAIFields
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, Verbatim, json_type
 from prerope.server.api.requests.foreign import BODY, HINT, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.api.requests.sampling_types import MaxTokens
-from prerope.server.api.requests.schemas import ALL_THAT_FIT, MAX_LOGPROBS, SYNONYMS, SamplingFields
+from prerope.server.api.requests.schemas import ALL_THAT_FIT, MAX_LOGPROBS, SamplingFields
+from prerope.server.api.requests.structured import OpenAIConstraints, only_one
 from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
@@ -59,11 +61,12 @@ class TextFields(RequestBody):
     format: dict[str, Any] | None = None
 
 
-class ResponsesRequest(SamplingFields):
-    """POST /v1/responses. Beside OpenAI's fields it takes those of sampling by vLLM's names, and `rope`."""
+class ResponsesRequest(SamplingFields, OpenAIConstraints):
+    """POST /v1/responses. Beside OpenAI's fields it takes those of sampling and of constraints by vLLM's names, and
+    `rope`."""
 
     synonyms: ClassVar[Mapping[str, str]] = {
-        **{said: "max_output_tokens" if name == "max_tokens" else name for said, name in SYNONYMS.items()},
+        **{said: "max_output_tokens" if name == "max_tokens" else name for said, name in OpenAIFields.synonyms.items()},
         **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
     }
     foreign: ClassVar[Mapping[str, Foreign]] = {
@@ -92,6 +95,9 @@ class ResponsesRequest(SamplingFields):
         "disabled", description="auto: of a conversation that is too long, the oldest items are left out."
     )
     reasoning: Reasoning | None = None
+    reasoning_effort: str | float | None = Field(None, description="A chat's name of reasoning.effort.")
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
+    logprobs: bool = Field(False, description="A chat's name of what 'include' asks for.")
     metadata: dict[str, Any] | None = None
     background: bool = False
     conversation: Any = None
@@ -118,7 +124,7 @@ class ResponsesRequest(SamplingFields):
     @property
     def num_logprobs(self) -> int | None:
         """Alternatives beside each token, as SamplingParams counts them."""
-        asked = self.top_logprobs or LOGPROBS in self.include
+        asked = self.top_logprobs or self.logprobs or LOGPROBS in self.include
         return (self.top_logprobs or 0) if asked else None
 
     def slim(self) -> None:
@@ -168,7 +174,7 @@ class ResponsesRequest(SamplingFields):
             tools=[tool for index, one in enumerate(self.tools) if (tool := _tool(one, f"tools[{index}]"))],
             tool_choice=tool_choice(self.tool_choice) if self.tools and self.tool_choice else None,
             parallel_tool_calls=self.parallel_tool_calls,
-            template_kwargs=told_of_effort(self.reasoning.effort if self.reasoning else None),
+            template_kwargs=told_of_effort(self._effort) | self.chat_template_kwargs,
             leaves_out_oldest=self.truncation == "auto",
         )
         return GenerationRequest(
@@ -176,9 +182,14 @@ class ResponsesRequest(SamplingFields):
             model=self.model,
             sampling=self.sampling(max_tokens=self.max_output_tokens),
             output=self.output(logprobs=self.num_logprobs),
-            constraint=self._constraint(),
+            constraint=only_one([self._constraint(), self.wanted_grammar()]),
             **self.shared(),
         )
+
+    @property
+    def _effort(self) -> str | float | None:
+        effort = self.reasoning.effort if self.reasoning else None
+        return self.reasoning_effort if effort is None else effort
 
     def _constraint(self) -> GrammarText | None:
         given = (self.text or {}).get("format") or {"type": "text"}
@@ -212,12 +223,15 @@ class ResponsesRequest(SamplingFields):
 def _lowered(item: Any, param: str) -> Iterator[Message]:
     match item.get("type") or "message":
         case "message":
-            yield message(item.get("role", "user"), _content(item.get("content") or "", f"{param}.content"))
+            more = {name: item[name] for name in ("tool_calls", "tool_call_id") if item.get(name)}  # as chats have them
+            yield message(item.get("role", "user"), _content(item.get("content") or "", f"{param}.content"), **more)
         case "function_call_output":
             output = _content(item.get("output") or "", f"{param}.output")
             yield message("tool", output, tool_call_id=item.get("call_id"))
         case "reasoning" | "item_reference":
             pass
+        case "web_search_call" | "file_search_call" | "code_interpreter_call" | "image_generation_call":
+            current_report().ignore(param)  # of a tool that OpenAI ran: what came of it is in the message after it
         case kind:
             raise InvalidRequest(
                 f"'{param}' has the type '{str(kind)[:MAX_SHOWN]}', which is not read here: messages, function calls "
