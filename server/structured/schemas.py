@@ -12,26 +12,16 @@ refuse.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import combinations, permutations
 from typing import Any
 
 from prerope.server.structured.document import LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
 from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
-from prerope.server.structured.numbers import check_numbers, few_integers, narrow_bounds
-from prerope.server.structured.values import Unenforceable, distinct, of_type
-
-MAX_PERMUTED = 4
-"""Items of a set that may come in any order."""
-
-MAX_LISTED = 7
-"""Items of a set that come in the order of their enumeration: 128 subsets."""
-
-MAX_CHOICES = 256
-"""Such subsets and orders of all sets in a schema: some 130 characters each of what is compiled."""
+from prerope.server.structured.numbers import check_numbers, narrow_bounds
+from prerope.server.structured.sets import MAX_CHOICES, MAX_LISTED, MAX_PERMUTED, choices, enumerated
+from prerope.server.structured.values import Unenforceable, distinct
 
 LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
@@ -149,7 +139,7 @@ class _Rewriter:
         if names is None or "patternProperties" in schema or not isinstance(given, dict):
             return
         rest = schema.get("additionalProperties", True)
-        if (listed := _enumerated(names)) is not None:
+        if (listed := enumerated(names)) is not None:
             known = [name for name in listed if isinstance(name, str) and (name in given or rest is not False)]
             schema |= {"properties": {name: given.get(name, rest) for name in known}, "additionalProperties": False}
         elif names and not given and (pattern := _name_pattern(names, exact=exact)) is not None:
@@ -168,7 +158,7 @@ class _Rewriter:
         if values is None or len(values) > (MAX_PERMUTED if exact else MAX_LISTED):
             self.dropped.add("uniqueItems")
             return
-        tuples = [*map(_tuple, _choices(values))]
+        tuples = [*choices(values)]
         if len(tuples) > self._choices_left:
             self.dropped.add("uniqueItems")
             return
@@ -182,8 +172,8 @@ class _Rewriter:
         """The values that a schema lists, itself or by references and choices, without repetition."""
         schema = self._target(items)
         if schema is None or set(schema) != {"anyOf"} or not isinstance(schema["anyOf"], list):
-            return None if schema is None else _enumerated(schema)
-        listed = [None if (one := self._target(branch)) is None else _enumerated(one) for branch in schema["anyOf"]]
+            return None if schema is None else enumerated(schema)
+        listed = [None if (one := self._target(branch)) is None else enumerated(one) for branch in schema["anyOf"]]
         return None if None in listed else distinct([value for values in listed for value in values or ()])
 
     def _differing_names(self, schema: Schema) -> None:
@@ -284,23 +274,6 @@ def _also(schema: Schema, other: Schema) -> None:
         both.append(other)
 
 
-def _enumerated(schema: Schema) -> list[Any] | None:
-    """The values that a schema lists, without repetition; None for one that lists none or says more."""
-    values: list[Any] | None
-    says = set(schema) - {"type"}
-    if says == {"enum"} and isinstance(schema["enum"], list):
-        values = schema["enum"]
-    elif says == {"const"}:
-        values = [schema["const"]]
-    elif not says and schema.get("type") in ("boolean", "null"):
-        values = [False, True] if schema["type"] == "boolean" else [None]
-    elif schema.get("type") == "integer" and says <= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}:
-        values = few_integers(schema, MAX_LISTED)
-    else:
-        return None
-    return values and distinct([value for value in values if of_type(value, schema.get("type"))])
-
-
 def _name_pattern(names: Schema, *, exact: bool) -> str | None:
     """A regex for names that a schema describes by one keyword."""
     says = set(names) - {"type"}
@@ -318,22 +291,6 @@ def _name_pattern(names: Schema, *, exact: bool) -> str | None:
             case [{"pattern": str(pattern), **more}] if not more:
                 return pattern
     return None
-
-
-def _choices(values: list[Any]) -> Iterator[tuple[Any, ...]]:
-    choose: Callable[[list[Any], int], Iterator[tuple[Any, ...]]]
-    choose = permutations if len(values) <= MAX_PERMUTED else combinations
-    for size in range(len(values) + 1):
-        yield from choose(values, size)
-
-
-def _tuple(values: tuple[Any, ...]) -> Schema:
-    return {
-        "type": "array",
-        "prefixItems": [{"const": value} for value in values],
-        "items": False,
-        "minItems": len(values),
-    }
 
 
 def _holds_control(value: Any) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
-from prerope.server.api.requests.foreign import EMPTY, EMPTY_SCHEMAS, Foreign, is_empty
+from prerope.server.api.requests.foreign import EMPTY, EMPTY_SCHEMAS, Foreign, empty_schemas, is_empty
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationInfo, model_validator
@@ -152,7 +152,7 @@ class RequestBody(BaseModel):
         rows = {name: row for name, row in cls.foreign.items() if name not in properties}
         for name, row in rows.items():
             if row.harmless:
-                taken = [*_empty_schemas(row), *({"const": one} for one in row.harmless)]
+                taken = [*empty_schemas(row), *({"const": one} for one in row.harmless)]
                 properties[name] = {"anyOf": taken, "description": f"Not supported: {row.reason}."}
         told = [name for name, row in rows.items() if row.any_value or row.hint]
         refused = {name: row.reason for name, row in rows.items() if row.reason and not row.harmless}
@@ -164,12 +164,6 @@ class RequestBody(BaseModel):
         body["properties"] = properties
         body["additionalProperties"] = {"anyOf": list(EMPTY_SCHEMAS)}
         return schema
-
-
-def _empty_schemas(row: Foreign) -> list[JsonSchemaValue]:
-    """What is empty and asks a row for nothing."""
-    bare: JsonSchemaValue = {"enum": [value for value in EMPTY if row.asks_for_nothing(value)]}
-    return [bare, *EMPTY_SCHEMAS[1:]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,13 @@ class Foreign(NamedTuple):
     hint: bool = False
 
     def asks_for_nothing(self, value: object) -> bool:
-        if self.any_value or self.hint or value in self.harmless:
+        if self.any_value or self.hint or self._is_harmless(value):
             return True
-        return is_empty(value) and (value is not False or True not in self.harmless)
+        return is_empty(value) and not (value is False and self._is_harmless(True))
+
+    def _is_harmless(self, value: object) -> bool:
+        """To Python, 1 and true are the same; in JSON they are not."""
+        return any(one == value and isinstance(one, bool) == isinstance(value, bool) for one in self.harmless)
 
 
 def is_empty(value: object) -> bool:
@@ -58,6 +62,11 @@ EMPTY_SCHEMAS: tuple[dict[str, object], ...] = (
     {"type": "object", "additionalProperties": {"enum": list(EMPTY)}},
 )
 """What is empty, as JSON schemas."""
+
+
+def empty_schemas(row: Foreign) -> list[dict[str, object]]:
+    """What is empty and asks a row for nothing."""
+    return [{"enum": [value for value in EMPTY if row.asks_for_nothing(value)]}, *EMPTY_SCHEMAS[1:]]
 
 
 IGNORED = Foreign(any_value=True)
