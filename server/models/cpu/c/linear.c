@@ -65,49 +65,6 @@ INLINE void weigh(const char *at, v16 *first, v16 *second, const int kind) {
     if (kind == BYTE_DOTS) *first = (v16)narrow32(*first, *second);
 }
 
-/* R rows of x, as `linear_ready` leaves them, against the 16/R weight rows from `weight` on: sums [R, 16/R]. Where
- * weights stream from memory, what lies `ahead` bytes behind each is asked for. */
-INLINE v16 dots(const char *const *x, const char *weight, int64_t stride, int64_t in, const int R, const int kind,
-                const int stream, int64_t ahead) {
-    const int C = 16 / R, beside = C < BESIDE ? C : BESIDE, pairs = in_pairs(kind);
-    v16 all[16];
-#pragma GCC unroll 16
-    for (int begin = 0; begin < C; begin += beside) {
-        v16 sum[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < R * beside; i++) sum[i] = (v16){};
-        for (int64_t k = 0; k < in; k += 32) {
-            v16 low[8], high[8];
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                low[r] = held16(*(const v16 *)(x[r] + k * (pairs ? 2 : 4)));
-                if (!pairs) high[r] = held16(*(const v16 *)(x[r] + k * 4 + 64));
-            }
-#pragma GCC unroll 4
-            for (int c = 0; c < beside; c++) {
-                const char *at = weight + (begin + c) * stride + k * weight_size(kind);
-                if (stream) __builtin_prefetch(at + ahead, 0, 2);
-                v16 first, second;
-                weigh(at, &first, &second, kind);
-                first = held16(first);
-                if (!pairs) second = held16(second);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++) {
-                    v16 *to = sum + r * beside + c;
-                    *to = pairs ? dot16(*to, (u32x16)first, (u32x16)low[r]) : fma16(first, low[r], *to);
-                }
-#pragma GCC unroll 8
-                for (int r = 0; r < R && !pairs; r++) sum[r * beside + c] = fma16(second, high[r], sum[r * beside + c]);
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int c = 0; c < beside; c++) all[r * C + begin + c] = sum[r * beside + c];
-    }
-    return fold16(all, 0);
-}
-
 /* C members, again for each of the 16/C rows. */
 INLINE v16 for_each_row(const float *from, const int C) {
     float all[16] __attribute__((aligned(64)));
@@ -115,19 +72,80 @@ INLINE v16 for_each_row(const float *from, const int C) {
     return *(v16 *)all;
 }
 
-/* Sums [R, 16/R] of outputs n, n + 1, … to rows row, row + 1, … */
-INLINE void put(const Linear *linear, const Part *part, v16 sums, int64_t row, int64_t n, const int R, const int kind) {
+/* Lanes' sums of outputs n, n + 1, … of rows row, row + 1, …: [R, 16/R]. n < 0: there are none yet. */
+typedef struct {
+    v16 lanes[16];
+    int64_t row, n;
+} Sums;
+
+/* The sums folded, to where they belong. */
+INLINE void put(const Linear *linear, const Part *part, Sums *of, const int R, const int kind) {
     const int C = 16 / R, dtype = dtype_of(kind), size = dtype == FP32 ? 4 : 2;
-    if (part->scales) sums *= for_each_row(part->scales + n, C);
+    v16 sums = fold16(of->lanes, 0);
+    if (part->scales) sums *= for_each_row(part->scales + of->n, C);
     if (part->bias) {
         float bias[16];
-        for (int c = 0; c < C; c++) bias[c] = load1(part->bias, n + c, dtype);
+        for (int c = 0; c < C; c++) bias[c] = load1(part->bias, of->n + c, dtype);
         sums += for_each_row(bias, C);
     }
     u16x16 narrow = narrow16(sums);
     const char *from = dtype == FP32 ? (const char *)&sums : (const char *)&narrow;
-    for (int r = 0; r < R && row + r < linear->rows; r++)
-        memcpy((char *)part->out + ((row + r) * part->features + n) * size, from + r * C * size, size * C);
+    for (int r = 0; r < R && of->row + r < linear->rows; r++)
+        memcpy((char *)part->out + ((of->row + r) * part->features + of->n) * size, from + r * C * size, size * C);
+}
+
+/* Sums [R, beside] go on over the members [from, to). */
+INLINE void add_dots(const char *const *x, const char *weight, int64_t stride, int64_t from, int64_t to, v16 *sum, const int R,
+                     const int beside, const int kind, const int stream, int64_t ahead) {
+    const int pairs = in_pairs(kind);
+    for (int64_t k = from; k < to; k += 32) {
+        v16 low[8], high[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            low[r] = held16(*(const v16 *)(x[r] + k * (pairs ? 2 : 4)));
+            if (!pairs) high[r] = held16(*(const v16 *)(x[r] + k * 4 + 64));
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < beside; c++) {
+            const char *at = weight + c * stride + k * weight_size(kind);
+            if (stream) __builtin_prefetch(at + ahead, 0, 2);
+            v16 first, second;
+            weigh(at, &first, &second, kind);
+            first = held16(first);
+            if (!pairs) second = held16(second);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                v16 *here = sum + r * beside + c;
+                *here = pairs ? dot16(*here, (u32x16)first, (u32x16)low[r]) : fma16(first, low[r], *here);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R && !pairs; r++) sum[r * beside + c] = fma16(second, high[r], sum[r * beside + c]);
+        }
+    }
+}
+
+/* R rows of x, as `linear_ready` leaves them, against the 16/R weight rows from `weight` on. Where weights stream from
+ * memory, what lies `ahead` bytes behind each is asked for. What the call before this one left in `sums` is put amid these
+ * products: folding waits for itself, and they do not wait for it. `of`: the kind of the linear layer. */
+INLINE void dots(const Linear *linear, const Part *part, const char *const *x, const char *weight, int64_t stride, int64_t row,
+                 int64_t n, const int R, const int kind, const int of, const int stream, int64_t ahead, Sums *sums) {
+    const int C = 16 / R, beside = C < BESIDE ? C : BESIDE;
+    int64_t in = linear->in, middle = in / 64 * 32;
+#pragma GCC unroll 16
+    for (int begin = 0; begin < C; begin += beside) {
+        const char *at = weight + begin * stride;
+        v16 sum[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < R * beside; i++) sum[i] = (v16){};
+        add_dots(x, at, stride, 0, middle, sum, R, beside, kind, stream, ahead);
+        if (begin == 0 && sums->n >= 0) put(linear, part, sums, R, of);
+        add_dots(x, at, stride, middle, in, sum, R, beside, kind, stream, ahead);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int c = 0; c < beside; c++) sums->lanes[r * C + begin + c] = sum[r * beside + c];
+    }
+    sums->row = row, sums->n = n;
 }
 
 /* Rows row, row + 1, …, the last one again where there are no more. */
@@ -139,6 +157,7 @@ INLINE void rows_at(const Linear *linear, const char *x, int64_t row, const char
 
 INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const char *x, const int R, const int kind) {
     int64_t stride = linear->in * weight_size(kind), most_rows = (linear->rows + R - 1) / R * R;
+    Sums sums = {.n = -1};
     for (int64_t row = 0; row < linear->rows; row += R) {
         const char *rows[8];
         rows_at(linear, x, row, rows, R, kind);
@@ -147,9 +166,10 @@ INLINE void block_of(const Linear *linear, const Part *part, int64_t first, cons
             int64_t ahead = AHEAD, share = (n - first) * most_rows / BLOCK;
             if (most_rows > R) ahead = share >= row && share < row + R ? BLOCK * stride : 0;
             const char *weight = (const char *)part->weight + n * stride;
-            put(linear, part, dots(rows, weight, stride, linear->in, R, kind, 1, ahead), row, n, R, kind);
+            dots(linear, part, rows, weight, stride, row, n, R, kind, kind, 1, ahead, &sums);
         }
     }
+    put(linear, part, &sums, R, kind);
 }
 
 #define APART static __attribute__((noinline))
@@ -234,15 +254,17 @@ static void pack(const Linear *linear, const Part *part, int64_t first, int64_t 
 /* Rows [begin, end) of x against a panel of `count` ≥ 4 weight rows, as `kind` finds them there: FULL or DOTS. */
 INLINE void tiles(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, const char *x,
                   int64_t begin, int64_t end, const int kind, const int of) {
-    int64_t in = linear->in, stride = in * panel_size(kind);
+    int64_t stride = linear->in * panel_size(kind);
+    Sums sums = {.n = -1};
     for (int64_t row = begin; row < end; row += TILE) {
         const char *rows[TILE];
         rows_at(linear, x, row, rows, TILE, kind);
         for (int64_t n = 0; n < count; n += 16 / TILE) {
             int64_t at = least(n, count - 16 / TILE);
-            put(linear, part, dots(rows, panel + at * stride, stride, in, TILE, kind, 0, 0), row, first + at, TILE, of);
+            dots(linear, part, rows, panel + at * stride, stride, row, first + at, TILE, kind, of, 0, 0, &sums);
         }
     }
+    put(linear, part, &sums, TILE, of);
 }
 #define TILES(name, kind, of) \
     APART void name(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, \
