@@ -20,9 +20,10 @@ from typing import Any
 
 from filelock import FileLock
 from prerope.cache.sealed import damage, seal
-from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.errors import ConfigurationError
 from prerope.server.machine.places import default_cache_dir
-from prerope.server.models.config_values import whole_numbers, wrong_in
+from prerope.server.models.config.faults import config_fault
+from prerope.server.models.config.values import whole_numbers, wrong_in
 from prerope.server.models.folder import check_folder, holds_weights, read_config
 from prerope.server.models.gguf.parts import is_gguf, parts_of
 
@@ -51,19 +52,28 @@ class Checkpoint:
     revision: str | None = None
     gguf_file: str | None = None
 
+    def said(self) -> dict[str, Any]:
+        """config.json, as it is. Raises whatever transformers does."""
+        from transformers import PreTrainedConfig
+
+        values: dict[str, Any] = PreTrainedConfig.get_config_dict(self.source, revision=self.revision)[0]
+        return values
+
     def config(self) -> Any:
         """transformers' config. Raises ConfigurationError for one that this version of it does not know."""
-        from transformers import AutoConfig, PreTrainedConfig
+        from transformers import AutoConfig
 
+        said = dict[str, Any]()
         try:
-            said, _ = PreTrainedConfig.get_config_dict(self.source, revision=self.revision)
+            said = self.said()
             whole = whole_numbers(said)
             if repr(whole) != repr(said):  # 2048.0 equals 2048
                 return AutoConfig.for_model(**whole)
             return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
         except Exception as error:  # a config may hold anything, and its class raises whatever it meets
             raise ConfigurationError(
-                f"MODEL_ID: {self.name!r} cannot be loaded: its config.json cannot be read: {_said_of(error)}"
+                f"MODEL_ID: {self.name!r} cannot be loaded: its config.json cannot be read: "
+                f"{config_fault(said, error, lambda values: AutoConfig.for_model(**values))}"
             ) from error
 
 
@@ -113,21 +123,6 @@ def resolve_checkpoint(
             f"unset, {EMBEDDED_NAME} is served."
         )
     return _from_hub(model_id, revision, report)
-
-
-def _said_of(error: Exception) -> str:
-    """What transformers says of a config that it does not take, without the names of its own classes."""
-    said = str(error)
-    kinds = re.findall(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*?)\)(?:[;.\s]|$)", said)
-    if kinds:
-        wanted = " or ".join(dict.fromkeys("null" if kind == "NoneType" else kind for _, kind, _ in kinds))
-        return f"'{kinds[0][0]}' is {kinds[0][2][:80]}, and transformers expected {wanted}"
-    if reason := re.search(r"ValueError: (.*)", said):
-        return reason[1]
-    if isinstance(error, OSError | ValueError):
-        return first_line(error)
-    inner = re.search(r"validator '\w+':\s+\w+: (.*)", said)
-    return f"a value in it is of another kind than it should be ({inner[1] if inner else first_line(error)})"
 
 
 def _embedded_file() -> Path:

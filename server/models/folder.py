@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.config_values import REMEDY, Stored, shown, wrong_in
+from prerope.server.models.config.text import TEXT_FILES, wrong_in_text_file
+from prerope.server.models.config.values import REMEDY, Stored, shown, wrong_in
 from prerope.server.models.quantized.schemes import scheme_of
 from prerope.server.models.stored import POINTER, Damaged, StoredTensor, pointer, read_header, some
-from prerope.server.models.text_values import TEXT_FILES, wrong_in_text_file
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -55,8 +55,9 @@ def check_folder(folder: Path) -> None:
             folder, f"an adapter ({ADAPTER}) lies beside the base model; {_merging(folder)}, or move it away"
         )
     said = config.get("quantization_config")
-    if said is not None and not isinstance(said, dict):
-        raise _refused(folder, f"{CONFIG} says quantization_config is {shown(said)}, and it is an object: {REMEDY}")
+    if said is not None and not (isinstance(said, dict) and said):
+        wanted = "it names a quant_method; leave it out where there is none" if said == {} else "it is an object"
+        raise _refused(folder, f"{CONFIG} says quantization_config is {shown(said)}, and {wanted}: {REMEDY}")
     quantized = scheme_of(config, folder) is not None
     files = weight_files(folder)
     headers = [_header_of(folder, file) for file in files]

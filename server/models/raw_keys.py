@@ -28,6 +28,8 @@ from prerope.server.models.attention.older import adapt
 from prerope.server.ranks.group import ALONE, Ranks
 from torch import Tensor, nn
 
+REMEDY = "docs/models.md lists the types that are; transformers itself may run this one"
+
 
 class IdentityRotary(nn.Module):
     """Stands in for a rotary embedding: cos and sin are the same two numbers for every position and pair."""
@@ -180,14 +182,13 @@ def _text_config(config: Any) -> Any:
         return config.get_text_config(decoder=True)
     except ValueError as error:
         raise ConfigurationError(
-            f"model type {config.model_type!r} cannot be served from raw keys: its config does not say which part of "
-            "it is the decoder"
+            f"model type {config.model_type!r} cannot be served: its config does not say which part is the decoder"
         ) from error
 
 
 def cannot_serve(raw: RawKeyModel, reason: str) -> ConfigurationError:
     """A refusal with the model's type and the reason, a clause."""
-    return ConfigurationError(f"model type {raw.family!r} cannot be served from raw keys: {reason}")
+    return ConfigurationError(f"model type {raw.family!r} cannot be served: {reason}. {REMEDY}")
 
 
 def _find_rotaries(model: nn.Module) -> Iterator[tuple[str, IdentityRotary]]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.models.config.faults import config_fault
 from prerope.server.models.quantized.schemes import SCHEMES, check_scheme, dequantising, scheme_of
+from prerope.server.models.senses import drop_other_senses, thinking_part, unseen, without_timm
 from prerope.server.models.stored import some
 from torch import nn
 
@@ -45,7 +47,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
 
     config, scheme = _config_and_scheme(checkpoint, report)
     try:
-        with _quiet_report():
+        with _quiet_report(), without_timm():
             model, info = class_for(config).from_pretrained(
                 checkpoint.source,
                 config=config,
@@ -59,11 +61,15 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
                 **_same_commit(checkpoint),
             )
     except Exception as error:  # a config may hold anything, and model classes raise whatever they meet
-        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(error)}") from error
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise ConfigurationError(_too_large(checkpoint)) from error
+        raise ConfigurationError(
+            f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(checkpoint, error)}"
+        ) from error
     if scheme == "bitsandbytes":
         model = model.dequantize(config.dtype)
     unexpected = info["unexpected_keys"]
-    wrong = incomplete(info) or strange(model, unexpected) or not_finite(model)
+    wrong = incomplete(info) or strange(model, unexpected - unseen(model, unexpected)) or not_finite(model)
     if wrong:
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be served: {wrong}")
     if unexpected:
@@ -75,7 +81,8 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
 
 def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) -> tuple[Any, str | None]:
     """The checkpoint's config, asking for dense weights where they are quantised by a scheme that can be read."""
-    config = checkpoint.config()
+    config = thinking_part(checkpoint.config())
+    config.return_dict = config.get_text_config().return_dict = True  # what a config may say, and a forward must not
     if reason := unsuited(config):
         raise ConfigurationError(
             f"MODEL_ID: {checkpoint.name!r} cannot be served: model type {config.model_type!r} {reason}"
@@ -106,14 +113,20 @@ def language_models() -> dict[str, str]:
 
 def unsuited(config: Any) -> str | None:
     """Why no model of this type continues a text by itself, as a predicate; None where one may."""
+    config = thinking_part(config)
     model_type = str(config.model_type)
+    if getattr(config, "canvas_length", None):
+        return "makes a block of tokens at a time, by diffusion, and models that make one after another are served"
+    if getattr(config, "codebook_vocab_size", None):
+        return "reads several tokens of sound beside each one of text, and here a prompt is text"
     if getattr(config, "is_encoder_decoder", False):
         return "has an encoder, which its decoder reads, and decoders that stand alone are served"
     if model_type.endswith("_assistant"):
         return "drafts tokens for another model, whose keys it reads, so it does not run alone"
     if model_type not in language_models():
         return "is none of transformers' language models that continue a text"
-    return None
+    made_by, cls = class_for(config)._model_mapping, config if isinstance(config, type) else type(config)
+    return None if cls in made_by else "is found by none of transformers' classes that make a model of a config"
 
 
 def class_for(config: Any) -> Any:
@@ -123,39 +136,13 @@ def class_for(config: Any) -> Any:
     return getattr(transformers, language_models()[config.model_type])
 
 
-def drop_other_senses(model: Any) -> list[str]:
-    """Take what sees and hears out of a multimodal model, which a text never reaches; the names of what was taken.
+def sketch(said: Mapping[str, Any]) -> Any:
+    """The model of a config, without weights. Raises whatever transformers does."""
+    from transformers import AutoConfig
 
-    Embeddings of other senses stay: where ids of all senses are one vocabulary, a text's forward asks where it ends.
-    """
-    decoder = model.get_decoder()
-    inner = getattr(model, "model", None)
-    if model.config is model.config.get_text_config() or inner is None or decoder is inner:
-        return []
-    others = [
-        name
-        for name, child in inner.named_children()
-        if not name.startswith("embed") and not any(module is decoder for module in child.modules())
-    ]
-    for name in others:
-        setattr(inner, name, _LeftOut(decoder))
-    return others
-
-
-class _LeftOut(nn.Identity):
-    """In place of what was taken out: a forward may ask it where it lies, whatever it is given."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        super().__init__()
-        self._decoder = [decoder]  # out of the module tree
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._decoder[0].parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self._decoder[0].parameters()).dtype
+    config = thinking_part(AutoConfig.for_model(**said))
+    with torch.device("meta"), without_timm():
+        return class_for(config).from_config(config)
 
 
 def incomplete(report: dict[str, Any]) -> str | None:
@@ -247,7 +234,15 @@ def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:
     return {"revision": commit} if commit else given
 
 
-def _reason(error: Exception) -> str:
+def _too_large(checkpoint: Checkpoint) -> str:
+    size = sum(parameter.numel() * parameter.itemsize for parameter in sketch(checkpoint.said()).parameters())
+    return (
+        f"MODEL_ID: {checkpoint.name!r} cannot be loaded: by its config.json its weights take {size / 1e9:.1f} GB, "
+        "more memory than there is: take a smaller model or a larger machine; or config.json is another model's"
+    )
+
+
+def _reason(checkpoint: Checkpoint, error: Exception) -> str:
     """The first line of what transformers says, and the remedy where there are no weights that may be read."""
     if "model.safetensors" in str(error):
         return (
@@ -259,7 +254,6 @@ def _reason(error: Exception) -> str:
         return f"transformers needs the package {needed[1]} for it: pip install {needed[1]}"
     if "Unrecognized configuration class" in str(error):
         return "transformers has no language model of its type"
-    said = first_line(error).replace(os.path.expanduser("~"), "~")
-    if isinstance(error, OSError | ValueError):
-        return said
-    return f"no model can be made of its config.json ({said}): take that file again, from where the weights are from"
+    if isinstance(error, OSError):
+        return first_line(error).replace(os.path.expanduser("~"), "~")
+    return f"no model can be made of its config.json: {config_fault(checkpoint.said(), error, sketch)}"

@@ -23,6 +23,7 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model, own_positions
+from prerope.server.models.raw_keys import REMEDY
 from prerope.server.models.weights import unsuited
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -116,7 +117,9 @@ def examine(model_type: str, **config: Any) -> Verdict:
         model = Model(transformers_model)
         probe(model)
     except ConfigurationError as refusal:
-        return Verdict("refused", re.sub(r"^model type '.*' cannot be served from raw keys: ", "", str(refusal)))
+        return Verdict(
+            "refused", re.sub(r"^model type '.*?' cannot be served: ", "", str(refusal)).removesuffix(f". {REMEDY}")
+        )
     for chunk in (len(ids), 7, 1):
         worst = float(row_errors(logits(model, ids, chunk), expected).max())
         assert worst < 1e-3, f"{model_type}: {worst:.2g} in chunks of {chunk}, fp32"

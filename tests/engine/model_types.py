@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 import torch
-from prerope.server.models.weights import class_for, drop_other_senses, language_models
+from prerope.server.models.senses import drop_other_senses, thinking_part, without_timm
+from prerope.server.models.weights import class_for, language_models
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.engine.tiny_models import randomize
@@ -173,6 +174,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2}},
     "deepseek_v2": MLA | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
     "dots3_note": {"text_config": DOTS3},
@@ -184,6 +186,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         }
     },
     "exaone4_5": {"text_config": {"model_type": "exaone4_5_text"}},
+    "fast_vlm": {"vision_config": {"hidden_size": 64, "image_size": 64}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "glm5_next": {"text_config": MLA | {"qk_rope_head_dim": 0}},
     "granite4_vision": {"deepstack_layer_map": [], "spatial_target_layers": [], "downsample_rate": "4/8"},
@@ -198,6 +201,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "inkling_mm_model": {"vision_config": {"n_layers": 6}},
+    "kosmos-2": {"text_config": {"embed_dim": 64, "layers": LAYERS}},
+    "kosmos-2.5": {"text_config": {"embed_dim": 64, "layers": LAYERS}},
+    "kyutai_speech_to_text": {
+        "codec_config": {"upsample_groups": 64},
+        "audio_pad_token_id": 100,
+        "num_codebooks": 2,
+        "codebook_vocab_size": 32,
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
@@ -205,12 +217,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
     "ministral": {"head_dim": 16},
     "ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.5}},
+    "nemo_speechlm": {"word_timestamp_config": {"blank_token_id": 127}},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "olmo": {"clip_qkv": 0.5},
+    "perception_lm": {"vision_config": {"model_args": {"embed_dim": 64}}},
     "phimoe": {"sliding_window": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * LAYERS},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
+    "qwen2_5_omni": {"thinker_config": AXES},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "n_mamba_heads": 2},
@@ -259,13 +274,13 @@ def tiny_of_type(model_type: str, **more: Any) -> Any:
     Not one that asks for something beside tokens: what refuses it is to say so.
     """
     try:
-        config = tiny_config(model_type, **more)
-        with torch.device("meta"):
+        config = thinking_part(tiny_config(model_type, **more))
+        with torch.device("meta"), without_timm():
             sketch = class_for(config).from_config(config)
         drop_other_senses(sketch)
         if sum(parameter.numel() for parameter in sketch.parameters()) > MOST_PARAMETERS:
             raise NoTinyModel("its config has no small sizes")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), without_timm():
             torch.manual_seed(0)
             model = class_for(config).from_config(config, attn_implementation="eager", dtype=torch.float32)
             drop_other_senses(model)

@@ -77,8 +77,8 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("mpt", {"attn_config": {"alibi": False}}),
 ]
 NO_LONGER = [
-    ("gemma3_text", {"use_bidirectional_attention": True}, "its rows read what follows them, too"),
-    ("gemma4_text", {"use_bidirectional_attention": "all"}, "its rows read what follows them, too"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "its tokens read what follows them, too"),
+    ("gemma4_text", {"use_bidirectional_attention": "all"}, "its tokens read what follows them, too"),
     ("llama4_text", {}, "some of its layers attend inside chunks of 8 tokens"),
     # Its scale is 1 until row 8191, so that no prompt of the check shows it: found by where its rows are counted from.
     ("llama4_text", {"layer_types": FULL_LAYERS, "floor_scale": 8192}, "it counts positions itself"),

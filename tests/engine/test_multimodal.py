@@ -11,9 +11,13 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model, load_model
-from transformers import AutoConfig, AutoModelForImageTextToText
+from prerope.server.models.senses import without_timm
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from tests.engine.tiny_models import SHAPE, generate, greedy, prompt_of, tiny_engine
+from tests.engine.model_table import logits, row_errors, stock_logits
+from tests.engine.model_types import tiny_config
+from tests.engine.tiny_models import SHAPE, generate, greedy, prompt_of, randomize, tiny_engine
 
 TEXT = SHAPE | {"num_hidden_layers": 2}
 EYE = {
@@ -86,3 +90,45 @@ def test_the_text_model_is_served_and_equals_the_whole(family: str, tmp_path: Pa
 def test_a_prefix_language_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="reads what follows it"):
         load(saved("paligemma", tmp_path / "paligemma"))
+
+
+def add_weights(folder: Path, **more: torch.Tensor) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        weights | {name.replace("__", "."): tensor for name, tensor in more.items()}, folder / "model.safetensors"
+    )
+
+
+def test_an_eye_that_needs_a_package_is_not_made(tmp_path: Path) -> None:
+    """Gemma 3n sees by timm, which is not installed here."""
+    with pytest.raises(ImportError, match="timm"):
+        AutoModelForImageTextToText.from_config(tiny_config("gemma3n"))
+    with torch.random.fork_rng(), without_timm():
+        torch.manual_seed(0)
+        whole = AutoModelForImageTextToText.from_config(tiny_config("gemma3n"), dtype=torch.float32).eval()
+        randomize(whole)
+    whole.save_pretrained(tmp_path)
+    add_weights(tmp_path, model__vision_tower__timm_model__blocks__0__layer_scale__gamma=torch.ones(4))
+    prompt = prompt_of(20)
+    expected = stock_logits(whole, prompt)
+    model, lines = load(tmp_path)
+    assert any("vision_tower" in line for line in lines)
+    assert row_errors(logits(model, prompt, 7), expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_of_a_model_that_speaks_what_thinks_is_served(family: str, tmp_path: Path) -> None:
+    config = tiny_config(family, enable_audio_output=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
+        randomize(whole)
+    whole.save_pretrained(tmp_path)
+    add_weights(
+        tmp_path, talker__model__layers__0__mlp__up_proj__weight=torch.ones(4, 4), code2wav__scale=torch.ones(1)
+    )
+    prompt = prompt_of(20)
+    expected = stock_logits(whole.thinker, prompt)
+    model, lines = load(tmp_path)
+    assert any("text alone is served" in line for line in lines)
+    assert row_errors(logits(model, prompt, 7), expected).max() < 1e-3

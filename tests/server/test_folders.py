@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from prerope.server.engine.loading import in_words
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.checks.probe import probe
-from prerope.server.models.config_values import Stored, wrong_in
+from prerope.server.models.config.text import wrong_in_text_file
+from prerope.server.models.config.values import Stored, wrong_in
 from prerope.server.models.model import Model, load_model
-from prerope.server.models.text_values import wrong_in_text_file
 from prerope.server.sampling_defaults import sampling_defaults
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
@@ -299,11 +300,25 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
             "'sliding_window' is 1e+30, and a window is a number of tokens",
         ),
         (change_json("config.json", dual_chunk_attention_config="x"), "'dual_chunk_attention_config' is the text 'x'"),
+        (change_json("config.json", num_key_value_heads=8), "'num_key_value_heads' is 8, more than the 4 of num_atten"),
+        (change_json("config.json", auto_map=5), "'auto_map' is 5, and it is an object"),
+        # values that transformers fails on in code of its own: found by leaving them out
         (
             change_json("config.json", num_attention_heads=7),
-            "The hidden size (32) is not a multiple of the number of att",
+            "'num_attention_heads' is 7, which transformers cannot use; it would be 32 where it is not said (The",
         ),
-        (change_json("config.json", hidden_act="x"), "no model can be made of its config.json (KeyError: 'x')"),
+        (
+            change_json("config.json", hidden_act="x"),
+            "'hidden_act' is the text 'x', which transformers cannot use; it would be the text 'silu' where it is not",
+        ),
+        (rope(rope_type="x"), "'rope_parameters.rope_type' is the text 'x', which transformers cannot use"),
+        (change_json("config.json", pad_token_id=2**31), "'pad_token_id' is 2147483648, which transformers cannot use"),
+        (change_json("config.json", id2label={"a": 1}), "'id2label' is an object, which transformers cannot use"),
+        (change_json("config.json", sub_configs=1), "'sub_configs' is 1, which transformers cannot use"),
+        (
+            rope(rope_type="longrope", short_factor=[1, 2], long_factor=[1] * 4),
+            "'rope_parameters' is an object, which transformers cannot use",
+        ),
         (change_json("config.json", num_hidden_layers=40), "lacks 342 weights"),
         (change_json("config.json", is_encoder_decoder=True), "has an encoder, which its decoder reads"),
         (rope(attention_factor=-1), "'rope_parameters.attention_factor' is -1, and it is a number above 0"),
@@ -370,6 +385,11 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (quantised(bits=4, group_size=128, desc_act=False), "GPTQ (the package gptqmodel)"),
         (quantised(quant_method="intel/auto-round", bits=4), "AutoRound (the package auto-round)"),
         (quantised(quant_method="hqq"), "HQQ (the package hqq)"),
+        (
+            quantised(),
+            "quantization_config is an object, and it names a quant_method; leave it out where there",
+        ),
+        (quantised(group_size=128), "are quantised by a scheme that its quantization_config does not name, which is"),
         (change_json("config.json", quantization_config="gptq"), "quantization_config is the text 'gptq'"),
         (cut("model.safetensors", 0.5), "model.safetensors is cut short"),
         (cut("model.safetensors", 0.0), "model.safetensors is cut short (0 bytes"),
@@ -407,11 +427,14 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (cut("config.json", 0.5), "config.json is no JSON"),
         (written("config.json", "[]"), "is no JSON object"),
         (change_json("config.json", model_type=None), "names no model_type"),
-        (change_json("config.json", model_type="strangeformer"), "strangeformer"),
+        (
+            change_json("config.json", model_type="strangeformer"),
+            "'model_type' is the text 'strangeformer', and transformers .* knows no such model",
+        ),
         (change_json("config.json", model_type="t5"), "t5"),
         (
             change_json("config.json", rms_norm_eps="1"),
-            "its config.json cannot be read: .*rms_norm_eps.*expected float",
+            "its config.json cannot be read: 'rms_norm_eps' is the text '1', and it is a number: download it again",
         ),
         (change_json("config.json", hidden_size="32"), "'hidden_size' is the text '32', and it is a whole number"),
         (change_json("config.json", num_attention_heads=0), "'num_attention_heads' is 0, and it is a whole number"),
@@ -467,6 +490,7 @@ def test_what_is_not_the_decoder_s_is_left_out(folder: Path) -> None:
         ),
         written("generation_config.json", '{"cache_implementation": "none of them"}'),
         both(pickled("pytorch_model.bin"), pickled("training_args.bin")),
+        change_json("config.json", return_dict=False, output_attentions=True),
         change_json("config.json", auto_map={"AutoModelForCausalLM": "code.Model"}),
         in_header(lambda header: header.update(__metadata__={"format": "mlx"})),
     ],
@@ -475,6 +499,15 @@ def test_what_does_no_harm_is_served(folder: Path, damage: Damage) -> None:
     """Lengths written as 64.0, values that nothing needs, and pickles or code beside the weights, which none reads."""
     damage(folder)
     load(folder)
+
+
+def test_weights_that_memory_does_not_hold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1024 bytes")
+
+    change_json("config.json", intermediate_size=2**16)(folder)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fail)
+    assert "by its config.json its weights take 0.1 GB, more memory than there is: take a smaller" in refusal(folder)
 
 
 def test_layers_may_share_their_weights() -> None:

@@ -25,7 +25,8 @@ TRIAL_NAME = "prerope-trial"
 WINDOW_BY_MASK = "window_by_mask"
 """Set on a module that leaves its window to its mask, and says nothing of it to attention."""
 
-OWN_MASK = "its layers choose the keys that a row reads by a mask of their own"
+HERE = "and here it reads all before it or a sliding window"
+OWN_MASK = f"its layers choose by a mask of their own which earlier tokens a token reads, {HERE}"
 
 WITHOUT_EFFECT = frozenset(
     (
@@ -37,9 +38,9 @@ WITHOUT_EFFECT = frozenset(
 
 
 NOT_HERE = {
-    "position_bias": "its scores have a bias by distance that each row makes for itself, which is not read here",
-    "block_indices": "its rows choose the blocks of keys that they read",
-    "is_causal": "its rows read what follows them, too, and raw keys are read causally",
+    "position_bias": "its scores have a bias by distance that each token makes itself, and here it is one slope a head",
+    "block_indices": f"a token chooses the blocks of earlier tokens that it reads, {HERE}",
+    "is_causal": "its tokens read what follows them, too, and here a token reads only what comes before it",
 }
 """What attention may be handed that this server does not have: a clause each."""
 

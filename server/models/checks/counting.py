@@ -40,6 +40,20 @@ def _changes_where_counted(raw: RawKeyModel, base: list[Seen] | None) -> bool:
     return any(mixed(was, now) for was, now in pairs)
 
 
+@torch.inference_mode()
+def counts_from_zero(raw: RawKeyModel) -> bool:
+    """Whether transformers' own forward is the same given positions 0, 1, … and given none, as people run it."""
+    vocab, padding = raw.text_config.vocab_size, getattr(raw.text_config, "pad_token_id", None)
+    ids = probe_ids(vocab, raw.model.device)
+    ids[ids == padding] = 1 if padding == 0 else 0  # some count those that are not padding
+    with raw.stock():
+        given, none = (
+            raw.model(input_ids=ids[None], use_cache=False, **options).logits
+            for options in ({"position_ids": torch.arange(len(ids), device=ids.device)[None]}, {})
+        )
+    return not mixed(given, none)
+
+
 class _CountedFrom(TorchFunctionMode):
     """Inside, `torch.arange` of `count` numbers begins at another one."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from prerope.rope.frequencies import ALIBI, Rotary, unrotated
 from prerope.server.models.attention.interface import OWN_MASK
-from prerope.server.models.checks.counting import counts_positions
+from prerope.server.models.checks.counting import counts_from_zero, counts_positions
 from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.checks.masks import check_mask
 from prerope.server.models.checks.trials import (
@@ -33,6 +33,9 @@ from torch import Tensor, nn
 
 LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
 COUNTS = "it counts positions itself, so a chunk of a prompt cannot be told where in the prompt it is"
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+"""Of a forward that is not what it is taken for."""
+
 BLOOM_LENGTH = 2048
 """What BLOOM was trained at, which most of its configs do not say."""
 
@@ -50,6 +53,7 @@ def inspect_layers(
     if reason is not None:
         raise cannot_serve(raw, reason)
     base = first_run(raw)
+    _check_first_position(raw)
     for seen in base:
         check_mask(raw, seen)
     if not base and keeps_states(raw):
@@ -94,7 +98,7 @@ def first_run(raw: RawKeyModel) -> list[Seen]:
     try:
         with raw.showing_masks():
             return run_trial(raw, {})
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except FAILURES as error:
         if "MaskRule" in str(error):
             raise cannot_serve(raw, OWN_MASK) from error
         raise cannot_serve(raw, _why_it_does_not_run(error)) from error
@@ -106,7 +110,19 @@ def _why_it_does_not_run(error: Exception) -> str:
         return f"its forward needs {missing[1]} beside tokens"
     if isinstance(error, AttributeError | TypeError | KeyError):
         return "its forward takes more than a prompt of tokens"
-    return f"transformers' forward of it does not run on a prompt of tokens: {said}"
+    return (
+        f"transformers' own forward of it fails on a prompt of tokens ({said}); where its type is one that is served, "
+        "its config.json is another model's, or damaged"
+    )
+
+
+def _check_first_position(raw: RawKeyModel) -> None:
+    """Refuse a model whose own forward, where nobody says positions, does not begin at 0: it would be read askew."""
+    try:
+        if not counts_from_zero(raw):
+            raise cannot_serve(raw, "where it counts positions itself, it does not begin at 0, as chunks do")
+    except FAILURES as error:
+        raise cannot_serve(raw, _why_it_does_not_run(error)) from error
 
 
 def _check_rows(raw: RawKeyModel, base: list[Seen]) -> None:
@@ -138,10 +154,10 @@ def _mixing_module(raw: RawKeyModel, ids: Tensor, other: Tensor) -> str:
             where = names[module]
             break
     else:
-        return "none of its layers attends through the shared attention interface"
+        return "none of its layers attends through transformers' attention interface"
     return (
-        f"{where} takes something from one token to the next that is not a key and a value, and not a state in "
-        "transformers' cache either"
+        f"{where} takes something from earlier tokens in code of its own: neither through transformers' attention "
+        "interface nor as a state in transformers' cache, so a chunk of a prompt cannot be given it"
     )
 
 
@@ -170,9 +186,16 @@ def _every_output(raw: RawKeyModel, ids: Tensor) -> list[tuple[nn.Module, Tensor
 def _check_count(raw: RawKeyModel, base: list[Seen], recurrent: Collection[RecurrentLayer]) -> None:
     expected, modules = raw.text_config.num_hidden_layers, {seen.module for seen in base}
     if len(base) > len(modules):
-        raise cannot_serve(raw, f"its {len(modules)} attention modules attend {len(base)} times in a forward")
+        raise cannot_serve(
+            raw,
+            f"its {len(modules)} attention layers attend {len(base)} times in a forward, and here each attends once",
+        )
     if len(base) != expected and not recurrent:
-        raise cannot_serve(raw, f"{len(base)} of its {expected} layers attend through the shared attention interface")
+        raise cannot_serve(
+            raw,
+            f"on a prompt of text {len(base)} of its {expected} layers attend through transformers' attention "
+            "interface, and the others attend to something else, or in code of their own",
+        )
 
 
 def _turn_each_group(
@@ -258,7 +281,8 @@ def _refusal(config: Any) -> str | None:
     text = config.get_text_config(decoder=True)
     if config.model_type == "paligemma":
         return (
-            "a row of its prompt reads what follows it, too (a prefix language model), and raw keys are read causally"
+            "a token of its prompt reads what follows it, too (a prefix language model), and here a token reads only "
+            "what comes before it"
         )
     if getattr(text, "compress_rates", None):
         return (
@@ -266,5 +290,5 @@ def _refusal(config: Any) -> str | None:
             "raw key and value of one token"
         )
     if text.model_type.startswith("hunyuan"):
-        return "it normalises queries and keys after the rotation, so its attention does not read rotated raw keys"
+        return "it normalises queries and keys after the rotation, and here keys are kept as they are before it"
     return None

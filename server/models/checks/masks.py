@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from prerope.rope.reading import UNBOUNDED
-from prerope.server.models.attention.interface import WINDOW_BY_MASK
+from prerope.server.models.attention.interface import HERE, NOT_HERE, WINDOW_BY_MASK
 from prerope.server.models.checks.trials import PROBE_LENGTH, Seen, named_lengths
 from prerope.server.models.raw_keys import RawKeyModel, cannot_serve
 from torch import Tensor
@@ -37,11 +37,11 @@ def check_mask(raw: RawKeyModel, seen: Seen) -> None:
     chunk = getattr(raw.text_config, "attention_chunk_size", None)
     if isinstance(chunk, int) and torch.equal(causal & (row // chunk == key // chunk), theirs):
         raise cannot_serve(
-            raw, f"some of its layers attend inside chunks of {chunk} tokens, of which a row reads its own"
+            raw, f"some of its layers attend inside chunks of {chunk} tokens, a token in its own alone, {HERE}"
         )
     place = int((ours != theirs).nonzero()[0])
     if key[place] > row[place]:
-        raise cannot_serve(raw, "its rows read what follows them, too, and raw keys are read causally")
+        raise cannot_serve(raw, NOT_HERE["is_causal"])
     verb = "reads" if theirs[place] else "does not read"
     raise cannot_serve(
         raw,

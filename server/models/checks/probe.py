@@ -40,6 +40,7 @@ from prerope.server.models.checks.trials import (
     relative_difference,
 )
 from prerope.server.models.model import Model, own_positions
+from prerope.server.models.raw_keys import REMEDY
 from prerope.server.models.recurrent.layers import Prompts, running
 from torch import Tensor, nn
 
@@ -273,8 +274,8 @@ class _Window:
         if where.startswith("recurrent"):
             unknown = "its state cannot be carried from one chunk of a prompt to the next"
         raise ConfigurationError(
-            f"model type {self._family!r} cannot be served from raw keys: {where}{rows} differ from transformers' own "
-            f"by {error:.2g} relative (at most {allowed:.2g} is rounding), so {unknown}"
+            f"model type {self._family!r} cannot be served: {where}{rows} differ from transformers' own by {error:.2g} "
+            f"relative (at most {allowed:.2g} is rounding), so {unknown}. {REMEDY}"
         )
 
 

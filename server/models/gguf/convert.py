@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from gguf import GGUFValueType, ReaderField
 from prerope.server.errors import ConfigurationError, first_line
-from prerope.server.models.config_values import wrong_in
+from prerope.server.models.config.values import wrong_in
 from prerope.server.models.gguf.header import SCALARS, Header, read_header
 from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.gguf.tensors import ROPE_TENSORS, Weights, dequantised, write_by_transformers

@@ -62,6 +62,7 @@ OTHER_NAMES = {
 OF_GPTQ = ("desc_act", "checkpoint_format", "damp_percent", "static_groups", "true_sequential")
 """What GPTQ's configs say and MLX's do not: older ones have no `quant_method`."""
 
+UNNAMED = "a scheme that its quantization_config does not name"
 MODELOPT = "hf_quant_config.json"
 
 
@@ -74,7 +75,7 @@ def scheme_of(config: Mapping[str, Any], folder: Path | None = None) -> str | No
             return "bitsandbytes"
         if method is None and "bits" in said:
             return "gptq" if any(name in said for name in OF_GPTQ) else "mlx"
-        name = str(getattr(method, "value", method or "no name")).lower()
+        name = str(getattr(method, "value", method or UNNAMED)).lower()
         return "modelopt" if name.startswith("modelopt") else OTHER_NAMES.get(name, name)
     return "modelopt" if folder is not None and (folder / MODELOPT).is_file() else None
 

@@ -60,12 +60,13 @@ class Stored:
 def wrong_in(config: Mapping[str, Any], stored: Stored | None = None) -> str | None:
     """The first value that cannot be, and what to do about it; None where there is none."""
     config = whole_numbers(config)
-    inner, kinds = config.get("text_config"), config.get("layer_types")
+    inner = config.get("text_config")
     if inner is not None and not isinstance(inner, Mapping):
         return f"'text_config' is {shown(inner)}, and it is an object: {REMEDY}"
-    if kinds is not None and not isinstance(kinds, list | tuple):
-        return f"'layer_types' is {shown(kinds)}, and it is a list: {REMEDY}"
     for values in (config, inner if isinstance(inner, Mapping) else {}):
+        kinds = values.get("layer_types")
+        if kinds is not None and not isinstance(kinds, list | tuple):
+            return f"'layer_types' is {shown(kinds)}, and it is a list: {REMEDY}"
         wrong = next(_complaints(values, stored), None)
         if wrong is not None:
             return wrong
@@ -104,6 +105,11 @@ def _of_other_kinds(values: Mapping[str, Any]) -> Iterator[str]:
             isinstance(value, str) and _bare(value) not in (*DTYPES, *ALIASES)
         ):
             yield f"'{name}' is {shown(value)}, and weights are of {', '.join(DTYPES[1:])}: {REMEDY}"
+    if "auto_map" in values and not isinstance(values["auto_map"], Mapping):
+        yield f"'auto_map' is {shown(values['auto_map'])}, and it is an object: {REMEDY}"
+    heads, key_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(key_heads, int) and key_heads > heads > 0:
+        yield f"'num_key_value_heads' is {key_heads}, more than the {heads} of num_attention_heads: {REMEDY}"
     window, chunks = values.get("sliding_window"), values.get(DUAL_CHUNK)
     if isinstance(window, int | float) and abs(window) > MOST:
         yield f"'sliding_window' is {shown(window)}, and a window is a number of tokens: {REMEDY}"

@@ -1,0 +1,140 @@
+"""What is wrong with a config that transformers fails on, in a newcomer's words: which value, and what to do about it.
+
+transformers says it of its own code ("KeyError: 'x'"). So the values are left out one after the other: that without
+which it works is at fault. What is tried has no weights, and takes a moment.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from prerope.server.errors import first_line
+from prerope.server.models.config.values import REMEDY, ROPE, shown
+
+NESTED = (*ROPE, "text_config")
+"""Dictionaries whose values are tried, too, one by one."""
+
+KIND_OF_ALL = ("model_type", "rope_type", "type")
+"""Without these, what stands beside them means nothing, and may be at fault itself."""
+
+MOST_SECONDS = 20
+KINDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "an object",
+    "NoneType": "null",
+}
+OF_PYTHON = "invalid literal|dictionary update|not enough|too many"
+"""How messages of ValueErrors begin that are not about a config."""
+
+Path = tuple[str, ...]
+
+
+def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict[str, Any]], Any]) -> str:
+    """Why `make` raised this error on a config, as a clause with the remedy. said: what config.json holds.
+
+    make: what failed, from such a dictionary.
+    """
+    if unknown := re.search(r"has model type `(.*?)` but", str(error)):
+        return (
+            f"'model_type' is the text '{unknown[1][:32]}', and transformers {metadata.version('transformers')} knows "
+            "no such model: correct it, or wait for a version of this server with a transformers that does"
+        )
+    if kind := _wrong_kind(said, error):
+        return kind
+    path = _looked_up(said, error) or value_at_fault(said, make)
+    if path is None and isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return f"it has no '{error.args[0][:32]}', which this model type needs: {REMEDY}"
+    words = _own_words(error)
+    if path is None:
+        return f"{words or 'its values do not fit each other'}: {REMEDY}"
+    why = f" ({words})" if words else ""
+    return f"'{'.'.join(path)}' is {shown(_at(said, path))}, {_usual(said, path)}{why}: {REMEDY}"
+
+
+def value_at_fault(said: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> Path | None:
+    """The first value, inner ones first, without which it works; None where it works as it is, or needs more."""
+    ends = time.monotonic() + MOST_SECONDS
+    if _works(make, dict(said)):
+        return None
+    for path in _paths(said):
+        if time.monotonic() > ends:
+            return None
+        if path[-1] not in KIND_OF_ALL and _works(make, _without(said, path)):
+            return path
+    return None
+
+
+def _works(make: Callable[[dict[str, Any]], Any], said: dict[str, Any]) -> bool:
+    try:
+        make(said)
+    except Exception:  # of any kind: that is what is asked
+        return False
+    return True
+
+
+def _paths(said: Mapping[str, Any], *, everything: bool = False) -> Iterator[Path]:
+    for name, value in said.items():
+        if isinstance(value, Mapping) and (everything or name in NESTED):
+            yield from ((name, *rest) for rest in _paths(value, everything=True))
+    yield from ((name,) for name in said)
+
+
+def _without(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    name, *rest = path
+    left = {key: value for key, value in said.items() if key != name}
+    return left | {name: _without(said[name], tuple(rest))} if rest else left
+
+
+def _at(said: Any, path: Path) -> Any:
+    for name in path:
+        said = said[name]
+    return said
+
+
+def _looked_up(said: Mapping[str, Any], error: Exception) -> Path | None:
+    """Where the config has what was looked up in vain, such as an activation's name."""
+    if not isinstance(error, KeyError) or not error.args:
+        return None
+    return next((path for path in _paths(said) if _at(said, path) == error.args[0]), None)
+
+
+def _usual(said: Mapping[str, Any], path: Path) -> str:
+    """What models of the type have there, where their class says."""
+    from transformers import AutoConfig
+
+    try:
+        usual = _at(AutoConfig.for_model(said["model_type"]).to_dict(), path)
+    except Exception:  # a type may have no defaults, or not this one
+        usual = None
+    if isinstance(usual, str | int | float) and usual != _at(said, path):
+        return f"which transformers cannot use; it would be {shown(usual)} where it is not said"
+    return "which transformers cannot use"
+
+
+def _own_words(error: Exception) -> str:
+    """What transformers says where it is a sentence about the config; of its own code, nothing."""
+    inner = re.search(r"validator '\w+':\s+(\w+): (.*)", str(error))
+    if inner:
+        return inner[2].rstrip(".:")[:200] if inner[1] == "ValueError" else ""
+    told = type(error) is ValueError and not re.match(OF_PYTHON, str(error))
+    return first_line(error)[:200] if told else ""
+
+
+def _wrong_kind(said: Mapping[str, Any], error: Exception) -> str | None:
+    kinds = re.findall(r"Field '(\w+)' expected (\w+).*?, got \w+", str(error))
+    if not kinds:
+        return None
+    name = kinds[0][0]
+    wanted = " or ".join(dict.fromkeys(KINDS[kind] for _, kind in kinds if kind in KINDS))
+    inner = said.get("text_config")
+    values = inner if name not in said and isinstance(inner, Mapping) else said
+    return f"'{name}' is {shown(values.get(name))}, and it is {wanted}: {REMEDY}"
