@@ -24,6 +24,7 @@ from prerope.server.models.attention.interface import (
     AttentionHandler,
     UnknownAttention,
 )
+from prerope.server.models.attention.long_factors import read_long_factors
 from prerope.server.models.attention.older import adapt
 from prerope.server.ranks.group import ALONE, Ranks
 from torch import Tensor, nn
@@ -91,6 +92,7 @@ class RawKeyModel:
         self.text_config: Any = _text_config(model.config)
         self._forwards: dict[nn.Module, Callable[..., Any]] = dict(adapt(model))
         self._through_interface = not self._forwards
+        read_long_factors(model)
         self.identities = dict(_find_rotaries(model))
         self.reach = self._reach()
         self._install()

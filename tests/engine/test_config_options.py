@@ -12,9 +12,11 @@ import torch
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model
+from torch import Tensor
 
-from tests.engine.model_table import Verdict, examine
+from tests.engine.model_table import Verdict, examine, logits, row_errors, stock_logits
 from tests.engine.model_types import YARN, tiny_of_type
+from tests.engine.tiny_models import prompt_of
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -82,7 +84,7 @@ NO_LONGER = [
     ("llama4_text", {}, "some of its layers attend inside chunks of 8 tokens"),
     # Its scale is 1 until row 8191, so that no prompt of the check shows it: found by where its rows are counted from.
     ("llama4_text", {"layer_types": FULL_LAYERS, "floor_scale": 8192}, "it counts positions itself"),
-    ("inkling_text", {}, "a bias by distance that each row makes for itself"),
+    ("inkling_text", {}, "a bias by distance that each token makes itself"),
 ]
 
 
@@ -113,11 +115,29 @@ def test_factors_of_longrope_that_one_family_reads_and_another_does_not() -> Non
     assert Model(tiny_of_type("phimoe", sliding_window=None, rope_parameters=scales)).rotaries[""].parameters == scales
 
 
-def test_where_transformers_leaves_long_factors_unread() -> None:
-    """Phi-3.5-MoE's, past the trained length: refused, since that is not what the model was taught."""
+class PublishedLongRope(torch.nn.Module):
+    """As the makers of Phi-3.5-MoE have it: factors and their mscale by the length of the prompt."""
+
+    def forward(self, _x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        factors, mscale = (LONG, 1.3) if int(position_ids.max()) + 1 > 32 else (SHORT, 1.1)
+        theta = 1.0 / (torch.tensor(factors) * 10000.0 ** (torch.arange(0, 16, 2) / 16))
+        angles = (position_ids[..., None].float() * theta).repeat(1, 1, 2)
+        return angles.cos() * mscale, angles.sin() * mscale
+
+
+@pytest.mark.parametrize("length", [20, 100])
+def test_long_factors_that_transformers_leaves_unread_are_read(length: int) -> None:
+    """Phi-3.5-MoE's, past the trained length: what the model was taught, and not what its class does."""
     scales = LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3}
-    with pytest.raises(ConfigurationError, match=r"at rows 3\d to .* differ"):
-        probe(Model(tiny_of_type("phimoe", sliding_window=None, rope_parameters=scales)))
+    options: dict[str, Any] = {"sliding_window": None, "num_hidden_layers": 1, "rope_parameters": scales}
+    ids, (stock, published) = prompt_of(length), (tiny_of_type("phimoe", **options) for _ in range(2))
+    published.model.rotary_emb = PublishedLongRope()
+    expected = stock_logits(published, ids)
+    assert bool(row_errors(stock_logits(stock, ids), expected)[-1] > 1e-2) == (length > 32)
+    model = Model(stock)
+    probe(model)
+    for chunk in (length, 7, 1):
+        assert row_errors(logits(model, ids, chunk), expected)[-1] < 1e-3
 
 
 def test_tokens_that_a_model_rules_out_hide_no_others() -> None:

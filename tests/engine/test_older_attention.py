@@ -47,6 +47,7 @@ def test_a_key_is_kept_once_for_all_heads_that_read_it() -> None:
         ("mpt", {}, 100),
         ("falcon", {"alibi": True}, 100),
         ("xglm", {"tie_word_embeddings": False}, 48),
+        ("deepseek_v3", {}, 100),  # multi-head latent attention, its keys and values expanded
     ],
 )
 def test_greedy_equals_generate(model_type: str, config: dict[str, Any], longest: int) -> None:

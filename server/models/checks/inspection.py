@@ -53,13 +53,13 @@ def inspect_layers(
     if reason is not None:
         raise cannot_serve(raw, reason)
     base = first_run(raw)
-    _check_first_position(raw)
     for seen in base:
         check_mask(raw, seen)
     if not base and keeps_states(raw):
         raise cannot_serve(raw, "none of its layers attends: it keeps recurrent states alone, and no keys")
     _check_rows(raw, base)
     _check_count(raw, base, recurrent)
+    _check_first_position(raw)
     if counts_positions(raw, base):
         raise cannot_serve(raw, COUNTS)
     names = {module: name for name, module in raw.model.named_modules()}
@@ -108,6 +108,8 @@ def _why_it_does_not_run(error: Exception) -> str:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
     if missing := re.search(r"missing \d+ required .*argument.*?: (.*)", said):
         return f"its forward needs {missing[1]} beside tokens"
+    if re.search("pixel_values|image_|input_features", said):
+        return f"its forward needs more than tokens ({said})"
     if isinstance(error, AttributeError | TypeError | KeyError):
         return "its forward takes more than a prompt of tokens"
     return (
