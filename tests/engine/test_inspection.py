@@ -13,10 +13,11 @@ from prerope.cache.attention.dispatch import paged_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions
 from prerope.server.errors import ConfigurationError
 from prerope.server.models import model as model_module
-from prerope.server.models.checks.probe import probe
+from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.model import Model
 from torch import Tensor
 
+from tests.engine.model_table import row_errors, stock_logits
 from tests.engine.tiny_models import FAMILIES, prompt_of, tiny
 
 
@@ -135,6 +136,41 @@ def test_the_probe_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "attention_on", lambda _: attend)
     with pytest.raises(ConfigurationError, match=r"llama.*layer model\.layers\.2\.self_attn"):
         probe(model)
+
+
+def test_the_probe_has_the_cache_s_served_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong where keys are kept in another dtype than the model's alone is found, too."""
+    sabotage = Sabotage(1, scale=0.3)
+
+    def attend(
+        query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, options: AttentionOptions
+    ) -> Tensor:
+        return (sabotage if keys.dtype == torch.float16 else paged_attention)(query, keys, values, metadata, options)
+
+    model = Model(tiny("llama"))
+    monkeypatch.setattr(model_module, "attention_on", lambda _: attend)
+    probe(model)
+    with pytest.raises(ConfigurationError, match=r"layer model\.layers\.1\.self_attn"):
+        probe(model, torch.float16)
+
+
+def loud_keys() -> Any:
+    """Qwen2 with biases of keys up to 145, as Qwen2.5-Coder-0.5B has them, in bf16."""
+    transformers_model = tiny("qwen2")
+    for layer in transformers_model.model.layers:
+        bias = layer.self_attn.k_proj.bias
+        bias.data += 145 * bias.data.sign()
+    return transformers_model.bfloat16()
+
+
+def test_both_are_held_to_a_layer_in_fp32_where_transformers_own_rounds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompt_of(24)
+    expected = stock_logits(loud_keys().float(), ids)
+    assert row_errors(stock_logits(loud_keys(), ids), expected).mean() > 2 * TOLERANCE[torch.bfloat16]
+    probe(Model(loud_keys()))
+    monkeypatch.setattr(model_module, "attention_on", lambda _: Sabotage(1, group=None))
+    with pytest.raises(ConfigurationError, match=r"layer model\.layers\.1\.self_attn"):
+        probe(Model(loud_keys()))
 
 
 def test_the_probe_catches_the_wrong_pairing() -> None:
