@@ -326,6 +326,8 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (rope(rope_type="llama3", factor=None), "'rope_parameters.factor' is null, and this rope_type needs it"),
         (rope(factor={}), "'rope_parameters.factor' is an object, and it is a number above 0"),
         (rope(rope_type=5), "'rope_parameters.rope_type' is 5, and it is a name"),
+        (rope(mrope_section=1e9), "'rope_parameters.mrope_section' is 1000000000.0, and it is a list of whole numbers"),
+        (change_json("config.json", text_config={"model_type": 1}), "'text_config.model_type' is 1, and it is a name"),
         (change_json("config.json", text_config=5), "'text_config' is 5, and it is an object"),
         (change_json("config.json", layer_types=5), "'layer_types' is 5, and it is a list"),
         (rope(partial_rotary_factor="x"), "'rope_parameters.partial_rotary_factor' is the text 'x', and it is a share"),

@@ -19,6 +19,8 @@ from prerope.server.models.weights import load_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.engine.tiny_models import tiny
+
 Tensors = dict[str, Tensor]
 
 
@@ -122,6 +124,41 @@ def test_schemes_of_float_and_packed_weights_are_dequantised(
     original: Path, tmp_path: Path, quantization: Any, store: Callable[[str, Tensor], Tensors], error: float
 ) -> None:
     assert_served(original, written(original, tmp_path / "model", quantization, store), error)
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+FP4 = torch.cat([FP4, -FP4])
+"""By its four bits: a sign, two of exponent, one of mantissa (OCP Microscaling Formats, 1.0)."""
+
+
+def mxfp4(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Of four experts random blocks of 32 numbers, two in a byte, the first in the lower half; scales; the values."""
+    bits = torch.randint(0, 16, (4, rows, columns), generator=generator)
+    scales = torch.randint(118, 124, (4, rows, columns // 32), generator=generator)
+    dense = FP4[bits] * torch.exp2(scales - 127.0).repeat_interleave(32, 2)
+    blocks = (bits[..., ::2] | bits[..., 1::2] << 4).reshape(4, rows, columns // 32, 16)
+    return blocks.to(torch.uint8), scales.to(torch.uint8), dense.transpose(1, 2)
+
+
+def test_experts_in_mxfp4_are_dequantised(tmp_path: Path) -> None:
+    """As gpt-oss has them."""
+    generator = torch.Generator().manual_seed(0)
+    whole = tiny("gpt_oss", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]).bfloat16()
+    whole.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights, expected = load_file(tmp_path / "model.safetensors"), whole.state_dict()
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        columns, rows = weights.pop(name).shape[1:]
+        weights[f"{name}_blocks"], weights[f"{name}_scales"], expected[name] = mxfp4(rows, columns, generator)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load_model(Checkpoint(str(tmp_path), "quantised"), "auto", "cpu", lambda _: None)
+    probe(model)
+    loaded = model.raw.model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name].float(), tensor.float()) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(("option", "error"), [("load_in_4bit", 0.15), ("load_in_8bit", 0.02)])

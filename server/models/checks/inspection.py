@@ -110,11 +110,10 @@ def _why_it_does_not_run(error: Exception) -> str:
         return f"its forward needs {missing[1]} beside tokens"
     if re.search("pixel_values|image_|input_features", said):
         return f"its forward needs more than tokens ({said})"
-    if isinstance(error, AttributeError | TypeError | KeyError):
-        return "its forward takes more than a prompt of tokens"
+    reason = "" if isinstance(error, AttributeError | TypeError | KeyError) else f" ({said})"
     return (
-        f"transformers' own forward of it fails on a prompt of tokens ({said}); where its type is one that is served, "
-        "its config.json is another model's, or damaged"
+        f"transformers' own forward of it fails on a prompt of tokens alone{reason}; where its type is one that is "
+        "served, its config.json is another model's, or damaged"
     )
 
 
@@ -291,6 +290,6 @@ def _refusal(config: Any) -> str | None:
             "some of its layers make one key of several tokens, and its values are turned with its keys: neither is a "
             "raw key and value of one token"
         )
-    if text.model_type.startswith("hunyuan"):
+    if str(text.model_type).startswith("hunyuan"):
         return "it normalises queries and keys after the rotation, and here keys are kept as they are before it"
     return None

@@ -28,7 +28,16 @@ MAX_LAYERS = 1024
 """A model may share its layers' weights; beyond so many layers, each has some of its own or there are none."""
 
 POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
-OF_ROTATION = (*LENGTHS, *POSITIVE, "rope_theta", "partial_rotary_factor", "short_factor", "long_factor", "rope_type")
+OF_ROTATION = (
+    *LENGTHS,
+    *POSITIVE,
+    "rope_theta",
+    "partial_rotary_factor",
+    "short_factor",
+    "long_factor",
+    "rope_type",
+    "mrope_section",
+)
 NEEDED = {
     "linear": ("rope_theta", "factor"),
     "dynamic": ("rope_theta", "factor"),
@@ -63,6 +72,8 @@ def wrong_in(config: Mapping[str, Any], stored: Stored | None = None) -> str | N
     inner = config.get("text_config")
     if inner is not None and not isinstance(inner, Mapping):
         return f"'text_config' is {shown(inner)}, and it is an object: {REMEDY}"
+    if isinstance(inner, Mapping) and not isinstance(inner.get("model_type", ""), str):
+        return f"'text_config.model_type' is {shown(inner['model_type'])}, and it is a name: {REMEDY}"
     for values in (config, inner if isinstance(inner, Mapping) else {}):
         kinds = values.get("layer_types")
         if kinds is not None and not isinstance(kinds, list | tuple):
@@ -165,6 +176,9 @@ def _wanted_of_rotation(name: str, value: Any) -> str | None:
     if name in ("short_factor", "long_factor"):
         whole = isinstance(value, list) and value and all(map(_is_positive, value))
         return None if whole else "it is a list of numbers above 0"
+    if name == "mrope_section":
+        whole = isinstance(value, list) and all(type(part) is int and part >= 0 for part in value)
+        return None if whole else "it is a list of whole numbers"
     if name == "rope_type":
         return None if isinstance(value, str) else "it is a name"
     return None
