@@ -110,7 +110,12 @@ PEERS: Mapping[str, Peer] = {
         vllm_command,
         # Images and sound: the ordinary builds look for CUDA libraries, and stop the import.
         superfluous=("torchvision", "torchaudio", "torchcodec"),
-        variables={"VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+        variables={
+            "VLLM_CPU_KVCACHE_SPACE": "3",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # otherwise it leaves a core to its front end, one of two here
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
     ),
     "llama-cpp": Peer(
         (LLAMA_CPP, "transformers==5.23.*", "torch>=2.11,<2.14", "gguf>=0.17", "sentencepiece", "protobuf"),
