@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.models.model import Model
 
 from tests.engine.ranked import shared_engine
-from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, tiny, tiny_engine
+from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine
 
 ROOT = Path(__file__).parents[2]
 SHARED = (
@@ -91,6 +92,32 @@ def test_greedy_equals_one_rank(pair: Pair, family: str) -> None:
     assert generate(shared, prompts, greedy(8)) == expected
     assert shared.scheduler.cache.hit_tokens > hits
     assert_idle(shared)
+    shared.close()
+    assert pair.said() == "done"
+
+
+class Counted:
+    """A process group whose collectives are counted."""
+
+    def __init__(self, group: Any) -> None:
+        self._group, self.calls = group, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] += 1
+        return getattr(self._group, name)
+
+
+def test_a_step_has_one_collective_a_sublayer(pair: Pair) -> None:
+    """And one for the logits, whether it reads a chunk or decodes; the batch goes to the other rank in one message."""
+    shared = pair.engine("llama", max_batched_tokens=32)
+    counted = Counted(shared.ranks._device)
+    shared.ranks._device = shared.ranks._host = counted
+    shared.add(request("a", prompt_of(40), greedy(3)))
+    while shared.has_work():
+        shared.step()
+    steps = 4  # two chunks, of which the second gives the first token, and two decodes
+    layers = len(shared.model.layers)
+    assert counted.calls == {"allreduce": 2 * layers * steps, "allgather": steps, "broadcast": steps}
     shared.close()
     assert pair.said() == "done"
 
