@@ -17,7 +17,8 @@
         ├── ClientGone          499: nobody is left to read the reply
         ├── EngineUnavailable   503: loading, draining or dead
         ├── DeadlineExceeded    504: the request's time was over before its first token
-        └── EngineFailure       500: the step that served this request failed
+        ├── EngineFailure       500: the step that served this request failed
+        └── VersionNotSupported 505: of HTTP
 
 A message names the thing, the limit, the value given and the remedy, and never a path or a prompt.
 """
@@ -170,6 +171,13 @@ class DeadlineExceeded(RequestError):
 
     status = 504
     type = "timeout_error"
+
+
+class VersionNotSupported(RequestError):
+    """The request line names a version of HTTP that is not spoken here."""
+
+    status = 505
+    type = "invalid_request_error"
 
 
 class EngineFailure(RequestError):

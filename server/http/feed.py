@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import h11
 import structlog
-from prerope.server.errors import HeaderTooLarge, InvalidRequest, RequestError, first_line
+from prerope.server.errors import HeaderTooLarge, InvalidRequest, RequestError, VersionNotSupported, first_line
 from prerope.server.workers.slices import turn
 from uvicorn.protocols.http.flow_control import FlowControl
 
@@ -28,6 +28,9 @@ FREE_CHUNKS, BYTES_A_CHUNK = 4096, 256
 
 MAX_HEADER_BYTES = 16 * 2**10
 """Of a request's line and headers together, and of a chunk's own line."""
+
+
+VERSIONS = (b"1.1", b"1.0")
 
 
 class CountingParser(h11.Connection):
@@ -49,6 +52,8 @@ class CountingParser(h11.Connection):
     def _counted(self, event: object) -> object:
         if isinstance(event, h11.Request):
             self.num_chunks = self.num_bytes = 0
+            if event.http_version not in VERSIONS:
+                raise h11.RemoteProtocolError("unknown version", error_status_hint=VersionNotSupported.status)
             if len(event.target) + sum(len(name) + len(value) for name, value in event.headers) > MAX_HEADER_BYTES:
                 raise h11.RemoteProtocolError("long header", error_status_hint=HeaderTooLarge.status)
         elif isinstance(event, h11.Data):
@@ -65,6 +70,8 @@ class CountingParser(h11.Connection):
                 "ones, and what is long in the body.",
                 code="header_too_large",
             )
+        if self.problem is not None and self.problem.error_status_hint == VersionNotSupported.status:
+            return VersionNotSupported("HTTP/1.1 and HTTP/1.0 are spoken here: send one of these.", code="bad_http")
         said = f"This is no HTTP/1.1 request that can be read: {first_line(self.problem or ValueError())}."
         if self.trailing_data[0].startswith(TLS):
             said += " It begins as TLS: use http://, or put a proxy in front that ends TLS."

@@ -134,11 +134,13 @@ LONG = b"X-More: " + b"a" * 2**16 + b"\r\n\r\n"
             "data",
         ),
         (b"GET /health HTTP/1.1\r\n\r\n", 400, "Host"),
+        (b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n", 505, "HTTP/1.1"),
+        (TOKENIZE.replace(b"HTTP/1.1", b"HTTP/2.0") + b"Content-Length: 2\r\n\r\n{}", 505, "HTTP/1.0"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n" * 9, 400, "http://"),
         (TOKENIZE + b"Content-Length: -5\r\n\r\n", 400, "Content-Length"),
         (TOKENIZE + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, "chunk"),
     ],
-    ids=["long", "many", "query", "deep query", "no host", "TLS", "length", "chunk"],
+    ids=["long", "many", "query", "deep query", "no host", "version", "version with a body", "TLS", "length", "chunk"],
 )
 @pytest.mark.parametrize("piece", [2**20, 1000])
 def test_what_is_no_request_is_told_why(url: str, sent: bytes, status: int, said: str, piece: int) -> None:
