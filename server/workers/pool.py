@@ -24,7 +24,7 @@ from typing import Any
 
 import structlog
 from prerope.server.errors import EngineUnavailable, InvalidRequest
-from prerope.server.workers.messages import EXIT, HEADER, Limits, Order, Outcome, Task, Unborn, pack
+from prerope.server.workers.messages import EXIT, HEADER, Limits, Order, Outcome, Task, Unborn, pack, pieces
 from prerope.server.workers.turns import Turns
 
 log = structlog.get_logger(__name__)
@@ -83,12 +83,13 @@ class _Child:
             self.handle = os.pidfd_open(told)
 
     async def receive(self) -> Any:
-        (size,) = HEADER.unpack(await self.reader.readexactly(HEADER.size))
+        size, _ = HEADER.unpack(await self.reader.readexactly(HEADER.size))  # a child sends no buffers
         return pickle.loads(await self.reader.readexactly(size))
 
     async def ask(self, order: Order) -> Outcome:
-        self.writer.write(pack(order))
-        await self.writer.drain()
+        for piece in pieces(order):
+            self.writer.write(piece)
+            await self.writer.drain()
         outcome: Outcome = await self.receive()
         return outcome
 

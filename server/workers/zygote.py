@@ -30,6 +30,10 @@ SLACK_BYTES = 192 * 2**20
 
 PR_SET_PDEATHSIG = 1
 
+BORN_NICE = 5
+"""Of the zygote and its children, until a task's own `Limits` are known, which have no less: to be born and to be given
+a large body takes a core for a while, too."""
+
 
 def main(control_fd: int) -> NoReturn:
     """Serve the control socket until its other end is closed."""
@@ -43,6 +47,7 @@ def main(control_fd: int) -> NoReturn:
         with contextlib.redirect_stderr(io.StringIO()):  # transformers complains that there is no torch
             world = receive(control)
             world.prepare()
+        _yield_to_others(BORN_NICE)
         gc.collect()
         gc.freeze()  # children share these pages until they write to them
         gc.disable()
@@ -124,8 +129,15 @@ def _packed(outcome: Outcome) -> bytes:
         return pack(Outcome(failure=RuntimeError(f"what a task returned cannot be sent: {type(error).__name__}")))
 
 
+def _yield_to_others(nice: int) -> None:
+    """Of a process that others are not to wait for: it takes no core from whoever runs, where the system knows that."""
+    os.nice(nice)
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def _limit(limits: Limits) -> None:
-    os.nice(limits.nice)
+    os.nice(limits.nice - BORN_NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
     if (used := address_space()) is not None:

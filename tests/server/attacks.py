@@ -66,8 +66,8 @@ class Bystander:
         self.worst_health_s = max((took for at, took in self._latencies if at > self._began), default=0.0)
 
     def _stream(self) -> None:
-        """One after another, so that there is always one."""
-        body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        """One after another, so that there is always one; a token a step, so that a gap is a step."""
+        body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True, "speculation": "off"}
         with httpx.Client(base_url=self._url, timeout=ATTACK_TIMEOUT_S) as http:
             while not self._stop.is_set():
                 with http.stream("POST", "/generate", json=body) as response:

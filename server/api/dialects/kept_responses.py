@@ -34,7 +34,8 @@ _PREVIOUS = re.compile(rb'"previous_response_id"\s*:\s*"(resp-[0-9a-f]{32})"')
 
 def with_history(service: Service, raw: bytes) -> bytes:
     """A body with the items that its `previous_response_id` stands for beside it, so that whoever reads it has both."""
-    found = _PREVIOUS.search(raw)
+    named = raw.find(b'"previous_response_id"')  # an expression takes ten times as long over a large body
+    found = None if named < 0 else _PREVIOUS.search(raw, named)
     if found is None or not raw.rstrip().endswith(b"}"):
         return raw
     kept = service.conversations.get((current_hold().tenant, found[1].decode()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,8 +91,11 @@ class ReadTask:
     """A task for a worker. strict: of `current_report`, which a worker has none of."""
 
     model: type[RequestBody]
-    raw: bytes
+    raw: bytes | bytearray
     strict: bool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadTask, (self.model, pickle.PickleBuffer(self.raw), self.strict)
 
     def run(self, world: HasText) -> Read[Any]:
         with reporting(strict=self.strict) as report:
@@ -99,7 +103,7 @@ class ReadTask:
         return dataclasses.replace(read, ignored=tuple(report.names))
 
 
-def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
+def read_body(model: type[B], raw: bytes | bytearray, text: ModelText) -> Read[B]:
     """Raises InvalidRequest or ModelNotFound."""
     value = decode(raw)
     try:
@@ -125,7 +129,7 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
     return Read(body, request, prepared)
 
 
-def decode(raw: bytes) -> Any:
+def decode(raw: bytes | bytearray) -> Any:
     """JSON. What it cannot be is told by name, without a word of it."""
     try:
         value = json.loads(raw.decode("utf-8-sig") if raw else "null")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,13 @@ class Page:
     given: a list, as JSON. after: the id of the item before the page.
     """
 
-    given: bytes
+    given: bytes | bytearray
     limit: int
     newest_first: bool
     after: str | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Page, (pickle.PickleBuffer(self.given), self.limit, self.newest_first, self.after)
 
     def run(self, world: object) -> bytes:  # noqa: ARG002 - a page needs nothing of it
         items = [_with_id(item, index) for index, item in enumerate(json.loads(self.given))]
