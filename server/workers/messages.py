@@ -99,7 +99,7 @@ def receive(channel: socket.socket) -> Any:
     size, count = HEADER.unpack(_exactly(channel.recv_into, HEADER.size))
     lengths = [LENGTH.unpack(_exactly(channel.recv_into, LENGTH.size))[0] for _ in range(count)]
     data, *buffers = [_exactly(channel.recv_into, length) for length in (size, *lengths)]
-    return pickle.loads(data, buffers=buffers)
+    return pickle.loads(data, buffers=map(bytes, buffers))  # of a bytearray it would make a view, which is no text
 
 
 def _exactly(read: Callable[[memoryview], int], size: int) -> bytearray:

@@ -91,7 +91,7 @@ class ReadTask:
     """A task for a worker. strict: of `current_report`, which a worker has none of."""
 
     model: type[RequestBody]
-    raw: bytes | bytearray
+    raw: bytes
     strict: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,7 +103,7 @@ class ReadTask:
         return dataclasses.replace(read, ignored=tuple(report.names))
 
 
-def read_body(model: type[B], raw: bytes | bytearray, text: ModelText) -> Read[B]:
+def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
     """Raises InvalidRequest or ModelNotFound."""
     value = decode(raw)
     try:
@@ -129,7 +129,7 @@ def read_body(model: type[B], raw: bytes | bytearray, text: ModelText) -> Read[B
     return Read(body, request, prepared)
 
 
-def decode(raw: bytes | bytearray) -> Any:
+def decode(raw: bytes) -> Any:
     """JSON. What it cannot be is told by name, without a word of it."""
     try:
         value = json.loads(raw.decode("utf-8-sig") if raw else "null")

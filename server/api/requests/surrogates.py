@@ -18,7 +18,7 @@ Step = str | int
 """A key or an index."""
 
 
-def refuse_surrogates(raw: bytes | bytearray, value: Any) -> None:
+def refuse_surrogates(raw: bytes, value: Any) -> None:
     """InvalidRequest, by the place in the body, for text that is not valid Unicode: a key or a value, however deep."""
     if ESCAPED.search(raw) is None or _is_unicode(value):
         return

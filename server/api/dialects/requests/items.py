@@ -17,7 +17,7 @@ class Page:
     given: a list, as JSON. after: the id of the item before the page.
     """
 
-    given: bytes | bytearray
+    given: bytes
     limit: int
     newest_first: bool
     after: str | None
