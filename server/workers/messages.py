@@ -78,6 +78,11 @@ class Unborn:
     reason: str
 
 
+def as_it_lies(data: bytes) -> pickle.PickleBuffer:
+    """What a task's `__reduce__` gives in place of bytes that are to be a buffer."""
+    return pickle.PickleBuffer(data)
+
+
 def pieces(message: object) -> Iterator[memoryview]:
     """The message, ready to be sent, without a copy of its buffers."""
     buffers: list[pickle.PickleBuffer] = []

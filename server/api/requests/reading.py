@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequ
 from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
+from prerope.server.workers.messages import as_it_lies
 from pydantic import ValidationError
 
 B = TypeVar("B", bound=RequestBody)
@@ -95,7 +95,7 @@ class ReadTask:
     strict: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ReadTask, (self.model, pickle.PickleBuffer(self.raw), self.strict)
+        return ReadTask, (self.model, as_it_lies(self.raw), self.strict)
 
     def run(self, world: HasText) -> Read[Any]:
         with reporting(strict=self.strict) as report:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
 from prerope.server.errors import InvalidRequest
+from prerope.server.workers.messages import as_it_lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Page:
     after: str | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Page, (pickle.PickleBuffer(self.given), self.limit, self.newest_first, self.after)
+        return Page, (as_it_lies(self.given), self.limit, self.newest_first, self.after)
 
     def run(self, world: object) -> bytes:  # noqa: ARG002 - a page needs nothing of it
         items = [_with_id(item, index) for index, item in enumerate(json.loads(self.given))]
