@@ -66,8 +66,10 @@ class Tokenizer:
                 **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
             )
         except Exception as error:  # a damaged file makes transformers and tokenizers raise whatever they meet
+            of_code = isinstance(error, TypeError | LookupError | AttributeError | ArithmeticError)
+            said = "a value in its files is of another kind than it should be" if of_code else first_line(error)
             raise ConfigurationError(
-                f"{checkpoint.name}: its tokenizer cannot be read: {first_line(error)}. Download tokenizer.json and "
+                f"{checkpoint.name}: its tokenizer cannot be read: {said}. Download tokenizer.json and "
                 "tokenizer_config.json again"
             ) from error
         if getattr(hf, "backend_tokenizer", None) is None:

@@ -357,6 +357,10 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
             in_tokenizer(lambda said: said["model"]["vocab"].update(word=999)),
             "another model's; take both from one source",
         ),
+        (
+            in_tokenizer(lambda said: said["added_tokens"][0].pop("id")),
+            "its tokenizer cannot be read: a value in its files is of another kind than it should be. Download",
+        ),
         (in_tokenizer(lambda said: said["model"].update(merges=[["a"]])), "its tokenizer cannot be read: data did not"),
         (
             in_tokenizer(lambda said: said.update(version="9.9")),
@@ -436,7 +440,7 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (change_json("config.json", model_type="t5"), "t5"),
         (
             change_json("config.json", rms_norm_eps="1"),
-            "its config.json cannot be read: 'rms_norm_eps' is the text '1', and it is a number: download it again",
+            "its config.json cannot be read: 'rms_norm_eps' is the text '1', and it is a number with a decimal",
         ),
         (change_json("config.json", hidden_size="32"), "'hidden_size' is the text '32', and it is a whole number"),
         (change_json("config.json", num_attention_heads=0), "'num_attention_heads' is 0, and it is a whole number"),

@@ -25,7 +25,7 @@ MOST_SECONDS = 20
 KINDS = {
     "bool": "true or false",
     "int": "a whole number",
-    "float": "a number",
+    "float": "a number with a decimal point",
     "str": "a text",
     "list": "a list",
     "tuple": "a list",
