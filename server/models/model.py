@@ -86,7 +86,8 @@ class Model:
             self.raw.replace_forward(module, forward)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # merged weights have left holes, which are the cache's from now on
-        if self.recurrent or any(layer.arranged for layer in self.layers):
+        plain = [one.order is None and one.shape.key_dim == one.shape.value_dim for one in self.layers]
+        if self.recurrent or not all(plain):
             return None
         return backend.find_stack(self.raw, layers_of(self.raw, attentions), [layer.group for layer in self.layers])
 
@@ -130,9 +131,7 @@ class Model:
         def attend_in(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
             place = self._place[module]
             layer = self.layers[place]
-            if not layer.arranged:
-                return attend(place, query, key, value, call.options(layer.group))
-            return layer.own(attend(place, *layer.arrange(query, key, value), call.options(layer.group)))
+            return attend(place, *layer.arrange(query, key, value), call.options(layer.group))
 
         if self.stack is not None:
             logits = self.stack.logits(batch, storage, attend)

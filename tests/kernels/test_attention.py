@@ -104,6 +104,15 @@ def test_head_dims(head_dim: int, dim: int, interleaved: bool) -> None:
     assert difference(step, AttentionOptions(head_dim**-0.5, "")) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("head_dim", "dim", "value_dim"), [(192, 64, 128), (24, 16, 40)])
+def test_values_narrower_and_wider_than_keys(head_dim: int, dim: int, value_dim: int) -> None:
+    """As in multi-head latent attention, and the other way."""
+    step = paged([(50, 1), (40, 9)], [one_group(method("rope", rotary(head_dim, dim)))] * 2, head_dim=head_dim)
+    values = torch.randn(*step.values.shape[:3], value_dim, generator=torch.Generator().manual_seed(0))
+    step = replace(step, values=values.to(step.values.device))
+    assert difference(step, AttentionOptions(head_dim**-0.5, "")) <= TOLERANCE
+
+
 @pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0])])
 def test_rows_that_fill_a_graph_up_give_zeros(sinks: torch.Tensor | None) -> None:
     """The middle row of three reads nothing; its neighbours do not notice."""

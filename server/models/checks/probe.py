@@ -196,7 +196,7 @@ class _Judge:
             parts = [torch.split(part.float(), FAR_ROWS) for part in layer.arrange(query, key, value)]
             options, given = call.options(layer.group), zip(*parts, windows, strict=True)
             rows = [attend_sequence(q, k, v, window, options) for q, k, v, window in given]
-            return layer.own(torch.cat(rows).to(query.dtype))
+            return torch.cat(rows).to(query.dtype)
 
         return attend
 

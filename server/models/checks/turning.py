@@ -1,7 +1,7 @@
 """How a layer turns queries and keys, found by trying: which of their dims, in which pairing and in which sense.
 
-A reading turns the leading dims of a head, in a positive sense, and keys and values lie in the cache in the same width.
-A layer that has it otherwise has its dims in another order there, or padded: scores do not see that.
+A reading turns the leading dims of a head, in a positive sense. A layer that has it otherwise has its dims in another
+order in the cache: scores do not see that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from prerope.cache.storage import LayerShape
 from prerope.rope.frequencies import Rotary, plain
 from prerope.rope.rotation import Table, rotate
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,6 @@ class RawKeyLayer:
     Attributes:
         group: the rotary group that turns its keys; None: it has no positions.
         shape: of keys and values as they lie in the cache.
-        value_dim: of its own values, which may be padded there.
         order: of the dims of queries and keys there; None: as the layer gives them.
     """
 
@@ -45,35 +43,21 @@ class RawKeyLayer:
     name: str
     group: str | None
     shape: LayerShape
-    value_dim: int
     order: Tensor | None = None
-
-    @property
-    def arranged(self) -> bool:
-        """Whether what the layer gives lies otherwise in the cache."""
-        return self.order is not None or self.value_dim != self.shape.value_dim
 
     def arrange(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, H, D] as the layer gives them → as they lie in the cache."""
-        if self.order is not None:
-            query, key = query[..., self.order], key[..., self.order]
-        width = self.shape.key_dim
-        query, key, value = (functional.pad(part, (0, width - part.shape[-1])) for part in (query, key, value))
-        return query, key, value
-
-    def own(self, rows: Tensor) -> Tensor:
-        """What attention gives over the cache → as the layer wants it: [T, Hq, value_dim]."""
-        return rows[..., : self.value_dim].contiguous()
+        if self.order is None:
+            return query, key, value
+        return query[..., self.order], key[..., self.order], value.contiguous()
 
 
 def raw_key_layer(
     module: nn.Module, name: str, group: str | None, key: Tensor, value: Tensor, turning: Turning | None
 ) -> RawKeyLayer:
     """key, value [T, Hkv, D] as the layer gives them."""
-    width = max(key.shape[-1], value.shape[-1])
-    shape = LayerShape(key.shape[1], width, width)
     order = None if turning is None or turning.plain else torch.tensor(turning.order, device=key.device)
-    return RawKeyLayer(module, name, group, shape, value.shape[-1], order)
+    return RawKeyLayer(module, name, group, LayerShape(key.shape[1], key.shape[-1], value.shape[-1]), order)
 
 
 def find_turning(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Turning | None:
