@@ -28,7 +28,7 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.machine.allowance import Bound
 from prerope.server.models.model import Model
 
-from tests.engine.model_types import tiny_of_type
+from tests.engine.models.model_types import tiny_of_type
 from tests.engine.tiny_models import tiny
 
 GIB = 2**30

@@ -22,7 +22,7 @@ from prerope.server.structured.text import GrammarText
 from prerope.server.structured.values import Unenforceable
 
 from tests.fuzz.budget import budget
-from tests.server.test_schemas import byte_tokens
+from tests.server.structured.test_schemas import byte_tokens
 
 TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 NAMES = ("a", "b", "ab", "k", "é", 'a"b', "x1")

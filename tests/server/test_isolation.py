@@ -21,8 +21,8 @@ from prerope.server.api.limits import prefix_salt
 from prerope.server.byte_cache import IDLE_S, ByteCache
 
 from tests.faulty_server import QUOTED
+from tests.server.api.test_errors import BAD_VALUES
 from tests.server.test_cli import ROOT, free_port, start, wait_for
-from tests.server.test_errors import BAD_VALUES
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 PROMPT = list(range(100, 180))

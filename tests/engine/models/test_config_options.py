@@ -14,8 +14,8 @@ from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model
 from torch import Tensor
 
-from tests.engine.model_table import Verdict, examine, logits, row_errors, stock_logits
-from tests.engine.model_types import YARN, tiny_of_type
+from tests.engine.models.model_table import Verdict, examine, logits, row_errors, stock_logits
+from tests.engine.models.model_types import YARN, tiny_of_type
 from tests.engine.tiny_models import prompt_of
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -10,9 +10,9 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.model import Model
 
-from tests.engine.model_table import Verdict, as_people_run_it, examine
-from tests.engine.model_types import tiny_of_type
-from tests.engine.test_families import NUM_TOKENS, transformers_greedy
+from tests.engine.models.model_table import Verdict, as_people_run_it, examine
+from tests.engine.models.model_types import tiny_of_type
+from tests.engine.models.test_families import NUM_TOKENS, transformers_greedy
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, tiny_engine
 
 NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from tests.engine.model_table import OUTCOMES, PAGE, Verdict, examine, read_table, table
-from tests.engine.model_types import MODEL_TYPES
+from tests.engine.models.model_table import OUTCOMES, PAGE, Verdict, examine, read_table, table
+from tests.engine.models.model_types import MODEL_TYPES
 
 SAMPLE = (
     *("llama", "ministral3", "olmo", "gemma4_text", "nanochat", "deepseek_v3", "gpt2", "bloom", "gptj", "moshi"),
@@ -18,7 +18,7 @@ SAMPLE = (
 def check(model_type: str) -> None:
     expected = read_table(PAGE.read_text(encoding="utf-8"))[model_type]
     found = examine(model_type)
-    assert found == expected, f"run: python -m tests.engine.model_table {model_type}"
+    assert found == expected, f"run: python -m tests.engine.models.model_table {model_type}"
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)

@@ -11,7 +11,7 @@ from prerope.server.models.checkpoint import Checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import Servers
-from tests.server.test_tensor_parallel import started
+from tests.server.fleet.test_tensor_parallel import started
 
 PROMPTS = {
     "sentence": "The capital of France is",

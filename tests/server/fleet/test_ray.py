@@ -24,8 +24,8 @@ from openai import OpenAI
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.server.fleet.test_routers import PAGE, assert_prefixes_are_found
 from tests.server.test_cli import ENVIRONMENT, free_port
-from tests.server.test_routers import PAGE, assert_prefixes_are_found
 
 pytest.importorskip("ray")
 with warnings.catch_warnings():
@@ -37,7 +37,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMALL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # of this machine alone, on the loopback interface
     "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "100000000",

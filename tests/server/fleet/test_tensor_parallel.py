@@ -23,7 +23,7 @@ from prerope.server.errors import ConfigurationError
 
 from tests.server.test_cli import free_port, start, wait_for
 
-PAGE = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs/scale.md").read_text(encoding="utf-8")
 PROMPT = "A prompt that is longer than a block of the cache, so that a second one of the same beginning finds it there."
 END_WITHIN_S = 10
 SCHEMA = {"type": "object", "properties": {"name": {"enum": ["Ada", "Grace"]}}, "required": ["name"]}

@@ -1,4 +1,4 @@
-"""Rank 1 of tiny models: `python -m tests.engine.ranked`, which follows one model after the other.
+"""Rank 1 of tiny models: `python -m tests.engine.ranks.ranked`, which follows one model after the other.
 
 A line of JSON on standard input is a model: {"kernels", "folder", "family", "config", "engine"}. What came of it is
 printed, a line.

@@ -31,8 +31,8 @@ from prerope.server.engine.speculation.verification import Verification
 from prerope.server.models.model import Model
 
 from tests.device import DEVICE
+from tests.engine.overlap.test_overlap_histories import History as RandomHistory
 from tests.engine.scripted_model import BLOCK, VOCABULARY, expected
-from tests.engine.test_overlap_histories import History as RandomHistory
 from tests.engine.tiny_models import (
     assert_idle,
     generate,

@@ -29,7 +29,7 @@ from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file
 from transformers import AutoConfig, Gemma3TextConfig, StableLmConfig
 
-from tests.server.test_checkpoint import write_gguf
+from tests.server.checkpoints.test_checkpoint import write_gguf
 
 Values = Callable[[Any], None]
 

@@ -24,7 +24,7 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.models.model import Model
 from prerope.server.structured.matcher import CompiledGrammar
 
-from tests.engine.test_sampler import sequence
+from tests.engine.sampling.test_sampler import sequence
 from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine
 
 EOS = 2

@@ -26,7 +26,7 @@ from bench.gpu.stages import LIMITS, PARTS, Stage, stages
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 NEEDED = re.search(r"`bench.gpu A B` needs (.*?), with what", (ROOT / "docs" / "gpu.md").read_text())
 

@@ -21,7 +21,7 @@ from prerope.server.engine.async_engine import EngineState
 
 from tests.server.test_cli import free_port, wait_for
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DOCKER = ROOT / "docker"
 PAGE = (ROOT / "docs/router.md").read_text(encoding="utf-8").replace("\\\n", " ")
 PROGRAMS = f"/usr/sbin:{sysconfig.get_path('scripts')}:{os.environ.get('CLIENTS', ROOT / '.clients')}/router/bin"

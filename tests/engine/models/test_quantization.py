@@ -308,7 +308,7 @@ def test_without_torchao_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_command_installs_what_the_extra_asks_for() -> None:
-    path = Path(__file__).parents[2] / "pyproject.toml"
+    path = Path(__file__).parents[3] / "pyproject.toml"
     extras = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert [f"pip install '{requirement}'" for requirement in extras["int8"]] == [INSTALL]
     assert set(extras["int8"]) <= set(extras["test"])

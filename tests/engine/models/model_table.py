@@ -1,7 +1,7 @@
 """What becomes of every decoder type that transformers has, tried on a tiny model; as a table in docs/models.md.
 
-python -m tests.engine.model_table          # writes the page anew
-python -m tests.engine.model_table llama    # one row of it
+python -m tests.engine.models.model_table          # writes the page anew
+python -m tests.engine.models.model_table llama    # one row of it
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from prerope.server.models.weights import unsuited
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.engine.model_types import LENGTH, MODEL_TYPES, VOCABULARY, NoTinyModel, tiny_of_type
+from tests.engine.models.model_types import LENGTH, MODEL_TYPES, VOCABULARY, NoTinyModel, tiny_of_type
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 BLOCK_SIZE = 16
 HEAD = """# Model types
 
@@ -38,7 +38,7 @@ Every type of transformers {version} that continues a text, those that see or he
 a tiny random model of its own config class: served, and then equal to transformers' own logits below and beyond
 every length that the config names, in fp32 and bf16, in one piece, in chunks of 7 and one token at a time; or refused,
 and why. Whether a checkpoint is served is found out anew at every start, on its own weights. Made by
-`python -m tests.engine.model_table`, held by tests/engine/test_model_types.py.
+`python -m tests.engine.models.model_table`, held by tests/engine/models/test_model_types.py.
 
 """
 

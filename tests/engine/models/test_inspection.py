@@ -17,7 +17,7 @@ from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.model import Model
 from torch import Tensor
 
-from tests.engine.model_table import row_errors, stock_logits
+from tests.engine.models.model_table import row_errors, stock_logits
 from tests.engine.tiny_models import FAMILIES, prompt_of, tiny
 
 

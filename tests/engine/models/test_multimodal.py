@@ -15,8 +15,8 @@ from prerope.server.models.senses import without_timm
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from tests.engine.model_table import logits, row_errors, stock_logits
-from tests.engine.model_types import tiny_config
+from tests.engine.models.model_table import logits, row_errors, stock_logits
+from tests.engine.models.model_types import tiny_config
 from tests.engine.tiny_models import SHAPE, generate, greedy, prompt_of, randomize, tiny_engine
 
 TEXT = SHAPE | {"num_hidden_layers": 2}

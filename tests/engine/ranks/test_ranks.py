@@ -16,10 +16,10 @@ from prerope.server.engine.engine import Engine
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.model import Model
 
-from tests.engine.ranked import shared_engine
+from tests.engine.ranks.ranked import shared_engine
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHARED = (
     "llama",
     "mistral",
@@ -40,7 +40,7 @@ class Pair:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._count = folder, 0
-        command = [sys.executable, "-m", "tests.engine.ranked"]
+        command = [sys.executable, "-m", "tests.engine.ranks.ranked"]
         self._other = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, text=True
         )

@@ -15,8 +15,8 @@ import torch
 from prerope.server.models.checkpoint import Checkpoint
 
 from tests.conftest import Servers
-from tests.engine.model_table import as_people_run_it
-from tests.engine.model_types import tiny_of_type
+from tests.engine.models.model_table import as_people_run_it
+from tests.engine.models.model_types import tiny_of_type
 
 PROMPT = "The state of a sequence is kept where a block ends, and " * 4
 

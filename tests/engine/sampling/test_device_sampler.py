@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.engine.test_sampler import sequence
+from tests.engine.sampling.test_sampler import sequence
 
 PROMPT = [3, 4]
 GRID = 2000

@@ -17,8 +17,8 @@ from prerope.server.errors import ConfigurationError, InvalidRequest
 from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.model import Model
 
-from tests.engine.model_types import tiny_of_type
-from tests.engine.test_families import NUM_TOKENS, transformers_greedy
+from tests.engine.models.model_types import tiny_of_type
+from tests.engine.models.test_families import NUM_TOKENS, transformers_greedy
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, run, tiny_engine, tokens_of
 
 HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid")
