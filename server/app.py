@@ -15,12 +15,12 @@ from prerope.server.api.auth.allowance import Allowance, HoldRequest
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.api.dialects import anthropic, kept_responses, ollama, others, rendering, responses
 from prerope.server.api.errors import install_error_handlers
-from prerope.server.api.hosts import HostCheck
 from prerope.server.api.middleware import BodyLimit, ClientTimeout, FieldReport, HeadAsGet, KeyCheck, RequestContext
 from prerope.server.api.openai import completions as openai
 from prerope.server.api.openai.prefix import OtherPrefix
 from prerope.server.api.openapi.document import install_document
 from prerope.server.errors import ConfigurationError
+from prerope.server.http.hosts import HostCheck
 from prerope.server.service import Service
 from prerope.server.settings import Settings
 from starlette.middleware.cors import CORSMiddleware

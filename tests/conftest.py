@@ -40,8 +40,8 @@ def pytest_report_header() -> str:
 
 LONGEST = (
     *("kernels/test_attention", "server/test_attacks", "fuzz/test_openapi", "engine/test_invariance"),
-    *("server/test_faults", "engine/test_cuda_graphs", "server/test_tools", "server/test_cli", "server/test_limits"),
-    *("server/test_tensor_parallel", "server/test_structured", "engine/test_cuda_layers", "server/test_isolation"),
+    *("server/test_faults", "graphs/test_cuda_graphs", "api/test_tools", "server/test_cli", "api/test_limits"),
+    *("fleet/test_tensor_parallel", "structured/test_structured", "graphs/test_cuda_layers", "server/test_isolation"),
 )
 
 

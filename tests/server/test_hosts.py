@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from prerope.server.api.hosts import HostCheck
 from prerope.server.errors import WrongHost
+from prerope.server.http.hosts import HostCheck
 
 NAMES = (
     "localhost",

@@ -1,4 +1,4 @@
-"""The C kernels of c/linear.c as calls on tensors: products, the gated MLP, the RMS norm.
+"""The C kernels of c/linear.c and c/elementwise.c as calls on tensors: products, the gated MLP, the RMS norm.
 
 Activations are bf16 and weights bf16 or int8 with a scale a row, or both are fp32. Weights are read where transformers
 or torchao put them, so they must not move afterwards. Scratch is shared and pointers are kept in place from call to

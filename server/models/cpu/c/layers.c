@@ -5,6 +5,7 @@
  * Called one by one these products wait for each other's callers longer than for the weights of a small model. Each
  * result is rounded to bf16 where the calls would round it, so that it is theirs to the bit.
  */
+#include "elementwise.h"
 #include "linear.h"
 #include "rows.h"
 #include "vectors.h"

@@ -23,6 +23,3 @@ typedef struct {
 int linear_is_wide(const Linear *linear); /* whether it reads bf16 widened to floats, as `linear_ready` leaves a row */
 void linear_ready(const Linear *linear, const uint16_t *from, float *to);
 void linear_few(const Linear *linear, const void *x);                            /* a loop: few rows, x made ready */
-void silu_mul(void *gate, const void *up, int64_t n, int64_t dtype);
-void rms_norm(const void *x, const void *weight, void *out, int64_t n, float eps, int64_t add_one, int64_t dtype);
-void add_rows(uint16_t *to, const uint16_t *from, int64_t n); /* to += from, rounded */
