@@ -157,6 +157,18 @@ def test_what_is_no_request_is_told_why(url: str, sent: bytes, status: int, said
     assert said in (body.decode() if status == 200 else json.loads(body)["error"]["message"])
 
 
+def test_small_pieces_do_not_wait_for_an_acknowledgement(url: str, serve_module: Any) -> None:
+    """Events of a stream, and the reply to a connection's second request, would: up to 40 ms each."""
+    door = serve_module.running(url).http.door
+    until(lambda: not len(door))
+    with closing(connect(url)) as connection:
+        connection.sendall(HALF_HEADER)
+        until(lambda: len(door) == 1)
+        (there,) = door._open
+        accepted = there.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_the_limit_of_descriptors_is_one_of_connections(tiny_checkpoint: Path) -> None:
     """With `ulimit -n 256`, 400 half headers: others are served, and the log says a few lines."""
     port = free_port()
