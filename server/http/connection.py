@@ -281,8 +281,8 @@ def _close(transport: Any) -> None:
 def _send_at_once(transport: asyncio.Transport) -> None:
     """Without Nagle's algorithm, by which the kernel keeps a small piece until the one before it is acknowledged.
 
-    Clients put that off for 40 ms: as long did the second request of a connection take, and tokens came in bursts. asyncio
-    sees to it only where a socket names TCP as its protocol, which those of `socket.create_server` do not.
+    Clients put that off for up to 40 ms, and so much longer did a connection's second request take. asyncio sees to it
+    only where a socket names TCP as its protocol, which those of `socket.create_server` do not.
     """
     connection = transport.get_extra_info("socket")
     if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
