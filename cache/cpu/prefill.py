@@ -191,12 +191,12 @@ def _tiles(runs: Sequence[_Run], most_rows: int, threads: int) -> list[tuple[int
     Five of 96 rows × heads take two threads as long as six would.
     """
     rows = sum(run.stop - run.first for run in runs)
-    rounds = -(-rows // (most_rows * threads))
-    size = -(-rows // (rounds * threads))
+    wanted = -(-rows // (most_rows * threads)) * threads
     tiles = []
     for number, run in enumerate(runs):
-        count = -(-(run.stop - run.first) // size)
-        edges = [run.first + (run.stop - run.first) * n // count for n in range(count + 1)]
+        count = run.stop - run.first
+        share = max(-(-count // most_rows), min(count, wanted * count // max(1, rows)))
+        edges = [run.first + count * n // max(1, share) for n in range(share + 1)]
         tiles += [(number, begin, end) for begin, end in itertools.pairwise(edges)]
     return tiles
 

@@ -11,7 +11,8 @@ from prerope.cache.attention.dispatch import paged_attention
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.cache.cpu.decode import can_attend
-from prerope.cache.cpu.prefill import prefill
+from prerope.cache.cpu.prefill import _Run, _tiles, prefill
+from prerope.cache.cpu.turns import NO_POSITIONS
 from torch import Tensor
 
 from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
@@ -140,3 +141,19 @@ def test_a_row_does_not_depend_on_the_number_of_threads() -> None:
             assert torch.equal(through_kernel(step, AttentionOptions(0.125, "")), one)
         finally:
             torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+@pytest.mark.parametrize("lengths", [(160,), (512,), (7,), (0, 40), (33, 1, 300), (16,) * 10])
+def test_tiles_share_out_all_rows(lengths: Sequence[int], threads: int) -> None:
+    """Each row once, no more of a tile than it holds, and those of one run are alike and as many for each thread."""
+    edges = [*itertools.accumulate(lengths, initial=0)]
+    runs = [_Run(a, b, 0, NO_POSITIONS) for a, b in itertools.pairwise(edges)]
+    tiles = _tiles(runs, 32, threads)
+    assert [row for _, begin, end in tiles for row in range(begin, end)] == list(range(edges[-1]))
+    assert all(runs[run].first <= begin < end <= runs[run].stop for run, begin, end in tiles)
+    sizes = [end - begin for _, begin, end in tiles]
+    assert max(sizes) <= 32
+    if len(runs) == 1:
+        assert max(sizes) - min(sizes) <= 1
+        assert len(tiles) % threads == 0 or max(sizes) == 1

@@ -20,7 +20,7 @@ typedef struct {
     const Read *reads;
     const int64_t *run_first;          /* [runs]: its first row */
     const int64_t *run_start;          /* [runs]: what is added to one of its rows for its position */
-    const int64_t *tile_run, *tile_first, *tile_stop; /* [tiles]: rows [first, stop) of a run */
+    const int64_t *tile_run, *tile_first, *tile_stop; /* [tiles]: rows [first, stop) of a run, in order */
     const float *row_scale;            /* [rows] or null: on each row's queries, beside scale */
     const int64_t *blocks;             /* [blocks of the sequence] */
 } Plan;
@@ -30,16 +30,23 @@ typedef struct {
     int64_t pass, head, begin, end;
 } Unit;
 
-INLINE int64_t state_floats(const Shape *shape) { return MAX_ROWS * (padded(shape->value_dim) + 17); }
+INLINE int64_t row_floats(const Shape *shape) { return padded(shape->value_dim) + 17; } /* of a state */
 INLINE int64_t packed_floats(const Shape *shape) { return packed_keys(shape, SPAN) + packed_values(shape, SPAN); }
+INLINE int64_t rows_in_all(const Plan *plan) { return plan->num_tiles ? plan->tile_stop[plan->num_tiles - 1] : 0; }
 
-INLINE State state_in(const Shape *shape, float *out) {
-    float *sums = out + MAX_ROWS * padded(shape->value_dim);
-    return (State){out, sums, sums + MAX_ROWS * 16};
+static int64_t rows_of(const Shape *shape, const Plan *plan, int64_t t) {
+    return (plan->tile_stop[t] - plan->tile_first[t]) * group_of(shape);
+}
+
+INLINE State state_in(const Shape *shape, float *out, int64_t rows) {
+    float *sums = out + rows * padded(shape->value_dim);
+    return (State){out, sums, sums + 16 * rows};
 }
 
 static State state_of(const Shape *shape, const Plan *plan, float *scratch, int64_t head, int64_t tile) {
-    return state_in(shape, scratch + 2 * packed_floats(shape) + (head * plan->num_tiles + tile) * state_floats(shape));
+    int64_t before = (head * rows_in_all(plan) + plan->tile_first[tile]) * group_of(shape);
+    float *out = scratch + 2 * packed_floats(shape) + before * row_floats(shape);
+    return state_in(shape, out, rows_of(shape, plan, tile));
 }
 
 static Packed packed_at(const Shape *shape, float *scratch, int64_t unit) {
@@ -48,7 +55,7 @@ static Packed packed_at(const Shape *shape, float *scratch, int64_t unit) {
 }
 
 int64_t prerope_chunk_scratch(const Shape *shape, const Plan *plan) {
-    return 2 * packed_floats(shape) + shape->kv_heads * plan->num_tiles * state_floats(shape);
+    return 2 * packed_floats(shape) + shape->query_heads * rows_in_all(plan) * row_floats(shape);
 }
 
 /* The unit with this number; pass is num_passes where there are no more. */
@@ -68,17 +75,13 @@ static Unit unit_at(const Shape *shape, const Plan *plan, int64_t number) {
     return unit;
 }
 
-static int64_t rows_of(const Shape *shape, const Plan *plan, int64_t t) {
-    return (plan->tile_stop[t] - plan->tile_first[t]) * group_of(shape);
-}
-
 /* Tile t through all reads of a unit's keys. */
 static void tile_attend(const Shape *shape, const Plan *plan, int64_t t, const Unit *unit, const void *query,
                         const Source *source, float *scratch, int64_t number) {
-    float found_in[state_floats(shape)] __attribute__((aligned(64)));
+    float found_in[MAX_ROWS * row_floats(shape)] __attribute__((aligned(64)));
     int64_t run = plan->tile_run[t], at = unit->pass * plan->num_runs + run;
     Packed packed = packed_at(shape, scratch, number);
-    State state = state_of(shape, plan, scratch, unit->head, t), found = state_in(shape, found_in);
+    State state = state_of(shape, plan, scratch, unit->head, t), found = state_in(shape, found_in, MAX_ROWS);
     Rows rows = {query, plan->row_scale, plan->run_start[run], plan->run_first[run], plan->tile_first[t], plan->tile_stop[t]};
     for (int64_t read = plan->first_read[at]; read < plan->first_read[at + 1]; read++)
         if (attend(shape, &rows, plan->reads + read, source, unit->begin, unit->end, &packed, &found))
