@@ -226,7 +226,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit():
+        if declared.isdecimal():
             self._check(int(declared))
         num_bytes = 0
 

@@ -93,20 +93,21 @@ class Trial:
 def compile_here(wanted: GrammarText, tokenizer: Tokenizer, cost: Cost) -> CompiledGrammar:
     """The grammar, in this process. For what a trial has shown to be cheap."""
     tables = token_tables(tokenizer, wanted.param)
-    matcher = new_matcher(wanted, tables)
+    matcher = new_matcher(wanted, tables, on_trial=False)
     began = time.perf_counter()
     matcher.deep_copy().compute_bitmask()
     slow = time.perf_counter() - began > QUICK_S
     return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow)
 
 
-def new_matcher(wanted: GrammarText, tables: LLTokenizer) -> LLMatcher:
-    """One whose first mask is computed: it is the slowest, and copies begin with what it found."""
+def new_matcher(wanted: GrammarText, tables: LLTokenizer, *, on_trial: bool = True) -> LLMatcher:
+    """One whose first mask is computed: it is the slowest, and copies begin with what it found. on_trial: nothing has
+    been found out about the grammar before."""
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
     try:
-        matcher = LLMatcher(tables, _to_llguidance(wanted), log_level=0, limits=limits)
+        matcher = LLMatcher(tables, _to_llguidance(wanted, on_trial=on_trial), log_level=0, limits=limits)
     except ValueError as error:
         raise _refusal(wanted, str(error)) from None
     matcher.compute_bitmask()
@@ -182,7 +183,7 @@ def on_a_deep_stack(function: Callable[[], T]) -> Future[T]:
 _stack_size = threading.Lock()
 
 
-def _to_llguidance(wanted: GrammarText) -> str:
+def _to_llguidance(wanted: GrammarText, *, on_trial: bool) -> str:
     """The grammar in llguidance's own form; a Lark grammar may also be written in llama.cpp's GBNF."""
     from llguidance import LLMatcher, regex_to_lark
     from llguidance.gbnf_to_lark import any_to_lark
@@ -196,7 +197,8 @@ def _to_llguidance(wanted: GrammarText) -> str:
         lark = any_to_lark(wanted.text)
     except Exception as error:  # of its own kind, and of Python's where it nests too deep
         raise ValueError(f"it cannot be read as GBNF: {error}") from None
-    check_rules(lark)
+    if on_trial:  # it holds the interpreter's lock
+        check_rules(lark)
     return LLMatcher.grammar_from_lark(lark)
 
 

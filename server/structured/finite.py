@@ -8,10 +8,12 @@ it would be cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from prerope.server.structured.document import Schema
+from prerope.server.structured.numbers import is_number
 from prerope.server.structured.productive import Needs
 from prerope.server.structured.values import Unenforceable
 
@@ -93,9 +95,8 @@ class _Graph:
         required = [name for name in _list(schema, "required") if isinstance(name, str)]
         unlisted = self.needs.any_of([rest, *matching.values()])  # a client's pattern may take for ever to match
         needed = [named.get(name, unlisted) for name in required]
-        least = schema.get("minProperties", 0)
-        if isinstance(least, int | float) and least > 0:
-            enough = self.needs.add(int(least), named.values())
+        if (least := _least(schema, "minProperties")) > 0:
+            enough = self.needs.add(least, named.values())
             needed.append(self.needs.any_of([enough, unlisted]))
         return self.needs.all_of(needed)
 
@@ -104,14 +105,22 @@ class _Graph:
         first = items if isinstance(items, list) else _list(schema, "prefixItems")
         rest = self.number(schema.get("additionalItems", True) if isinstance(items, list) else items)
         places = self._all(first)
-        least = schema.get("minItems", 0)
-        if not isinstance(least, int | float):
-            return self.needs.always
-        needed = places[: max(int(least), 0)] + ([rest] if least > len(places) else [])
+        least = _least(schema, "minItems")
+        needed = places[:least] + ([rest] if least > len(places) else [])
         if "contains" in schema:
             held = self.number(schema["contains"])
             needed += [held] if schema.get("minContains", 1) != 0 else []
         return self.needs.all_of(needed)
+
+
+def _least(schema: Schema, key: str) -> int:
+    """How many a schema asks for at least; none where it says no number. JSON as Python reads it has infinite ones."""
+    value = schema.get(key, 0)
+    if not is_number(value):
+        return 0
+    if not abs(value) < math.inf:
+        raise Unenforceable(f"'{key}' is {value}: it must be a whole number from 0")
+    return max(math.ceil(value), 0)
 
 
 def _map(schema: Schema, key: str) -> dict[str, Any]:

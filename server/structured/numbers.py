@@ -57,8 +57,8 @@ def few_integers(schema: dict[str, Any], most: int) -> list[int] | None:
     def inner(plain: str, exclusive: str, sign: int) -> int | None:
         """The outermost number on one side."""
         bound, beyond = schema.get(plain), schema.get(exclusive)
-        found = [math.ceil(sign * bound)] if is_number(bound) and math.isfinite(bound) else []
-        found += [math.floor(sign * beyond) + 1] if is_number(beyond) and math.isfinite(beyond) else []
+        found = [math.ceil(sign * bound)] if is_number(bound) and abs(bound) < math.inf else []
+        found += [math.floor(sign * beyond) + 1] if is_number(beyond) and abs(beyond) < math.inf else []
         return sign * max(found) if found else None
 
     least, last = inner("minimum", "exclusiveMinimum", 1), inner("maximum", "exclusiveMaximum", -1)

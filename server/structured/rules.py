@@ -21,12 +21,15 @@ from prerope.server.structured.values import Unenforceable
 SHOWN = 64
 
 _TOKEN = re.compile(
-    r"""(?P<space>[ \t\r]+|//[^\n]*|\#[^\n]*)|(?P<line>\n)|(?P<name>[?!]?[A-Za-z_][A-Za-z0-9_-]*)
-    |(?P<text>"(?:[^"\\\n]|\\.)*"i?|/(?:[^/\\\n]|\\.)+/[imslux]*|<[^>\s]*>|%regex\s*\{[^{}]*\})
-    |(?P<json>%json\s*(?=\{))|(?P<directive>%[a-z]+[^\n]*)|(?P<attributes>\[[^\]]*\](?=[ \t]*:))
-    |(?P<count>\{\s*\d*\s*,?\s*\d*\s*\}|~\s*\d+(?:\s*\.\.\s*\d+)?)|(?P<alias>->\s*\w+)|(?P<mark>[|()\[\]?*+:])""",
+    r"""(?P<space>[ \t\r]++|//[^\n]*+|\#[^\n]*+)|(?P<line>\n)|(?P<name>[?!]?[A-Za-z_][A-Za-z0-9_-]*+)
+    |(?P<text>"(?:[^"\\\n]|\\.)*+"i?|/(?:[^/\\\n]|\\.)++/[imslux]*+|<[^>\s]*+>|%regex\s*+\{[^{}]*+\})
+    |(?P<json>%json\s*+(?=\{))|(?P<directive>%[a-z]++[^\n]*+)|(?P<attributes>\[[^\[\]]*+\](?=[ \t]*+:))
+    |(?P<count>\{\s*+\d*+\s*+,?+\s*+\d*+\s*+\}|~\s*+\d++(?:\s*+\.\.\s*+\d++)?)|(?P<alias>->\s*+\w++)
+    |(?P<mark>[|()\[\]?*+:])""",
     re.VERBOSE,
 )
+"""Nothing in it goes back, and no token that fails had looked past the place where another one begins: the text is read
+in time that grows as its length does."""
 
 
 class _Token(NamedTuple):
@@ -179,5 +182,5 @@ def _may_be_missing(rule: _Rule) -> bool:
     while (token := rule.next()) is not None and (token.kind == "count" or token.text in ("?", "*", "+")):
         rule.place += 1
         least = re.search(r"\d+", token.text.partition(",")[0])
-        missing |= token.text in ("?", "*") or (token.kind == "count" and (least is None or int(least[0]) == 0))
+        missing |= token.text in ("?", "*") or (token.kind == "count" and (least is None or not least[0].strip("0")))
     return missing

@@ -16,7 +16,9 @@ import os
 import pathlib
 import random
 import re
+import time
 import uuid
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
@@ -27,6 +29,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.compile import new_matcher
+from prerope.server.structured.rules import check_rules
 from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import GrammarText
 from prerope.server.structured.values import Unenforceable
@@ -354,6 +357,64 @@ def test_a_rule_without_an_end_is_refused(grammar: str, endless: str) -> None:
     refused = pytest.raises(InvalidRequest, match=f"no finite .* '{endless}'") if endless else contextlib.nullcontext()
     with refused:
         new_matcher(GrammarText("lark", grammar, "grammar"), byte_tokens())
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda many: 'start: "a"\n%llguidance\n{' + " " * many + '"no_forcing": false}',
+        lambda many: 'start: "a"\n{' + "1" * many + " " * many,
+        lambda many: "start: " + "[" * many,
+        lambda many: "start: " + "[a " * many,
+        lambda many: "start: " + "[]" + " " * many + "[",
+        lambda many: 'start: "' + "\\a" * many,
+        lambda many: "start: /" + "\\a" * many,
+        lambda many: "start: a" + " ~1" * many,
+        lambda many: "start: a ~1" + "\n" * many + "%regex" + "\n" * many + "%json" + "\n" * many,
+        lambda many: 'start: a -> b\n%json {"a":' * many,
+    ],
+    ids=range(10),
+)
+def test_rules_are_read_in_time_that_grows_as_their_text_does(repeated: Callable[[int], str]) -> None:
+    """What is four times as long takes less than ten times as long: it would be sixteen if each looked at each."""
+
+    def took(text: str) -> float:
+        began = time.thread_time()
+        check_rules(text)
+        return time.thread_time() - began
+
+    before = math.inf
+    for size in (64, 256, 1024, 4096, 16384):
+        now = min(took(repeated(size)) for _ in range(3))
+        assert now < 10 * before + 0.002, f"{size}: {now} s after {before}"
+        before = now
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1e999", "NaN", "-Infinity"])
+@pytest.mark.parametrize("key", ["minItems", "minProperties"])
+def test_a_count_that_is_no_number_is_refused_by_name(key: str, text: str) -> None:
+    inner = f'{{"anyOf": [{{"type": "object", "items": {{}}, "{key}": {text}}}]}}'
+    said = f"'{key}' is {json.loads(text)}"
+    with pytest.raises(Unenforceable, match=said):
+        enforceable(json.loads(inner))
+    with pytest.raises(InvalidRequest, match=said):
+        new_matcher(GrammarText("lark", f'start: "a" | %json {inner}', "grammar"), byte_tokens())
+
+
+COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties", "maxContains")
+NUMBERS = (*COUNTS, "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const")
+
+
+@pytest.mark.parametrize(
+    "number", [math.inf, -math.inf, math.nan, 10**4000, -(10**4000), 1e308, 5e-324, 0.5], ids=range(8)
+)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_fails_in_another_way_than_by_a_refusal(key: str, number: float) -> None:
+    base = {"maximum": 7, "minimum": 0.0, "type": "integer", "prefixItems": [True], "items": {"enum": [1]}}
+    item = {"type": "integer", "minimum": 0, key: number}
+    for schema in (base | {key: number}, {"uniqueItems": True, "items": {"$ref": "#/$defs/i"}, "$defs": {"i": item}}):
+        with contextlib.suppress(Unenforceable, InvalidRequest):
+            compiled(schema)
 
 
 def test_names_that_may_repeat_are_told_of() -> None:

@@ -24,6 +24,7 @@ from prerope.server.api.requests.prompts import ModelText
 from prerope.server.api.requests.reading import ReadTask, read_body
 from prerope.server.errors import InvalidRequest
 from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.structured import compile as compiling
 from prerope.server.structured.grammars import Grammars
 from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
 from prerope.server.tokenizer import TextStream, Tokenizer
@@ -413,6 +414,16 @@ def test_what_nests_deep_is_read_by_a_worker_or_refused(tokenizer: Tokenizer) ->
         for name, inner in (("tools", tool), ("response_format", schema), ("guided_json", json.dumps(schema))):
             with pytest.raises(InvalidRequest, match="nest"):
                 read_body(ChatRequest, body(depth, name, inner), text)
+
+
+def test_what_a_worker_looked_at_is_not_looked_at_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(compiling, "check_rules", looked.append)
+    grammar = GrammarText("lark", 'start: "a"', "grammar")
+    compiling.compile_here(grammar, tokenizer, compiling.Cost(1, 0))
+    assert not looked
+    compiling.new_matcher(grammar, compiling.token_tables(tokenizer, "grammar"))
+    assert looked == [grammar.text]
 
 
 def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -> None:
