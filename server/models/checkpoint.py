@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 from prerope.cache.sealed import damage, seal
-from prerope.server.errors import ConfigurationError
+from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.config.faults import config_fault
 from prerope.server.models.config.values import whole_numbers, wrong_in
@@ -63,7 +63,7 @@ class Checkpoint:
         """transformers' config. Raises ConfigurationError for one that this version of it does not know."""
         from transformers import AutoConfig
 
-        said = dict[str, Any]()
+        said: dict[str, Any] | None = None
         try:
             said = self.said()
             whole = whole_numbers(said)
@@ -71,9 +71,12 @@ class Checkpoint:
                 return AutoConfig.for_model(**whole)
             return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
         except Exception as error:  # a config may hold anything, and its class raises whatever it meets
+            fault = None
+            if said is not None:
+                fault = config_fault(said, error, lambda values: AutoConfig.for_model(**whole_numbers(values)))
             raise ConfigurationError(
                 f"MODEL_ID: {self.name!r} cannot be loaded: its config.json cannot be read: "
-                f"{config_fault(said, error, lambda values: AutoConfig.for_model(**values))}"
+                f"{fault or first_line(error).replace(str(Path.home()), '~')}"
             ) from error
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from prerope.server.errors import ConfigurationError, first_line
-from prerope.server.models.config.faults import config_fault
+from prerope.server.models.config.faults import Unknown, config_fault
+from prerope.server.models.config.values import whole_numbers
 from prerope.server.models.quantized.schemes import SCHEMES, check_scheme, dequantising, scheme_of
 from prerope.server.models.senses import drop_other_senses, thinking_part, unseen, without_timm
 from prerope.server.models.stored import some
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
@@ -36,6 +40,12 @@ FORMER_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|ma
 
 NEXT_TOKEN_LAYER = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|nextn)")
 """Of a layer past the last: one that predicts a second token (multi-token prediction), which nothing here runs."""
+
+
+NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
+"""In what torch, safetensors and the system say where there is none."""
+
+MOST_SECONDS_OF_A_SKETCH = 5
 
 
 def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], None]) -> Any:
@@ -61,8 +71,8 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
                 **_same_commit(checkpoint),
             )
     except Exception as error:  # a config may hold anything, and model classes raise whatever they meet
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise ConfigurationError(_too_large(checkpoint)) from error
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
+            raise ConfigurationError(_too_large(checkpoint, DTYPES.get(dtype))) from error
         raise ConfigurationError(
             f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(checkpoint, error)}"
         ) from error
@@ -137,12 +147,28 @@ def class_for(config: Any) -> Any:
 
 
 def sketch(said: Mapping[str, Any]) -> Any:
-    """The model of a config, without weights. Raises whatever transformers does."""
+    """The model of a config, without weights. Raises whatever transformers does, and Unknown where it takes long."""
     from transformers import AutoConfig
 
-    config = thinking_part(AutoConfig.for_model(**said))
-    with torch.device("meta"), without_timm():
+    config = thinking_part(AutoConfig.for_model(**whole_numbers(said)))
+    with torch.device("meta"), without_timm(), _made_within(MOST_SECONDS_OF_A_SKETCH):
         return class_for(config).from_config(config)
+
+
+@contextmanager
+def _made_within(seconds: float) -> Iterator[None]:
+    """Inside, this thread makes no more modules once these seconds are over, whatever a config asks for."""
+    ends, maker = time.monotonic() + seconds, threading.get_ident()
+
+    def look(*_registered: object) -> None:
+        if threading.get_ident() == maker and time.monotonic() > ends:
+            raise Unknown(f"no model was made of it in {seconds} s")
+
+    watch = register_module_module_registration_hook(look)
+    try:
+        yield
+    finally:
+        watch.remove()
 
 
 def incomplete(report: dict[str, Any]) -> str | None:
@@ -234,10 +260,15 @@ def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:
     return {"revision": commit} if commit else given
 
 
-def _too_large(checkpoint: Checkpoint) -> str:
-    size = sum(parameter.numel() * parameter.itemsize for parameter in sketch(checkpoint.said()).parameters())
+def _too_large(checkpoint: Checkpoint, dtype: torch.dtype | None) -> str:
+    """What its weights take, in this dtype or else in its own; not how much, where its config fails by itself."""
+    try:
+        parts = list(sketch(checkpoint.said()).parameters())
+        size = f"{sum(part.numel() * (dtype or part.dtype).itemsize for part in parts) / 1e9:.1f} GB, "
+    except Exception:  # as with anything that is made of a config
+        size = ""
     return (
-        f"MODEL_ID: {checkpoint.name!r} cannot be loaded: by its config.json its weights take {size / 1e9:.1f} GB, "
+        f"MODEL_ID: {checkpoint.name!r} cannot be loaded: by its config.json its weights take {size}"
         "more memory than there is: take a smaller model or a larger machine; or config.json is another model's"
     )
 
@@ -256,4 +287,10 @@ def _reason(checkpoint: Checkpoint, error: Exception) -> str:
         return "transformers has no language model of its type"
     if isinstance(error, OSError):
         return first_line(error).replace(os.path.expanduser("~"), "~")
-    return f"no model can be made of its config.json: {config_fault(checkpoint.said(), error, sketch)}"
+    try:
+        fault = config_fault(checkpoint.said(), error, sketch)
+    except Exception:  # what happened first is what is told
+        fault = None
+    if fault is not None:
+        return f"no model can be made of its config.json: {fault}"
+    return f"{first_line(error)}, while transformers read its weights"

@@ -11,19 +11,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from prerope.server.errors import ConfigurationError
 from torch import Tensor, nn
+
+ORIGINAL = "original_max_position_embeddings"
 
 
 def read_long_factors(model: nn.Module) -> None:
     """Tell the length to every rotary embedding of `model` that was seen to leave long factors unread."""
     for module in model.modules():
-        parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-        if (
-            type(module).__name__.endswith("RotaryEmbedding")
-            and parameters.get("rope_type") == "longrope"
-            and _leaves_them_unread(module, int(parameters["original_max_position_embeddings"]))
-        ):
-            _tell_the_length(module)
+        config = getattr(module, "config", None)
+        parameters = getattr(config, "rope_parameters", None) or {}
+        if type(module).__name__.endswith("RotaryEmbedding") and parameters.get("rope_type") == "longrope":
+            original = parameters[ORIGINAL] = _trained_length(config)
+            if getattr(config, ORIGINAL, original) is None:  # null here would be put there again
+                setattr(config, ORIGINAL, original)
+            if _leaves_them_unread(module, original):
+                _tell_the_length(module)
+
+
+def _trained_length(config: Any) -> int:
+    """As transformers fills it in: what stands beside the rotation, else in it, else the length of all."""
+    given = (
+        getattr(config, ORIGINAL, None),
+        config.rope_parameters.get(ORIGINAL),
+        getattr(config, "max_position_embeddings", None),
+    )
+    length = next((value for value in given if value is not None), None)
+    if not isinstance(length, int | float) or length < 1:
+        raise ConfigurationError(
+            f"MODEL_ID: this model's rotation is LongRoPE's, and its config says {length!r} for {ORIGINAL}, past which "
+            "the long factors begin: give the length in tokens that it was trained at first"
+        )
+    return int(length)
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """What is wrong with a config that transformers fails on, in a newcomer's words: which value, and what to do about it.
 
 transformers says it of its own code ("KeyError: 'x'"). So the values are left out one after the other: that without
-which it works is at fault. What is tried has no weights, and takes a moment.
+which it works is at fault. What is tried has no weights, and takes a moment. An error that does not come again without
+weights is none of the config's: nothing is said of it here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from importlib import metadata
 from typing import Any
 
 from prerope.server.errors import first_line
-from prerope.server.models.config.values import REMEDY, ROPE, shown
+from prerope.server.models.config.values import REMEDY, ROPE, shown, wrong_in
 
 NESTED = (*ROPE, "text_config")
 """Dictionaries whose values are tried, too, one by one."""
@@ -38,11 +39,18 @@ OF_PYTHON = "invalid literal|dictionary update|not enough|too many"
 Path = tuple[str, ...]
 
 
-def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict[str, Any]], Any]) -> str:
-    """Why `make` raised this error on a config, as a clause with the remedy. said: what config.json holds.
+class Unknown(Exception):
+    """Whether a config works was not found out: in the time there is, or for want of memory."""
 
-    make: what failed, from such a dictionary.
+
+def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict[str, Any]], Any]) -> str | None:
+    """What of the config led to this error, as a clause with the remedy; None where nothing shows that it did.
+
+    said: what config.json holds. make: what a model begins with, from such a dictionary, without weights; it raises
+    `Unknown` rather than take long.
     """
+    if wrong := wrong_in(said):  # sizes, above all, with which no try would end
+        return wrong
     if unknown := re.search(r"has model type `(.*?)` but", str(error)):
         return (
             f"'model_type' is the text '{unknown[1][:32]}', and transformers {metadata.version('transformers')} knows "
@@ -50,21 +58,25 @@ def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict
         )
     if kind := _wrong_kind(said, error):
         return kind
+    try:
+        again = _failure(make, dict(said))
+    except Unknown:
+        return None
+    if again is None:
+        return None
     path = _looked_up(said, error) or value_at_fault(said, make)
     if path is None and isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return f"it has no '{error.args[0][:32]}', which this model type needs: {REMEDY}"
-    words = _own_words(error)
+    words = _own_words(error) or _own_words(again)
     if path is None:
-        return f"{words or 'its values do not fit each other'}: {REMEDY}"
+        return f"{words or f'its values do not fit each other ({first_line(again)})'}: {REMEDY}"
     why = f" ({words})" if words else ""
     return f"'{'.'.join(path)}' is {shown(_at(said, path))}, {_usual(said, path)}{why}: {REMEDY}"
 
 
 def value_at_fault(said: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> Path | None:
-    """The first value, inner ones first, without which it works; None where it works as it is, or needs more."""
+    """The first value, inner ones first, without which a config that fails works; None where there is none."""
     ends = time.monotonic() + MOST_SECONDS
-    if _works(make, dict(said)):
-        return None
     for path in _paths(said):
         if time.monotonic() > ends:
             return None
@@ -75,10 +87,22 @@ def value_at_fault(said: Mapping[str, Any], make: Callable[[dict[str, Any]], Any
 
 def _works(make: Callable[[dict[str, Any]], Any], said: dict[str, Any]) -> bool:
     try:
-        make(said)
-    except Exception:  # of any kind: that is what is asked
+        return _failure(make, said) is None
+    except Unknown:
         return False
-    return True
+
+
+def _failure(make: Callable[[dict[str, Any]], Any], said: dict[str, Any]) -> Exception | None:
+    """What making it raises. Raises Unknown where that is nothing about the config."""
+    try:
+        make(said)
+    except MemoryError as error:
+        raise Unknown from error
+    except Unknown:
+        raise
+    except Exception as error:  # of any kind: that is what is asked
+        return error
+    return None
 
 
 def _paths(said: Mapping[str, Any], *, everything: bool = False) -> Iterator[Path]:

@@ -24,6 +24,12 @@ COUNTS = (
 )
 MAX_FACTOR = 65_536
 MAX_BASE = 1e20
+PARTS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth"),
+    "num_labels",
+)
+"""What transformers makes lists of as long as these say, before it looks at any other value."""
+MAX_PARTS = 65_536
 MAX_LAYERS = 1024
 """A model may share its layers' weights; beyond so many layers, each has some of its own or there are none."""
 
@@ -81,7 +87,15 @@ def wrong_in(config: Mapping[str, Any], stored: Stored | None = None) -> str | N
         wrong = next(_complaints(values, stored), None)
         if wrong is not None:
             return wrong
-    return None
+    return next(_too_many_parts(config), None)
+
+
+def _too_many_parts(values: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _too_many_parts(value, f"{where}{name}.")
+        elif name in PARTS and isinstance(value, int | float) and value > MAX_PARTS:
+            yield f"'{where}{name}' is {shown(value)}, and no model has more than {MAX_PARTS}: {REMEDY}"
 
 
 def _complaints(values: Mapping[str, Any], stored: Stored | None) -> Iterator[str]:

@@ -149,3 +149,19 @@ def test_tokens_that_a_model_rules_out_hide_no_others() -> None:
     model.raw.replace_forward(head, lambda x: torch.nn.functional.linear(x, weight))
     with pytest.raises(ConfigurationError, match="the logits differ"):
         probe(model)
+
+
+def test_longrope_without_its_trained_length_has_that_of_the_config() -> None:
+    """null beside the rotation, or nothing in it: the next that says it, as transformers fills it in; or a refusal."""
+    scales = LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3}
+    options: dict[str, Any] = {"sliding_window": None, "num_hidden_layers": 1, "rope_parameters": scales}
+    model = tiny_of_type("phimoe", **options)
+    model.config.original_max_position_embeddings = None
+    del model.config.rope_parameters["original_max_position_embeddings"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.config, "max_position_embeddings", 48)
+        assert Model(model).rotaries[""].parameters["original_max_position_embeddings"] == 48
+    model = tiny_of_type("phimoe", **options)
+    model.config.original_max_position_embeddings = "long"
+    with pytest.raises(ConfigurationError, match="'long' for original_max_position_embeddings"):
+        Model(model)
