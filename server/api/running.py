@@ -19,12 +19,14 @@ from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, reader_of
 from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.limits import admit, new_id, sampling_params
+from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.engine.limits import check_documents, max_tokens_that_fit
 from prerope.server.engine.outputs import FinishReason
+from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 
@@ -79,10 +81,23 @@ async def start(service: Service, read: Read[Any], prefix: str, arrived: float) 
     """
     (request, prepared), request_id = read.ready, new_id(prefix)
     use = prepared.tools
-    grammar = await compiled(service, prepared.constraint)
+    choices = await checked(service, read)
     shown = frozenset[int]() if use is None else frozenset(use.marks.values())
-    search = BeamSearch(service, request, request_id, arrived, shown) if request.beams else None
-    choices, searched = [], list[Generation]()
+    searched = list[Generation]()
+    if request.beams:
+        search = BeamSearch(service, request, request_id, arrived, shown)
+        for prompt, params in choices[:: request.n]:  # one search finds all replies to a prompt
+            searched += await search.replies(prompt, params, len(searched))
+    generations = searched or admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
+    thinking = isinstance(request.input, Chat) and _thinks(service, prepared.prompts[0].ids)
+    return Running(request_id, request, generations, use, thinking)
+
+
+async def checked(service: Service, read: Read[Any]) -> list[tuple[TokenizedPrompt, SamplingParams]]:
+    """Each sequence of a request as it is to run, or a RequestError. Asks for no room, in the queue or elsewhere."""
+    request, prepared = read.ready
+    grammar = await compiled(service, prepared.constraint)
+    choices = []
     info, asked, default = service.engine.info, request.sampling.max_tokens, request.sampling.default_max_tokens
     for prompt in prepared.prompts:
         if prompt.documents and request.output.prompt_logprobs is not None:
@@ -97,11 +112,7 @@ async def start(service: Service, read: Read[Any], prefix: str, arrived: float) 
         for index in range(request.n):
             params = sampling_params(service, request, max_tokens, index=index, grammar=grammar, bad_token_ids=bad)
             choices.append((prompt, params))
-        if search is not None:
-            searched += await search.replies(*choices[-1], len(searched))
-    generations = searched or admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
-    thinking = isinstance(request.input, Chat) and _thinks(service, prepared.prompts[0].ids)
-    return Running(request_id, request, generations, use, thinking)
+    return choices
 
 
 def _thinks(service: Service, ids: Sequence[int]) -> bool:

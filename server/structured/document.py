@@ -30,6 +30,14 @@ VALUES = frozenset({"const", "default", "enum", "examples"})
 """Keywords that hold no schema whatever a reference says."""
 
 BRANCHES = frozenset({"$ref", "anyOf", "oneOf"})
+APPLICATORS = frozenset(
+    {
+        *("$dynamicRef", "$recursiveRef", "$ref", "allOf", "anyOf", "dependencies", "dependentSchemas", "if", "not"),
+        "oneOf",
+    }
+)
+"""Keywords whose subschemas see the same value."""
+
 REMARKS = frozenset(
     {
         *("$comment", "$id", "$schema", "default", "deprecated", "description", "discriminator", "examples"),

@@ -3,7 +3,7 @@
 
 What is looked at are the keywords by which a schema can ask for another one: references, branches, required properties
 and items. Others are taken to be met. A schema that only may hold an endless one is refused, too: a reply that began
-it would be cut.
+it would be cut. What no value fits for another reason is left to llguidance.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prerope.server.structured.document import Schema
+from prerope.server.structured.document import APPLICATORS, Schema
 from prerope.server.structured.numbers import is_number
 from prerope.server.structured.productive import Needs
 from prerope.server.structured.values import Unenforceable
@@ -33,7 +33,7 @@ def check_finite(root: Any, referenced: Referenced) -> None:
     graph.build()
     endless = graph.needs.endless()
     for reference, target in graph.references:
-        if target in endless and target != graph.needs.never:
+        if target in endless:
             raise Unenforceable(
                 f"no finite value fits '{reference[:SHOWN]}': what it requires leads back to itself; make a property "
                 "on the way optional, or give it another choice (null, an empty list)"
@@ -77,21 +77,23 @@ class _Graph:
         for key in ("anyOf", "oneOf"):
             if isinstance(schema.get(key), list):
                 yield self.needs.any_of(self._all(schema[key]))
-        shapes = self._object(schema), self._array(schema)  # both, whatever the type: what they hold is in use
-        if not ({"const", "enum"} & schema.keys()):
-            types = schema.get("type")
-            named = [types] if isinstance(types, str) else types if isinstance(types, list) else ["any"]
-            possible = {"object": shapes[0], "array": shapes[1]}
+        types = schema.get("type")
+        named = [types] if isinstance(types, str) else types if isinstance(types, list) else None
+        shapes = {"object": self._object, "array": self._array}
+        possible = {one: shape(schema) for one, shape in shapes.items() if named is None or one in named}
+        if named is not None and not ({"const", "enum"} & schema.keys()):
             yield self.needs.any_of(possible.get(str(one), self.needs.always) for one in named)
 
     def _all(self, schemas: Any) -> list[int]:
         return [self.number(one) for one in schemas] if isinstance(schemas, list) else []
 
     def _object(self, schema: Schema) -> int:
+        if schema.get("maxProperties") == 0:
+            return self.needs.always
         properties, patterns = _map(schema, "properties"), _map(schema, "patternProperties")
         named = {name: self.number(one) for name, one in properties.items()}
         matching = {pattern: self.number(one) for pattern, one in patterns.items()}
-        rest = self.number(schema.get("additionalProperties", schema.get("unevaluatedProperties", True)))
+        rest = self._rest(schema, "additionalProperties", "unevaluatedProperties")
         required = [name for name in _list(schema, "required") if isinstance(name, str)]
         unlisted = self.needs.any_of([rest, *matching.values()])  # a client's pattern may take for ever to match
         needed = [named.get(name, unlisted) for name in required]
@@ -101,9 +103,11 @@ class _Graph:
         return self.needs.all_of(needed)
 
     def _array(self, schema: Schema) -> int:
-        items = schema.get("items", schema.get("unevaluatedItems", True))
+        if schema.get("maxItems") == 0:
+            return self.needs.always
+        items, tuples = schema.get("items"), isinstance(schema.get("items"), list)
         first = items if isinstance(items, list) else _list(schema, "prefixItems")
-        rest = self.number(schema.get("additionalItems", True) if isinstance(items, list) else items)
+        rest = self._rest(schema, "additionalItems" if tuples else "items", "unevaluatedItems")
         places = self._all(first)
         least = _least(schema, "minItems")
         needed = places[:least] + ([rest] if least > len(places) else [])
@@ -111,6 +115,13 @@ class _Graph:
             held = self.number(schema["contains"])
             needed += [held] if schema.get("minContains", 1) != 0 else []
         return self.needs.all_of(needed)
+
+    def _rest(self, schema: Schema, key: str, unevaluated: str) -> int:
+        """What names or items are that no other keyword lists. Neighbours may list those that are `unevaluated…`."""
+        if key in schema:
+            return self.number(schema[key])
+        number = self.number(schema.get(unevaluated, True))
+        return number if APPLICATORS.isdisjoint(schema) else self.needs.always
 
 
 def _least(schema: Schema, key: str) -> int:

@@ -14,6 +14,7 @@ class Needs:
 
     def __init__(self) -> None:
         self._missing: list[int] = []
+        self._spare: list[int] = []
         self._needed_by: list[list[int]] = []
         self.always = self.add(0)
         self.never = self.add(1)
@@ -22,6 +23,7 @@ class Needs:
         """A new one that ends where `least` of `among` do."""
         number = len(self._missing)
         self._missing.append(0)
+        self._spare.append(0)
         self._needed_by.append([])
         self.settle(number, least, among)
         return number
@@ -35,12 +37,29 @@ class Needs:
 
     def settle(self, number: int, least: int, among: Iterable[int]) -> None:
         """Say what one needs that was added before those were known."""
-        self._missing[number] = least
+        self._missing[number], self._spare[number] = least, -least
         for needed in among:
+            self._spare[number] += 1
             self._needed_by[needed].append(number)
 
     def endless(self) -> set[int]:
-        """Those that never end."""
+        """Those that lead back to themselves, whatever is chosen. What `never` alone keeps from its end is none."""
+        return self._without_end() - self._impossible()
+
+    def _impossible(self) -> set[int]:
+        """Those that too many of what they need keep from being, `never` among them, however long one may write."""
+        spare = list(self._spare)
+        left = [number for number, more in enumerate(spare) if more < 0]
+        found = set(left)
+        while left:
+            for number in self._needed_by[left.pop()]:
+                spare[number] -= 1
+                if spare[number] == -1:
+                    left.append(number)
+                    found.add(number)
+        return found
+
+    def _without_end(self) -> set[int]:
         missing = list(self._missing)
         left = [number for number, least in enumerate(missing) if least <= 0]
         while left:

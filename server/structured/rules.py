@@ -155,6 +155,7 @@ class _Reader:
         return self.needs.all_of(needed)
 
     def _item(self, rule: _Rule) -> int:
+        known, left = len(self.numbers), len(self._left)
         if rule.takes("("):
             number = self._choices(rule)
             if not rule.takes(")"):
@@ -166,7 +167,12 @@ class _Reader:
                 raise _Unknown
         else:
             number = self._symbol(rule)
-        return self.needs.always if _may_be_missing(rule) else number
+        missing, never = _times(rule)
+        if never:  # then what it names is not in use by it
+            del self._left[left:]
+            for name in [*self.numbers][known:]:
+                del self.numbers[name]
+        return self.needs.always if missing else number
 
     def _symbol(self, rule: _Rule) -> int:
         token = rule.next()
@@ -176,11 +182,14 @@ class _Reader:
         return self._known(token.text) if token.kind == "name" else self.needs.always
 
 
-def _may_be_missing(rule: _Rule) -> bool:
-    """Past what says how often something comes: whether that may be never."""
-    missing = False
+def _times(rule: _Rule) -> tuple[bool, bool]:
+    """Past what says how often something comes: whether that may be never, and whether it is."""
+    missing = never = False
     while (token := rule.next()) is not None and (token.kind == "count" or token.text in ("?", "*", "+")):
         rule.place += 1
-        least = re.search(r"\d+", token.text.partition(",")[0])
-        missing |= token.text in ("?", "*") or (token.kind == "count" and (least is None or not least[0].strip("0")))
-    return missing
+        missing |= token.text in ("?", "*")
+        if token.kind == "count":
+            bounds = [one.strip("{}~").strip() for one in re.split(r",|\.\.", token.text)]
+            missing |= not bounds[0].strip("0")
+            never |= bounds[-1] != "" and not bounds[-1].strip("0")
+    return missing, never

@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from prerope.server.structured.document import LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
+from prerope.server.structured.document import APPLICATORS, LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
 from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
@@ -30,14 +30,6 @@ character of a name that is not listed be written by its number, and so a listed
 WHITESPACE = ("whitespace_flexible", "whitespace_pattern")
 
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
-_APPLICATORS = frozenset(
-    {
-        *("$dynamicRef", "$recursiveRef", "$ref", "allOf", "anyOf", "dependencies", "dependentSchemas", "if", "not"),
-        "oneOf",
-    }
-)
-"""Keywords whose subschemas see the same value."""
-
 _TYPES = ("null", "boolean", "number", "string", "object", "array")
 _LOOK_AROUND = re.compile(r"\(\?<?[=!]")
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
@@ -254,7 +246,7 @@ def _looks_around(schema: Any) -> bool:
 
 def _unevaluated(schema: Schema) -> None:
     """`unevaluated…` is `additional…` where nothing else looks at the same value."""
-    if not _APPLICATORS.isdisjoint(schema):
+    if not APPLICATORS.isdisjoint(schema):
         return
     for key, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
         if key in schema and "contains" not in schema:

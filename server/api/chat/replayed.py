@@ -12,6 +12,7 @@ from typing import Any
 
 from prerope.server.api.requests.foreign import is_empty
 from prerope.server.api.requests.leniency import current_report
+from prerope.server.errors import InvalidRequest
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_text", "thinking_content")
 """Names of what an assistant thought: of DeepSeek, vLLM, Ollama, Copilot."""
@@ -42,9 +43,10 @@ def replayed(data: dict[str, Any], known: Set[str]) -> dict[str, Any]:
         message["content"], thoughts = kept, thoughts or found
     if thoughts:
         message["reasoning_content"] = thoughts[0]
-    if isinstance(message.get("content"), list) and not message.get("tool_calls"):
+    if isinstance(message.get("content"), list):
         message["content"], calls = _without_calls(message["content"])
-        message |= {"tool_calls": calls} if calls else {}
+        if calls:
+            message["tool_calls"] = _once(calls, message.get("tool_calls"))
     called = message.pop("function_call", None)
     if isinstance(called, dict) and called and not message.get("tool_calls"):
         message["tool_calls"] = [{"type": "function", "function": called}]
@@ -74,7 +76,7 @@ def results_apart(messages: Any) -> Any:
 
 def _result(part: dict[str, Any]) -> dict[str, Any]:
     call_id = next((part[name] for name in ("tool_use_id", "toolCallId", "call_id") if name in part), None)
-    told = next((part[name] for name in ("content", "output", "result") if name in part), "")
+    told = next((part[name] for name in ("content", "output", "result") if part.get(name) is not None), "")
     if isinstance(told, dict) and set(told) == {"type", "value"}:  # as the Vercel SDK says what it is
         told = told["value"]
     parts = isinstance(told, list) and all(isinstance(one, dict) and "type" in one for one in told)
@@ -94,6 +96,23 @@ def _without_calls(parts: list[Any]) -> tuple[list[Any], list[dict[str, Any]]]:
         function = {"name": part.get("name", part.get("toolName")), "arguments": arguments}
         calls.append({"id": call_id, "type": "function", "function": function})
     return kept, calls
+
+
+def _once(among_parts: list[dict[str, Any]], beside: Any) -> Any:
+    """A message's calls, which may be written among its parts, beside them, or in both ways."""
+    if not beside or not isinstance(beside, list):
+        return beside or among_parts
+    if not {*map(_call_id, among_parts)} <= {*map(_call_id, beside)}:
+        raise InvalidRequest(
+            "'messages' has a message with calls in 'content' that its 'tool_calls' do not have: give all of them in "
+            "one of the two",
+            param="messages",
+        )
+    return beside
+
+
+def _call_id(call: Any) -> str:
+    return str(call.get("id")) if isinstance(call, dict) else ""
 
 
 def _kind(part: Any) -> str:

@@ -107,6 +107,14 @@ class RopeFields(RequestBody):
         )
 
 
+CUT_FIELD: Any = Field(None, ge=-1, le=INT32_MAX, description="Tokens of the prompt that are read; -1: as many as fit.")
+SIDE_FIELD: Any = Field("left", description="left: the last tokens stay.")
+
+
+def truncation(num_tokens: int | None, side: Literal["left", "right"]) -> Truncation | None:
+    return None if num_tokens is None else Truncation(num_tokens=num_tokens, side=side)
+
+
 class SamplingFields(RequestBody):
     """How to choose tokens and when to end, under the names of OpenAI, vLLM and SGLang."""
 
@@ -130,10 +138,8 @@ class SamplingFields(RequestBody):
     skip_special_tokens: bool = True
     allowed_token_ids: AllowedTokenIds | None = Field(None, description="No other token is drawn.")
     bad_words: BadWords = Field(default_factory=list, description="Are not written, with or without a space before.")
-    truncate_prompt_tokens: int | None = Field(
-        None, ge=-1, le=INT32_MAX, description="Tokens of the prompt that are read; -1: as many as fit."
-    )
-    truncation_side: Literal["left", "right"] = Field("left", description="left: the last tokens stay.")
+    truncate_prompt_tokens: int | None = CUT_FIELD
+    truncation_side: Literal["left", "right"] = SIDE_FIELD
     return_token_ids: bool = False
     ignore_eos: bool = False
     do_sample: bool | None = Field(None, description="false: temperature 0 (TGI, transformers).")
@@ -165,9 +171,8 @@ class SamplingFields(RequestBody):
 
     def shared(self) -> dict[str, Any]:
         """What else the internal request has of these fields."""
-        limit = self.truncate_prompt_tokens
         return {
-            "truncation": None if limit is None else Truncation(num_tokens=limit, side=self.truncation_side),
+            "truncation": truncation(self.truncate_prompt_tokens, self.truncation_side),
             "rope": None if self.rope is None else self.rope.spec(),
             "cache_salt": self.cache_salt,
             "priority": self.priority,

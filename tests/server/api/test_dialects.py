@@ -272,9 +272,23 @@ def test_any_body_is_told_as_the_token_ids_that_answer_it(http: httpx.Client, pa
     usage = http.post(path, json=body).json()["usage"]
     counted = usage.get("prompt_tokens", usage.get("input_tokens")) + usage.get("cache_read_input_tokens", 0)
     assert counted == sum(len(one["token_ids"]) for one in rendered)
-    refused = http.post(f"{path}/render", json={**body, "temperature": "hot"})
-    assert refused.status_code == 400
-    assert "temperature" in refused.text
+    length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    for bad in ({"temperature": "hot"}, {length: 100_000}, {"guided_regex": "(a"}):
+        answers = [http.post(one, json={**body, **bad}) for one in (f"{path}/render", path)]
+        assert [one.status_code for one in answers] == [400, 400], bad
+        assert answers[0].json()["error"] == answers[1].json()["error"], bad
+    asked = http.post(path, json={**body, length: 2, "return_token_ids": True})
+    if path in ("/v1/responses", "/v1/messages"):
+        assert asked.status_code == 400
+        assert asked.json()["error"]["message"].startswith("'return_token_ids'")
+    else:
+        assert "token_ids" in asked.text
+    if path == "/v1/messages":
+        for cut in (5, -1):
+            cutting = {**body, "truncate_prompt_tokens": cut}
+            count = http.post(f"{path}/count_tokens", json=cutting).json()["input_tokens"]
+            assert count == len(http.post(f"{path}/render", json=cutting).json()["token_ids"])
+        assert http.post(f"{path}/count_tokens", json={**body, "truncate_prompt_tokens": 5}).json()["input_tokens"] == 5
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -413,6 +413,14 @@ def test_calls_and_results_among_parts_are_read(http: httpx.Client) -> None:
             assert answered(http.post("/tokenize", json={"messages": messages}))["tokens"] == ids
             answered(http.post(CHAT, json={"messages": messages, "max_tokens": 2}))
     answered(http.post("/api/chat", json={"messages": messages, "stream": False, "options": {"num_predict": 2}}))
+    twice = [*USER["messages"], {"role": "assistant", "content": [so, part], "tool_calls": [call]}, *beside]
+    assert answered(http.post("/tokenize", json={"messages": twice}))["tokens"] == ids
+    other = [*USER["messages"], {**twice[1], "tool_calls": [{**call, "id": "y"}]}, *beside]
+    assert "'tool_calls' do not have" in http.post(CHAT, json={"messages": other}).json()["error"]["message"]
+    silent, empty = ([*plain[:2], {"role": "tool", "content": one, "tool_call_id": "x"}] for one in ("null", ""))
+    nothing = [*plain[:2], {"role": "tool", "content": [{"type": "tool_result", "tool_use_id": "x", "content": None}]}]
+    given = [answered(http.post("/tokenize", json={"messages": one}))["tokens"] for one in (nothing, empty, silent)]
+    assert given[0] == given[1] != given[2]
     refused = http.post(CHAT, json={"messages": [{"role": "user", "content": [part]}]})
     assert "function_call" in refused.json()["error"]["message"], "a user makes no calls"
     for path in ("/v1/messages", "/v1/responses"):  # OpenAI's messages, sent there

@@ -29,6 +29,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.compile import new_matcher
+from prerope.server.structured.finite import check_finite
 from prerope.server.structured.rules import check_rules
 from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import GrammarText
@@ -315,6 +316,7 @@ ENDLESS: list[tuple[Any, str]] = [
         "#/$defs/",
     ),
 ]
+DEFINED: dict[str, Any] = {"$defs": {"x": {**OBJECT, "properties": {"a": {"$ref": "#/$defs/x"}}, "required": ["a"]}}}
 ENDING: list[Any] = [
     {**OBJECT, "properties": {"a": {"$ref": "#"}}},
     {"properties": {"a": {"$ref": "#"}}, "required": ["a"]},
@@ -323,13 +325,46 @@ ENDING: list[Any] = [
     {"anyOf": [{**OBJECT, "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, {"const": 1}]},
     {**OBJECT, "properties": {"a": {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}}, "required": ["a"]},
     {"type": "null", "$defs": {"unused": ENDLESS[0][0]}},
+    {"type": "string", "maxLength": 3, "properties": {"a": {"$ref": "#/$defs/x"}}, **DEFINED},
+    {"type": ["string", "array"], "maxItems": 0, "items": {"$ref": "#/$defs/x"}, **DEFINED},
+    {**OBJECT, "maxProperties": 0, "additionalProperties": {"$ref": "#/$defs/x"}, **DEFINED},
 ]
+NEVER: list[Any] = [{"not": {}}, False, {"anyOf": []}, {"allOf": [{"oneOf": []}]}]
 
 
 @pytest.mark.parametrize(("schema", "named"), ENDLESS, ids=str)
 def test_a_schema_that_no_finite_value_fits_is_refused(schema: Any, named: str) -> None:
     with pytest.raises(Unenforceable, match=f"no finite value fits '{re.escape(named)}"):
         compiled(schema)
+
+
+@pytest.mark.parametrize("never", NEVER, ids=str)
+def test_what_no_value_fits_is_not_called_endless(never: Any) -> None:
+    """It is llguidance that refuses it, or leaves out what may be left out."""
+    inner = {**OBJECT, "properties": {"a": never}, "required": ["a"]}
+    for required in ([], ["b"]):
+        schema = {**OBJECT, "properties": {"b": {"$ref": "#/$defs/x"}}, "required": required, "$defs": {"x": inner}}
+        try:
+            compiled(schema)
+        except (InvalidRequest, Unenforceable) as refused:
+            assert "finite" not in str(refused)  # noqa: PT017 it may also be taken
+    with pytest.raises(Unenforceable, match="no finite value"):
+        check_finite({**ENDLESS[0][0], "not": {"const": 1}}, lambda _: ENDLESS[0][0])
+
+
+def test_a_rule_that_comes_no_times_is_not_in_use() -> None:
+    check_rules('start: "a" x{0} (x "b"){0,0} x~0..0 x{1}{0}\nx: x "a"')
+
+
+def test_names_of_neighbours_count_as_evaluated() -> None:
+    schema = {
+        **OBJECT,
+        "allOf": [{"properties": {"a": True}}],
+        "required": ["a"],
+        "unevaluatedProperties": False,
+        "properties": {"b": {"$ref": "#"}},
+    }
+    check_finite(schema, lambda _: schema)
 
 
 @pytest.mark.parametrize("schema", ENDING, ids=str)
@@ -350,6 +385,8 @@ def test_a_schema_that_holds_itself_has_replies_that_end(schema: Any) -> None:
         ('start: "a" [ start ] | WORD{2}\nWORD: /[a-z"]+/', ""),
         ('root ::= "(" list ")"\nlist ::= item ("," list)?\nitem ::= [a-z]+ | root', ""),
         ('start: "a" (start){0,2}\nunused: unused "a"', ""),
+        ('start: "a" x{0,}\nx: x "a"', "x"),
+        ('start: "a" x{0} x?\nx: x "a"', "x"),
         ('start: %json {"enum": ["}: start"]} "b" -> done\n  | start start', ""),
     ],
 )
@@ -393,7 +430,7 @@ def test_rules_are_read_in_time_that_grows_as_their_text_does(repeated: Callable
 @pytest.mark.parametrize("text", ["1e999", "-1e999", "NaN", "-Infinity"])
 @pytest.mark.parametrize("key", ["minItems", "minProperties"])
 def test_a_count_that_is_no_number_is_refused_by_name(key: str, text: str) -> None:
-    inner = f'{{"anyOf": [{{"type": "object", "items": {{}}, "{key}": {text}}}]}}'
+    inner = f'{{"anyOf": [{{"type": ["array", "object"], "items": {{}}, "{key}": {text}}}]}}'
     said = f"'{key}' is {json.loads(text)}"
     with pytest.raises(Unenforceable, match=said):
         enforceable(json.loads(inner))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tool_choice import ToolChoice
@@ -19,13 +19,14 @@ from prerope.server.api.dialects.requests.common import (
     not_read_here,
     object_of,
     text_of,
+    without_token_ids,
 )
 from prerope.server.api.openai.schemas import OpenAIFields
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text
 from prerope.server.api.requests.documents import REREAD_FIELD, Attention, DocumentReading
 from prerope.server.api.requests.foreign import DIALECT, OF_A_REPLY, Foreign, hints, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
-from prerope.server.api.requests.schemas import SamplingFields
+from prerope.server.api.requests.schemas import CUT_FIELD, SIDE_FIELD, SamplingFields, truncation
 from prerope.server.api.requests.structured import OpenAIConstraints, only_one
 from prerope.server.api.requests.thinking import told_of_effort
 from prerope.server.errors import InvalidRequest
@@ -71,6 +72,9 @@ class CountTokensRequest(RequestBody):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Handed to the chat template.")
     document_attention: Attention | None = None
     document_reread: int = REREAD_FIELD
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Where the prompt is cut to leave room.")
+    truncate_prompt_tokens: int | None = CUT_FIELD
+    truncation_side: Literal["left", "right"] = SIDE_FIELD
 
     @property
     def tells_thoughts(self) -> bool:
@@ -100,7 +104,12 @@ class CountTokensRequest(RequestBody):
         )
 
     def lowered(self) -> GenerationRequest:
-        return GenerationRequest(input=self.chat(), model=self.model, sampling=Sampling(max_tokens=1))
+        return GenerationRequest(
+            input=self.chat(),
+            model=self.model,
+            sampling=Sampling(max_tokens=self.max_tokens or 1),
+            truncation=truncation(self.truncate_prompt_tokens, self.truncation_side),
+        )
 
     def _messages(self) -> Iterator[Message]:
         if self.system:
@@ -120,6 +129,7 @@ class MessagesRequest(CountTokensRequest, SamplingFields, OpenAIConstraints):
     max_tokens: int = Field(ge=1, le=INT32_MAX)
 
     def lowered(self) -> GenerationRequest:
+        without_token_ids(self.return_token_ids)
         return GenerationRequest(
             input=self.chat(),
             model=self.model,

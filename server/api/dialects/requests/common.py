@@ -61,6 +61,17 @@ def not_read_here(kind: Any, param: str) -> InvalidRequest:
     )
 
 
+def without_token_ids(asked: bool) -> None:
+    """InvalidRequest where a reply's token ids are asked for: replies of these shapes have no place for them."""
+    if asked:
+        raise InvalidRequest(
+            "'return_token_ids' is not supported here: /v1/chat/completions and /v1/completions tell them, and this "
+            "path with /render behind it the prompt's",
+            param="return_token_ids",
+            code="unsupported_field",
+        )
+
+
 def json_schema(schema: Any, param: str) -> GrammarText:
     """A reply that follows a JSON schema; `{"type": "object"}` is any object."""
     return schema_grammar(object_of(schema, param), param)

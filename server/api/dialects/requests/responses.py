@@ -17,6 +17,7 @@ from prerope.server.api.dialects.requests.common import (
     not_read_here,
     object_of,
     text_of,
+    without_token_ids,
 )
 from prerope.server.api.openai.schemas import OpenAIFields
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, Verbatim, json_type
@@ -169,6 +170,7 @@ class ResponsesRequest(SamplingFields, OpenAIConstraints):
         ):
             if getattr(self, name):
                 raise InvalidRequest(f"'{name}' is not supported: {reason}", param=name, code="unsupported_field")
+        without_token_ids(self.return_token_ids)
         chat = Chat(
             messages=list(self._messages()),
             tools=[tool for index, one in enumerate(self.tools) if (tool := _tool(one, f"tools[{index}]"))],
