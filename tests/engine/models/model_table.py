@@ -40,6 +40,11 @@ every length that the config names, in fp32 and bf16, in one piece, in chunks of
 and why. Whether a checkpoint is served is found out anew at every start, on its own weights. Made by
 `python -m tests.engine.models.model_table`, held by tests/engine/models/test_model_types.py.
 
+Two methods differ from transformers on purpose, past the trained length L alone. Of a config with `longrope` or
+`dynamic`, transformers reads all rows of a prompt by its whole length, so that a row is another one in every chunk and
+after every token. Here a row is read by its own length: rows up to L keep the short factors, or the base. Replies of
+such a model to prompts beyond L are not transformers'.
+
 """
 
 
