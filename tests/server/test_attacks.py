@@ -17,8 +17,8 @@ from tests.server import attacks
 from tests.server.attacks import ATTACKS, Bystander
 from tests.server.test_cli import free_port, start, wait_for
 
-WORST_HEALTH_S = 2.5
-WORST_GAP_S = 2.5
+WORST_HEALTH_S = 1.0
+WORST_GAP_S = 2.0
 """On cores that other tests use too. Before there were limits these were 3 to 40 s."""
 
 
