@@ -158,7 +158,7 @@ def test_what_is_no_request_is_told_why(url: str, sent: bytes, status: int, said
 
 
 def test_small_pieces_do_not_wait_for_an_acknowledgement(url: str, serve_module: Any) -> None:
-    """Events of a stream, and the reply to a connection's second request, would: up to 40 ms each."""
+    """The reply to a connection's second request would: 40 ms."""
     door = serve_module.running(url).http.door
     until(lambda: not len(door))
     with closing(connect(url)) as connection:
