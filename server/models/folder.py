@@ -67,6 +67,7 @@ def check_folder(folder: Path) -> None:
     stored = Stored(sum(map(len, headers)), sum(file.stat().st_size for file in files))
     if wrong := wrong_in(config, stored):
         raise _refused(folder, f"{CONFIG} says {wrong}")
+    _check_kinds(folder)
     _check_other_files(folder)
 
 
@@ -115,6 +116,13 @@ def _check_unfinished(folder: Path) -> None:
     left = sorted(path.name for pattern in UNFINISHED for path in folder.glob(pattern) if _still_missing(folder, path))
     if left:
         raise _refused(folder, f"{some(left)} was left by an interrupted download; run it again, or remove that file")
+
+
+def _check_kinds(folder: Path) -> None:
+    """Pipes, sockets and devices: who opens one may wait for ever."""
+    odd = sorted(path.name for path in folder.iterdir() if path.exists() and not path.is_file() and not path.is_dir())
+    if odd:
+        raise _refused(folder, f"{some(odd)} is no regular file, but a pipe, socket or device: take it away")
 
 
 def _check_links(folder: Path) -> None:

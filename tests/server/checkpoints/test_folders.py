@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
@@ -118,6 +119,11 @@ def with_tensor(name: str, tensor: torch.Tensor) -> Damage:
 
 def replaced(name: str, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
     return change_weights(lambda w: w | {name: tensor(w[name])})
+
+
+def piped(name: str) -> Damage:
+    """A named pipe in the place of a file, which nobody writes to."""
+    return lambda folder: ((folder / name).unlink(missing_ok=True), os.mkfifo(folder / name))[1]
 
 
 def removed(name: str) -> Damage:
@@ -452,6 +458,7 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (renamed("model.safetensors", "consolidated.safetensors"), "model maker's own format"),
         (both(removed("tokenizer.json"), written("tekken.json", "{}")), "tekken.json"),
         (removed("tokenizer.json"), "no tokenizer is there"),
+        *((piped(name), f"{name} is no regular file") for name in ("tokenizer.json", "generation_config.json")),
         (cut("tokenizer.json", 0.7), "tokenizer.json is no JSON"),
         (written("tokenizer.json", "{}"), "its tokenizer cannot be read"),
     ],
