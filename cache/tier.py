@@ -264,7 +264,7 @@ class BlockTier:
 
 
 def checksum(block_hash: bytes, payload: Tensor) -> str:
-    """Of a block's bytes and of whose they are: a file under another's name is damaged."""
+    """The checksum of a block's bytes and its hash together: a file under another block's name counts as damaged."""
     return hashlib.blake2b(payload.numpy().data, key=block_hash, digest_size=16).hexdigest()
 
 

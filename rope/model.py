@@ -40,7 +40,7 @@ class ModelPositions:
 
     @cached_property
     def plain_digest(self) -> bytes:
-        """Of the plain reading that the first `plain_rows` rows share with other methods."""
+        """The digest of the plain reading that the first `plain_rows` rows share with other methods."""
         return _combine({group: method.plain_digest() for group, method in self.methods.items()})
 
     @cached_property

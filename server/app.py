@@ -12,12 +12,18 @@ from prerope.server import version
 from prerope.server.api import generate, health, pages, positions
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldRequest
-from prerope.server.api.auth.keys import KeyRing
+from prerope.server.api.auth.keys import KeyCheck, KeyRing
 from prerope.server.api.dialects import anthropic, kept_responses, ollama, others, rendering, responses
 from prerope.server.api.errors import install_error_handlers
-from prerope.server.api.middleware import BodyLimit, ClientTimeout, FieldReport, HeadAsGet, KeyCheck, RequestContext
+from prerope.server.api.middleware import (
+    BodyLimit,
+    ClientTimeout,
+    FieldReport,
+    HeadAsGet,
+    OtherPrefix,
+    RequestContext,
+)
 from prerope.server.api.openai import completions as openai
-from prerope.server.api.openai.prefix import OtherPrefix
 from prerope.server.api.openapi.document import install_document
 from prerope.server.errors import ConfigurationError
 from prerope.server.http.hosts import HostCheck
@@ -45,8 +51,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)
     app.add_middleware(HoldRequest, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
-    keys = KeyRing(settings.api_keys, settings.api_key_file, secret=_tenants(settings))
-    app.add_middleware(KeyCheck, keys=keys, metrics_keys=KeyRing(settings.metrics_keys))
+    keys, metrics_keys = _keys(settings)
+    if keys.asks or metrics_keys.asks:
+        app.add_middleware(KeyCheck, keys=keys, metrics_keys=metrics_keys)
     app.add_middleware(HostCheck, allowed=settings.host_names, default_all=keys.asks)
     app.add_middleware(RequestContext, metrics=service.metrics)
     app.add_middleware(OtherPrefix)
@@ -59,6 +66,11 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=EXPOSED_HEADERS,
         )
     return app
+
+
+def _keys(settings: Settings) -> tuple[KeyRing, KeyRing]:
+    """The keys that open the server, and those that open /metrics alone."""
+    return KeyRing(settings.api_keys, settings.api_key_file, secret=_tenants(settings)), KeyRing(settings.metrics_keys)
 
 
 def _tenants(settings: Settings) -> bytes | None:

@@ -38,7 +38,7 @@ MAX_KINDS, KIND_CHARS = 1000, 100
 
 @dataclass(slots=True)
 class _Window:
-    """Of one kind of line."""
+    """How many lines of one kind came in the current window."""
 
     until: float
     lines: int = 0

@@ -57,6 +57,13 @@ REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50
 COUNT_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2, 5))
 """Tokens of a request."""
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def known_method(method: str) -> str:
+    """A method of HTTP by its name, for labels, logs and replies: a client may send any word."""
+    return method if method in METHODS else "another method"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSnapshot:

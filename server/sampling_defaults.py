@@ -24,7 +24,7 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """Of one model; without arguments the neutral ones, which leave its distribution alone."""
+    """A model's defaults of sampling; without arguments the neutral ones, which leave its distribution as it is."""
 
     temperature: float = 1.0
     top_p: float = 1.0

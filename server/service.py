@@ -203,7 +203,7 @@ class Service:
         )
 
     def _caches(self, *, alive: bool) -> dict[str, CacheStats]:
-        """Those that clients can fill."""
+        """Statistics of the caches that clients can fill, by name."""
         resolved = {"rope methods": self.engine.engine.resolved.stats()} if alive else {}
         return resolved | {
             "grammars": self.grammars.kept.stats(),

@@ -29,7 +29,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from prerope.cache.attention.dispatch import Attention, attention_on
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
@@ -102,13 +101,13 @@ def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
     """Inside, every part of this engine's steps is timed."""
     model = engine.model
 
-    def timed_attention(device: torch.device) -> Attention:
-        return stopwatch.timed("attention", attention_on(device))
-
     with ExitStack() as stack:
         stack.enter_context(patch("prerope.server.engine.step.choose", stopwatch.timed("sampling", choose)))
-        stack.enter_context(patch("prerope.server.models.model.attention_on", timed_attention))
-        for part, owner, attribute in (("store", engine.storage, "store"), ("layers", model, "forward")):
+        for part, owner, attribute in (
+            ("store", engine.storage, "store"),
+            ("attention", model, "attention"),
+            ("layers", model, "forward"),
+        ):
             timed = stopwatch.timed(part, getattr(owner, attribute))
             stack.enter_context(patch.object(owner, attribute, timed))
         for part, call in (("linears", Products), ("linears", GatedProducts), ("norms", RMSNorm)):

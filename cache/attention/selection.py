@@ -44,7 +44,7 @@ def selects_from(tokens: int | None, num_prompt_tokens: int) -> int:
 
 
 def unit_scores(query: Tensor, key: Tensor) -> Tensor:
-    """Of one row: query [Hq, D] and the keys [n, Hkv, D] of whole units, raw fp32 → [Hkv, n / UNIT]."""
+    """Scores of units for one row: query [Hq, D] and keys [n, Hkv, D] of whole units, raw fp32 → [Hkv, n / UNIT]."""
     units = key.view(-1, UNIT, *key.shape[1:])
     low, high = units.amin(1), units.amax(1)
     groups = query.view(key.shape[1], -1, key.shape[2])
@@ -55,7 +55,7 @@ def unit_scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def selected_keys(query: Tensor, key: Tensor, position: int, tokens: int) -> Tensor:
-    """Of one row: query [Hq, D] and the keys [n, Hkv, D] 0 … n − 1 → [Hkv, n] bool, which of them it reads."""
+    """Which keys one row reads: query [Hq, D] and the keys [n, Hkv, D] 0 … n − 1 → [Hkv, n] bool."""
     first, stop = far_units(position)
     read = torch.ones(key.shape[1], len(key), dtype=torch.bool, device=key.device)
     if stop - first <= units_of(tokens):

@@ -115,7 +115,7 @@ class KVCacheManager:
         return rows
 
     def _usable(self, sequence: Cacheable, known: list[int]) -> list[int]:
-        """Of the known blocks of a beginning, those that may be reused: where layers keep states, up to a kept one."""
+        """The known blocks of a beginning that may be reused: where layers keep states, those up to a kept state."""
         if self.states is None:
             return known
         return known[: self.states.usable(sequence.hasher.hashes[: len(known)])]

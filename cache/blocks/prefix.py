@@ -46,7 +46,8 @@ class PrefixHasher:
         for index in range(len(self.hashes), (len(token_ids) if num_known is None else num_known) // size):
             end = (index + 1) * size
             h = self._after(index, token_ids[index * size : end], end)
-            h.update(layout(self._documents, index * size, end))
+            if self._documents:
+                h.update(layout(self._documents, index * size, end))
             self.hashes.append(h.digest())
         return self.hashes
 

@@ -83,7 +83,7 @@ def _fallback(
     metadata: AttentionMetadata,
     options: AttentionOptions,
 ) -> Tensor:
-    """As `cache.cpu.prefill.prefill`, of one chunk."""
+    """Attention of one chunk in plain torch, with the arguments and the result of `cache.cpu.prefill.prefill`."""
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
     tile = max(1, FALLBACK_SCORES // (query.shape[1] * sequence.length))
     for begin in range(0, sequence.count, tile):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class KeyBounds:
-    """Of all blocks and layers of one cache. For one thread."""
+    """The bounds of the keys of all blocks and layers of one cache. Used by one thread."""
 
     def __init__(self, keys: Sequence[Tensor], bounds: Sequence[Tensor]) -> None:
         """keys: [num_blocks, block_size, Hkv, D] a layer; bounds: as `shape_of` says, of the same dtype."""
@@ -37,7 +37,7 @@ class KeyBounds:
         return (keys[0] * max(1, keys[1] // UNIT), 2, *keys[2:])
 
     def of(self, keys: Tensor) -> Tensor:
-        """Those of the layer that has these keys."""
+        """The bounds of the layer whose cached keys these are."""
         return self._of[keys.data_ptr()]
 
     def forget(self, slots: Tensor) -> None:

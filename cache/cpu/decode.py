@@ -14,21 +14,20 @@ from typing import Any
 import torch
 from prerope.cache.attention.selection import UNIT, far_units, units_of
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
-from prerope.cache.cpu.arithmetic import multiplies_pairs
 from prerope.cache.cpu.bounds import KeyBounds
 from prerope.cache.cpu.turns import READINGS
-from prerope.cache.kernels.build import DTYPES, kernels, reads
+from prerope.cache.kernels.build import DTYPES, kernels, multiplies_pairs, reads
 from prerope.rope.reading import UNBOUNDED, PositionMethod
 from torch import Tensor
 
 SPAN = 512
 """Keys that are summed by themselves, of kernels/c/attend.h."""
 FEW_ROWS = 32
-"""Of a sequence in a step. More are a chunk: see `cache.cpu.prefill`."""
+"""The most rows of a sequence in a step that are planned here; more are a chunk (`cache.cpu.prefill`)."""
 MAX_SPANS = 1024
 """Rows times spans that they read, of a sequence with more than one row: what each finds is kept until the end."""
 MAX_ROWS, MAX_DIM = 96, 256
-"""Of kernels/c/attend.h: rows × query heads of a KV head, and dims of a head."""
+"""Limits of kernels/c/attend.h: rows × query heads of a KV head, and dims of a head."""
 
 
 def can_attend(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -113,12 +112,12 @@ class DecodePlan:
         return bool(self.plan.num_chosen)
 
     def scratch_size(self, shape: KernelShape) -> int:
-        """Of what the kernel wants, in fp32 numbers."""
+        """The size of the scratch buffer that the kernel wants, in fp32 numbers."""
         return int(kernels().prerope_rows_scratch(ctypes.byref(shape), ctypes.byref(self.plan)))
 
 
 def few_rows(sequences: Sequence[SequenceRows]) -> list[SequenceRows]:
-    """Those that are planned here: single rows, and few of a sequence, unless more of it stand beside them.
+    """The sequences that are planned here: those of few rows, unless a neighbour is a piece of the same sequence.
 
     And all rows that leave far keys out, however many.
     """
@@ -138,7 +137,7 @@ def few_rows(sequences: Sequence[SequenceRows]) -> list[SequenceRows]:
 
 
 def split(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Sequence[SequenceRows]:
-    """Those of which only some rows choose their far keys in two: those before, and those that do."""
+    """The same rows, sequences with both kinds cut in two: those that read all keys, then those that choose."""
     if all(one.selected(options) is None for one in sequences):
         return sequences
     parts: list[SequenceRows] = []

@@ -153,7 +153,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _runs(method: PositionMethod | None, chunk: SequenceRows, row: int) -> list[_Run]:
-    """Of a chunk that begins with this row of the plan."""
+    """The runs of a chunk whose first row is this row of the plan."""
     start = chunk.start - row
     if method is None:
         return [_Run(row, row + chunk.count, start, NO_POSITIONS)]

@@ -155,7 +155,7 @@ def _record(key: PlanKey, part: Part, slot: int | None) -> tuple[int, ...]:
 
 
 def single_rows(metadata: AttentionMetadata, key: PlanKey) -> SingleRows:
-    """Of the sequences with a single row; there is at least one."""
+    """The rows of a step's sequences that have a single one; there is at least one such sequence."""
     sequences = metadata.sequences
     numbers = [number for number, sequence in enumerate(sequences) if sequence.count == 1]
     positions = np.array([sequences[number].start for number in numbers], dtype=np.int32)
@@ -199,7 +199,7 @@ def _scale(methods: Sequence[PositionMethod | None], positions: Ints) -> NDArray
 
 
 def plan_rows(metadata: AttentionMetadata, key: PlanKey, device: torch.device) -> CudaPlan:
-    """Of the sequences with a single row, in a step that no graph is for."""
+    """The plan of a step's sequences with a single row, where no CUDA graph is for that step."""
     rows = single_rows(metadata, key)
     found = rows.find(rows.layout.tables(device))
     buffer = send(rows.fill(rows.layout, found), device)

@@ -194,7 +194,7 @@ class Buffer:
         return buffer, views
 
     def device(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The same views of its copy on a device."""
+        """The views, by name, of the copy of this buffer on a device."""
         views, begin = {}, 0
         for name, shape, real in self.fields:
             view = buffer[begin : begin + int(np.prod(shape))].view(shape)

@@ -184,7 +184,7 @@ def _ints(rows: Sequence[tuple[int, ...]], columns: int) -> Ints:
 
 
 def plan_chunks(metadata: AttentionMetadata, key: PlanKey, device: torch.device) -> CudaPlan:
-    """Of the sequences with more than one row; there is at least one."""
+    """The plan of a step's sequences with more than one row; there is at least one."""
     sequences = metadata.sequences
     chosen = [number for number, sequence in enumerate(sequences) if sequence.count > 1]
     methods = [key.method(sequences[number]) for number in chosen]

@@ -21,7 +21,7 @@ from torch import Tensor
 Held = TypeVar("Held", bound=Hashable)
 
 KeyMap = tuple[AngleMap, Tensor | None]
-"""Of keys, and how fast pairs fade; both are told apart by identity."""
+"""A part's map of keys to angles, and how fast its pairs fade; both are compared by identity."""
 
 LONGEST = 2**30
 """Positions and distances are int32 in kernels; nothing is longer."""

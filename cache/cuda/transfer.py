@@ -1,4 +1,4 @@
-"""Between host and device without waiting: through pinned memory, which a copy holds until it is done."""
+"""Copies between host and device that nobody waits for: through pinned memory, which a copy holds until it is done."""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 The library is built once for its sources, a compiler and a processor, and kept. Those of attention are here; a server
 builds its models' into the same one (`server.models.cpu.build`). It runs its loops on the OpenMP that
 torch has loaded already: two OpenMP runtimes would fight for the same cores.
+
+Bf16 may be multiplied in two orders: widened to fp32, or in pairs where the processor has an instruction for that. The
+two round differently, and a row must not see which kernel it meets, so the whole process keeps to one of them;
+`server.models.cpu.trial` finds out at the start which is faster.
 """
 
 from __future__ import annotations
@@ -39,6 +43,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What kernels/c/dtypes.h calls the dtypes of queries, keys and values."""
 
 _library: ctypes.CDLL | None = None
+_pairs: bool | None = None
+"""Whether bf16 is to be multiplied in pairs, once that has been tried."""
 
 
 def library() -> ctypes.CDLL | None:
@@ -60,6 +66,22 @@ def kernels() -> ctypes.CDLL:
 def reads(dtype: torch.dtype) -> bool:
     """Whether the kernels are there and were compiled for queries, keys and values of this dtype."""
     return _library is not None and dtype in DTYPES and bool(_library.prerope_reads(ctypes.c_int64(DTYPES[dtype])))
+
+
+def can_multiply_pairs() -> bool:
+    """Whether the processor has dot products of bf16 pairs, and the kernels are there."""
+    return _library is not None and bool(_library.prerope_has_dots())
+
+
+def multiplies_pairs() -> bool:
+    """Whether bf16 is multiplied in pairs."""
+    return can_multiply_pairs() and _pairs is not False
+
+
+def multiply_pairs(chosen: bool) -> None:
+    """From now on; for models that are loaded afterwards."""
+    global _pairs
+    _pairs = chosen
 
 
 def prepare(directory: Path | None, folders: Sequence[Path] = (SOURCES,), functions: Functions = FUNCTIONS) -> str:

@@ -13,23 +13,23 @@ sampler's filters, penalties and seed have no part in it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prerope.server.api.auth.allowance import current_hold
-from prerope.server.api.limits import engine_requests
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import GenerationRequest
 from prerope.server.api.stream.generation import Generation
 from prerope.server.engine.output_stream import OutputStream
 from prerope.server.engine.outputs import ALTERNATIVE, FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import EngineRequest
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 
 MOST_TOKENS = 2**18
-"""Of all beams and their prompt: each step gives every beam to the engine anew, which costs all others time."""
+"""The most tokens of all beams and their prompt: each step submits every beam anew, which costs other requests time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,20 @@ class Step(NamedTuple):
 
 @dataclass(slots=True)
 class BeamSearch:
-    """Of one request. arrived: `time.perf_counter()` when the HTTP request came. shown_special_ids: of `TextStream`."""
+    """The search for one request's replies.
+
+    Attributes:
+        arrived: `time.perf_counter()` when the HTTP request came.
+        shown_special_ids: see `TextStream`.
+        engine_requests: that of `server.api.running`, which begins searches.
+    """
 
     service: Service
     request: GenerationRequest
     request_id: str
     arrived: float
-    shown_special_ids: frozenset[int] = frozenset()
+    shown_special_ids: frozenset[int]
+    engine_requests: Callable[..., list[EngineRequest]]
 
     async def replies(self, prompt: TokenizedPrompt, params: SamplingParams, index: int) -> list[Generation]:
         """The best replies to a prompt, the likeliest first, as generations that have ended. params: as they would be
@@ -101,7 +108,7 @@ class BeamSearch:
         self.request = replace(self.request, timeout_s=min((one for one in given if one is not None), default=None))
 
     def _best(self, beams: Iterable[Beam]) -> list[Beam]:
-        """As many as there are replies, the best first; no others can become one."""
+        """The best beams, as many as replies are asked for, best first: no other beam can become a reply."""
         asked = self.request.beams
         assert asked is not None
         return sorted(beams, key=lambda beam: -beam.score(asked.length_penalty))[: self.request.n]
@@ -128,7 +135,7 @@ class BeamSearch:
         """Each beam with each of its likeliest next tokens."""
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=num_alternatives, ignore_eos=True)
         prompts = [(TokenizedPrompt([*prompt.ids, *beam.ids], prompt.documents), params) for beam in beams]
-        asked = engine_requests(self.service, name, prompts, self.request, arrived=self.arrived)
+        asked = self.engine_requests(self.service, name, prompts, self.request, arrived=self.arrived)
         streams = self.service.engine.submit(asked)
         try:
             outputs = await asyncio.gather(*map(_last, streams))
@@ -159,7 +166,7 @@ class BeamSearch:
             )
         )
         whole = [(prompt, SamplingParams(max_tokens=len(beam.ids), logprobs=asked))]
-        (sequence,) = engine_requests(self.service, name, whole, self.request, arrived=self.arrived)
+        (sequence,) = self.engine_requests(self.service, name, whole, self.request, arrived=self.arrived)
         return Generation(self.service, sequence, outputs, self.request, self.arrived, self.shown_special_ids)
 
 

@@ -12,10 +12,10 @@ from typing import TypeVar
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from prerope.server.api.auth.allowance import current_hold
-from prerope.server.api.connected import while_connected
 from prerope.server.api.requests.body import RequestBody
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.api.requests.reading import Read, ReadTask, read_body
+from prerope.server.api.stream.collect import while_connected
 from prerope.server.service import ReadyService, Service
 from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
 from prerope.server.workers.slices import turn

@@ -26,18 +26,12 @@ from prerope.server.errors import (
     Unauthorized,
     UnsupportedEncoding,
 )
+from prerope.server.metrics import known_method
 from starlette.exceptions import HTTPException
 
 log = structlog.get_logger(__name__)
 
 RETRY_LOADING_S = 5
-
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
-
-def known_method(method: str) -> str:
-    """A method of HTTP by its name; a client may send any word."""
-    return method if method in METHODS else "another method"
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.bodies import body_of
-from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.others import other_dialect
 from prerope.server.api.dialects.requests.others import AnyGenerateRequest, SglangRequest, TgiRequest
 from prerope.server.api.logprobs import generate_logprobs, vllm_prompt_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import in_turn, read_all
+from prerope.server.api.stream.collect import in_turn, read_all, while_connected
 from prerope.server.api.stream.generation import Piece
 from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream

@@ -37,13 +37,13 @@ async def health(service: ServiceDependency) -> dict[str, str]:
 
 @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
 async def ping(service: ServiceDependency) -> dict[str, str]:
-    """As /health."""
+    """The same answer as /health, where SageMaker looks for it."""
     return await health(service)
 
 
 @router.get("/version", summary="The server's version")
 async def version(request: Request) -> dict[str, str]:
-    """Of this package."""
+    """The version of this package."""
     return {"version": request.app.version}
 
 

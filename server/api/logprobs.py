@@ -39,7 +39,7 @@ def echoed_logprobs(
     logprobs: Sequence[TokenLogprobs | None],
     num_alternatives: int,
 ) -> dict[str, Many]:
-    """The same of an echoed prompt. Its first token has no logprob: nulls, as OpenAI sends them."""
+    """The log-probabilities of an echoed prompt. Its first token has none: nulls, as OpenAI sends them."""
     scores = list(zip(token_ids, logprobs, strict=True))
     return _columns(tokenizer, scores, _starts(tokenizer, token_ids), num_alternatives)
 

@@ -1,8 +1,8 @@
 """What happens to every HTTP request before and after its endpoint: an id, the key, limits, a log line.
 
-    CORS → OtherPrefix (`openai.prefix`) → RequestContext (id, log, metric, last resort for errors)
-         → HostCheck (`hosts`) → KeyCheck → HoldRequest (`auth.allowance`) → ClientTimeout → BodyLimit
-         → FieldReport → HeadAsGet → routes
+    CORS → OtherPrefix → RequestContext (id, log, metric, last resort for errors) → HostCheck (`http.hosts`)
+         → KeyCheck (`auth.keys`, where keys are asked for) → HoldRequest (`auth.allowance`) → ClientTimeout
+         → BodyLimit → FieldReport → HeadAsGet → routes
 
 Plain ASGI, so that streams pass through unbuffered.
 """
@@ -16,23 +16,22 @@ import uuid
 from collections.abc import Callable
 
 import structlog
-from prerope.server.api.auth.keys import KeyRing
-from prerope.server.api.errors import error_response, internal_error, known_method
+from prerope.server.api.auth.keys import PROBES
+from prerope.server.api.errors import error_response, internal_error
 from prerope.server.api.requests.leniency import HEADER, reporting
-from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest, RequestError, Unauthorized
+from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest, RequestError
 from prerope.server.log import trace
-from prerope.server.metrics import Metrics
+from prerope.server.metrics import Metrics, known_method
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = structlog.get_logger(__name__)
 
-PROBES = frozenset({"/live", "/health", "/ready", "/ping", "/metrics"})
-OPEN_PATHS = PROBES | {"/", "/version", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
-"""Routes that ask for no key: probes, scrapers, and pages that hold no data of anybody's."""
-METRICS_PATH = "/metrics"
 QUIET_PATHS = PROBES
 """Routes that are called every few seconds; they are logged as debug lines."""
+
+OPENAI_PREFIX = "/openai"
+"""Where other services have OpenAI's paths: Groq's client asks for /openai/v1/…, whatever its base URL is."""
 
 ABORT = "abort_connection"
 """In the scope's state: a function that drops the connection with what is not yet sent (`server.http.connection`)."""
@@ -49,6 +48,23 @@ MIN_BODY_RATE = 16 * 2**10
 """Bytes a second that a body must come with on average, after CLIENT_TIMEOUT_S of grace."""
 
 REQUEST_ID = re.compile(r"[\w.-]{1,64}")
+
+
+class OtherPrefix:
+    """Leaves `OPENAI_PREFIX` out of a path, for keys, logs and routes alike."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(f"{OPENAI_PREFIX}/v1/"):
+            raw = scope.get("raw_path") or b""
+            scope = {
+                **scope,
+                "path": scope["path"].removeprefix(OPENAI_PREFIX),
+                "raw_path": raw.removeprefix(OPENAI_PREFIX.encode()),
+            }
+        await self.app(scope, receive, send)
 
 
 class RequestContext:
@@ -120,41 +136,6 @@ def _template(scope: Scope) -> str:
             before, _, after = path.rpartition(str(value))
             path = f"{before}{{{name}}}{after}"
     return path
-
-
-def is_open(path: str, method: str) -> bool:
-    """Whether a request needs no key: probes, and pages, which are read. (TGI's clients post prompts to `/`.)"""
-    return path in OPEN_PATHS and (path != "/" or method in ("GET", "HEAD", "OPTIONS"))
-
-
-class KeyCheck:
-    """Refuses requests without one of the keys; notes in the scope whose key it is, as `tenant`."""
-
-    def __init__(self, app: ASGIApp, keys: KeyRing, metrics_keys: KeyRing) -> None:
-        """metrics_keys: those that open /metrics, and nothing else."""
-        self.app = app
-        self.keys = keys
-        self.metrics_keys = metrics_keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path = scope["path"].rstrip("/") or "/"  # with a slash more it is sent on to the route
-            if path == METRICS_PATH and self.metrics_keys.asks:
-                self._tenant(scope, self.metrics_keys, "METRICS_KEY")
-            elif self.keys.asks and not is_open(path, scope["method"]):
-                scope["tenant"] = self._tenant(scope, self.keys, "KEY")
-        await self.app(scope, receive, send)
-
-    @staticmethod
-    def _tenant(scope: Scope, keys: KeyRing, shown: str) -> str:
-        """Whose key the request carries. Raises Unauthorized."""
-        headers = Headers(scope=scope)
-        scheme, _, given = headers.get("authorization", f"Bearer {headers.get('x-api-key', '')}").partition(" ")
-        tenant = keys.tenant(given.strip().encode("latin-1"))  # the bytes as they came
-        if scheme.lower() != "bearer" or tenant is None:
-            problem = "The API key is wrong." if given else "An API key is needed."
-            raise Unauthorized(f"{problem} Send the header Authorization: Bearer {shown}.", code="invalid_api_key")
-        return tenant
 
 
 class ClientTimeout:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from prerope.rope.offers import Offer, distance_map, offers, rotaries_of
 from prerope.server.api.bodies import body_of
-from prerope.server.api.limits import positions_of
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import MapRequest
+from prerope.server.api.running import positions_of
 from prerope.server.engine.info import ModelInfo
 from prerope.server.service import ReadyService
 

@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 LITTLE_BYTES = 64 * 2**10
 BODIES = 16
-"""Of the largest size, that there is room for."""
+"""How many bodies of the largest allowed size there is room for."""
 
 
 @dataclass(slots=True, eq=False)

@@ -72,7 +72,7 @@ class Chat:
         return True
 
     def run(self) -> None:
-        """Until the input ends."""
+        """Chat until the input ends."""
         typed = sys.stdin.isatty()
         while True:
             try:

@@ -18,7 +18,7 @@ def from_server(client: Client) -> dict[str, Any]:
 
 
 def from_config(model: str, max_model_len: int | None) -> dict[str, Any]:
-    """The same of a folder, a hub id or a .gguf file, from its config; weights are not loaded."""
+    """What a server would tell of a model (a folder, a hub id or a .gguf file), by its config: no weight is loaded."""
     from prerope.rope.model import default_max_model_len, main_group
     from prerope.rope.offers import offers
     from prerope.rope.show import rotaries_of_config

@@ -86,13 +86,13 @@ class AsyncEngine:
         self._thread.start()
 
     async def wait_until_loaded(self) -> None:
-        """Until READY, or raise why it is not to be."""
+        """Wait until the engine is READY; raises the reason where it will never be."""
         await self._loaded.wait()
         if self.failure is not None:
             raise self.failure
 
     async def wait_until_stopped(self) -> None:
-        """Until the thread is done: drained, or dead."""
+        """Wait until the thread has ended: drained, or dead."""
         await self._stopped.wait()
 
     @property
@@ -111,7 +111,7 @@ class AsyncEngine:
         return self.engine.resolve_positions(spec)
 
     def stats(self) -> EngineStats:
-        """As of the last step; what was submitted since is waiting, however long that step is."""
+        """The engine's statistics after the last step; what was submitted since counts as waiting."""
         stats = self._stats
         if stats is None:
             raise EngineUnavailable("the engine is loading its model; see /ready", code=self.state.value)

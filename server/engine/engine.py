@@ -56,7 +56,7 @@ class Engine:
     """One model, one cache, one scheduler."""
 
     def __init__(self, model: Model, config: EngineConfig, positions: ModelPositions, size: CacheSize) -> None:
-        self.model, self.ranks = model, model.raw.ranks
+        self.model, self.ranks, self._alone = model, model.raw.ranks, model.raw.ranks.alone
         self.config = config
         self.storage = KVStorage(
             [layer.shape for layer in model.layers],
@@ -85,7 +85,7 @@ class Engine:
         self._overlap = on_gpu if config.overlap is None else config.overlap
         self._sample_on_device = on_gpu or self._overlap
         # Wall time is lengthened by whatever else the machine does; on a device, and of other ranks, there is no other.
-        self._steps_take_cpu_time = not (on_gpu or self._overlap) and self.ranks.alone
+        self._steps_take_cpu_time = not (on_gpu or self._overlap) and self._alone
         self.graphs: DecodeGraphs | None = None
         self._no_graphs = "they are for a GPU, and captured when an engine is loaded"
         self.tiers: Tiers | None = None
@@ -134,7 +134,7 @@ class Engine:
         """Write what the tiers are still to get, and let the other ranks end."""
         if self.tiers is not None:
             self.tiers.tier.close()
-        if not self.ranks.alone:
+        if not self._alone:
             tell_end(self.ranks)
 
     def has_work(self) -> bool:
@@ -148,7 +148,9 @@ class Engine:
         began = time.monotonic()
         cpu_began = time.thread_time() if self._steps_take_cpu_time else None
         outputs = self._abort_expired(began)
-        wait_for_masks(self.scheduler.sequences)
+        sequences = self.scheduler.sequences
+        if any(sequence.matcher is not None for sequence in sequences):
+            wait_for_masks(sequences)
         if self.tiers is not None:
             self.tiers.take_in(self.scheduler.waiting.values())
         before, plan = self._in_flight, self.scheduler.schedule()
@@ -175,7 +177,7 @@ class Engine:
     def _launch(self, plan: list[Scheduled], before: Step | None, began: float, cpu_began: float | None) -> Step:
         for copy in self.scheduler.take_copies():
             slots = np.asarray([copy.source, copy.target], dtype=np.int64)
-            if not self.ranks.alone:
+            if not self._alone:
                 tell_copy(self.ranks, slots)
             self.copy(slots)
         logits = self._forward(plan, None if before is None else before.arrival.tokens)
@@ -185,7 +187,7 @@ class Engine:
     def _forward(self, plan: list[Scheduled], sampled: Tensor | None) -> Tensor:
         """Logits of the plan's rows; `sampled` are the tokens of the step in flight, if there is one."""
         chunks = chunks_of(plan, self.config.block_size, single=self.model.device.type != "cpu")
-        if self.ranks.alone:
+        if self._alone:
             return self.compute(chunks, sampled)
         tell_step(self.ranks, chunks)
         return self.compute(chunks, sampled, handed_on=any(chunk.pending_place is not None for chunk in chunks))
@@ -226,7 +228,7 @@ class Engine:
     def _collect_rows(
         self, one: Scheduled, token: int | None, scored: TokenLogprobs | None, filled: list[tuple[int, bytes]]
     ) -> list[tuple[str, TokenOutput]]:
-        """Of one sequence, its drafts left out. Blocks that were filled and not known before are added to `filled`."""
+        """The outputs of one sequence's rows without drafts. New blocks that they filled are added to `filled`."""
         sequence, stop = one.sequence, one.stop
         processed = min(stop, sequence.num_prompt_tokens)
         self._counters.prompt_tokens += max(0, processed - one.start)
@@ -235,9 +237,10 @@ class Engine:
         sequence.num_processed_tokens = processed
         if one.cached:
             documents = sequence.request.documents
-            known = self.scheduler.cache.remember(sequence, filled_from(documents, one.start), stop)
+            first = filled_from(documents, one.start) if documents else one.start
+            known = self.scheduler.cache.remember(sequence, first, stop)
             # Behind a document that was copied, only the very same prompt could use it.
-            filled += known if stop <= next_copied(documents, 0, stop) else ()
+            filled += known if not documents or stop <= next_copied(documents, 0, stop) else ()
         if isinstance(sequence, DocumentReader):
             return self._progress_of(sequence)
         if token is not None:

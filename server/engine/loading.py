@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 import torch
-from prerope.cache.cpu.arithmetic import multiplies_pairs, multiply_pairs
+from prerope.cache.kernels.build import multiplies_pairs, multiply_pairs
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine

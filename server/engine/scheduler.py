@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager
+from prerope.rope.reading import UNBOUNDED
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.pace import Pace
 from prerope.server.engine.selection import most_rows
@@ -153,14 +154,17 @@ class Scheduler:
             self._schedule_prefill(sequence, num_tokens, plan)
 
     def _schedule_prefill(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> None:
-        """Up to `num_tokens` rows of a prompt; the documents that it comes to are copied, or read first."""
+        """Schedule up to `num_tokens` rows of a prompt; documents that it comes to are copied, or read first."""
         position, documents, first = sequence.num_computed_tokens, sequence.request.documents, None
         while num_tokens > 0 and position < sequence.num_tokens:
-            document = span_at(documents, position)
+            document = span_at(documents, position) if documents else None
             if document is None:
-                stop = min(position + num_tokens, next_copied(documents, position, sequence.num_tokens))
+                stop = min(position + num_tokens, sequence.num_tokens)
+                if documents:
+                    stop = min(stop, next_copied(documents, position, stop))
                 first = position if first is None else first
-                stop = min(stop, max(sequence.selects_from, first + most_rows(self.cache.block_size)))
+                if sequence.selects_from < UNBOUNDED:
+                    stop = min(stop, max(sequence.selects_from, first + most_rows(self.cache.block_size)))
                 if stop <= position or not self._grow(sequence, stop, plan):
                     return
                 plan.append(Scheduled.of(sequence, stop - position, position))
@@ -242,6 +246,8 @@ class Scheduler:
 
     def _blocks_to_read(self, sequence: Sequence) -> int:
         """Blocks that its readers, one at a time, are still to get beside its own."""
+        if not sequence.request.documents:
+            return 0
         held = 0 if sequence.reader is None else len(sequence.reader.block_table)
         largest = largest_reading(sequence.request.documents, sequence.num_computed_tokens)
         return max(0, self.cache.blocks_for(largest) - held)

@@ -12,7 +12,7 @@ MOST_BLOCK = WINDOW // 2
 
 
 def most_rows(block_size: int) -> int:
-    """Of a sequence in a step, up to the last that chooses: whole blocks of what it chooses among are stored before."""
+    """The most rows of a sequence in a step whose last row chooses: all blocks it chooses among are stored before."""
     return WINDOW - max(UNIT, block_size)
 
 

@@ -16,6 +16,7 @@ from prerope.cache.blocks.prefix import PrefixHasher
 from prerope.cache.blocks.states import SequenceState
 from prerope.cache.tier import Fetch
 from prerope.rope.model import ModelPositions
+from prerope.rope.reading import UNBOUNDED
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import Matcher
 from prerope.server.engine.sampling.params import SamplingParams
@@ -116,7 +117,7 @@ class Sequence:
         ids, sampling, generator = list(request.prompt_token_ids), request.sampling, None
         if sampling.seed is not None:
             generator = torch.Generator().manual_seed(sampling.seed % 2**64)
-        chooses = selects_from(positions.select, len(ids))
+        chooses = UNBOUNDED if positions.select is None else selects_from(positions.select, len(ids))
         return cls(
             request=request,
             positions=positions,

@@ -45,7 +45,7 @@ class Scheduled(NamedTuple):
 
     @classmethod
     def of(cls, sequence: Sequence, num_new_tokens: int, start: int) -> Scheduled:
-        """Of a sequence as it is before the launch, its blocks allocated."""
+        """The next `num_new_tokens` of a sequence as it is before the launch, its blocks allocated."""
         num_tokens = len(sequence.token_ids)
         num_output_tokens = num_tokens - sequence.num_prompt_tokens
         samples = start + num_new_tokens == num_tokens and num_output_tokens < sequence.request.sampling.max_tokens
@@ -173,7 +173,7 @@ def finish_launch(
     """
     sampled, rows, row, may_stay = [], [], 0, True
     verifications: dict[Sequence, Verification] = {}
-    masks = MaskWait()
+    masks: MaskWait | None = None
     for one in scheduled:
         sequence = one.sequence
         row += one.num_logits
@@ -185,7 +185,7 @@ def finish_launch(
             rows.append(row - 1)
             sampled.append(sequence)
         if one.drafts:
-            behind = logits[row : row + len(one.drafts)]
+            behind, masks = logits[row : row + len(one.drafts)], masks or MaskWait()
             verifications[sequence] = Verification(sequence, behind, eos_token_ids, masks, on_device=on_device)
             sequence.num_drafted += len(one.drafts)
             row += len(one.drafts)

@@ -1,4 +1,4 @@
-"""Between an engine and the tiers below its cache: what a step has filled goes out, what is awaited comes in."""
+"""Moves blocks between an engine and the tiers below its cache: filled ones go out, awaited ones come in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 BLOCKS_A_STEP = 64
 """Taken in before a step at most, so that reading a long prompt's blocks stops nobody."""
 WAIT_S = 0.002
-"""Of a step that has nothing to do but to wait for a tier."""
+"""How long a step waits for a tier, where it has nothing else to do."""
 SAMPLES = 4096
 """Values of each tensor that stand for a model's weights."""
 
@@ -109,7 +109,7 @@ def open_tier(model: Model, config: EngineConfig, storage: KVStorage, report: Ca
 
 
 def model_identity(model: nn.Module, *more: object) -> bytes:
-    """Of what K and V depend on beside tokens and positions: samples of every weight, and whatever else is given."""
+    """A digest of what K and V depend on beside tokens and positions: samples of every weight, and `more`."""
     h = hashlib.blake2b(repr(more).encode(), digest_size=32)
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         plain = getattr(tensor, "qdata", tensor).detach().reshape(-1)

@@ -50,13 +50,14 @@ BACKENDS = {
     "cpu": Backend(cpu_kernels.KERNELS, cpu_stack.find_stack),
     "cuda": Backend(cuda_kernels.KERNELS, cuda_stack.find_stack),
 }
-"""By type of device. On any other, transformers' modules run as they are."""
+"""The backends by type of device. On any other device transformers' modules run as they are."""
 
 
 class Model:
     """Runs batches. Not thread-safe: one engine thread owns it.
 
     Attributes:
+        attention: of the model's device, over the cache's keys.
         layers: attention layers in order, with shapes and rotary groups.
         rotaries: rotary group → the embedding as trained.
         recurrent: modules that keep a state of a sequence beside keys and values.
@@ -68,6 +69,7 @@ class Model:
         """backend: that of the model's device, unless another is given. ranks: it holds a share of each."""
         self.raw = RawKeyModel(transformers_model, ranks)
         self.device: torch.device = self.raw.model.device
+        self.attention = attention_on(self.device)
         self.recurrent = find_recurrent(self.raw)
         self.layers, self.rotaries = inspect_layers(self.raw, self.recurrent)
         backend = backend or BACKENDS.get(self.device.type)
@@ -107,7 +109,7 @@ class Model:
 
     @property
     def states(self) -> tuple[StateShape, ...]:
-        """Of one sequence, in all layers that keep any."""
+        """The shapes of one sequence's states, in all layers that keep any."""
         return tuple(shape for layer in self.recurrent for shape in layer.shapes)
 
     @property
@@ -118,7 +120,7 @@ class Model:
     @torch.inference_mode()
     def forward(self, batch: Batch, storage: KVStorage, out: Tensor | None = None) -> Tensor:
         """Store the batch's K and V, and return logits [N, V] fp32 of its `logit_rows`; written to `out` if given."""
-        metadata, attention = batch.metadata, attention_on(self.device)
+        metadata, attention = batch.metadata, self.attention
         if storage.bounds is not None:
             storage.bounds.forget(metadata.slot_mapping)
             storage.bounds.prepare(metadata.sequences)

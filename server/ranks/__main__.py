@@ -24,7 +24,7 @@ REPORT_AFTER_S = 2.0
 
 
 def main() -> NoReturn:
-    """Until rank 0 says that it is over, or is gone."""
+    """Run this rank until rank 0 ends it, or is gone."""
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.SIG_IGN)  # the server drains first
     let_waiting_threads_sleep()

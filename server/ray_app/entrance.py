@@ -13,8 +13,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import structlog
+from prerope.server.api.auth.keys import METRICS_PATH
 from prerope.server.api.errors import error_response
-from prerope.server.api.middleware import METRICS_PATH, BodyLimit, ClientTimeout
+from prerope.server.api.middleware import BodyLimit, ClientTimeout
 from prerope.server.api.room import BODIES, BodyRoom
 from prerope.server.errors import ClientGone, EngineUnavailable, RequestError
 from prerope.server.log import configure_logging
@@ -48,7 +49,7 @@ class Entrance:
         self._app = PassOn(replicas, settings)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """By this name Serve asks for it."""
+        """The ASGI application; Serve asks for it by this name."""
         return self._app
 
 
@@ -108,7 +109,7 @@ class PassOn:
             ) from error
 
     async def _metrics(self) -> bytes:
-        """Of all replicas that answer in time."""
+        """The metrics of all replicas that answer in time."""
         found = self._replicas.broadcast("metrics")
         replies = await found.results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
         return merged([reply for reply in replies if not isinstance(reply, BaseException)])
@@ -132,7 +133,7 @@ async def _sent(replies: DeploymentResponseGenerator) -> None:
 
 @asynccontextmanager
 async def _ended_with_client(receive: Receive, replies: DeploymentResponseGenerator) -> AsyncIterator[None]:
-    """Until it is left, or the client leaves: then the replica need not go on."""
+    """A context in which the replica's work ends with the client: if it leaves, the replica need not go on."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -27,7 +27,7 @@ class Replica:
     """The deployment of the engine."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
-        """Until it takes requests. Ray has set OMP_NUM_THREADS to what this replica has of the machine."""
+        """Returns once it takes requests. Ray has set OMP_NUM_THREADS to the cores of this replica."""
         configure_logging(settings.log_level, settings.log_format)
         let_waiting_threads_sleep()
         limit_threads(1)

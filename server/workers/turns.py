@@ -1,4 +1,4 @@
-"""Places for which several lines wait: they get them in turn, and none gets all of them."""
+"""A semaphore that is fair to lines (tenants): they get places in turn, and none gets all of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """So many at once, of one line all but one: whoever comes beside it finds a place."""
+    """A fair semaphore: `at_once` holders in all, and of one line all but one, so that any other line finds a place."""
 
     def __init__(self, at_once: int) -> None:
         self._free = at_once
@@ -19,7 +19,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, line: str) -> AsyncIterator[None]:
-        """Within it, one of the places is taken."""
+        """A context that holds one of the places."""
         if self._free and self._held[line] < self._most:
             self._take(line)
         else:

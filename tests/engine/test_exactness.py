@@ -11,8 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from prerope.cache.cpu.arithmetic import multiplies_pairs
-from prerope.cache.kernels.build import library
+from prerope.cache.kernels.build import library, multiplies_pairs
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sequence import EngineRequest

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from prerope.server.api.limits import prefix_salt
+from prerope.server.api.running import prefix_salt
 from prerope.server.byte_cache import IDLE_S, ByteCache
 
 from tests.faulty_server import QUOTED

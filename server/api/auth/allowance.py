@@ -94,7 +94,7 @@ _current: ContextVar[Hold | None] = ContextVar("hold", default=None)
 
 
 def current_hold() -> Hold:
-    """That of the request being answered; an empty one outside of any."""
+    """The hold of the request that is being answered; an empty hold outside of any request."""
     return _current.get() or Hold()
 
 

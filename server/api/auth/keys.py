@@ -14,9 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
+from prerope.server.errors import Unauthorized
 from prerope.server.setting_types import read_key_file
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 log = structlog.get_logger(__name__)
+
+PROBES = frozenset({"/live", "/health", "/ready", "/ping", "/metrics"})
+OPEN_PATHS = PROBES | {"/", "/version", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
+"""Routes that ask for no key: probes, scrapers, and pages that hold no data of anybody's."""
+METRICS_PATH = "/metrics"
 
 REREAD_S = 1.0
 """The file's time and size are looked at this often at most, when a request comes."""
@@ -79,3 +87,38 @@ class KeyRing:
         except OSError:
             return None
         return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def is_open(path: str, method: str) -> bool:
+    """Whether a request needs no key: probes, and pages, which are read. (TGI's clients post prompts to `/`.)"""
+    return path in OPEN_PATHS and (path != "/" or method in ("GET", "HEAD", "OPTIONS"))
+
+
+class KeyCheck:
+    """Refuses requests without one of the keys; notes in the scope whose key it is, as `tenant`."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, metrics_keys: KeyRing) -> None:
+        """metrics_keys: those that open /metrics, and nothing else."""
+        self.app = app
+        self.keys = keys
+        self.metrics_keys = metrics_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"].rstrip("/") or "/"  # with a slash more it is sent on to the route
+            if path == METRICS_PATH and self.metrics_keys.asks:
+                self._tenant(scope, self.metrics_keys, "METRICS_KEY")
+            elif self.keys.asks and not is_open(path, scope["method"]):
+                scope["tenant"] = self._tenant(scope, self.keys, "KEY")
+        await self.app(scope, receive, send)
+
+    @staticmethod
+    def _tenant(scope: Scope, keys: KeyRing, shown: str) -> str:
+        """Whose key the request carries. Raises Unauthorized."""
+        headers = Headers(scope=scope)
+        scheme, _, given = headers.get("authorization", f"Bearer {headers.get('x-api-key', '')}").partition(" ")
+        tenant = keys.tenant(given.strip().encode("latin-1"))  # the bytes as they came
+        if scheme.lower() != "bearer" or tenant is None:
+            problem = "The API key is wrong." if given else "An API key is needed."
+            raise Unauthorized(f"{problem} Send the header Authorization: Bearer {shown}.", code="invalid_api_key")
+        return tenant

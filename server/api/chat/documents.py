@@ -17,7 +17,7 @@ from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 MAX_DEPTH = 8
-"""Of objects and lists within a document's object."""
+"""How deep objects and lists may nest within a document's object."""
 
 TEXT_NAMES = ("text", "content", "contents", "page_content", "snippet", "data")
 """What a document's text is called, by those who send `documents`."""
@@ -91,7 +91,7 @@ DOCUMENT_PART_NAMES = frozenset({"type", "source", "title", "context", "document
 
 
 def _source(source: Any, param: str) -> str:
-    """Of Anthropic's document blocks, those that are text."""
+    """The text of one of Anthropic's document blocks; sources of other types are refused."""
     if not isinstance(source, dict):
         raise InvalidRequest(f"'{param}' must be an object, not {json_type(source)}", param="messages")
     match source.get("type"):

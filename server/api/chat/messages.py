@@ -27,7 +27,7 @@ MAX_ID = 2**14
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000
-"""Of one message. What a message or a part costs is for its being there, whatever little it says."""
+"""The most messages of a chat, and parts of one message: each costs time by being there, however little it says."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

@@ -22,7 +22,7 @@ class ToolChoice:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Those that a request's tools have to hold."""
+        """All names of tools that this choice mentions: the request's tools have to include them."""
         return self.names if self.name is None else (self.name,)
 
     def check_names(self, tools: Set[str]) -> None:

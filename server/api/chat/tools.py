@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 MAX_TOOLS = 128
 MAX_PARALLEL_CALLS = 16
-"""Of one reply that must hold calls: it has to end."""
+"""The most calls of one reply that must hold calls: without a limit it might never end."""
 
 
 def _schema_of_object(value: Any) -> Any:

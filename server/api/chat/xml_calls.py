@@ -85,7 +85,7 @@ class XmlCallReader:
         return True
 
     def _arguments(self) -> bool:
-        """Up to the next tag; what stands between tags is line breaks, and is dropped if it is not."""
+        """Read one argument, or the end of the call. Text between tags, line breaks as a rule, is dropped."""
         tag = TAG.search(self._buffer)
         if tag is None:
             return False
@@ -107,7 +107,7 @@ class XmlCallReader:
         return True
 
     def _after(self) -> bool:
-        """Past the mark that ends a call."""
+        """Skip the mark that ends a call."""
         start = self._buffer.lstrip()
         if end := AFTER.match(self._buffer):
             self._buffer = self._buffer[end.end() :]
@@ -141,7 +141,7 @@ def _may_go_on(start: str) -> bool:
 
 
 Types = Mapping[str, frozenset[str]]
-"""Of a function's arguments: the JSON types that each may have; none where the schema does not say."""
+"""A function's arguments and the JSON types that each may have: an empty set where the schema does not say."""
 
 
 def types_of(schema: Mapping[str, Any]) -> Types:

@@ -11,14 +11,13 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
 )
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import read_all
+from prerope.server.api.stream.collect import read_all, while_connected
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service

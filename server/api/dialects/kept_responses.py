@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.bodies import SMALL_BYTES
-from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.requests.items import Page
+from prerope.server.api.stream.collect import while_connected
 from prerope.server.api.stream.printing import printed
 from prerope.server.errors import InvalidRequest, NotKept
 from prerope.server.service import Kept, ReadyService, Service
@@ -24,7 +24,7 @@ from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
 router = APIRouter(prefix="/v1/responses", tags=["openai"])
 
 MAX_KEPT_ITEMS_BYTES = 8 * 2**20
-"""Of one conversation; a longer one is not kept."""
+"""The most bytes of one conversation's items; a longer conversation is not kept."""
 
 ENTRY_BYTES = 512
 """What a conversation takes beside its text."""
@@ -76,7 +76,7 @@ def _not_kept() -> NotKept:
 
 @router.get("/{response_id}", summary="Tell a response again")
 async def retrieve(service: ReadyService, response_id: str, *, stream: bool = False) -> Response:
-    """As it ended, without log-probabilities."""
+    """The response as it ended, without log-probabilities."""
     if stream:
         raise InvalidRequest(
             "'stream' tells a response while it is made: ask for that in the POST that makes it", param="stream"

@@ -13,7 +13,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import (
     chat_events,
 )
@@ -26,7 +25,7 @@ from prerope.server.api.dialects.requests.ollama import (
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import read_all
+from prerope.server.api.stream.collect import read_all, while_connected
 from prerope.server.api.stream.lines import line_stream
 from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.transcript import Token
@@ -36,7 +35,7 @@ from prerope.server.service import ReadyService, Service
 router = APIRouter(prefix="/api", tags=["ollama"])
 
 LOADED = {"done": True, "done_reason": "load"}
-"""Of the answer to a request without a prompt: so its clients load a model ahead of time."""
+"""The answer to a request without a prompt, by which Ollama's clients load a model ahead of time."""
 
 
 @router.post("/chat", summary="Answer a chat, in Ollama's shape")
@@ -96,7 +95,7 @@ async def _lines(service: Service, running: Running, body: OllamaFields) -> Asyn
     thoughts, untold = body.think is not False, list[Token]()
 
     def scores() -> dict[str, Any]:
-        """Of the tokens whose text is told now."""
+        """The log-probabilities of the tokens whose text this event carries."""
         told = {name: list(many.items) for name, many in _scores(service, body, untold).items()}
         untold.clear()
         return told
@@ -160,7 +159,7 @@ async def tags(service: ReadyService) -> dict[str, Any]:
 
 @router.get("/ps", summary="List the model loaded, in Ollama's shape")
 async def loaded(service: ReadyService) -> dict[str, Any]:
-    """The same list: the model is loaded."""
+    """The models in memory: the same list as of those installed, as the one model is always loaded."""
     return {"models": [{**_card(service), "expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}]}
 
 

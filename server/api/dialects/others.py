@@ -10,12 +10,11 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.bodies import body_of
-from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
 from prerope.server.api.logprobs import finite
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import in_turn, read_all
+from prerope.server.api.stream.collect import in_turn, read_all, while_connected
 from prerope.server.api.stream.generation import Reply
 from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream

@@ -14,10 +14,9 @@ from prerope.server.api.bodies import body_of
 from prerope.server.api.dialects.kept_responses import with_history
 from prerope.server.api.dialects.requests.anthropic import MessagesRequest
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
-from prerope.server.api.limits import engine_requests, new_id
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import checked
+from prerope.server.api.running import checked, engine_requests, new_id
 from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.service import ReadyService, Service
 

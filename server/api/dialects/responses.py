@@ -10,15 +10,13 @@ from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.connected import while_connected
 from prerope.server.api.dialects.common import chat_events
 from prerope.server.api.dialects.kept_responses import keep, with_history
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
-from prerope.server.api.limits import new_id
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import read_all
+from prerope.server.api.running import Running, new_id, start
+from prerope.server.api.stream.collect import read_all, while_connected
 from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream
 from prerope.server.api.stream.transcript import Token
@@ -192,7 +190,7 @@ class _OpenItem:
         return {**text_part(self.text), "logprobs": self._printer.scores(self.tokens)}
 
     def _event(self, name: str, tokens: Sequence[Token], **more: Any) -> dict[str, Any]:
-        """Of the item's text."""
+        """One event about the item's text."""
         if self.thoughts:
             return {"type": f"response.reasoning_text.{name}", **self.text_place, **more}
         told = {"logprobs": self._printer.scores(tokens)}

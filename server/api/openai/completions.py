@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.bodies import body_of
-from prerope.server.api.connected import while_connected
 from prerope.server.api.logprobs import completion_logprobs, echoed_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
@@ -17,7 +16,7 @@ from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import start
-from prerope.server.api.stream.collect import in_turn, read_all
+from prerope.server.api.stream.collect import in_turn, read_all, while_connected
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.api.stream.printing import Many, json_response
 from prerope.server.api.stream.sse import event_stream

@@ -52,6 +52,6 @@ def usage(generations: Sequence[Generation], num_choices: int) -> dict[str, Any]
 
 
 def documents_of(generations: Sequence[Generation]) -> dict[str, Any]:
-    """Of each document that is read on its own, how much of it was there: nothing where there are none."""
+    """How much of each document that is read on its own was cached; no field where there are no documents."""
     documents = generations[0].documents
     return {"documents": documents} if documents else {}

@@ -28,7 +28,7 @@ from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 MAX_CHOICES = 128
-"""Of a prompt; prompts times choices are `MAX_PROMPTS` at most."""
+"""The most choices of a prompt; prompts times choices are `MAX_PROMPTS` at most."""
 MAX_BEAMS = 32
 NOT_OF_BEAMS = (
     *("prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "min_tokens", "stop"),
@@ -36,7 +36,7 @@ NOT_OF_BEAMS = (
 )
 NO_PENALTY = {"repetition_penalty": 1}
 DEFAULT_MAX_TOKENS = 16
-"""Of completions, where none are asked for (OpenAI's)."""
+"""The max_tokens of /v1/completions, where a request does not say (OpenAI's)."""
 
 
 class StreamOptions(RequestBody):

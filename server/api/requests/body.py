@@ -1,7 +1,7 @@
 """What every JSON request body has in common: names are checked, nulls mean the default, refusals say what to do.
 
 Knows neither the engine nor the tokenizer: checks that need the model (vocabulary, length) live in
-`server.api.limits`.
+`server.api.running`.
 A check of our own raises InvalidRequest directly; pydantic lets it through, and the reply keeps its words.
 """
 
@@ -128,6 +128,10 @@ class RequestBody(BaseModel):
         return InvalidRequest(
             f"unknown field '{cls.path}{shown}'; {hint}", param=cls.path + shown, code="unknown_field"
         )
+
+    def asks_for(self, group: type[RequestBody]) -> bool:
+        """Whether the client gave any of the fields that `group` adds to a body."""
+        return not self.model_fields_set.isdisjoint(group.model_fields)
 
     def slim(self) -> None:
         """Leave out what nobody reads any more: lists and objects, which take long to hand over to another process."""
@@ -279,7 +283,7 @@ def json_type(value: object) -> str:
 
 
 MAX_PROMPTS = 1024
-"""Of one request."""
+"""The most prompts of one request."""
 
 
 def prompts_of(value: Any, param: str) -> list[str | list[int]]:

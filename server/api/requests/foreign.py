@@ -38,7 +38,7 @@ class Foreign(NamedTuple):
         return is_empty(value) and not (value is False and self._is_harmless(True))
 
     def _is_harmless(self, value: object) -> bool:
-        """To Python, 1 and true are the same; in JSON they are not."""
+        """Whether this value is among the harmless ones; unlike in Python, 1 and true differ."""
         return any(one == value and isinstance(one, bool) == isinstance(value, bool) for one in self.harmless)
 
 
@@ -203,7 +203,7 @@ BODY: Mapping[str, Foreign] = {
     "stream_options": IGNORED,  # where it isn't known the usage is told anyway
     "logprob_start_len": Foreign("use 'prompt_logprobs'", harmless=(-1,)),
 }
-"""Of a body of /v1/completions, /v1/chat/completions, /generate, /tokenize and /detokenize."""
+"""Foreign fields of the bodies of /v1/completions, /v1/chat/completions, /generate, /tokenize and /detokenize."""
 
 _OPENAIS = "of OpenAI's endpoints: ask there, or by a field of this one"
 DIALECT: Mapping[str, Foreign] = {
@@ -219,7 +219,7 @@ DIALECT: Mapping[str, Foreign] = {
     **ignored("pad_token_id", "clean_up_tokenization_spaces"),
     "no_repeat_ngram_size": Foreign("use 'repetition_penalty'", harmless=(0,)),
 }
-"""Of a body of another dialect: what routers write into every body, at its default."""
+"""Foreign fields of bodies of other dialects: those that routers write into every body, at their defaults."""
 
 CHAT: Mapping[str, Foreign] = {
     **BODY,
@@ -237,7 +237,7 @@ CHAT: Mapping[str, Foreign] = {
     "input_ids": Foreign("send them as the 'prompt' of /v1/completions"),
     "task": Foreign("ask for it in a message"),
 }
-"""Of a body of /v1/chat/completions."""
+"""Foreign fields of the body of /v1/chat/completions."""
 
 OF_A_REPLY: Mapping[str, Foreign] = {
     **ignored("tool_choice", "parallel_tool_calls", "response_format", "structured_outputs", "n", "seed", "rope"),
@@ -263,13 +263,13 @@ MESSAGE: Mapping[str, Foreign] = {
     "images": Foreign(_TEXT_ONLY),
     "tools": Foreign("give the request's own 'tools'"),
 }
-"""Of a message."""
+"""Foreign fields of a message."""
 
 PART: Mapping[str, Foreign] = ignored(
     *("cache_control", "prompt_cache_breakpoint", "annotations", "id", "index", "logprobs", "providerOptions"),
     *("provider_specific_fields", "signature", "citations", "extras"),
 )
-"""Of a part of a message's content."""
+"""Foreign fields of a part of a message's content."""
 
 TOOL_CALL: Mapping[str, Foreign] = ignored(
     "index", "cache_control", "provider_specific_fields", "extra_content", "caller", "status"
@@ -280,4 +280,4 @@ TOOL: Mapping[str, Foreign] = {
 }
 FUNCTION: Mapping[str, Foreign] = {**TOOL, **ignored("returns", "return", "response", "output_schema")}
 FORMAT: Mapping[str, Foreign] = ignored("strict", "description")
-"""Of `response_format.json_schema`: a schema is followed whether it is called strict or not."""
+"""Foreign fields of `response_format.json_schema`: a schema is followed whether it is called strict or not."""

@@ -6,7 +6,7 @@
 
 A dialect is an adapter of two halves: from its fields to these, and from pieces to its own shapes. Nothing here
 is validated but by the dialect, whose names an error has to use; what depends on the model is checked in
-`server.api.limits`.
+`server.api.running`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncation:
-    """To so many tokens of a prompt; −1: as many as the context has room for. The last of them stay, or the first."""
+    """How a prompt is cut: to so many tokens, −1 for as many as fit; `side` is the end at which tokens are removed."""
 
     num_tokens: int
     side: Literal["left", "right"] = "left"

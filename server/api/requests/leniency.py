@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 HEADER = "x-ignored-fields"
-"""Of a reply: fields of the request that asked for something and were left out, separated by commas."""
+"""The reply's header that names fields of the request which were not honoured, separated by commas."""
 
 MAX_NAMED = 16
 MAX_CHARS = 64
@@ -21,7 +21,7 @@ MAX_CHARS = 64
 
 @dataclass(slots=True)
 class Report:
-    """Of one request. `strict`: fields that would matter are refused."""
+    """Which fields of one request were left out. `strict`: a field that would change the reply is refused instead."""
 
     strict: bool = True
     names: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ def current_report() -> Report:
 
 @contextmanager
 def reporting(*, strict: bool) -> Iterator[Report]:
-    """Within it `current_report` is the report that it yields."""
+    """A context in which `current_report` returns the report that it yields."""
     report = Report(strict)
     token = _report.set(report)
     try:

@@ -29,7 +29,7 @@ from prerope.server.api.requests.prompts import (
     tokenized,
     truncated,
 )
-from prerope.server.api.requests.surrogates import refuse_surrogates
+from prerope.server.api.requests.surrogates import ESCAPED_SURROGATE, refuse_surrogates
 from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
 from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest
@@ -80,7 +80,7 @@ class Read(Generic[B]):
 
     @property
     def ready(self) -> tuple[GenerationRequest, Prepared]:
-        """Of a body that generates."""
+        """The request and its prompts; only for bodies that ask for a reply."""
         assert self.request is not None
         assert self.prepared is not None
         return self.request, self.prepared
@@ -146,7 +146,8 @@ def decode(raw: bytes) -> Any:
             raise InvalidRequest("The body must be a JSON object.", code="invalid_body")
         if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and nests_deeper(value):
             raise InvalidRequest(TOO_DEEP, code="invalid_json")
-        refuse_surrogates(raw, value)
+        if ESCAPED_SURROGATE.search(raw):
+            refuse_surrogates(value)
         return value
     raise InvalidRequest(message, code="invalid_json")
 

@@ -1,6 +1,6 @@
 """What clients may send to /generate, and the sampling fields of all generating endpoints.
 
-Names, types and ranges are settled here; what depends on the model is checked in `server.api.limits`.
+Names, types and ranges are settled here; what depends on the model is checked in `server.api.running`.
 `server.api.openai.schemas` adds the OpenAI shapes.
 """
 
@@ -39,7 +39,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 MAX_LOGPROBS = 20
 MODELS_OWN = "Without it the model's own default, which /v1/models tells."
 DEFAULT_MAX_TOKENS = 256
-"""Of /generate, where none are asked for."""
+"""The max_tokens of /generate, where a request does not say."""
 ALL_THAT_FIT = "-1: all that fit."
 
 SYNONYMS: Mapping[str, str] = {
@@ -201,7 +201,7 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
                 Prompt(
                     given=self.prompt,
                     add_special_tokens=self.add_special_tokens,
-                    documents=self.wanted_documents(),
+                    documents=self.wanted_documents() if self.asks_for(DocumentFields) else None,
                 )
             ],
             sampling=self.sampling(default_max_tokens=DEFAULT_MAX_TOKENS),
@@ -211,7 +211,7 @@ class GenerateRequest(SamplingFields, GenerateConstraints, DocumentFields):
                 report_progress=self.stream and self.return_progress,
             ),
             model=self.model,
-            constraint=self.wanted_grammar(),
+            constraint=self.wanted_grammar() if self.asks_for(GenerateConstraints) else None,
             **self.shared(),
         )
 

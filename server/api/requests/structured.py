@@ -104,7 +104,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
     "regex": ("value", "pattern"),
     "grammar": ("grammar", "value"),
 }
-"""Of `response_format`: each type, and what goes with it."""
+"""The types of `response_format`, each with the fields that go with it."""
 
 
 class ResponseFormat(RequestBody):
@@ -298,10 +298,8 @@ def only_one(found: list[GrammarText | None]) -> GrammarText | None:
     return given[0] if given else None
 
 
-async def compiled(service: Service, wanted: GrammarText | None) -> CompiledGrammar | None:
+async def compiled(service: Service, wanted: GrammarText) -> CompiledGrammar:
     """The grammar, new or from an earlier request. InvalidRequest says why it cannot be compiled."""
-    if wanted is None:
-        return None
     hold = current_hold()
     tenant = hold.tenant if service.settings.prefix_sharing == "key" else ""
     return await service.grammars.compile(wanted, tenant, hold.line)

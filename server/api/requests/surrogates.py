@@ -9,7 +9,7 @@ from typing import Any
 
 from prerope.server.errors import InvalidRequest
 
-ESCAPED = re.compile(rb"\\u[dD][89a-fA-F]")
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 """No body without it has any: raw bytes of surrogates are not valid UTF-8."""
 
 MAX_PATH_CHARS = 100
@@ -18,9 +18,9 @@ Step = str | int
 """A key or an index."""
 
 
-def refuse_surrogates(raw: bytes, value: Any) -> None:
+def refuse_surrogates(value: Any) -> None:
     """InvalidRequest, by the place in the body, for text that is not valid Unicode: a key or a value, however deep."""
-    if ESCAPED.search(raw) is None or _is_unicode(value):
+    if _is_unicode(value):
         return
     for steps, text, of_key in _texts(value):
         try:

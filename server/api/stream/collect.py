@@ -1,4 +1,4 @@
-"""Reading several generations at once: to their end, or piece by piece as they come.
+"""Work for a client as long as it is there; above all reading several generations, to their end or piece by piece.
 
 Whoever reads closes: when a reader ends for any reason (done, refused, the client gone) nothing is left running.
 """
@@ -6,20 +6,41 @@ Whoever reads closes: when a reader ends for any reason (done, refused, the clie
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
-from prerope.server.api.connected import client_gone
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.errors import ClientGone
 
 MAX_AHEAD = 64
 """Pieces that generations may be ahead of a slow client."""
 
+T = TypeVar("T")
 _Item = tuple[int, Piece | Exception | None]
 """What a generation has for the queue; None is its end."""
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; ClientGone, and the work is cancelled, when the client leaves. The body must be read."""
+    gone = asyncio.create_task(client_gone(request))
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client closed the connection before the reply was complete")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(gone, task, return_exceptions=True)
+
+
+async def client_gone(request: Request) -> None:
+    """Returns once the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def read_all(request: Request, generations: Sequence[Generation]) -> list[Reply]:

@@ -36,7 +36,7 @@ class Many:
 
     @classmethod
     def ids(cls, token_ids: Sequence[int]) -> Many:
-        """Of token ids, a thousand of which are printed in the time of one log-probability."""
+        """A list of token ids, a thousand of which are printed in the time of one log-probability."""
         return cls(token_ids, len(token_ids), at_once=4096)
 
     def __add__(self, other: Many) -> Many:
@@ -44,7 +44,7 @@ class Many:
 
 
 async def printed(value: Any) -> str:
-    """As `starlette.responses.JSONResponse` prints."""
+    """The value as JSON, byte for byte as `starlette.responses.JSONResponse` writes it."""
     mark, found = secrets.token_hex(16), list[Many | Verbatim]()
 
     def kept_for_later(inner: object) -> Any:

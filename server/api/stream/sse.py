@@ -73,7 +73,7 @@ def _error_frame(error: RequestError) -> bytes:
 
 
 def _encoded(text: str) -> bytes:
-    """As one line for every reader: many split text at the line ends of Unicode, too, which JSON leaves as they are."""
+    """JSON as bytes of one line: many clients split lines at Unicode's line ends too, which JSON does not escape."""
     for end in LINE_ENDS:
         text = text.replace(end, f"\\u{ord(end):04x}")
     return text.encode()

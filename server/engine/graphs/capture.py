@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Replay = Callable[[], Tensor]
-"""Of something captured: its result is computed again from what its tensors hold now."""
+"""Replays a captured computation: its result is computed again from what its input tensors hold now."""
 
 
 class Capture:

@@ -51,7 +51,7 @@ def buckets(max_rows: int) -> list[int]:
 def capture_graphs(
     model: Model, storage: KVStorage, config: EngineConfig, info: ModelInfo, report: Callable[[str], None]
 ) -> DecodeGraphs | str:
-    """Of a deployment's decode steps; why there are none, where they are not wanted or cannot be captured."""
+    """The CUDA graphs of a deployment's decode steps, or the reason why there are none."""
     if not config.cuda_graphs:
         return "CUDA_GRAPHS is false"
     if model.states:

@@ -31,10 +31,10 @@ CPU_SHARE, CPU_LIMIT = 0.4, 4 * 2**30
 """On a CPU, others live on the machine too: this share of what is free, and never more than this many bytes."""
 
 CONTEXT_BYTES = 512 * 2**20
-"""Of a GPU: what the driver keeps for a process beside torch's own allocations, kernels included."""
+"""GPU memory that the driver keeps for a process beside torch's own allocations, kernels included."""
 
 MARGIN_BYTES, MARGIN_SHARE = 512 * 2**20, 0.02
-"""Of a GPU: for CUDA graphs, and for what lies between allocations; bytes, and a share of the whole memory."""
+"""GPU memory left free for CUDA graphs and for gaps between allocations: bytes, and a share of the whole memory."""
 
 WARM_UP_BLOCKS = 4
 
@@ -57,7 +57,7 @@ class CacheSize:
 
     @property
     def total_bytes(self) -> int:
-        """Of keys, values and states."""
+        """The bytes of all keys, values and states."""
         return self.num_bytes + self.state_bytes
 
 
@@ -114,7 +114,7 @@ def size_cache(
 
 
 def _checked(model: Model, config: EngineConfig, wanted: int, available: int) -> CacheSize:
-    """Of so many bytes; ConfigurationError where they hold too little."""
+    """The size of a cache of so many bytes; ConfigurationError where they hold too little."""
     size = _blocks(model, config, wanted, available)
     one_block = _block_bytes(model, config)
     if size.num_blocks < 1:
@@ -193,7 +193,7 @@ def _peak(model: Model, config: EngineConfig, length: int, memory: DeviceMemory,
 
 
 def _blocks(model: Model, config: EngineConfig, wanted: int, available: int) -> CacheSize:
-    """As many as fit, and no more than every sequence at full length would use; at most `wanted` tokens long."""
+    """As many blocks as fit, but no more than all sequences at full length use; `wanted`: the most tokens of one."""
     one_block = _block_bytes(model, config)
     most = config.max_num_seqs * -(-wanted // config.block_size)
     num_states, state_bytes = _states(model, config, available)
@@ -270,7 +270,7 @@ def _method_length(model: Model, config: EngineConfig) -> int:
 
 
 def _size_on_host(model: Model, config: EngineConfig, wanted: int, report: Report) -> CacheSize:
-    """Of what is free for this process; a cache that was asked for and is more than that would end it later."""
+    """The size of a cache in memory that is free for this process; one that was asked for and is larger is refused."""
     free = free_memory()
     share = min(int(free.amount * CPU_SHARE), CPU_LIMIT) // model.raw.ranks.size  # they live on one machine
     size = _checked(model, config, wanted, config.kv_cache_memory or share)

@@ -37,7 +37,7 @@ from prerope.server.models.model import Model
 from torch import Tensor
 
 NUM_ALTERNATIVES = 20
-"""Beside each scored token."""
+"""The most alternatives beside each scored token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def allowed_positions(model: Model, config: EngineConfig, length: int) -> list[M
 
 
 def _hungriest(allowed: list[ModelPositions], start: int, stop: int) -> tuple[ModelPositions, ModelPositions]:
-    """Those that turn most keys for the rows [start, stop), and those that read keys in most parts."""
+    """The positions that rotate most keys for the rows [start, stop), and those that read keys in most parts."""
 
     def of_all(measure: Callable[[PositionMethod, int, int], int]) -> ModelPositions:
         return max(allowed, key=lambda one: max(measure(method, start, stop) for method in one.methods.values()))

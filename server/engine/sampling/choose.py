@@ -25,7 +25,7 @@ class Arrival:
         self._host, self._whole = bring_back(tokens)
 
     def wait(self) -> list[int]:
-        """Until they are here, and all that was launched before them has run."""
+        """The ids, once they are here: all that was launched before them has run by then."""
         self._whole()
         ids: list[int] = self._host.tolist()
         return ids

@@ -120,7 +120,7 @@ def _candidates(scaled: Tensor, sampling: SamplingParams) -> tuple[Tensor | None
 
 
 def logprobs(rows: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprobs]:
-    """Of logits [N, V] fp32 and one token a row, with the `num_top` best alternatives."""
+    """The log-probability of one token a row under logits [N, V] fp32, with the `num_top` best alternatives."""
     log_normaliser = rows.logsumexp(-1, keepdim=True)
     chosen = rows.gather(-1, torch.tensor(token_ids, device=rows.device)[:, None]) - log_normaliser
     if num_top == 0:

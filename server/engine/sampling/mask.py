@@ -31,7 +31,7 @@ MASK_WAIT_S = 0.005
 """How long a step waits for masks, all of its rows together; rows that are late stay out of the step."""
 
 IDLE_WAIT_S = 0.05
-"""The same where nothing else can run. Commands wait so long, too."""
+"""How long a step waits for masks where no other row can run. Commands to the engine wait so long, too."""
 
 
 class Matcher(Protocol):

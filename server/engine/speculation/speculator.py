@@ -7,30 +7,31 @@ whether or not anything is drafted, so drafts that do not pay are left off, and 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from prerope.server.engine.speculation.history import History
-from prerope.server.engine.speculation.step_times import StepTimes
 
 if TYPE_CHECKING:
     from prerope.server.engine.sequence import Sequence
 
 MAX_DRAFTS = 31
-"""Of one sequence in one step."""
+"""The most drafts of one sequence in one step."""
 MAX_ROWS = 64
 """Drafts are added up to so many rows of a step, or as many as there may be sequences."""
 LEAST_CHANCE = 0.02
 LEAST_GAIN = 1.03
 """Steps with drafts must be expected to be so much faster, since what is expected is a guess."""
 
-
 KINDS = 8
 """A common past of 3, 4 to 7, 8 to 15, … tokens; kinds below are not used."""
 FIRST_GUESS = (0.0, 0.0, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9)
-"""By kind, until something has been counted."""
+"""The chance that a draft comes true, by kind, until enough drafts have been counted."""
 ALIKE = 4.0
 """Tries of its own after which a sequence counts for as much as all others together."""
 KEPT, KEPT_OF_ALL = 0.95, 0.998
@@ -62,7 +63,7 @@ class Acceptance:
             self._of_all.count(common, hit=hit)
 
     def chance(self, common: int) -> float:
-        """That the next expected token comes true."""
+        """The probability that the next expected token comes true."""
         kind = kind_of(common)
         guess = FIRST_GUESS[kind] if self._of_all is None else self._of_all.chance(common)
         return (self._hits[kind] + ALIKE * guess) / (self._tries[kind] + ALIKE)
@@ -76,7 +77,7 @@ class Drafter:
         self.acceptance = Acceptance(of_all)
 
     def follow(self, num_known: int) -> None:
-        """Up to the tokens that are known by now."""
+        """Take in the sequence's tokens up to number `num_known`, counting which of them were expected."""
         history = self.history
         if not history.num_known:
             history.read(num_known)
@@ -88,8 +89,76 @@ class Drafter:
                 self.acceptance.count(common, hit=hit)
 
     def chance(self, number: int) -> float:
-        """That draft `number` comes true where those before it have."""
+        """The probability that draft `number` comes true, given that the drafts before it have."""
         return self.acceptance.chance(self.history.common + number)
+
+
+MEASURED = 5
+"""Measurements of a number of rows; their median counts, since a step may be late by chance."""
+STALE = 1024
+"""Steps after which a number of rows that no step had is forgotten."""
+PER_ROW = 0.03
+"""What one more row is guessed to cost, as a share of a step of one row."""
+EXACT = 32
+"""Up to so many rows each number is for itself; above, numbers within an eighth are one."""
+
+
+def _bucket(rows: int) -> int:
+    if rows <= EXACT:
+        return rows
+    unit = 1 << (rows.bit_length() - 4)
+    return max(EXACT + 1, rows // unit * unit)
+
+
+@dataclass(slots=True)
+class _Measured:
+    last: deque[float] = field(default_factory=lambda: deque(maxlen=MEASURED))
+    seconds: float = 0.0  # their median
+    last_step: int = 0
+
+    def add(self, seconds: float, step: int) -> None:
+        self.last.append(seconds)
+        self.last_step = step
+        self.seconds = sorted(self.last)[(len(self.last) - 1) // 2]
+
+
+class StepTimes:
+    """How long a step of so many rows takes, learned from the steps that run.
+
+    Steps of few rows are all measured. A number of rows that has not been seen lately is taken for what lies between
+    its neighbours, and beyond them for a little dearer than the last, so that it is tried where it might pay. More rows
+    take no less time: where measurements say so, they were late or early by chance, and what is between counts.
+    Otherwise the luckiest number of rows would be chosen.
+    """
+
+    def __init__(self) -> None:
+        self._by_rows: dict[int, _Measured] = {}
+        self._num_steps = 0
+        self._curve: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+
+    def add(self, rows: int, seconds: float) -> None:
+        """A step is over."""
+        self._num_steps += 1
+        self._by_rows.setdefault(_bucket(rows), _Measured()).add(seconds, self._num_steps)
+        self._curve = None
+        if self._num_steps % STALE == 0:
+            old = self._num_steps - STALE
+            self._by_rows = {rows: one for rows, one in self._by_rows.items() if one.last_step > old}
+
+    def of(self, first: int, count: int) -> NDArray[np.float64] | None:
+        """Seconds of steps of `first`, `first` + 1, … rows, `count` in all; None where nothing has been measured."""
+        if not self._by_rows:
+            return None
+        if self._curve is None:
+            known = sorted(self._by_rows)
+            measured = np.array([self._by_rows[n].seconds for n in known])
+            above, below = np.maximum.accumulate(measured), np.minimum.accumulate(measured[::-1])[::-1]
+            self._curve = np.array(known, dtype=np.float64), (above + below) / 2
+        rows, seconds = self._curve
+        asked = np.arange(first, first + count)
+        beyond = np.maximum(asked - rows[-1], 0.0) * PER_ROW * seconds[-1] / (1 + PER_ROW * (rows[-1] - 1))
+        found: NDArray[np.float64] = np.interp(asked, rows, seconds) + beyond
+        return found
 
 
 class Speculator:

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from prerope.cache.cpu.arithmetic import multiplies_pairs
-from prerope.cache.kernels.build import kernels, library
+from prerope.cache.kernels.build import kernels, library, multiplies_pairs
 from prerope.server.models.cpu.linear import fast_linears
 from prerope.server.models.modules import Kernels
 from prerope.server.models.quantized.int8 import int8_rows, is_quantized
@@ -61,7 +60,7 @@ def can_multiply(linear: nn.Module) -> bool:
 
 
 def few_rows(weight: Tensor) -> int:
-    """Up to how many rows a product with this weight streams it."""
+    """The most rows for which a product with this weight streams it."""
     return FEW_ROWS_IN_PAIRS if _kind(weight) == DOTS else FEW_ROWS
 
 

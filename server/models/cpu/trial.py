@@ -1,7 +1,7 @@
 """Whether this processor multiplies bf16 in pairs or widened, found by timing both, and kept beside the built kernels.
 
 On some processors the dot products of pairs run at twice the rate of fp32, on others at half of it. A deployment keeps
-to one of the two for all rows (`cache.cpu.arithmetic`), so what counts is both: a chunk of many rows, and single rows.
+to one of the two for all rows (`cache.kernels.build`), so what counts is both: a chunk of many rows, and single rows.
 What it is about is a core, so one thread is timed, by its CPU time: a machine that is busy at the start chooses alike.
 """
 
@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from prerope.cache.cpu.arithmetic import can_multiply_pairs, multiply_pairs
-from prerope.cache.kernels.build import library_path
+from prerope.cache.kernels.build import can_multiply_pairs, library_path, multiply_pairs
 from prerope.server.models.cpu.products import Products
 from torch import nn
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from prerope.cache.cpu.arithmetic import multiplies_pairs
-from prerope.cache.kernels.build import library
+from prerope.cache.kernels.build import library, multiplies_pairs
 from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.cpu.products import (
     FEW_ROWS,

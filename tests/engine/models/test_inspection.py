@@ -108,7 +108,7 @@ def test_the_probe_names_the_layer(
 ) -> None:
     model = Model(tiny(family))
     sabotage = Sabotage(layer, **change)
-    monkeypatch.setattr(model_module, "attention_on", lambda _: sabotage)
+    monkeypatch.setattr(model, "attention", sabotage)
     with pytest.raises(ConfigurationError, match=rf"{family}.*layer model\.layers\.{layer}\.self_attn"):
         probe(model)
 
@@ -117,7 +117,7 @@ def test_the_probe_catches_a_soft_cap_that_is_left_out(monkeypatch: pytest.Monke
     model = Model(tiny("gemma2", sharpness=4.0, attn_logit_softcapping=2.0))
     assert probe(model) < 1e-4
     sabotage = Sabotage(3, softcap=None)
-    monkeypatch.setattr(model_module, "attention_on", lambda _: sabotage)
+    monkeypatch.setattr(model, "attention", sabotage)
     with pytest.raises(ConfigurationError, match=r"gemma2.*layer model\.layers\.3\.self_attn"):
         probe(model)
 
@@ -133,7 +133,7 @@ def test_the_probe_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
         return (sabotage if single else paged_attention)(query, keys, values, metadata, options)
 
     model = Model(tiny("llama"))
-    monkeypatch.setattr(model_module, "attention_on", lambda _: attend)
+    monkeypatch.setattr(model, "attention", attend)
     with pytest.raises(ConfigurationError, match=r"llama.*layer model\.layers\.2\.self_attn"):
         probe(model)
 
@@ -148,7 +148,7 @@ def test_the_probe_has_the_cache_s_served_dtype(monkeypatch: pytest.MonkeyPatch)
         return (sabotage if keys.dtype == torch.float16 else paged_attention)(query, keys, values, metadata, options)
 
     model = Model(tiny("llama"))
-    monkeypatch.setattr(model_module, "attention_on", lambda _: attend)
+    monkeypatch.setattr(model, "attention", attend)
     probe(model)
     with pytest.raises(ConfigurationError, match=r"layer model\.layers\.1\.self_attn"):
         probe(model, torch.float16)

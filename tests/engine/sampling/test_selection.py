@@ -17,7 +17,6 @@ from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.selection import check_deployment
 from prerope.server.errors import ConfigurationError, InvalidRequest
-from prerope.server.models import model as models
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.model import Model
 from torch import Tensor
@@ -61,7 +60,7 @@ def expected(model: Model, tokens: list[int], num_prompt: int, *, select: bool =
     output = Chunk(tokens[num_prompt:], num_prompt, range(200), positions, len(tokens) - num_prompt, selects_from=start)
     found = [model.forward(build_batch([prompt], BLOCK, model.device), storage)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "attention_on", lambda _: reference_attention)
+        patch.setattr(model, "attention", reference_attention)
         found.append(model.forward(build_batch([output], BLOCK, model.device), storage))
     return torch.cat(found)[:-1].log_softmax(-1)
 

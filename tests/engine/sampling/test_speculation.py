@@ -25,8 +25,7 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import verification
 from prerope.server.engine.speculation.history import GRAM, MAX_COMMON, History
-from prerope.server.engine.speculation.speculator import Speculator
-from prerope.server.engine.speculation.step_times import StepTimes
+from prerope.server.engine.speculation.speculator import Speculator, StepTimes
 from prerope.server.engine.speculation.verification import Verification
 from prerope.server.models.model import Model
 

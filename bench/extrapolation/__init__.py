@@ -1,1 +1,0 @@
-"""Do Su's extrapolation tables hold for small models trained from scratch?"""
