@@ -45,7 +45,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What in a sealed folder is not as it was sealed; None: nothing."""
+    """What in a sealed folder differs from its list, in words; None where nothing does."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

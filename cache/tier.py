@@ -102,7 +102,7 @@ class BlockTier:
             thread.join(timeout=30)
 
     def holds(self, block_hash: bytes) -> bool:
-        """Whether a fetch is likely to find it."""
+        """Whether a fetch of this block is likely to find it."""
         return block_hash in self._memory or block_hash in self._known
 
     # --- out ---

@@ -35,7 +35,7 @@ class BlockTable(list[int]):
         return self._array[:count]
 
     def cut(self, count: int) -> list[int]:
-        """Take out those after the first `count`. Whoever was given them must be done."""
+        """Remove and return the blocks after the first `count`. No step may still use them."""
         rest = self[count:]
         del self[count:]
         self._num_copied = min(self._num_copied, count)

@@ -42,7 +42,7 @@ class BlockPool:
         return blocks
 
     def find(self, block_hash: bytes) -> int | None:
-        """The block with this content, held or free; it is not taken."""
+        """The block with this content, held or free, or None. The caller does not hold it by asking."""
         return self._block_of.get(block_hash)
 
     def is_free(self, block: int) -> bool:
@@ -66,7 +66,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)  # nothing to lose: reuse it first
 
     def remember(self, block: int, block_hash: bytes) -> bool:
-        """The block, held and full, has this content from now on; False: an equal one is known, and stays so."""
+        """Make a held, full block findable by its content's hash; False where another block is known for it already."""
         assert self._ref_counts[block] > 0
         if self._hash_of[block] is not None or block_hash in self._block_of:
             return False
@@ -75,7 +75,7 @@ class BlockPool:
         return True
 
     def drop(self, block_hash: bytes) -> None:
-        """Nobody is to find this content any more, unless somebody holds it."""
+        """Forget the hash of this content, unless a sequence holds the block."""
         block = self._block_of.get(block_hash)
         if block is not None and self.is_free(block):
             self._forget(block)

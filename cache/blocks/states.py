@@ -37,7 +37,7 @@ class StateRows(NamedTuple):
 
 @dataclass(slots=True)
 class SequenceState:
-    """What one sequence holds.
+    """The slots that one sequence holds.
 
     Attributes:
         slot: its own.
@@ -99,7 +99,7 @@ class StateCache:
         return StateRows(source, state.slot, tuple(kept))
 
     def rows_given(self, states: Sequence[SequenceState]) -> None:
-        """All rows of a step are known: from the next one on, these sequences read their own slots."""
+        """End the planning of a step: from the next step on, these sequences read their own slots."""
         for state in states:
             state.started = True
             if state.source is not None:

@@ -50,7 +50,7 @@ def _is_native(query: Tensor, keys: Tensor, values: Tensor, metadata: AttentionM
 
 
 def _chunks(metadata: AttentionMetadata, options: AttentionOptions, few: tuple[int, ...]) -> list[list[SequenceRows]]:
-    """Chunks of the same sequence that follow one another in the step, together. few: first rows that are left out."""
+    """Chunks in groups of neighbours that continue the same sequence. few: first rows of chunks to leave out."""
     key = ("chunks", few)
     if key not in metadata.plans:
         sequences = split(metadata.sequences, options)
@@ -71,7 +71,7 @@ def _together(sequences: Sequence[SequenceRows]) -> list[list[SequenceRows]]:
 
 
 def _goes_on(chunk: SequenceRows, after: SequenceRows) -> bool:
-    """Whether both are of one sequence, which the second reads further."""
+    """Whether the second chunk continues the first, in the same sequence."""
     return chunk.same_sequence(after) and chunk.length <= after.start
 
 

@@ -164,7 +164,7 @@ def _runs(method: PositionMethod | None, chunk: SequenceRows, row: int) -> list[
 
 
 def _passes(runs: Sequence[_Run], reach: int) -> list[_Pass]:
-    """Their reads are ordered by run. A row meets its parts in their order, those of one map span by span."""
+    """Passes over the keys, reads ordered by run. A row reads its parts in order, those of one map span by span."""
     passes: list[_Pass] = []
     for run, (first, stop, start, reading) in enumerate(runs):
         before, last, least = None, -1, 0

@@ -168,7 +168,7 @@ def _kernel_map(angles: AngleMap) -> _KernelMap:
 
 
 _turns: WeakValueDictionary[Hashable, KeyTurns] = WeakValueDictionary()
-"""By what keys are turned by: maps that share a frequency vector share what is kept of it. Held by their readings."""
+"""Tables of cos and sin by angle map: maps that share a frequency vector share one. Readings keep them alive."""
 
 
 def _turns_of(angles: AngleMap, decay: Tensor | None) -> KeyTurns:
@@ -188,13 +188,13 @@ class Readings:
         self._kept: OrderedDict[int, KernelReading] = OrderedDict()
 
     def of(self, method: PositionMethod | None, position: int) -> KernelReading:
-        """That of the row at this position; it covers its keys."""
+        """The reading of the row at this position, with tables for all keys up to the row."""
         if method is None:
             return NO_POSITIONS
         return self.kept(method.reading_of(position), method.rotary.dim, position + 1)
 
     def kept(self, reading: Reading, rotary_dim: int, length: int) -> KernelReading:
-        """For rows up to length − 1."""
+        """The kernel's form of a reading, with tables for rows up to length − 1."""
         found = self._kept.get(id(reading))
         if found is None:
             found = self._kept[id(reading)] = KernelReading(reading, rotary_dim)
@@ -206,7 +206,7 @@ class Readings:
 
     @property
     def num_bytes(self) -> int:
-        """Also for another thread to ask."""
+        """The bytes of all tables. May be called by any thread."""
         maps = {id(turns): turns for kept in list(self._kept.values()) for turns in kept.turns}
         return sum(turns.num_bytes for turns in maps.values())
 

@@ -209,7 +209,7 @@ def plan_rows(metadata: AttentionMetadata, key: PlanKey, device: torch.device) -
 def reserve_tables(
     keys: Iterable[PlanKey], allowed: Sequence[ModelPositions], readings: int, length: int, device: torch.device
 ) -> None:
-    """Room in the tables for what a step turns by, so that the tensors stay, and with them the graphs that read them.
+    """Make room in the tables for all angles of a step, so that their tensors stay, and with them the graphs.
 
     allowed: methods that requests may have. readings: of one step, were each row of it read in a way of its own: by
     the method that has most maps, or by any that has the same for all rows. length: tokens of the longest sequence.

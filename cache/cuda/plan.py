@@ -121,7 +121,7 @@ class Tables:
 
     @property
     def versions(self) -> tuple[int, int]:
-        """They change when the tensors are made anew: whoever holds old ones has to look again."""
+        """The versions of the tables. They change when tensors are made anew; slots looked up before are then void."""
         return self.keys.version, self.queries.version
 
 
@@ -137,7 +137,7 @@ def tables_of(device: torch.device, rotary_dim: int, tile: int) -> Tables:
 
 
 def table_bytes() -> int:
-    """What all of them take, on all devices. For any thread."""
+    """Bytes of the tables of keys' angles on all devices. May be called by any thread."""
     return sum(tables.keys.num_bytes for tables in list(_TABLES.values()))
 
 
@@ -158,7 +158,7 @@ def block_tables(metadata: AttentionMetadata) -> Ints:
 
 
 def step_of(metadata: AttentionMetadata) -> object:
-    """Stands for one step in `Slots.find`."""
+    """The identity of one step, by which `Slots.find` knows what belongs together."""
     return metadata.plans.setdefault("cuda step", object())
 
 

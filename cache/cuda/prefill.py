@@ -128,7 +128,7 @@ class _Builder:
 
     @staticmethod
     def _with(spans: Spans, reads: Sequence[_Read]) -> Spans:
-        """These spans, and longer or more of them for what is read."""
+        """The spans to rotate: these, lengthened or added to until they hold what is read."""
         spans = dict(spans)
         for read in reads:
             if read.span is None:
@@ -284,7 +284,7 @@ def _passes(tile_stops: Sequence[int], sizes: Sequence[tuple[int, int, int]]) ->
 
 
 def _turns(builder: _Builder, queries: QueryAngles, step: object, device: torch.device) -> Tensor:
-    """[n, 2, D/2]: all query rows of all parts, in one go on the device."""
+    """cos and sin [n, 2, D/2] for all query rows of all parts, computed at once on the device."""
     reads = [read for _, read in builder.reads if isinstance(read, _Read)]
     slots = queries.find([read.part.query for read in reads], step)
     counts = [read.run.stop - read.run.first for read in reads]

@@ -42,7 +42,7 @@ class Slots(Generic[Held]):
         self.version = 0  # of the tensors
 
     def reserve(self, count: int) -> None:
-        """Room for so many at once. Tensors that are too small are made anew, and all slots with them."""
+        """Make room for `count` at once. Tensors that are too small are made anew, and all slots filled anew."""
         if count > self._capacity:
             self._capacity = max(8, count)
             self.clear()
@@ -99,7 +99,7 @@ class KeyTables:
         return self._slots.find(wanted, step)
 
     def reserve(self, count: int, length: int) -> None:
-        """Room for so many maps at once, of so many keys."""
+        """Make room for `count` maps at once, of `length` keys each."""
         rows = -(-length // self._tile)
         if rows > self._rows:
             self._rows = 1 << (rows - 1).bit_length()

@@ -53,7 +53,7 @@ class DocumentReader(Sequence):
 
     @property
     def first_row(self) -> int:
-        """The row that reads the document's first token."""
+        """The reader's row that reads the document's first token: the prefix's length."""
         return self.parent.request.documents[0].start
 
     def row_of(self, position: int) -> int:

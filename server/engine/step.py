@@ -71,7 +71,7 @@ class Scheduled(NamedTuple):
         return self._replace(start=self.stop + number, num_new_tokens=1, num_logits=1, samples=True, drafts=())
 
     def with_drafts(self, block_size: int) -> Chunk:
-        """Its token and its drafts as one chunk."""
+        """The sequence's token and its drafts as one chunk."""
         own, last = self.chunk(block_size), self.stop + len(self.drafts)
         return replace(
             own,
@@ -81,7 +81,7 @@ class Scheduled(NamedTuple):
         )
 
     def one_by_one(self, block_size: int) -> list[Chunk]:
-        """Its token and its drafts as single rows, as if each came alone."""
+        """The sequence's token and its drafts as single rows, as if each came alone."""
         own = self.chunk(block_size)
         behind = [
             replace(
@@ -98,7 +98,7 @@ class Scheduled(NamedTuple):
         return [own, *behind]
 
     def chunk(self, block_size: int) -> Chunk:
-        """What the model's forward is given of it, without its drafts."""
+        """The chunk that the model's forward is given, without drafts."""
         sequence, stop = self.sequence, self.start + self.num_new_tokens
         pending = sequence.num_pending > 0 and stop == len(sequence.token_ids)
         return Chunk(
@@ -198,7 +198,7 @@ def finish_launch(
 
 
 def _move_on(scheduled: list[Scheduled], sampled: list[Sequence]) -> None:
-    """Each sequence to where the step leaves it, its token still to come."""
+    """Advance each sequence to where the step leaves it; the sampled token is still to come."""
     for one in scheduled:
         one.sequence.num_computed_tokens = one.stop
     for place, sequence in enumerate(sampled):

@@ -22,7 +22,7 @@ from prerope.server.models.model import Model
 from torch import Tensor, nn
 
 BLOCKS_A_STEP = 64
-"""Taken in before a step at most, so that reading a long prompt's blocks stops nobody."""
+"""The most blocks that are taken in before a step, so that reading a long prompt's blocks stops nobody."""
 WAIT_S = 0.002
 """How long a step waits for a tier, where it has nothing else to do."""
 SAMPLES = 4096

@@ -1,8 +1,8 @@
 """Tasks in killable processes, for an event loop: `await workers.run(task, …)`.
 
 Nothing waits for ever. A task that passes its limits, or crashes its process, is an error with words; one whose
-process was ended by somebody else is begun again, once; one that nobody waits for any more is killed at once. In each
-lane so many run at a time, and whose tasks they are takes turns (`server.workers.turns`). The processes come from one
+process was ended by somebody else is begun again, once; one that nobody waits for any more is killed at once. Each lane
+runs so many tasks at a time, and is fair to those whose tasks wait (`server.workers.fair`). The processes come from one
 zygote (`server.workers.zygote`), which starts when it is first needed or by `start`, is started again when it has died,
 and keeps a child in waiting, since a fork takes milliseconds.
 """
@@ -24,8 +24,8 @@ from typing import Any
 
 import structlog
 from prerope.server.errors import EngineUnavailable, InvalidRequest
+from prerope.server.workers.fair import FairSemaphore
 from prerope.server.workers.messages import EXIT, HEADER, Limits, Order, Outcome, Task, Unborn, pack, pieces
-from prerope.server.workers.turns import Turns
 
 log = structlog.get_logger(__name__)
 
@@ -168,7 +168,7 @@ class Workers:
         """world: called on a thread when a zygote starts; its `prepare()` is called there, its tasks get it."""
         self._world = world
         self.lanes = {lane.name: lane for lane in lanes}
-        self._turns = {lane.name: Turns(lane.at_once) for lane in lanes}
+        self._places = {lane.name: FairSemaphore(lane.at_once) for lane in lanes}
         self._zygote: _Zygote | None = None
         self._starting = asyncio.Lock()
         self._forking: asyncio.Task[None] | None = None
@@ -186,7 +186,7 @@ class Workers:
         line: whose task it is.
         """
         kind = self.lanes[lane]
-        async with self._turns[lane].turn(line):
+        async with self._places[lane].place(line):
             self.num_run += 1
             reason = ""
             for _ in range(ATTEMPTS):

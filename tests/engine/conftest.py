@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.cpu.build import prepare
+from prerope.server.models.model import Model
 
 from tests.device import DEVICE
+from tests.engine.tiny_models import tiny
 
 OF_THE_CPU = {"test_cpu_kernels", "test_cpu_stack", "test_quantization"}
 OF_FAKE_TENSORS = {"test_cuda_step", "test_capture"}
@@ -25,3 +27,9 @@ def device(request: pytest.FixtureRequest) -> None:
 def decode_kernel() -> str:
     """How preparing the kernel went. It is kept where servers keep theirs, so it is built once for all processes."""
     return prepare(default_cache_dir())
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """A Llama trained at 64 positions; modules that want another model have a fixture of the same name."""
+    return Model(tiny("llama", max_position_embeddings=64))

@@ -27,15 +27,9 @@ from tests.engine.tiny_models import (
     prompt_of,
     request,
     run,
-    tiny,
     tiny_engine,
     tokens_of,
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(tiny("llama", max_position_embeddings=64))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.models.model import Model
 
-from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine, tokens_of
+from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny_engine, tokens_of
 
 METHODS = ("model", "rerope", "leaky_rerope", "dynamic_ntk", "dynamic_leaky", "dynamic_yarn")
 
@@ -61,11 +61,6 @@ class Storm:
             self.aborted.add(name)
         if self.random.random() < 0.1 and scheduler.running:
             scheduler.preempt(self.random.choice(list(scheduler.running.values())))
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(tiny("llama", max_position_embeddings=64))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

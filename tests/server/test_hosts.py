@@ -6,7 +6,6 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,6 @@ FOREIGN = (
 @pytest.fixture(scope="module")
 def url(serve_module: Any, tiny_checkpoint: Path) -> str:
     return str(serve_module(model_id=str(tiny_checkpoint), metrics_key="m1, m2"))
-
-
-@pytest.fixture(scope="module")
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=30) as client:
-        yield client
 
 
 @pytest.mark.parametrize("port", ["", ":8000"])

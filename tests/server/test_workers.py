@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 from prerope.server.errors import EngineUnavailable, InvalidRequest
+from prerope.server.workers.fair import FairSemaphore
 from prerope.server.workers.messages import Limits
 from prerope.server.workers.pool import Lane, Workers
-from prerope.server.workers.turns import Turns
 
 LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20, nice=0), doing="testing")
 
@@ -155,10 +155,10 @@ def test_what_cannot_be_sent_is_not_done_again() -> None:
 
 def test_one_line_cannot_fill_a_lane_and_others_come_in_turn() -> None:
     async def main() -> None:
-        turns, let_in, leave = Turns(2), list[str](), dict[str, asyncio.Event]()
+        places, let_in, leave = FairSemaphore(2), list[str](), dict[str, asyncio.Event]()
 
         async def one(name: str) -> None:
-            async with turns.turn(name[0]):
+            async with places.place(name[0]):
                 let_in.append(name)
                 await leave.setdefault(name, asyncio.Event()).wait()
 
@@ -174,8 +174,8 @@ def test_one_line_cannot_fill_a_lane_and_others_come_in_turn() -> None:
                 await asyncio.sleep(0)
         await asyncio.gather(*tasks.values(), return_exceptions=True)
         assert let_in == ["a1", "b1", "b2", "a3", "c1"]
-        assert turns.num_waiting == 0
-        async with turns.turn("a"), turns.turn("b"):
+        assert places.num_waiting == 0
+        async with places.place("a"), places.place("b"):
             pass
 
     asyncio.run(main())

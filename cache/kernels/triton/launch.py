@@ -46,7 +46,7 @@ class Config:
 
 
 def constants(query, keys, values, plan, options, config):
-    """Everything that kernels are compiled for; each takes what it names."""
+    """All constants that kernels are compiled for; each kernel takes those that it has parameters for."""
     kv_heads, dim, value_dim = keys.shape[2], keys.shape[3], values.shape[3]
     dtype = torch.float32 if interpreted() else keys.dtype
     return {
@@ -76,7 +76,7 @@ def constants(query, keys, values, plan, options, config):
 
 
 def launch(kernel, grid, arguments, constants, num_warps=4):
-    """With those of the arguments and constants that the kernel has parameters for."""
+    """Launch the kernel with those of the arguments and constants that it has parameters for."""
     everything = arguments | constants
     kernel[grid](**{name: everything[name] for name in kernel.arg_names}, num_warps=num_warps)
 

@@ -266,7 +266,7 @@ class ChatRequest(OpenAIFields, ToolFields, ThinkingFields, ChatDocumentFields):
                 separate_reasoning=self.separates_thoughts,
                 documents=self.documents,
                 reading=self.document_reading(),
-                template_kwargs=self.told_of_thinking() | self.chat_template_kwargs,
+                template_kwargs=self.thinking_kwargs() | self.chat_template_kwargs,
             ),
             sampling=self.sampling(max_tokens=max_tokens),
             output=self.output(logprobs=self.num_logprobs, prompt_logprobs=self.prompt_logprobs),

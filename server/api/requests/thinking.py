@@ -48,7 +48,7 @@ class ThinkingFields(RequestBody):
         None, description="none, raw: thoughts are part of the content; hidden: they are not told (llama.cpp, Groq)."
     )
 
-    def told_of_thinking(self) -> dict[str, Any]:
+    def thinking_kwargs(self) -> dict[str, Any]:
         """What the chat template is told; what is said by its own name comes first."""
         told = {}
         match self.thinking:
@@ -64,7 +64,7 @@ class ThinkingFields(RequestBody):
             told["enable_thinking"] = self.think
         elif self.think is not None:
             effort = self.think
-        told |= told_of_effort(effort if self.reasoning_effort is None else self.reasoning_effort)
+        told |= effort_kwargs(effort if self.reasoning_effort is None else self.reasoning_effort)
         return told if self.enable_thinking is None else told | {"enable_thinking": self.enable_thinking}
 
     @property
@@ -79,6 +79,6 @@ class ThinkingFields(RequestBody):
         return self.separate_reasoning and self.reasoning_format not in ("none", "raw")
 
 
-def told_of_effort(effort: str | float | None) -> dict[str, Any]:
+def effort_kwargs(effort: str | float | None) -> dict[str, Any]:
     """What a chat template is told of the effort that a client asks for: it takes what it knows."""
     return {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}

@@ -49,7 +49,7 @@ class TokenizeRequest(ThinkingFields, ChatDocumentFields):
             continue_final_message=continues,
             documents=self.documents,
             reading=self.document_reading(),
-            template_kwargs=self.told_of_thinking() | self.chat_template_kwargs,
+            template_kwargs=self.thinking_kwargs() | self.chat_template_kwargs,
         )
 
 

@@ -103,7 +103,7 @@ class DecodeGraphs:
         self._keys: list[PlanKey] = []
         self._graphs: OrderedDict[_Name, _Graph] = OrderedDict()
         self.refused: dict[_Name, str] = {}
-        self._told = False
+        self._reported = False
 
     @property
     def stats(self) -> GraphStats:
@@ -138,8 +138,8 @@ class DecodeGraphs:
         try:
             return self._replay(batch)
         except NoGraph as reason:
-            if not self._told:
-                self._told = True
+            if not self._reported:
+                self._reported = True
                 self._report(f"warning: a decode step has no CUDA graph, and is slower: {reason}")
             return None
 
@@ -202,7 +202,7 @@ class DecodeGraphs:
 
 
 def _find_angles(rows: Sequence[SingleRows], tables: Sequence[Tables]) -> list[FoundSlots]:
-    """Slots in the tables as they are now: looked up again where a later one had them made anew."""
+    """The slots of these maps; looked up again where filling a later one replaced the tables."""
     while True:
         versions = [own.versions for own in tables]
         found = [own.find(table) for own, table in zip(rows, tables, strict=True)]

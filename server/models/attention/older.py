@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -68,47 +69,27 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor
 
 
 def _halves(cos_and_sin: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Of cos and sin that have each pair twice, once."""
+    """cos and sin without their second halves, which repeat the first."""
     return [part[..., : part.shape[-1] // 2] for part in cos_and_sin]
 
 
 @lru_cache(maxsize=64)
-def _slopes(
-    biases: Callable[[int, torch.device], Any], num_heads: int, device: torch.device, scale: float = 1.0
-) -> Tensor:
-    """[Hq] fp32 from the bias of two tokens: [Hq, 1, 2], which grows from key to key. Made once for all layers."""
-    two: Tensor = biases(num_heads, device)
-    return (two[:, 0, 1] - two[:, 0, 0]).float() * scale
-
-
-def _two(device: torch.device) -> Tensor:
-    """A mask of two tokens."""
-    return torch.ones(1, 2, dtype=torch.long, device=device)
-
-
-def _bloom_biases(num_heads: int, device: torch.device) -> Any:
-    from transformers.models.bloom.modeling_bloom import build_alibi_tensor  # here: no other model needs the module
-
-    return build_alibi_tensor(_two(device), num_heads, torch.float32)
-
-
-def _mpt_biases(num_heads: int, device: torch.device) -> Any:
-    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
-
-    return build_mpt_alibi_tensor(num_heads, 2, device=device)
-
-
-def _falcon_biases(num_heads: int, device: torch.device) -> Any:
-    from transformers.models.falcon.modeling_falcon import build_alibi_tensor
-
-    return build_alibi_tensor(_two(device), num_heads, torch.float32)
+def _slopes(family: str, num_heads: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    """[Hq] fp32, made once for all layers: by how much the family's own bias, of two tokens, grows from key to key."""
+    code = import_module(f"transformers.models.{family}.modeling_{family}")  # here: no other model needs it
+    if family == "mpt":
+        two = code.build_mpt_alibi_tensor(num_heads, 2, device=device)
+    else:
+        two = code.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long, device=device), num_heads, torch.float32)
+    slopes: Tensor = (two[:, 0, 1] - two[:, 0, 0]).float() * scale
+    return slopes
 
 
 def bloom(
     module: Any, _base: Any, hidden_states: Tensor, residual: Tensor, *_: Any, **_more: Any
 ) -> tuple[Tensor, None]:
     fused = module.query_key_value(hidden_states).unflatten(-1, (module.num_heads, 3, module.head_dim))
-    slopes = _slopes(_bloom_biases, module.num_heads, fused.device)
+    slopes = _slopes("bloom", module.num_heads, fused.device)
     query, key, value = fused.unbind(-2)
     rows = _attend(module, query, key, value, module.inv_norm_factor, slopes=slopes)
     return residual + module.dense(rows), None
@@ -119,7 +100,7 @@ def mpt(module: Any, _base: Any, hidden_states: Tensor, *_: Any, **_more: Any) -
     if module.clip_qkv:
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv)
     query, key, value = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).unbind(-3)
-    slopes = _slopes(_mpt_biases, module.n_heads, fused.device)
+    slopes = _slopes("mpt", module.n_heads, fused.device)
     return module.out_proj(_attend(module, query, key, value, module.softmax_scale, slopes=slopes)), None
 
 
@@ -138,7 +119,7 @@ def falcon(
     query, key, value = fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]
     slopes = None
     if base.use_alibi:
-        slopes = _slopes(_falcon_biases, heads, fused.device, module.inv_norm_factor)
+        slopes = _slopes("falcon", heads, fused.device, module.inv_norm_factor)
     else:
         cos, sin = _halves(position_embeddings)
         query, key = (_turned(part, cos, sin, interleaved=False) for part in (query, key))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from prerope.server.models import model as model_module
 from prerope.server.models.batch import Batch
 from prerope.server.models.model import BACKENDS, Model
 from torch import Tensor
@@ -131,8 +130,8 @@ class _Same:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Launches, by name, which write nothing from now on."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], list[str]]:
+    """Launches of a model, by name, which write nothing from now on."""
     names: list[str] = []
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,8 +143,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(elementwise, "_launch_norm", counted(norm))
     monkeypatch.setattr(elementwise, "_launch_gate", counted(gate))
-    monkeypatch.setattr(model_module, "attention_on", lambda _: counted(attention))
-    return names
+
+    def of(model: Model) -> list[str]:
+        monkeypatch.setattr(model, "attention", counted(attention))
+        return names
+
+    return of
 
 
 def step(model: Model, logit_rows: int, device: str = "cuda", before: Callable[[], Any] = lambda: None) -> Tensor:
@@ -171,7 +174,7 @@ def built(family: str) -> Model:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3"])
 def test_a_step_of_the_stack(family: str, request: pytest.FixtureRequest) -> None:
     model = built(family)
-    launched = request.getfixturevalue("launched")
+    launched = request.getfixturevalue("launched")(model)
     logits = step(model, 3)
     assert logits.shape == (3, VOCABULARY)
     assert (logits.device.type, logits.dtype) == ("cuda", torch.float32)
@@ -185,7 +188,7 @@ def test_a_step_of_the_stack(family: str, request: pytest.FixtureRequest) -> Non
 )
 def test_a_step_layer_by_layer(family: str, request: pytest.FixtureRequest) -> None:
     model = built(family)
-    launched = request.getfixturevalue("launched")
+    launched = request.getfixturevalue("launched")(model)
     with model.layer_by_layer():
         logits = step(model, ROWS)
     assert logits.shape == (ROWS, VOCABULARY)
@@ -199,7 +202,7 @@ def test_a_step_layer_by_layer(family: str, request: pytest.FixtureRequest) -> N
 def test_to_ask_for_a_number_or_to_mix_devices_would_raise(request: pytest.FixtureRequest) -> None:
     """What the tests above rely on."""
     model = built("llama")
-    request.getfixturevalue("launched")
+    request.getfixturevalue("launched")(model)
     weight = model.raw.model.get_input_embeddings().weight
     with pytest.raises(DataDependentOutputException):
         step(model, 3, before=lambda: weight.sum().item())

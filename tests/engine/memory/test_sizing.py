@@ -29,16 +29,10 @@ from prerope.server.machine.allowance import Bound
 from prerope.server.models.model import Model
 
 from tests.engine.models.model_types import tiny_of_type
-from tests.engine.tiny_models import tiny
 
 GIB = 2**30
 TOKEN_BYTES = 4 * 2 * (16 + 16) * 4  # layers, KV heads, dims of key and value, fp32
 BLOCK = 16 * TOKEN_BYTES
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(tiny("llama", max_position_embeddings=64))
 
 
 class RecordedMemory(DeviceMemory):

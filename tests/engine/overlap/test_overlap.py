@@ -37,12 +37,6 @@ from tests.engine.tiny_models import (
     tokens_of,
 )
 
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(tiny("llama", max_position_embeddings=64))
-
-
 # --- the order of things ----------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ from prerope.server.models.model import Model
 from prerope.server.structured.matcher import CompiledGrammar
 
 from tests.engine.sampling.test_sampler import sequence
-from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine
+from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny_engine
 
 EOS = 2
 WORDS = [
@@ -57,11 +57,6 @@ class Vocabulary:
 @pytest.fixture(scope="module")
 def tables() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(Vocabulary()))
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return Model(tiny("llama", max_position_embeddings=64))
 
 
 def compiled(tables: LLTokenizer, pattern: str, *, forcing: bool = True) -> CompiledGrammar:

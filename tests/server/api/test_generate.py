@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 @pytest.fixture(scope="module")
 def url(serve_module: Any, tiny_checkpoint: Path) -> str:
     return str(serve_module(model_id=str(tiny_checkpoint), rope_method="rope", max_model_len=512))
-
-
-@pytest.fixture(scope="module")
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -160,12 +160,6 @@ def url(serve_module: Any, tiny_checkpoint: Path) -> str:
     return str(serve_module(model_id=str(tiny_checkpoint), max_model_len=512, max_num_seqs=4, max_body_bytes="4MiB"))
 
 
-@pytest.fixture(scope="module")
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
-        yield client
-
-
 @pytest.mark.parametrize(
     ("path", "body"),
     [

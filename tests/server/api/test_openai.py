@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "use
 @pytest.fixture(scope="module")
 def url(serve_module: Any, tiny_checkpoint: Path) -> str:
     return str(serve_module(model_id=str(tiny_checkpoint), rope_method="rope", max_model_len=512))
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -268,12 +267,6 @@ HISTORY: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def url(serve_module: Any, tiny_checkpoint: Path) -> str:
     return str(serve_module(model_id=str(tiny_checkpoint), rope_method="rope", max_model_len=256))
-
-
-@pytest.fixture(scope="module")
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
-        yield client
 
 
 def answered(response: httpx.Response) -> dict[str, Any]:

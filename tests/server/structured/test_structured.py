@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,18 +65,6 @@ ROOM = 300
 @pytest.fixture(scope="module")
 def url(serve_module: Any, tiny_checkpoint: Path) -> str:
     return str(serve_module(model_id=str(tiny_checkpoint), rope_method="rope", max_model_len=1024))
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

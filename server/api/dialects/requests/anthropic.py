@@ -28,7 +28,7 @@ from prerope.server.api.requests.foreign import DIALECT, OF_A_REPLY, Foreign, hi
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
 from prerope.server.api.requests.schemas import CUT_FIELD, SIDE_FIELD, SamplingFields, truncation
 from prerope.server.api.requests.structured import OpenAIConstraints, only_one
-from prerope.server.api.requests.thinking import told_of_effort
+from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import Field
@@ -87,7 +87,7 @@ class CountTokensRequest(RequestBody):
         one = choice.get("disable_parallel_tool_use")
         parallel = self.parallel_tool_calls if one is None else one is not True
         effort = self.output_config.effort if self.output_config else None
-        told = told_of_effort(self.reasoning_effort if effort is None else effort)
+        told = effort_kwargs(self.reasoning_effort if effort is None else effort)
         if self.thinking is not None:
             told["enable_thinking"] = self.tells_thoughts
         messages = list(self._messages())

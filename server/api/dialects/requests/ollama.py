@@ -25,7 +25,7 @@ from prerope.server.api.requests.internal import Chat, GenerationRequest, Output
 from prerope.server.api.requests.sampling_types import Stop
 from prerope.server.api.requests.schemas import MAX_LOGPROBS
 from prerope.server.api.requests.structured import ResponseFormat, only_one
-from prerope.server.api.requests.thinking import told_of_effort
+from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import BeforeValidator, Field, model_validator
@@ -115,12 +115,12 @@ class OllamaFields(RequestBody):
         """Alternatives beside each token, as SamplingParams counts them."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def told_of_thinking(self) -> dict[str, Any]:
+    def thinking_kwargs(self) -> dict[str, Any]:
         """What the chat template is told."""
         if isinstance(self.think, str):
-            return told_of_effort(self.think)
+            return effort_kwargs(self.think)
         if self.think is None:
-            return told_of_effort(self.reasoning_effort)
+            return effort_kwargs(self.reasoning_effort)
         return {"enable_thinking": self.think}
 
     def constraint(self) -> GrammarText | None:
@@ -154,7 +154,7 @@ class OllamaChatRequest(OllamaFields):
             parallel_tool_calls=self.parallel_tool_calls,
             add_generation_prompt=not continues,
             continue_final_message=continues,
-            template_kwargs=self.told_of_thinking(),
+            template_kwargs=self.thinking_kwargs(),
         )
         return GenerationRequest(
             input=chat if messages else [],  # none: to load the model
@@ -209,7 +209,7 @@ class OllamaGenerateRequest(OllamaFields):
         given: list[Prompt] | Chat = [Prompt(given=self.prompt)] if self.prompt else []  # none: to load the model
         if self.prompt and not self.raw:
             system = [message("system", self.system)] if self.system else []
-            given = Chat(messages=[*system, message("user", self.prompt)], template_kwargs=self.told_of_thinking())
+            given = Chat(messages=[*system, message("user", self.prompt)], template_kwargs=self.thinking_kwargs())
         return GenerationRequest(
             input=given,
             model=_name(self.model),

@@ -27,7 +27,7 @@ from prerope.server.api.requests.leniency import current_report
 from prerope.server.api.requests.sampling_types import MaxTokens
 from prerope.server.api.requests.schemas import ALL_THAT_FIT, MAX_LOGPROBS, SamplingFields
 from prerope.server.api.requests.structured import OpenAIConstraints, only_one
-from prerope.server.api.requests.thinking import told_of_effort
+from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import Field, PrivateAttr, model_validator
@@ -176,7 +176,7 @@ class ResponsesRequest(SamplingFields, OpenAIConstraints):
             tools=[tool for index, one in enumerate(self.tools) if (tool := _tool(one, f"tools[{index}]"))],
             tool_choice=tool_choice(self.tool_choice) if self.tools and self.tool_choice else None,
             parallel_tool_calls=self.parallel_tool_calls,
-            template_kwargs=told_of_effort(self._effort) | self.chat_template_kwargs,
+            template_kwargs=effort_kwargs(self._effort) | self.chat_template_kwargs,
             leaves_out_oldest=self.truncation == "auto",
         )
         return GenerationRequest(

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Turns:
+class FairSemaphore:
     """A fair semaphore: `at_once` holders in all, and of one line all but one, so that any other line finds a place."""
 
     def __init__(self, at_once: int) -> None:
@@ -18,7 +18,7 @@ class Turns:
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     @asynccontextmanager
-    async def turn(self, line: str) -> AsyncIterator[None]:
+    async def place(self, line: str) -> AsyncIterator[None]:
         """A context that holds one of the places."""
         if self._free and self._held[line] < self._most:
             self._take(line)
