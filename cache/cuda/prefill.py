@@ -122,7 +122,7 @@ class _Builder:
         low, stop = read.keys()
         decay = run.reading.decay
         if low < stop and not (part.key.unrotated and decay is None):
-            # Runs share turned keys, unless these fade: from where is each run's own.
+            # Runs share rotated keys, unless keys fade with the distance from the run: then each run has a copy.
             read.span = run.sequence, part.key, decay, 0 if decay is None else run.first
         return read
 

@@ -26,7 +26,7 @@ def native_length(rotary: Rotary) -> int:
     """How far the model reads well with the method of its own config: windowed methods and `auto` start there."""
     if rotary.dual_chunk:
         return int(rotary.dual_chunk.get("original_max_position_embeddings") or rotary.dual_chunk["chunk_size"])
-    # What a length-dependent method reaches it reads by other frequencies in every row.
+    # Past its trained length a length-dependent method has other frequencies in every row: that length is not native.
     return rotary.train_length if rotary.rope_type in ("dynamic", "proportional") else rotary.max_length
 
 

@@ -84,7 +84,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         self._overlap = on_gpu if config.overlap is None else config.overlap
         self._sample_on_device = on_gpu or self._overlap
-        # Wall time is lengthened by whatever else the machine does; on a device, and of other ranks, there is no other.
+        # A step's CPU time leaves out what else the machine does. On a device, or of several ranks, it is not known.
         self._steps_take_cpu_time = not (on_gpu or self._overlap) and self._alone
         self.graphs: DecodeGraphs | None = None
         self._no_graphs = "they are for a GPU, and captured when an engine is loaded"
@@ -322,7 +322,7 @@ class Engine:
 
 
 def _scheduler(model: Model, config: EngineConfig, size: CacheSize) -> Scheduler:
-    # Recurrent layers would carry what was drafted on: their states are not taken back.
+    # A recurrent state that has read a wrong draft cannot be taken back, so such models do not speculate.
     speculates = config.speculation != "off" and not model.states
     return Scheduler(
         KVCacheManager(

@@ -172,7 +172,7 @@ class Scheduler:
                 continue
             reader = self._open(sequence, document, position)
             if reader.num_processed_tokens < reader.num_tokens:
-                # What it needs, the prefix first of all, may be among the rows of this very step.
+                # The rows that a reader builds on, above all the prefix, may be computed in this very step: it waits.
                 self._schedule_reader(reader, num_tokens, plan) if first is None else self._close(sequence)
                 return
             if not self._grow(sequence, document.stop, plan):
@@ -256,7 +256,7 @@ class Scheduler:
         """Allocate up to `num_tokens`, preempting from the least urgent end; False if this one was preempted."""
         owner = sequence.parent if isinstance(sequence, DocumentReader) else sequence
         while not self.cache.grow(sequence, num_tokens):
-            # One whose last token is under way reads its blocks no more, and is not computed again.
+            # A sequence whose last token is under way goes first: its blocks are read no more, and it is done.
             victim = max(self.running.values(), key=lambda s: (s.ending, s.rank))
             gone = (victim, victim.reader)
             self.preempt(victim)

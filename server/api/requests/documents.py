@@ -145,7 +145,7 @@ def assembled(pieces: Iterable[Piece], reading: DocumentReading) -> TokenizedPro
     spans: list[DocumentSpan] = []
     for piece in pieces:
         if piece.is_document and piece.ids:
-            # The first one has nothing but the prefix before it wherever it is read.
+            # The first document has the prefix alone before it, in a prompt as on its own: it is read at its place.
             reread = reading.reread if spans else len(piece.ids)
             spans.append(DocumentSpan(len(ids), len(ids) + len(piece.ids), reread))
         ids += piece.ids

@@ -180,7 +180,7 @@ BODY: Mapping[str, Foreign] = {
     "watermarking": Foreign("replies are not marked"),
     "thinking_token_budget": Foreign("limit the reply by 'max_tokens'", harmless=(-1,)),
     "suffix": Foreign("models served here complete at the end only"),
-    # Of chats, or of completions, at what asks for nothing of the other.
+    # Fields of chats that completions may carry where they ask for nothing, and the reverse.
     "modalities": Foreign(_TEXT_ONLY, harmless=(["text"],)),
     "tool_choice": Foreign("a call is a chat's: use /v1/chat/completions", harmless=("none", "auto")),
     "tools": Foreign("a call is a chat's: use /v1/chat/completions"),

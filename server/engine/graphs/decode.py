@@ -249,7 +249,7 @@ class _Graph:
             end = begin + layout.buffer.size
             plans[layout.key] = layout.plan(self._buffer[begin:end], self._blocks)
             begin = end
-        # Of the sequences, attention asks only for how many rows each has: everything else is in the plans.
+        # Attention needs the number of rows of each sequence alone: everything else is in the plans.
         nobody = SequenceRows(0, 1, 0, torch.empty(0, dtype=torch.int64), ModelPositions({}, ""))
         metadata = AttentionMetadata([nobody] * len(ids), slots, 0, plans)
         return self._run(Batch(ids, positions, self._logit_rows, metadata))

@@ -75,7 +75,7 @@ def worst_steps(config: EngineConfig, allowed: list[ModelPositions], length: int
     methods = {id(one): one for one in (allowed[0], *_hungriest(allowed, length - budget, length))}.values()
     for positions in methods:
         method = positions.describe()["method"]
-        # First, so that the tables it shows the want of are there when the others' memory is measured.
+        # This step comes first: it enlarges tables, which are to be there when the others' memory is measured.
         yield (
             f"one row of each of {config.max_num_seqs} sequences, read by {method}",
             [Rows(_spread(length, number), 1, positions) for number in range(config.max_num_seqs)],

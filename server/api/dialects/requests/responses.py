@@ -37,7 +37,7 @@ LOGPROBS = "message.output_text.logprobs"
 INCLUDED = (
     LOGPROBS,
     "reasoning.encrypted_content",  # thoughts are told as they are, where a model has any
-    # Of tools and of pictures, none of which a response here can hold.
+    # Results of tools and of pictures, which a response here never holds.
     *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
     *("code_interpreter_call.outputs", "computer_call_output.output.image_url", "message.input_image.image_url"),
 )
