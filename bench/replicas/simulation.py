@@ -55,15 +55,19 @@ def choose(policy: str, replicas: Sequence[Replica], holder: int | None, now: fl
     return holder if behind <= asked.slack else least
 
 
+def arrivals(asked: Namespace) -> list[tuple[float, int, int]]:
+    """The first turns of all conversations, as a heap: when, number of the conversation, turn."""
+    events, time = list[tuple[float, int, int]](), 0.0
+    while (time := time + random.expovariate(asked.rate / asked.turns)) < asked.seconds:
+        heapq.heappush(events, (time, len(events), 0))
+    return events
+
+
 def simulate(asked: Namespace) -> dict[str, float]:
     """Shares, and seconds until the first token."""
     random.seed(asked.seed)
     replicas = [Replica() for _ in range(asked.replicas)]
-    events: list[tuple[float, int, int]] = []  # when, conversation, turn
-    time, number = 0.0, 0
-    while (time := time + random.expovariate(asked.rate / asked.turns)) < asked.seconds:
-        heapq.heappush(events, (time, number, 0))
-        number += 1
+    events = arrivals(asked)
     failing = asked.failures * asked.replicas / 3600
     fails_at = random.expovariate(failing) if failing else float("inf")
     holders: dict[int, int] = {}

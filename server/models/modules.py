@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, permutations
+from typing import Protocol
 
 import torch
 from prerope.server.models.checks.hooks import hooked
@@ -34,20 +35,30 @@ NORM_TOLERANCE = 1e-5
 """Relative, of fp32 members; those of lower precision are the same to the bit, or the rounding is another."""
 
 
+class LinearGroup(Protocol):
+    """Linear layers of one input in one call."""
+
+    def __call__(self, x: Tensor, /) -> Sequence[Tensor]:
+        """x [..., in] → one [..., features] a layer."""
+
+    def only(self, x: Tensor, /) -> Tensor:
+        """x [..., in] → [..., features], of a group of one layer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """What one device has for the modules of a model.
 
     Attributes:
         can_multiply: whether `products` and `gated` take this module.
-        products: linear layers of one input → a call for all of them, [..., in] → one [..., features] each.
+        products: linear layers of one input → a call for all of them.
         gated: (gate, up) or one layer that is both, and down → a call for down(silu(gate x)·(up x)), or None.
         norms: weight and eps → the RMS norms that take them, in the ways that models round; none where none does.
         others: forwards for what is left of a model, but for the modules given.
     """
 
     can_multiply: Callable[[nn.Module], bool]
-    products: Callable[[Sequence[nn.Linear]], Callable[[Tensor], Sequence[Tensor]]]
+    products: Callable[[Sequence[nn.Linear]], LinearGroup]
     gated: Callable[[Sequence[nn.Linear], nn.Linear], Forward | None]
     norms: Callable[[Tensor, float], Sequence[Forward]]
     others: Callable[[nn.Module, Collection[nn.Module]], Iterator[tuple[nn.Module, Forward]]]
@@ -69,9 +80,13 @@ def fast_modules(raw: RawKeyModel, kernels: Kernels) -> Iterator[tuple[nn.Module
         if norm is not None:
             yield module, norm
     for linears in together:
-        if not taken.intersection(linears):
+        if taken.intersection(linears):
+            continue
+        taken.update(linears)
+        if len(linears) == 1:
+            yield linears[0], kernels.products(linears).only
+        else:
             yield from Siblings(linears, kernels).forwards()
-            taken.update(linears)
     yield from kernels.others(model, taken)
 
 

@@ -170,6 +170,11 @@ class Products:
         self._multiply(self._reference, self._few, _scratch.pointer)
         return outs
 
+    def only(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., features], where there is one linear."""
+        (out,) = self(x)
+        return out
+
 
 class GatedProducts:
     """x → down(silu(gate x)·(up x)) in one call."""

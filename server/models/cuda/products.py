@@ -48,6 +48,8 @@ class Products:
         """x [..., in] → [..., all features], the layers' side by side."""
         return functional.linear(x, self.weight, self.bias)
 
+    only = together
+
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [..., in] → one [..., features] a linear: views, whose rows are all features apart."""
         return self.together(x).split_with_sizes(self.features, dim=-1)

@@ -95,7 +95,7 @@ def replaced(family: str, **config: Any) -> dict[str, str]:
 
 def test_which_modules_are_replaced() -> None:
     llama = replaced("llama")
-    assert llama == {"LlamaMLP": "GatedProducts", "LlamaRMSNorm": "RMSNorm", "Linear": "function"}
+    assert llama == {"LlamaMLP": "GatedProducts", "LlamaRMSNorm": "RMSNorm", "Linear": "method"}
     gemma = replaced("gemma2")
     assert gemma["Gemma2RMSNorm"] == "RMSNorm"
     assert "Gemma2MLP" not in gemma, "its activation is not SiLU"
