@@ -40,7 +40,7 @@ HEADROOM = 0.9
 
 @dataclass(slots=True)
 class TierStats:
-    """Since the start, in blocks; `num_bytes` are in the folder now, as far as this process knows."""
+    """Totals since the start, in blocks; `num_bytes`: of the folder now, as far as this process knows."""
 
     num_read: int = 0
     num_read_from_memory: int = 0

@@ -55,5 +55,5 @@ def _side_by_side(rows: Tensor) -> Tensor:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """A context in which this device is the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -68,7 +68,7 @@ class RowLayout:
         return tables_of(device, self.rotary_dim, self.key.tile)
 
     def filled_up(self, rows: int) -> RowLayout:
-        """For a step of nothing but these rows, and more that read nothing."""
+        """The layout of a step of these rows alone, filled up to `rows` with rows that read nothing."""
         return replace(self, rows=rows, packed_rows=rows)
 
     def plan(self, buffer: Tensor, blocks: Tensor) -> CudaPlan:
@@ -113,7 +113,7 @@ class SingleRows:
     step: object
 
     def find(self, tables: Tables) -> FoundSlots:
-        """Where the tables hold what keys and queries of these rows turn by: they do from now on."""
+        """The slots of the tables with the angles of these rows' keys and queries, filled where they were not."""
         parts = [(part, reading.decay) for reading, _ in self.readings for part in reading.parts]
         keys = [(part.key, decay) for part, decay in parts if not part.key.unrotated or decay is not None]
         found = tables.keys.find(keys, int(self.positions.max()) + 1, self.step)
@@ -230,7 +230,7 @@ def reserve_tables(
 
 
 def _num_maps(method: PositionMethod, readings: int, length: int) -> tuple[int, int]:
-    """Maps of keys and of queries in so many readings at most, of which a run past the trained length has its own."""
+    """The most key maps and query maps of so many readings; each run past the trained length has maps of its own."""
     last = length - 1
     runs = [method.reading_of(max(0, row)) for row in (last, last - ROW_LENGTH_BUCKET, 0)]
     found = []

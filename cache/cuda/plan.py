@@ -58,7 +58,7 @@ class PlanKey:
         return None if self.group is None else sequence.positions.methods[self.group]
 
     def rotary_dim(self, rotary: Rotary | None) -> int:
-        """Without positions all dims are pairs that do not turn."""
+        """The dims that are rotated; in layers without positions all dims, as pairs with angle zero."""
         return self.head_dim if rotary is None else rotary.dim
 
 
@@ -129,7 +129,7 @@ _TABLES: dict[Hashable, Tables] = {}
 
 
 def tables_of(device: torch.device, rotary_dim: int, tile: int) -> Tables:
-    """Kept across steps, and shared by all that read alike."""
+    """The tables of this device and shape, kept across steps and shared by all plans."""
     key = (device, rotary_dim, tile)
     if key not in _TABLES:
         _TABLES[key] = Tables(KeyTables(rotary_dim // 2, tile, device), QueryAngles(rotary_dim // 2, device))
@@ -163,7 +163,7 @@ def step_of(metadata: AttentionMetadata) -> object:
 
 
 def sent_block_tables(metadata: AttentionMetadata, device: torch.device) -> Tensor:
-    """On the device, once a step."""
+    """The block tables on the device, sent once a step."""
     if "cuda blocks" not in metadata.plans:
         metadata.plans["cuda blocks"] = send(block_tables(metadata), device)
     blocks: Tensor = metadata.plans["cuda blocks"]

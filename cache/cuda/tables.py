@@ -55,7 +55,7 @@ class Slots(Generic[Held]):
         self._allocate(self._capacity)
 
     def find(self, wanted: Iterable[Held], step: object) -> dict[Held, int]:
-        """The slot of each, all filled."""
+        """The slot of each wanted item, filled."""
         if step is not self._step:
             self._step = step
             self._used.clear()
@@ -94,7 +94,7 @@ class KeyTables:
         self._slots.reserve(1)  # never without tensors
 
     def find(self, wanted: Iterable[KeyMap], length: int, step: object) -> dict[KeyMap, int]:
-        """Their slots; length: keys of the longest sequence."""
+        """The slots of these maps; length: keys of the longest sequence."""
         self.reserve(1, length)
         return self._slots.find(wanted, step)
 
@@ -179,7 +179,7 @@ def cos_sin(angles: Tensor) -> Tensor:
 
 
 def places_of(angles: AngleMap, positions: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Positions within the map: what it multiplies θ by."""
+    """Positions within the map: the numbers that it multiplies θ by."""
     if angles.period is not None:
         positions = positions % angles.period
     positions = positions // angles.group + angles.shift

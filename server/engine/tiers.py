@@ -52,7 +52,7 @@ class Tiers:
                 yield [*reader.hasher.hashes, *([] if tail is None else [tail])]
 
     def take_in(self, waiting: Iterable[Sequence]) -> None:
-        """Blocks that have come for those that wait, `BLOCKS_A_STEP` at most."""
+        """Move blocks that have come for waiting sequences into the cache, `BLOCKS_A_STEP` at most."""
         room = BLOCKS_A_STEP
         for sequence in waiting:
             fetch = sequence.fetch
@@ -77,11 +77,11 @@ class Tiers:
             self._storage.write_blocks([block for block, _ in adopted], contents)
 
     def wait(self) -> None:
-        """A moment, where sequences wait for nothing but a tier."""
+        """Wait a moment, where sequences wait for nothing but a tier."""
         time.sleep(WAIT_S)
 
     def keep(self, filled: Rows[tuple[int, bytes]]) -> None:
-        """Blocks that a step has filled, by (block, hash)."""
+        """Hand blocks that a step has filled, as (block, hash), to the tiers."""
         if filled:
             blocks, hashes = [block for block, _ in filled], [block_hash for _, block_hash in filled]
             payloads, arrived = bring_back(self._storage.read_blocks(blocks))

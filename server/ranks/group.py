@@ -47,7 +47,7 @@ class Ranks:
 
     @classmethod
     def join(cls, folder: Path, rank: int, size: int, *, on_gpus: bool) -> Ranks:
-        """Wait until all have come; `folder` is where they find each other, and nobody else's."""
+        """Wait until all ranks have joined; `folder` is where they find each other, and nobody else's."""
         ranks = cls(rank, size)
         store = dist.FileStore(str(folder / "ranks"), size)  # type: ignore[attr-defined]
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # of loopback alone: there is no other way
@@ -85,7 +85,7 @@ class Ranks:
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     def hand_on(self, x: Tensor) -> None:
-        """Rank 0's x to all others, in place."""
+        """Broadcast rank 0's x to all others, in place."""
         if self._device is not None:
             self._wait(lambda group: group.broadcast(x, 0), self._device)
 
@@ -115,7 +115,7 @@ class Ranks:
         return int(shared[0])
 
     def tell(self, message: Ints) -> None:
-        """From rank 0, to all who `hear`."""
+        """Send a message from rank 0 to all ranks, which `hear` it."""
         piece = np.zeros(FIRST_PIECE, dtype=np.int64)
         piece[0] = len(message)
         head = message[: FIRST_PIECE - 1]

@@ -35,12 +35,12 @@ CHUNK_FIELDS = 6
 
 
 def tell_step(ranks: Ranks, chunks: Sequence[Chunk]) -> None:
-    """The others will compute these, too."""
+    """Tell the other ranks to compute these chunks, too."""
     ranks.tell(encode_step(chunks))
 
 
 def tell_copy(ranks: Ranks, slots: Ints) -> None:
-    """[2, n]: from which slots to which."""
+    """Tell the other ranks to copy K and V; slots [2, n]: from which to which."""
     ranks.tell(np.concatenate([[COPY], slots.ravel()]))
 
 
@@ -68,7 +68,7 @@ def encode_step(chunks: Sequence[Chunk]) -> Ints:
 
 
 def decode_step(message: Ints, resolve: Callable[[RopeSpec], ModelPositions]) -> list[Chunk]:
-    """What `encode_step` was given, with this rank's positions."""
+    """The chunks that `encode_step` was given, with this rank's own positions."""
     _, num_chunks, num_specs = message[:3].tolist()
     width = 1 + len(SPEC_FIELDS)
     methods, rows, rest = np.split(message[3:], np.cumsum([num_specs * width, num_chunks * CHUNK_FIELDS]))

@@ -42,7 +42,7 @@ class Followers:
             threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
 
     def begin(self, what: dict[str, Any]) -> None:
-        """Tell them what to load."""
+        """Tell the followers what to load."""
         for rank, process in enumerate(self.processes, start=1):
             order = what | {"rank": rank, "size": self._size, "folder": str(self.folder)}
             assert process.stdin is not None
@@ -53,14 +53,14 @@ class Followers:
                 raise self.loss(error) from error
 
     def loss(self, error: BaseException) -> BaseException:
-        """Why a collective failed."""
+        """The error that explains why a collective failed: which rank has ended."""
         self._seen.wait(VERDICT_S)
         if self._lost is not None:
             return self._lost
         return RankLost(f"the {self._size} processes that compute this model do not reach each other: {error}")
 
     def close(self) -> None:
-        """End them, and wait until they are gone."""
+        """End the followers, and wait until they are gone."""
         self._ending = True
         for process in self.processes:
             assert process.stdin is not None

@@ -31,10 +31,10 @@ EXIT = struct.Struct("!ii")
 
 
 class Task(Protocol):
-    """Something to do in a process of its own. It is pickled on its way there, and so is what it returns."""
+    """Work for a process of its own. A task is pickled on its way there, and so is its result."""
 
     def run(self, world: Any) -> Any:
-        """`world` is what `Workers` was given. A `RequestError` goes back to whoever asked."""
+        """Do the work. `world` is what `Workers` was given; a `RequestError` is raised again for whoever asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of it: `value`; or `failure`, the error that it raised; or `out_of_memory`."""
+    """A task's result: its `value`; or `failure`, the error that it raised; or `out_of_memory`."""
 
     value: Any = None
     failure: BaseException | None = None
@@ -73,13 +73,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Unborn:
-    """Comes where a child's process id would: the system lets no child begin, and says why."""
+    """Sent in place of a child's process id, where the system lets no child begin: the reason."""
 
     reason: str
 
 
 def as_it_lies(data: bytes) -> pickle.PickleBuffer:
-    """What a task's `__reduce__` gives in place of bytes that are to be a buffer."""
+    """Wraps bytes in a task's `__reduce__`, so that they are sent as a buffer of their own, without a copy."""
     return pickle.PickleBuffer(data)
 
 
@@ -95,7 +95,7 @@ def pieces(message: object) -> Iterator[memoryview]:
 
 
 def pack(message: object) -> bytes:
-    """A small message as a whole."""
+    """A small message in one piece of bytes."""
     return b"".join(pieces(message))
 
 

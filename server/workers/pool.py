@@ -50,7 +50,7 @@ class Lane:
 
 
 class _Lost(Exception):
-    """A child or its zygote is no more, or cannot begin, and the task is not the cause."""
+    """A child or its zygote has ended or cannot start, through no fault of the task, which may be begun again."""
 
 
 def _no_room(reason: str) -> _Lost:
@@ -74,7 +74,7 @@ class _Child:
         return not self.reader.at_eof() and not self.writer.transport.is_closing()
 
     async def greet(self) -> None:
-        """Hear its id."""
+        """Receive the child's process id."""
         told = await self.receive()
         if isinstance(told, Unborn):
             raise _no_room(told.reason)
@@ -94,7 +94,7 @@ class _Child:
         return outcome
 
     def end(self) -> None:
-        """Kill it, whatever it does."""
+        """Kill the child, whatever it does."""
         self.writer.transport.abort()
         pid, handle, self.pid, self.handle = self.pid, self.handle, None, None
         with contextlib.suppress(ProcessLookupError):
@@ -137,7 +137,7 @@ class _Zygote:
         self.told.set()
 
     async def status(self, pid: int) -> int | None:
-        """How a child ended, whose socket is closed; None where nobody knows."""
+        """The exit status of a child whose socket is closed; None where it cannot be known."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EXIT_GRACE_S):
                 while pid not in self.ended and self.alive:
@@ -207,7 +207,7 @@ class Workers:
         return outcome.value
 
     async def _attempt(self, task: Task, kind: Lane, param: str | None) -> Outcome:
-        """_Lost where the task may be begun again."""
+        """Run the task once. Raises _Lost where it may be begun again."""
         zygote = await self._ready_zygote()
         child = await self._child(zygote)
         self._keep_one_waiting(zygote)
@@ -259,7 +259,7 @@ class Workers:
             return self._zygote
 
     async def _child(self, zygote: _Zygote) -> _Child:
-        """One in waiting, or a new one."""
+        """A child for one task: the one kept in waiting, or a new one."""
         while zygote.standby:
             child = zygote.standby.popleft()
             if child.alive:

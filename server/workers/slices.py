@@ -26,7 +26,7 @@ _locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDict
 
 @asynccontextmanager
 async def turn() -> AsyncIterator[Callable[[], bool]]:
-    """One slice; gives a function that tells whether there is time left in it. Waits only where others had theirs."""
+    """One slice: yields a function that tells whether time is left. Waits only behind slices of others."""
     loop = asyncio.get_running_loop()
     lock = _locks.setdefault(loop, asyncio.Lock())
     await lock.acquire()

@@ -71,7 +71,7 @@ def _tell_of_the_ended(control: socket.socket) -> None:
 
 
 def _fork(control: socket.socket, world: Any) -> bool:
-    """A child for the socket that comes; False where none will come any more."""
+    """Wait for a socket and fork a child that serves it; False where the control socket is closed."""
     data, fds, _, _ = socket.recv_fds(control, 1, 1)
     if not data:
         return False
@@ -91,7 +91,7 @@ def _fork(control: socket.socket, world: Any) -> bool:
 
 
 def _serve(channel: socket.socket, world: Any, parent: int) -> NoReturn:
-    """One task. Whatever happens, the process ends here."""
+    """Run the one task of this child. Whatever happens, the process ends here."""
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -130,7 +130,7 @@ def _packed(outcome: Outcome) -> bytes:
 
 
 def _yield_to_others(nice: int) -> None:
-    """Of a process that others are not to wait for: it takes no core from whoever runs, where the system knows that."""
+    """Give way to all other processes: on Linux as a batch process, which takes no core from whoever runs."""
     os.nice(nice)
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -154,7 +154,7 @@ def address_space() -> int | None:
 
 
 def _end_with(parent: int) -> None:
-    """Be killed when the parent ends (Linux)."""
+    """Have the kernel kill this process when its parent ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before this was said

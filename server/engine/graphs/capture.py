@@ -29,7 +29,7 @@ class Capture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
-        """Raises what `run` raises, with the current stream and the allocator as they were."""
+        """A graph of `run`. Raises what `run` raises, and leaves the current stream and the allocator as they were."""
         before = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(before)
         try:
@@ -62,7 +62,7 @@ class Capture:
         return graph, result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """torch 2.11 leaves the allocator capturing where a capture ends badly."""
+        """End a failed capture: torch 2.11 leaves the allocator capturing where one ends badly."""
         for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)):
             try:
                 end()

@@ -185,7 +185,7 @@ class DecodeGraphs:
         return self._model.device
 
     def _find_graph(self, name: _Name) -> _Graph:
-        """A graph reads the tables that it was captured with: where they have been made anew, it is no longer found."""
+        """The graph of this name, made where there is none. A name has the tables' versions: graphs of old ones are not found."""
         if name not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)
@@ -228,7 +228,7 @@ class _Graph:
         self.captured: Replay | None = None
 
     def load(self, batch: Batch, buffers: Sequence[Ints]) -> None:
-        """The step's numbers into the graph's tensors; buffers: of the layouts, on the host."""
+        """Copy the step's numbers into the graph's tensors; buffers: those of the layouts, on the host."""
         count, device, metadata = len(batch.input_ids), self._inputs.device, batch.metadata
         self._inputs[:, :count] = torch.stack([batch.input_ids, batch.position_ids, metadata.slot_mapping])
         self._inputs[2, count:] = -1  # stored nowhere
@@ -241,7 +241,7 @@ class _Graph:
         return self.captured()
 
     def step(self) -> Tensor:
-        """What is captured: a forward of what the tensors hold."""
+        """The call that is captured: a forward of what the tensors hold."""
         ids, positions, slots = self._inputs
         plans: dict[Hashable, Any] = {}
         begin = 0
