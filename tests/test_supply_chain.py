@@ -147,7 +147,7 @@ def dangers_of_call(call: ast.Call) -> Iterator[str]:
             yield f"calls {name} without use_safetensors=True"
 
 
-BETWEEN_OWN_PROCESSES = ("server/workers/messages.py", "server/workers/pool.py")
+BETWEEN_OWN_PROCESSES = ("server/workers/messages.py", "server/workers/children.py")
 """What a worker is told and answers, over a socket that only the two have."""
 
 

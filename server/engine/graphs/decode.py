@@ -185,7 +185,7 @@ class DecodeGraphs:
         return self._model.device
 
     def _find_graph(self, name: _Name) -> _Graph:
-        """The graph of this name, made where there is none. A name has the tables' versions: graphs of old ones are not found."""
+        """The graph of this name, new where there is none. A name has versions of tables: old graphs are not found."""
         if name not in self._graphs:
             while len(self._graphs) >= MAX_GRAPHS:
                 self._graphs.popitem(last=False)
