@@ -33,7 +33,13 @@ class PreRopeError(Exception):
 
 
 class ConfigurationError(PreRopeError):
-    """The deployment cannot work as configured; the message says which setting or model, and what is allowed."""
+    """The deployment cannot work as configured; the message says which setting or model, and what is allowed.
+
+    It is one line of what can be printed, whatever a model's files put into it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class OutOfMemory(PreRopeError):
@@ -182,6 +188,13 @@ class VersionNotSupported(RequestError):
 
 class EngineFailure(RequestError):
     """The engine failed while it served this request."""
+
+
+def one_line(text: str) -> str:
+    """With control characters, line breaks of any kind and what else does not print written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -11,11 +11,12 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from prerope.server.errors import one_line
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -89,6 +90,7 @@ def configure_logging(level: str, log_format: str) -> None:
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
+        _in_one_line,
         structlog.processors.TimeStamper(fmt="iso" if log_format == "json" else "%H:%M:%S", utc=log_format == "json"),
     ]
     structlog.configure(
@@ -114,6 +116,14 @@ def configure_logging(level: str, log_format: str) -> None:
     root.setLevel(LEVELS[level])
     for name, least in NOISY.items():
         logging.getLogger(name).setLevel(max(least, LEVELS[level]))
+
+
+def _in_one_line(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A line is a line, whatever a model's files or a client's words put into it: none can be made to look like two."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = one_line(value)
+    return event
 
 
 def trace(error: BaseException) -> list[str]:

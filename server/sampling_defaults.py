@@ -6,8 +6,12 @@ GENERATION_CONFIG=none turns them off; /v1/models tells the values that hold.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from prerope.server.errors import first_line
+from prerope.server.models.config.values import shown
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
@@ -38,13 +42,19 @@ EMBEDDED = SamplingDefaults(temperature=0.2, top_p=0.9)
 its thread at 1.0."""
 
 
-def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
-    """Those of generation_config.json, and neutral ones where it is silent, wrong or missing."""
+def sampling_defaults(checkpoint: Checkpoint, report: Callable[[str], None] = lambda _: None) -> SamplingDefaults:
+    """Those of generation_config.json, and neutral ones where it is silent or missing.
+
+    report: gets a line for each value that cannot be, in whose place a neutral one stands.
+    """
     from transformers import GenerationConfig
 
     try:
         config = GenerationConfig.from_pretrained(checkpoint.source, revision=checkpoint.revision)
-    except Exception:  # it is no reason not to serve
+    except OSError:  # there is none
+        return SamplingDefaults()
+    except Exception as error:  # it is no reason not to serve
+        report(f"warning: generation_config.json is left out, since it cannot be read: {first_line(error)}")
         return SamplingDefaults()
     found: dict[str, Any] = {}
     named = config.to_diff_dict()
@@ -52,4 +62,9 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults:
         value = named.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
             found[name] = value
+        elif value is not None:
+            report(
+                f"warning: generation_config.json says {name} is {shown(value)}, and it is a number from {low} to "
+                f"{high}: {getattr(SamplingDefaults(), name)} is used where a request names none"
+            )
     return replace(SamplingDefaults(), **found)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import structlog
 from fastapi import Depends, Request
+from prerope.server.api.chat.trial import TemplateTrial
 from prerope.server.api.requests.prompts import ModelText
 from prerope.server.api.room import BODIES, BodyRoom
 from prerope.server.byte_cache import ByteCache, CacheStats
@@ -22,7 +23,7 @@ from prerope.server.ranks.processes import Followers
 from prerope.server.sampling_defaults import EMBEDDED, SamplingDefaults, sampling_defaults
 from prerope.server.settings import Settings
 from prerope.server.structured.grammars import Grammars
-from prerope.server.workers.lanes import LANES
+from prerope.server.workers.lanes import LANES, SMALL_BODY
 from prerope.server.workers.pool import Workers
 from prerope.server.workers.world import World
 
@@ -58,6 +59,7 @@ class Service:
         conversations: of Responses that may be gone on with, by tenant and the response's id.
         stage: what loading does now, for people who ask /ready.
         leaving: routers are to send nobody any more, though whoever comes is served.
+        reads_inline: little bodies are read on the event loop; not before it is known that the chat template is quick.
     """
 
     settings: Settings
@@ -72,6 +74,7 @@ class Service:
     stage: str = "starting"
     followers: Followers | None = None
     leaving: bool = False
+    reads_inline: bool = True
     _tokenizer: Tokenizer | None = None
     _text: ModelText | None = None
     _started: float = field(default_factory=time.monotonic)
@@ -141,6 +144,16 @@ class Service:
         self.stage = stage
         log.info(stage, seconds=round(self.seconds_up, 1))
 
+    async def start_workers(self) -> None:
+        """Begin with their zygote now, and find out whether the chat template can be run, and where."""
+        self.reads_inline = False
+        await self.workers.start()
+        found = await self.workers.run(TemplateTrial(), SMALL_BODY.name)
+        self.tokenizer.template_fault = found.unusable
+        self.reads_inline = found.quick
+        if (said := found.unusable or found.refusal) and self.tokenizer.hf.chat_template:
+            log.warning("one word of a chat was tried", refused=said)
+
     def _load(self) -> Engine:
         """Runs on the engine's thread."""
         size = self.settings.tensor_parallel_size
@@ -165,7 +178,9 @@ class Service:
             _ = tokenizer.max_chars_per_token  # computed once, here rather than on the event loop
             self.report(describe(tokenizer.end_tokens, tokenizer.hf))
             if settings.generation_config == "auto":
-                self.sampling_defaults = EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint)
+                self.sampling_defaults = (
+                    EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint, self.report)
+                )
             prepare_tables(tokenizer)  # here too
         engine = load_engine(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
         self._tokenizer = tokenizer

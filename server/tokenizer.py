@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ class Tokenizer:
         self._special = {i: str(token.content) for i, token in hf.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(self._special)
         self.end_tokens = dict(end_tokens or {})
+        self.template_fault: str | None = None
+        """Why the chat template is not to be run, where that was found out."""
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> Tokenizer:
@@ -66,11 +69,8 @@ class Tokenizer:
                 **({"gguf_file": checkpoint.gguf_file} if checkpoint.gguf_file else {}),
             )
         except Exception as error:  # a damaged file makes transformers and tokenizers raise whatever they meet
-            of_code = isinstance(error, TypeError | LookupError | AttributeError | ArithmeticError)
-            said = "a value in its files is of another kind than it should be" if of_code else first_line(error)
             raise ConfigurationError(
-                f"{checkpoint.name}: its tokenizer cannot be read: {said}. Download tokenizer.json and "
-                "tokenizer_config.json again"
+                f"{checkpoint.name}: its tokenizer cannot be read: {_why_unread(error, checkpoint)}"
             ) from error
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ConfigurationError(
@@ -85,6 +85,8 @@ class Tokenizer:
             raise ConfigurationError(f"{checkpoint.name}: {beyond}")
         if not hf.chat_template:
             hf.chat_template = _processor_template(Path(checkpoint.source))
+        if isinstance(hf.chat_template, str):
+            hf.chat_template = hf.chat_template.removeprefix("\ufeff")  # which an editor put there, and no prompt has
         return cls(hf, end_tokens(checkpoint, hf))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -351,6 +353,26 @@ def _beyond_the_model(hf: Any, checkpoint: Checkpoint) -> str | None:
         f"its tokenizer has a token of number {highest}, and the model has {rows} (vocab_size in config.json): "
         "tokenizer.json is another model's; take both from one source"
     )
+
+
+def _why_unread(error: Exception, checkpoint: Checkpoint) -> str:
+    """What was met in a tokenizer's files, as a sentence with the remedy."""
+    if "contains custom code" in str(error):
+        return (
+            "its code comes with its files (auto_map in tokenizer_config.json), and such code is not run here. Take a "
+            "version of the model with a tokenizer.json"
+        )
+    folder = Path(checkpoint.source)
+    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
+        of_pieces = any(True for _ in folder.glob("*.model")) and find_spec("sentencepiece") is None
+        needs = ", for which transformers needs more (pip install sentencepiece)" if of_pieces else ""
+        return (
+            f"there is no tokenizer.json, and none can be made of the files that are there{needs}. Copy the "
+            "tokenizer.json of this model into the folder"
+        )
+    of_code = isinstance(error, TypeError | LookupError | AttributeError | ArithmeticError)
+    said = "a value in its files is of another kind than it should be" if of_code else first_line(error)
+    return f"{said}. Download tokenizer.json and tokenizer_config.json again"
 
 
 def _processor_template(folder: Path) -> str | None:

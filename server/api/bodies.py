@@ -9,22 +9,30 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import structlog
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from prerope.server.api.auth.allowance import current_hold
+from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.body import RequestBody
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.api.requests.reading import Read, ReadTask, read_body
+from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.stream.collect import while_connected
 from prerope.server.service import ReadyService, Service
 from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
-from prerope.server.workers.slices import turn
+from prerope.server.workers.slices import TooLong, cut_off, turn
+
+log = structlog.get_logger(__name__)
 
 B = TypeVar("B", bound=RequestBody)
 
 INLINE_BYTES, INLINE_ITEMS, INLINE_DIGITS = 4096, 160, 1024
 """Of a body that is read on the event loop, within two or three milliseconds: a worker takes ten. A message or a prompt
 costs for its being there, and tokenizers take long over long numbers."""
+
+OF_TEXT = (CompletionRequest, GenerateRequest)
+"""What no chat template has a part in."""
 
 DIGITS = b"0123456789"
 
@@ -44,10 +52,15 @@ def body_of(
         async with service.bodies.body(request) as came:
             _check_kind(request)
             raw = completed(service, came)
-            if not _is_little(raw):
+            if not _is_little(raw) or not (service.reads_inline or issubclass(model, OF_TEXT)):
                 return await _read_by_worker(model, raw, request, service)
             async with turn():
-                return read_body(model, raw, service.text)
+                try:
+                    return cut_off(lambda: read_body(model, raw, service.text))
+                except TooLong:  # such as a chat template that goes round in circles for some chats
+                    service.reads_inline = False
+                    log.warning("a little body took long to read, so all are read by workers from now on")
+            return await _read_by_worker(model, raw, request, service)
 
     return read
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+PER_ROW = {"longrope": "longrope", "dynamic_ntk": "dynamic"}
+"""Methods that are not transformers' past the trained length, on purpose, by the names that configs have for them."""
+
 Report = Callable[[str], None]
 """Gets a line as each stage begins."""
 
@@ -110,6 +113,12 @@ def _prepare_kernels(config: EngineConfig, report: Report, ranks: Ranks) -> None
 def _describe(positions: ModelPositions, size: CacheSize, config: EngineConfig, report: Report) -> None:
     for warning in positions.warnings():
         report(f"warning: {warning}")
+    own = positions.methods[positions.main]
+    if own.name in PER_ROW and own.rotary.rope_type in PER_ROW.values() and size.max_model_len > own.train_length:
+        report(
+            f"beyond {own.train_length} tokens each row is read by its own length, where transformers reads all by the "
+            f"whole prompt's: with {own.rotary.rope_type} replies there are not transformers' (docs/models.md)"
+        )
     described = ", ".join(f"{key} {value}" for key, value in positions.describe().items())
     report(
         f"{described}; max_model_len {size.max_model_len}; cache of {size.num_blocks * config.block_size} tokens, "

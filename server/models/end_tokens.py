@@ -63,8 +63,11 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> dict[int, str]:
 
 def describe(ends: dict[int, str], tokenizer: Any) -> str:
     """For the log: each token as it is written, its id, and who names it. tokenizer: transformers' own."""
-    written = (f"{tokenizer.convert_ids_to_tokens(token_id)} ({token_id}, {who})" for token_id, who in ends.items())
-    return "replies end at " + (", ".join(written) if ends else "no token: only max_tokens and stop end them")
+    pieces = {token_id: tokenizer.convert_ids_to_tokens(token_id) for token_id in ends}
+    written = [f"{piece} ({token_id}, {ends[token_id]})" for token_id, piece in pieces.items() if piece is not None]
+    unknown = [f"{token_id} ({ends[token_id]})" for token_id, piece in pieces.items() if piece is None]
+    told = "replies end at " + (", ".join(written) if written else "no token: only max_tokens and stop end them")
+    return told + (f"; warning: its tokenizer has no token {', '.join(unknown)}" if unknown else "")
 
 
 def _turn_ends(tokenizer: Any) -> list[int]:

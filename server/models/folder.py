@@ -18,8 +18,9 @@ from typing import Any
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.config.text import TEXT_FILES, wrong_in_text_file
 from prerope.server.models.config.values import REMEDY, Stored, shown, wrong_in
+from prerope.server.models.json_files import read_json, read_text, refused, unreadable
 from prerope.server.models.quantized.schemes import scheme_of
-from prerope.server.models.stored import POINTER, Damaged, StoredTensor, pointer, read_header, some
+from prerope.server.models.stored import Damaged, StoredTensor, read_header, some
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -40,34 +41,42 @@ READ = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def check_folder(folder: Path) -> None:
     """Raise ConfigurationError, with the remedy, unless the folder holds a whole model in transformers' format."""
+    try:
+        _check(folder)
+    except OSError as error:  # of a folder that may not be listed, or goes away meanwhile
+        raise refused(folder, unreadable("it", error)) from error
+
+
+def _check(folder: Path) -> None:
+    _check_kinds(folder)
     _check_unfinished(folder)
     _check_links(folder)
     if not (folder / CONFIG).is_file():
-        raise _refused(folder, _what_instead_of_a_model(folder))
+        raise refused(folder, _what_instead_of_a_model(folder))
     config = read_config(folder)
     if (folder / ADAPTER).is_file():
-        raise _refused(
-            folder, f"an adapter ({ADAPTER}) lies beside the base model; {_merging(folder)}, or move it away"
-        )
+        raise refused(folder, f"an adapter ({ADAPTER}) lies beside the base model; {_merging(folder)}, or move it away")
     said = config.get("quantization_config")
     if said is not None and not (isinstance(said, dict) and said):
         wanted = "it names a quant_method; leave it out where there is none" if said == {} else "it is an object"
-        raise _refused(folder, f"{CONFIG} says quantization_config is {shown(said)}, and {wanted}: {REMEDY}")
+        raise refused(folder, f"{CONFIG} says quantization_config is {shown(said)}, and {wanted}: {REMEDY}")
     quantized = scheme_of(config, folder) is not None
     files = weight_files(folder)
     headers = [_header_of(folder, file) for file in files]
     _check_names(folder, headers)
     for file, tensors in zip(files, headers, strict=True):
         _check_dtypes(folder, file.name, tensors, quantized)
-    stored = Stored(sum(map(len, headers)), sum(file.stat().st_size for file in files))
+    tables = [entry.shape for header in headers for name, entry in header.items() if EMBEDDING.search(name)]
+    num_bytes = sum(file.stat().st_size for file in files)
+    stored = Stored(sum(map(len, headers)), num_bytes, tables[0] if len(tables) == 1 else ())
     if wrong := wrong_in(config, stored):
-        raise _refused(folder, f"{CONFIG} says {wrong}")
-    _check_kinds(folder)
+        raise refused(folder, f"{CONFIG} says {wrong}")
     _check_other_files(folder)
 
 
@@ -78,9 +87,12 @@ def holds_weights(folder: Path) -> bool:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json. Raises ConfigurationError where it is none."""
-    config = _read_json(folder, CONFIG)
-    if not isinstance(config.get("model_type"), str):
-        raise _refused(folder, f"{CONFIG} names no model_type, so it is not a transformers model's")
+    config = read_json(folder, CONFIG)
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise refused(folder, f"{CONFIG} names no model_type, so it is not a transformers model's")
+    if not isinstance(model_type, str) or not model_type:
+        raise refused(folder, f"{CONFIG} says 'model_type' is {shown(model_type)}, and it is a name: {REMEDY}")
     return config
 
 
@@ -89,19 +101,22 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise _refused(folder, _what_instead_of_weights(folder))
-    parts = _read_json(folder, INDEX).get("weight_map")
+        raise refused(folder, _what_instead_of_weights(folder))
+    index = read_json(folder, INDEX)
+    parts = index.get("weight_map")
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
-        raise _refused(folder, f"{INDEX} has no weight_map: download it again")
+        raise refused(folder, f"{INDEX} has no weight_map: download it again")
+    if not isinstance(index.get("metadata"), dict):
+        raise refused(folder, f"{INDEX} has no metadata, which transformers reads: download it again")
     names = sorted(set(parts.values()))
     elsewhere = [name[:80] for name in names if Path(name).name != name or not 0 < len(name) <= 255 or "\0" in name]
     if elsewhere:
-        raise _refused(
+        raise refused(
             folder, f"{INDEX} names {some(elsewhere) or 'nothing'}, which is no file of this folder: download it again"
         )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise _refused(
+        raise refused(
             folder,
             f"{len(names) - len(missing)} of {len(names)} parts of the weights are there and {some(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing: the download is incomplete; run it again",
@@ -115,21 +130,24 @@ def weight_files(folder: Path) -> list[Path]:
 def _check_unfinished(folder: Path) -> None:
     left = sorted(path.name for pattern in UNFINISHED for path in folder.glob(pattern) if _still_missing(folder, path))
     if left:
-        raise _refused(folder, f"{some(left)} was left by an interrupted download; run it again, or remove that file")
+        raise refused(folder, f"{some(left)} was left by an interrupted download; run it again, or remove that file")
 
 
 def _check_kinds(folder: Path) -> None:
-    """Pipes, sockets and devices: who opens one may wait for ever."""
-    odd = sorted(path.name for path in folder.iterdir() if path.exists() and not path.is_file() and not path.is_dir())
+    """Pipes, sockets and devices: who opens one may wait for ever. Folders under names of files."""
+    found = [path for path in folder.iterdir() if path.exists() and not path.is_file()]
+    odd = sorted(path.name for path in found if not path.is_dir())
     if odd:
-        raise _refused(folder, f"{some(odd)} is no regular file, but a pipe, socket or device: take it away")
+        raise refused(folder, f"{some(odd)} is no regular file, but a pipe, socket or device: take it away")
+    if folders := sorted(path.name for path in found if path.name.endswith((".json", ".safetensors", ".jinja"))):
+        raise refused(folder, f"{some(folders)} is a folder, and it should be a file: take it away, or download it")
 
 
 def _check_links(folder: Path) -> None:
     """Links without what they name, as they are left where a snapshot of a hub's cache is copied."""
     broken = sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists())
     if broken := [name for name in broken if name.endswith(READ)]:
-        raise _refused(
+        raise refused(
             folder,
             f"{some(broken)} {'is a link' if len(broken) == 1 else 'are links'} to what is not there: copy the folder "
             "with what its links name (cp -L), or download it again",
@@ -145,18 +163,16 @@ def _header_of(folder: Path, file: Path) -> dict[str, StoredTensor]:
     try:
         return read_header(file)
     except Damaged as damage:
-        raise _refused(folder, str(damage)) from damage
+        raise refused(folder, str(damage)) from damage
     except OSError as error:
-        raise _refused(folder, f"{file.name} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise refused(folder, unreadable(file.name, error)) from error
 
 
 def _check_names(folder: Path, headers: list[dict[str, StoredTensor]]) -> None:
     """No weight twice, in two parts: which one is read would be chance."""
     names = Counter(name for header in headers for name in header)
     if twice := [name for name, count in names.items() if count > 1]:
-        raise _refused(
-            folder, f"{some(twice)} is in two of the parts: parts of two models lie there; download it again"
-        )
+        raise refused(folder, f"{some(twice)} is in two of the parts: parts of two models lie there; download it again")
 
 
 def _check_dtypes(folder: Path, file: str, tensors: dict[str, StoredTensor], quantized: bool) -> None:
@@ -165,13 +181,13 @@ def _check_dtypes(folder: Path, file: str, tensors: dict[str, StoredTensor], qua
     strange = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS and _is_weight(name, tensor)]
     plain = [name for name in strange if len(tensors[name].shape) < 2 and not tensors[name].dtype.startswith("F")]
     if plain:
-        raise _refused(
+        raise refused(
             folder,
             f"{file} holds {some(plain)} as {tensors[plain[0]].dtype}, and such weights are floating-point numbers in "
             "every scheme: the file is damaged or was converted wrongly; take the original checkpoint",
         )
     if strange and not quantized:
-        raise _refused(
+        raise refused(
             folder,
             f"{file} holds {some(strange)} as {tensors[strange[0]].dtype}, but {CONFIG} names no quantization_config: "
             "the weights are quantised by a scheme that cannot be known; take the original checkpoint, or one whose "
@@ -187,19 +203,19 @@ def _is_weight(name: str, tensor: StoredTensor) -> bool:
 
 def _check_other_files(folder: Path) -> None:
     for name in ("generation_config.json", *TEXT_FILES):
-        if (folder / name).exists() and (wrong := wrong_in_text_file(name, _read_json(folder, name))):
-            raise _refused(folder, f"{name} says {wrong}: download it again, or correct it")
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-        _read_text(folder, "chat_template.jinja")
+        if (folder / name).exists() and (wrong := wrong_in_text_file(name, read_json(folder, name))):
+            raise refused(folder, f"{name} says {wrong}: download it again, or correct it")
+    with contextlib.suppress(FileNotFoundError):
+        read_text(folder, "chat_template.jinja")
     if any(True for pattern in TOKENIZERS for _ in folder.glob(pattern)):
         return
     if (folder / "tekken.json").is_file():
-        raise _refused(
+        raise refused(
             folder,
             "its only tokenizer is Mistral's tekken.json, and a tokenizer.json is needed: take it from a version of "
             "this model in transformers' format",
         )
-    raise _refused(folder, "no tokenizer is there: copy tokenizer.json and tokenizer_config.json of the model into it")
+    raise refused(folder, "no tokenizer is there: copy tokenizer.json and tokenizer_config.json of the model into it")
 
 
 def _what_instead_of_a_model(folder: Path) -> str:
@@ -269,34 +285,5 @@ def _layers(manifest: Path) -> Iterator[dict[str, Any]]:
 def _merging(folder: Path) -> str:
     base = ""
     with contextlib.suppress(ConfigurationError):
-        base = str(_read_json(folder, ADAPTER).get("base_model_name_or_path") or "")
+        base = str(read_json(folder, ADAPTER).get("base_model_name_or_path") or "")[:80]
     return f"merge it into its base{f' {base}' if base else ''} once (peft's merge_and_unload, then save_pretrained)"
-
-
-def _read_text(folder: Path, name: str) -> str:
-    try:
-        return (folder / name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise _refused(folder, f"{name} is no text in UTF-8: download it again") from error
-    except PermissionError as error:
-        raise _refused(folder, f"{name} cannot be read: permission denied") from error
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        data = (folder / name).read_bytes()
-    except OSError as error:
-        raise _refused(folder, f"{name} cannot be read: {(error.strerror or str(error)).lower()}") from error
-    if data.startswith(POINTER):
-        raise _refused(folder, pointer(name))
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise _refused(folder, f"{name} is no JSON ({len(data)} bytes), or is cut short: download it again") from error
-    if not isinstance(value, dict):
-        raise _refused(folder, f"{name} is no JSON object: download it again")
-    return value
-
-
-def _refused(folder: Path, reason: str) -> ConfigurationError:
-    return ConfigurationError(f"MODEL_ID={folder} cannot be served: {reason}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,11 @@ def drop_other_senses(model: Any) -> list[str]:
     for name in others:
         setattr(inner, name, _LeftOut(decoder))
     return others
+
+
+def of_senses(dropped: Sequence[str]) -> tuple[str, ...]:
+    """How names of weights begin that are of what was taken out: a folder may come without them."""
+    return tuple(f"model.{name}." for name in dropped)
 
 
 class _LeftOut(nn.Identity):

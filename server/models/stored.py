@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import Any
 
 POINTER = b"version https://git-lfs"
+OTHERS = {
+    b"GGUF": "is a GGUF file: give it a name that ends in .gguf, and that name as MODEL_ID",
+    b"PK\x03\x04": "is a zip archive, such as torch.save writes: convert it once with transformers' save_pretrained",
+    b"\x80\x02": "is a pickle, such as torch.save wrote: convert it once with transformers' save_pretrained",
+    b"\x1f\x8b": "is compressed (gzip): unpack it",
+}
+"""How files of other formats begin."""
+
+LONGEST_NAME = 120
 MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -46,6 +55,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         start = stream.read(len(POINTER))
         if start == POINTER:
             raise Damaged(pointer(file.name))
+        if other := next((said for magic, said in OTHERS.items() if start.startswith(magic)), None):
+            raise Damaged(f"{file.name} {other}")
         length = int.from_bytes(start[:8], "little")
         stream.seek(8)
         text = stream.read(length) if length <= MAX_HEADER else b""
@@ -75,9 +86,9 @@ def cut_short(name: str, said: str) -> str:
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, long ones cut, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names[:shown]) + more
 
 
 def _parsed(entries: dict[str, Any]) -> tuple[list[tuple[int, int]], dict[str, StoredTensor]]:

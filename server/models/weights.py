@@ -19,27 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.models.checks.loaded import incomplete, no_numbers, strange
 from prerope.server.models.config.faults import Unknown, config_fault
 from prerope.server.models.config.values import whole_numbers
 from prerope.server.models.quantized.schemes import SCHEMES, check_scheme, dequantising, scheme_of
-from prerope.server.models.senses import drop_other_senses, thinking_part, unseen, without_timm
+from prerope.server.models.senses import drop_other_senses, of_senses, thinking_part, unseen, without_timm
 from prerope.server.models.stored import some
-from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-QUANTISED = re.compile(r"scale|qweight|qzeros|g_idx|zero_point|absmax|quant_map|quant_state|weight_packed|lora_[AB]")
-"""In names of tensors without which the weights beside them mean something else."""
-
-FORMER_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
-"""What old checkpoints store of tables and masks, which transformers makes itself today."""
-
-NEXT_TOKEN_LAYER = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|nextn)")
-"""Of a layer past the last: one that predicts a second token (multi-token prediction), which nothing here runs."""
 
 
 NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
@@ -78,13 +69,18 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
         ) from error
     if scheme == "bitsandbytes":
         model = model.dequantize(config.dtype)
+    if model.dtype == torch.float64:
+        report("weights of 64 bits are served in fp32")
+        model = model.float()
     unexpected = info["unexpected_keys"]
-    wrong = incomplete(info) or strange(model, unexpected - unseen(model, unexpected)) or not_finite(model)
+    strange_ones = strange(model, unexpected - unseen(model, unexpected))
+    dropped = drop_other_senses(model)
+    wrong = incomplete(info, of_senses(dropped)) or strange_ones or no_numbers(model, report)
     if wrong:
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be served: {wrong}")
     if unexpected:
         report(f"left out, since it is not the decoder's: {len(unexpected)} weights, as {some(sorted(unexpected), 1)}")
-    if dropped := drop_other_senses(model):
+    if dropped:
         report(f"text alone is served: {', '.join(dropped)} left out")
     return model.eval()
 
@@ -169,68 +165,6 @@ def _made_within(seconds: float) -> Iterator[None]:
         yield
     finally:
         watch.remove()
-
-
-def incomplete(report: dict[str, Any]) -> str | None:
-    """What transformers would have drawn at random, from its loading report; None where the checkpoint has it all."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        return (
-            f"the checkpoint lacks {len(missing)} weights that its config asks for: {some(missing)}. The download is "
-            "incomplete, or config.json is another model's; take both again, from one source"
-        )
-    mismatched = sorted((name, tuple(stored), tuple(asked)) for name, stored, asked in report["mismatched_keys"])
-    if mismatched:
-        shapes = [f"{name} is {list(stored)}, not {list(asked)}" for name, stored, asked in mismatched]
-        return (
-            f"{len(shapes)} weights have another shape than its config says: {some(shapes)}. config.json is another "
-            "model's, or the weights are packed by a scheme that it does not name; take both again, from one source"
-        )
-    return None
-
-
-def strange(model: nn.Module, unexpected: set[str]) -> str | None:
-    """What the checkpoint holds of the decoder and the model class has no place for; None where nothing matters."""
-    scales = sorted(name for name in unexpected if QUANTISED.search(name))
-    if scales:
-        return (
-            f"the checkpoint holds {some(scales)}, which its config says nothing of: the weights are quantised or "
-            "adapted by a scheme that would be ignored; take the original checkpoint"
-        )
-    stacks = {match[1] for name, _ in model.named_parameters() if (match := re.match(r"(.*?\.)\d+\.", name))}
-    second_token = {_layer(name) for name in unexpected if NEXT_TOKEN_LAYER.search(name)}
-    inside = sorted(
-        name
-        for name in unexpected
-        if any(name.startswith(stack) for stack in stacks)
-        and not FORMER_BUFFERS.search(name)
-        and _layer(name) not in second_token
-    )
-    if inside:
-        return (
-            f"the checkpoint holds {len(inside)} weights that its config has no place for: {some(inside)}. config.json "
-            "is another model's, or this version of transformers knows the architecture in part only"
-        )
-    return None
-
-
-def _layer(name: str) -> str:
-    """The name as far as its first number: `model.layers.61.` of `model.layers.61.eh_proj.weight`."""
-    match = re.match(r".*?\.\d+\.", name)
-    return match[0] if match else name
-
-
-def not_finite(model: nn.Module) -> str | None:
-    """Weights with NaN or infinity in them."""
-    bad = []
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.numel():
-            low, high = torch.aminmax(parameter.detach())  # NaN goes through it; one pass, and nothing is allocated
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                bad.append(name)
-    if not bad:
-        return None
-    return f"{len(bad)} of its weights hold NaN or infinity: {some(bad)}. The file is damaged: download it again"
 
 
 @contextmanager

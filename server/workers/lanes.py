@@ -17,13 +17,13 @@ SMALL_BODY = Lane(
     "small body",
     at_once=8,
     limits=Limits(cpu_s=10, memory_bytes=256 * MEBIBYTE, nice=5),
-    doing="reading the body",
+    doing="reading the body, with the tokenizer and the model's chat template,",
 )
 LARGE_BODY = Lane(
     "large body",
     at_once=2,
     limits=Limits(cpu_s=30, memory_bytes=768 * MEBIBYTE),
-    doing="reading the body",
+    doing="reading the body, with the tokenizer and the model's chat template,",
 )
 
 LANES = (GRAMMAR, SMALL_BODY, LARGE_BODY)

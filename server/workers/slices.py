@@ -13,13 +13,26 @@ themselves.
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 SLICE_S = 0.001
 MAX_REST_S = 0.005
+
+LONGEST_S = 0.25
+"""Of what runs on the loop at once, whatever it is: then it is cut off."""
+
+T = TypeVar("T")
+
+
+class TooLong(BaseException):
+    """It was cut off. No Exception: what is cut off may catch those, and go on."""
+
 
 _locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
@@ -35,3 +48,23 @@ async def turn() -> AsyncIterator[Callable[[], bool]]:
         yield lambda: time.perf_counter() - began < SLICE_S
     finally:
         loop.call_later(min(time.perf_counter() - began, MAX_REST_S), lock.release)
+
+
+def cut_off(function: Callable[[], T], seconds: float = LONGEST_S) -> T:
+    """What it returns; TooLong after so many seconds, wherever in Python's code it is then.
+
+    Only the main thread can be interrupted so: on another it takes as long as it takes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function()
+
+    def stop(*_signal: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return function()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

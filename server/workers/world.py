@@ -23,11 +23,13 @@ class World:
 
     def prepare(self) -> None:
         """Import and build, in the zygote, what every task would otherwise begin with."""
+        from prerope.server.api.chat.trial import guard
         from prerope.server.api.openai.schemas import ChatRequest
         from prerope.server.api.requests.reading import read_body
         from prerope.server.errors import InvalidRequest
         from prerope.server.structured.compile import warm_up
 
         warm_up(self.tokenizer)
+        guard(self.tokenizer)
         with contextlib.suppress(InvalidRequest):
             read_body(ChatRequest, b'{"messages": [{"role": "user", "content": "Hello"}]}', self.text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -12,15 +13,22 @@ import socket
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prerope.server.api.chat.template import render_chat
+from prerope.server.api.chat.trial import guard
 from prerope.server.errors import EngineUnavailable, InvalidRequest
+from prerope.server.tokenizer import Tokenizer
 from prerope.server.workers.fair import FairSemaphore
 from prerope.server.workers.messages import Limits
 from prerope.server.workers.pool import Lane, Workers
+from prerope.server.workers.slices import TooLong, cut_off
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 
 LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20, nice=0), doing="testing")
 
@@ -264,3 +272,59 @@ def test_a_child_is_killed_and_never_another_process_of_its_id(tmp_path: Path, m
 
     with_workers(use)
     assert set(killed) == {killed[0]}, "the zygote alone, which is waited for"
+
+
+@pytest.mark.parametrize("endless", [lambda: [None for _ in itertools.count()], lambda: render_endlessly()])
+def test_what_takes_long_on_the_loop_is_cut_off(endless: Callable[[], object]) -> None:
+    """On the main thread, where the loop is, and also where it catches every Exception that it meets."""
+    before, began = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(TooLong):
+        cut_off(endless, 0.05)
+    assert time.monotonic() - began < 5
+    assert cut_off(lambda: 7) == 7
+    assert (signal.getitimer(signal.ITIMER_REAL)[0], signal.getsignal(signal.SIGALRM)) == (0, before)
+
+
+def render_endlessly() -> str:
+    loops = "".join(f"{{% for {name} in range(9999) %}}" for name in "abcd")
+    return render_chat(tokenizer_with(loops + "{% endfor %}" * 4), [{"role": "user", "content": "Hello"}])
+
+
+def tokenizer_with(template: str) -> Tokenizer:
+    pieces = {piece: index for index, piece in enumerate(("<s>", *"abcdefghijklmnopqrstuvwxyzH"))}
+    hf = PreTrainedTokenizerFast(tokenizer_object=Backend(models.BPE(pieces, [])), eos_token="<s>")
+    hf.chat_template = template
+    return Tokenizer(hf)
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Templates that a zygote is to try."""
+
+    templates: tuple[str, ...]
+
+    def prepare(self) -> None:
+        for template in self.templates:
+            tokenizer = tokenizer_with(template)
+            guard(tokenizer)
+            self.found.append(tokenizer.template_fault is None)
+
+    found: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class WhatWasFound:
+    def run(self, world: Templates) -> list[bool]:
+        return world.found
+
+
+def test_a_chat_template_that_never_ends_or_takes_all_memory_is_never_run_again() -> None:
+    """Found out in a process that may be killed; what refuses one word, or is no Jinja, is left to each request."""
+    loops = "".join(f"{{% for {name} in range(9999) %}}" for name in "abcd") + "{% endfor %}" * 4
+    large = ("{{ 'a' * 10**10 }}", "{% set x = messages[0].content * 10**10 %}{{ x }}")
+    fine = ("{{ messages[0].content }}", "{{ raise_exception('no') }}", "{% for")
+
+    async def use(workers: Workers) -> None:
+        assert await workers.run(WhatWasFound(), "test") == [True, True, True, False, False, False]
+
+    with_workers(use, lambda: Templates((*fine, loops, *large)))

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prerope.server.errors import InvalidRequest
+from jinja2 import TemplateSyntaxError
+from prerope.server.errors import InvalidRequest, first_line, one_line
 from prerope.server.tokenizer import Tokenizer
 
 
@@ -14,7 +15,10 @@ def template_text(tokenizer: Tokenizer, *, with_tools: bool) -> str:
     """The source of the chat template; some models have one of its own for chats with tools."""
     if not tokenizer.hf.chat_template:
         return ""
-    return str(tokenizer.hf.get_chat_template(tools=[{}] if with_tools else None))
+    try:
+        return str(tokenizer.hf.get_chat_template(tools=[{}] if with_tools else None))
+    except ValueError:  # of several by name, none is the default
+        return ""
 
 
 def template_names(tokenizer: Tokenizer, role: str) -> bool:
@@ -34,9 +38,11 @@ def render_chat(
 ) -> str:
     """Messages → the prompt's text, special tokens included: `Tokenizer.encode` is to add none.
 
-    Raises InvalidRequest if the model has no template or the template refuses.
+    Raises InvalidRequest if the model has no template that can be run, or the template refuses.
     """
     named = tokenizer.hf.chat_template
+    if tokenizer.template_fault is not None:
+        raise InvalidRequest(tokenizer.template_fault, param="messages", code="no_chat_template")
     if not named:
         raise InvalidRequest(
             "This model has no chat template; use /v1/completions or /generate with the whole prompt.",
@@ -54,8 +60,18 @@ def render_chat(
             tokenize=False,
             **(variables or {}),
         )
+    except MemoryError:  # of a worker, which has as much as one request may take
+        raise
+    except TemplateSyntaxError as error:
+        raise InvalidRequest(
+            f"This model's chat template is no valid Jinja (line {error.lineno}: {first_line(error, 200)}). Correct "
+            "chat_template (in tokenizer_config.json, or chat_template.jinja), or use /v1/completions or /generate "
+            "with the whole prompt.",
+            param="messages",
+            code="no_chat_template",
+        ) from error
     except Exception as error:  # a template is a program of the model's: whatever it raises, the messages caused it
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = one_line(str(error).strip().split("\n")[0][:200]) or type(error).__name__
         if isinstance(error, RecursionError):
             reason = "something in them, or in their tools, nests deeper than it can follow"
         raise InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages") from error

@@ -18,6 +18,7 @@ from prerope.server.models.attention.interface import OWN_MASK
 from prerope.server.models.checks.counting import counts_from_zero, counts_positions
 from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.checks.masks import check_mask
+from prerope.server.models.checks.numbers import check_numbers
 from prerope.server.models.checks.trials import (
     PROBE_LENGTH,
     Seen,
@@ -53,6 +54,7 @@ def inspect_layers(
     if reason is not None:
         raise cannot_serve(raw, reason)
     base = first_run(raw)
+    check_numbers(raw, base)
     for seen in base:
         check_mask(raw, seen)
     if not base and keeps_states(raw):

@@ -29,6 +29,7 @@ from prerope.rope.reading import UNBOUNDED
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.attention.interface import AttentionCall, AttentionHandler
 from prerope.server.models.batch import Chunk, build_batch
+from prerope.server.models.checks.numbers import check_logits
 from prerope.server.models.checks.precise import in_fp32
 from prerope.server.models.checks.trials import (
     LONGEST,
@@ -134,6 +135,7 @@ class _Judge:
         """The largest relative difference; ConfigurationError where one is too large."""
         model = self.model
         stock = self._stock()
+        check_logits(model.raw, stock.logits)
         exact = model.dtype == torch.float32
         precise = stock if exact else self._stock(held=stock, fp32=True)
         with model.layer_by_layer():

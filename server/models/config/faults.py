@@ -51,10 +51,15 @@ def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict
     """
     if wrong := wrong_in(said):  # sizes, above all, with which no try would end
         return wrong
-    if unknown := re.search(r"has model type `(.*?)` but", str(error)):
+    if unknown := re.search(r"has model type `(.*?)` but", str(error), re.DOTALL):
         return (
             f"'model_type' is the text '{unknown[1][:32]}', and transformers {metadata.version('transformers')} knows "
             "no such model: correct it, or wait for a version of this server with a transformers that does"
+        )
+    if "contains custom code" in str(error):
+        return (
+            f"'model_type' is {shown(said.get('model_type'))}, a model whose code comes with its files ('auto_map'), "
+            "and such code is not run here: take a version of it in a format that transformers itself knows"
         )
     if kind := _wrong_kind(said, error):
         return kind
@@ -149,11 +154,15 @@ def _own_words(error: Exception) -> str:
     inner = re.search(r"validator '\w+':\s+(\w+): (.*)", str(error))
     if inner:
         return inner[2].rstrip(".:")[:200] if inner[1] == "ValueError" else ""
-    told = type(error) is ValueError and not re.match(OF_PYTHON, str(error))
+    told = type(error) in (ValueError, AssertionError) and not re.match(OF_PYTHON, str(error))
     return first_line(error)[:200] if told else ""
 
 
 def _wrong_kind(said: Mapping[str, Any], error: Exception) -> str | None:
+    if item := re.search(r"Invalid item at index (\d+) in list '(\w+)'", str(error)):
+        place, name = int(item[1]), item[2]
+        one = _at(said, (name,))[place] if name in said else None
+        return f"'{name}' has {shown(one)} at its place {place}, which none of its values may be: {REMEDY}"
     kinds = re.findall(r"Field '(\w+)' expected (\w+).*?, got \w+", str(error))
     if not kinds:
         return None

@@ -1,4 +1,4 @@
-"""Values in the files beside a tokenizer that are of another kind than they should be.
+"""Values in the files beside config.json that are of another kind than they should be.
 
 transformers reads them as they come, and fails in words about its own code.
 """
@@ -26,6 +26,11 @@ def wrong_in_text_file(name: str, said: Mapping[str, Any]) -> str | None:
             ),
             None,
         )
+    if name == "generation_config.json":
+        ends = said.get("eos_token_id")
+        if all(one is None or type(one) is int for one in (ends if isinstance(ends, list) else [ends])):
+            return None
+        return f"'eos_token_id' is {shown(ends)}, and it is the number of a token, or a list of such numbers"
     if name not in ("tokenizer_config.json", "special_tokens_map.json"):
         return None
     for key, value in said.items():

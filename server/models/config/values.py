@@ -17,6 +17,7 @@ MOST = 2**31 - 1
 NUMBERS_A_BYTE = {"vocab_size": 8, "intermediate_size": 64, "head_dim": 64}
 """An embedding is always stored, a bit a number at least; the other may be a default that a family has no use for."""
 
+A_LENGTH = f"a model's length is a number of tokens from 1 to {MOST}"
 LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
 COUNTS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -70,6 +71,8 @@ class Stored:
 
     num_tensors: int
     num_bytes: int
+    embedding: tuple[int, ...] = ()
+    """The shape of the table of its tokens, [vocabulary, width], where one has a usual name."""
 
 
 def wrong_in(config: Mapping[str, Any], stored: Stored | None = None) -> str | None:
@@ -103,10 +106,10 @@ def _complaints(values: Mapping[str, Any], stored: Stored | None) -> Iterator[st
     for name in LENGTHS:
         known = name in values and (values[name] is not None or (turns and name == LENGTHS[0]))
         if known and not _is_count(values[name]):
-            yield f"'{name}' is {shown(values[name])}, and a model's length is a number of tokens: {REMEDY}"
+            yield f"'{name}' is {shown(values[name])}, and {A_LENGTH}: {REMEDY}"
     for name in COUNTS:  # a few families have none of some, or one a layer
         if isinstance(values.get(name), int | float | str) and not _is_count(values[name]):
-            yield f"'{name}' is {shown(values[name])}, and it is a whole number from 1 up: {REMEDY}"
+            yield f"'{name}' is {shown(values[name])}, and {_wanted_of_count(name, values[name], stored)}: {REMEDY}"
     for name in ROPE:
         yield from _of_rotation(name, values.get(name))
     yield from _of_rotation("", {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")})
@@ -137,12 +140,12 @@ def _of_other_kinds(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"'num_key_value_heads' is {key_heads}, more than the {heads} of num_attention_heads: {REMEDY}"
     window, chunks = values.get("sliding_window"), values.get(DUAL_CHUNK)
     if isinstance(window, int | float) and abs(window) > MOST:
-        yield f"'sliding_window' is {shown(window)}, and a window is a number of tokens: {REMEDY}"
+        yield f"'sliding_window' is {shown(window)}, and a window is a number of tokens, {MOST} at most: {REMEDY}"
     if chunks is not None and not isinstance(chunks, Mapping):
         yield f"'{DUAL_CHUNK}' is {shown(chunks)}, and it is an object: {REMEDY}"
     for name, value in (chunks or {}).items() if isinstance(chunks, Mapping) else ():
         if name in ("chunk_size", "local_size", LENGTHS[1]) and not _is_count(value):
-            yield f"'{DUAL_CHUNK}.{name}' is {shown(value)}, and it is a number of tokens: {REMEDY}"
+            yield f"'{DUAL_CHUNK}.{name}' is {shown(value)}, and it is a number of tokens from 1 to {MOST}: {REMEDY}"
 
 
 def _bare(dtype: str) -> str:
@@ -176,7 +179,7 @@ def _wanted_of_rotation(name: str, value: Any) -> str | None:
     if value is None:
         return None
     if name in LENGTHS:
-        return None if _is_count(value) else "a model's length is a number of tokens"
+        return None if _is_count(value) else A_LENGTH
     if name in ("factor", "attention_factor") and _is_positive(value) and value > MAX_FACTOR:
         return f"positions and scores are stretched by {MAX_FACTOR} at most"
     if name in POSITIVE:
@@ -186,7 +189,7 @@ def _wanted_of_rotation(name: str, value: Any) -> str | None:
             return "it is a number above 0"
         return None if 1 < value <= MAX_BASE else f"the base of a rotation lies above 1, up to {MAX_BASE:.0e}"
     if name == "partial_rotary_factor":
-        return None if _is_positive(value) and value <= 1 else "it is a share of a head's dims, up to 1"
+        return None if _is_positive(value) and value <= 1 else "it is a share of a head's dims, above 0 and up to 1"
     if name in ("short_factor", "long_factor"):
         whole = isinstance(value, list) and value and all(map(_is_positive, value))
         return None if whole else "it is a list of numbers above 0"
@@ -213,18 +216,37 @@ def _more_than_stored(values: Mapping[str, Any], stored: Stored) -> Iterator[str
         if isinstance(size, int) and isinstance(width, int) and size * width > most * stored.num_bytes:
             yield (
                 f"'{name}' is {shown(size)} and 'hidden_size' {shown(width)}, more numbers than the "
-                f"{stored.num_bytes} bytes of weights hold: {REMEDY}"
+                f"{stored.num_bytes} bytes of weights hold{_as_stored(name, stored)}: {REMEDY}"
             )
 
 
+def _wanted_of_count(name: str, value: Any, stored: Stored | None) -> str:
+    """What a count must be, and what the weights show where they do."""
+    if type(value) in (int, float) and value > MOST:
+        return f"no model has more than {MOST}{_as_stored(name, stored)}"
+    return "it is a whole number from 1 up"
+
+
+def _as_stored(name: str, stored: Stored | None) -> str:
+    if stored is None or len(stored.embedding) != 2 or name not in ("vocab_size", "hidden_size"):
+        return ""
+    tokens, width = stored.embedding
+    return f" (the stored table of tokens has {tokens} of {width} numbers)"
+
+
 def whole_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with counts and lengths that are whole, but written as 2048.0, as the integers that they are."""
+    """The config with counts and lengths that are whole, but written as 2048.0, as the integers that they are.
+
+    And with dtypes by the names that transformers knows, where they are written as torch prints them.
+    """
     return {name: _whole(name, value) for name, value in config.items()}
 
 
 def _whole(name: str, value: Any) -> Any:
     if name in ("text_config", *ROPE) and isinstance(value, Mapping):
         return whole_numbers(value)
+    if name in ("dtype", "torch_dtype") and isinstance(value, str):
+        return _bare(value)
     counted = name in (*LENGTHS, *COUNTS) and isinstance(value, float) and value.is_integer() and abs(value) <= MOST
     return int(value) if counted else value
 

@@ -117,7 +117,9 @@ def _read_file(file: Path) -> Header:
         if start == POINTER:
             raise ConfigurationError(f"{file.name} is a git-lfs pointer, not the file itself: run `git lfs pull` there")
         if not start.startswith(MAGIC):
-            raise ConfigurationError(f"{file.name} is no GGUF file ({size} bytes): download it again")
+            other = ", but looks like safetensors: it belongs into a folder as model.safetensors, with its config.json"
+            said = other if start[8:9] == b"{" else ": download it again"
+            raise ConfigurationError(f"{file.name} is no GGUF file ({size} bytes){said}")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _parse(file, data)

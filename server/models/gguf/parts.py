@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.json_files import unreadable
 from prerope.server.models.stored import some
 
 MAGIC = b"GGUF"
@@ -14,8 +15,11 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 def is_gguf(file: Path) -> bool:
     """By its first bytes: Ollama's blobs have no suffix."""
-    with file.open("rb") as stream:
-        return stream.read(4) == MAGIC
+    try:
+        with file.open("rb") as stream:
+            return stream.read(4) == MAGIC
+    except OSError as error:
+        raise ConfigurationError(f"MODEL_ID={file} cannot be served: {unreadable(file.name, error)}.") from error
 
 
 def parts_of(file: Path) -> list[Path]:

@@ -17,11 +17,11 @@ import gguf
 import numpy as np
 import torch
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.checks.loaded import incomplete
 from prerope.server.models.folder import INDEX, WEIGHTS
 from prerope.server.models.gguf.header import Header, StoredTensor
 from prerope.server.models.gguf.parts import parts_of
 from prerope.server.models.stored import some
-from prerope.server.models.weights import incomplete
 from safetensors.torch import save_file
 from torch import Tensor
 

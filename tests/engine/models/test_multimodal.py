@@ -87,6 +87,23 @@ def test_the_text_model_is_served_and_equals_the_whole(family: str, tmp_path: Pa
     assert generate(tiny_engine(model), [prompt], greedy(8)) == [expected[0, 20:].tolist()]
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava", "gemma3", "internvl"])
+def test_a_folder_of_its_text_weights_alone_is_served(family: str, tmp_path: Path) -> None:
+    folder = saved(family, tmp_path / family)
+    file, prompt = folder / "model.safetensors", prompt_of(20)
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    weights = load_file(file)
+    text = {name: tensor for name, tensor in weights.items() if not any(eye in name for eye in ("vis", "projector"))}
+    assert 0 < len(text) < len(weights)
+    save_file(text, file, {"format": "pt"})
+    model, lines = load(folder)
+    assert any("text alone is served" in line for line in lines)
+    assert row_errors(logits(model, prompt, 7), stock_logits(whole, prompt)).max() < 1e-3
+    save_file({name: tensor for name, tensor in text.items() if "layers.1.mlp" not in name}, file, {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"lacks 3 weights that its config asks for: .*layers\.1\.mlp"):
+        load(folder)
+
+
 def test_a_prefix_language_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="reads what follows it"):
         load(saved("paligemma", tmp_path / "paligemma"))

@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from prerope.server.api.chat.template import render_chat
 from prerope.server.engine.loading import in_words
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.config.text import wrong_in_text_file
 from prerope.server.models.config.values import Stored, wrong_in
+from prerope.server.models.end_tokens import describe
 from prerope.server.models.model import Model, load_model
-from prerope.server.sampling_defaults import sampling_defaults
+from prerope.server.sampling_defaults import SamplingDefaults, sampling_defaults
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 
@@ -254,6 +256,23 @@ def empty_vocabulary(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def every_weight(change: Callable[[torch.Tensor], torch.Tensor], of: str = "") -> Damage:
+    return change_weights(lambda w: {name: change(t) if of in name else t for name, t in w.items()})
+
+
+def rewritten(name: str, change: Callable[[bytes], bytes]) -> Damage:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes())) and None
+
+
+def made_a_folder(name: str) -> Damage:
+    return lambda folder: ((folder / name).unlink(missing_ok=True), (folder / name).mkdir())[1]
+
+
+def without_metadata(folder: Path) -> None:
+    change_json("model.safetensors.index.json", metadata=None)(folder)
+
+
+FILES = ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja")
 NORM = "model.norm.weight"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_model_name_or_path": "owner/base"}))
@@ -275,7 +294,7 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (with_tensor("base_model.model.q_proj.lora_A.weight", torch.ones(2, 2)), "adapted by a scheme"),
         # damaged weights
         (replaced(Q_PROJ, lambda t: t[:16]), f"{Q_PROJ} is [16, 32], not [32, 32]"),
-        (replaced(Q_PROJ, lambda t: t * float("nan")), f"1 of its weights hold NaN or infinity: {Q_PROJ}"),
+        (replaced(Q_PROJ, lambda t: t * float("nan")), f"numbers beyond 1e+12: {Q_PROJ}"),
         (replaced(Q_PROJ, lambda t: t.to(torch.int8)), "as I8, but config.json names no quantization_config"),
         (replaced(Q_PROJ, lambda t: t.to(torch.float8_e4m3fn)), "as F8_E4M3, but"),
         (replaced(NORM, lambda t: t.to(torch.int32)), f"{NORM} as I32, and such weights are floating-point numbers"),
@@ -341,6 +360,110 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
             rope(rope_type="longrope", short_factor=[1, None]),
             "'rope_parameters.short_factor' is a list, and it is a list",
         ),
+        # sizes that no model has, beside what is stored
+        (
+            change_json("config.json", vocab_size=10**15),
+            f"'vocab_size' is {10**15}, and no model has more than {2**31 - 1} (the stored table of tokens has 258",
+        ),
+        (
+            change_json("config.json", num_attention_heads=10**15),
+            f"is {10**15}, and no model has more than {2**31 - 1}",
+        ),
+        (change_json("config.json", max_position_embeddings=10**15), f"number of tokens from 1 to {2**31 - 1}"),
+        (change_json("config.json", pad_token_id=1000), "(AssertionError: Padding_idx must be within num_embeddings)"),
+        (change_json("config.json", model_type="mistral", sliding_window=0), "reads a sliding window of 0 tokens, and"),
+        # weights that no training leaves
+        (every_weight(torch.zeros_like), "16 of its 16 tables of weights hold one number"),
+        (every_weight(lambda t: torch.full_like(t, 0.5)), "16 of its 16 tables of weights hold one number"),
+        (
+            every_weight(lambda t: torch.full_like(t, 1e-40)),
+            "16 of its 16 tables of weights hold one number",
+        ),
+        (
+            replaced("lm_head.weight", torch.zeros_like),
+            "tables of weights hold one number throughout: lm_head",
+        ),
+        (every_weight(lambda t: 1e30 * t), "hold NaN, infinity or numbers beyond 1e+12"),
+        (every_weight(torch.zeros_like, "norm"), "all its keys are zeros on a short prompt, so that its weights are"),
+        (replaced(NORM, torch.zeros_like), "its logits are the same for all tokens: its weights are damaged"),
+        (
+            both(change_json("config.json", dtype="float16"), every_weight(lambda t: (3e3 * t).half(), "proj")),
+            "meets NaN or infinity on a short prompt. Where DTYPE=float16 is narrower",
+        ),
+        # text that other programs write
+        *(
+            (rewritten(name, change), f"{name} {said}")
+            for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+            for change, said in (
+                (lambda text: b"\xef\xbb\xbf" + text, "begins with a byte order mark"),
+                (lambda text: text.decode().encode("utf-16"), "is text in UTF-16"),
+                (lambda _: b"", "is no JSON (line 1, column 1; 0 bytes), or is cut short"),
+                (lambda _: b"null", "is no JSON object"),
+                (lambda text: text[:-2] + b',"x":"\xe4"}', "is no text in UTF-8 (byte "),
+            )
+        ),
+        (
+            both(in_parts(1, 2, 3), rewritten("model.safetensors.index.json", lambda text: b"\xef\xbb\xbf" + text)),
+            "model.safetensors.index.json begins with a byte order mark",
+        ),
+        (rewritten("config.json", lambda text: text.rstrip()[:-1] + b",}"), "config.json is no JSON (line 3"),
+        (change_json("config.json", x=json.loads("[" * 150 + "]" * 150)), "config.json nests deeper than 100 levels"),
+        # names
+        *(
+            (change_json("config.json", model_type=value), f"'model_type' is {shown}, and it is a name")
+            for value, shown in (
+                (5, "5"),
+                (["llama"], "a list"),
+                ({}, "an object"),
+                (True, "true"),
+                ("", "the text ''"),
+            )
+        ),
+        (
+            change_json("config.json", model_type="llama\nERROR x"),
+            "is the text 'llama\\nERROR x', and",
+        ),
+        (change_json("config.json", model_type="\x1b[31m" + "x" * 5000), "is the text '\\x1b[31mxxx"),
+        (
+            with_tensor("model.layers.0.\nx\u2028" + "y" * 5000, torch.ones(2)),
+            "model.layers.0.\\nx\\u2028yyy",
+        ),
+        (change_json("config.json", model_type="x", auto_map={"AutoConfig": "x.X"}), "whose code comes with its files"),
+        (
+            change_json("config.json", model_type="qwen3", layer_types=[1, 2]),
+            "'layer_types' has 1 at its place 0",
+        ),
+        # files under other names, and folders
+        (
+            written("model.safetensors", b"GGUF\3\0\0\0" + bytes(500)),
+            "model.safetensors is a GGUF file: give it",
+        ),
+        (
+            written("model.safetensors", b"PK\3\4" + bytes(500)),
+            "model.safetensors is a zip archive, such",
+        ),
+        (
+            renamed("model.safetensors", "model.gguf"),
+            "no GGUF file (130248 bytes), but looks like safetensors",
+        ),
+        *((made_a_folder(name), f"{name} is a folder, and it should be a file") for name in ("config.json", *FILES)),
+        (
+            both(removed("model.safetensors"), made_a_folder("x.gguf")),
+            "no safetensors are found there, only config.json",
+        ),
+        (both(in_parts(1, 2, 3), without_metadata), "has no metadata, which transformers reads"),
+        (
+            both(removed("tokenizer.json"), written("tokenizer.model", b"\n\0")),
+            "there is no tokenizer.json, and",
+        ),
+        (
+            change_json("tokenizer_config.json", tokenizer_class="X", auto_map={"AutoTokenizer": ["x.X", None]}),
+            "its code comes with its files (auto_map in tokenizer_config.json)",
+        ),
+        *(
+            (written("generation_config.json", json.dumps({"eos_token_id": value})), "'eos_token_id' is ")
+            for value in ("0", 1.5, [[0]], {})
+        ),
         # headers that lie
         *(
             (entry(**said), "is no safetensors file, or is damaged")
@@ -387,7 +510,7 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (linked("model.safetensors", "model.safetensors"), "is a link to what is not there"),
         (linked("config.json", "config.json"), "config.json is a link to what is not there"),
         (linked("tokenizer.json", "/nowhere"), "tokenizer.json is a link to what is not there"),
-        (linked("model.safetensors", "/dev/zero"), "no safetensors are found there, only config.json"),
+        (linked("model.safetensors", "/dev/zero"), "model.safetensors is no regular file, but a pipe, socket or"),
         # code that a pickle would run
         (both(removed("model.safetensors"), pickled("pytorch_model.bin")), "can run code when they are read"),
         (both(removed("model.safetensors"), pickled("model.pt")), "can run code when they are read"),
@@ -502,6 +625,9 @@ def test_what_is_not_the_decoder_s_is_left_out(folder: Path) -> None:
             "generation_config.json", '{"eos_token_id": [1000000000000, -1], "temperature": NaN, "num_beams": "x"}'
         ),
         written("generation_config.json", '{"cache_implementation": "none of them"}'),
+        change_json("config.json", dtype="float64"),
+        change_json("config.json", dtype=None, torch_dtype="torch.bfloat16"),
+        replaced(Q_PROJ, torch.zeros_like),
         both(pickled("pytorch_model.bin"), pickled("training_args.bin")),
         change_json("config.json", return_dict=False, output_attentions=True),
         change_json("config.json", auto_map={"AutoModelForCausalLM": "code.Model"}),
@@ -512,6 +638,51 @@ def test_what_does_no_harm_is_served(folder: Path, damage: Damage) -> None:
     """Lengths written as 64.0, values that nothing needs, and pickles or code beside the weights, which none reads."""
     damage(folder)
     load(folder)
+
+
+def test_what_a_generation_config_has_wrong_is_told(folder: Path) -> None:
+    said = {"temperature": "hot", "top_p": 7, "top_k": -1, "repetition_penalty": 1.5, "eos_token_id": [1, 99_999]}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    lines: list[str] = []
+    checkpoint = resolve_checkpoint(str(folder), None, lambda _: None)
+    assert sampling_defaults(checkpoint, lines.append) == SamplingDefaults(repetition_penalty=1.5)
+    assert [re.findall(r"says (\w+) is (.*?), and .*: (\S+) is used", line)[0] for line in lines] == [
+        ("temperature", "the text 'hot'", "1.0"),
+        ("top_p", "7", "1.0"),
+        ("top_k", "-1", "0"),
+    ]
+    tokenizer = Tokenizer.load(checkpoint)
+    assert describe(tokenizer.end_tokens, tokenizer.hf).endswith(
+        "; warning: its tokenizer has no token 99999 (generation config)"
+    )
+
+
+def test_a_mark_at_the_start_of_a_template_is_no_part_of_a_prompt(folder: Path) -> None:
+    written("chat_template.jinja", b"\xef\xbb\xbf{{ messages[0].content }}")(folder)
+    tokenizer = Tokenizer.load(resolve_checkpoint(str(folder), None, lambda _: None))
+    assert render_chat(tokenizer, [{"role": "user", "content": "Hello"}]) == "Hello"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a system of permissions")
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors", "tokenizer.json", "x.gguf"])
+def test_what_may_not_be_read_is_said_so(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root may read everything, opening is refused by hand."""
+    if name == "x.gguf":
+        (folder / "model.safetensors").rename(folder / name)
+
+    def guarded(of: str) -> Any:
+        function = getattr(Path, of)
+
+        def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+            if self == folder / name:
+                raise PermissionError(13, "Permission denied", str(self))
+            return function(self, *arguments, **options)
+
+        return refuse
+
+    for of in ("open", "iterdir", "read_bytes"):
+        monkeypatch.setattr(Path, of, guarded(of))
+    assert "cannot be read: permission denied; let the user that the server runs as read it" in refusal(folder)
 
 
 def test_weights_that_memory_does_not_hold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
