@@ -49,12 +49,15 @@ class TemplateTrial:
     """A task for a worker, whose zygote has `guard`ed the tokenizer."""
 
     def run(self, world: HasTokenizer) -> Outcome:
-        began, refusal = time.perf_counter(), None
-        try:
-            render_chat(world.tokenizer, WORD)
-        except InvalidRequest as error:
-            refusal = error.message
-        seconds, template = time.perf_counter() - began, str(world.tokenizer.hf.chat_template)
+        refusal, took = None, []
+        for _ in range(3):  # the first may begin with what others need, too
+            began = time.process_time()
+            try:
+                render_chat(world.tokenizer, WORD)
+            except InvalidRequest as error:
+                refusal = error.message
+            took.append(time.process_time() - began)
+        seconds, template = min(took), str(world.tokenizer.hf.chat_template)
         fault = world.tokenizer.template_fault
         quick = fault is not None or (seconds < QUICK_S and TAME.match(template) is not None)
         return Outcome(fault, refusal, quick)
