@@ -21,7 +21,7 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.flags import MODULE, load_settings
 from prerope.server.log import configure_logging
 from prerope.server.machine.allowance import cores
-from prerope.server.machine.threads import let_waiting_threads_sleep, limit_threads
+from prerope.server.machine.threads import let_waiting_threads_sleep, limit_threads, switch_soon
 from prerope.server.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, command: str = MODULE) -> NoRet
 def _serve(settings: Settings, listener: socket.socket) -> int:
     """Run until a signal or a failure; the exit code."""
     let_waiting_threads_sleep()
+    switch_soon()
     bound = cores()
     threads = limit_threads(max(1, int(bound.amount) // settings.tensor_parallel_size))
     log.info("threads", computing=threads, cores=round(bound.amount, 2), taken_from=bound.source)

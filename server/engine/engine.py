@@ -219,7 +219,7 @@ class Engine:
         if self.tiers is not None:
             self.tiers.keep(filled)
         seconds = self._counters.end_step(step.began, step.num_prefilled)
-        self.scheduler.pace.add(step.num_prefilled, seconds)
+        self.scheduler.pace.add(step.num_prefilled, seconds, step.num_rows - step.num_prefilled)
         if self.scheduler.speculator is not None:
             own = seconds if step.cpu_began is None else time.thread_time() - step.cpu_began
             self.scheduler.speculator.step_times.add(step.num_rows, own)

@@ -38,8 +38,7 @@ from prerope.server.engine.step import Scheduled
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
 DRAFT_SHARE = 8  # drafts take at most 1/8 of that where there is something to prefill
 SCORED_ROW = 8
-"""What a row costs whose token's log-probability is asked for, in rows that are only read: it has logits, and they are
-ranked."""
+"""What a row costs whose token's log-probability is asked for, in rows that are only read: its logits are ranked."""
 
 
 class Copy(NamedTuple):
@@ -143,7 +142,8 @@ class Scheduler:
             return
         prefills = sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank)
         prefills = [sequence for sequence in prefills if not sequence.waits_for_mask]
-        to_score = max(1, self.max_batched_tokens // SCORED_ROW)
+        most = max(1, self.max_batched_tokens // SCORED_ROW)
+        to_score = self.pace.most_scored(most) if plan else most
         for sequence, num_tokens in share(prefills, budget):
             if sequence.request_id not in self.running:
                 continue

@@ -1,8 +1,13 @@
-"""How many threads libraries take, by the environment: said before torch is imported. A leaf, as `places` is."""
+"""How many threads libraries take, by the environment, said before torch is imported; and whom threads let go first.
+
+A leaf, as `places` is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 
 SPIN_COUNT = 10_000
 """Turns an OpenMP thread waits for another before it sleeps, 0.2 ms. GNU's 300,000 are 5 ms, in which a thread may keep
@@ -20,3 +25,35 @@ def limit_threads(num_threads: int) -> int:
     given = os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     os.environ.setdefault("RAYON_NUM_THREADS", given)
     return int(given) if given.isdigit() else num_threads
+
+
+SWITCH_S = 0.0005
+"""How long a thread keeps the interpreter's lock from another that waits for it. An operation of torch lets it go and
+wants it back, so a step beside a busy event loop waits so long many times; Python's own is ten times this."""
+
+
+def switch_soon() -> None:
+    """Of the threads of this process, as far as they run Python."""
+    sys.setswitchinterval(SWITCH_S)
+
+
+def yield_to_others(nice: int) -> None:
+    """Of a process, or on Linux a thread and those that it starts, which others are not to wait for: it has little of a
+    core that they want, and takes none from whoever runs, where the system knows that."""
+    os.nice(nice)
+    with contextlib.suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+ASIDE = 10
+"""How nice a thread is beside the engine's: as nice as workers are."""
+
+
+def step_aside() -> None:
+    """Of this thread alone, where the system knows that.
+
+    Threads that compute a step wait for one another dozens of times in it. Were a third to want the same two cores as
+    much as they do, a step would take three to twenty times as long.
+    """
+    if sys.platform == "linux":
+        yield_to_others(ASIDE)

@@ -3,7 +3,7 @@
 What comes next after a token takes microseconds in most grammars and a good part of a second in some that a client may
 write. So a mask is begun on a thread as soon as its token is known, and the engine runs the rows whose masks are there.
 llguidance lets the interpreter's lock go meanwhile. Rows whose masks are quick do not queue behind others: those have
-threads of their own.
+threads of their own, which leave the cores to the engine's.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
+from prerope.server.machine.threads import step_aside
+
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 QUICK_S = 0.002
 """A matcher whose last mask took longer is a slow one."""
 
 NUM_QUICK = 2
-"""Threads for quick masks. Slow ones have one, and are not to take more than a core. (Threads that yield the core to
-others would do so with the interpreter's lock in their hands.)"""
+"""Threads for quick masks. Slow ones have one, and are not to take more than a core."""
 
 MAX_REASON_CHARS = 300
 
@@ -30,10 +31,10 @@ MAX_REASON_CHARS = 300
 class TokenMatcher:
     """llguidance's matcher as the engine's `Matcher`: one thread at a time, the engine's or that of a mask."""
 
-    __slots__ = ("_accepting", "_failure", "_finished", "_inner", "_mask", "_slow")
+    __slots__ = ("_accepting", "_failure", "_finished", "_inner", "_mask", "_slow", "_tokenizer")
 
-    def __init__(self, inner: LLMatcher, *, slow: bool = False) -> None:
-        self._inner = inner
+    def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer, *, slow: bool = False) -> None:
+        self._inner, self._tokenizer = inner, tokenizer
         self._slow = slow
         self._failure = ""
         self._accepting = inner.is_accepting()
@@ -80,7 +81,7 @@ class TokenMatcher:
 
     def _compute(self) -> bytes:
         began = time.perf_counter()
-        mask = self._inner.compute_bitmask()
+        mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
         self._slow = time.perf_counter() - began > QUICK_S
         return mask
 
@@ -102,7 +103,7 @@ class CompiledGrammar:
         self.num_bytes = num_bytes
 
     def matcher(self) -> TokenMatcher:
-        return TokenMatcher(self._copy(), slow=self._slow)
+        return TokenMatcher(self._copy(), self._tokenizer, slow=self._slow)
 
     def prefix(self) -> Prefix:
         return Prefix(self._copy(), self._tokenizer)
@@ -134,6 +135,33 @@ class Prefix:
 def threads(slow: bool) -> ThreadPoolExecutor:
     """Those that compute masks: slow ones, or the others."""
     return ThreadPoolExecutor(1 if slow else NUM_QUICK, thread_name_prefix="slow-mask" if slow else "mask")
+
+
+def mask_aside(matcher: LLMatcher, tokenizer: LLTokenizer) -> bytes:
+    """What `compute_bitmask` gives, by a thread that steps aside for the engine's.
+
+    It is none of Python's: one that steps aside with the interpreter's lock in its hands keeps all others from it.
+    llguidance gives its threads work only where there are two masks to compute, hence an empty grammar's.
+    """
+    from llguidance import LLMatcher
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
+
+    masks = allocate_token_bitmask(2, tokenizer.vocab_size)
+    fill_next_token_bitmask_par(_executor(), [(matcher, 0), (LLMatcher(tokenizer, "", log_level=0), 1)], masks)
+    return masks[0].tobytes()
+
+
+@cache
+def _executor() -> LLExecutor:
+    """One native thread, which has its priority from the thread that starts it."""
+    from llguidance import LLExecutor
+
+    def start() -> LLExecutor:
+        step_aside()
+        return LLExecutor(num_threads=1)
+
+    with ThreadPoolExecutor(1) as starter:
+        return starter.submit(start).result()
 
 
 def shorten(reason: str) -> str:

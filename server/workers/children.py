@@ -188,7 +188,7 @@ def start_zygote(world: Callable[[], Any]) -> Zygote:
             [sys.executable, "-c", f"{where}; main({theirs.fileno()})"],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,
+            process_group=0,  # no session of its own: where those have equal shares of cores, being nice is for nothing
         )
         zygote = Zygote(process, ours)
         failed.callback(zygote.close)

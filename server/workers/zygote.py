@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prerope.server.machine.threads import yield_to_others
 from prerope.server.workers.messages import EXIT, Limits, Order, Outcome, Unborn, pack, receive
 
 SLACK_BYTES = 192 * 2**20
@@ -48,7 +49,7 @@ def main(control_fd: int) -> NoReturn:
         with contextlib.redirect_stderr(io.StringIO()):  # transformers complains that there is no torch
             world = receive(control)
             world.prepare()
-        _yield_to_others(BORN_NICE)
+        yield_to_others(BORN_NICE)
         gc.collect()
         gc.freeze()  # children share these pages until they write to them
         gc.disable()
@@ -145,13 +146,6 @@ def _packed(outcome: Outcome) -> bytes:
         return pack(Outcome(out_of_memory=True))
     except Exception as error:  # it would be so again: not an end for which the task is begun anew
         return pack(Outcome(failure=RuntimeError(f"what a task returned cannot be sent: {type(error).__name__}")))
-
-
-def _yield_to_others(nice: int) -> None:
-    """Give way to all other processes: on Linux as a batch process, which takes no core from whoever runs."""
-    os.nice(nice)
-    with contextlib.suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _limit(limits: Limits) -> None:

@@ -19,8 +19,10 @@ POSITIONS = resolve_model(RopeSpec(method="rerope"), {"": Rotary(16, 16, 1e4, "d
 IDS = itertools.count()
 
 
-def sequence(prompt: list[int], max_tokens: int = 4, *, priority: int = 0, block_size: int = BLOCK) -> Sequence:
-    request = EngineRequest(str(next(IDS)), prompt, SamplingParams(max_tokens=max_tokens), priority=priority)
+def sequence(
+    prompt: list[int], max_tokens: int = 4, *, priority: int = 0, block_size: int = BLOCK, **sampling: Any
+) -> Sequence:
+    request = EngineRequest(str(next(IDS)), prompt, SamplingParams(max_tokens, **sampling), priority=priority)
     return Sequence.from_request(request, POSITIONS, block_size, None)
 
 

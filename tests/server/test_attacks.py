@@ -1,7 +1,7 @@
 """What one client can do to the others: each attack beside a probe of /health and somebody's stream, in full when slow.
 
 The server is a process of its own with a tiny model, whose steps take a millisecond or two, so a stream's bound here is
-time; `python -m tests.server.attacks URL` makes the same attacks on any server and prints what they did.
+time; `python -m bench.soak.attacks` makes the same attacks on the embedded model and prints what they did.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.soak import attacks
+from bench.soak.attacks import ATTACKS, Bystander
 from bench.soak.hostile import HUGE_GRAMMAR, PRIMES, meeting
-from tests.server import attacks
-from tests.server.attacks import ATTACKS, Bystander
 from tests.server.test_cli import free_port, start, wait_for
 
 WORST_HEALTH_S = 1.0

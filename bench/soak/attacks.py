@@ -1,23 +1,40 @@
-"""Attacks on a server, and a bystander who measures what others feel of them. Each takes a URL and gives statuses."""
+"""Attacks on a server, and a bystander who measures what others feel of them. Each takes a URL and gives statuses.
+
+    python -m bench.soak.attacks [NAME …]
+
+starts the server, makes each attack in full, or those that are named, and prints the slowest answer of /health and the
+longest gap of somebody's stream, beside the gap that is ordinary there. The attacker is a process of its own at nice
+19: it stands for one on another machine, which would take no core of the server's at all; at the server's own priority
+much of what is measured is its making of bodies. "nothing" is no attack: what is seen in it is the machine's doing.
+"""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import contextlib
 import multiprocessing
 import os
+import shlex
+import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from bench.shared.servers import Server, free_port, http_client, launched
 from bench.soak.hostile import HOSTILE, encoded
 
 ATTACK_TIMEOUT_S = 300
@@ -137,33 +154,69 @@ ELSEWHERE = 19
 """How nice an attacker is that stands for one on another machine: making bodies is no work of the server's."""
 
 
+MOST_S = 60
+"""How long an attack may last that is measured; then its client is gone."""
+
+NOTHING = "nothing"
+NOTHING_S = 5.0
+
+
 @contextmanager
-def attacker(nice: int = ELSEWHERE) -> Iterator[Callable[[str, str, float], list[int]]]:
-    """Makes attacks in a process of its own, which has begun: that, too, is not to be felt by the bystander."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os.nice, (nice,)) as pool:
+def attacker(nice: int = ELSEWHERE, most_s: int = 0) -> Iterator[Callable[[str, str, float], list[int]]]:
+    """Makes attacks in a process of its own, which has begun: that, too, is not to be felt by the bystander.
+
+    most_s: it ends by then, whatever it waits for; 0 for no such end.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (nice, most_s)) as pool:
         pool.submit(os.getpid).result()
         yield lambda name, url, share: pool.submit(_made, name, url, share).result()
+
+
+def _begin(nice: int, most_s: int) -> None:
+    os.nice(nice)
+    signal.alarm(most_s)
 
 
 def _made(name: str, url: str, share: float) -> list[int]:
     return ATTACKS[name](url, share)
 
 
-def main(url: str, *names: str, nice: int = ELSEWHERE) -> None:
-    """Print a line for each attack. nice: 0 for an attacker that has a full share of the server's own cores."""
-    for name in names or ATTACKS:
-        began = time.monotonic()
-        with attacker(nice) as attack, Bystander(url, ORDINARY_S) as bystander:
-            try:
-                outcome: object = sorted(set(attack(name, url, 1)))
-            except httpx.HTTPError as error:
-                outcome = type(error).__name__
-        print(
-            f"{name}: /health {bystander.worst_health_s * 1e3:.0f} ms, gap {bystander.worst_gap_s * 1e3:.0f} ms of "
-            f"{bystander.ordinary_gap_s * 1e3:.0f} ms, {outcome}, {time.monotonic() - began - ORDINARY_S:.1f} s",
-            flush=True,
-        )
+def measured(url: str, name: str, nice: int) -> str:
+    """A line for one attack."""
+    began = time.monotonic()
+    with attacker(nice, MOST_S) as attack, Bystander(url, ORDINARY_S) as bystander:
+        try:
+            if name == NOTHING:
+                time.sleep(NOTHING_S)
+            outcome: object = sorted(set(attack(name, url, 1))) if name != NOTHING else "-"
+        except BrokenProcessPool:
+            outcome = f"not over in {MOST_S} s"
+        except httpx.HTTPError as error:
+            outcome = type(error).__name__
+    gap_s, ordinary_s = bystander.worst_gap_s, bystander.ordinary_gap_s
+    return (
+        f"{name}: /health {bystander.worst_health_s * 1e3:.0f} ms, gap {gap_s * 1e3:.0f} ms of {ordinary_s * 1e3:.1f}, "
+        f"{gap_s / ordinary_s:.1f} steps, {outcome}, {time.monotonic() - began - ORDINARY_S:.1f} s"
+    )
+
+
+async def main(names: list[str], nice: int, url: str | None) -> None:
+    """Print a line for each attack."""
+    async with http_client() as http, contextlib.AsyncExitStack() as stack:
+        if url is None:
+            url = f"http://127.0.0.1:{free_port()}"
+            port = url.rpartition(":")[2]
+            command = [sys.executable, "-m", "prerope.server", "--port", port, "--log-level", "warning"]
+            log = Path(tempfile.mkdtemp()) / "server.log"
+            await stack.enter_async_context(launched(Server("server", f"{url}/v1", http), shlex.join(command), log))
+        for name in names or [NOTHING, *ATTACKS]:
+            print(await asyncio.to_thread(measured, url, name, nice), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:], nice=int(os.environ.get("ATTACKER_NICE", ELSEWHERE)))
+    parser = argparse.ArgumentParser(prog="python -m bench.soak.attacks", description="Attacks beside a stream.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="attacks to make (all)")
+    parser.add_argument("--url", help="a server that runs already")
+    parser.add_argument("--nice", type=int, default=ELSEWHERE, help="the attacker's; 0 for a full share of the cores")
+    asked = parser.parse_args()
+    asyncio.run(main(asked.names, asked.nice, asked.url))
