@@ -46,7 +46,8 @@ def yield_to_others(nice: int) -> None:
 
 
 ASIDE = 10
-"""How nice a thread is beside the engine's: as nice as workers are."""
+"""How nice workers are, and threads whose work a client chooses, beside the engine's: eight of them together have less
+of a core than one of its threads."""
 
 
 def step_aside() -> None:

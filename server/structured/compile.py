@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prerope.server.errors import InvalidRequest
-from prerope.server.machine.threads import step_aside
 from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, shorten
 from prerope.server.structured.rules import check_rules
 from prerope.server.structured.text import GrammarText, json_options
@@ -92,8 +91,7 @@ class Trial:
 
 
 def compile_here(wanted: GrammarText, tokenizer: Tokenizer, cost: Cost) -> CompiledGrammar:
-    """The grammar, in this process, on a thread of its own. For what a trial has shown to be cheap."""
-    step_aside()
+    """The grammar, in this process. For what a trial has shown to be cheap."""
     tables = token_tables(tokenizer, wanted.param)
     matcher = new_matcher(wanted, tables, on_trial=False)
     began = time.perf_counter()

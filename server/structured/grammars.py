@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from prerope.server.byte_cache import ByteCache
 from prerope.server.errors import InvalidRequest
+from prerope.server.machine.threads import step_aside
 from prerope.server.structured.compile import Cost, Trial, compile_here, on_a_deep_stack
 from prerope.server.structured.matcher import CompiledGrammar
 from prerope.server.structured.text import GrammarText
@@ -75,7 +76,12 @@ class Grammars:
         try:
             cost: Cost = await self._workers.run(Trial(wanted), LANE, line=line, param=wanted.param)
             tokenizer = self._tokenizer()
-            grammar = await asyncio.wrap_future(on_a_deep_stack(lambda: compile_here(wanted, tokenizer, cost)))
+
+            def compiled() -> CompiledGrammar:
+                step_aside()
+                return compile_here(wanted, tokenizer, cost)
+
+            grammar = await asyncio.wrap_future(on_a_deep_stack(compiled))
         except InvalidRequest as refused:
             self.refused.put(key, refused, 512 + len(refused.message), line)
             raise

@@ -148,7 +148,8 @@ def mask_aside(matcher: LLMatcher, tokenizer: LLTokenizer) -> bytes:
 
     masks = allocate_token_bitmask(2, tokenizer.vocab_size)
     fill_next_token_bitmask_par(_executor(), [(matcher, 0), (LLMatcher(tokenizer, "", log_level=0), 1)], masks)
-    return masks[0].tobytes()
+    mask: bytes = masks[0].tobytes()
+    return mask
 
 
 @cache

@@ -16,7 +16,7 @@ GRAMMAR = Lane(
 SMALL_BODY = Lane(
     "small body",
     at_once=8,
-    limits=Limits(cpu_s=10, memory_bytes=256 * MEBIBYTE, nice=5),
+    limits=Limits(cpu_s=10, memory_bytes=256 * MEBIBYTE),
     doing="reading the body, with the tokenizer and the model's chat template,",
 )
 LARGE_BODY = Lane(

@@ -45,13 +45,11 @@ class Limits:
         cpu_s: seconds of CPU time, whole ones.
         memory_bytes: beside what the process has before it begins.
         stack_bytes: of a thread that the task starts, beside its memory.
-        nice: how much its process yields to the engine's.
     """
 
     cpu_s: int
     memory_bytes: int
     stack_bytes: int = 0
-    nice: int = 10
 
 
 @dataclass(frozen=True, slots=True)

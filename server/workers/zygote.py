@@ -24,17 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prerope.server.machine.threads import yield_to_others
+from prerope.server.machine.threads import ASIDE, yield_to_others
 from prerope.server.workers.messages import EXIT, Limits, Order, Outcome, Unborn, pack, receive
 
 SLACK_BYTES = 192 * 2**20
 """Of address space, which is what the kernel can limit: allocators reserve more of it than they use."""
 
 PR_SET_PDEATHSIG = 1
-
-BORN_NICE = 5
-"""Of the zygote and its children, until a task's own `Limits` are known, which have no less: to be born and to be given
-a large body takes a core for a while, too."""
 
 
 def main(control_fd: int) -> NoReturn:
@@ -49,7 +45,7 @@ def main(control_fd: int) -> NoReturn:
         with contextlib.redirect_stderr(io.StringIO()):  # transformers complains that there is no torch
             world = receive(control)
             world.prepare()
-        yield_to_others(BORN_NICE)
+        yield_to_others(ASIDE)  # and its children from their birth, which takes a core for a while, too
         gc.collect()
         gc.freeze()  # children share these pages until they write to them
         gc.disable()
@@ -149,7 +145,6 @@ def _packed(outcome: Outcome) -> bytes:
 
 
 def _limit(limits: Limits) -> None:
-    os.nice(limits.nice - BORN_NICE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_s, limits.cpu_s + 1))
     if (used := address_space()) is not None:

@@ -21,6 +21,7 @@ import pytest
 from prerope.server.api.chat.template import render_chat
 from prerope.server.api.chat.trial import guard
 from prerope.server.errors import EngineUnavailable, InvalidRequest
+from prerope.server.machine.threads import ASIDE
 from prerope.server.tokenizer import Tokenizer
 from prerope.server.workers.fair import FairSemaphore
 from prerope.server.workers.messages import Limits
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
-LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20, nice=0), doing="testing")
+LANE = Lane("test", at_once=2, limits=Limits(cpu_s=1, memory_bytes=64 * 2**20), doing="testing")
 
 
 class NoWorld:
@@ -54,6 +55,14 @@ class Ended:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.kill(os.getpid(), -self.how)
         return "done"
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How it is with others."""
+
+    def run(self, world: Any) -> tuple[int, int, int]:  # noqa: ARG002
+        return os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0), os.getsid(0)
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,17 @@ def test_what_a_task_brings_on_itself_is_the_clients(task: Any) -> None:
         with pytest.raises(InvalidRequest) as refused:
             await workers.run(task, "test", param="prompt")
         assert refused.value.code == "too_much_work"
+
+    with_workers(use)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux has it")
+def test_workers_leave_the_cores_to_the_engine() -> None:
+    """In the server's own session, too: where each session has an equal share, being nice is nothing to another's."""
+
+    async def use(workers: Workers) -> None:
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert await workers.run(Manner(), "test") == (min(19, own + ASIDE), os.SCHED_BATCH, os.getsid(0))
 
     with_workers(use)
 

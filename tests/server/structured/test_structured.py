@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +25,11 @@ from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.prompts import ModelText
 from prerope.server.api.requests.reading import ReadTask, read_body
 from prerope.server.errors import InvalidRequest
+from prerope.server.machine.threads import ASIDE
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.structured import compile as compiling
 from prerope.server.structured.grammars import Grammars
+from prerope.server.structured.matcher import CompiledGrammar
 from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
 from prerope.server.tokenizer import TextStream, Tokenizer
 from prerope.server.workers.lanes import LANES
@@ -411,6 +416,26 @@ def test_what_a_worker_looked_at_is_not_looked_at_again(tokenizer: Tokenizer, mo
     assert not looked
     compiling.new_matcher(grammar, compiling.token_tables(tokenizer, "grammar"))
     assert looked == [grammar.text]
+
+
+def test_slow_masks_are_the_same_and_computed_by_a_thread_that_steps_aside(tokenizer: Tokenizer) -> None:
+    """None of Python's, which would keep the interpreter's lock while it waits for a core."""
+    tables = compiling.token_tables(tokenizer, "regex")
+    grammar = CompiledGrammar(compiling.new_matcher(GrammarText("regex", "[a-f]{3}x*", "regex"), tables), tables)
+    quick, slow = grammar.matcher(), CompiledGrammar(grammar._prototype, tables, slow=True).matcher()
+    size = -(-tables.vocab_size // 8)
+    for text in ("a", "bc", "xx"):
+        (token_id,) = tokenizer.encode(text, add_special_tokens=False)[-1:]
+        assert slow.mask()[:size] == quick.mask()[:size]
+        quick.accept(token_id)
+        slow.accept(token_id)
+        slow._slow = True  # it was not, in truth
+    if sys.platform == "linux":
+        pythons = {thread.native_id for thread in threading.enumerate()}
+        others = [int(task.name) for task in Path("/proc/self/task").iterdir() if int(task.name) not in pythons]
+        own = os.getpriority(os.PRIO_PROCESS, 0)
+        assert min(19, own + ASIDE) in [os.getpriority(os.PRIO_PROCESS, task) for task in others]
+        assert {os.getpriority(os.PRIO_PROCESS, task or 0) for task in pythons} == {own}
 
 
 def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -> None:
