@@ -53,7 +53,7 @@ def error_response(error: RequestError) -> JSONResponse:
 
 
 def internal_error() -> RequestError:
-    """What a client is told of a bug."""
+    """The error that a client gets for a bug."""
     return EngineFailure("Internal server error.", code="internal_error")
 
 

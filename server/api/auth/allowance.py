@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Closable(Protocol):
-    """A generation."""
+    """A generation, as far as a hold needs it."""
 
     async def aclose(self) -> None: ...
 
@@ -33,7 +33,7 @@ class Allowance:
         self._retry_after_s = retry_after_s
 
     def take(self, tenant: str, count: int, held: int) -> None:
-        """`count` more beside the `held` that the same request has. InvalidRequest where no waiting helps; KeyBusy."""
+        """Take `count` more sequences beside `held`. Raises InvalidRequest where no waiting helps, or KeyBusy."""
         others = self.in_use[tenant] - held
         if self.limit is not None and held + count > self.limit:
             raise InvalidRequest(
@@ -73,7 +73,7 @@ class Hold:
         self._closing: list[Closable] = []
 
     def count(self, num_sequences: int) -> None:
-        """Count as this many sequences from now on. InvalidRequest or KeyBusy, and nothing changed."""
+        """Count as this many sequences from now on. Raises InvalidRequest or KeyBusy, with nothing changed."""
         if self._allowance is not None and num_sequences > self._held:
             self._allowance.take(self.tenant, num_sequences - self._held, self._held)
             self._held = num_sequences

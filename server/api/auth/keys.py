@@ -55,7 +55,7 @@ class KeyRing:
         return bool(self._fixed) or self._file is not None
 
     def tenant(self, given: bytes) -> str | None:
-        """Whose key this is; None where it is nobody's."""
+        """The tenant whose key this is; None where it is nobody's."""
         self._reread()
         digest = self._digest(given)
         matches = [hmac.compare_digest(digest, known) for known in (*self._fixed, *self._from_file)]

@@ -120,7 +120,7 @@ _CONTENT_SCHEMA: dict[str, Any] = {
 
 
 def _arguments(value: Any) -> Any:
-    """Some clients keep the arguments as the object that they were read into."""
+    """The arguments of a call as text: some clients keep the object that they read the text into."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 

@@ -9,21 +9,21 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """More of the text."""
+    """A piece of the reply's text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningPart:
-    """More of what the model thinks before it answers."""
+    """A piece of what the model thinks before it answers."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallPart:
-    """A call begins; calls of a reply are numbered by `index`."""
+    """The beginning of a call; calls of a reply are numbered by `index`."""
 
     index: int
     id: str
@@ -32,7 +32,7 @@ class CallPart:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsPart:
-    """More of the arguments (the text of a JSON object) of call `index`."""
+    """A piece of the arguments (the text of a JSON object) of call `index`."""
 
     index: int
     text: str
@@ -97,7 +97,7 @@ class PartsWriter:
             self._parts.append(TextPart(text))
 
     def before_cut(self, held: str, *marks: str) -> str:
-        """What of a text that was held back, and cut, is none of a mark. (A `<` alone after words is one of theirs.)"""
+        """The end of a text that was cut, without the beginning of a mark. (A `<` alone after words begins none.)"""
         return without_begun_mark(held, *marks, least=2 if self._words and not self.num_calls else 1)
 
     def start_call(self, name: str) -> None:
@@ -107,7 +107,7 @@ class PartsWriter:
             self.num_calls += 1
 
     def arguments(self, text: str) -> None:
-        """More of those of the call that was started last."""
+        """Add to the arguments of the call that was begun last."""
         if text and not self.skipping:
             self._parts.append(ArgumentsPart(self.num_calls - 1, text))
 

@@ -135,7 +135,7 @@ def _head(service: Service) -> dict[str, Any]:
 
 
 def _last_fields(running: Running, reason: FinishReason) -> dict[str, Any]:
-    """Counts, and times in nanoseconds."""
+    """The fields that end a reply: counts, and times in nanoseconds."""
     (generation,) = running.generations
     usage, timings = generation.usage, generation.timings
     prefill, decode = (0.0, 0.0) if timings is None else (timings.queue_s + timings.prefill_s, timings.decode_s)
@@ -153,7 +153,7 @@ def _last_fields(running: Running, reason: FinishReason) -> dict[str, Any]:
 
 @router.get("/tags", summary="List the model served, in Ollama's shape")
 async def tags(service: ReadyService) -> dict[str, Any]:
-    """A list of one."""
+    """The models installed: a list of one."""
     return {"models": [_card(service)]}
 
 
@@ -211,7 +211,7 @@ def _card(service: Service) -> dict[str, Any]:
 @router.post("/embed", summary="Not served here", include_in_schema=False)
 @router.post("/embeddings", summary="Not served here", include_in_schema=False)
 async def embeddings() -> JSONResponse:
-    """What it is, and what to use instead."""
+    """The refusal of embeddings, with what to use instead."""
     return JSONResponse(
         {"error": "embeddings are not served here: this server writes text (/api/chat, /api/generate)"}, 501
     )

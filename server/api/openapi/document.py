@@ -122,7 +122,7 @@ def _content(operation: Operation) -> dict[str, Any]:
 
 
 def _event_schema(events: Sequence[type[BaseModel]]) -> dict[str, Any]:
-    """Of one server-sent event: JSON, at the end `[DONE]`, or an error and no end."""
+    """The schema of one server-sent event: JSON, at the end `[DONE]`, or an error and no end."""
 
     def event(name: str, data: dict[str, Any]) -> dict[str, Any]:
         return {"type": "object", "required": ["data"], "properties": {"event": {"const": name}, "data": data}}

@@ -22,7 +22,7 @@ class ReplyBody(BaseModel):
 
 
 class ErrorDetail(ReplyBody):
-    """Why, in words and for machines: `param` is the request's field, `code` the reason."""
+    """What went wrong, in words and for programs: `param` is the request's field, `code` the reason."""
 
     message: str
     type: str
@@ -31,7 +31,7 @@ class ErrorDetail(ReplyBody):
 
 
 class ErrorReply(ReplyBody):
-    """Every error of every endpoint, and of a stream that has begun."""
+    """The shape of every error of every endpoint, and of a stream that has begun."""
 
     error: ErrorDetail
 
@@ -82,7 +82,7 @@ class DocumentUsage(ReplyBody):
 
 
 class PromptLogprob(ReplyBody):
-    """Of a token of the prompt, or of a likely one in its place; the rank is null where it is not among those."""
+    """The log-probability of a token of the prompt, or of a likely one in its place; an unknown rank is null."""
 
     logprob: float
     rank: Annotated[int, Field(ge=1)] | None
@@ -132,7 +132,7 @@ class PrefillProgress(ReplyBody):
 
 
 class GenerateProgress(ReplyBody):
-    """While a long prompt is read, with `return_progress`."""
+    """An event while a long prompt is read, with `return_progress`."""
 
     progress: PrefillProgress
 
@@ -185,7 +185,7 @@ class MethodRefusal(ReplyBody):
 
 
 class MethodsReply(ReplyBody):
-    """What the model takes, and what the server reads by where a request does not say."""
+    """The position methods that the model takes and refuses, and the one that holds where a request does not say."""
 
     default: dict[str, Any]
     per_request: bool
@@ -225,7 +225,7 @@ class RenderReply(ReplyBody):
 
 
 class RenderReplies(RootModel[list[RenderReply]]):
-    """Those of completions, one of each prompt."""
+    """The prompts that a body of /v1/completions becomes, one for each of its prompts."""
 
 
 class DetokenizeReply(ReplyBody):
@@ -244,19 +244,19 @@ class TokenizerInfoReply(ReplyBody):
 
 
 class HealthReply(ReplyBody):
-    """It is as asked."""
+    """The check has passed: the process is alive (/live), or takes requests (/health)."""
 
     status: Literal["ok"]
 
 
 class VersionReply(ReplyBody):
-    """Of the server's package."""
+    """The version of the server's package."""
 
     version: str
 
 
 class ReadyReply(ReplyBody):
-    """Requests are taken."""
+    """The model is loaded, and requests are taken."""
 
     status: Literal["ready"]
     model: str

@@ -49,7 +49,7 @@ class ThinkingFields(RequestBody):
     )
 
     def thinking_kwargs(self) -> dict[str, Any]:
-        """What the chat template is told; what is said by its own name comes first."""
+        """Arguments for the chat template about thinking; a field that has the argument's own name comes first."""
         told = {}
         match self.thinking:
             case Thinking(type=type_):
@@ -69,16 +69,16 @@ class ThinkingFields(RequestBody):
 
     @property
     def tells_thoughts(self) -> bool:
-        """Whether the reply has them at all."""
+        """Whether the reply has the model's thoughts at all."""
         hidden = self.reasoning_format == "hidden" or (isinstance(self.reasoning, Reasoning) and self.reasoning.exclude)
         return self.include_reasoning and not hidden
 
     @property
     def separates_thoughts(self) -> bool:
-        """Whether they stand apart from the content."""
+        """Whether thoughts stand apart from the content."""
         return self.separate_reasoning and self.reasoning_format not in ("none", "raw")
 
 
 def effort_kwargs(effort: str | float | None) -> dict[str, Any]:
-    """What a chat template is told of the effort that a client asks for: it takes what it knows."""
+    """Arguments for the chat template about the effort that a client asks for; a template takes those that it knows."""
     return {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}

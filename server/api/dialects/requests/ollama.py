@@ -81,7 +81,7 @@ class Options(RequestBody):
 
 
 class OllamaFields(RequestBody):
-    """What both endpoints take."""
+    """The fields that both endpoints take."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = {**DIALECT, **ignored("keep_alive", "truncate", "shift")}
 
@@ -116,7 +116,7 @@ class OllamaFields(RequestBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def thinking_kwargs(self) -> dict[str, Any]:
-        """What the chat template is told."""
+        """Arguments for the chat template about thinking."""
         if isinstance(self.think, str):
             return effort_kwargs(self.think)
         if self.think is None:
@@ -220,7 +220,7 @@ class OllamaGenerateRequest(OllamaFields):
 
 
 def _name(model: str | None) -> str | None:
-    """Ollama's clients write a tag behind every name."""
+    """A model's name without the tag that Ollama's clients write behind every name."""
     return None if model is None else model.removesuffix(":latest")
 
 
