@@ -29,7 +29,7 @@ from prerope.cache.cuda.plan import (
     unrotated,
 )
 from prerope.cache.cuda.tables import LONGEST, KeyMap, places_of
-from prerope.cache.cuda.transfer import send
+from prerope.cache.transfer import send
 from prerope.rope.model import ModelPositions
 from prerope.rope.reading import ROW_LENGTH_BUCKET, UNBOUNDED, AngleMap, Part, PositionMethod, Reading
 from torch import Tensor

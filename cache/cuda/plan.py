@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from prerope.cache.attention.types import AttentionMetadata, SequenceRows
 from prerope.cache.cuda.tables import LONGEST, KeyTables, QueryAngles
-from prerope.cache.cuda.transfer import send
+from prerope.cache.transfer import send
 from prerope.rope.frequencies import Rotary
 from prerope.rope.reading import AngleMap, Part, PositionMethod, Reading
 from torch import Tensor

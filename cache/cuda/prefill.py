@@ -28,7 +28,7 @@ from prerope.cache.cuda.plan import (
     unrotated,
 )
 from prerope.cache.cuda.tables import LONGEST, KeyMap, QueryAngles, places_of
-from prerope.cache.cuda.transfer import send
+from prerope.cache.transfer import send
 from prerope.rope.reading import Part, PositionMethod, Reading
 from torch import Tensor
 

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prerope.cache.cuda.transfer import send
+from prerope.cache.transfer import send
 from prerope.rope.reading import AngleMap
 from torch import Tensor
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from prerope.cache.attention.dispatch import angle_bytes
 from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.cache.cuda.transfer import send
 from prerope.cache.storage import KVStorage
 from prerope.cache.tier import TierStats
+from prerope.cache.transfer import send
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.byte_cache import ByteCache

@@ -11,9 +11,9 @@ from importlib import metadata
 
 import torch
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.cache.cuda.transfer import bring_back
 from prerope.cache.storage import KVStorage
 from prerope.cache.tier import BlockTier
+from prerope.cache.transfer import bring_back
 from prerope.server.config import EngineConfig
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.sequence import Sequence

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from prerope.cache.attention.types import AttentionMetadata, SequenceRows
 from prerope.cache.blocks.states import StateRows
-from prerope.cache.cuda.transfer import send
+from prerope.cache.transfer import send
 from prerope.rope.model import ModelPositions
 from prerope.rope.reading import UNBOUNDED
 from torch import Tensor

@@ -18,8 +18,8 @@ import torch
 from prerope.cache.attention.types import AttentionMetadata, SequenceRows
 from prerope.cache.cuda.decode import FoundSlots, RowLayout, SingleRows, reserve_tables, single_rows
 from prerope.cache.cuda.plan import Ints, PlanKey, Tables, block_tables
-from prerope.cache.cuda.transfer import send
 from prerope.cache.storage import KVStorage
+from prerope.cache.transfer import send
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
 from prerope.server.engine.graphs.capture import Capture, Replay

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 import torch
-from prerope.cache.cuda.transfer import bring_back, send
+from prerope.cache.transfer import bring_back, send
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.device import sample_on_device
 from prerope.server.engine.sampling.host import logprobs, sample

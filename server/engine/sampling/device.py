@@ -16,7 +16,7 @@ from collections.abc import Sequence as Rows
 
 import numpy as np
 import torch
-from prerope.cache.cuda.transfer import send
+from prerope.cache.transfer import send
 from prerope.server.engine.sampling.host import uniform
 from prerope.server.engine.sequence import Sequence
 from torch import Tensor

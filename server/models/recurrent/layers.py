@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from prerope.cache.attention.types import SequenceRows
 from prerope.cache.blocks.states import StateRows
-from prerope.cache.cuda.transfer import send
 from prerope.cache.storage import KVStorage, StateShape
+from prerope.cache.transfer import send
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
