@@ -34,7 +34,7 @@ def attention_on(device: torch.device) -> Attention:
 def angle_bytes(device: torch.device) -> int:
     """What is kept of angles from step to step. For any thread."""
     if device.type == "cpu":
-        from prerope.cache.cpu.turns import READINGS
+        from prerope.cache.cpu.tables import READINGS
 
         return READINGS.num_bytes
     if device.type == "cuda":

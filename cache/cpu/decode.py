@@ -15,7 +15,7 @@ import torch
 from prerope.cache.attention.selection import UNIT, far_units, units_of
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.cache.cpu.bounds import KeyBounds
-from prerope.cache.cpu.turns import READINGS
+from prerope.cache.cpu.tables import READINGS
 from prerope.cache.kernels.build import DTYPES, kernels, multiplies_pairs, reads
 from prerope.rope.reading import UNBOUNDED, PositionMethod
 from torch import Tensor

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.cache.cpu.decode import MAX_ROWS, kernel_shape
-from prerope.cache.cpu.turns import NO_POSITIONS, READINGS, KernelReading, KeyTurns, query_turns
+from prerope.cache.cpu.tables import NO_POSITIONS, READINGS, KernelReading, KeyTurns, query_turns
 from prerope.cache.kernels.build import kernels
 from prerope.rope.reading import UNBOUNDED, PositionMethod
 from torch import Tensor

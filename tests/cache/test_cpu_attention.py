@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.cpu.attention import cpu_attention
-from prerope.cache.cpu.turns import Readings
+from prerope.cache.cpu.tables import Readings
 from prerope.rope.reading import AngleMap, Part, Reading
 from torch import Tensor
 

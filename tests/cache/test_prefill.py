@@ -12,7 +12,7 @@ from prerope.cache.attention.reference import reference_attention
 from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.cache.cpu.decode import can_attend
 from prerope.cache.cpu.prefill import _Run, _tiles, prefill
-from prerope.cache.cpu.turns import NO_POSITIONS
+from prerope.cache.cpu.tables import NO_POSITIONS
 from torch import Tensor
 
 from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
