@@ -20,6 +20,7 @@ from prerope.rope.reading import UNBOUNDED
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import Matcher
 from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sampling.standing import Standing
 from prerope.server.engine.speculation.speculator import Drafter
 from prerope.server.errors import InvalidRequest, RequestError
 
@@ -71,6 +72,7 @@ class Sequence:
         num_processed_tokens: prompt tokens of which that was so when a step was last collected.
         block_table: blocks of the cache, in order.
         output_counts: how often each token was generated, for penalties.
+        standing: what it asks of every draw, once one was made on the host.
         matcher: how far the output has come in its grammar, where it has one.
         deadline: the request's, or the deployment's where that comes first.
         state: the slots of its state, where layers keep one beside K and V; None before it is admitted.
@@ -105,6 +107,7 @@ class Sequence:
     output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
+    standing: Standing | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     scheduled_at: float | None = None
     first_token_at: float | None = None
@@ -259,8 +262,8 @@ class Sequence:
         sampling, num_generated = self.request.sampling, self.num_generated_tokens
         if self.matcher is not None and (token_id in eos_token_ids or self.matcher.finished):
             return FinishReason.STOP
-        ends = sampling.stop_token_ids if sampling.ignore_eos else sampling.stop_token_ids | eos_token_ids
-        if token_id in ends and num_generated >= sampling.min_tokens:
+        ends = token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
+        if ends and num_generated >= sampling.min_tokens:
             return FinishReason.STOP
         return FinishReason.LENGTH if num_generated >= sampling.max_tokens else None
 

@@ -14,6 +14,7 @@ import torch
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.mask import constrain
 from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sampling.standing import Standing
 from prerope.server.engine.sequence import Sequence
 from torch import Tensor
 
@@ -42,39 +43,43 @@ def sample(logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[i
 def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> None:
     """Bias, penalties and forbidden ends, in place on one row [V]; under a grammar, ends are the grammar's matter."""
     sampling = sequence.sampling
-    if sampling.logit_bias:
-        ids, bias = zip(*sampling.logit_bias.items(), strict=True)
-        row[list(ids)] += torch.tensor(bias, dtype=row.dtype, device=row.device)
+    if sequence.standing is None:
+        sequence.standing = Standing(sampling, row, eos_token_ids)
+    standing = sequence.standing
+    if standing.bias is not None:
+        ids, bias = standing.bias
+        row[ids] += bias
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
-        scores = row[seen]
         penalty = sampling.repetition_penalty
-        row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+        penalised = torch.where(row < 0, row * penalty, row / penalty)
+        row.copy_(torch.where(standing.seen(sequence.token_ids), penalised, row))
     if sequence.output_counts and (sampling.presence_penalty or sampling.frequency_penalty):
         output = list(sequence.output_counts)
         counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
         row[output] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     if sampling.has_bans:
-        ban(row, sequence)
+        ban(row, sequence, standing)
     if sequence.matcher is None and sequence.num_output_tokens < sampling.min_tokens:
-        ends = sampling.stop_token_ids | eos_token_ids
-        row[[end for end in ends if end < row.shape[0]]] = float("-inf")
+        row[standing.ends] = float("-inf")
 
 
-def ban(row: Tensor, sequence: Sequence) -> None:
+def ban(row: Tensor, sequence: Sequence, standing: Standing) -> None:
     """Lower what is not allowed by more than any logit, in place on one row [V]: where a grammar or `min_tokens` leaves
     nothing else, it is drawn after all."""
     sampling, output = sequence.sampling, sequence.token_ids[sequence.num_prompt_tokens :]
     banned = [
         bad[-1]
         for bad in sampling.bad_token_ids
-        if bad[-1] < row.shape[0] and (len(bad) == 1 or tuple(output[1 - len(bad) :]) == bad[:-1])
+        if bad[-1] < row.shape[0] and (len(bad) == 1 or _ends_with(output, bad[:-1]))
     ]
     row[banned] += BANNED
-    if sampling.allowed_token_ids is not None:
-        allowed = row[list(sampling.allowed_token_ids)]
-        row += BANNED
-        row[list(sampling.allowed_token_ids)] = allowed
+    if standing.forbidden is not None:
+        row.copy_(torch.where(standing.forbidden, row + BANNED, row))
+
+
+def _ends_with(output: list[int], end: tuple[int, ...]) -> bool:
+    """Looks at more than one token only where that is the same."""
+    return output[-1:] == [end[-1]] and tuple(output[-len(end) :]) == end
 
 
 def draw(row: Tensor, sampling: SamplingParams, generator: torch.Generator | None) -> int:
