@@ -60,7 +60,10 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
     except (ConfigurationError, OSError):
         raise
     except Exception as error:  # readers of a format that grows raise whatever they meet
-        raise ConfigurationError(f"transformers cannot read {file.name}: {first_line(error)}") from error
+        raise ConfigurationError(
+            f"transformers cannot read {file.name}: {first_line(error)}. The file is damaged, or of a model that this "
+            "version does not know: download it again, or take the model in safetensors"
+        ) from error
 
 
 # --- config and tokenizer ---------------------------------------------------------------------------------------------

@@ -263,6 +263,25 @@ def test_values_that_no_model_has_are_refused_by_name(copy_of: Callable[[Path], 
     assert "'max_position_embeddings' is 0, and a model's length is a number of tokens" in refusal(copy_of, file)
 
 
+@pytest.mark.parametrize("change", [np.zeros_like, lambda array: np.full_like(array, 0.5)])
+def test_weights_that_are_all_the_same_are_the_file_s_fault(
+    tmp_path: Path, change: Callable[[Any], Any], copy_of: Callable[[Path], Path]
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf", tensors=lambda tensors: {n: change(array) for n, array in tensors.items()})
+    with pytest.raises(ConfigurationError, match="tables of weights hold one number throughout"):
+        load_model(Checkpoint(str(copy_of(file)), "m"), "auto", "cpu", lambda _: None)
+
+
+def test_numbers_of_heads_that_cannot_be_have_a_remedy(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    def no_heads(writer: Any) -> None:
+        writer.kv_data[0].pop("llama.attention.head_count")
+        writer.add_head_count(0)
+
+    assert "download it again, or take the model in safetensors" in refusal(
+        copy_of, write_gguf(tmp_path / "m.gguf", values=no_heads)
+    )
+
+
 @pytest.mark.parametrize("value", [0.0, -1e-5, math.nan, math.inf, 1e30])
 @pytest.mark.parametrize(
     ("key", "name"),
