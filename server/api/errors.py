@@ -1,5 +1,7 @@
 """Errors as replies: `{"error": {"message", "type", "param", "code"}}` with the status of `server.errors`.
 
+Clients of /v1/messages read a `"type": "error"` beside it, those of /api/… an `error` that is the message alone.
+
 What is not ours (a body that is no JSON, an unknown route, a bug) is put into the same shape. A reply never shows a
 traceback, a path, or text from a prompt.
 """
@@ -28,6 +30,7 @@ from prerope.server.errors import (
 )
 from prerope.server.metrics import known_method
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 log = structlog.get_logger(__name__)
 
@@ -37,6 +40,23 @@ RETRY_LOADING_S = 5
 def error_body(error: RequestError) -> dict[str, Any]:
     """The JSON that says what went wrong."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+class _ErrorReply(JSONResponse):
+    """An error in the shape that clients of the request's path read."""
+
+    def __init__(self, body: dict[str, Any], status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(body, status, headers)
+        self._told, self._extra = body, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self._told["error"]
+        if scope["path"].startswith("/v1/messages"):
+            await JSONResponse({"type": "error", "error": error}, self.status_code, self._extra)(scope, receive, send)
+        elif scope["path"].startswith("/api/"):
+            await JSONResponse({"error": error["message"]}, self.status_code, self._extra)(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def error_response(error: RequestError) -> JSONResponse:
@@ -49,7 +69,7 @@ def error_response(error: RequestError) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     elif isinstance(error, BodyTimeout):
         headers["Connection"] = "close"  # the rest of the body is not waited for
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    return _ErrorReply(error_body(error), error.status, headers)
 
 
 def internal_error() -> RequestError:
@@ -85,14 +105,14 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    known = instead_of(request.url.path) if error.status_code == 404 else None
+    known = instead_of(request.url.path) if error.status_code in (404, 405) else None
     messages = {
-        404: known or "There is no such route; /docs lists them.",
+        404: "There is no such route; /docs lists them.",
         405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",
     }
-    message = messages.get(error.status_code, str(error.detail))
+    message = known or messages.get(error.status_code, str(error.detail))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_served" if known else None}
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=_plain(error.headers))
+    return _ErrorReply({"error": body}, 404 if known else error.status_code, error.headers or {})
 
 
 def _is_encoded(request: Request) -> bool:
@@ -103,7 +123,3 @@ def _is_encoded(request: Request) -> bool:
 def _encoded(request: Request) -> RequestError:
     given = request.headers["content-encoding"][:SHOWN_CHARS]
     return UnsupportedEncoding(f"The body is compressed (Content-Encoding: {given}); send it as it is.")
-
-
-def _plain(headers: Mapping[str, str] | None) -> dict[str, str]:
-    return dict(headers or {})

@@ -33,6 +33,9 @@ QUIET_PATHS = PROBES
 OPENAI_PREFIX = "/openai"
 """Where other services have OpenAI's paths: Groq's client asks for /openai/v1/…, whatever its base URL is."""
 
+WITHOUT_V1 = re.compile(r"/(chat/completions|completions|responses|messages|models)(/|$)")
+"""What a client asks for whose base URL does not end with /v1; llama.cpp's server answers there, too."""
+
 ABORT = "abort_connection"
 """In the scope's state: a function that drops the connection with what is not yet sent (`server.http.connection`)."""
 
@@ -51,20 +54,24 @@ REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
 
 class OtherPrefix:
-    """Leaves `OPENAI_PREFIX` out of a path, for keys, logs and routes alike."""
+    """Finds OpenAI's paths under `OPENAI_PREFIX` and without /v1, for keys, logs and routes alike."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(f"{OPENAI_PREFIX}/v1/"):
-            raw = scope.get("raw_path") or b""
-            scope = {
-                **scope,
-                "path": scope["path"].removeprefix(OPENAI_PREFIX),
-                "raw_path": raw.removeprefix(OPENAI_PREFIX.encode()),
-            }
+        path = scope["path"] if scope["type"] == "http" else ""
+        if path.startswith(f"{OPENAI_PREFIX}/v1/"):
+            scope = _moved(scope, lambda start: start[len(OPENAI_PREFIX) :])
+        elif WITHOUT_V1.match(path):
+            scope = _moved(scope, lambda start: "/v1" + start)
         await self.app(scope, receive, send)
+
+
+def _moved(scope: Scope, to: Callable[[str], str]) -> Scope:
+    """A request's scope with another path."""
+    raw = (scope.get("raw_path") or b"").decode("latin-1")
+    return {**scope, "path": to(scope["path"]), "raw_path": to(raw).encode("latin-1")}
 
 
 class RequestContext:

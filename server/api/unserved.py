@@ -17,7 +17,7 @@ _INSTEAD = {
     "realtime": "speech in real time: stream text from /v1/responses or /v1/chat/completions",
     "infill": "text in between: models served here complete at the end only (/v1/completions)",
     "completion": "completions at this path: they are at /v1/completions, with llama.cpp's names for its fields",
-    "base": "paths without /v1: an OpenAI client's base_url ends with /v1",
+    "compaction": "summaries in place of a conversation: it goes on whole, by 'previous_response_id' or its items",
     "models": "models by their clients' wish: one is served, which is chosen at the start (MODEL_ID)",
 }
 _PATHS = {
@@ -32,8 +32,8 @@ _PATHS = {
     "tuning": ("/v1/fine_tuning", "/v1/fine-tunes", "/v1/evals"),
     "realtime": ("/v1/realtime",),
     "infill": ("/infill", "/v1/fim"),
-    "completion": ("/completion", "/completions"),
-    "base": ("/chat/completions", "/responses", "/messages", "/models"),
+    "completion": ("/completion",),
+    "compaction": ("/v1/responses/compact",),
     "models": ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/v1/load_lora_adapter"),
 }
 _KINDS = {path: kind for kind, paths in _PATHS.items() for path in paths}

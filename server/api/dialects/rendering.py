@@ -44,6 +44,16 @@ async def responses(
     return await json_response((await _rendered(service, read, "resp"))[0])
 
 
+@router.post("/responses/input_tokens", summary="Tokens of a prompt, by the body that would have it answered")
+async def input_tokens(
+    read: Annotated[Read[ResponsesRequest], Depends(body_of(ResponsesRequest, with_history))],
+    service: ReadyService,  # noqa: ARG001
+) -> Response:
+    """How many tokens the prompt of such a request has, with those that it goes on from."""
+    (prompt,) = read.ready[1].prompts
+    return await json_response({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
+
+
 @router.post("/messages/render", include_in_schema=False)
 async def messages(
     read: Annotated[Read[MessagesRequest], Depends(body_of(MessagesRequest))], service: ReadyService

@@ -150,12 +150,13 @@ def test_every_field_of_anthropics_client_is_known() -> None:
 
 def test_anthropic_refuses_pictures_by_name(claude: anthropic.Anthropic) -> None:
     source = {"type": "base64", "media_type": "image/png", "data": "aaaa"}
-    with pytest.raises(anthropic.BadRequestError, match="text only"):
+    with pytest.raises(anthropic.BadRequestError, match="text only") as refused:
         claude.messages.create(
             model=MODEL,
             max_tokens=4,
             messages=[{"role": "user", "content": [{"type": "image", "source": source}]}],  # type: ignore[typeddict-item,list-item]
         )
+    assert refused.value.body["type"] == "error"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -503,6 +504,11 @@ def test_ollama_tools_and_schemas(llama: ollama.Client) -> None:
     assert llama.chat(model=MODEL, messages=history, tools=[tool], options={"num_predict": 4}).done
     with pytest.raises(ollama.ResponseError, match="not served"):
         llama.embed(model=MODEL, input="x")
+    with pytest.raises(ollama.ResponseError) as refused:
+        llama.chat(model=MODEL, messages=ASKED, options={"num_predict": "many"})
+    assert refused.value.error.startswith("options.num_predict"), "the sentence, not an object that holds it"
+    with pytest.raises(ollama.ResponseError, match="Not served here: models by their clients' wish"):
+        llama.pull("llama3.2")
 
 
 # --- TGI and SGLang ---
@@ -648,6 +654,20 @@ def test_thoughts_in_every_dialect(serve: Any, tiny_checkpoint: Path, tmp_path: 
         assert told.startswith(thought)
 
 
+def test_tokens_of_a_response_are_counted_before_it_is_asked_for(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "instructions": "Be brief.", "input": "Say something."}
+    counted = client.responses.input_tokens.count(**asked).input_tokens
+    first = client.responses.create(**asked, max_output_tokens=4)
+    assert counted == first.usage.input_tokens
+    following = {"model": MODEL, "previous_response_id": first.id, "input": "More."}
+    counted = client.responses.input_tokens.count(**following).input_tokens
+    assert (
+        counted
+        == client.responses.create(**following, max_output_tokens=4).usage.input_tokens
+        > first.usage.input_tokens
+    )
+
+
 def test_what_is_not_served_says_what_to_use_instead(client: openai.OpenAI, http: httpx.Client) -> None:
     with pytest.raises(openai.NotFoundError, match="embedding model beside it"):
         client.embeddings.create(model=MODEL, input="x")
@@ -661,7 +681,7 @@ def test_what_is_not_served_says_what_to_use_instead(client: openai.OpenAI, http
         "/v1/files/f/content",
         "/v1/threads/t/runs",
         "/completion",
-        "/api/pull",
+        "/v1/responses/compact",
     ):
         reply = http.post(path, json={})
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_served"), path

@@ -595,6 +595,16 @@ def test_any_model_name_is_served_until_names_are_given(http: httpx.Client, serv
     assert httpx.post(url + CHAT, json={**USER, "model": "tiny-llama"}).status_code == 404
 
 
+def test_a_base_url_may_lack_its_v1(http: httpx.Client, serve: Any, tiny_checkpoint: Path) -> None:
+    plain = answered(http.post(CHAT, json={**USER, "temperature": 0}))["choices"]
+    assert answered(http.post(CHAT.removeprefix("/v1"), json={**USER, "temperature": 0}))["choices"] == plain
+    assert answered(http.get("/models")) == answered(http.get("/v1/models"))
+    for path in ("/models/", "/completions/none", "/modelsx", "/v1/chat"):
+        assert http.get(path).status_code == 404, path
+    url = serve(model_id=str(tiny_checkpoint), api_key="secret", max_model_len=64)
+    assert httpx.get(f"{url}/models").status_code == 401
+
+
 def test_groqs_paths_and_mistrals_cards(http: httpx.Client, serve: Any, tiny_checkpoint: Path) -> None:
     plain = answered(http.post(CHAT, json={**USER, "temperature": 0}))["choices"]
     assert answered(http.post(f"/openai{CHAT}", json={**USER, "temperature": 0}))["choices"] == plain
