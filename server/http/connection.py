@@ -43,6 +43,10 @@ SPARE_DESCRIPTORS = 128
 MAX_LINGERING, LINGER_S = 16, 0.5
 """Refused connections that are left open until their 503 is read, at once and how long; others are reset."""
 
+PIPELINE_REST_S = 0.005
+"""Between a reply and the next request of a client that had sent it before: thousands, one after the other, would leave
+the event loop no moment without work, and it would take a core from the engine's threads."""
+
 TCP_CLOSE_WAIT = 8
 """Of Linux's tcp_info: the client has closed its side, and nothing says that it does not read."""
 GONE_CHECK_S = 0.25
@@ -111,6 +115,7 @@ class Connection(H11Protocol):
     _deaf = False
 
     _header_timer: asyncio.TimerHandle | None = None
+    _rest_timer: asyncio.TimerHandle | None = None
     _gone_timer: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -176,6 +181,12 @@ class Connection(H11Protocol):
         log.debug("an upgrade was asked for: the request is answered as it is")
 
     def on_response_complete(self) -> None:
+        if self.conn.trailing_data[0]:
+            self._rest_timer = self.loop.call_later(PIPELINE_REST_S, self._go_on)
+        else:
+            self._go_on()
+
+    def _go_on(self) -> None:
         super().on_response_complete()
         self._note_state(expecting=False)
 
@@ -183,7 +194,7 @@ class Connection(H11Protocol):
         self.door.leave(self)
         self.door.lingering.discard(self)
         self._feed.close()
-        for timer in (self._header_timer, self._gone_timer):
+        for timer in (self._header_timer, self._rest_timer, self._gone_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)

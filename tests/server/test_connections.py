@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 import socket
 import subprocess
@@ -167,6 +168,20 @@ def test_small_pieces_do_not_wait_for_an_acknowledgement(url: str, serve_module:
         (there,) = door._open
         accepted = there.transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_requests_sent_before_their_turn_are_answered_in_order_and_with_rests(url: str) -> None:
+    """Thousands on one connection kept the event loop busy, and somebody's stream waited half a second for a step."""
+    paths = ["/health", "/v1/models", "/nowhere"] * 20
+    with connect(url) as connection:
+        began = time.monotonic()
+        connection.sendall(b"".join(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode() for path in paths))
+        received, statuses = b"", []
+        while len(statuses) < len(paths):
+            received += connection.recv(65536)
+            statuses = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", received)]
+        assert statuses == [200, 200, 404] * 20
+        assert time.monotonic() - began >= (len(paths) - 1) * doors.PIPELINE_REST_S
 
 
 def test_the_limit_of_descriptors_is_one_of_connections(tiny_checkpoint: Path) -> None:
