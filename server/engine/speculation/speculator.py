@@ -28,6 +28,9 @@ LEAST_CHANCE = 0.02
 LEAST_GAIN = 1.03
 """Steps with drafts must be expected to be so much faster, since what is expected is a guess."""
 
+MOST_LONGER = 2.0
+"""How many times as long a step may be with drafts in which several sequences decode: who has none waits for others'."""
+
 KINDS = 8
 """A common past of 3, 4 to 7, 8 to 15, … tokens; kinds below are not used."""
 FIRST_GUESS = (0.0, 0.0, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9)
@@ -180,6 +183,8 @@ class Speculator:
         if seconds is None:
             return {}
         order, tokens = _likeliest(drafters, most)
+        if len(decoding) > 1:
+            tokens = tokens[: int((seconds[1:] <= MOST_LONGER * seconds[0]).sum())]
         rates = (len(decoding) + np.array([0.0, *tokens])) / seconds[: len(tokens) + 1]
         best = int(rates.argmax())
         if rates[best] < LEAST_GAIN * rates[0]:

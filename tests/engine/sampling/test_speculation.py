@@ -25,12 +25,13 @@ from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import verification
 from prerope.server.engine.speculation.history import GRAM, MAX_COMMON, History
-from prerope.server.engine.speculation.speculator import Speculator, StepTimes
+from prerope.server.engine.speculation.speculator import KINDS, MAX_DRAFTS, Speculator, StepTimes
 from prerope.server.engine.speculation.verification import Verification
 from prerope.server.models.model import Model
 
 from tests.device import DEVICE
 from tests.engine.overlap.test_overlap_histories import History as RandomHistory
+from tests.engine.scripted import sequence
 from tests.engine.scripted_model import BLOCK, VOCABULARY, expected
 from tests.engine.tiny_models import (
     assert_idle,
@@ -208,6 +209,20 @@ def test_steps_of_rows_that_cost_too_much_have_no_drafts(monkeypatch: pytest.Mon
         run(engine, [request("off", prompt, greedy(40), speculation=False)])
         assert engine.stats().drafted_tokens == drafted[-1]
     assert drafted[0] == 0 < drafted[1]
+
+
+def test_drafts_lengthen_no_step_much_in_which_others_decode() -> None:
+    """Ten rows cost a step here, and each draft comes true: alone as many are taken as there may be."""
+    speculator = Speculator(max_num_seqs=64)
+    for rows in range(1, 65):
+        speculator.step_times.add(rows, 1.0 + rows / 10)
+    for kind in range(KINDS):
+        for _ in range(3000):
+            speculator._acceptance.count(2**kind - 1, hit=True)
+    repeating, other = sequence([5, 6, 7, 8, 9, 10, 11, 12] * 20, 99), sequence([1], 99)
+    for decoding, most in (([repeating], MAX_DRAFTS), ([repeating, other], 12)):
+        drafts = speculator.plan(decoding, num_others=0, most=64)
+        assert [len(drafts[repeating]), other in drafts] == [most, False]
 
 
 class Eager(Speculator):
