@@ -29,7 +29,7 @@ LEAST_GAIN = 1.03
 """Steps with drafts must be expected to be so much faster, since what is expected is a guess."""
 
 MOST_LONGER = 2.0
-"""How many times as long a step may be with drafts in which several sequences decode: who has none waits for others'."""
+"""How many times as long drafts may make a step in which several sequences decode: who has none waits for others'."""
 
 KINDS = 8
 """A common past of 3, 4 to 7, 8 to 15, … tokens; kinds below are not used."""
