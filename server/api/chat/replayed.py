@@ -26,6 +26,11 @@ CALL_PARTS = ("tool_use", "tool-call", "tool_call", "function_call")
 RESULT_PARTS = ("tool_result", "tool-result", "function_call_output")
 """Parts that are what a call gave: of Anthropic, the Vercel SDK, Responses."""
 
+RESULT_WORDS = ("content", "output", "result")
+CALL_IDS = ("tool_use_id", "toolCallId", "call_id")
+OF_RESULTS = frozenset({"type", "toolName", "name", "id", "status", "cache_control", *RESULT_WORDS, *CALL_IDS})
+"""What a result's part has of the result, or what asks for nothing of the model."""
+
 NO_PARTS = ("redacted_thinking", "redacted_reasoning")
 
 
@@ -74,9 +79,17 @@ def results_apart(messages: Any) -> Any:
     return apart
 
 
+def tell_of_the_rest(result: dict[str, Any]) -> None:
+    """What a result of a call says beside what templates write, such as that it was an error: its sender is told."""
+    for name in sorted(result.keys() - OF_RESULTS):
+        if not is_empty(result[name]):
+            current_report().ignore(f"messages.{name}")
+
+
 def _result(part: dict[str, Any]) -> dict[str, Any]:
-    call_id = next((part[name] for name in ("tool_use_id", "toolCallId", "call_id") if name in part), None)
-    told = next((part[name] for name in ("content", "output", "result") if part.get(name) is not None), "")
+    call_id = next((part[name] for name in CALL_IDS if name in part), None)
+    told = next((part[name] for name in RESULT_WORDS if part.get(name) is not None), "")
+    tell_of_the_rest(part)
     if isinstance(told, dict) and set(told) == {"type", "value"}:  # as the Vercel SDK says what it is
         told = told["value"]
     parts = isinstance(told, list) and all(isinstance(one, dict) and "type" in one for one in told)

@@ -21,6 +21,7 @@ from openai.types.responses import ResponseIncludable
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming as ResponseParams
 from prerope.server.api.chat.tool_choice import ToolChoice
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.dialects.requests.items import Page
 from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaFields, OllamaGenerateRequest, Options
 from prerope.server.api.dialects.requests.others import AnyGenerateRequest
 from prerope.server.api.dialects.requests.responses import INCLUDED, ResponsesRequest
@@ -778,3 +779,41 @@ def test_a_reply_goes_on_with_the_last_message(http: httpx.Client) -> None:
     assert reply["prompt_token_ids"] == ids
     both = http.post(CHAT, json={**USER, **told, "add_generation_prompt": True})
     assert both.json()["error"]["param"] == "continue_final_message"
+
+
+def test_what_a_result_of_a_call_says_beside_its_text_is_told() -> None:
+    part = {
+        "type": "tool_result",
+        "tool_use_id": "c",
+        "content": "no",
+        "is_error": True,
+        "cache_control": {"type": "x"},
+    }
+    call = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+    for model, messages in (
+        (ChatRequest, [{"role": "user", "content": [part]}]),
+        (MessagesRequest, [{"role": "assistant", "content": [call]}, {"role": "user", "content": [part]}]),
+    ):
+        with reporting(strict=False) as report:
+            model.model_validate({"messages": messages, "max_tokens": 4}).lowered()
+        assert report.names == ["messages.is_error"]
+        part["is_error"] = False
+        with reporting(strict=False) as report:
+            model.model_validate({"messages": messages, "max_tokens": 4}).lowered()
+        assert report.names == []
+        part["is_error"] = True
+
+
+def test_pages_of_items_that_are_called_alike_end() -> None:
+    """Each is listed once, whatever a client called them, and each has an id that is a text."""
+    given = [{"role": "user", "content": str(index), "id": id_} for index, id_ in enumerate(("a", "a", 7, None, "b"))]
+    found, after = list[str](), None
+    for _ in given:
+        page = json.loads(Page(json.dumps(given).encode(), 1, newest_first=False, after=after).run(None))
+        found += [item["content"][0]["text"] for item in page["data"]]
+        after = page["last_id"]
+        assert isinstance(after, str)
+        assert page["first_id"] == after
+        assert page["has_more"] is (len(found) < len(given))
+    assert found == ["0", "1", "2", "3", "4"]
+    assert after == "b"

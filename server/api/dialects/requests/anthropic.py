@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.replayed import tell_of_the_rest
 from prerope.server.api.chat.tool_choice import ToolChoice
 from prerope.server.api.chat.tools import Tool
 from prerope.server.api.dialects.requests.common import (
@@ -187,6 +188,7 @@ def _lowered(given: Any, param: str) -> Iterator[Message]:
         match block.get("type"):
             case "tool_result":
                 result = _parts(block.get("content") or "", f"{place}.content")
+                tell_of_the_rest(block)
                 yield message("tool", result, tool_call_id=block.get("tool_use_id"))
             case "tool_use":
                 calls.append(call(block.get("id"), block.get("name"), json.dumps(block.get("input") or {})))

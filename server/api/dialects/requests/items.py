@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ class Page:
 
     def run(self, world: object) -> bytes:  # noqa: ARG002 - a page needs nothing of it
         items = [_with_id(item, index) for index, item in enumerate(json.loads(self.given))]
+        times = Counter(item["id"] for item in items)
+        for index, item in enumerate(items):  # a page begins behind one of them, so no two are called alike
+            if times[item["id"]] > 1:
+                item["id"] = f"{item['id']}_{index:08}"
         if self.newest_first:
             items.reverse()
         ids = [item["id"] for item in items]
@@ -47,7 +52,9 @@ class Page:
 def _with_id(item: dict[str, Any], index: int) -> dict[str, Any]:
     """An item as OpenAI's lists have it: with a type, an id, and the content of a message in parts."""
     told = {"type": "message", **item}
-    told["id"] = item.get("id") or f"{'msg' if told['type'] == 'message' else 'item'}_{index:08}"
+    given = item.get("id")
+    named = isinstance(given, str) and given
+    told["id"] = given if named else f"{'msg' if told['type'] == 'message' else 'item'}_{index:08}"
     if told["type"] == "message" and isinstance(told.get("content"), str):
         kind = "output_text" if told.get("role") == "assistant" else "input_text"
         told["content"] = [{"type": kind, "text": told["content"], **({"annotations": []} if kind[0] == "o" else {})}]
