@@ -77,15 +77,9 @@ class BeamSearch:
 
     async def replies(self, prompt: TokenizedPrompt, params: SamplingParams, index: int) -> list[Generation]:
         """The best replies to a prompt, the likeliest first, as generations that have ended. params: as they would be
-        drawn by. index: of the first of these replies."""
+        drawn by, and `check_search` has seen them. index: of the first of these replies."""
         beams, max_tokens = self.request.beams, params.max_tokens
         assert beams is not None
-        if params.grammar is not None:
-            raise InvalidRequest(
-                "'use_beam_search' goes with text that nothing constrains: leave out the one or the other",
-                param="use_beam_search",
-            )
-        _check_size(beams.width, len(prompt.ids) + max_tokens)
         current_hold().count(beams.width)
         self._limit_time()
         ends = self._ends()
@@ -184,7 +178,14 @@ class _Usage:
             self.known = True
 
 
-def _check_size(width: int, length: int) -> None:
+def check_search(width: int, prompt: TokenizedPrompt, params: SamplingParams) -> None:
+    """Raise InvalidRequest for what cannot be searched. params: as a reply would be drawn by."""
+    if params.grammar is not None:
+        raise InvalidRequest(
+            "'use_beam_search' goes with text that nothing constrains: leave out the one or the other",
+            param="use_beam_search",
+        )
+    length = len(prompt.ids) + params.max_tokens
     if width * length > MOST_TOKENS:
         raise InvalidRequest(
             f"'use_beam_search' with {width} beams of up to {length} tokens, prompt and reply, is {width * length} "

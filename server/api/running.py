@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.api.auth.allowance import current_hold
-from prerope.server.api.beams import BeamSearch
+from prerope.server.api.beams import BeamSearch, check_search
 from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, reader_of
@@ -133,6 +133,8 @@ async def checked(service: Service, read: Read[Any]) -> list[tuple[TokenizedProm
         bad = prepared.bad_token_ids
         for index in range(request.n):
             params = sampling_params(service, request, max_tokens, index=index, grammar=grammar, bad_token_ids=bad)
+            if request.beams:
+                check_search(request.beams.width, prompt, params)
             choices.append((prompt, params))
     return choices
 

@@ -7,7 +7,7 @@ is left out, and its sender is told (`leniency`).
 from __future__ import annotations
 
 import json
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 from prerope.server.api.requests.foreign import is_empty
@@ -79,7 +79,7 @@ def results_apart(messages: Any) -> Any:
     return apart
 
 
-def tell_of_the_rest(result: dict[str, Any]) -> None:
+def tell_of_the_rest(result: Mapping[str, Any]) -> None:
     """What a result of a call says beside what templates write, such as that it was an error: its sender is told."""
     for name in sorted(result.keys() - OF_RESULTS):
         if not is_empty(result[name]):

@@ -27,6 +27,7 @@ def max_model_len(http: httpx.Client) -> int:
 
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+RENDER = f"{COMPLETIONS}/render"
 USER = {"messages": [{"role": "user", "content": "hi"}]}
 
 BAD_VALUES: list[tuple[str, dict[str, Any], str, list[str]]] = [
@@ -85,6 +86,7 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     (COMPLETIONS, {"prompt": "a", "use_beam_search": True, "n": 33}, "n", ["33 beams", "at most 32"]),
     (COMPLETIONS, {"prompt": "a", "use_beam_search": True, "stop": "x"}, "stop", ["log-probabilities", "leave out"]),
     (COMPLETIONS, {"prompt": "a", "use_beam_search": True, "guided_regex": "a"}, "use_beam_search", ["constrains"]),
+    (RENDER, {"prompt": "a", "use_beam_search": True, "guided_regex": "a"}, "use_beam_search", ["constrains"]),
     (CHAT, {**USER, "use_beam_search": True, "repetition_penalty": 1.5}, "repetition_penalty", ["leave out"]),
     (COMPLETIONS, {"prompt": "a", "use_beam_search": True, "echo": True, "max_tokens": 0}, "echo", ["leave out"]),
     (COMPLETIONS, {"prompt": "a", "use_beam_search": True, "echo": True, "logprobs": 1}, "echo", ["leave out"]),
