@@ -51,15 +51,19 @@ async def turn() -> AsyncIterator[Callable[[], bool]]:
 
 
 def cut_off(function: Callable[[], T], seconds: float = LONGEST_S) -> T:
-    """What it returns; TooLong after so many seconds, wherever in Python's code it is then.
+    """What it returns; TooLong after so many seconds of this thread's CPU time, wherever in Python's code it is then.
 
     Only the main thread can be interrupted so: on another it takes as long as it takes.
     """
     if threading.current_thread() is not threading.main_thread():
         return function()
 
+    began = time.thread_time()
+
     def stop(*_signal: object) -> None:
-        raise TooLong
+        if time.thread_time() - began >= seconds:
+            raise TooLong
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # others had the core, or the machine slept
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
