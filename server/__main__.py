@@ -58,7 +58,6 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     gc.enable()
     app = create_app(settings)
     service = app.state.service
-    service.reads_inline = False  # until the workers have tried the model's chat template
     url = _url(settings.host, listener.getsockname()[1])
     server = DrainingServer(service, app, url, once_ready=service.start_workers)
     asyncio.run(server.run_until_done(listener))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import structlog
 from fastapi import Depends, Request
-from prerope.server.api.chat.trial import TemplateTrial
+from prerope.server.api.chat.trial import TemplateTrial, is_tame
 from prerope.server.api.requests.prompts import ModelText
 from prerope.server.api.room import BODIES, BodyRoom
 from prerope.server.byte_cache import ByteCache, CacheStats
@@ -59,7 +59,7 @@ class Service:
         conversations: of Responses that may be gone on with, by tenant and the response's id.
         stage: what loading does now, for people who ask /ready.
         leaving: routers are to send nobody any more, though whoever comes is served.
-        reads_inline: little bodies are read on the event loop; not before it is known that the chat template is quick.
+        reads_inline: little bodies are read on the event loop, where the chat template may be run there.
     """
 
     settings: Settings
@@ -74,7 +74,7 @@ class Service:
     stage: str = "starting"
     followers: Followers | None = None
     leaving: bool = False
-    reads_inline: bool = True
+    reads_inline: bool = False
     _tokenizer: Tokenizer | None = None
     _text: ModelText | None = None
     _started: float = field(default_factory=time.monotonic)
@@ -146,7 +146,6 @@ class Service:
 
     async def start_workers(self) -> None:
         """Begin with their zygote now, and find out whether the chat template can be run, and where."""
-        self.reads_inline = False
         await self.workers.start()
         found = await self.workers.run(TemplateTrial(), SMALL_BODY.name)
         self.tokenizer.template_fault = found.unusable
@@ -183,7 +182,7 @@ class Service:
                 )
             prepare_tables(tokenizer)  # here too
         engine = load_engine(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
-        self._tokenizer = tokenizer
+        self._tokenizer, self.reads_inline = tokenizer, is_tame(tokenizer)
         return engine
 
     def _join(self, checkpoint: Checkpoint) -> Ranks:

@@ -57,9 +57,11 @@ def body_of(
             async with turn():
                 try:
                     return cut_off(lambda: read_body(model, raw, service.text))
-                except TooLong:  # such as a chat template that goes round in circles for some chats
+                except (TooLong, MemoryError):  # such as a chat template that goes round in circles for some chats
                     service.reads_inline = False
-                    log.warning("a little body took long to read, so all are read by workers from now on")
+                    log.warning(
+                        "a little body took long or much memory to read, so all are read by workers from now on"
+                    )
             return await _read_by_worker(model, raw, request, service)
 
     return read

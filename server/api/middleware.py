@@ -33,6 +33,9 @@ QUIET_PATHS = PROBES
 OPENAI_PREFIX = "/openai"
 """Where other services have OpenAI's paths: Groq's client asks for /openai/v1/…, whatever its base URL is."""
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+"""What no path of ours has in it."""
+
 WITHOUT_V1 = re.compile(r"/(chat/completions|completions|responses|messages|models)(/|$)")
 """What a client asks for whose base URL does not end with /v1; llama.cpp's server answers there, too."""
 
@@ -54,14 +57,19 @@ REQUEST_ID = re.compile(r"[\w.-]{1,64}")
 
 
 class OtherPrefix:
-    """Finds OpenAI's paths under `OPENAI_PREFIX` and without /v1, for keys, logs and routes alike."""
+    """Finds OpenAI's paths under `OPENAI_PREFIX` and without /v1, and none where a path has control characters.
+
+    Keys, logs and routes see the path that it leaves.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["type"] == "http" else ""
-        if path.startswith(f"{OPENAI_PREFIX}/v1/"):
+        if CONTROL.search(path):  # a route's pattern takes a line's end behind it, and a key's path is compared whole
+            scope = {**scope, "path": "/%"}
+        elif path.startswith(f"{OPENAI_PREFIX}/v1/"):
             scope = _moved(scope, lambda start: start[len(OPENAI_PREFIX) :])
         elif WITHOUT_V1.match(path):
             scope = _moved(scope, lambda start: "/v1" + start)
@@ -137,12 +145,12 @@ def _template(scope: Scope) -> str:
     """The path with its parameters' names for their values. (FastAPI's route object lacks its router's prefix.)"""
     if "route" not in scope:
         return "unmatched"
-    path: str = scope["path"]
-    for name, value in scope.get("path_params", {}).items():
-        if str(value):
-            before, _, after = path.rpartition(str(value))
-            path = f"{before}{{{name}}}{after}"
-    return path
+    names = {str(value): name for name, value in scope.get("path_params", {}).items()}
+    parts = scope["path"].split("/")
+    for index in range(len(parts) - 1, -1, -1):  # a value may be called like a part of the route that precedes it
+        if parts[index] in names:
+            parts[index] = f"{{{names.pop(parts[index])}}}"
+    return "/".join(parts)
 
 
 class ClientTimeout:

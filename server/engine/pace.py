@@ -16,30 +16,53 @@ SCORED_S, LEAST_SCORED = 0.03, 8
 COUNTED = 8
 """Rows that a step must have of prompts for its time to be told of."""
 MULTIPLE = 32
+FORGOTTEN = 0.995
+"""What is left of a row's time in whole chunks after a step of fewer rows, so that one is tried again at last."""
 
 
 class Pace:
-    """Of one engine. gap_s: seconds, or None for chunks of any length."""
+    """The pace of one engine. gap_s: seconds, or None for chunks of any length.
+
+    A row takes longer in few than in a whole chunk: behind 256 keys three times as long, behind 20,000 as long. So the
+    two are known apart, and what a step takes for the others in it, and for having weights to read, is in neither.
+    While chunks are few rows, a row of a whole one is taken to change as theirs does, and never to take longer.
+    """
 
     def __init__(self, gap_s: float | None) -> None:
         self._gap_s = gap_s
-        self._row_s = 0.0
+        self._others_s = 0.0  # of a step without rows of prompts
+        self._whole_s = 0.0  # of a row of a whole chunk
+        self._few_s = 0.0  # of a row of a smaller one, since the last whole one
 
     def add(self, num_prefilled: int, seconds: float, num_others: int = 0) -> None:
         """A step with so many rows of prompts, and others, is over."""
-        if num_prefilled >= COUNTED:
-            row_s = seconds / (num_prefilled + num_others)
-            self._row_s = (self._row_s + row_s) / 2 if self._row_s else row_s
+        if not num_prefilled:
+            self._others_s = _smoothed(self._others_s, seconds)
+        if num_prefilled < COUNTED:
+            return
+        others_s = min(self._others_s, 0.9 * seconds) if num_others else 0.0
+        row_s = (seconds - others_s) / num_prefilled
+        if num_prefilled >= WHOLE_ROWS:
+            self._whole_s, self._few_s = max(row_s, _smoothed(self._whole_s, row_s)), 0.0
+            return
+        before, self._few_s = self._few_s, _smoothed(self._few_s, row_s)
+        change = self._few_s / before if before else 1.0
+        self._whole_s = min(self._whole_s * change * FORGOTTEN or self._few_s, self._few_s)
 
     def most_rows(self, budget: int) -> int:
         """Of prompts, in a step in which somebody streams; at most the budget."""
-        if self._gap_s is None or not self._row_s:
+        if self._gap_s is None or not self._whole_s:
             return budget
-        rows = int(self._gap_s / self._row_s) // MULTIPLE * MULTIPLE
+        room_s = self._gap_s - min(self._others_s, self._gap_s / 2)
+        rows = int(room_s / self._whole_s) // MULTIPLE * MULTIPLE
         return min(budget, rows if rows >= WHOLE_ROWS else LEAST_ROWS)
 
     def most_scored(self, budget: int) -> int:
         """Likewise, of those that are scored."""
-        if self._gap_s is None or not self._row_s:
+        if self._gap_s is None or not self._whole_s:
             return budget
-        return min(budget, max(LEAST_SCORED, int(min(SCORED_S, self._gap_s) / self._row_s)))
+        return min(budget, max(LEAST_SCORED, int(min(SCORED_S, self._gap_s) / (self._few_s or self._whole_s))))
+
+
+def _smoothed(before: float, now: float) -> float:
+    return (before + now) / 2 if before else now

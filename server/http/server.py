@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from prerope.server.engine.async_engine import EngineState
 from prerope.server.errors import ConfigurationError, OutOfMemory, first_line
 from prerope.server.http.connection import ACCEPTED_AT_ONCE, Connection, Door, room_for
-from prerope.server.log import LEVELS
+from prerope.server.log import LEVELS, trace
 from prerope.server.service import Service
 
 log = structlog.get_logger(__name__)
@@ -117,7 +117,10 @@ class DrainingServer(uvicorn.Server):
             return
         self._announce()
         if self._once_ready is not None:
-            await self._once_ready()
+            try:
+                await self._once_ready()
+            except Exception as error:  # tried again by the first request that needs it; the engine is watched on
+                log.error("the workers could not be started", trace=trace(error))
         await engine.wait_until_stopped()
         if engine.failure is not None:
             log.error("the engine died", exc_info=engine.failure)

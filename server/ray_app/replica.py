@@ -39,7 +39,8 @@ class Replica:
         self._unfinished: set[asyncio.Task[None]] = set()
         await self._lifespan.__aenter__()
         await self._service.engine.wait_until_loaded()
-        await self._service.workers.start()
+        await self._service.start_workers()
+        self._service.reads_inline = False  # nothing on this thread, which is not the first, can be cut off
 
     async def answer(self, call: Call) -> AsyncIterator[list[Message]]:
         """The application's messages, as many at once as have come: a client that leaves ends the generator."""

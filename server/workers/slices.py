@@ -58,9 +58,11 @@ def cut_off(function: Callable[[], T], seconds: float = LONGEST_S) -> T:
     if threading.current_thread() is not threading.main_thread():
         return function()
 
-    began = time.thread_time()
+    began, over = time.thread_time(), False
 
     def stop(*_signal: object) -> None:
+        if over:  # the timer ran out after the function had returned: armed again it would end the process
+            return
         if time.thread_time() - began >= seconds:
             raise TooLong
         signal.setitimer(signal.ITIMER_REAL, seconds)  # others had the core, or the machine slept
@@ -70,5 +72,6 @@ def cut_off(function: Callable[[], T], seconds: float = LONGEST_S) -> T:
     try:
         return function()
     finally:
+        over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -351,6 +351,29 @@ def test_a_gap_that_cannot_be_met_starves_nobody() -> None:
     assert pace.most_rows(500) > WHOLE_ROWS, "small chunks tell that larger ones are possible again"
 
 
+@pytest.mark.parametrize("first", [8, 12, 20, 64, 512])
+def test_few_rows_do_not_make_whole_chunks_look_dear(first: int) -> None:
+    """A step costs 60 ms for its weights and others, and 1 ms a row: what few rows cost each says little."""
+    pace = Pace(0.5)
+    pace.add(0, 0.06, num_others=1)
+    pace.add(first, 0.06 + 0.001 * first, num_others=1)
+    assert 384 <= pace.most_rows(500) <= 440
+
+
+def test_a_row_behind_fewer_keys_ends_small_chunks() -> None:
+    """Behind 20,000 keys 128 rows take a second and 16 a seventh of one; behind 256 they take 146 and 26 ms."""
+    pace = Pace(0.5)
+    pace.add(0, 0.047, num_others=1)
+    sizes = []
+    for _ in range(40):
+        sizes.append(pace.most_rows(128))
+        pace.add(sizes[-1], 0.047 + (1.078 if sizes[-1] == WHOLE_ROWS else 0.139), num_others=1)
+    assert sizes == [128, *[LEAST_ROWS] * 39]
+    for _ in range(4):
+        pace.add(LEAST_ROWS, 0.047 + 0.026, num_others=1)
+    assert pace.most_rows(128) == WHOLE_ROWS
+
+
 def test_scored_rows_are_few_beside_a_stream_where_they_take_long() -> None:
     """Behind 20,000 keys 64 rows took two thirds of a second, forty steps of the stream beside them."""
     for row_s, most in ((0.01, LEAST_SCORED), (0.001, 30), (0.00001, 64)):

@@ -205,8 +205,10 @@ def test_a_request_that_a_stop_string_ended_is_in_every_histogram(http: httpx.Cl
 def test_routes_are_counted_by_their_template(http: httpx.Client) -> None:
     http.get("/v1/models/tiny-llama")
     http.get("/no/such/route")
+    http.get("/v1/responses/s/input_items")
     found = [name for name in samples(http.get("/metrics").text) if name.startswith("prerope:http_requests_total")]
     assert any('handler="/v1/models/{model}"' in name for name in found), found
+    assert any('handler="/v1/responses/{response_id}/input_items"' in name for name in found), found
     assert any('handler="unmatched"' in name and 'status="404"' in name for name in found)
 
 

@@ -41,6 +41,17 @@ def url(serve_module: Any, tiny_checkpoint: Path) -> str:
     return str(serve_module(model_id=str(tiny_checkpoint), metrics_key="m1, m2"))
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/metrics%0A", "/metrics%0a/", "/metrics%0D", "/%0Ametrics"])
+def test_no_spelling_of_the_path_opens_the_metrics(http: httpx.Client, path: str) -> None:
+    assert http.get(path, follow_redirects=True).status_code in (401, 404)
+    assert http.get("/metrics", headers={"Authorization": "Bearer m1"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models%0A", "/models%0A", "/v1/models%00", "/v1/%7Fmodels"])
+def test_paths_with_control_characters_are_nobodys(http: httpx.Client, path: str) -> None:
+    assert http.get(path).status_code == 404
+
+
 @pytest.mark.parametrize("port", ["", ":8000"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_server_without_keys_is_known_by_local_names(http: httpx.Client, name: str, port: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from prerope.server.api.chat.template import render_chat
-from prerope.server.api.chat.trial import guard
+from prerope.server.api.chat.trial import guard, is_tame
 from prerope.server.errors import EngineUnavailable, InvalidRequest
 from prerope.server.machine.threads import ASIDE
 from prerope.server.tokenizer import Tokenizer
@@ -305,6 +305,23 @@ def test_what_takes_long_on_the_loop_is_cut_off(endless: Callable[[], object]) -
     assert (signal.getitimer(signal.ITIMER_REAL)[0], signal.getsignal(signal.SIGALRM)) == (0, before)
 
 
+def test_a_timer_that_runs_out_as_the_work_ends_is_not_armed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Armed with the handler from before it would end the process a quarter of a second later."""
+    set_timer, handlers = signal.setitimer, list[Any]()
+    monkeypatch.setattr(time, "thread_time", lambda: 0.0)  # others have the core
+
+    def late(which: signal.ITIMER, seconds: float) -> None:
+        handlers.append(signal.getsignal(signal.SIGALRM))
+        set_timer(which, seconds)
+        if not seconds:
+            handlers[-1](signal.SIGALRM, None)  # it ran out before, and Python comes to it now
+
+    monkeypatch.setattr(signal, "setitimer", late)
+    assert cut_off(lambda: 7, 60) == 7
+    assert len(handlers) == 2
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
 def render_endlessly() -> str:
     loops = "".join(f"{{% for {name} in range(9999) %}}" for name in "abcd")
     return render_chat(tokenizer_with(loops + "{% endfor %}" * 4), [{"role": "user", "content": "Hello"}])
@@ -315,6 +332,28 @@ def tokenizer_with(template: str) -> Tokenizer:
     hf = PreTrainedTokenizerFast(tokenizer_object=Backend(models.BPE(pieces, [])), eos_token="<s>")
     hf.chat_template = template
     return Tokenizer(hf)
+
+
+@pytest.mark.parametrize(
+    ("template", "tame"),
+    [
+        ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}", True),
+        (
+            "{%- set ns = namespace(found=false) %}{% if loop.index0 % 2 == 0 %}{% set ns.found = true %}{% endif %}",
+            True,
+        ),
+        ("{{ 'Cutting Knowledge Date: December 2023' }}{{ tools | tojson(indent=4) }}", False),
+        ("{{ m.content|replace('a', m.content)|replace('a', m.content)|length }}", False),
+        ("{{ m.content.replace('', m.content) }}", False),
+        ("{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", False),
+        ("{% for i in range(40) %}{%- set ns.x=ns.x~ns.x -%}{% endfor %}", False),
+        ("{{ 'x'|center(9999)|list|join('y'|center(9999)) }}", False),
+        ("{{ '%9999s' % m.content }}", False),
+        ("{{ 'x' * 9 }}", False),
+    ],
+)
+def test_a_template_that_may_multiply_texts_is_not_run_on_the_loop(template: str, tame: bool) -> None:
+    assert is_tame(tokenizer_with(template)) is tame
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,14 @@ LIMITS = Limits(cpu_s=2, memory_bytes=256 * 2**20)
 QUICK_S = 0.02
 """Of one word: longer, and chats are not written on the event loop, however short they are."""
 
-TAME = re.compile(r"(?!.*(\*|\d{5}))", re.DOTALL)
-"""Of a template's text: it multiplies nothing and names no large number, so that one step of it makes no large text."""
+WILD = re.compile(
+    r"""\* | \d{5} | \b(replace|join|sum|center|indent|format|ljust|rjust|zfill|expandtabs|wordwrap|translate)\b
+    | ['"]\s*%(?!})  # a string formatted
+    | \bset\s+\w+\.\w+\s*=[^%}]*[+~]  # what grows from turn to turn of a loop""",
+    re.VERBOSE,
+)
+"""In a template's text: what makes, in one step or a few, a text much longer than those that it is made of. On the
+event loop nothing limits memory, and no single step of the interpreter's can be cut off."""
 
 WORD = [{"role": "user", "content": "Hello"}]
 
@@ -57,10 +63,13 @@ class TemplateTrial:
             except InvalidRequest as error:
                 refusal = error.message
             took.append(time.process_time() - began)
-        seconds, template = min(took), str(world.tokenizer.hf.chat_template)
         fault = world.tokenizer.template_fault
-        quick = fault is not None or (seconds < QUICK_S and TAME.match(template) is not None)
-        return Outcome(fault, refusal, quick)
+        return Outcome(fault, refusal, fault is not None or (min(took) < QUICK_S and is_tame(world.tokenizer)))
+
+
+def is_tame(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template may be run on the event loop, where it is cut off if it takes long."""
+    return WILD.search(str(tokenizer.hf.chat_template)) is None
 
 
 def guard(tokenizer: Tokenizer) -> None:

@@ -45,7 +45,7 @@ async def chat(
     service: ReadyService,
 ) -> Response:
     """Ollama's chat: JSON lines, or one object where `stream` is false."""
-    if not read.body.messages:
+    if not read.ready[1].prompts:
         return JSONResponse({**_head(service), "message": {"role": "assistant", "content": ""}, **LOADED})
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:
@@ -66,7 +66,7 @@ async def generate(
     service: ReadyService,
 ) -> Response:
     """Ollama's generate: JSON lines, or one object where `stream` is false."""
-    if not read.body.prompt:
+    if not read.ready[1].prompts:
         return JSONResponse({**_head(service), "response": "", **LOADED})
     running = await while_connected(request, start(service, read, "ollama", time.perf_counter()))
     if read.body.stream:

@@ -31,7 +31,7 @@ class ErrorDetail(ReplyBody):
 
 
 class ErrorReply(ReplyBody):
-    """The shape of every error of every endpoint, and of a stream that has begun."""
+    """The shape of every error of the endpoints described here, and of a stream that has begun."""
 
     error: ErrorDetail
 

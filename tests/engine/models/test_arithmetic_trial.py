@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from prerope.cache.cpu import arithmetic
+from prerope.cache.kernels import build
 from prerope.server.models.cpu import trial
 
 
 @pytest.fixture(autouse=True)
 def own_choice(decode_kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if not arithmetic.can_multiply_pairs():
+    if not build.can_multiply_pairs():
         pytest.skip(f"no bf16 pairs here: {decode_kernel}")
-    monkeypatch.setattr(arithmetic, "_chosen", None)
+    monkeypatch.setattr(build, "_pairs", None)
     monkeypatch.setattr(trial, "library_path", lambda: tmp_path / "kernels.so")
 
 
@@ -23,13 +23,13 @@ def test_the_faster_is_taken_and_kept(
 ) -> None:
     monkeypatch.setattr(trial, "measure", lambda: found)
     said = trial.choose_arithmetic()
-    assert arithmetic.multiplies_pairs() == pairs
+    assert build.multiplies_pairs() == pairs
     monkeypatch.setattr(trial, "measure", lambda: found[::-1])
     assert trial.choose_arithmetic() == said
     (kept,) = tmp_path.iterdir()
     kept.write_text("{")  # damaged: measured again
     assert trial.choose_arithmetic() != said
-    assert arithmetic.multiplies_pairs() != pairs
+    assert build.multiplies_pairs() != pairs
 
 
 def test_a_real_trial_takes_both_and_leaves_a_choice() -> None:

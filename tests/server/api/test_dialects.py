@@ -489,6 +489,10 @@ def test_ollama(llama: ollama.Client, http: httpx.Client) -> None:
     raw = llama.generate(model=MODEL, prompt="Say", raw=True, options=options, stream=True)
     plain = http.post("/generate", json={"prompt": "Say", "max_tokens": 8, "temperature": 0}).json()["text"]
     assert "".join(part.response for part in raw) == plain
+    spaced = {"model": MODEL, "messages": ASKED, "options": options, "stream": False}
+    large = json.dumps(spaced) + " " * 5000  # read by a worker
+    answered = http.post("/api/chat", content=large, headers={"content-type": "application/json"}).json()
+    assert answered["message"]["content"] == reply.message.content
     assert llama.chat(model=MODEL, messages=[]).done_reason == "load"
     assert llama.generate(model=MODEL).done_reason == "load"
     assert llama.list().models[0].model == MODEL

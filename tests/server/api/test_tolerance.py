@@ -804,9 +804,10 @@ def test_what_a_result_of_a_call_says_beside_its_text_is_told() -> None:
         part["is_error"] = True
 
 
-def test_pages_of_items_that_are_called_alike_end() -> None:
+@pytest.mark.parametrize("ids", [("a", "a", 7, None, "b"), ("a", "a", "a_00000000", "a_00000001", "b")])
+def test_pages_of_items_that_are_called_alike_end(ids: tuple[Any, ...]) -> None:
     """Each is listed once, whatever a client called them, and each has an id that is a text."""
-    given = [{"role": "user", "content": str(index), "id": id_} for index, id_ in enumerate(("a", "a", 7, None, "b"))]
+    given = [{"role": "user", "content": str(index), "id": id_} for index, id_ in enumerate(ids)]
     found, after = list[str](), None
     for _ in given:
         page = json.loads(Page(json.dumps(given).encode(), 1, newest_first=False, after=after).run(None))

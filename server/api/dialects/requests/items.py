@@ -28,10 +28,10 @@ class Page:
 
     def run(self, world: object) -> bytes:  # noqa: ARG002 - a page needs nothing of it
         items = [_with_id(item, index) for index, item in enumerate(json.loads(self.given))]
-        times = Counter(item["id"] for item in items)
-        for index, item in enumerate(items):  # a page begins behind one of them, so no two are called alike
-            if times[item["id"]] > 1:
-                item["id"] = f"{item['id']}_{index:08}"
+        while more := _called_alike(items):  # a page begins behind one of them
+            for index, item in enumerate(items):
+                if item["id"] in more:
+                    item["id"] = f"{item['id']}_{index:08}"
         if self.newest_first:
             items.reverse()
         ids = [item["id"] for item in items]
@@ -47,6 +47,11 @@ class Page:
             "has_more": first + self.limit < len(items),
         }
         return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _called_alike(items: list[dict[str, Any]]) -> set[str]:
+    """The ids that more than one item has."""
+    return {called for called, times in Counter(item["id"] for item in items).items() if times > 1}
 
 
 def _with_id(item: dict[str, Any], index: int) -> dict[str, Any]:
