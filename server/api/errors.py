@@ -36,6 +36,18 @@ log = structlog.get_logger(__name__)
 
 RETRY_LOADING_S = 5
 
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""What Anthropic's clients call an error, by its status."""
+
 
 def error_body(error: RequestError) -> dict[str, Any]:
     """The JSON that says what went wrong."""
@@ -52,7 +64,9 @@ class _ErrorReply(JSONResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._told["error"]
         if scope["path"].startswith("/v1/messages"):
-            await JSONResponse({"type": "error", "error": error}, self.status_code, self._extra)(scope, receive, send)
+            kind = ANTHROPIC_TYPES.get(self.status_code, error["type"])
+            shown = {"type": "error", "error": {**error, "type": kind}}
+            await JSONResponse(shown, self.status_code, self._extra)(scope, receive, send)
         elif scope["path"].startswith("/api/"):
             await JSONResponse({"error": error["message"]}, self.status_code, self._extra)(scope, receive, send)
         else:

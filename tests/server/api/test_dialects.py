@@ -157,6 +157,9 @@ def test_anthropic_refuses_pictures_by_name(claude: anthropic.Anthropic) -> None
             messages=[{"role": "user", "content": [{"type": "image", "source": source}]}],  # type: ignore[typeddict-item,list-item]
         )
     assert refused.value.body["type"] == "error"  # type: ignore[index]
+    with pytest.raises(anthropic.NotFoundError) as nowhere:
+        claude.messages.batches.list()
+    assert nowhere.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
