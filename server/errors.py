@@ -16,7 +16,7 @@
         │   └── KeyBusy         429: one key has as many sequences as it may
         ├── ClientGone          499: nobody is left to read the reply
         ├── EngineUnavailable   503: loading, draining or dead
-        ├── DeadlineExceeded    504: the request's time was over before its first token
+        ├── DeadlineExceeded    504: the request's time was over
         ├── EngineFailure       500: the step that served this request failed
         └── VersionNotSupported 505: of HTTP
 
@@ -173,7 +173,8 @@ class BodiesFull(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """`timeout_s` or REQUEST_TIMEOUT_S was over before the first token. (Later, a reply ends with `abort`.)"""
+    """`timeout_s` or REQUEST_TIMEOUT_S was over before the first token. Later a reply ends with `abort`, or with
+    this error where its dialect has no such word."""
 
     status = 504
     type = "timeout_error"

@@ -11,9 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.dialects.common import (
-    chat_events,
-)
+from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
@@ -34,6 +32,7 @@ async def messages(
     if read.body.stream:
         return event_stream(_events(service, running, thoughts=read.body.tells_thoughts), named=True)
     (reply,) = await read_all(request, running.generations)
+    check_complete(reply.finish_reason)
     parts = running.chat_reply(reply)
     return JSONResponse(
         {
@@ -135,6 +134,7 @@ async def _events(service: Service, running: Running, *, thoughts: bool) -> Asyn
                 case ArgumentsPart(_, text):
                     yield _delta(index, {"type": "input_json_delta", "partial_json": text})
         reason = piece.finish_reason or reason
+    check_complete(reason)
     if index < 0:
         for event in begin({"type": "text", "text": ""}):
             yield event

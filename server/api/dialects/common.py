@@ -8,6 +8,8 @@ from prerope.server.api.chat.parts import Part
 from prerope.server.api.running import Running, parts_of
 from prerope.server.api.stream.collect import in_turn
 from prerope.server.api.stream.generation import Piece
+from prerope.server.engine.outputs import FinishReason
+from prerope.server.errors import DeadlineExceeded
 
 
 async def chat_events(running: Running) -> AsyncIterator[tuple[Piece, list[Part]]]:
@@ -16,3 +18,12 @@ async def chat_events(running: Running) -> AsyncIterator[tuple[Piece, list[Part]
     async with in_turn(running.generations) as pieces:
         async for _, piece in pieces:
             yield piece, parts_of(piece, reader)
+
+
+def check_complete(reason: FinishReason) -> None:
+    """Raises DeadlineExceeded where a reply was cut: in dialects that could only call it a reply of full length."""
+    if reason is FinishReason.ABORT:
+        raise DeadlineExceeded(
+            "The reply was cut before its end: its time (timeout_s, REQUEST_TIMEOUT_S) was over, or the server shuts down.",
+            code="reply_cut",
+        )

@@ -15,6 +15,7 @@ from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
 from prerope.server.api.dialects.common import (
     chat_events,
+    check_complete,
 )
 from prerope.server.api.dialects.requests.ollama import (
     OllamaChatRequest,
@@ -51,6 +52,7 @@ async def chat(
     if read.body.stream:
         return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
+    check_complete(reply.finish_reason)
     parts = running.chat_reply(reply)
     calls = [_call(one.name, one.arguments) for one in parts.calls]
     thought = _thought(read.body, parts)
@@ -72,6 +74,7 @@ async def generate(
     if read.body.stream:
         return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
+    check_complete(reply.finish_reason)
     parts = running.chat_reply(reply)
     told = {"response": parts.text, **_thought(read.body, parts), **_scores(service, read.body, reply.tokens)}
     return await json_response({**_head(service), **told, **_last_fields(running, reply.finish_reason)})
@@ -117,6 +120,7 @@ async def _lines(service: Service, running: Running, body: OllamaFields) -> Asyn
                 case ArgumentsPart(index, text):
                     calls[index] = (calls[index][0], calls[index][1] + text)
         reason = piece.finish_reason or reason
+    check_complete(reason)
     if calls:
         yield line("", tool_calls=[_call(*one) for one in calls])
     yield {**line(""), **scores(), **_last_fields(running, reason)}

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.dialects.common import chat_events
+from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.kept_responses import keep, with_history
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.logprobs import chat_logprobs
@@ -38,6 +38,7 @@ async def responses(
     if read.body.stream:
         return event_stream(_events(printer), named=True)
     (reply,) = await read_all(request, running.generations)
+    check_complete(reply.finish_reason)
     items = [(item, reply.tokens) for item in _items(running.chat_reply(reply))]
     return await json_response(await printer.finished(items, reply.finish_reason))
 
@@ -260,6 +261,7 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
             for event in events:
                 yield event
         reason = piece.finish_reason or reason
+    check_complete(reason)
     for event in () if items else begin(None):
         yield event
     items[-1].tokens += untold

@@ -377,6 +377,20 @@ def test_a_stream_that_has_begun_ends_with_its_reason(http: httpx.Client, url: s
     until(lambda: idle(serve_module, url))
 
 
+@pytest.mark.usefixtures("slow_steps")
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_cut_reply_is_not_called_one_of_full_length(http: httpx.Client, path: str, stream: bool) -> None:
+    asked = {"messages": [{"role": "user", "content": "a"}]} if path == "/v1/messages" else {"input": "a"}
+    length = {"max_tokens" if path == "/v1/messages" else "max_output_tokens": 300, "ignore_eos": True}
+    response = http.post(path, json={**asked, **length, "timeout_s": 0.6, "stream": stream})
+    said = response.text.split("event: error\ndata: ")[1] if stream else response.text
+    assert response.status_code == (200 if stream else 504)
+    assert json.loads(said)["error"]["code"] == "reply_cut"
+    assert "max_tokens" not in response.text
+    assert 'max_output_tokens"}' not in response.text
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_request_that_waited_in_vain_gets_an_error(
     http: httpx.Client, url: str, serve_module: Any, slow_steps: Faults, stream: bool
