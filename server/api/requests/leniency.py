@@ -27,8 +27,11 @@ class Report:
     names: list[str] = field(default_factory=list)
 
     def ignore(self, name: str) -> None:
-        """Note that a field was left out; a client's own words are cut down to what a header can carry."""
-        shown = re.sub(r"[^\w.\[\]-]", "_", name, flags=re.ASCII)[:MAX_CHARS]
+        """Note that a field was left out; a client's own words are cut down to what a header can carry.
+
+        That ends in no blank: a name of no letter at its end would make one, and the reply would be lost.
+        """
+        shown = re.sub(r"[^\w.\[\]-]", "_", name, flags=re.ASCII)[:MAX_CHARS] or "_"
         if shown not in self.names and len(self.names) < MAX_NAMED:
             self.names.append(shown)
 

@@ -435,6 +435,12 @@ def test_false_asks_for_nothing_but_where_the_thing_is_done_anyway(http: httpx.C
     assert said(frobnicate=False) == (200, "frobnicate"), "taken, but nobody here knows the word"
 
 
+def test_a_field_without_a_name_loses_no_reply(http: httpx.Client) -> None:
+    """Named last in the header, it left a blank at its end, which is no header."""
+    reply = http.post(CHAT, json={**USER, "unknown": False, "": False})
+    assert (reply.status_code, reply.headers[HEADER]) == (200, "unknown, _")
+
+
 def test_seed_minus_one_is_none(http: httpx.Client) -> None:
     """As llama.cpp, Ollama and vLLM read it; pages write it where each reply is to be another."""
     body = {"prompt": "Once", "max_tokens": 12, "temperature": 3, "top_p": 1, "top_k": -1}
