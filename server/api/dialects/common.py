@@ -24,6 +24,6 @@ def check_complete(reason: FinishReason) -> None:
     """Raises DeadlineExceeded where a reply was cut: in dialects that could only call it a reply of full length."""
     if reason is FinishReason.ABORT:
         raise DeadlineExceeded(
-            "The reply was cut before its end: its time (timeout_s, REQUEST_TIMEOUT_S) was over, or the server shuts down.",
+            "The reply was cut before its end: its time (timeout_s, REQUEST_TIMEOUT_S) was over, or the server stops.",
             code="reply_cut",
         )
