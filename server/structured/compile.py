@@ -46,6 +46,12 @@ MAX_LEXER_STATES = 30_000
 
 PAGE_BYTES = 4096
 
+ONE_OF = (
+    "'oneOf' has branches that may both match one value, which a grammar cannot rule out: write 'anyOf' instead, or "
+    "tell the branches apart by a required property with another 'const' in each"
+)
+"""In place of llguidance's words, which name a remedy that no client has."""
+
 
 class HasTokenizer(Protocol):
     """What a trial needs of the workers' world."""
@@ -203,6 +209,7 @@ def _to_llguidance(wanted: GrammarText, *, on_trial: bool) -> str:
 
 
 def _refusal(wanted: GrammarText, reason: str) -> InvalidRequest:
+    reason = ONE_OF if "coerce_one_of" in reason else reason
     names = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar"}
     return InvalidRequest(
         f"'{wanted.param}' is no {names[wanted.kind]} that can be compiled: {shorten(reason)}",

@@ -54,13 +54,15 @@ class Document:
         ids: of all its schemas, those that keywords hold and those that references name, wherever they stand.
         names_are_open: an object has names of its own and room for others.
         is_met: several schemas look at one value somewhere.
+        one_of_is_named: a reference may lead through a `oneOf`, which has to stay where it is.
     """
 
     def __init__(self, root: Any) -> None:
         self.root = root
         held = [] if not isinstance(root, dict) else list(_held([root]))
         self._has_ids = any("$id" in one or "id" in one for one in held if one is not root)
-        nodes, _ = self._reached([root])
+        nodes, all_known = self._reached([root])
+        self.one_of_is_named = not all_known or any("oneOf" in unquote(str(one.get("$ref"))) for one in nodes)
         self._check_loops(nodes)
         self.ids = {id(one) for one in nodes}
         self.names_are_open = any(map(_names_are_open, nodes))

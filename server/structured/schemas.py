@@ -20,7 +20,7 @@ from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
 from prerope.server.structured.numbers import check_numbers, narrow_bounds
-from prerope.server.structured.sets import MAX_CHOICES, MAX_LISTED, MAX_PERMUTED, choices, enumerated
+from prerope.server.structured.sets import MAX_CHOICES, MAX_LISTED, MAX_PERMUTED, Disjoint, choices, enumerated
 from prerope.server.structured.values import Unenforceable, distinct
 
 LETTERS = 'nrbtf\\"'
@@ -74,6 +74,7 @@ class _Rewriter:
         self.dropped: set[str] = set()
         self.done: set[int] = set()
         self._choices_left = MAX_CHOICES
+        self._disjoint = Disjoint(document.referenced)
 
     def rewritten(self, schema: Any) -> Any:
         if not isinstance(schema, dict):
@@ -83,6 +84,9 @@ class _Rewriter:
             self.done.add(id(schema["not"]))
             return False  # as zod writes it
         new = {key: self._within(key, value) for key, value in schema.items()}
+        if not self.document.one_of_is_named and self._disjoint.branches(schema):
+            branches = new.pop("oneOf")
+            _also(new, {"anyOf": branches}) if "anyOf" in new else new.update(anyOf=branches)
         exact = self.document.is_exact(schema)
         self._check_listed(new)
         narrow_bounds(new, met=self.document.is_met)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+KINDS = frozenset({"null", "boolean", "integer", "fraction", "string", "array", "object"})
+
 
 class Unenforceable(ValueError):
     """What a schema asks for that no grammar could hold a reply to, in words for the client."""
@@ -14,7 +16,7 @@ def distinct(values: Sequence[Any]) -> list[Any]:
     """Each value once. In JSON 1 and 1.0 are the same and 1 and true are not; Python has it otherwise."""
     seen: dict[object, Any] = {}
     for value in values:
-        seen.setdefault(_identity(value), value)
+        seen.setdefault(identity(value), value)
     return list(seen.values())
 
 
@@ -26,11 +28,27 @@ def of_type(value: Any, types: Any) -> bool:
     return bool(_types(value) & {name for name in named if isinstance(name, str)})
 
 
-def _identity(value: Any) -> object:
+def kinds(types: Any) -> frozenset[str]:
+    """Of the values that `type` allows; all where it is left out, or is no type. Numbers are of two kinds, since
+    integers are a type beside them."""
+    named = types if isinstance(types, list) else [types]
+    if not all(isinstance(name, str) and name in KINDS | {"number"} for name in named):
+        return KINDS
+    return frozenset(named) - {"number"} | ({"integer", "fraction"} if "number" in named else set())
+
+
+def kind(value: Any) -> str:
+    """Of one value."""
+    (found,) = _types(value) - {"number"} or {"fraction"}
+    return found
+
+
+def identity(value: Any) -> object:
+    """The same for values that are the same in JSON."""
     if isinstance(value, list):
-        return "array", tuple(map(_identity, value))
+        return "array", tuple(map(identity, value))
     if isinstance(value, dict):
-        return "object", frozenset((name, _identity(one)) for name, one in value.items())
+        return "object", frozenset((name, identity(one)) for name, one in value.items())
     return isinstance(value, bool), value
 
 

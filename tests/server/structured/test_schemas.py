@@ -295,6 +295,80 @@ def test_what_could_not_be_held_is_refused_at_once(schema: Any, words: str) -> N
 
 
 OBJECT: dict[str, Any] = {"type": "object"}
+
+
+def tagged(tag: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"k": tag, **more}, "required": ["k"], "additionalProperties": False}
+
+
+A, B, INT, DIGIT = {"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}, {"type": "integer"}, {"enum": [*range(10)]}
+DEFINITIONS: dict[str, Any] = {"$defs": {"a": tagged({"const": "a"}), "b": tagged({"const": "b"}, n=DIGIT)}}
+LINKS = {
+    "$defs": {
+        "link": tagged({"const": 1}, next={"oneOf": [{"$ref": "#/$defs/link"}, {"$ref": "#/$defs/end"}]}),
+        "end": tagged({"const": 2}),
+        "list": {"type": "array", "items": {"oneOf": [{"$ref": "#/$defs/list"}, DIGIT]}},
+        "alias": {"$ref": "#/$defs/end"},
+    }
+}
+TOLD_APART: list[Any] = [
+    {
+        "definitions": {"a": tagged({"const": "a"})},
+        "type": "object",
+        "properties": {"x": {"oneOf": [{"$ref": "#/definitions/a"}, {"type": "null"}]}},
+        "additionalProperties": False,
+    },
+    {"oneOf": [A, B, {"type": "null"}], **DEFINITIONS},
+    {"oneOf": [{"$ref": "#/$defs/link"}, {"$ref": "#/$defs/alias"}], **LINKS},
+    {"$ref": "#/$defs/list", **LINKS},
+    {"oneOf": [{"$ref": "#/$defs/list"}, {"type": ["null", "boolean"]}], **LINKS},
+    {"oneOf": [{"anyOf": [A, {"type": "null"}]}, {"allOf": [B]}], **DEFINITIONS},
+    {"oneOf": [A, {"type": "null"}], "anyOf": [B, {"type": "null"}, {"const": {"k": "a"}}], **DEFINITIONS},
+    {
+        "type": "object",
+        "oneOf": [A, B],
+        "$defs": {"a": NAMED | {"type": ["object", "null"]}, "b": tagged({"const": 2})},
+    },
+    {"oneOf": [A, B], "$defs": {"a": tagged(tagged({"const": 0})), "b": tagged(tagged({"const": False}))}},
+    {"oneOf": [A, B], "$defs": {"a": {"enum": [1, "x", None]}, "b": {"enum": [2, "y", True]}}},
+    {
+        "oneOf": [A, B],
+        "$defs": {"a": tagged(DIGIT), "b": {**OBJECT, "properties": {"k": True, "n": DIGIT}, "required": ["n"]}},
+    },
+]
+MAY_BOTH: list[Any] = [
+    {"oneOf": [A, B], "$defs": {"a": tagged({"const": 1}), "b": tagged({"const": 1.0}, n=INT)}},
+    {"oneOf": [A, B], "$defs": {"a": {**NAMED, "required": []}, "b": {**tagged({"const": 2}), "required": []}}},
+    {"oneOf": [A, B], "$defs": {one: {"properties": {"k": {"const": one}}, "required": ["k"]} for one in "ab"}},
+    {"oneOf": [A, B], "$defs": {"a": {"type": "number"}, "b": INT}},
+    {"oneOf": [A, {"type": "null"}, A], **DEFINITIONS},
+    {"oneOf": [{"anyOf": [A, {"type": "null"}]}, {"anyOf": [B, {"type": "null"}]}], **DEFINITIONS},
+    {"oneOf": [A, B], "$defs": {"a": tagged({"const": 1}), "b": {**OBJECT, "patternProperties": {"^k": INT}}}},
+    {"oneOf": [A, {"$ref": "#/oneOf/0"}], **DEFINITIONS},
+    {"oneOf": [{"$ref": "#/$defs/list"}, {"type": "array", "items": {"$ref": "#/$defs/end"}}], **LINKS},
+    {"oneOf": [{"$ref": f"#/$defs/{i}"} for i in range(150)], "$defs": {str(i): tagged(DIGIT) for i in range(150)}},
+]
+
+
+@pytest.mark.parametrize("schema", TOLD_APART, ids=range(len(TOLD_APART)))
+def test_one_of_with_references_to_branches_that_are_told_apart(schema: Any) -> None:
+    for text in replies(schema):
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+    matcher, draft = compiled(schema), jsonschema.Draft202012Validator(schema)
+    values = [None, True, 1, 2, "x", "y", [], [[3], 4], {}, {"x": None}, {"x": {"k": "a"}}, {"k": {"k": 0}}]
+    values += [{"k": tag, **more} for tag in ("a", "b", 1, 2, 7, 8, False, {"k": False}) for more in ({}, {"n": 3})]
+    values += [{"k": 1, "next": {"k": 1, "next": {"k": 2}}}, {"k": 2, "next": {"k": 2}}]
+    assert [accepts(matcher, json.dumps(one)) for one in values] == [draft.is_valid(one) for one in values]
+
+
+@pytest.mark.parametrize("schema", MAY_BOTH, ids=range(len(MAY_BOTH)))
+def test_one_of_with_references_to_branches_that_may_both_match_is_refused_in_our_words(schema: Any) -> None:
+    words = r"'oneOf' has branches that may both match.*'anyOf' instead.*'const'"
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        compiled(schema)
+    assert "coerce" not in str(refused.value)
+
+
 ENDLESS: list[tuple[Any, str]] = [
     ({**OBJECT, "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "#"),
     ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "#"),
