@@ -21,7 +21,7 @@ from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
 from prerope.server.structured.numbers import check_numbers, narrow_bounds
 from prerope.server.structured.sets import MAX_CHOICES, MAX_LISTED, MAX_PERMUTED, Disjoint, choices, enumerated
-from prerope.server.structured.values import Unenforceable, distinct
+from prerope.server.structured.values import Unenforceable, distinct, holds_control
 
 LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
@@ -32,8 +32,6 @@ WHITESPACE = ("whitespace_flexible", "whitespace_pattern")
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 _TYPES = ("null", "boolean", "number", "string", "object", "array")
 _LOOK_AROUND = re.compile(r"\(\?<?[=!]")
-_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-"""Characters that are written by their number alone."""
 
 
 @dataclass(slots=True)
@@ -85,8 +83,7 @@ class _Rewriter:
             return False  # as zod writes it
         new = {key: self._within(key, value) for key, value in schema.items()}
         if not self.document.one_of_is_named and self._disjoint.branches(schema):
-            branches = new.pop("oneOf")
-            _also(new, {"anyOf": branches}) if "anyOf" in new else new.update(anyOf=branches)
+            _one_of(new)
         exact = self.document.is_exact(schema)
         self._check_listed(new)
         narrow_bounds(new, met=self.document.is_met)
@@ -123,7 +120,7 @@ class _Rewriter:
         """Unenforceable for a listed value that could not be written."""
         for key in schema.keys() & {"const", "enum"}:
             check_numbers(schema[key])
-            if self.document.names_are_open and _holds_control(schema[key]):
+            if self.document.names_are_open and holds_control(schema[key]):
                 raise Unenforceable(
                     f"'{key}' lists a control character: with names beside those of 'properties' none can be written; "
                     "set 'additionalProperties' to false"
@@ -258,6 +255,15 @@ def _unevaluated(schema: Schema) -> None:
             del schema[key]
 
 
+def _one_of(schema: Schema) -> None:
+    """`oneOf` is `anyOf` where no value is in two branches."""
+    any_of = {"anyOf": schema.pop("oneOf")}
+    if "anyOf" in schema:
+        _also(schema, any_of)
+    else:
+        schema |= any_of
+
+
 def _format(schema: Schema) -> None:
     if "format" in schema and (followed := format_schema(schema.pop("format"))):
         _also(schema, followed)
@@ -287,11 +293,3 @@ def _name_pattern(names: Schema, *, exact: bool) -> str | None:
             case [{"pattern": str(pattern), **more}] if not more:
                 return pattern
     return None
-
-
-def _holds_control(value: Any) -> bool:
-    if isinstance(value, list):
-        return any(map(_holds_control, value))
-    if isinstance(value, dict):
-        return any(map(_holds_control, value.values()))
-    return isinstance(value, str) and _CONTROL.search(value) is not None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 KINDS = frozenset({"null", "boolean", "integer", "fraction", "string", "array", "object"})
+
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""Characters that are written by their number alone."""
 
 
 class Unenforceable(ValueError):
@@ -32,7 +36,7 @@ def kinds(types: Any) -> frozenset[str]:
     """Of the values that `type` allows; all where it is left out, or is no type. Numbers are of two kinds, since
     integers are a type beside them."""
     named = types if isinstance(types, list) else [types]
-    if not all(isinstance(name, str) and name in KINDS | {"number"} for name in named):
+    if not all(isinstance(name, str) and name in KINDS - {"fraction"} | {"number"} for name in named):
         return KINDS
     return frozenset(named) - {"number"} | ({"integer", "fraction"} if "number" in named else set())
 
@@ -68,3 +72,12 @@ def _types(value: Any) -> set[str]:
             return {"array"}
         case _:
             return {"object"}
+
+
+def holds_control(value: Any) -> bool:
+    """Whether a text within a value has a character that is written by its number."""
+    if isinstance(value, list):
+        return any(map(holds_control, value))
+    if isinstance(value, dict):
+        return any(map(holds_control, value.values()))
+    return isinstance(value, str) and _CONTROL.search(value) is not None
