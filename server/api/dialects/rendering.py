@@ -44,7 +44,7 @@ async def responses(
     return await json_response((await _rendered(service, read, "resp"))[0])
 
 
-@router.post("/responses/input_tokens", summary="Tokens of a prompt, by the body that would have it answered")
+@router.post("/responses/input_tokens", include_in_schema=False)
 async def input_tokens(
     read: Annotated[Read[ResponsesRequest], Depends(body_of(ResponsesRequest, with_history))],
     service: ReadyService,  # noqa: ARG001
