@@ -11,12 +11,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.errors import ConfigurationError
 from prerope.server.models.end_tokens import end_tokens
+from prerope.server.models.tokenizer_files import beyond_the_model, processor_template, why_unread
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
@@ -70,7 +70,7 @@ class Tokenizer:
             )
         except Exception as error:  # a damaged file makes transformers and tokenizers raise whatever they meet
             raise ConfigurationError(
-                f"{checkpoint.name}: its tokenizer cannot be read: {_why_unread(error, checkpoint)}"
+                f"{checkpoint.name}: its tokenizer cannot be read: {why_unread(error, checkpoint)}"
             ) from error
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ConfigurationError(
@@ -81,10 +81,10 @@ class Tokenizer:
                 f"{checkpoint.name}: its tokenizer has {len(hf)} tokens, none of which stands for text: tokenizer.json "
                 "is damaged, or of another program; download it again"
             )
-        if (beyond := _beyond_the_model(hf, checkpoint)) is not None:
+        if (beyond := beyond_the_model(hf, checkpoint)) is not None:
             raise ConfigurationError(f"{checkpoint.name}: {beyond}")
         if not hf.chat_template:
-            hf.chat_template = _processor_template(Path(checkpoint.source))
+            hf.chat_template = processor_template(Path(checkpoint.source))
         if isinstance(hf.chat_template, str):
             hf.chat_template = hf.chat_template.removeprefix("\ufeff")  # which an editor put there, and no prompt has
         return cls(hf, end_tokens(checkpoint, hf))
@@ -338,47 +338,3 @@ def _decoder_types(backend: Any) -> set[str]:
     state = backend.decoder.__getstate__() if backend.decoder is not None else b"{}"
     found = set(re.findall(r'"type":\s*"(\w+)"', bytes(state).decode()))
     return found - {"Sequence"}
-
-
-def _beyond_the_model(hf: Any, checkpoint: Checkpoint) -> str | None:
-    """Why these tokens are another model's: some that stand for text have no row in this one's embedding.
-
-    Tokens that were added to a vocabulary may lie beyond it, as they do beside many a model that was never taught them.
-    """
-    rows = getattr(checkpoint.config().get_text_config(), "vocab_size", None)
-    highest = max(hf.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
-    if not isinstance(rows, int) or highest < rows:
-        return None
-    return (
-        f"its tokenizer has a token of number {highest}, and the model has {rows} (vocab_size in config.json): "
-        "tokenizer.json is another model's; take both from one source"
-    )
-
-
-def _why_unread(error: Exception, checkpoint: Checkpoint) -> str:
-    """What was met in a tokenizer's files, as a sentence with the remedy."""
-    if "contains custom code" in str(error):
-        return (
-            "its code comes with its files (auto_map in tokenizer_config.json), and such code is not run here. Take a "
-            "version of the model with a tokenizer.json"
-        )
-    folder = Path(checkpoint.source)
-    if folder.is_dir() and not (folder / "tokenizer.json").is_file():
-        of_pieces = any(True for _ in folder.glob("*.model")) and find_spec("sentencepiece") is None
-        needs = ", for which transformers needs more (pip install sentencepiece)" if of_pieces else ""
-        return (
-            f"there is no tokenizer.json, and none can be made of the files that are there{needs}. Copy the "
-            "tokenizer.json of this model into the folder"
-        )
-    of_code = isinstance(error, TypeError | LookupError | AttributeError | ArithmeticError)
-    said = "a value in its files is of another kind than it should be" if of_code else first_line(error)
-    return f"{said}. Download tokenizer.json and tokenizer_config.json again"
-
-
-def _processor_template(folder: Path) -> str | None:
-    """The chat template of a multimodal folder whose processor has it and whose tokenizer has none."""
-    try:
-        template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return template if isinstance(template, str) else None

@@ -391,6 +391,18 @@ def test_a_cut_reply_is_not_called_one_of_full_length(http: httpx.Client, path: 
     assert 'max_output_tokens"}' not in response.text
 
 
+def test_nor_by_ollama(serve: Any, tiny_checkpoint: Path) -> None:
+    """Whose clients name no deadline: it is the server's."""
+    url = serve(model_id=str(tiny_checkpoint), request_timeout_s=0.6)
+    Faults(serve.running(url).service.engine.engine).forward.slow_down(0.02)
+    asked = {"messages": [{"role": "user", "content": "a"}], "options": {"num_predict": 300, "temperature": 0}}
+    whole = httpx.post(f"{url}/api/chat", json={**asked, "stream": False}, timeout=60)
+    assert whole.status_code == 504
+    streamed = httpx.post(f"{url}/api/chat", json=asked, timeout=60).text.splitlines()
+    assert whole.json()["error"] == json.loads(streamed[-1])["error"]
+    assert whole.json()["error"].startswith("The reply was cut before its end")
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_request_that_waited_in_vain_gets_an_error(
     http: httpx.Client, url: str, serve_module: Any, slow_steps: Faults, stream: bool
