@@ -145,12 +145,10 @@ def _template(scope: Scope) -> str:
     """The path with its parameters' names for their values. (FastAPI's route object lacks its router's prefix.)"""
     if "route" not in scope:
         return "unmatched"
-    names = {str(value): name for name, value in scope.get("path_params", {}).items()}
-    parts = scope["path"].split("/")
-    for index in range(len(parts) - 1, -1, -1):  # a value may be called like a part of the route that precedes it
-        if parts[index] in names:
-            parts[index] = f"{{{names.pop(parts[index])}}}"
-    return "/".join(parts)
+    template: str = scope["route"].path_format
+    end = template.format(**scope.get("path_params", {}))  # a value may have slashes, and other parts' names
+    prefix = scope["path"].removesuffix(end)
+    return template if prefix == scope["path"] else prefix + template
 
 
 class ClientTimeout:

@@ -47,15 +47,23 @@ class Pace:
             return
         before, self._few_s = self._few_s, _smoothed(self._few_s, row_s)
         change = self._few_s / before if before else 1.0
-        self._whole_s = min(self._whole_s * change * FORGOTTEN or self._few_s, self._few_s)
+        whole_s = min(self._whole_s * change or self._few_s, self._few_s)
+        self._whole_s = whole_s if self._fitting(whole_s) >= WHOLE_ROWS else whole_s * FORGOTTEN
 
     def most_rows(self, budget: int) -> int:
         """Of prompts, in a step in which somebody streams; at most the budget."""
         if self._gap_s is None or not self._whole_s:
             return budget
-        room_s = self._gap_s - min(self._others_s, self._gap_s / 2)
-        rows = int(room_s / self._whole_s) // MULTIPLE * MULTIPLE
+        fitting = self._fitting(self._whole_s)
+        if fitting >= budget:
+            return budget
+        rows = int(fitting) // MULTIPLE * MULTIPLE
         return min(budget, rows if rows >= WHOLE_ROWS else LEAST_ROWS)
+
+    def _fitting(self, row_s: float) -> float:
+        """Rows of so many seconds that fit in the gap beside the others."""
+        gap_s = self._gap_s or 0.0
+        return (gap_s - min(self._others_s, gap_s / 2)) / row_s if row_s else float("inf")
 
     def most_scored(self, budget: int) -> int:
         """Likewise, of those that are scored."""

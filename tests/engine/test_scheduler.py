@@ -360,6 +360,16 @@ def test_few_rows_do_not_make_whole_chunks_look_dear(first: int) -> None:
     assert 384 <= pace.most_rows(500) <= 440
 
 
+def test_short_prompts_without_end_do_not_make_rows_cheap() -> None:
+    pace = Pace(0.5)
+    pace.add(0, 0.01, num_others=1)
+    pace.add(1024, 0.01 + 1024 * 0.0004, num_others=4)
+    known = pace.most_rows(8192)
+    for _ in range(200_000):
+        pace.add(40, 0.01 + 40 * 0.0006, num_others=4)
+    assert pace.most_rows(8192) == known
+
+
 def test_a_row_behind_fewer_keys_ends_small_chunks() -> None:
     """Behind 20,000 keys 128 rows take a second and 16 a seventh of one; behind 256 they take 146 and 26 ms."""
     pace = Pace(0.5)

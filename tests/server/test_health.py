@@ -206,9 +206,13 @@ def test_routes_are_counted_by_their_template(http: httpx.Client) -> None:
     http.get("/v1/models/tiny-llama")
     http.get("/no/such/route")
     http.get("/v1/responses/s/input_items")
+    http.get("/v1/responses/input_items/input_items")
+    http.get("/v1/models/some/one")
+    http.get("/v1/models//")
     found = [name for name in samples(http.get("/metrics").text) if name.startswith("prerope:http_requests_total")]
     assert any('handler="/v1/models/{model}"' in name for name in found), found
     assert any('handler="/v1/responses/{response_id}/input_items"' in name for name in found), found
+    assert not any(said in name for name in found for said in ("/some/", "models//", "items/", "/s/")), found
     assert any('handler="unmatched"' in name and 'status="404"' in name for name in found)
 
 

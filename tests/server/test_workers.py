@@ -350,6 +350,14 @@ def tokenizer_with(template: str) -> Tokenizer:
         ("{{ 'x'|center(9999)|list|join('y'|center(9999)) }}", False),
         ("{{ '%9999s' % m.content }}", False),
         ("{{ 'x' * 9 }}", False),
+        ("{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}", False),
+        ("{% set s -%}{{ s }}{{ s }}{% endset %}", False),
+        ("{% set f = 'a%' ~ 20 ~ '0000' ~ '0000d' %}{{ f % 1 }}", False),
+        ("{% set ns.s = [ns.s, ns.s] %}", False),
+        ("{% set ns.s, ns.n = ns.s ~ ns.s, 1 %}", False),
+        ("{% set ns.s = '}' ~ ns.s ~ ns.s %}", False),
+        ("{% macro f(n, s) %}{{ f(n - 1, s ~ s) }}{% endmacro %}", False),
+        ("{%- set ns.at = loop.index0 %}{% set ns.n = ns.n + 1 %}{%- set said = m.content -%}", True),
     ],
 )
 def test_a_template_that_may_multiply_texts_is_not_run_on_the_loop(template: str, tame: bool) -> None:

@@ -24,8 +24,10 @@ QUICK_S = 0.02
 
 WILD = re.compile(
     r"""\* | \d{5} | \b(replace|join|sum|center|indent|format|ljust|rjust|zfill|expandtabs|wordwrap|translate)\b
-    | ['"]\s*%(?!})  # a string formatted
-    | \bset\s+\w+\.\w+\s*=[^%}]*[+~]  # what grows from turn to turn of a loop""",
+    | \b(macro|recursive)\b
+    | (?<!{)(?<!loop\.index0\s)(?<!loop\.index\s)%(?!})  # a text formatted; a turn's number may be halved
+    | \bset\s+[^=%]{0,200}, | \bset\s+\w+\s*(\||-?%)  # several at once; a block of text
+    | \bset\s+\w+\.\w+\b(?!\s*=\s*('[^']*'|"[^"]*"|\w+(\.\w+)?(\s*[-+]\s*\d+)?)\s*-?%})  # what grows""",
     re.VERBOSE,
 )
 """In a template's text: what makes, in one step or a few, a text much longer than those that it is made of. On the
