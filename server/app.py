@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from prerope.cache.tier import folder_secret
 from prerope.server import version
-from prerope.server.api import generate, health, pages, positions
+from prerope.server.api import generate, health, pages, positions, reference
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.auth.allowance import Allowance, HoldRequest
 from prerope.server.api.auth.keys import KeyCheck, KeyRing
@@ -37,9 +37,9 @@ EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields"]
 def create_app(settings: Settings) -> FastAPI:
     """The whole server but for its socket. Importing and calling this loads no model; the lifespan does."""
     service = Service(settings)
-    app = FastAPI(title="PreRoPE", version=version(), lifespan=_lifespan, redoc_url=None)
+    app = FastAPI(title="PreRoPE", version=version(), lifespan=_lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    for module in (generate, openai, rendering, tokenize, positions, health, pages):
+    for module in (generate, openai, rendering, tokenize, positions, health, pages, reference):
         app.include_router(module.router)
     for dialect in (anthropic, responses, kept_responses, ollama, others):
         app.include_router(dialect.router, include_in_schema=False)  # their own documentation says what they take

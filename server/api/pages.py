@@ -43,7 +43,7 @@ def _page() -> tuple[str, str]:
     scripts = '"use strict";\n' + "".join(_as_function(name, _read(f"script/{name}.js")) for name in SCRIPTS)
     page = _read("index.html").replace("<style></style>", f"<style>{styles}</style>")
     page = page.replace("<script></script>", f"<script>{scripts}</script>")
-    allowed = {kind: _digest(text) for kind, text in INLINE.findall(page)}
+    allowed = {kind: digest(text) for kind, text in INLINE.findall(page)}
     policy = (
         f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -63,5 +63,5 @@ def _as_function(name: str, source: str) -> str:
     return f"const _{name} = (() => {{\n{body}return {{ {exported} }};\n}})();\n"
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

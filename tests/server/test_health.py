@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -353,6 +356,25 @@ def test_the_page_comes_with_the_server(http: httpx.Client) -> None:
     assert response.headers["content-type"].startswith("text/html")
     assert "/generate" in response.text
     assert "https://" not in response.text.replace("https://page.example", ""), "it must work without a network"
+
+
+def test_the_reference_comes_with_the_server_and_asks_nobody_else(http: httpx.Client) -> None:
+    """Its script and its style are read from here, without a key as it is itself; its policy knows no other host."""
+    page = http.get("/docs")
+    asked = re.findall(r'(?:src|href)="([^"]+)"', page.text) + re.findall(r"url: '([^']+)'", page.text)
+    assert {one for one in asked if not one.startswith("data:")} == {
+        *("docs/swagger-ui-bundle.js", "docs/swagger-ui.css", "openapi.json"),
+    }
+    for address in asked:
+        if not address.startswith("data:"):
+            file = httpx.get(page.url.join(address))
+            assert file.status_code == 200, address
+            assert len(file.content) > 10_000
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    (own,) = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()}'" in policy
 
 
 def test_head_is_answered_wherever_get_is(http: httpx.Client, url: str) -> None:

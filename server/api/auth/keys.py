@@ -22,7 +22,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 log = structlog.get_logger(__name__)
 
 PROBES = frozenset({"/live", "/health", "/ready", "/ping", "/metrics"})
-OPEN_PATHS = PROBES | {"/", "/version", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
+OPEN_PATHS = PROBES | {
+    *("/", "/version", "/openapi.json"),
+    *("/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css"),
+}
 """Routes that ask for no key: probes, scrapers, and pages that hold no data of anybody's."""
 METRICS_PATH = "/metrics"
 
