@@ -25,9 +25,10 @@ from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, reader_of
 from prerope.server.api.chat.tools import ToolUse
+from prerope.server.api.requests.complaints import in_words_of
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest
-from prerope.server.api.requests.reading import Read
+from prerope.server.api.requests.reading import Prepared, Read
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.engine.limits import check_documents, check_vocabulary, max_tokens_that_fit
@@ -116,7 +117,13 @@ async def start(service: Service, read: Read[Any], prefix: str, arrived: float) 
 
 async def checked(service: Service, read: Read[Any]) -> list[tuple[TokenizedPrompt, SamplingParams]]:
     """Each sequence of a request as it is to run, or a RequestError. Asks for no room, in the queue or elsewhere."""
-    request, prepared = read.ready
+    with in_words_of(read.body):
+        return await _checked(service, *read.ready)
+
+
+async def _checked(
+    service: Service, request: GenerationRequest, prepared: Prepared
+) -> list[tuple[TokenizedPrompt, SamplingParams]]:
     grammar = None if prepared.constraint is None else await compiled(service, prepared.constraint)
     choices = []
     info, asked, default = service.engine.info, request.sampling.max_tokens, request.sampling.default_max_tokens

@@ -74,9 +74,7 @@ def chat(
     temperature: Temperature = None,
 ) -> None:
     """Talk to a running server, about documents if you name some. /help lists what else may be typed."""
-    Chat(
-        Client(url.rstrip("/"), key), _fields(method, max_tokens, temperature), system, documents_of(files or [])
-    ).run()
+    Chat(Client.at(url, key), _fields(method, max_tokens, temperature), system, documents_of(files or [])).run()
 
 
 @app.command()
@@ -92,7 +90,7 @@ def complete(
 ) -> None:
     """Answer questions about files, each of which is read once; without --ask, continue their text."""
     client, fields, documents = (
-        Client(url.rstrip("/"), key),
+        Client.at(url, key),
         _fields(method, max_tokens, temperature),
         documents_of(files),
     )
@@ -116,7 +114,7 @@ def methods(
     key: Key = None,
 ) -> None:
     """Which position methods a model takes, and what they come to."""
-    told = from_server(Client(url.rstrip("/"), key)) if model is None else from_config(model, max_model_len)
+    told = from_server(Client.at(url, key)) if model is None else from_config(model, max_model_len)
     console = Console(highlight=False)
     console.print(escape(heading(told)), soft_wrap=True)
     console.print(table(told))

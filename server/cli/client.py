@@ -43,6 +43,11 @@ class Client:
     url: str
     key: str | None = None
 
+    @classmethod
+    def at(cls, url: str, key: str | None = None) -> Client:
+        """By the server's address, or that with /v1 behind it, which OpenAI's clients are given."""
+        return cls(url.rstrip("/").removesuffix("/v1").rstrip("/"), key)
+
     def get(self, path: str) -> dict[str, Any]:
         with self._open(path, None) as response:
             return dict(json.load(response))

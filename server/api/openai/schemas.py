@@ -223,6 +223,8 @@ class CompletionRequest(OpenAIFields):
 class ChatRequest(OpenAIFields, ToolFields, ThinkingFields, ChatDocumentFields):
     """POST /v1/chat/completions."""
 
+    asked_in: ClassVar[str] = "messages"
+
     foreign: ClassVar[Mapping[str, Foreign]] = CHAT
 
     messages: Messages = Field(min_length=1, max_length=MAX_MESSAGES)

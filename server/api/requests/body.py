@@ -52,6 +52,7 @@ class RequestBody(BaseModel):
         path: where this object sits in the request, for the `param` of an error ("rope." or nothing).
         foreign: fields of others' schemas that are not honoured (`server.api.requests.foreign`).
         synonyms: names that others have for fields of ours.
+        asked_in: the field that holds a conversation, in bodies that have one.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -59,6 +60,7 @@ class RequestBody(BaseModel):
     path: ClassVar[str] = ""
     foreign: ClassVar[Mapping[str, Foreign]] = {}
     synonyms: ClassVar[Mapping[str, str]] = {}
+    asked_in: ClassVar[str] = ""
 
     @model_validator(mode="before")
     @classmethod

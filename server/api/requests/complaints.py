@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from prerope.server.api.requests.body import RequestBody
 from prerope.server.errors import InvalidRequest
+from pydantic import ValidationError
 
 SHOWN_CHARS = 40
 SILENT_FIELDS = frozenset({"prompt", "messages", "tokens"})
@@ -25,6 +29,29 @@ def first_invalid(errors: Sequence[Any]) -> InvalidRequest:
     param = ".".join(path)
     message = first["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"{param}: {message}{_shown(path[0], first)}", param=param, code=first["type"])
+
+
+@contextmanager
+def in_words_of(body: RequestBody) -> Iterator[None]:
+    """What is wrong with a conversation, said of the field in which this body has it."""
+    try:
+        yield
+    except ValidationError as error:  # adapters make messages and tools of what is theirs
+        raise _of_field(first_invalid(error.errors()), body.asked_in) from None
+    except InvalidRequest as refusal:
+        if not body.asked_in:
+            raise
+        raise _of_field(refusal, body.asked_in) from None
+
+
+_CONVERSATION = re.compile(r"(?<![^'])(?:messages|prompt)(?=$|['.\[])")
+
+
+def _of_field(refusal: InvalidRequest, field: str) -> InvalidRequest:
+    if not field or _CONVERSATION.match(refusal.param or "") is None:
+        return refusal
+    message, param = (_CONVERSATION.sub(field, text) for text in (refusal.message, refusal.param or ""))
+    return InvalidRequest(message, param=param, code=refusal.code)
 
 
 def _shown(field: str, error: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from prerope.server.api.chat.tools import Function, Tool, ToolUse
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, nests_deeper
-from prerope.server.api.requests.complaints import first_invalid
+from prerope.server.api.requests.complaints import first_invalid, in_words_of
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.leniency import reporting
@@ -117,11 +117,10 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
         return Read(body, reply=_detokenize(text, body))  # type: ignore[arg-type]
     if not hasattr(body, "lowered"):  # it asks about the model, and for nothing of it
         return Read(body)
-    try:  # adapters make messages and tools of what is theirs
-        request: GenerationRequest = body.lowered()
-        prepared = prepare(text, request)
-    except ValidationError as error:
-        raise first_invalid(error.errors()) from None
+    try:
+        with in_words_of(body):
+            request: GenerationRequest = body.lowered()
+            prepared = prepare(text, request)
     except RecursionError:  # of a template's, say
         raise InvalidRequest(TOO_DEEP, code="invalid_json") from None
     if isinstance(body, CompletionRequest) and body.echo:  # as it was given, or as its ids read

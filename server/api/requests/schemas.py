@@ -115,7 +115,31 @@ def truncation(num_tokens: int | None, side: Literal["left", "right"]) -> Trunca
     return None if num_tokens is None else Truncation(num_tokens=num_tokens, side=side)
 
 
-class SamplingFields(RequestBody):
+class RunFields(RequestBody):
+    """How a request is run, by our own names: all dialects take them."""
+
+    cache_salt: Text = Field("", max_length=256, description="Prefixes are shared within one salt only.")
+    priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX, description="Lower runs first.")
+    timeout_s: float | None = Field(
+        None, gt=0, le=INT32_MAX, description="Seconds until it is aborted; REQUEST_TIMEOUT_S holds beside it."
+    )
+    speculation: Literal["auto", "off"] = Field(
+        "auto", description="Guess tokens ahead from the text so far, where SPECULATION allows it: no token changes."
+    )
+    rope: RopeFields | None = None
+
+    def shared(self) -> dict[str, Any]:
+        """These fields as the internal request has them."""
+        return {
+            "rope": None if self.rope is None else self.rope.spec(),
+            "cache_salt": self.cache_salt,
+            "priority": self.priority,
+            "timeout_s": self.timeout_s,
+            "speculation": self.speculation == "auto",
+        }
+
+
+class SamplingFields(RunFields):
     """How to choose tokens and when to end, under the names of OpenAI, vLLM and SGLang."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = BODY
@@ -145,15 +169,6 @@ class SamplingFields(RequestBody):
     do_sample: bool | None = Field(None, description="false: temperature 0 (TGI, transformers).")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
-    cache_salt: Text = Field("", max_length=256, description="Prefixes are shared within one salt only.")
-    priority: int = Field(0, ge=-INT32_MAX, le=INT32_MAX, description="Lower runs first.")
-    timeout_s: float | None = Field(
-        None, gt=0, le=INT32_MAX, description="Seconds until it is aborted; REQUEST_TIMEOUT_S holds beside it."
-    )
-    speculation: Literal["auto", "off"] = Field(
-        "auto", description="Guess tokens ahead from the text so far, where SPECULATION allows it: no token changes."
-    )
-    rope: RopeFields | None = None
 
     def sampling(self, **more: Any) -> Sampling:
         """These fields as the internal request has them; `more` are those that a dialect names otherwise."""
@@ -171,14 +186,7 @@ class SamplingFields(RequestBody):
 
     def shared(self) -> dict[str, Any]:
         """What else the internal request has of these fields."""
-        return {
-            "truncation": truncation(self.truncate_prompt_tokens, self.truncation_side),
-            "rope": None if self.rope is None else self.rope.spec(),
-            "cache_salt": self.cache_salt,
-            "priority": self.priority,
-            "timeout_s": self.timeout_s,
-            "speculation": self.speculation == "auto",
-        }
+        return {**super().shared(), "truncation": truncation(self.truncate_prompt_tokens, self.truncation_side)}
 
 
 SAMPLING_NAMES = {field.name for field in fields(Sampling)} & SamplingFields.model_fields.keys()

@@ -231,6 +231,51 @@ def test_responses_go_on(client: openai.OpenAI, http: httpx.Client) -> None:
         client.responses.create(model=MODEL, input="x", previous_response_id="resp-" + "0" * 32)
 
 
+def test_responses_go_on_without_more_input(client: openai.OpenAI, http: httpx.Client) -> None:
+    first = client.responses.create(model=MODEL, input="Say something.", temperature=0, max_output_tokens=8)
+    more: Any = {"model": MODEL, "temperature": 0, "max_output_tokens": 8}
+    second = client.responses.create(previous_response_id=first.id, **more)
+    whole = [*ASKED, {"role": "assistant", "content": first.output_text}]
+    assert second.output_text == expected_chat(http, messages=whole)
+    with pytest.raises(openai.BadRequestError, match="'input' is missing") as refused:
+        client.responses.create(**more)
+    assert refused.value.param == "input"
+
+
+LONG = "word " * 3000
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/responses", {"input": LONG}, "input"),
+        ("/v1/responses", {"input": [{"role": "user", "content": LONG}]}, "input"),
+        ("/v1/responses", {"input": [{"role": "nobody", "content": "x"}]}, "input"),
+        ("/v1/responses", {"input": []}, "input"),
+        ("/v1/responses", {"input": "x", "prompt": {"id": "p"}}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": LONG}], "max_tokens": 1}, "messages"),
+        ("/v1/completions", {"prompt": LONG}, "prompt"),
+    ],
+)
+def test_a_refusal_names_the_field_of_its_dialect(http: httpx.Client, path: str, body: Any, field: str) -> None:
+    error = http.post(path, json=body).json()["error"]
+    assert error["param"].split(".")[0].split("[")[0] == field
+    for other in {"input", "messages", "prompt"} - {field}:
+        assert f"'{other}" not in error["message"]
+
+
+def test_ollama_takes_what_says_how_a_request_is_run(http: httpx.Client) -> None:
+    body = {"messages": ASKED, "stream": False, "options": {"num_predict": 4, "temperature": 0}}
+    own = {"timeout_s": 60, "priority": 0, "cache_salt": "s", "rope": {"method": "rerope", "window": 64}}
+    assert http.post("/api/chat", json={**body, **own}).status_code == 200
+    assert http.post("/api/generate", json={"prompt": "x", "stream": False, **own}).status_code == 200
+    late = http.post("/api/chat", json={**body, "timeout_s": 1e-6})
+    assert late.status_code == 504
+    refused = http.post("/api/chat", json={**body, "rope": {"method": "no such"}})
+    assert refused.status_code == 400
+
+
 def test_responses_are_kept_and_forgotten(client: openai.OpenAI, http: httpx.Client) -> None:
     more: Any = {"model": MODEL, "temperature": 0, "max_output_tokens": 8, "metadata": {"a": "b"}}
     first = client.responses.create(input="Say something.", **more)

@@ -187,6 +187,7 @@ def test_whitespace_is_bounded_and_can_be_forbidden(client: OpenAI, tokenizer: T
     """A model that likes blanks cannot fill its reply with them."""
     blanks = {str(token): 100 for text in (" ", "\n", "    ", "\n    ") for token in tokenizer.encode(text)}
     options: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "max_tokens": ROOM, "logit_bias": blanks}
+    options |= {"temperature": 0}
     spaced = client.chat.completions.create(**options, response_format=CITY_FORMAT).choices[0]
     assert spaced.finish_reason == "stop"
     city(spaced.message.content)

@@ -58,6 +58,8 @@ FOREIGN: Mapping[str, Foreign] = {
 class CountTokensRequest(RequestBody):
     """The part of a request that makes its prompt. `document_attention` and `document_reread` are ours."""
 
+    asked_in: ClassVar[str] = "messages"
+
     foreign: ClassVar[Mapping[str, Foreign]] = {**FOREIGN, **OF_A_REPLY}
 
     model: Text | None = None

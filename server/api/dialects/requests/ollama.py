@@ -23,7 +23,7 @@ from prerope.server.api.requests.body import RequestBody, Text
 from prerope.server.api.requests.foreign import DIALECT, HINT, IGNORED, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.sampling_types import Stop
-from prerope.server.api.requests.schemas import MAX_LOGPROBS
+from prerope.server.api.requests.schemas import MAX_LOGPROBS, RunFields
 from prerope.server.api.requests.structured import ResponseFormat, only_one
 from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.errors import InvalidRequest
@@ -80,7 +80,7 @@ class Options(RequestBody):
         )
 
 
-class OllamaFields(RequestBody):
+class OllamaFields(RunFields):
     """The fields that both endpoints take."""
 
     foreign: ClassVar[Mapping[str, Foreign]] = {**DIALECT, **ignored("keep_alive", "truncate", "shift")}
@@ -139,6 +139,8 @@ class OllamaFields(RequestBody):
 class OllamaChatRequest(OllamaFields):
     """POST /api/chat."""
 
+    asked_in: ClassVar[str] = "messages"
+
     messages: Annotated[list[Any], BeforeValidator(results_apart)] = Field(default_factory=list)
     tools: list[Tool] = Field(default_factory=list)
     tool_choice: ToolChoiceField | None = Field(None, description="As OpenAI's chats have it.")
@@ -162,6 +164,7 @@ class OllamaChatRequest(OllamaFields):
             sampling=self.options.sampling(),
             output=Output(logprobs=self.num_logprobs),
             constraint=self.constraint(),
+            **self.shared(),
         )
 
     def _messages(self) -> Iterator[Message]:
@@ -216,6 +219,7 @@ class OllamaGenerateRequest(OllamaFields):
             sampling=self.options.sampling(),
             output=Output(logprobs=self.num_logprobs),
             constraint=self.constraint(),
+            **self.shared(),
         )
 
 

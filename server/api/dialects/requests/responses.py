@@ -66,6 +66,8 @@ class ResponsesRequest(SamplingFields, OpenAIConstraints):
     """POST /v1/responses. Beside OpenAI's fields it takes those of sampling and of constraints by vLLM's names, and
     `rope`."""
 
+    asked_in: ClassVar[str] = "input"
+
     synonyms: ClassVar[Mapping[str, str]] = {
         **{said: "max_output_tokens" if name == "max_tokens" else name for said, name in OpenAIFields.synonyms.items()},
         **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
@@ -82,7 +84,7 @@ class ResponsesRequest(SamplingFields, OpenAIConstraints):
     }
 
     model: Text | None = None
-    input: str | list[Any]
+    input: str | list[Any] = Field(default_factory=list, description="May be left out behind previous_response_id.")
     instructions: Text | None = None
     max_output_tokens: MaxTokens | None = Field(None, description=ALL_THAT_FIT)
     store: bool = True
@@ -119,6 +121,15 @@ class ResponsesRequest(SamplingFields, OpenAIConstraints):
                     code="unsupported_field",
                 )
         self.include = sorted(set(self.include))
+        for name, reason in (
+            ("background", "replies are made while their client waits"),
+            ("conversation", "conversations are kept by their client; use previous_response_id"),
+            ("prompt", "there are no stored prompts here"),
+        ):
+            if getattr(self, name):
+                raise InvalidRequest(f"'{name}' is not supported: {reason}", param=name, code="unsupported_field")
+        if "input" not in self.model_fields_set and self.previous_response_id is None:
+            raise InvalidRequest("'input' is missing: it may be left out behind previous_response_id", param="input")
         TextFields.model_validate(self.text or {})
         return self
 
@@ -163,13 +174,6 @@ class ResponsesRequest(SamplingFields, OpenAIConstraints):
         return [*kept, *new]
 
     def lowered(self) -> GenerationRequest:
-        for name, reason in (
-            ("background", "replies are made while their client waits"),
-            ("conversation", "conversations are kept by their client; use previous_response_id"),
-            ("prompt", "there are no stored prompts here"),
-        ):
-            if getattr(self, name):
-                raise InvalidRequest(f"'{name}' is not supported: {reason}", param=name, code="unsupported_field")
         without_token_ids(self.return_token_ids)
         chat = Chat(
             messages=list(self._messages()),
@@ -263,7 +267,8 @@ def _tool(value: Any, param: str) -> Tool | None:
             current_report().ignore(param)
             return None
         raise InvalidRequest(
-            f"'{param}' has the type '{str(given.get('type'))[:MAX_SHOWN]}': only functions are supported",
+            f"'{param}' has the type '{str(given.get('type'))[:MAX_SHOWN]}': only functions are supported; a tool of "
+            "free text is a function with one parameter of the type string, whose pattern may be a regex",
             param="tools",
             code="unsupported_field",
         )
