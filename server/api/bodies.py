@@ -21,15 +21,15 @@ from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.stream.collect import while_connected
 from prerope.server.service import ReadyService, Service
 from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
-from prerope.server.workers.slices import TooLong, cut_off, turn
+from prerope.server.workers.slices import INLINE_BYTES, TooLong, cut_off, turn
 
 log = structlog.get_logger(__name__)
 
 B = TypeVar("B", bound=RequestBody)
 
-INLINE_BYTES, INLINE_ITEMS, INLINE_DIGITS = 4096, 160, 1024
-"""Of a body that is read on the event loop, within two or three milliseconds: a worker takes ten. A message or a prompt
-costs for its being there, and tokenizers take long over long numbers."""
+INLINE_ITEMS, INLINE_DIGITS = 160, 1024
+"""Beside `INLINE_BYTES`, of a body that is read on the event loop, in two or three milliseconds: a worker takes ten. A
+message or a prompt costs for its being there, and tokenizers take long over long numbers."""
 
 OF_TEXT = (CompletionRequest, GenerateRequest)
 """What no chat template has a part in."""

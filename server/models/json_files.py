@@ -8,6 +8,7 @@ from typing import Any
 
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.stored import POINTER, pointer
+from prerope.server.nesting import nests_deeper
 
 MARKS = {
     b"\xef\xbb\xbf": "begins with a byte order mark, which JSON has none of: save it as UTF-8 without one (BOM)",
@@ -42,7 +43,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise refused(folder, f"{name} is no JSON of a model ({len(data)} bytes): {AGAIN}") from error
     if not isinstance(value, dict):
         raise refused(folder, f"{name} is no JSON object: {AGAIN}")
-    if _nests_deeper(value, DEEPEST):
+    if nests_deeper(value, DEEPEST):
         raise refused(folder, f"{name} nests deeper than {DEEPEST} levels: {AGAIN}")
     return value
 
@@ -70,8 +71,3 @@ def unreadable(name: str, error: OSError) -> str:
 def refused(folder: Path, reason: str) -> ConfigurationError:
     """What stops a start on this folder."""
     return ConfigurationError(f"MODEL_ID={folder} cannot be served: {reason}.")
-
-
-def _nests_deeper(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_nests_deeper(one, levels - 1) for one in inner if isinstance(one, dict | list))

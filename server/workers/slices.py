@@ -24,6 +24,9 @@ from weakref import WeakKeyDictionary
 SLICE_S = 0.001
 MAX_REST_S = 0.005
 
+INLINE_BYTES = 4096
+"""Of a client's: a body that is larger is a worker's."""
+
 LONGEST_S = 0.25
 """Of what runs on the loop at once, whatever it is: then it is cut off."""
 

@@ -334,30 +334,88 @@ def tokenizer_with(template: str) -> Tokenizer:
     return Tokenizer(hf)
 
 
+NS = "{% set ns = namespace(s='x', n=0, found=false) %}"
+EACH = "{% for m in messages %}"
+
+
 @pytest.mark.parametrize(
     ("template", "tame"),
     [
-        ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}", True),
+        # as people have them
+        (EACH + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}", True),
+        (NS + EACH + "{% if loop.index0 % 2 == 0 %}{% set ns.found = true %}{% endif %}{% endfor %}", True),
         (
-            "{%- set ns = namespace(found=false) %}{% if loop.index0 % 2 == 0 %}{% set ns.found = true %}{% endif %}",
+            "{{ 'Cutting Knowledge Date: December 2023' }}{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}",
             True,
         ),
-        ("{{ 'Cutting Knowledge Date: December 2023' }}{{ tools | tojson(indent=4) }}", False),
+        (NS + EACH + "{%- set ns.n = ns.n + 1 %}{%- set said = m.content -%}{{ said }}{% endfor %}{{ ns.n }}", True),
+        (NS + EACH + "{% set ns.s = ns.s ~ m.content ~ '\n' %}{% endfor %}{{ ns.s }}", True),
+        (
+            "{% set all = messages | map(attribute='content') | join('\n') %}{{ all.split('</think>')[-1].strip() }}",
+            True,
+        ),
+        (EACH + "{% if loop.last %}{{ tools | tojson }}{% endif %}{{ m.content }}{% endfor %}", True),
+        ("{% macro one(m) %}{{ m.role }}: {{ m.content }}{% endmacro %}" + EACH + "{{ one(m) }}{% endfor %}", True),
+        (EACH + "{% for c in m.tool_calls %}{% for k, v in c.arguments|items %}{{ k ~ v }}" + "{% endfor %}" * 3, True),
+        (EACH + "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", True),
+        ("{{ messages[0].content|replace('<', '&lt;') }}{{ strftime_now('%d %b %Y') }}{{ bos_token }}", True),
+        ("{% for m in messages[::-1] %}{{ m.content[:(m.content|length) // 2] }}{% endfor %}", True),
+        # in one step or a few
         ("{{ m.content|replace('a', m.content)|replace('a', m.content)|length }}", False),
         ("{{ m.content.replace('', m.content) }}", False),
-        ("{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}", False),
-        ("{% for i in range(40) %}{%- set ns.x=ns.x~ns.x -%}{% endfor %}", False),
+        ("{{ m.content.replace('', 'x') }}", False),
+        ("{{ m.content" + "|replace('a', 'aaaaaaaaaa')" * 9 + " }}", False),
         ("{{ 'x'|center(9999)|list|join('y'|center(9999)) }}", False),
         ("{{ '%9999s' % m.content }}", False),
-        ("{{ 'x' * 9 }}", False),
-        ("{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}", False),
-        ("{% set s -%}{{ s }}{{ s }}{% endset %}", False),
+        ("{{ m.content % 3 }}", False),
         ("{% set f = 'a%' ~ 20 ~ '0000' ~ '0000d' %}{{ f % 1 }}", False),
-        ("{% set ns.s = [ns.s, ns.s] %}", False),
-        ("{% set ns.s, ns.n = ns.s ~ ns.s, 1 %}", False),
-        ("{% set ns.s = '}' ~ ns.s ~ ns.s %}", False),
-        ("{% macro f(n, s) %}{{ f(n - 1, s ~ s) }}{% endmacro %}", False),
-        ("{%- set ns.at = loop.index0 %}{% set ns.n = ns.n + 1 %}{%- set said = m.content -%}", True),
+        ("{{ '{:99999999}'.format(1) }}", False),
+        ("{{ 'x' * 9 }}", False),
+        ("{{ 9 * m.content }}", False),
+        ("{{ [1] * (m.content|length) }}", False),
+        ("{{ m.content ** 9 }}", False),
+        ("{{ lipsum(9999) }}", False),
+        ("{{ range(99999)|list|string }}{% for i in range(99999) %}{{ m }}{% endfor %}", False),
+        ("{{ strftime_now('%99999999d') }}", False),
+        ("{{ m|tojson(indent=m.content|length) }}", False),
+        ("{{ m.content|indent(99999999) }}", False),
+        ("{{ [[1]]|sum(start=m.content) }}", False),
+        ("{{ (m|int(m.content)) * (m.content|length) }}", False),
+        ("{{ loop.index * loop.length }}", False),
+        ("{% macro f() %}{{ loop.index * loop.length }}{% endmacro %}" + EACH + "{{ f() }}{% endfor %}", False),
+        ("{% set loop = m %}" + EACH + "{{ loop.index }}{% endfor %}", False),
+        ("{{ strftime_now() }}{{ " + "9" * 5000 + " }}", False),
+        # by steps that each make it twice as long
+        (NS + "{% for i in range(40) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", False),
+        (NS + "{% for i in range(40) %}{%- set ns.s=ns.s~ns.s -%}{% endfor %}", False),
+        (NS + "{% for i in range(40) %}{% set both = ns.s ~ ns.s %}{% set ns.s = both %}{% endfor %}", False),
+        (NS + EACH + "{% set ns.a = ns.b ~ m %}{% set ns.b = ns.a ~ ns.a %}{% endfor %}", False),
+        (NS + EACH + "{% set ns.s %}{{ ns.s }}{{ ns.s }}{% endset %}{% endfor %}", False),
+        (NS + EACH + "{% set ns.s = [ns.s, ns.s] %}{% endfor %}", False),
+        (NS + EACH + "{% set ns.s, ns.n = ns.s ~ ns.s, 1 %}{% endfor %}", False),
+        (NS + EACH + "{% set other = ns %}{% set other.s = other.s ~ other.s %}{% endfor %}", False),
+        (NS + EACH + "{% set ns.s = '}' ~ ns.s ~ ns.s %}{% endfor %}", False),
+        ("{% set s = m.content %}" + "{% set s = s ~ s %}" * 30 + "{{ s|length }}", False),
+        ("{% set s = m.content %}{% if m.x %}" + "{% set s -%}{{ s }}{{ s }}{% endset %}" * 30 + "{% endif %}", False),
+        ("{% macro f(n, s) %}{{ f(n - 1, s ~ s) }}{% endmacro %}{{ f(9, 'x') }}", False),
+        ("{% macro a(s) %}{{ s * 9 }}{% endmacro %}{{ a('x') }}", False),
+        (
+            "".join(f"{{% macro f{i}(s) %}}{{{{ f{i - 1}(s ~ s) }}}}{{% endmacro %}}" for i in range(40))
+            + "{{ f39('x') }}",
+            False,
+        ),
+        ("{% for a in messages recursive %}{{ loop(messages) }}{{ loop(messages) }}{% endfor %}", False),
+        # by loops that have nothing to do with each other
+        ("{% for a in m.content %}{% for b in m.content %}{{ m.content }}{% endfor %}{% endfor %}", False),
+        (
+            "{% set l = [] %}{% for a in m.content %}{% for b in m.content %}{% for c in m.content %}{{ a }}"
+            + "{% endfor %}" * 3,
+            False,
+        ),
+        # not known
+        ("{% include 'x' %}", False),
+        ("{% call f() %}{% endcall %}", False),
+        ("{% for", False),
     ],
 )
 def test_a_template_that_may_multiply_texts_is_not_run_on_the_loop(template: str, tame: bool) -> None:

@@ -7,31 +7,25 @@ chats are read. It is never run again: chats are refused, with the reason, and e
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from dataclasses import dataclass
 from typing import Protocol
 
+from prerope.server.api.chat.growth.bounded import is_bounded
 from prerope.server.api.chat.template import render_chat
 from prerope.server.errors import InvalidRequest
 from prerope.server.tokenizer import Tokenizer
 from prerope.server.workers.messages import Limits
+from prerope.server.workers.slices import INLINE_BYTES
 from prerope.server.workers.zygote import ends_well
 
 LIMITS = Limits(cpu_s=2, memory_bytes=256 * 2**20)
 QUICK_S = 0.02
 """Of one word: longer, and chats are not written on the event loop, however short they are."""
 
-WILD = re.compile(
-    r"""\* | \d{5} | \b(replace|join|sum|center|indent|format|ljust|rjust|zfill|expandtabs|wordwrap|translate)\b
-    | \b(macro|recursive)\b
-    | (?<!{)(?<!loop\.index0\s)(?<!loop\.index\s)%(?!})  # a text formatted; a turn's number may be halved
-    | \bset\s+[^=%]{0,200}, | \bset\s+\w+\s*(\||-?%)  # several at once; a block of text
-    | \bset\s+\w+\.\w+\b(?!\s*=\s*('[^']*'|"[^"]*"|\w+(\.\w+)?(\s*[-+]\s*\d+)?)\s*-?%})  # what grows""",
-    re.VERBOSE,
-)
-"""In a template's text: what makes, in one step or a few, a text much longer than those that it is made of. On the
-event loop nothing limits memory, and no single step of the interpreter's can be cut off."""
+MOST_WRITTEN = 2**28
+"""Characters, as many as a worker has bytes. On the event loop nothing limits memory, and no single step of the
+interpreter's can be cut off."""
 
 WORD = [{"role": "user", "content": "Hello"}]
 
@@ -71,7 +65,9 @@ class TemplateTrial:
 
 def is_tame(tokenizer: Tokenizer) -> bool:
     """Whether the chat template may be run on the event loop, where it is cut off if it takes long."""
-    return WILD.search(str(tokenizer.hf.chat_template)) is None
+    named = tokenizer.hf.chat_template or ""
+    templates = [named] if isinstance(named, str) else named.values()
+    return all(is_bounded(template, INLINE_BYTES, MOST_WRITTEN) for template in templates)
 
 
 def guard(tokenizer: Tokenizer) -> None:

@@ -251,17 +251,6 @@ def token_ids(value: Any, param: str) -> list[int]:
     return value
 
 
-def nests_deeper(value: Any) -> bool:
-    """Whether lists and objects stand deeper within each other than `MAX_DEPTH`."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        held = (one for outer in level for one in (outer.values() if isinstance(outer, dict) else outer))
-        level = [one for one in held if isinstance(one, list | dict)]
-        if not level:
-            return False
-    return True
-
-
 def shown_number(number: float) -> str:
     """A number of any size, short enough for an error message."""
     return str(number) if isinstance(number, float) or abs(number) < 10**20 else "beyond 20 digits"

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from prerope.server.api.chat.tools import Function, Tool, ToolUse
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, nests_deeper
+from prerope.server.api.requests.body import MAX_DEPTH, RequestBody
 from prerope.server.api.requests.complaints import first_invalid, in_words_of
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
@@ -33,6 +33,7 @@ from prerope.server.api.requests.surrogates import ESCAPED_SURROGATE, refuse_sur
 from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
 from prerope.server.engine.limits import check_vocabulary
 from prerope.server.errors import InvalidRequest
+from prerope.server.nesting import nests_deeper
 from prerope.server.structured.text import GrammarText
 from prerope.server.workers.messages import as_it_lies
 from pydantic import ValidationError
@@ -143,7 +144,7 @@ def decode(raw: bytes) -> Any:
     else:
         if not isinstance(value, dict):
             raise InvalidRequest("The body must be a JSON object.", code="invalid_body")
-        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and nests_deeper(value):
+        if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and nests_deeper(value, MAX_DEPTH):
             raise InvalidRequest(TOO_DEEP, code="invalid_json")
         if ESCAPED_SURROGATE.search(raw):
             refuse_surrogates(value)

@@ -18,12 +18,12 @@ from prerope.server.api.requests.body import (
     RequestBody,
     Text,
     json_type,
-    nests_deeper,
     unicode_text,
 )
 from prerope.server.api.requests.foreign import FORMAT, IGNORED, Foreign
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
+from prerope.server.nesting import nests_deeper
 from prerope.server.structured.matcher import CompiledGrammar
 from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import GrammarText, json_text, too_deep
@@ -51,7 +51,7 @@ def _schema_or_text(value: Any) -> Any:
         return _schema(value)
     try:
         schema = _schema(json.loads(value))
-        deeper = nests_deeper(schema) if isinstance(schema, dict) else False
+        deeper = nests_deeper(schema, MAX_DEPTH) if isinstance(schema, dict) else False
     except RecursionError:
         deeper = True
     except ValueError as error:

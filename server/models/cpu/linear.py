@@ -1,7 +1,7 @@
 """Matrix products of low-precision weights on the CPU where the C kernels cannot be had, faster than torch's default.
 
-Few rows (decode steps) are bound by reading the weights: oneDNN reads a blocked copy of them about 1.5 times faster
-than the plain layout. Many rows (prefill chunks) are bound by arithmetic: on CPUs without matrix tiles (AMX) a bf16
+Few rows (decode steps) are bound by reading the weights: where oneDNN has instructions for them, it reads a blocked
+copy about 1.5 times faster than the plain layout. Many rows (prefill chunks) are bound by arithmetic: on CPUs without matrix tiles (AMX) a bf16
 product runs at about half the rate of an fp32 one, so weights are widened into a scratch buffer first, for a few
 percent. fp32 models are left alone, and so are int8 weights, whose products are torchao's own.
 """
@@ -45,11 +45,18 @@ def fast_linears(model: nn.Module, except_for: Container[nn.Module] = ()) -> Ite
     if not linears or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     num_bytes = sum(linear.weight.nbytes for linear in linears)
-    block = num_bytes <= psutil.virtual_memory().available * COPY_SHARE
+    block = num_bytes <= psutil.virtual_memory().available * COPY_SHARE and _blocks(linears[0].weight.dtype)
     widen = not torch.cpu._is_amx_tile_supported()
     scratch = _Scratch()
     for linear in linears:
         yield linear, _forward(linear, scratch if widen else None, block=block)
+
+
+def _blocks(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies by such weights on this processor: without AVX-512 or its like it raises."""
+    mkldnn = torch.ops.mkldnn
+    asked = mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else mkldnn._is_mkldnn_fp16_supported
+    return bool(asked())
 
 
 def _low_precision(weight: Tensor) -> bool:

@@ -186,10 +186,19 @@ def test_families_in_bf16_pass_the_probe(family: str) -> None:
     assert probe(Model(tiny(family, sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
 
 
-def test_without_the_kernels_torch_does_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_instructions", [None, False])
+def test_without_the_kernels_torch_does_their_work(
+    dtype: torch.dtype, has_instructions: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """has_instructions: whether oneDNN has any for such weights; None, as this processor says."""
     monkeypatch.setattr("prerope.server.models.cpu.products.library", lambda: None)
+    if has_instructions is not None:
+        for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda: has_instructions)
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *_: pytest.fail("it raises there"))
     assert replaced("llama") == {"Linear": "function"}
-    assert probe(Model(tiny("llama", sharpness=1.0).bfloat16())) <= 2 * TOLERANCE[torch.bfloat16]
+    assert probe(Model(tiny("llama", sharpness=1.0).to(dtype))) <= 2 * TOLERANCE[dtype]
 
 
 def test_with_matrix_tiles_many_rows_go_to_torch_and_few_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
