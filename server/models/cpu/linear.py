@@ -1,9 +1,9 @@
 """Matrix products of low-precision weights on the CPU where the C kernels cannot be had, faster than torch's default.
 
 Few rows (decode steps) are bound by reading the weights: where oneDNN has instructions for them, it reads a blocked
-copy about 1.5 times faster than the plain layout. Many rows (prefill chunks) are bound by arithmetic: on CPUs without matrix tiles (AMX) a bf16
-product runs at about half the rate of an fp32 one, so weights are widened into a scratch buffer first, for a few
-percent. fp32 models are left alone, and so are int8 weights, whose products are torchao's own.
+copy about 1.5 times faster than the plain layout. Many rows (prefill chunks) are bound by arithmetic: on CPUs without
+matrix tiles (AMX) a bf16 product runs at about half the rate of an fp32 one, so weights are widened into a scratch
+buffer first, for a few percent. fp32 models are left alone, and so are int8 weights, whose products are torchao's own.
 """
 
 from __future__ import annotations
