@@ -19,11 +19,8 @@ from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.models.config.values import wrong_in
 from prerope.server.models.gguf.header import SCALARS, Header, read_header
 from prerope.server.models.gguf.rope import set_rope
+from prerope.server.models.gguf.splitting import set_splitting
 from prerope.server.models.gguf.tensors import ROPE_TENSORS, Weights, dequantised, write_by_transformers
-from tokenizers import pre_tokenizers
-
-DIGIT_SPLITTING = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-"""Values of `tokenizer.ggml.pre` whose tokenizers split every digit off before the byte-level split."""
 
 STATED = {
     "head_dim": "attention.key_length",
@@ -46,7 +43,7 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
     header = read_header(file)
     try:
         with _parsed(header):
-            config, tokenizer = _config(header), _tokenizer(header)
+            config, tokenizer = _config(header), _tokenizer(header, report)
         if wrong := wrong_in(config.to_dict()):
             raise ConfigurationError(f"{file.name} cannot be served: it says, in a config's words, that {wrong}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,17 +99,14 @@ def _generation_config(header: Header, config: Any) -> Any:
     return generation
 
 
-def _tokenizer(header: Header) -> Any:
-    """transformers drops `tokenizer.ggml.pre`; without it "\\n\\n1" and the like get other tokens than in training."""
+def _tokenizer(header: Header, report: Callable[[str], None]) -> Any:
+    """transformers' tokenizer of the file."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
         header.file.parent, gguf_file=header.file.name, local_files_only=True, trust_remote_code=False
     )
-    if header.values.get("tokenizer.ggml.pre") in DIGIT_SPLITTING:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+    set_splitting(tokenizer, header, report)
     return tokenizer
 
 

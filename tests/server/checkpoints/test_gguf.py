@@ -165,6 +165,37 @@ def test_only_full_attention_is_scaled_where_layers_are_of_two_kinds() -> None:
     assert (sliding.rope_type, sliding.base) == ("default", 2e4)
 
 
+# --- tokens ---
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "cut"),
+    [
+        ("smollm", "a\n\n12", ["a", "ĊĊ", "1", "2"]),
+        ("llama-bpe", "a\n\n1234", ["a", "ĊĊ", "123", "4"]),
+        ("chatglm-bpe", "a\n\n1234", ["a", "ĊĊ", "123", "4"]),
+        ("stablelm2", "a\n\n12", ["a", "ĊĊ", "1", "2"]),
+        ("gpt-2", "a\n\n12", ["a", "Ċ", "Ċ", "12"]),
+    ],
+)
+def test_text_is_cut_as_the_file_names_it(tmp_path: Path, pre: str, text: str, cut: list[str]) -> None:
+    lines: list[str] = []
+    file = write_gguf(tmp_path / "model.gguf", pre=pre)
+    checkpoint = resolve_checkpoint(str(file), None, lines.append, cache_dir=tmp_path / "cache")
+    backend = Tokenizer.load(checkpoint).hf.backend_tokenizer
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == cut
+    assert not [line for line in lines if "warning" in line]
+
+
+@pytest.mark.parametrize(
+    ("pre", "said"), [("poro-chat", "'poro-chat', which is not known here"), ("default", "nothing")]
+)
+def test_a_way_to_cut_text_that_is_not_known_is_told(tmp_path: Path, pre: str, said: str) -> None:
+    lines: list[str] = []
+    resolve_checkpoint(str(write_gguf(tmp_path / "m.gguf", pre=pre)), None, lines.append, cache_dir=tmp_path / "cache")
+    assert [line for line in lines if line.startswith("warning") and f"m.gguf says {said}" in line]
+
+
 # --- whole, in parts, damaged ---
 
 
