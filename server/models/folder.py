@@ -40,6 +40,10 @@ READ = (".json", ".safetensors", ".model", ".jinja", ".txt", ".tiktoken")
 """Ends of names that are read here or by transformers."""
 
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+OTHERS = ("*.onnx", "*.h5", "*.msgpack", "openvino_*.xml", "*.ggml", "*.tflite", "*.npz", "*.engine")
+"""Weights of other programs."""
+
+MORE = "additional_chat_templates/*.jinja"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$")
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -66,6 +70,9 @@ def _check(folder: Path) -> None:
     if said is not None and not (isinstance(said, dict) and said):
         wanted = "it names a quant_method; leave it out where there is none" if said == {} else "it is an object"
         raise refused(folder, f"{CONFIG} says quantization_config is {shown(said)}, and {wanted}: {REMEDY}")
+    method = (said or {}).get("quant_method")
+    if not isinstance(method, str | None):
+        raise refused(folder, f"{CONFIG} says quantization_config.quant_method is {shown(method)}, which is no name")
     quantized = scheme_of(config, folder) is not None
     files = weight_files(folder)
     headers = [_header_of(folder, file) for file in files]
@@ -205,8 +212,9 @@ def _check_other_files(folder: Path) -> None:
     for name in ("generation_config.json", *TEXT_FILES):
         if (folder / name).exists() and (wrong := wrong_in_text_file(name, read_json(folder, name))):
             raise refused(folder, f"{name} says {wrong}: download it again, or correct it")
-    with contextlib.suppress(FileNotFoundError):
-        read_text(folder, "chat_template.jinja")
+    for template in ("chat_template.jinja", *sorted(f"{path.parent.name}/{path.name}" for path in folder.glob(MORE))):
+        with contextlib.suppress(FileNotFoundError):
+            read_text(folder, template)
     if any(True for pattern in TOKENIZERS for _ in folder.glob(pattern)):
         return
     if (folder / "tekken.json").is_file():
@@ -260,7 +268,14 @@ def _what_instead_of_weights(folder: Path) -> str:
             f"no safetensors are found there, only {some(pickles)}. Weights in pickle files can run code when they are "
             "read, so they are refused; where you trust them, convert them once with transformers' save_pretrained"
         )
-    return f"no safetensors are found there, only {CONFIG}: download {WEIGHTS} or its parts"
+    if others := sorted(file.name for pattern in OTHERS for file in folder.glob(pattern)):
+        return (
+            f"its weights are {some(others)}, for another program: take the model's version in transformers' format, "
+            f"with {WEIGHTS}"
+        )
+    below = sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*.safetensors"))
+    inside = f" ({some(below)} lies too deep: move it up)" if below else ""
+    return f"no safetensors are found there, only {CONFIG}: download {WEIGHTS} or its parts{inside}"
 
 
 def _ollama_models(store: Path) -> str:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from prerope.server.errors import ConfigurationError, first_line
-from prerope.server.models.checks.loaded import incomplete, no_numbers, strange
+from prerope.server.models.checks.loaded import incomplete, no_numbers, strange, unmerged
 from prerope.server.models.config.faults import Unknown, config_fault
-from prerope.server.models.config.values import whole_numbers
+from prerope.server.models.config.values import REMEDY, whole_numbers
 from prerope.server.models.quantized.schemes import SCHEMES, check_scheme, dequantising, scheme_of
 from prerope.server.models.senses import drop_other_senses, of_senses, thinking_part, unseen, without_timm
 from prerope.server.models.stored import some
@@ -47,8 +47,9 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
     from transformers import GenerationConfig
 
     config, scheme = _config_and_scheme(checkpoint, report)
+    told: list[str] = []
     try:
-        with _quiet_report(), without_timm():
+        with _quiet_report(told), without_timm():
             model, info = class_for(config).from_pretrained(
                 checkpoint.source,
                 config=config,
@@ -64,9 +65,8 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
     except Exception as error:  # a config may hold anything, and model classes raise whatever they meet
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
             raise ConfigurationError(_too_large(checkpoint, DTYPES.get(dtype))) from error
-        raise ConfigurationError(
-            f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {_reason(checkpoint, error)}"
-        ) from error
+        reason = unmerged("".join(told)) or _of_scheme(scheme, error) or _reason(checkpoint, error)
+        raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {reason}") from error
     if scheme == "bitsandbytes":
         model = model.dequantize(config.dtype)
     if model.dtype == torch.float64:
@@ -88,6 +88,11 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
 def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) -> tuple[Any, str | None]:
     """The checkpoint's config, asking for dense weights where they are quantised by a scheme that can be read."""
     config = thinking_part(checkpoint.config())
+    if isinstance(config.get_text_config(), Mapping):  # kept as it came, where the type has none
+        raise ConfigurationError(
+            f"MODEL_ID: {checkpoint.name!r} cannot be served: its config.json has a 'text_config', and a model of type "
+            f"{config.model_type!r} has none: {REMEDY}"
+        )
     config.return_dict = config.get_text_config().return_dict = True  # what a config may say, and a forward must not
     if reason := unsuited(config):
         raise ConfigurationError(
@@ -168,12 +173,14 @@ def _made_within(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_report() -> Iterator[None]:
-    """Inside, transformers does not log the table of its loading report, of which we say what matters in a line."""
+def _quiet_report(told: list[str]) -> Iterator[None]:
+    """Inside, the table of transformers' loading report goes to `told` and not to the log: a line says what matters."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def keep(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        is_report = "LOAD REPORT" in record.getMessage()
+        told.extend([record.getMessage()] * is_report)
+        return not is_report
 
     logger.addFilter(keep)
     try:
@@ -204,6 +211,16 @@ def _too_large(checkpoint: Checkpoint, dtype: torch.dtype | None) -> str:
     return (
         f"MODEL_ID: {checkpoint.name!r} cannot be loaded: by its config.json its weights take {size}"
         "more memory than there is: take a smaller model or a larger machine; or config.json is another model's"
+    )
+
+
+def _of_scheme(scheme: str | None, error: Exception) -> str | None:
+    """What is wrong with weights of few bits, or with what the config says of them, where that is what was read."""
+    if scheme is None or isinstance(error, OSError):
+        return None
+    return (
+        f"its weights could not be dequantised as {SCHEMES[scheme].title} ({first_line(error).rstrip('.:')}): "
+        "quantization_config in config.json is damaged or of another kind; take the checkpoint again, or the original"
     )
 
 

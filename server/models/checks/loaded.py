@@ -13,6 +13,9 @@ import torch
 from prerope.server.models.stored import some
 from torch import nn
 
+UNMERGED = re.compile(r"^(?:\x1b\[\d+m)*(\S.*?)\s*\|\s*(?:\x1b\[\d+m)*CONVERSION", re.MULTILINE)
+"""In the table of transformers' loading report: a weight that it makes of several, as of all experts, and could not."""
+
 QUANTISED = re.compile(r"scale|qweight|qzeros|g_idx|zero_point|absmax|quant_map|quant_state|weight_packed|lora_[AB]")
 """In names of tensors without which the weights beside them mean something else."""
 
@@ -43,6 +46,13 @@ def incomplete(report: dict[str, Any], unneeded: tuple[str, ...] = ()) -> str | 
         for name, stored, asked in report["mismatched_keys"]
         if not name.startswith(unneeded)
     )
+    fewer = [(name, stored, asked) for name, stored, asked in mismatched if _lacks_experts(name, stored, asked)]
+    if fewer and len(fewer) == len(mismatched):
+        counts = [f"{name} of {stored[0]} of {asked[0]}" for name, stored, asked in fewer]
+        return (
+            f"the checkpoint lacks weights of experts: it has {some(counts)}. The download is incomplete, or "
+            "config.json is another model's; take both again, from one source"
+        )
     if mismatched:
         shapes = [f"{name} is {list(stored)}, not {list(asked)}" for name, stored, asked in mismatched]
         return (
@@ -50,6 +60,22 @@ def incomplete(report: dict[str, Any], unneeded: tuple[str, ...] = ()) -> str | 
             "model's, or the weights are packed by a scheme that it does not name; take both again, from one source"
         )
     return None
+
+
+def _lacks_experts(name: str, stored: tuple[int, ...], asked: tuple[int, ...]) -> bool:
+    """Whether a table of all experts was made of fewer, the router being of all."""
+    return "experts" in name and stored[1:] == asked[1:] and stored[:1] < asked[:1]
+
+
+def unmerged(table: str) -> str | None:
+    """Weights that could not be made of the stored ones; None where the table of a loading report tells of none."""
+    names = UNMERGED.findall(table)
+    if not names:
+        return None
+    return (
+        f"weights that are made of several stored ones, such as those of all experts, cannot be: {some(names)}. Some "
+        "are missing, or have another shape than the others: the download is incomplete or damaged; run it again"
+    )
 
 
 def strange(model: nn.Module, unexpected: set[str]) -> str | None:

@@ -151,6 +151,8 @@ def _usual(said: Mapping[str, Any], path: Path) -> str:
 
 def _own_words(error: Exception) -> str:
     """What transformers says where it is a sentence about the config; of its own code, nothing."""
+    if lacking := re.search(r"Missing required keys in .*'rope_type'='(\w+)': \{(.*?)\}", str(error)):
+        return f"a rotation of type '{lacking[1]}' needs {lacking[2]} too"
     inner = re.search(r"validator '\w+':\s+(\w+): (.*)", str(error))
     if inner:
         return inner[2].rstrip(".:")[:200] if inner[1] == "ValueError" else ""

@@ -60,6 +60,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 ALIASES = ("half", "float", "double")
 
 DUAL_CHUNK = "dual_chunk_attention_config"
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 ROPE = ("rope_parameters", "rope_scaling")
 REMEDY = "download it again, or correct it"
@@ -138,6 +139,11 @@ def _of_other_kinds(values: Mapping[str, Any]) -> Iterator[str]:
     heads, key_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if isinstance(heads, int) and isinstance(key_heads, int) and key_heads > heads > 0:
         yield f"'num_key_value_heads' is {key_heads}, more than the {heads} of num_attention_heads: {REMEDY}"
+    chosen = values.get("num_experts_per_tok")
+    for name in EXPERTS:
+        experts = values.get(name)
+        if type(chosen) is int and type(experts) is int and experts > 0 and not 0 <= chosen <= experts:
+            yield f"'num_experts_per_tok' is {chosen}, and '{name}' {experts}: {REMEDY}"
     window, chunks = values.get("sliding_window"), values.get(DUAL_CHUNK)
     if isinstance(window, int | float) and abs(window) > MOST:
         yield f"'sliding_window' is {shown(window)}, and a window is a number of tokens, {MOST} at most: {REMEDY}"

@@ -62,13 +62,16 @@ OTHER_NAMES = {
 OF_GPTQ = ("desc_act", "checkpoint_format", "damp_percent", "static_groups", "true_sequential")
 """What GPTQ's configs say and MLX's do not: older ones have no `quant_method`."""
 
+NAMED = ("quantization_config", "quantization")
 UNNAMED = "a scheme that its quantization_config does not name"
 MODELOPT = "hf_quant_config.json"
 
 
 def scheme_of(config: Mapping[str, Any], folder: Path | None = None) -> str | None:
     """The scheme by which a checkpoint is quantised, from its config.json, or from ModelOpt's file beside it."""
-    said = config.get("quantization_config") or config.get("quantization")
+    inner = config.get("text_config")
+    places = [config, *([inner] if isinstance(inner, Mapping) else [])]
+    said = next((place[name] for place in places for name in NAMED if place.get(name)), None)
     if isinstance(said, Mapping):
         method = said.get("quant_method")
         if method is None and (said.get("load_in_4bit") or said.get("load_in_8bit")):

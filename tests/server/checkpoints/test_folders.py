@@ -18,7 +18,7 @@ import transformers
 from prerope.server.api.chat.template import render_chat
 from prerope.server.engine.loading import in_words
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.checkpoint import resolve_checkpoint
+from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.config.text import wrong_in_text_file
 from prerope.server.models.config.values import Stored, wrong_in
@@ -27,6 +27,8 @@ from prerope.server.models.model import Model, load_model
 from prerope.server.sampling_defaults import SamplingDefaults, sampling_defaults
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
+
+from tests.engine.models.model_types import tiny_of_type
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 Damage = Callable[[Path], None]
@@ -350,6 +352,11 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (rope(rope_theta=1.0), "'rope_parameters.rope_theta' is 1.0, and the base of a rotation lies above 1"),
         (rope(rope_type="llama3", factor=None), "'rope_parameters.factor' is null, and this rope_type needs it"),
         (rope(factor={}), "'rope_parameters.factor' is an object, and it is a number above 0"),
+        (
+            change_json("config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+            "which transformers cannot use (a rotation of type 'yarn' needs 'factor' too)",
+        ),
+        (change_json("config.json", num_experts_per_tok=9, num_experts=8), "'num_experts_per_tok' is 9, and 'num_exp"),
         (rope(rope_type=5), "'rope_parameters.rope_type' is 5, and it is a name"),
         (rope(mrope_section=1e9), "'rope_parameters.mrope_section' is 1000000000.0, and it is a list of whole numbers"),
         (change_json("config.json", text_config={"model_type": 1}), "'text_config.model_type' is 1, and it is a name"),
@@ -505,6 +512,10 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (written("added_tokens.json", '{"<x>": "7"}'), "'<x>' is the text '7', and it is the number of a token"),
         (written("special_tokens_map.json", "[]"), "special_tokens_map.json is no JSON object"),
         (written("chat_template.jinja", b"\xff\xfe\x00"), "chat_template.jinja is no text in UTF-8"),
+        (
+            written("additional_chat_templates/a.jinja", b"\xff\xfe"),
+            "additional_chat_templates/a.jinja is no text in UTF-8",
+        ),
         # links
         (linked("model.safetensors", "../../blobs/4d7a"), "model.safetensors is a link to what is not there: copy the"),
         (linked("model.safetensors", "model.safetensors"), "is a link to what is not there"),
@@ -523,6 +534,15 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         (
             quantised(),
             "quantization_config is an object, and it names a quant_method; leave it out where there",
+        ),
+        (quantised(quant_method=["fp8"]), "quantization_config.quant_method is a list, which is no name"),
+        (
+            quantised(quant_method="fp8", weight_block_size=[0, 0]),
+            "its weights could not be dequantised as FP8 in blocks (weight_block_size must be",
+        ),
+        (
+            change_json("config.json", text_config={"vocab_size": 9}),
+            "has a 'text_config', and a model of type 'llama' has",
         ),
         (quantised(group_size=128), "are quantised by a scheme that its quantization_config does not name, which is"),
         (change_json("config.json", quantization_config="gptq"), "quantization_config is the text 'gptq'"),
@@ -556,6 +576,14 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         ),
         (removed("model.safetensors"), "no safetensors are found there"),
         (removed("config.json"), "there are weights but no config.json"),
+        (
+            both(removed("model.safetensors"), written("model.onnx", "x")),
+            "its weights are model.onnx, for another program",
+        ),
+        (
+            both(written("weights/x", ""), renamed("model.safetensors", "weights/model.safetensors")),
+            "(weights/model.safetensors lies too deep: move it up)",
+        ),
         (renamed("model.safetensors", "weights.safetensors"), "rename the file"),
         (both(removed("model.safetensors"), written("pytorch_model.bin", "x")), "can run code when they are read"),
         # configs
@@ -589,6 +617,27 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
 def test_a_damaged_folder_is_refused_in_one_true_sentence(folder: Path, damage: Damage, said: str) -> None:
     damage(folder)
     assert re.search(said if ".*" in said else re.escape(said), refusal(folder))
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (
+            ".experts.2.up_proj.weight",
+            "weights that are made of several stored ones, such as those of all experts, cannot",
+        ),
+        (
+            ".experts.3.",
+            "the checkpoint lacks weights of experts: it has model.layers.0.mlp.experts.down_proj of 3 of 4",
+        ),
+    ],
+)
+def test_an_expert_that_is_missing_is_told(tmp_path: Path, lost: str, said: str) -> None:
+    tiny_of_type("qwen3_moe").save_pretrained(tmp_path)
+    without(f"layers.0.mlp{lost}")(tmp_path)
+    with pytest.raises(ConfigurationError, match=re.escape(said)) as caught:
+        load_model(Checkpoint(str(tmp_path), "m"), "auto", "cpu", lambda _: None)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_family_s_own_defaults_are_refused() -> None:

@@ -194,6 +194,12 @@ def test_other_schemes_are_refused_by_name(original: Path, tmp_path: Path, quant
     assert "\n" not in str(caught.value)
 
 
+def test_what_the_text_model_of_several_says_is_read() -> None:
+    inner = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    assert schemes.scheme_of({"model_type": "mistral3", "text_config": inner}) == "awq"
+    assert schemes.scheme_of({"model_type": "mistral3", "text_config": {}}) is None
+
+
 def test_modelopt_s_own_file_is_seen(original: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(original, tmp_path / "model"))
     (folder / "hf_quant_config.json").write_text("{}")
