@@ -39,7 +39,7 @@ TRITON = ("cache.kernels.triton", "server.models.cuda.elementwise")
 
 ALLOWED = {
     ("rope.show", "transformers"),  # a command; with --model it reads a config
-    ("server.models.gguf.convert", "tokenizers"),  # a converted copy has a tokenizer too
+    ("server.models.gguf.splitting", "tokenizers"),  # a converted copy has a tokenizer too
 }
 
 
