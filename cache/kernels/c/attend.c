@@ -2,45 +2,41 @@
 #include "attend.h"
 
 #define APART static __attribute__((noinline)) /* inlined together, the loops would lack registers */
-#ifdef __AVX512F__
-#define WIDE 4 /* 24 sums, 4 vectors of b and 1 of a: 29 of 32 registers */
-#else
-#define WIDE 1 /* a vector of 16 takes several registers */
-#endif
+#define WIDE (REGISTERS / 8) /* 24 sums, 4 vectors of b and 1 of a: 29 of 32 registers; or 15 of 16 */
 
 /* --- products ---------------------------------------------------------------------------------------------------------- */
 
-INLINE v16 broadcast(const float *from) { return all16(*from); }
-INLINE u32x16 broadcast_word(const float *from) {
+INLINE vfloat broadcast(const float *from) { return splat(*from); }
+INLINE vuint broadcast_word(const float *from) {
     uint32_t word;
     memcpy(&word, from, 4);
-    return (u32x16){} + word;
+    return (vuint){} + word;
 }
 
-/* c [R, 16·n] = fades·c + a [R, depth] · b [depth, 16·n], of floats or of words; without fades, c's old content is lost. */
+/* c [R, LANES·n] = fades·c + a [R, depth] · b [depth, LANES·n], of floats or of words; without fades, c's old content is lost. */
 INLINE void multiply(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, const float *fades,
                      float *c, int64_t c_stride, const int R, const int n, const int dots) {
-    v16 sum[ROWS][WIDE];
+    vfloat sum[ROWS][WIDE];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < n; v++) sum[r][v] = fades ? fades[r] * *(const v16 *)(c + r * c_stride + 16 * v) : (v16){};
+        for (int v = 0; v < n; v++) sum[r][v] = fades ? fades[r] * *(const vfloat *)(c + r * c_stride + LANES * v) : (vfloat){};
     for (int64_t k = 0; k < depth; k++) {
-        v16 x[WIDE];
+        vfloat x[WIDE];
 #pragma GCC unroll 8
-        for (int v = 0; v < n; v++) x[v] = *(const v16 *)(b + k * b_stride + 16 * v);
+        for (int v = 0; v < n; v++) x[v] = *(const vfloat *)(b + k * b_stride + LANES * v);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             const float *at = a + r * a_stride + k;
 #pragma GCC unroll 8
             for (int v = 0; v < n; v++)
-                sum[r][v] = dots ? dot16(sum[r][v], broadcast_word(at), (u32x16)x[v]) : fma16(broadcast(at), x[v], sum[r][v]);
+                sum[r][v] = dots ? dot_pairs(sum[r][v], broadcast_word(at), (vuint)x[v]) : vfma(broadcast(at), x[v], sum[r][v]);
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < n; v++) *(v16 *)(c + r * c_stride + 16 * v) = sum[r][v];
+        for (int v = 0; v < n; v++) *(vfloat *)(c + r * c_stride + LANES * v) = sum[r][v];
 }
 
 #define MULTIPLY(R, n) \
@@ -53,12 +49,12 @@ INLINE void multiply(const float *a, int64_t a_stride, const float *b, int64_t b
 /* The same for any width of whole vectors, and up to ROWS rows. */
 APART void product(const float *a, int64_t a_stride, const float *b, int64_t b_stride, int64_t depth, const float *fades,
                    float *c, int64_t c_stride, int64_t rows, int64_t vectors, int64_t dots) {
-    for (int64_t n; vectors > 0; vectors -= n, b += 16 * n, c += 16 * n) {
+    for (int64_t n; vectors > 0; vectors -= n, b += LANES * n, c += LANES * n) {
         n = vectors == WIDE + 1 && WIDE > 2 ? WIDE - 1 : least(vectors, WIDE); /* not 4 and 1 but 3 and 2 */
         switch (10 * rows + n) {
-            MULTIPLY_ROWS(1)
-#if WIDE > 1
-            MULTIPLY_ROWS(2) MULTIPLY_ROWS(3) MULTIPLY_ROWS(4)
+            MULTIPLY_ROWS(1) MULTIPLY_ROWS(2)
+#if WIDE > 2
+            MULTIPLY_ROWS(3) MULTIPLY_ROWS(4)
 #endif
         }
     }
@@ -117,71 +113,71 @@ APART void turn_back(const Shape *shape, const Turns *turns, int64_t at, int64_t
             for (int64_t m = 0; m < half; m++) to[m] *= fade[m], to[half + m] *= fade[m];
         }
         if (shape->dots)
-            for (int64_t d = 0; d < wide; d += 32)
-                *(u32x16 *)(to + d / 2) = narrow32(*(v16 *)(to + d), *(v16 *)(to + d + 16));
+            for (int64_t d = 0; d < wide; d += 2 * LANES)
+                *(vuint *)(to + d / 2) = narrow_both(*(vfloat *)(to + d), *(vfloat *)(to + d + LANES));
     }
 }
 
 /* Scores of the block from key `block` on fall with the distance. */
 APART void fall(const Shape *shape, const Rows *rows, int64_t kv_head, int64_t block, Tile *tile) {
-    const v16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vfloat lane = __builtin_convertvector(lane_numbers(), vfloat);
     int64_t group = group_of(shape), r = 0;
     for (int64_t row = rows->first; row < rows->stop; row++)
         for (int64_t g = 0; g < group; g++, r++) {
             float slope = shape->slopes[kv_head * group + g] * unit_of(shape), first = block - (rows->start + row);
-            v16 *x = (v16 *)(tile->scores + r * BLOCK);
-            for (int v = 0; v < BLOCK / 16; v++) x[v] += slope * (lane + (first + 16 * v));
+            vfloat *x = (vfloat *)(tile->scores + r * BLOCK);
+            for (int v = 0; v < BLOCK / LANES; v++) x[v] += slope * (lane + (first + LANES * v));
         }
 }
 
-INLINE v16 capped(v16 x, float cap) {
-    const i32x16 sign = (i32x16){} + INT32_MIN;
-    v16 e = exp2_neg16((v16)((i32x16)x | sign) * (2.0f * LOG2_E));
-    v16 tanh = (1.0f - e) / (1.0f + e);
-    return (v16)((i32x16)tanh | ((i32x16)x & sign)) * (cap * LOG2_E);
+INLINE vfloat capped(vfloat x, float cap) {
+    const vint sign = (vint){} + INT32_MIN;
+    vfloat e = exp2_neg((vfloat)((vint)x | sign) * (2.0f * LOG2_E));
+    vfloat tanh = (1.0f - e) / (1.0f + e);
+    return (vfloat)((vint)tanh | ((vint)x & sign)) * (cap * LOG2_E);
 }
 
 /* Lanes of vector v that the row sees. */
-INLINE i32x16 seen(const Tile *tile, int64_t row, int v) {
-    i32x16 lane = (i32x16){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * v;
+INLINE vint seen(const Tile *tile, int64_t row, int v) {
+    vint lane = lane_numbers() + LANES * v;
     return (lane >= tile->from[row]) & (lane < tile->to[row]);
 }
 
 /* Scores to weights in place, in pairs if need be; maxima and sums move on, `fades` is what earlier results fade by. */
 APART void soften(Tile *tile, int64_t rows, float softcap, int64_t dots, const State *state) {
-    for (int64_t begin = 0; begin < rows; begin += 16) {
-        v16 best[16];
-        int64_t count = least(16, rows - begin);
-        for (int64_t n = 0; n < 16; n++) {
-            v16 *x = (v16 *)(tile->scores + (begin + n) * BLOCK);
-            best[n] = all16(LOWEST);
+    for (int64_t begin = 0; begin < rows; begin += LANES) {
+        vfloat best[LANES];
+        int64_t count = least(LANES, rows - begin);
+        for (int64_t n = 0; n < LANES; n++) {
+            vfloat *x = (vfloat *)(tile->scores + (begin + n) * BLOCK);
+            best[n] = splat(LOWEST);
             if (n >= count) continue;
             if (softcap > 0.0f)
-                for (int v = 0; v < BLOCK / 16; v++) x[v] = capped(x[v], softcap);
+                for (int v = 0; v < BLOCK / LANES; v++) x[v] = capped(x[v], softcap);
             if (tile->to[begin + n] - tile->from[begin + n] < BLOCK)
-                for (int v = 0; v < BLOCK / 16; v++) {
-                    i32x16 in = seen(tile, begin + n, v);
-                    x[v] = (v16)((in & (i32x16)x[v]) | (~in & (i32x16)best[n]));
+                for (int v = 0; v < BLOCK / LANES; v++) {
+                    vint in = seen(tile, begin + n, v);
+                    x[v] = (vfloat)((in & (vint)x[v]) | (~in & (vint)best[n]));
                 }
-            for (int v = 0; v < BLOCK / 16; v++) best[n] = larger(best[n], x[v]);
+            for (int v = 0; v < BLOCK / LANES; v++) best[n] = larger(best[n], x[v]);
         }
-        float tops[16], before[16] = {};
+        float tops[LANES], before[LANES] = {};
         memcpy(before, state->maxima + begin, sizeof(float) * count);
-        v16 now = larger(*(v16 *)before, fold16(best, 1));
+        vfloat now = larger(*(vfloat *)before, fold_all(best, 1));
         memcpy(tops, &now, sizeof tops);
         memcpy(state->maxima + begin, tops, sizeof(float) * count);
-        *(v16 *)(tile->fades + begin) = exp2_neg16(*(v16 *)before - now);
+        *(vfloat *)(tile->fades + begin) = exp2_neg(*(vfloat *)before - now);
         for (int64_t n = 0; n < count; n++) {
-            v16 *x = (v16 *)(tile->scores + (begin + n) * BLOCK), *sum = (v16 *)(state->sums + (begin + n) * 16), total = {};
+            vfloat *x = (vfloat *)(tile->scores + (begin + n) * BLOCK), *sum = (vfloat *)(state->sums + (begin + n) * LANES), total = {};
             float top = tops[n];
 #pragma GCC unroll 8
-            for (int v = 0; v < BLOCK / 16; v++) x[v] = exp2_neg16(x[v] - top);
+            for (int v = 0; v < BLOCK / LANES; v++) x[v] = exp2_neg(x[v] - top);
             if (tile->to[begin + n] - tile->from[begin + n] < BLOCK)
-                for (int v = 0; v < BLOCK / 16; v++) x[v] = (v16)(seen(tile, begin + n, v) & (i32x16)x[v]);
-            for (int v = 0; v < BLOCK / 16; v++) total += x[v];
-            *sum = fma16(*sum, all16(tile->fades[begin + n]), total);
+                for (int v = 0; v < BLOCK / LANES; v++) x[v] = (vfloat)(seen(tile, begin + n, v) & (vint)x[v]);
+            for (int v = 0; v < BLOCK / LANES; v++) total += x[v];
+            *sum = vfma(*sum, splat(tile->fades[begin + n]), total);
 #pragma GCC unroll 8
-            for (int v = 0; v < BLOCK / 16 && dots; v += 2) *(u32x16 *)(x + v / 2) = narrow32(x[v], x[v + 1]);
+            for (int v = 0; v < BLOCK / LANES && dots; v += 2) *(vuint *)(x + v / 2) = narrow_both(x[v], x[v + 1]);
         }
     }
 }
@@ -205,7 +201,7 @@ INLINE void weigh(const Shape *shape, Tile *tile, int64_t rows, const float *val
         if (from >= to) continue; /* then nothing fades either */
         from = from >> shift, to = (to + shift) >> shift;
         product(tile->scores + r * BLOCK + from, BLOCK, values + from * width, width, to - from, tile->fades + r,
-                found->out + r * width, width, least(ROWS, rows - r), width / 16, shape->dots);
+                found->out + r * width, width, least(ROWS, rows - r), width / LANES, shape->dots);
     }
 }
 
@@ -241,7 +237,7 @@ int attend(const Shape *shape, const Rows *rows, const Read *read, const Source 
                 seen_by(&tile, r, least(r + ROWS, count), &from, &to);
                 if (from < k + KEYS && to > k)
                     product(tile.turned + r * wide, wide, at.keys, KEYS, words_of(shape), 0, tile.scores + r * BLOCK + k,
-                            BLOCK, least(ROWS, count - r), KEYS / 16, shape->dots);
+                            BLOCK, least(ROWS, count - r), KEYS / LANES, shape->dots);
             }
         }
         if (shape->slopes) fall(shape, rows, source->head, block, &tile);
@@ -268,7 +264,7 @@ void attend_units(const Shape *shape, const Rows *rows, const Read *read, const 
         turn_back(shape, read->turns, base, num_rows, &tile);
         for (int64_t r = 0; r < num_rows; r += ROWS)
             product(tile.turned + r * wide, wide, at.keys, KEYS, words_of(shape), 0, tile.scores + r * BLOCK + UNIT * n,
-                    BLOCK, least(ROWS, num_rows - r), UNIT / 16, shape->dots);
+                    BLOCK, least(ROWS, num_rows - r), UNIT / LANES, shape->dots);
     }
     soften(&tile, num_rows, shape->softcap, shape->dots, found);
     weigh(shape, &tile, num_rows, values, found);
@@ -278,7 +274,7 @@ void attend_units(const Shape *shape, const Rows *rows, const Read *read, const 
 
 void state_clear(const State *state, int64_t rows, int64_t dim) {
     memset(state->out, 0, sizeof(float) * rows * padded(dim));
-    memset(state->sums, 0, sizeof(float) * rows * 16);
+    memset(state->sums, 0, sizeof(float) * rows * LANES);
     for (int64_t r = 0; r < rows; r++) state->maxima[r] = LOWEST;
 }
 
@@ -286,14 +282,14 @@ void state_merge(const State *to, const State *from, int64_t rows, int64_t dim) 
     int64_t width = padded(dim);
     for (int64_t r = 0; r < rows; r++) {
         float best = to->maxima[r] > from->maxima[r] ? to->maxima[r] : from->maxima[r];
-        v16 shares = exp2_neg16((v16){to->maxima[r] - best, from->maxima[r] - best});
-        v16 own = all16(shares[0]), other = all16(shares[1]);
+        vfloat shares = exp2_neg((vfloat){to->maxima[r] - best, from->maxima[r] - best});
+        vfloat own = splat(shares[0]), other = splat(shares[1]);
         to->maxima[r] = best;
-        v16 *sums = (v16 *)(to->sums + 16 * r);
-        *sums = fma16(*sums, own, *(v16 *)(from->sums + 16 * r) * other);
-        for (int64_t d = 0; d < width; d += 16) {
-            v16 *out = (v16 *)(to->out + r * width + d);
-            *out = fma16(*out, own, *(v16 *)(from->out + r * width + d) * other);
+        vfloat *sums = (vfloat *)(to->sums + LANES * r);
+        *sums = vfma(*sums, own, *(vfloat *)(from->sums + LANES * r) * other);
+        for (int64_t d = 0; d < width; d += LANES) {
+            vfloat *out = (vfloat *)(to->out + r * width + d);
+            *out = vfma(*out, own, *(vfloat *)(from->out + r * width + d) * other);
         }
     }
 }
@@ -301,15 +297,15 @@ void state_merge(const State *to, const State *from, int64_t rows, int64_t dim) 
 void state_finish(const Shape *shape, const State *state, int64_t row, const float *sink, int64_t out_at, void *out) {
     int64_t dim = shape->value_dim;
     float sum = 0.0f, weight = 1.0f, *from = state->out + row * padded(dim);
-    for (int lane = 0; lane < 16; lane++) sum += state->sums[row * 16 + lane];
+    for (int lane = 0; lane < LANES; lane++) sum += state->sums[row * LANES + lane];
     if (sink) {
         float own = *sink * LOG2_E, best = fmaxf(state->maxima[row], own);
-        v16 parts = exp2_neg16((v16){state->maxima[row] - best, own - best});
+        vfloat parts = exp2_neg((vfloat){state->maxima[row] - best, own - best});
         weight = parts[0];
         sum = sum * weight + parts[1];
     }
     weight = sum > 0.0f ? weight / sum : 0.0f; /* a row that sees no key gets 0 */
     int64_t d = 0;
-    for (; d + 16 <= dim; d += 16) store16(out, out_at + d, *(v16 *)(from + d) * weight, shape->query_dtype);
+    for (; d + LANES <= dim; d += LANES) store(out, out_at + d, *(vfloat *)(from + d) * weight, shape->query_dtype);
     for (; d < dim; d++) store1(out, out_at + d, from[d] * weight, shape->query_dtype);
 }

@@ -76,7 +76,7 @@ typedef struct {
 
 /* Of rows × heads of a group: sums of weighted values, of weights by lane, and the maxima they refer to. */
 typedef struct {
-    float *out, *sums, *maxima; /* [rows, padded value dim], [rows, 16], [rows] */
+    float *out, *sums, *maxima; /* [rows, padded value dim], [rows, LANES], [rows] */
 } State;
 
 /* Keys as [tiles, words of a key, KEYS], values as [keys, padded] or, in pairs, [keys / 2, padded] words. */
@@ -90,9 +90,10 @@ INLINE int64_t packed_keys(const Shape *shape, int64_t keys) { return keys * wor
 INLINE int64_t packed_values(const Shape *shape, int64_t keys) {
     return keys * padded(shape->value_dim) / (shape->dots ? 2 : 1);
 }
+INLINE int64_t state_floats(const Shape *shape) { return padded(shape->value_dim) + LANES + 1; } /* of a row of a State */
 INLINE int64_t group_of(const Shape *shape) { return shape->query_heads / shape->kv_heads; }
 
-/* Where 16 columns of packed keys begin, from column n of a block on, and the rows of their values. */
+/* Where UNIT columns of packed keys begin, from column n of a block on, and the rows of their values. */
 INLINE Packed columns_at(const Shape *shape, const Packed *block, int64_t n) {
     return (Packed){block->keys + packed_keys(shape, n / KEYS * KEYS) + n % KEYS, block->values + packed_values(shape, n)};
 }
@@ -103,7 +104,7 @@ void fetch_keys(const Shape *shape, const Source *source, int64_t begin, int64_t
 /* Keys [low, high) of the tile from `tile` on, turned, and their values, to the tile's place in `to`. */
 void pack_tile(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t low, int64_t high,
                const Packed *to);
-/* The same of one unit of keys, all of which are read, to its 16 columns. */
+/* The same of one unit of keys, all of which are read, to its columns. */
 void pack_unit(const Shape *shape, const Source *source, const Turns *turns, int64_t unit, const Packed *to);
 /* What `rows` find among the keys [begin, end) of one span, to `found`; 0: none of them reads any. Keys are packed from
  * `begin` on, or, where `packed` is null, as they are needed. */

@@ -30,7 +30,6 @@ typedef struct {
     int64_t pass, head, begin, end;
 } Unit;
 
-INLINE int64_t row_floats(const Shape *shape) { return padded(shape->value_dim) + 17; } /* of a state */
 INLINE int64_t packed_floats(const Shape *shape) { return packed_keys(shape, SPAN) + packed_values(shape, SPAN); }
 INLINE int64_t rows_in_all(const Plan *plan) { return plan->num_tiles ? plan->tile_stop[plan->num_tiles - 1] : 0; }
 
@@ -40,12 +39,12 @@ static int64_t rows_of(const Shape *shape, const Plan *plan, int64_t t) {
 
 INLINE State state_in(const Shape *shape, float *out, int64_t rows) {
     float *sums = out + rows * padded(shape->value_dim);
-    return (State){out, sums, sums + 16 * rows};
+    return (State){out, sums, sums + LANES * rows};
 }
 
 static State state_of(const Shape *shape, const Plan *plan, float *scratch, int64_t head, int64_t tile) {
     int64_t before = (head * rows_in_all(plan) + plan->tile_first[tile]) * group_of(shape);
-    float *out = scratch + 2 * packed_floats(shape) + before * row_floats(shape);
+    float *out = scratch + 2 * packed_floats(shape) + before * state_floats(shape);
     return state_in(shape, out, rows_of(shape, plan, tile));
 }
 
@@ -55,7 +54,7 @@ static Packed packed_at(const Shape *shape, float *scratch, int64_t unit) {
 }
 
 int64_t prerope_chunk_scratch(const Shape *shape, const Plan *plan) {
-    return 2 * packed_floats(shape) + shape->query_heads * rows_in_all(plan) * row_floats(shape);
+    return 2 * packed_floats(shape) + shape->query_heads * rows_in_all(plan) * state_floats(shape);
 }
 
 /* The unit with this number; pass is num_passes where there are no more. */
@@ -78,7 +77,7 @@ static Unit unit_at(const Shape *shape, const Plan *plan, int64_t number) {
 /* Tile t through all reads of a unit's keys. */
 static void tile_attend(const Shape *shape, const Plan *plan, int64_t t, const Unit *unit, const void *query,
                         const Source *source, float *scratch, int64_t number) {
-    float found_in[MAX_ROWS * row_floats(shape)] __attribute__((aligned(64)));
+    float found_in[MAX_ROWS * state_floats(shape)] __attribute__((aligned(64)));
     int64_t run = plan->tile_run[t], at = unit->pass * plan->num_runs + run;
     Packed packed = packed_at(shape, scratch, number);
     State state = state_of(shape, plan, scratch, unit->head, t), found = state_in(shape, found_in, MAX_ROWS);

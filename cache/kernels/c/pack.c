@@ -1,15 +1,16 @@
 /* Keys and values as attend.c's products take them: see `Packed` in attend.h. */
 #include "attend.h"
 
-/* 16 heads [16, from + dim] of floats or words to columns n … n + 15 of a tile. */
+/* UNIT heads [UNIT, words] of floats or words to columns n, n + 1, … of a tile. */
 INLINE void columns(const float *heads, int64_t stride, int64_t words, float *tile) {
-    for (int64_t w = 0; w < words; w += 16) {
-        v16 square[16];
+    for (int64_t h = 0; h < UNIT; h += LANES)
+        for (int64_t w = 0; w < words; w += LANES) {
+            vfloat square[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) square[i] = *(const v16 *)(heads + i * stride + w);
-        transpose16(square);
-        for (int i = 0; i < 16 && w + i < words; i++) *(v16 *)(tile + (w + i) * KEYS) = square[i];
-    }
+            for (int i = 0; i < LANES; i++) square[i] = *(const vfloat *)(heads + (h + i) * stride + w);
+            transpose(square);
+            for (int i = 0; i < LANES && w + i < words; i++) *(vfloat *)(tile + (w + i) * KEYS + h) = square[i];
+        }
 }
 
 /* Where key j of a source is, in heads from the first of the cache on; keys of a block lie `kv_heads` apart. */
@@ -36,41 +37,41 @@ void fetch_keys(const Shape *shape, const Source *source, int64_t begin, int64_t
 INLINE void pack_values(const Shape *shape, const char *const *from, int64_t n, float *to, const int dtype) {
     int64_t dim = shape->value_dim, width = padded(dim);
     float last[2][32] = {};
-    for (int64_t d = 0; d < width; d += 16) {
-        v16 value[2] = {};
+    for (int64_t d = 0; d < width; d += LANES) {
+        vfloat value[2] = {};
         for (int i = 0; i < 2; i++) {
             if (!from[i]) continue;
-            if (d + 16 <= dim) value[i] = load16(from[i], d, dtype);
+            if (d + LANES <= dim) value[i] = load(from[i], d, dtype);
             else {
                 for (int64_t lane = 0; d + lane < dim; lane++) last[i][lane] = load1(from[i], d + lane, dtype);
-                if (d < dim) value[i] = *(v16 *)last[i];
+                if (d < dim) value[i] = *(vfloat *)last[i];
             }
         }
-        if (shape->dots) *(u32x16 *)(to + n / 2 * width + d) = ((u32x16)value[0] >> 16) | (u32x16)odd((u32x16)value[1]);
+        if (shape->dots) *(vuint *)(to + n / 2 * width + d) = ((vuint)value[0] >> 16) | (vuint)odd((vuint)value[1]);
         else {
-            *(v16 *)(to + n * width + d) = value[0];
-            *(v16 *)(to + (n + 1) * width + d) = value[1];
+            *(vfloat *)(to + n * width + d) = value[0];
+            *(vfloat *)(to + (n + 1) * width + d) = value[1];
         }
     }
 }
 
-/* A head of bf16 as `turn` and `narrow32` leave it, without a detour through memory. */
+/* A head of bf16 as `turn` and `narrow_both` leave it, without a detour through memory. */
 INLINE void turn_words(const uint16_t *head, const float *cos, float *to, int64_t dim, int64_t rotary) {
     int64_t half = rotary / 2;
     const float *sin = cos + half;
-    for (int64_t m = 0; m < half; m += 32) {
-        v16 x[2], y[2];
+    for (int64_t m = 0; m < half; m += 2 * LANES) {
+        vfloat x[2], y[2];
 #pragma GCC unroll 2
         for (int v = 0; v < 2; v++) {
-            int64_t at = m + 16 * v;
-            v16 a = load16(head, at, BF16), b = load16(head, half + at, BF16);
-            v16 c = *(const v16 *)(cos + at), s = *(const v16 *)(sin + at);
-            x[v] = fma16(-b, s, a * c), y[v] = fma16(a, s, b * c);
+            int64_t at = m + LANES * v;
+            vfloat a = load(head, at, BF16), b = load(head, half + at, BF16);
+            vfloat c = *(const vfloat *)(cos + at), s = *(const vfloat *)(sin + at);
+            x[v] = vfma(-b, s, a * c), y[v] = vfma(a, s, b * c);
         }
-        *(u32x16 *)(to + m / 2) = narrow32(x[0], x[1]);
-        *(u32x16 *)(to + (half + m) / 2) = narrow32(y[0], y[1]);
+        *(vuint *)(to + m / 2) = narrow_both(x[0], x[1]);
+        *(vuint *)(to + (half + m) / 2) = narrow_both(y[0], y[1]);
     }
-    for (int64_t d = rotary; d < dim; d += 32) *(u32x16 *)(to + d / 2) = pairs_at(head + d);
+    for (int64_t d = rotary; d < dim; d += 2 * LANES) *(vuint *)(to + d / 2) = pairs_at(head + d);
 }
 
 /* Whether keys come as whole vectors of words, so that `pack_words` takes them. */
@@ -79,22 +80,22 @@ INLINE int in_words(const Shape *shape, int64_t rotary) {
            shape->value_dim % 32 == 0 && rotary % 64 == 0;
 }
 
-/* As `pack_columns`, where all 16 keys are read and lie in one block, from head `at` on; table: of the first key, or null. */
+/* As `pack_columns`, where all UNIT keys are read and lie in one block, from head `at` on; table: of the first key, or null. */
 INLINE void pack_words(const Shape *shape, const Source *source, const float *table, int64_t rotary, int64_t at,
                        const Packed *to) {
     int64_t dim = shape->head_dim, width = shape->value_dim, heads = shape->kv_heads;
     const uint16_t *key = (const uint16_t *)source->keys + at * dim;
     const uint16_t *value = (const uint16_t *)source->values + at * width;
-    float words[16][MAX_DIM / 2] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < 16; i++) turn_words(key + i * heads * dim, table + i * rotary, words[i], dim, rotary);
+    float words[UNIT][MAX_DIM / 2] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < UNIT; i++) turn_words(key + i * heads * dim, table + i * rotary, words[i], dim, rotary);
     columns(words[0], MAX_DIM / 2, dim / 2, to->keys);
-    for (int64_t i = 0; i < 16; i += 2, value += 2 * heads * width)
-        for (int64_t d = 0; d < width; d += 16)
-            *(u32x16 *)(to->values + i / 2 * width + d) = words16(*(const u16x16 *)(value + d)) |
-                                                          words16(*(const u16x16 *)(value + heads * width + d)) << 16;
+    for (int64_t i = 0; i < UNIT; i += 2, value += 2 * heads * width)
+        for (int64_t d = 0; d < width; d += LANES)
+            *(vuint *)(to->values + i / 2 * width + d) = to_words(*(const vhalf *)(value + d)) |
+                                                          to_words(*(const vhalf *)(value + heads * width + d)) << 16;
 }
 
-/* Keys tile + n … tile + n + 15, of them [low, high), turned, to 16 columns of a tile; their values to 16 rows. */
+/* UNIT keys from tile + n on, of them [low, high), turned, to as many columns of a tile; their values to rows. */
 INLINE void pack_columns(const Shape *shape, const Source *source, const Turns *turns, int64_t tile, int64_t n, int64_t low,
                          int64_t high, const Packed *to, const int dtype) {
     int64_t dim = shape->head_dim, wide = padded(dim), words = words_of(shape), rotary = shape->rotary_dim;
@@ -103,9 +104,9 @@ INLINE void pack_columns(const Shape *shape, const Source *source, const Turns *
     if (turns->bases) table = turns->tables + ((int64_t)turns->table[tile / KEYS] * KEYS + n) * rotary;
     if (dtype == BF16 && begin >= low && begin + UNIT <= high && in_words(shape, table ? rotary : 0))
         return pack_words(shape, source, table, table ? rotary : 0, place_of(shape, source, begin), to);
-    float raw[MAX_DIM], heads[16][MAX_DIM] __attribute__((aligned(64)));
+    float raw[MAX_DIM], heads[UNIT][MAX_DIM] __attribute__((aligned(64)));
     const char *values[2];
-    for (int64_t i = 0; i < 16; i++) {
+    for (int64_t i = 0; i < UNIT; i++) {
         float *head = heads[i];
         for (int64_t d = dim; d < wide; d++) head[d] = 0.0f;
         values[i % 2] = 0;
@@ -118,8 +119,8 @@ INLINE void pack_columns(const Shape *shape, const Source *source, const Turns *
             memset(head, 0, sizeof(float) * dim);
         }
         if (shape->dots) /* in place: a vector of words is written where its two of floats were read */
-            for (int64_t d = 0; d < wide; d += 32)
-                *(u32x16 *)(head + d / 2) = narrow32(*(v16 *)(head + d), *(v16 *)(head + d + 16));
+            for (int64_t d = 0; d < wide; d += 2 * LANES)
+                *(vuint *)(head + d / 2) = narrow_both(*(vfloat *)(head + d), *(vfloat *)(head + d + LANES));
         if (i % 2) pack_values(shape, values, i - 1, to->values, dtype);
     }
     columns(heads[0], MAX_DIM, words, to->keys);

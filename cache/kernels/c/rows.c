@@ -138,25 +138,25 @@ void prerope_plan_rows(RowPlan *plan) {
 }
 
 /* Floats of what one KV head finds for one row of an item. */
-INLINE int64_t state_floats(const Shape *shape) { return group_of(shape) * (padded(shape->value_dim) + 17); }
+INLINE int64_t found_floats(const Shape *shape) { return group_of(shape) * state_floats(shape); }
 
 /* That of an item's rows from `row` of the step on. */
 INLINE State state_at(const Shape *shape, float *scratch, const Item *item, int64_t head, int64_t row) {
     int64_t group = group_of(shape), rows = item->count * group, at = (row - item->first) * group;
-    float *out = scratch + (item->before * shape->kv_heads + head * item->count) * state_floats(shape);
-    float *sums = out + rows * padded(shape->value_dim), *maxima = sums + 16 * rows;
-    return (State){out + at * padded(shape->value_dim), sums + 16 * at, maxima + at};
+    float *out = scratch + (item->before * shape->kv_heads + head * item->count) * found_floats(shape);
+    float *sums = out + rows * padded(shape->value_dim), *maxima = sums + LANES * rows;
+    return (State){out + at * padded(shape->value_dim), sums + LANES * at, maxima + at};
 }
 
 /* Where the units that a row reads are written, behind what is found; after those of all rows, room for their scores. */
 INLINE int32_t *chosen_at(const Shape *shape, const RowPlan *plan, float *scratch, int64_t row, int64_t head) {
-    int32_t *all = (int32_t *)(scratch + plan->num_found * shape->kv_heads * state_floats(shape));
+    int32_t *all = (int32_t *)(scratch + plan->num_found * shape->kv_heads * found_floats(shape));
     return all + plan->rows[row].chosen_before * shape->kv_heads + head * plan->rows[row].far.count;
 }
 
 INLINE uint32_t *scores_at(const Shape *shape, const RowPlan *plan, float *scratch, int64_t row, int64_t head) {
     const Row *one = plan->rows + row;
-    float *all = scratch + plan->num_found * shape->kv_heads * state_floats(shape) + plan->num_chosen * shape->kv_heads;
+    float *all = scratch + plan->num_found * shape->kv_heads * found_floats(shape) + plan->num_chosen * shape->kv_heads;
     return (uint32_t *)all + one->units_before * shape->kv_heads + head * (one->far.stop - one->far.first);
 }
 
@@ -164,8 +164,8 @@ INLINE uint32_t *scores_at(const Shape *shape, const RowPlan *plan, float *scrat
 static void attend_chosen(const Shape *shape, const RowPlan *plan, const Item *item, const Rows *rows,
                           const Source *source, const int32_t *chosen, const State *found) {
     int64_t group = group_of(shape), width = padded(shape->value_dim);
-    float other_in[group * (width + 17)] __attribute__((aligned(64)));
-    State other = {other_in, other_in + group * width, other_in + group * (width + 16)};
+    float other_in[group * state_floats(shape)] __attribute__((aligned(64)));
+    State other = {other_in, other_in + group * width, other_in + group * (width + LANES)};
     state_clear(found, group, shape->value_dim);
     for (int64_t part = 0; part < plan->rows[item->first].reading->num_parts; part++) {
         Read read = read_of(plan, item->first, 1, part);
@@ -251,7 +251,7 @@ void row_finish(const Shape *shape, const RowPlan *plan, int64_t row, const floa
 
 /* Floats of scratch for a plan. */
 int64_t prerope_rows_scratch(const Shape *shape, const RowPlan *plan) {
-    return (plan->num_found * state_floats(shape) + plan->num_chosen + plan->num_units) * shape->kv_heads;
+    return (plan->num_found * found_floats(shape) + plan->num_chosen + plan->num_units) * shape->kv_heads;
 }
 
 /* query, out: [rows, Hq, D or Dv]. keys, values: [num_blocks, block_size, Hkv, D or Dv]. bounds: of keys, as in

@@ -3,18 +3,18 @@
 #include "attend.h"
 #include "select.h"
 
-INLINE v16 smaller(v16 a, v16 b) { return -larger(-a, -b); }
+INLINE vfloat smaller(vfloat a, vfloat b) { return -larger(-a, -b); }
 
 INLINE void bounds_of(const void *keys, int64_t from, int64_t size, int64_t width, void *bounds, int64_t at,
                       const int dtype) {
     int64_t d = 0;
-    for (; d + 16 <= width; d += 16) {
-        v16 least = load16(keys, from + d, dtype), most = least;
+    for (; d + LANES <= width; d += LANES) {
+        vfloat least = load(keys, from + d, dtype), most = least;
         for (int64_t n = 1; n < size; n++) {
-            v16 key = load16(keys, from + n * width + d, dtype);
+            vfloat key = load(keys, from + n * width + d, dtype);
             least = smaller(least, key), most = larger(most, key);
         }
-        store16(bounds, at + d, least, dtype), store16(bounds, at + width + d, most, dtype);
+        store(bounds, at + d, least, dtype), store(bounds, at + width + d, most, dtype);
     }
     for (; d < width; d++) {
         float least = load1(keys, from + d, dtype), most = least;
@@ -61,10 +61,10 @@ INLINE void unit_bounds(const Shape *shape, const void *bounds, const int64_t *b
     int64_t dim = shape->head_dim, width = shape->kv_heads * dim, grains = UNIT / least(shape->block_size, UNIT);
     for (int64_t n = 0; n < grains; n++) {
         int64_t at = bounds_at(shape, blocks, unit, n, head), d = 0;
-        for (; d + 16 <= dim; d += 16) {
-            v16 least = load16(bounds, at + d, dtype), most = load16(bounds, at + width + d, dtype);
-            if (n) least = smaller(*(v16 *)(low + d), least), most = larger(*(v16 *)(high + d), most);
-            *(v16 *)(low + d) = least, *(v16 *)(high + d) = most;
+        for (; d + LANES <= dim; d += LANES) {
+            vfloat least = load(bounds, at + d, dtype), most = load(bounds, at + width + d, dtype);
+            if (n) least = smaller(*(vfloat *)(low + d), least), most = larger(*(vfloat *)(high + d), most);
+            *(vfloat *)(low + d) = least, *(vfloat *)(high + d) = most;
         }
         for (; d < dim; d++) {
             float least = load1(bounds, at + d, dtype), most = load1(bounds, at + width + d, dtype);
@@ -73,21 +73,21 @@ INLINE void unit_bounds(const Shape *shape, const void *bounds, const int64_t *b
     }
 }
 
-/* The largest sums of any of the group's queries, for 16 units whose bounds are low, high [16, MAX_DIM]; parts: negative
+/* The largest sums of any of the group's queries, for LANES units whose bounds are low, high [LANES, MAX_DIM]; parts: negative
  * and positive parts of the queries, [group, 2, wide]. */
-INLINE v16 unit_scores(const float *parts, const float *low, const float *high, int64_t group, int64_t wide) {
-    v16 best = all16(-INFINITY);
+INLINE vfloat unit_scores(const float *parts, const float *low, const float *high, int64_t group, int64_t wide) {
+    vfloat best = splat(-INFINITY);
     for (int64_t g = 0; g < group; g++) {
         const float *negative = parts + 2 * g * wide, *positive = negative + wide;
-        v16 sums[16];
-        for (int u = 0; u < 16; u++) {
-            sums[u] = (v16){};
-            for (int64_t d = 0; d < wide; d += 16) {
-                sums[u] = fma16(*(v16 *)(negative + d), *(v16 *)(low + u * MAX_DIM + d), sums[u]);
-                sums[u] = fma16(*(v16 *)(positive + d), *(v16 *)(high + u * MAX_DIM + d), sums[u]);
+        vfloat sums[LANES];
+        for (int u = 0; u < LANES; u++) {
+            sums[u] = (vfloat){};
+            for (int64_t d = 0; d < wide; d += LANES) {
+                sums[u] = vfma(*(vfloat *)(negative + d), *(vfloat *)(low + u * MAX_DIM + d), sums[u]);
+                sums[u] = vfma(*(vfloat *)(positive + d), *(vfloat *)(high + u * MAX_DIM + d), sums[u]);
             }
         }
-        best = larger(best, fold16(sums, 0));
+        best = larger(best, fold_all(sums, 0));
     }
     return best;
 }
@@ -118,21 +118,21 @@ void score_units(const Shape *shape, const void *query, int64_t query_at, const 
                  int64_t head, int64_t begin, int64_t end, uint32_t *scores) {
     int64_t dim = shape->head_dim, wide = (dim + 15) / 16 * 16, group = shape->query_heads / shape->kv_heads;
     float parts[2 * group * wide] __attribute__((aligned(64)));
-    float low[16][MAX_DIM] __attribute__((aligned(64))), high[16][MAX_DIM] __attribute__((aligned(64)));
-    for (int64_t i = 0; i < 16; i++)
+    float low[LANES][MAX_DIM] __attribute__((aligned(64))), high[LANES][MAX_DIM] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < LANES; i++)
         for (int64_t d = 0; d < wide; d++) low[i][d] = high[i][d] = 0.0f;
     for (int64_t g = 0; g < group; g++)
         for (int64_t d = 0; d < wide; d++) {
             float x = d < dim ? load1(query, query_at + (head * group + g) * dim + d, shape->query_dtype) : 0.0f;
             parts[2 * g * wide + d] = x < 0.0f ? x : 0.0f, parts[(2 * g + 1) * wide + d] = x > 0.0f ? x : 0.0f;
         }
-    for (int64_t unit = begin; unit < least(begin + 16, end); unit++) fetch_bounds(shape, bounds, blocks, unit, head);
-    for (int64_t unit = begin; unit < end; unit += 16) {
-        int64_t count = least(16, end - unit);
-        for (int64_t next = unit + 16; next < least(unit + 32, end); next++) fetch_bounds(shape, bounds, blocks, next, head);
+    for (int64_t unit = begin; unit < least(begin + LANES, end); unit++) fetch_bounds(shape, bounds, blocks, unit, head);
+    for (int64_t unit = begin; unit < end; unit += LANES) {
+        int64_t count = least(LANES, end - unit);
+        for (int64_t next = unit + LANES; next < least(unit + 2 * LANES, end); next++) fetch_bounds(shape, bounds, blocks, next, head);
         for (int64_t i = 0; i < count; i++)
             WITH_DTYPE(shape->dtype, unit_bounds(shape, bounds, blocks, unit + i, head, low[i], high[i], DTYPE))
-        v16 found = unit_scores(parts, low[0], high[0], group, wide);
+        vfloat found = unit_scores(parts, low[0], high[0], group, wide);
         for (int64_t i = 0; i < count; i++) scores[unit - begin + i] = ordered(found[i]);
     }
 }

@@ -1,7 +1,7 @@
 /* Products of activations and weights.
  *
- * There is one order. 16 lanes run along a weight row, over 32 of its members after the other, and are folded at the end;
- * so the weights are read where the checkpoint or torchao put them. One row or hundreds, streamed from memory or from a
+ * There is one order. LANES lanes run along a weight row, two members at a time, and are folded at the end; so the weights
+ * are read where the checkpoint or torchao put them. One row or hundreds, streamed from memory or from a
  * panel in L2, a product is `dots`, and its result depends on neither the other rows nor the number of threads.
  *
  * What the lanes do is the product's *kind*. Of bf16, either pairs are multiplied by the processor's bf16 dot products, or
@@ -17,22 +17,25 @@
 #include "linear.h"
 #include "vectors.h"
 
-#define BLOCK 16 /* weight rows of a unit of work of few rows */
-#define BESIDE 4  /* of them are streamed side by side: 16, and 1, were slower */
+#define OUTPUTS 16 /* sums that are folded together: of R rows and OUTPUTS/R weight rows */
+#define BLOCK 16   /* weight rows of a unit of work of few rows */
+#define BESIDE 4   /* of them are streamed side by side: 16, and 1, were slower */
+#define STEP (2 * LANES) /* members of a row that lanes take at once: two vectors of floats, or one of pairs */
 #define AHEAD 8192 /* bytes before its use that a weight is asked for */
 #define PANEL 32 /* weight rows of a unit of work of many rows */
 #define TILE 4   /* rows that run over a panel together */
 #define LEAST_ROWS 64 /* of many rows, a unit of work */
-
 int omp_get_thread_num(void);
 
-INLINE v16 bytes_at(const int8_t *from) {
-#ifdef __AVX512F__
-    i32x16 wide = (i32x16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+INLINE vfloat bytes_at(const int8_t *from) {
+#if defined(__AVX512F__)
+    vint wide = (vint)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__AVX2__)
+    vint wide = (vint)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #else
-    i32x16 wide = __builtin_convertvector(__builtin_convertvector(*(const i8x16 *)from, i16x16), i32x16);
+    vint wide = __builtin_convertvector(__builtin_convertvector(*(const vbyte *)from, vshort), vint);
 #endif
-    return __builtin_convertvector(wide, v16);
+    return __builtin_convertvector(wide, vfloat);
 }
 
 INLINE float widen(uint16_t x) { return load1(&x, 0, BF16); }
@@ -54,90 +57,128 @@ static int64_t num_units(const Linear *linear, int64_t size) {
     return units;
 }
 
-/* 32 members of a weight row as the lanes take them: two vectors of floats, or one of pairs. */
-INLINE void weigh(const char *at, v16 *first, v16 *second, const int kind) {
-    if (kind == FULL) *first = *(const v16 *)at, *second = *(const v16 *)(at + 64);
-    if (kind == DOTS) *first = *(const v16 *)at;
-    if (kind == WIDENED) {
-        u32x16 pairs = pairs_at((const uint16_t *)at);
-        *first = even(pairs), *second = odd(pairs);
+/* STEP members of a weight row as the lanes take them: a vector of pairs, or the first or second one of floats. */
+INLINE vfloat weights_at(const char *at, const int second, const int kind) {
+    const int8_t *bytes = (const int8_t *)at;
+    switch (kind) {
+        case FULL: return *(const vfloat *)(at + second * 4 * LANES);
+        case WIDENED: return second ? odd(pairs_at((const uint16_t *)at)) : even(pairs_at((const uint16_t *)at));
+        case DOTS: return *(const vfloat *)at;
+        case BYTES: return bytes_at(bytes + second * LANES);
+        default: return (vfloat)narrow_both(bytes_at(bytes), bytes_at(bytes + LANES));
     }
-    if (kind == BYTES || kind == BYTE_DOTS) *first = bytes_at((const int8_t *)at), *second = bytes_at((const int8_t *)at + 16);
-    if (kind == BYTE_DOTS) *first = (v16)narrow32(*first, *second);
 }
 
-/* C members, again for each of the 16/C rows. */
-INLINE v16 for_each_row(const float *from, const int C) {
-    float all[16] __attribute__((aligned(64)));
-    for (int r = 0; r < 16 / C; r++) memcpy(all + r * C, from, sizeof(float) * C);
-    return *(v16 *)all;
-}
-
-/* Lanes' sums of outputs n, n + 1, … of rows row, row + 1, …: [R, 16/R]. n < 0: there are none yet. */
+/* Lanes' sums of outputs n, n + 1, … of rows row, row + 1, …: [R, OUTPUTS/R]. n < 0: there are none yet. */
 typedef struct {
-    v16 lanes[16];
+    vfloat lanes[OUTPUTS];
     int64_t row, n;
 } Sums;
 
+/* C members, again for each of the OUTPUTS/C rows. */
+INLINE void for_each_row(const float *from, float *to, const int C) {
+    for (int r = 0; r < OUTPUTS / C; r++) memcpy(to + r * C, from, sizeof(float) * C);
+}
+
 /* The sums folded, to where they belong. */
 INLINE void put(const Linear *linear, const Part *part, Sums *of, const int R, const int kind) {
-    const int C = 16 / R, dtype = dtype_of(kind), size = dtype == FP32 ? 4 : 2;
-    v16 sums = fold16(of->lanes, 0);
-    if (part->scales) sums *= for_each_row(part->scales + of->n, C);
+    const int C = OUTPUTS / R, dtype = dtype_of(kind), size = dtype == FP32 ? 4 : 2;
+    float scales[OUTPUTS], biases[OUTPUTS], wide[OUTPUTS];
+    uint16_t halves[OUTPUTS];
+    if (part->scales) for_each_row(part->scales + of->n, scales, C);
     if (part->bias) {
-        float bias[16];
+        float bias[OUTPUTS];
         for (int c = 0; c < C; c++) bias[c] = load1(part->bias, of->n + c, dtype);
-        sums += for_each_row(bias, C);
+        for_each_row(bias, biases, C);
     }
-    u16x16 narrow = narrow16(sums);
-    const char *from = dtype == FP32 ? (const char *)&sums : (const char *)&narrow;
+#pragma GCC unroll 4
+    for (int i = 0; i < OUTPUTS; i += LANES) {
+        vfloat sums = fold_all(of->lanes + i, 0);
+        if (part->scales) sums *= *(vfloat *)(scales + i);
+        if (part->bias) sums += *(vfloat *)(biases + i);
+        if (dtype == FP32) *(vfloat *)(wide + i) = sums;
+        else *(vhalf *)(halves + i) = narrow(sums);
+    }
+    const char *from = dtype == FP32 ? (const char *)wide : (const char *)halves;
     for (int r = 0; r < R && of->row + r < linear->rows; r++)
         memcpy((char *)part->out + ((of->row + r) * part->features + of->n) * size, from + r * C * size, size * C);
 }
 
-/* Sums [R, beside] go on over the members [from, to). */
-INLINE void add_dots(const char *const *x, const char *weight, int64_t stride, int64_t from, int64_t to, v16 *sum, const int R,
-                     const int beside, const int kind, const int stream, int64_t ahead) {
+/* Sums [R, beside] go on over a vector of the rows and weights, one of those that STEP members from k on are. */
+INLINE void add_vector(const char *const *x, const char *weight, int64_t stride, int64_t k, const int second, vfloat *sum,
+                       const int R, const int beside, const int kind) {
     const int pairs = in_pairs(kind);
-    for (int64_t k = from; k < to; k += 32) {
-        v16 low[8], high[8];
+    vfloat row[8];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+        row[r] = *(const vfloat *)(x[r] + k * (pairs ? 2 : 4) + second * 4 * LANES);
+        if (beside > 1) row[r] = held(row[r]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < beside; c++) {
+        vfloat weights = held(weights_at(weight + c * stride + k * weight_size(kind), second, kind));
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            low[r] = held16(*(const v16 *)(x[r] + k * (pairs ? 2 : 4)));
-            if (!pairs) high[r] = held16(*(const v16 *)(x[r] + k * 4 + 64));
-        }
-#pragma GCC unroll 4
-        for (int c = 0; c < beside; c++) {
-            const char *at = weight + c * stride + k * weight_size(kind);
-            if (stream) __builtin_prefetch(at + ahead, 0, 2);
-            v16 first, second;
-            weigh(at, &first, &second, kind);
-            first = held16(first);
-            if (!pairs) second = held16(second);
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-                v16 *here = sum + r * beside + c;
-                *here = pairs ? dot16(*here, (u32x16)first, (u32x16)low[r]) : fma16(first, low[r], *here);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R && !pairs; r++) sum[r * beside + c] = fma16(second, high[r], sum[r * beside + c]);
+            vfloat *here = sum + r * beside + c;
+            *here = pairs ? dot_pairs(*here, (vuint)weights, (vuint)row[r]) : vfma(weights, row[r], *here);
         }
     }
 }
 
-/* R rows of x, as `linear_ready` leaves them, against the 16/R weight rows from `weight` on. Where weights stream from
+/* The same over the members [from, to). */
+INLINE void add_dots(const char *const *x, const char *weight, int64_t stride, int64_t from, int64_t to, vfloat *sum,
+                     const int R, const int beside, const int kind, const int stream, int64_t ahead) {
+    for (int64_t k = from; k < to; k += 32) {
+#pragma GCC unroll 4
+        for (int c = 0; c < beside && stream; c++)
+            __builtin_prefetch(weight + c * stride + k * weight_size(kind) + ahead, 0, 2);
+#pragma GCC unroll 4
+        for (int at = 0; at < 32; at += STEP) {
+            add_vector(x, weight, stride, k + at, 0, sum, R, beside, kind);
+            if (!in_pairs(kind)) add_vector(x, weight, stride, k + at, 1, sum, R, beside, kind);
+        }
+    }
+}
+
+/* How many weight rows run side by side: as many sums as leave registers for what is multiplied. */
+INLINE int num_beside(const int R) { return least(least(OUTPUTS / R, BESIDE), REGISTERS / 2 / R); }
+
+/* Lanes' sums of R rows and num_beside(R) weight rows, over all members, to lanes [R, OUTPUTS/R]. */
+INLINE void sum_all(const char *const *x, const char *weight, int64_t stride, int64_t in, int64_t ahead, vfloat *lanes,
+                    const int R, const int kind, const int stream) {
+    const int beside = num_beside(R);
+    vfloat sum[OUTPUTS] = {};
+    add_dots(x, weight, stride, 0, in, sum, R, beside, kind, stream, ahead);
+#pragma GCC unroll 16
+    for (int i = 0; i < R * beside; i++) lanes[i / beside * (OUTPUTS / R) + i % beside] = sum[i];
+}
+
+/* With few registers compilers only keep sums in them in a function of their own. */
+typedef void SumAll(const char *const *x, const char *weight, int64_t stride, int64_t in, int64_t ahead, vfloat *lanes);
+#define APART static __attribute__((noinline))
+#define SUM_ALL(name, R, kind, stream) \
+    APART void name(const char *const *x, const char *weight, int64_t stride, int64_t in, int64_t ahead, vfloat *lanes) { \
+        sum_all(x, weight, stride, in, ahead, lanes, R, kind, stream); \
+    }
+
+/* R rows of x, as `linear_ready` leaves them, against the OUTPUTS/R weight rows from `weight` on. Where weights stream from
  * memory, what lies `ahead` bytes behind each is asked for. What the call before this one left in `sums` is put amid these
  * products: folding waits for itself, and they do not wait for it. `of`: the kind of the linear layer. */
 INLINE void dots(const Linear *linear, const Part *part, const char *const *x, const char *weight, int64_t stride, int64_t row,
-                 int64_t n, const int R, const int kind, const int of, const int stream, int64_t ahead, Sums *sums) {
-    const int C = 16 / R, beside = C < BESIDE ? C : BESIDE;
+                 int64_t n, const int R, const int kind, const int of, const int stream, int64_t ahead, SumAll *apart,
+                 Sums *sums) {
+    const int C = OUTPUTS / R, beside = num_beside(R);
     int64_t in = linear->in, middle = in / 64 * 32;
+    if (REGISTERS <= 16) {
+        if (sums->n >= 0) put(linear, part, sums, R, of);
+        for (int begin = 0; begin < C; begin += beside) apart(x, weight + begin * stride, stride, in, ahead, sums->lanes + begin);
+    }
 #pragma GCC unroll 16
-    for (int begin = 0; begin < C; begin += beside) {
+    for (int begin = 0; begin < C && REGISTERS > 16; begin += beside) {
         const char *at = weight + begin * stride;
-        v16 sum[16];
+        vfloat sum[OUTPUTS];
 #pragma GCC unroll 16
-        for (int i = 0; i < R * beside; i++) sum[i] = (v16){};
+        for (int i = 0; i < R * beside; i++) sum[i] = (vfloat){};
         add_dots(x, at, stride, 0, middle, sum, R, beside, kind, stream, ahead);
         if (begin == 0 && sums->n >= 0) put(linear, part, sums, R, of);
         add_dots(x, at, stride, middle, in, sum, R, beside, kind, stream, ahead);
@@ -156,31 +197,32 @@ INLINE void rows_at(const Linear *linear, const char *x, int64_t row, const char
 
 /* --- few rows --------------------------------------------------------------------------------------------------------- */
 
-INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const char *x, const int R, const int kind) {
+INLINE void block_of(const Linear *linear, const Part *part, int64_t first, const char *x, const int R, const int kind,
+                     SumAll *apart) {
     int64_t stride = linear->in * weight_size(kind), most_rows = (linear->rows + R - 1) / R * R;
     Sums sums = {.n = -1};
     for (int64_t row = 0; row < linear->rows; row += R) {
         const char *rows[8];
         rows_at(linear, x, row, rows, R, kind);
-        for (int64_t n = first; n < first + BLOCK; n += 16 / R) {
+        for (int64_t n = first; n < first + BLOCK; n += OUTPUTS / R) {
             /* Rows that come in several tiles share out the asking for the next block. */
             int64_t ahead = AHEAD, share = (n - first) * most_rows / BLOCK;
             if (most_rows > R) ahead = share >= row && share < row + R ? BLOCK * stride : 0;
             const char *weight = (const char *)part->weight + n * stride;
-            dots(linear, part, rows, weight, stride, row, n, R, kind, kind, 1, ahead, &sums);
+            dots(linear, part, rows, weight, stride, row, n, R, kind, kind, 1, ahead, apart, &sums);
         }
     }
     put(linear, part, &sums, R, kind);
 }
 
-#define APART static __attribute__((noinline))
 #define BLOCK_OF(kind) \
+    SUM_ALL(sum1_##kind, 1, kind, 1) SUM_ALL(sum2_##kind, 2, kind, 1) SUM_ALL(sum4_##kind, 4, kind, 1) \
     APART void block_of_##kind(const Linear *linear, const Part *part, int64_t first, const char *x) { \
         int64_t rows = linear->rows; \
-        if (rows == 1) block_of(linear, part, first, x, 1, kind); \
-        else if (rows == 2) block_of(linear, part, first, x, 2, kind); \
-        else if (rows <= 4) block_of(linear, part, first, x, 4, kind); \
-        else block_of(linear, part, first, x, 8, kind); \
+        if (rows == 1) block_of(linear, part, first, x, 1, kind, sum1_##kind); \
+        else if (rows == 2) block_of(linear, part, first, x, 2, kind, sum2_##kind); \
+        else if (rows <= 4 || REGISTERS <= 16) block_of(linear, part, first, x, 4, kind, sum4_##kind); \
+        else block_of(linear, part, first, x, 8, kind, 0); \
     }
 BLOCK_OF(FULL)
 BLOCK_OF(WIDENED)
@@ -190,12 +232,12 @@ BLOCK_OF(BYTE_DOTS)
 
 int linear_is_wide(const Linear *linear) { return linear->kind == WIDENED || linear->kind == BYTES; }
 
-/* In the order that the lanes take members of the weights in: of every 32 of bf16, the even ones before the odd ones. */
+/* In the order that the lanes take members of the weights in: of every STEP of bf16, the even ones before the odd ones. */
 void linear_ready(const Linear *linear, const uint16_t *from, float *to) {
     int byte = linear->kind == BYTES;
-    for (int64_t i = 0; i < linear->in && linear_is_wide(linear); i += 32) {
-        *(v16 *)(to + i) = byte ? load16(from, i, BF16) : even(pairs_at(from + i));
-        *(v16 *)(to + i + 16) = byte ? load16(from, i + 16, BF16) : odd(pairs_at(from + i));
+    for (int64_t i = 0; i < linear->in && linear_is_wide(linear); i += STEP) {
+        *(vfloat *)(to + i) = byte ? load(from, i, BF16) : even(pairs_at(from + i));
+        *(vfloat *)(to + i + LANES) = byte ? load(from, i + LANES, BF16) : odd(pairs_at(from + i));
     }
 }
 
@@ -232,12 +274,11 @@ INLINE void pack_as(const Part *part, int64_t first, int64_t count, int64_t in, 
     for (int64_t c = 0; c < count; c++) {
         const char *from = (const char *)part->weight + (first + c) * in * weight_size(kind);
         char *to = panel + c * in * panel_size(kind);
-        for (int64_t k = 0; k < in; k += 32) {
-            v16 low, high;
-            __builtin_prefetch(from + k * weight_size(kind) + AHEAD, 0, 2);
-            weigh(from + k * weight_size(kind), &low, &high, kind);
-            *(v16 *)(to + k * panel_size(kind)) = low;
-            if (!in_pairs(kind)) *(v16 *)(to + k * 4 + 64) = high;
+        for (int64_t k = 0; k < in; k += STEP) {
+            const char *at = from + k * weight_size(kind);
+            __builtin_prefetch(at + AHEAD, 0, 2);
+            *(vfloat *)(to + k * panel_size(kind)) = weights_at(at, 0, kind);
+            if (!in_pairs(kind)) *(vfloat *)(to + (k + LANES) * 4) = weights_at(at, 1, kind);
         }
     }
 }
@@ -254,23 +295,25 @@ static void pack(const Linear *linear, const Part *part, int64_t first, int64_t 
 
 /* Rows [begin, end) of x against a panel of `count` ≥ 4 weight rows, as `kind` finds them there: FULL or DOTS. */
 INLINE void tiles(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, const char *x,
-                  int64_t begin, int64_t end, const int kind, const int of) {
+                  int64_t begin, int64_t end, const int kind, const int of, SumAll *apart) {
     int64_t stride = linear->in * panel_size(kind);
     Sums sums = {.n = -1};
     for (int64_t row = begin; row < end; row += TILE) {
         const char *rows[TILE];
         rows_at(linear, x, row, rows, TILE, kind);
-        for (int64_t n = 0; n < count; n += 16 / TILE) {
-            int64_t at = least(n, count - 16 / TILE);
-            dots(linear, part, rows, panel + at * stride, stride, row, first + at, TILE, kind, of, 0, 0, &sums);
+        for (int64_t n = 0; n < count; n += OUTPUTS / TILE) {
+            int64_t at = least(n, count - OUTPUTS / TILE);
+            dots(linear, part, rows, panel + at * stride, stride, row, first + at, TILE, kind, of, 0, 0, apart, &sums);
         }
     }
     put(linear, part, &sums, TILE, of);
 }
+SUM_ALL(sum_tile_FULL, TILE, FULL, 0)
+SUM_ALL(sum_tile_DOTS, TILE, DOTS, 0)
 #define TILES(name, kind, of) \
     APART void name(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, \
                     const char *x, int64_t begin, int64_t end) { \
-        tiles(linear, part, first, count, panel, x, begin, end, kind, of); \
+        tiles(linear, part, first, count, panel, x, begin, end, kind, of, sum_tile_##kind); \
     }
 TILES(tiles_full, FULL, FULL)
 TILES(tiles_widened, FULL, WIDENED)
