@@ -216,3 +216,29 @@ def test_pairs_are_multiplied_where_the_processor_can(processor: Processor, requ
     processor.call(HAS_DOTS, answer)
     processor.run()
     assert bool(answer) == ("with bf16" in request.node.name)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "arch", "product", "register"),
+    [
+        ("gcc", "x86-64-v4", "vfmadd", "zmm"),
+        ("gcc", "x86-64-v3", "vfmadd", "ymm"),
+        ("gcc", "x86-64-v2", "mulps", "xmm"),
+        ("aarch64-linux-gnu-gcc", "armv8-a", "fmla", ".4s"),
+    ],
+)
+@pytest.mark.parametrize("source", [models.SOURCES / "linear.c", SOURCES / "attend.c"], ids=lambda path: path.stem)
+def test_products_take_whole_registers(compiler: str, arch: str, product: str, register: str, source: Path) -> None:
+    """A compiler takes a vector wider than a register apart, into single floats: results are right, and slow."""
+    if shutil.which(compiler) is None or (compiler == "gcc" and platform.machine() != "x86_64"):
+        pytest.skip(f"no {compiler} for {arch}")
+    common = [flag for flag in FLAGS if not flag.startswith("-march")] if compiler == "gcc" else ["-O3", "-fopenmp"]
+    included = [argument for one in (SOURCES, models.SOURCES) for argument in ("-I", str(one))]
+    command = [compiler, *common, f"-march={arch}", *included, "-S", str(source), "-o", "-"]
+    code = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
+    products = [line for line in code.splitlines() if line.strip().startswith(product)]
+    whole = [line for line in products if register in line]
+    assert len(whole) > 60
+    assert len(whole) >= 0.95 * len(products)
+    single = [line for line in code.splitlines() if line.strip().startswith(("vinsertps", "vunpcklps", "insertps"))]
+    assert len(single) <= len(whole) / 4, "vectors are put together float by float"
