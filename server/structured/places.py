@@ -18,11 +18,11 @@ MARK = "x-differ"
 ITEMS, NAMES = "items", "names"
 """What must differ: an array's items, an object's names. A mark is a list of these."""
 
-MAX_PLACES = 2_000
-"""Of one document, and so of what is remembered of it."""
+MAX_LOOKS = 40_000
+"""Schemas that are looked at in one document, some 40 ms: a schema counts once for each place that may follow it."""
 
-MAX_LOOKS = 200
-"""Schemas that are looked at to tell how many values there are."""
+MAX_LOOKS_TO_COUNT = 200
+"""Those that are looked at to tell how many values there are."""
 
 _MANY = 10**9
 
@@ -64,7 +64,7 @@ class Place:
             least = one.get("minItems", 0)
             if self.items_differ and least > 1 and _is_array(one):
                 items = [one.get("items", True), *_list(one, "prefixItems")]
-                if min(self._places.count(item, MAX_LOOKS) for item in items) < least:
+                if min(self._places.count(item, MAX_LOOKS_TO_COUNT) for item in items) < least:
                     raise Unenforceable(
                         f"'uniqueItems' with 'minItems' {least}, and it is not known that there are so many different "
                         "items: leave 'minItems' out, or list the items with 'enum'"
@@ -88,6 +88,7 @@ class Places:
     def __init__(self, root: Any) -> None:
         self._document = Document(root)
         self._known: dict[frozenset[int], Place] = {}
+        self._left = MAX_LOOKS
         self._leading = self._that_lead_to_marks(root)
         self.root = self.of([root])
         left = [] if self.root is None else [self.root]
@@ -106,8 +107,6 @@ class Places:
         if self._leading.isdisjoint(key):
             return None
         if key not in self._known:
-            if len(self._known) >= MAX_PLACES:
-                raise Unenforceable("items must differ in too many places; set 'uniqueItems' in fewer schemas")
             self._known[key] = Place(self, found)
         return self._known[key]
 
@@ -120,7 +119,13 @@ class Places:
                 found[id(one)] = one
                 left += [self._document.referenced(one.get("$ref"))]
                 left += [branch for key in ("allOf", "anyOf", "oneOf") for branch in _list(one, key)]
+        self._look(1 + len(found))
         return list(found.values())
+
+    def _look(self, at: int) -> None:
+        self._left -= at
+        if self._left < 0:
+            raise Unenforceable("items must differ in too many places; set 'uniqueItems' in fewer schemas")
 
     def _that_lead_to_marks(self, root: Any) -> set[int]:
         """The schemas from which a marked one is reached."""
@@ -148,6 +153,7 @@ class Places:
 
     def count(self, schema: Any, looks: int) -> int:
         """At least so many values follow a schema, as far as one can see."""
+        self._look(1)
         if schema is True or schema == {}:
             return _MANY
         if not isinstance(schema, dict) or looks <= 0:

@@ -274,9 +274,11 @@ PART: Mapping[str, Foreign] = ignored(
 TOOL_CALL: Mapping[str, Foreign] = ignored(
     "index", "cache_control", "provider_specific_fields", "extra_content", "caller", "status"
 )
+FREE_TOOL = "a tool of free text is a function with one parameter of the type string, whose 'pattern' may be a regex"
 TOOL: Mapping[str, Foreign] = {
     **ignored("cache_control", "eager_input_streaming"),
     "defer_loading": Foreign("all tools are told to the model"),
+    "custom": Foreign(FREE_TOOL),
 }
 FUNCTION: Mapping[str, Foreign] = {**TOOL, **ignored("returns", "return", "response", "output_schema")}
 FORMAT: Mapping[str, Foreign] = ignored("strict", "description")

@@ -256,6 +256,7 @@ def optional_schema(
 
 def schema_text(schema: Any, param: str) -> str:
     """A client's JSON schema as the text that is compiled."""
+    GrammarText("json", json_text(schema, param), param)  # what is too long is refused before there is work on it
     try:
         rewritten = enforceable(schema)
     except RecursionError:

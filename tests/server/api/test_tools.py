@@ -616,6 +616,7 @@ def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_pa
 
 BAD: list[tuple[dict[str, Any], str, list[str]]] = [
     ({"tools": [{"type": "function"}]}, "tools.0.function", ["function"]),
+    ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.custom", ["one parameter of the type string"]),
     ({"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools.0.type", ["function"]),
     ({"tools": [function("a b", None)]}, "tools.0.function.name", ["name"]),
     ({"tools": [function("f", {"type": "string"})]}, "tools.0.function.parameters", ["object"]),

@@ -21,7 +21,7 @@ from prerope.server.api.dialects.requests.common import (
 )
 from prerope.server.api.openai.schemas import OpenAIFields
 from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, Verbatim, json_type
-from prerope.server.api.requests.foreign import BODY, HINT, Foreign, ignored
+from prerope.server.api.requests.foreign import BODY, FREE_TOOL, HINT, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.api.requests.sampling_types import MaxTokens
@@ -266,9 +266,9 @@ def _tool(value: Any, param: str) -> Tool | None:
         if not current_report().strict:
             current_report().ignore(param)
             return None
+        instead = f"; {FREE_TOOL}" if given.get("type") == "custom" else ""
         raise InvalidRequest(
-            f"'{param}' has the type '{str(given.get('type'))[:MAX_SHOWN]}': only functions are supported; a tool of "
-            "free text is a function with one parameter of the type string, whose pattern may be a regex",
+            f"'{param}' has the type '{str(given.get('type'))[:MAX_SHOWN]}': only functions are supported{instead}",
             param="tools",
             code="unsupported_field",
         )
