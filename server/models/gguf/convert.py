@@ -20,6 +20,7 @@ from prerope.server.models.config.values import wrong_in
 from prerope.server.models.gguf.header import SCALARS, Header, read_header
 from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.gguf.splitting import set_splitting
+from prerope.server.models.gguf.stated import check_heard, check_stated
 from prerope.server.models.gguf.tensors import ROPE_TENSORS, Weights, dequantised, write_by_transformers
 
 STATED = {
@@ -29,6 +30,7 @@ STATED = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "logit_scale": "logit_scale",
+    "sliding_window": "attention.sliding_window",
 }
 """What a file states and transformers leaves at its class's default, in part of the families: attribute → key."""
 
@@ -42,8 +44,10 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
 
     header = read_header(file)
     try:
+        check_stated(header)
         with _parsed(header):
             config, tokenizer = _config(header), _tokenizer(header, report)
+        check_heard(header, config)
         if wrong := wrong_in(config.to_dict()):
             raise ConfigurationError(f"{file.name} cannot be served: it says, in a config's words, that {wrong}")
         folder.mkdir(parents=True, exist_ok=True)

@@ -165,6 +165,67 @@ def test_only_full_attention_is_scaled_where_layers_are_of_two_kinds() -> None:
     assert (sliding.rope_type, sliding.base) == ("default", 2e4)
 
 
+# --- what it states ---
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (lambda w: w.add_sliding_window(16), "it states attention.sliding_window 16, which transformers leaves unread"),
+        (lambda w: w.add_attn_logit_softcapping(10.0), "attn_logit_softcapping 10, which transformers leaves unread"),
+        (lambda w: w.add_logit_scale(0.5), "logit_scale 0.5, which"),
+        (lambda w: w.add_attention_scale(0.9), "attention.scale 0.9, which"),
+        (lambda w: w.add_max_alibi_bias(8.5), "attention.max_alibi_bias 8.5, which"),
+        (lambda w: w.add_clamp_kqv(0.5), "attention.clamp_kqv 0.5, which"),
+        (lambda w: w.add_residual_scale(0.3), "residual_scale 0.3, which"),
+        (lambda w: w.add_embedding_scale(12.0), "embedding_scale 12, which"),
+        (lambda w: w.add_causal_attention(False), "its tokens read what follows them, too"),
+        (lambda w: w.add_type("adapter"), "it is an adapter: merge it"),
+        (lambda w: w.add_type("mmproj"), "it is the part of a model that sees or hears"),
+    ],
+)
+def test_what_changes_the_maths_and_is_left_unread_is_refused(
+    copy_of: Callable[[Path], Path], tmp_path: Path, values: Values, said: str
+) -> None:
+    assert said in refusal(copy_of, write_gguf(tmp_path / "m.gguf", values=values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda w: w.add_sliding_window(262144),
+        lambda w: w.add_logit_scale(1.0),
+        lambda w: w.add_attention_scale(8**-0.5),
+        lambda w: w.add_causal_attention(True),
+        lambda w: w.add_type("model"),
+    ],
+)
+def test_what_changes_nothing_is_served(copy_of: Callable[[Path], Path], tmp_path: Path, values: Values) -> None:
+    copy_of(write_gguf(tmp_path / "m.gguf", values=values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("llama.context_length", None, "does not state llama.context_length: it is damaged"),
+        ("llama.attention.layer_norm_rms_epsilon", None, "llama.attention.layer_norm_rms_epsilon"),
+        ("llama.attention.head_count", None, "does not state llama.attention.head_count"),
+        ("tokenizer.ggml.merges", None, "does not state tokenizer.ggml.merges"),
+        ("tokenizer.ggml.model", None, "does not state tokenizer.ggml.model"),
+        ("tokenizer.ggml.eos_token_id", 99, "its eos_token_id is 99, and it has 8 tokens"),
+    ],
+)
+def test_what_must_be_there_is_named(
+    copy_of: Callable[[Path], Path], tmp_path: Path, key: str, value: int | None, said: str
+) -> None:
+    def change(writer: Any) -> None:
+        writer.kv_data[0].pop(key)
+        if value is not None:
+            writer.add_uint32(key, value)
+
+    assert said in refusal(copy_of, write_gguf(tmp_path / "m.gguf", values=change))
+
+
 # --- tokens ---
 
 
