@@ -6,6 +6,7 @@ our header instead of parsing the file again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,9 +63,15 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
         raise
     except Exception as error:  # readers of a format that grows raise whatever they meet
         raise ConfigurationError(
-            f"transformers cannot read {file.name}: {first_line(error)}. The file is damaged, or of a model that this "
+            f"transformers cannot read {file.name}: {_why(error)}. The file is damaged, or of a model that this "
             "version does not know: download it again, or take the model in safetensors"
         ) from error
+
+
+def _why(error: Exception) -> str:
+    if of_a_field := re.search(r"Validation error for field '(\w+)'", str(error)):
+        return f"its {of_a_field[1]} is of another kind than a model of this architecture has, such as one a layer"
+    return first_line(error)
 
 
 # --- config and tokenizer ---------------------------------------------------------------------------------------------

@@ -374,6 +374,15 @@ def test_numbers_of_heads_that_cannot_be_have_a_remedy(copy_of: Callable[[Path],
     )
 
 
+def test_a_number_of_heads_for_each_layer_is_told(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    def each(writer: Any) -> None:
+        writer.kv_data[0].pop("llama.attention.head_count_kv")
+        writer.add_array("llama.attention.head_count_kv", [2, 1])
+
+    said = refusal(copy_of, write_gguf(tmp_path / "m.gguf", layers=2, values=each))
+    assert "its num_key_value_heads is of another kind than a model of this architecture has" in said
+
+
 @pytest.mark.parametrize("value", [0.0, -1e-5, math.nan, math.inf, 1e30])
 @pytest.mark.parametrize(
     ("key", "name"),
