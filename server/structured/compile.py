@@ -11,7 +11,6 @@ at a cost that is known.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -22,10 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.differing import vocabulary
-from prerope.server.structured.follow import Part
 from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, shorten
-from prerope.server.structured.places import MARK, Places
 from prerope.server.structured.rules import check_rules
 from prerope.server.structured.text import GrammarText, json_options
 
@@ -107,21 +103,7 @@ def compile_here(wanted: GrammarText, tokenizer: Tokenizer, cost: Cost) -> Compi
     began = time.perf_counter()
     matcher.deep_copy().compute_bitmask()
     slow = time.perf_counter() - began > QUICK_S
-    return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow, parts=differing_parts(wanted, tables))
-
-
-def differing_parts(wanted: GrammarText, tables: LLTokenizer) -> list[Part]:
-    """The JSON documents within, in which values must differ; schemas without a mark are not read."""
-    given = (((), wanted.text),) if wanted.kind == "json" else wanted.within
-    parts = []
-    for head, text in given:
-        root = Places(json.loads(text)).root if MARK in text else None
-        if root is not None:
-            spelled = (one.encode() if isinstance(one, str) else tables.decode_bytes([one]) for one in head)
-            parts.append(Part(b"".join(spelled), root))
-    if parts:
-        vocabulary(tables)  # takes a moment
-    return parts
+    return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow)
 
 
 def new_matcher(wanted: GrammarText, tables: LLTokenizer, *, on_trial: bool = True) -> LLMatcher:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
 from prerope.server.machine.threads import step_aside
-from prerope.server.structured.differing import Differing, vocabulary
-from prerope.server.structured.follow import Part
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -34,12 +31,10 @@ MAX_REASON_CHARS = 300
 class TokenMatcher:
     """llguidance's matcher as the engine's `Matcher`: one thread at a time, the engine's or that of a mask."""
 
-    __slots__ = ("_accepting", "_differing", "_failure", "_finished", "_inner", "_mask", "_slow", "_tokenizer")
+    __slots__ = ("_accepting", "_failure", "_finished", "_inner", "_mask", "_slow", "_tokenizer")
 
-    def __init__(
-        self, inner: LLMatcher, tokenizer: LLTokenizer, differing: Differing | None = None, *, slow: bool = False
-    ) -> None:
-        self._inner, self._tokenizer, self._differing = inner, tokenizer, differing
+    def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer, *, slow: bool = False) -> None:
+        self._inner, self._tokenizer = inner, tokenizer
         self._slow = slow
         self._failure = ""
         self._accepting = inner.is_accepting()
@@ -65,8 +60,6 @@ class TokenMatcher:
             self._failure = "a token was drawn that it forbids"
         if self._inner.is_error():
             self._failure = shorten(self._inner.get_error())
-        elif self._differing is not None:
-            self._differing.accept(token_id)
         self._accepting, self._finished = self._inner.is_accepting(), self._inner.is_stopped()
         ended = self._failure or self._finished
         self._mask = None if ended else self._begin()
@@ -89,8 +82,6 @@ class TokenMatcher:
     def _compute(self) -> bytes:
         began = time.perf_counter()
         mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
-        if self._differing is not None:
-            mask = self._differing.allowed(self._inner, mask)
         self._slow = time.perf_counter() - began > QUICK_S
         return mask
 
@@ -100,21 +91,11 @@ class CompiledGrammar:
 
     Attributes:
         num_bytes: what it takes of memory.
-        parts: JSON documents within, in which values must differ.
     """
 
-    __slots__ = ("_lock", "_parts", "_prototype", "_slow", "_tokenizer", "num_bytes")
+    __slots__ = ("_lock", "_prototype", "_slow", "_tokenizer", "num_bytes")
 
-    def __init__(
-        self,
-        prototype: LLMatcher,
-        tokenizer: LLTokenizer,
-        num_bytes: int = 0,
-        *,
-        slow: bool = False,
-        parts: Sequence[Part] = (),
-    ) -> None:
-        self._parts = parts
+    def __init__(self, prototype: LLMatcher, tokenizer: LLTokenizer, num_bytes: int = 0, *, slow: bool = False) -> None:
         self._prototype = prototype
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # llguidance's objects may be used by one thread at a time
@@ -122,8 +103,7 @@ class CompiledGrammar:
         self.num_bytes = num_bytes
 
     def matcher(self) -> TokenMatcher:
-        differing = Differing(self._parts, vocabulary(self._tokenizer)) if self._parts else None
-        return TokenMatcher(self._copy(), self._tokenizer, differing, slow=self._slow)
+        return TokenMatcher(self._copy(), self._tokenizer, slow=self._slow)
 
     def prefix(self) -> Prefix:
         return Prefix(self._copy(), self._tokenizer)

@@ -3,15 +3,16 @@
 llguidance refuses a schema with a keyword that it does not enforce. Many of those ask for nothing where they stand
 (`"uniqueItems": false`, `then` without `if`, a format of the client's own), or can be said in another way (the names of
 an object's properties, as a dictionary with keys of an enumeration has them). What it would take and not hold is said
-in another way, too, or refused. The rewritten schema allows what the client's allows or less, never more. That items or
-names differ from each other (`uniqueItems`, `minProperties`) no grammar can tell: such schemas have a mark of
-`places`, and `differing` holds a reply to it. What can be said in no other way is left as it is, for llguidance to
+in another way, too, or refused. The rewritten schema allows what the client's allows or less, never more, with one
+exception that the caller is told of by name: that items or names differ from each other (`uniqueItems`,
+`minProperties`) where they cannot be listed. What can be said in no other way is left as it is, for llguidance to
 refuse.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from prerope.server.structured.document import APPLICATORS, LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
@@ -19,8 +20,7 @@ from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
 from prerope.server.structured.numbers import check_numbers, narrow_bounds
-from prerope.server.structured.places import ITEMS, MARK, NAMES, Places
-from prerope.server.structured.sets import Disjoint, enumerated
+from prerope.server.structured.sets import MAX_CHOICES, MAX_LISTED, MAX_PERMUTED, Disjoint, choices, enumerated
 from prerope.server.structured.values import Unenforceable, distinct, holds_control
 
 LETTERS = 'nrbtf\\"'
@@ -30,11 +30,20 @@ character of a name that is not listed be written by its number, and so a listed
 WHITESPACE = ("whitespace_flexible", "whitespace_pattern")
 
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
+_TYPES = ("null", "boolean", "number", "string", "object", "array")
 _LOOK_AROUND = re.compile(r"\(\?<?[=!]")
 
 
-def enforceable(schema: Any) -> Any:
-    """A schema rewritten. Unenforceable says why a reply could not be held to it; RecursionError where it nests deeper
+@dataclass(slots=True)
+class Enforceable:
+    """`schema` for llguidance. `dropped`: keywords that asked for something that is not enforced."""
+
+    schema: Any
+    dropped: list[str] = field(default_factory=list)
+
+
+def enforceable(schema: Any) -> Enforceable:
+    """Rewrites a schema. Unenforceable says why a reply could not be held to it; RecursionError where it nests deeper
     than Python can follow."""
     schema = {} if schema is True else as_drafted(schema)
     rewriter = _Rewriter(Document(schema))
@@ -45,13 +54,11 @@ def enforceable(schema: Any) -> Any:
     if isinstance(new, dict):
         new.pop("$schema", None)  # all drafts are said in the words of the last one
         told = _whitespace(new.pop("x-guidance", None))
-        if rewriter.document.has_one_writing:
+        if rewriter.document.names_are_open:
             told["json_allowed_escapes"] = LETTERS
         if told:
             new["x-guidance"] = told
-    if rewriter.marked:
-        Places(new)  # says what cannot be held
-    return new
+    return Enforceable(new, sorted(rewriter.dropped))
 
 
 def _whitespace(options: Any) -> dict[str, Any]:
@@ -62,8 +69,9 @@ def _whitespace(options: Any) -> dict[str, Any]:
 class _Rewriter:
     def __init__(self, document: Document) -> None:
         self.document = document
-        self.marked = False
+        self.dropped: set[str] = set()
         self.done: set[int] = set()
+        self._choices_left = MAX_CHOICES
         self._disjoint = Disjoint(document.referenced)
 
     def rewritten(self, schema: Any) -> Any:
@@ -73,7 +81,7 @@ class _Rewriter:
         if schema.get("not") in ({}, True) and schema.keys() - REMARKS == {"not"}:
             self.done.add(id(schema["not"]))
             return False  # as zod writes it
-        new = {key: self._within(key, value) for key, value in schema.items() if key != MARK}
+        new = {key: self._within(key, value) for key, value in schema.items()}
         if not self.document.one_of_is_named and self._disjoint.branches(schema):
             _one_of(new)
         exact = self.document.is_exact(schema)
@@ -85,7 +93,8 @@ class _Rewriter:
             _keys(new)
             _numbers_or_text(new)
         self._names(new, exact=exact)
-        self._mark(new)
+        self._unique(new, exact=exact)
+        self._differing_names(new)
         return new
 
     def _within(self, key: str, value: Any) -> Any:
@@ -111,10 +120,10 @@ class _Rewriter:
         """Unenforceable for a listed value that could not be written."""
         for key in schema.keys() & {"const", "enum"}:
             check_numbers(schema[key])
-            if self.document.has_one_writing and holds_control(schema[key]):
+            if self.document.names_are_open and holds_control(schema[key]):
                 raise Unenforceable(
-                    f"'{key}' lists a control character: with names beside those of 'properties', or 'uniqueItems', "
-                    "none can be written; set 'additionalProperties' to false, or leave 'uniqueItems' out"
+                    f"'{key}' lists a control character: with names beside those of 'properties' none can be written; "
+                    "set 'additionalProperties' to false"
                 )
 
     def _names(self, schema: Schema, *, exact: bool) -> None:
@@ -132,15 +141,42 @@ class _Rewriter:
             return
         del schema["propertyNames"]
 
-    def _mark(self, schema: Schema) -> None:
-        """Say that items must differ, or names: more names than are listed may be one name twice."""
-        marks = [ITEMS] if schema.pop("uniqueItems", False) is True and schema.get("maxItems", 2) not in (0, 1) else []
+    def _unique(self, schema: Schema, *, exact: bool) -> None:
+        """`uniqueItems` of items that can be listed: every choice of them as a tuple. Elsewhere it is dropped."""
+        if "uniqueItems" not in schema:
+            return
+        if schema.pop("uniqueItems") is not True or schema.get("maxItems", 2) in (0, 1):
+            return
+        values = None if "prefixItems" in schema else self._enumerated(schema.get("items"))
+        if values is None or len(values) > (MAX_PERMUTED if exact else MAX_LISTED):
+            self.dropped.add("uniqueItems")
+            return
+        tuples = [*choices(values)]
+        if len(tuples) > self._choices_left:
+            self.dropped.add("uniqueItems")
+            return
+        self._choices_left -= len(tuples)
+        # The bounds on the number of items stay where they are, and choose among the tuples.
+        del schema["items"]
+        others: list[Schema] = [] if schema.get("type") == "array" else [{"type": list(_TYPES[:-1])}]
+        _also(schema, {"anyOf": [*tuples, *others]})
+
+    def _enumerated(self, items: Any) -> list[Any] | None:
+        """The values that a schema lists, itself or by references and choices, without repetition."""
+        schema = self._target(items)
+        if schema is None or set(schema) != {"anyOf"} or not isinstance(schema["anyOf"], list):
+            return None if schema is None else enumerated(schema)
+        listed = [None if (one := self._target(branch)) is None else enumerated(one) for branch in schema["anyOf"]]
+        return None if None in listed else distinct([value for values in listed for value in values or ()])
+
+    def _differing_names(self, schema: Schema) -> None:
+        """More names than are listed may be one name twice: a grammar cannot tell."""
         least, required = schema.get("minProperties", 0), schema.get("required", [])
-        if isinstance(least, int) and isinstance(required, list):
-            closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
-            marks += [NAMES] if not closed and least > len(distinct(required)) + 1 else []
-        if marks:
-            schema[MARK], self.marked = marks, True
+        if not isinstance(least, int) or not isinstance(required, list):
+            return
+        closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
+        if not closed and least > len(distinct(required)) + 1:
+            self.dropped.add("minProperties")
 
     def _target(self, schema: Any) -> Schema | None:
         """The schema without remarks, behind a reference into this document; None where that is not one object."""

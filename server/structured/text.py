@@ -20,16 +20,12 @@ Kind = Literal["json", "regex", "lark"]
 
 @dataclass(frozen=True, slots=True)
 class GrammarText:
-    """What a client asks for: `text` is a JSON schema, a regex or a grammar. `param` is the request's field.
-
-    within: the schemas of the JSON documents within a grammar of ours, each behind texts and special tokens.
-    """
+    """What a client asks for: `text` is a JSON schema, a regex or a grammar. `param` is the request's field."""
 
     kind: Kind
     text: str
     param: str = field(compare=False)
     compact: bool = False
-    within: tuple[tuple[tuple[str | int, ...], str], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest where it is too long."""

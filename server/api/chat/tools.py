@@ -198,16 +198,14 @@ def call_grammar(
     if free:
         lazy = "" if form.begin in marks else "[lazy]"  # text ends where the mark does
         lines += [r"TEXT: /(.|\n)*/", f"text_and_mark{lazy}: TEXT {mark(form.begin)}"]
-    within = []
     for index, function in enumerate(functions):
-        name, head, schema = function.name, f'{{"name": "{function.name}", "{form.key}": ', function.schema_text
         if form.args:
-            call = f"{quoted(name)} {mark(form.args)} arguments_{index}"
+            call = f"{quoted(function.name)} {mark(form.args)} arguments_{index}"
         else:
-            call = f'{quoted(head)} arguments_{index} "}}"'
-        lines += [f"call_{index}: {call}", f"arguments_{index}: %json {schema}"]
-        within.append(((name, marks.get(form.args, form.args)) if form.args else (head,), schema))
-    return GrammarText("lark", "\n".join(lines), "tools", within=tuple(within))
+            head = quoted(f'{{"name": "{function.name}", "{form.key}": ')
+            call = f'{head} arguments_{index} "}}"'
+        lines += [f"call_{index}: {call}", f"arguments_{index}: %json {function.schema_text}"]
+    return GrammarText("lark", "\n".join(lines), "tools")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from prerope.server.api.requests.body import (
     unicode_text,
 )
 from prerope.server.api.requests.foreign import FORMAT, IGNORED, Foreign
+from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 from prerope.server.nesting import nests_deeper
 from prerope.server.structured.matcher import CompiledGrammar
@@ -255,7 +256,7 @@ def optional_schema(
 
 
 def schema_text(schema: Any, param: str) -> str:
-    """A client's JSON schema as the text that is compiled."""
+    """A client's JSON schema as the text that is compiled. A keyword that is not enforced is named in the header."""
     GrammarText("json", json_text(schema, param), param)  # what is too long is refused before there is work on it
     try:
         rewritten = enforceable(schema)
@@ -263,7 +264,9 @@ def schema_text(schema: Any, param: str) -> str:
         raise too_deep(param) from None
     except Unenforceable as error:
         raise InvalidRequest(f"'{param}' cannot be enforced: {error}", param=param, code="bad_grammar") from None
-    return json_text(rewritten, param)
+    for keyword in rewritten.dropped:
+        current_report().ignore(f"{param}.{keyword}")
+    return json_text(rewritten.schema, param)
 
 
 def regex_grammar(regex: str | None, param: str) -> GrammarText | None:

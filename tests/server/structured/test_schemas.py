@@ -26,12 +26,10 @@ import jsonschema
 import numpy as np
 import pydantic
 import pytest
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.compile import differing_parts, new_matcher
+from prerope.server.structured.compile import new_matcher
 from prerope.server.structured.finite import check_finite
-from prerope.server.structured.matcher import CompiledGrammar, TokenMatcher
-from prerope.server.structured.places import MARK
 from prerope.server.structured.rules import check_rules
 from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import GrammarText
@@ -51,45 +49,36 @@ def byte_tokens() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-def compiled(schema: Any) -> CompiledGrammar:
-    wanted, tables = GrammarText("json", json.dumps(enforceable(schema)), "json_schema"), byte_tokens()
-    return CompiledGrammar(new_matcher(wanted, tables), tables, parts=differing_parts(wanted, tables))
+def compiled(schema: Any) -> LLMatcher:
+    text = json.dumps(enforceable(schema).schema)
+    return new_matcher(GrammarText("json", text, "json_schema"), byte_tokens())
 
 
-def next_bytes(matcher: TokenMatcher) -> list[int]:
-    bits = np.unpackbits(np.frombuffer(matcher.mask(), np.uint8), bitorder="little")
-    return [int(token) for token in np.flatnonzero(bits) if token < 256]
+def accepts(matcher: LLMatcher, text: str) -> bool:
+    copy, tokens = matcher.deep_copy(), byte_tokens().tokenize_str(text)
+    return copy.try_consume_tokens(tokens) == len(tokens) and copy.is_accepting()
 
 
-def accepts(grammar: CompiledGrammar, text: str) -> bool:
-    matcher = grammar.matcher()
-    for byte in text.encode():
-        if matcher.finished or byte not in next_bytes(matcher):
-            return False
-        matcher.accept(byte)
-    return matcher.accepting
-
-
-def reply(grammar: CompiledGrammar, rng: random.Random) -> str | None:
+def reply(matcher: LLMatcher, rng: random.Random) -> str | None:
     """One that the grammar allows; None for one that has not ended in time."""
-    matcher, text = grammar.matcher(), bytearray()
+    copy, text = matcher.deep_copy(), bytearray()
     while len(text) < 4 * LONG:
-        if matcher.finished or (matcher.accepting and (len(text) > LONG or rng.random() < 0.3)):
+        if copy.is_stopped() or (copy.is_accepting() and (len(text) > LONG or rng.random() < 0.3)):
             return text.decode()
-        allowed = next_bytes(matcher)
-        assert allowed, f"the grammar is stuck after {text!r}: {matcher.failure}"
+        bits = np.unpackbits(np.frombuffer(copy.compute_bitmask(), np.uint8), bitorder="little")
+        allowed = [int(token) for token in np.flatnonzero(bits) if token < 256]
+        assert allowed, f"the grammar is stuck after {text!r}: {copy.get_error()}"
         if len(text) > LONG:
             allowed = [byte for byte in allowed if byte in b'"}],0'] or allowed
         byte = rng.choice([byte for byte in allowed if byte not in DULL] or allowed)
-        matcher.accept(byte)
-        assert not matcher.failure
+        assert copy.consume_token(byte)
         text.append(byte)
     return None
 
 
 def replies(schema: Any) -> list[str]:
-    grammar, rng = compiled(schema), random.Random(0)
-    ended = [text for _ in range(NUM_REPLIES) if (text := reply(grammar, rng)) is not None]
+    matcher, rng = compiled(schema), random.Random(0)
+    ended = [text for _ in range(NUM_REPLIES) if (text := reply(matcher, rng)) is not None]
     assert ended
     return ended
 
@@ -127,20 +116,6 @@ TYPES: list[Any] = [
     set[Literal["a", "b"] | None],
     Annotated[set[bool | None], Field(min_length=3)],
     set[bool],
-    set[int],
-    set[str],
-    set[float],
-    set[Annotated[int, Field(ge=0, le=12)]],
-    set[Annotated[str, Field(max_length=1)]],
-    set[Annotated[str, Field(pattern="^(a|b.?)$")]],
-    set[uuid.UUID],
-    set[Literal["a", "aa", "ab", "b", 1, 10, 11, True, None]],
-    set[frozenset[Literal["a", "b"]]],
-    set[tuple[Literal[1, 2], bool]],
-    dict[str, set[int]],
-    Annotated[set[str], Field(min_length=3, max_length=5)],
-    Annotated[dict[str, bool], Field(min_length=4)],
-    set[str] | list[Literal["a"]],
     set[Literal["a", "b", "c", "d", "e"]],
     Annotated[set[Literal[1, 2, 3]], Field(min_length=2)],
     dict[Literal["a", "b"], int],
@@ -180,6 +155,7 @@ TYPES: list[Any] = [
 def test_what_pydantic_asks_for(type_: Any) -> None:
     adapter = TypeAdapter(type_)
     schema = adapter.json_schema()
+    assert not enforceable(schema).dropped
     validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
     for text in replies(schema):
         adapter.validate_json(text)
@@ -187,78 +163,22 @@ def test_what_pydantic_asks_for(type_: Any) -> None:
 
 
 def test_what_pydantic_takes_though_its_schema_cannot_be_held() -> None:
-    """The text of a number, where pydantic's schema has its pattern: without one, as it writes a Decimal from 2.14 on,
-    it is that of `float | str`."""
+    """Items that may repeat: a set has each once. And the text of a number, where pydantic's schema has its pattern:
+    without one, as it writes a Decimal from 2.14 on, it is that of `float | str`."""
+    adapter = TypeAdapter(set[int])
+    assert enforceable(adapter.json_schema()).dropped == ["uniqueItems"]
+    assert all(isinstance(adapter.validate_json(text), set) for text in replies(adapter.json_schema()))
     pattern = r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"  # pydantic 2.12 and 2.13
     for text in replies({"anyOf": [{"type": "number"}, {"type": "string", "pattern": pattern}]}):
         TypeAdapter(Decimal).validate_json(text)
 
 
-@pytest.mark.parametrize(
-    ("schema", "right", "wrong"),
-    [
-        (
-            {"uniqueItems": True},
-            ["[]", "[1, 2]", "[1, true, 10]", "[[1], [2]]", '[{"a": 1}, {"a": 2}]', '[[1, 1], "1"]'],
-            ["[1, 1]", "[1, 1.0]", "[1,2,1.00]", "[[1, 2], [1,2]]", '[{"a": 1, "b": [2]}, {"b": [2.0], "a": 1}]'],
-        ),
-        (
-            {"uniqueItems": True, "items": {"type": "number"}},
-            ["[1, 1.5]", "[0.5, 5, 50]"],
-            ["[1, 1.0]", "[100, 1e2]", "[0, -0]"],
-        ),
-        ({"uniqueItems": True, "items": {"type": "string"}}, ['["a", "ab", ""]'], ['["a", "b", "a"]', '["", ""]']),
-        (
-            {"minProperties": 2},
-            ['{"a": 1, "b": 1}', '{"a": {"a": 1}, "": []}'],
-            ['{"a": 1, "a": 2}', '{"a": 1}', '{"a": 1, "b": 1, "a": 3}'],
-        ),
-    ],
-)
-def test_what_was_there_does_not_come_again(schema: Any, right: list[str], wrong: list[str]) -> None:
-    grammar = compiled(schema)
-    assert [accepts(grammar, text) for text in right] == [True] * len(right)
-    assert [accepts(grammar, text) for text in wrong] == [False] * len(wrong)
-
-
-@pytest.mark.parametrize(
-    "items",
-    [
-        {"enum": ["a", "ab", "abc", "b"]},
-        {"type": "integer", "minimum": 0, "maximum": 12},
-        {"type": "string", "maxLength": 1, "pattern": "^[ab]?$"},
-        {"type": "object", "properties": {"x": {"enum": [1, 2]}, "y": {"type": "boolean"}}, "required": ["x"],
-         "additionalProperties": False},
-        {"type": "array", "items": {"enum": [0, 1]}, "maxItems": 2},
-    ],
-)  # fmt: skip
-def test_a_reply_finds_its_end_where_there_are_no_more(items: Any) -> None:
-    """However many are wanted, and whatever bytes are liked: at each place some way is left."""
-    grammar = compiled({"type": "array", "items": items, "uniqueItems": True})
-    sizes = set()
-    for seed in range(40):
-        rng, matcher, text = random.Random(seed), grammar.matcher(), bytearray()
-        while not matcher.finished:
-            allowed = [byte for byte in next_bytes(matcher) if byte not in b" \r\n\t"]
-            more = [byte for byte in allowed if byte not in b"]"] or allowed  # it wants all that there are
-            assert allowed, bytes(text)
-            text.append(rng.choice(more))
-            matcher.accept(text[-1])
-        values = json.loads(text)
-        jsonschema.validate(values, {"items": items, "uniqueItems": True})
-        sizes.add(len(values))
-    assert max(sizes) == {"enum": 4, "integer": 13, "string": 3, "object": 6, "array": 7}[items.get("type", "enum")]
-
-
-def test_more_than_there_may_be_is_refused_at_once() -> None:
-    for schema in (
-        {"uniqueItems": True, "minItems": 3, "items": {"type": "boolean"}},
-        {"uniqueItems": True, "minItems": 2, "items": {"type": "string", "pattern": "^a$"}},
-        {"anyOf": [{"uniqueItems": True, "type": "array"}, {"type": "array", "items": {"const": 1}, "minItems": 2}]},
-        {"minProperties": 3, "patternProperties": {"^[ab]$": True}, "additionalProperties": False},
-    ):
-        with pytest.raises(Unenforceable, match="it is not known that"):
-            enforceable(schema)
+def test_sets_that_would_be_too_many_choices_are_told_of() -> None:
+    days = {"type": "array", "items": {"enum": [*"abcdefg"]}, "uniqueItems": True}
+    schema = {"type": "object", "properties": dict.fromkeys("abc", days), "additionalProperties": False}
+    rewritten = enforceable(schema)
+    assert rewritten.dropped == ["uniqueItems"]
+    assert len(json.dumps(rewritten.schema)) < 40_000
 
 
 NAMES = {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "integer"}}
@@ -608,12 +528,10 @@ def test_no_number_fails_in_another_way_than_by_a_refusal(key: str, number: floa
             compiled(schema)
 
 
-def test_only_what_may_repeat_is_marked() -> None:
-    marked = [{"type": "object", "minProperties": 2}, {"uniqueItems": True}, {"items": {"uniqueItems": True}}]
-    plain = [{**CLOSED, "additionalProperties": False, "minProperties": 2}, {"uniqueItems": False}]
-    plain += [{"type": "object", "minProperties": 1}, {"uniqueItems": True, "maxItems": 1}, {"x-differ": ["items"]}]
-    assert [MARK in json.dumps(enforceable(one)) for one in marked] == [True] * len(marked)
-    assert [MARK in json.dumps(enforceable(one)) for one in plain] == [False] * len(plain)
+def test_names_that_may_repeat_are_told_of() -> None:
+    assert enforceable({"type": "object", "minProperties": 2}).dropped == ["minProperties"]
+    assert not enforceable({"type": "object", "minProperties": 1}).dropped
+    assert not enforceable({**CLOSED, "additionalProperties": False, "minProperties": 2}).dropped
 
 
 @pytest.mark.parametrize("format_", ["uuid4", "password", "binary", "file-path", "url", "int32", "ipv4network", "x y"])
@@ -658,7 +576,7 @@ SUITE = os.environ.get("JSON_SCHEMA_SUITE", "")
 @pytest.mark.skipif(not SUITE, reason="JSON_SCHEMA_SUITE names no folder")
 @pytest.mark.parametrize("draft", ["draft2020-12", "draft2019-09", "draft7", "draft6", "draft4"])
 def test_the_official_suite(draft: str) -> None:
-    """Of each schema that is not refused at once: nothing invalid is let through."""
+    """Of each schema that is not refused at once: nothing invalid is let through, unless the header names a keyword."""
     let_through, valid = [], []
     for path in sorted((pathlib.Path(SUITE) / draft).glob("*.json")):
         for group in json.loads(path.read_text(encoding="utf-8")):
@@ -666,14 +584,14 @@ def test_the_official_suite(draft: str) -> None:
             if isinstance(schema, dict) and draft not in ("draft2020-12", "draft2019-09"):
                 schema = {"$schema": f"http://json-schema.org/{draft.replace('draft', 'draft-0')}/schema#", **schema}
             try:
-                matcher = compiled(schema)
+                dropped, matcher = enforceable(schema).dropped, compiled(schema)
             except (Unenforceable, InvalidRequest):
                 continue
             for test in group["tests"]:
                 taken = accepts(matcher, json.dumps(test["data"], ensure_ascii=False))
                 if test["valid"]:
                     valid.append(taken)
-                elif taken:
+                elif taken and not dropped:
                     let_through.append((path.name, group["description"], test["description"]))
     assert not let_through
     assert sum(valid) > 0.85 * len(valid) > 200
