@@ -46,6 +46,7 @@ class Client:
     @classmethod
     def at(cls, url: str, key: str | None = None) -> Client:
         """By the server's address, or that with /v1 behind it, which OpenAI's clients are given."""
+        url = url if "://" in url else f"http://{url}"
         return cls(url.rstrip("/").removesuffix("/v1").rstrip("/"), key)
 
     def get(self, path: str) -> dict[str, Any]:
