@@ -34,6 +34,9 @@ from bench.shared.counting import local_counter, server_counter
 from bench.shared.machine import describe_machine
 from bench.shared.servers import Server, http_client, launched
 
+WARM_UP = -1
+"""In place of a round's number."""
+
 
 @dataclass(slots=True)
 class Measurement:
@@ -83,21 +86,22 @@ class Measurement:
             # Requests that do not count, until every shape of work has been seen.
             for num_streams in sorted({point.num_streams for point in asked.points}):
                 point = Point(min(point.prompt_tokens for point in asked.points), num_streams)
-                await run_point(server, self._write(point), min(8, asked.output_tokens))
+                await run_point(server, self._prompts_of(WARM_UP, point), min(8, asked.output_tokens))
             yield
 
     async def _measure(self, server: Server, number: int, point: Point) -> None:
         self.progress.update(self.progress.task_ids[0], description=f"{server.name}, {point.label}")
-        if (number, point) not in self._prompts:
-            self._prompts[number, point] = self._write(point)
-        run = await run_point(server, self._prompts[number, point], self.asked.output_tokens)
+        run = await run_point(server, self._prompts_of(number, point), self.asked.output_tokens)
         self.runs[server.name, point].append(run)
         self.progress.console.print(one_line(server.name, point, run))
         self.progress.advance(self.progress.task_ids[0])
 
-    def _write(self, point: Point) -> list[str]:
-        assert self._writer is not None, "a server comes alive first"
-        return [self._writer.write(point.prompt_tokens) for _ in range(point.num_streams)]
+    def _prompts_of(self, number: int, point: Point) -> list[str]:
+        """Those of a round, written when the first server asks for them: later the one that counts may not be alive."""
+        if (number, point) not in self._prompts:
+            assert self._writer is not None, "a server comes alive first"
+            self._prompts[number, point] = [self._writer.write(point.prompt_tokens) for _ in range(point.num_streams)]
+        return self._prompts[number, point]
 
 
 async def measure(asked: argparse.Namespace, progress: Progress) -> Served:

@@ -9,7 +9,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from rich.progress import Progress
 
 from bench import BenchError
-from bench.serving.__main__ import parse_arguments
+from bench.serving import __main__ as serving
+from bench.serving.__main__ import Measurement, parse_arguments
 from bench.serving.measure import Point, Run, run_figures, run_point, speedup, summarise
 from bench.serving.prompts import PromptWriter
 from bench.serving.report import Served, report
@@ -206,3 +210,42 @@ def test_a_prompt_has_exactly_the_wanted_tokens_and_a_beginning_of_its_own(num_t
     assert len({prompt[:12] for prompt in prompts}) == 5
     with pytest.raises(BenchError, match="too short"):
         writer.write(2)
+
+
+def test_one_server_alive_at_a_time_only_the_first_counts_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --tokenizer the first server counts, and every server is sent what was written then."""
+    alive: list[str] = []
+    sent: dict[str, list[list[str]]] = defaultdict(list)
+
+    @asynccontextmanager
+    async def launched(server: Server, *_rest: object) -> AsyncIterator[None]:
+        alive.append(server.name)
+        yield
+        alive.remove(server.name)
+
+    def counter(server: Server) -> Any:
+        def count(text: str) -> int:
+            assert alive == [server.name]
+            return len(text.split())
+
+        return count
+
+    async def run(server: Server, prompts: list[str], _tokens: int) -> Run:
+        sent[server.name].append(prompts)
+        return run_of(1.0)
+
+    async def connect(_self: Server) -> None:
+        return None
+
+    for name, stub in (("launched", launched), ("server_counter", counter), ("run_point", run)):
+        monkeypatch.setattr(serving, name, stub)
+    monkeypatch.setattr(Server, "connect", connect)
+    urls = [f"--url={name}=http://127.0.0.1:1/v1" for name in "ab"] + [f"--launch={name}=true" for name in "ab"]
+    asked = parse_arguments([*urls, "--alone", "--points", "20x1,20x2", "--rounds", "2"])
+    client = httpx.AsyncClient()
+    servers = [Server(name, url, client, None, None) for name, url in asked.url]
+    with Progress(disable=True) as progress:
+        progress.add_task("starting")
+        asyncio.run(Measurement(servers, asked, progress).alone())
+    assert sent["a"] == sent["b"]
+    assert [len(prompts) for prompts in sent["a"]] == [1, 2, 1, 2] * 2
