@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -28,7 +29,7 @@ from prerope.cache.kernels.build import DTYPES, FLAGS, SOURCES
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.models.cpu import build as models
-from prerope.server.models.cpu.products import BYTES, DOTS, FULL, WIDENED, Products
+from prerope.server.models.cpu.products import BYTE_DOTS, BYTES, DOTS, FULL, WIDENED, Products
 from torch import Tensor, nn
 
 from tests.cache.layouts import method, one_group, paged, rotary
@@ -176,7 +177,7 @@ def test_rows_that_choose_their_far_keys(processor: Processor, dtype: torch.dtyp
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 if dots else 2e-5)
 
 
-@pytest.mark.parametrize("kind", [FULL, WIDENED, DOTS, BYTES])
+@pytest.mark.parametrize("kind", [FULL, WIDENED, DOTS, BYTES, BYTE_DOTS])
 def test_products(processor: Processor, kind: int) -> None:
     """Streamed and from panels, with features that are no multiple of a block."""
     dtype = torch.float32 if kind == FULL else torch.bfloat16
@@ -187,7 +188,7 @@ def test_products(processor: Processor, kind: int) -> None:
     products = Products([linear])
     weight, x = linear.weight.data, torch.randn(70, 96, generator=generator).to(dtype)
     exact_weight = weight.double()
-    if kind == BYTES:
+    if kind in (BYTES, BYTE_DOTS):
         weight = torch.randint(-128, 128, (50, 96), generator=generator).to(torch.int8)
         scales = torch.rand(50, generator=generator)
         products._parts[0].weight, products._parts[0].scales = weight.data_ptr(), scales.data_ptr()
@@ -198,7 +199,7 @@ def test_products(processor: Processor, kind: int) -> None:
     for few in (16, 128):
         scratch, (out,) = torch.zeros(70 * 96 + 4 * 32 * 96 + 64), products.aim(x)
         products.plan.kind, products.plan.threads = kind, 2
-        if kind == BYTES:
+        if kind in (BYTES, BYTE_DOTS):
             processor.give(scales)
         processor.give(weight, linear.bias.data, x, out, scratch)
         processor.give(products.plan, products._parts, pointers=True)
@@ -219,26 +220,22 @@ def test_pairs_are_multiplied_where_the_processor_can(processor: Processor, requ
 
 
 @pytest.mark.parametrize(
-    ("compiler", "arch", "product", "register"),
-    [
-        ("gcc", "x86-64-v4", "vfmadd", "zmm"),
-        ("gcc", "x86-64-v3", "vfmadd", "ymm"),
-        ("gcc", "x86-64-v2", "mulps", "xmm"),
-        ("aarch64-linux-gnu-gcc", "armv8-a", "fmla", ".4s"),
-    ],
+    ("compiler", "arch"),
+    [("gcc", "x86-64-v4"), ("gcc", "x86-64-v3"), ("gcc", "x86-64-v2"), ("aarch64-linux-gnu-gcc", "armv8-a")],
 )
 @pytest.mark.parametrize("source", [models.SOURCES / "linear.c", SOURCES / "attend.c"], ids=lambda path: path.stem)
-def test_products_take_whole_registers(compiler: str, arch: str, product: str, register: str, source: Path) -> None:
-    """A compiler takes a vector wider than a register apart, into single floats: results are right, and slow."""
+def test_vectors_stay_in_registers(compiler: str, arch: str, source: Path) -> None:
+    """A compiler takes a vector wider than a register apart, on the stack: results are right, and slow.
+
+    Vectors of 16 floats were stored there 2 to 5 times a product, on x86 without AVX-512.
+    """
     if shutil.which(compiler) is None or (compiler == "gcc" and platform.machine() != "x86_64"):
         pytest.skip(f"no {compiler} for {arch}")
-    common = [flag for flag in FLAGS if not flag.startswith("-march")] if compiler == "gcc" else ["-O3", "-fopenmp"]
+    common = [flag for flag in FLAGS if not flag.startswith(("-march", "-mprefer"))]
     included = [argument for one in (SOURCES, models.SOURCES) for argument in ("-I", str(one))]
     command = [compiler, *common, f"-march={arch}", *included, "-S", str(source), "-o", "-"]
-    code = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout
-    products = [line for line in code.splitlines() if line.strip().startswith(product)]
-    whole = [line for line in products if register in line]
-    assert len(whole) > 60
-    assert len(whole) >= 0.95 * len(products)
-    single = [line for line in code.splitlines() if line.strip().startswith(("vinsertps", "vunpcklps", "insertps"))]
-    assert len(single) <= len(whole) / 4, "vectors are put together float by float"
+    code = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout.splitlines()
+    product, stored = r"\s+(vfmadd|v?mulps|fmla)", r"\s+(v?mov\w+\s+%[xyz]mm\d+, -?\d*\(%r[sb]p|st[pr]\s+q.*\[sp)"
+    products, stores = (sum(re.match(pattern, line) is not None for line in code) for pattern in (product, stored))
+    assert products > 300
+    assert stores < products

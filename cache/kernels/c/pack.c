@@ -36,7 +36,7 @@ void fetch_keys(const Shape *shape, const Source *source, int64_t begin, int64_t
 /* Values of keys n and n + 1; null: of a key that is not read, which weighs 0, so that anything finite will do. */
 INLINE void pack_values(const Shape *shape, const char *const *from, int64_t n, float *to, const int dtype) {
     int64_t dim = shape->value_dim, width = padded(dim);
-    float last[2][32] = {};
+    float last[2][LANES] = {};
     for (int64_t d = 0; d < width; d += LANES) {
         vfloat value[2] = {};
         for (int i = 0; i < 2; i++) {

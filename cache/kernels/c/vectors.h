@@ -22,7 +22,7 @@
 #define LOWEST (-1e30f)
 #define LOG2_E 1.44269504f
 
-/* Floats of a vector, and how many vectors the processor holds: a divisor of 16, which sizes elsewhere are multiples of. */
+/* Floats of a vector: sizes elsewhere are multiples of 16, and so of this. And how many vectors the processor holds. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define REGISTERS 32
@@ -39,7 +39,7 @@
 #endif
 
 typedef float vfloat __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t vuint __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t vuint __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* words lie where floats did */
 typedef uint16_t vhalf __attribute__((vector_size(2 * LANES), aligned(2)));
 typedef int32_t vint __attribute__((vector_size(4 * LANES)));
 typedef int16_t vshort __attribute__((vector_size(2 * LANES), aligned(2)));
@@ -131,13 +131,13 @@ INLINE vfloat exp_neg(vfloat x) { return exp2_neg(x * LOG2_E); }
 #define DOWNWARDS(DO) DO(2, KEEP_2) DO(1, KEEP_1)
 #endif
 
-INLINE vfloat fold(vfloat a, vfloat b, const int most) { return most ? larger(a, b) : a + b; }
+INLINE vfloat fold(vfloat a, vfloat b, const int largest) { return largest ? larger(a, b) : a + b; }
 
 /* The sums (or the largest members) of LANES vectors, as one vector: instead of as many horizontal sums. */
-INLINE vfloat fold_all(vfloat *p, const int most) {
+INLINE vfloat fold_all(vfloat *p, const int largest) {
 #define FOLD(n, KEEP) \
     _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i += 2 * n) \
-        p[i] = fold(__builtin_shuffle(p[i], p[i + n], KEEP), __builtin_shuffle(p[i], p[i + n], KEEP + n), most);
+        p[i] = fold(__builtin_shuffle(p[i], p[i + n], KEEP), __builtin_shuffle(p[i], p[i + n], KEEP + n), largest);
     UPWARDS(FOLD)
 #undef FOLD
     return p[0];

@@ -45,11 +45,11 @@ def fast_linears(model: nn.Module, except_for: Container[nn.Module] = ()) -> Ite
     if not linears or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return
     num_bytes = sum(linear.weight.nbytes for linear in linears)
-    block = num_bytes <= psutil.virtual_memory().available * COPY_SHARE and _blocks(linears[0].weight.dtype)
+    block = num_bytes <= psutil.virtual_memory().available * COPY_SHARE
     widen = not torch.cpu._is_amx_tile_supported()
     scratch = _Scratch()
     for linear in linears:
-        yield linear, _forward(linear, scratch if widen else None, block=block)
+        yield linear, _forward(linear, scratch if widen else None, block=block and _blocks(linear.weight.dtype))
 
 
 def _blocks(dtype: torch.dtype) -> bool:

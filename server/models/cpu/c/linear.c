@@ -1,6 +1,6 @@
 /* Products of activations and weights.
  *
- * There is one order. LANES lanes run along a weight row, two members at a time, and are folded at the end; so the weights
+ * There is one order. LANES lanes run along a weight row, over STEP of its members after the other, and are folded at the end; so the weights
  * are read where the checkpoint or torchao put them. One row or hundreds, streamed from memory or from a
  * panel in L2, a product is `dots`, and its result depends on neither the other rows nor the number of threads.
  *
@@ -21,6 +21,7 @@
 #define BLOCK 16   /* weight rows of a unit of work of few rows */
 #define BESIDE 4   /* of them are streamed side by side: 16, and 1, were slower */
 #define STEP (2 * LANES) /* members of a row that lanes take at once: two vectors of floats, or one of pairs */
+#define FEW_REGISTERS (REGISTERS <= 16)
 #define AHEAD 8192 /* bytes before its use that a weight is asked for */
 #define PANEL 32 /* weight rows of a unit of work of many rows */
 #define TILE 4   /* rows that run over a panel together */
@@ -162,19 +163,20 @@ typedef void SumAll(const char *const *x, const char *weight, int64_t stride, in
     }
 
 /* R rows of x, as `linear_ready` leaves them, against the OUTPUTS/R weight rows from `weight` on. Where weights stream from
- * memory, what lies `ahead` bytes behind each is asked for. What the call before this one left in `sums` is put amid these
- * products: folding waits for itself, and they do not wait for it. `of`: the kind of the linear layer. */
+ * memory, what lies `ahead` bytes behind each is asked for. What the call before this one left in `sums` is put first, or, if
+ * there are registers for it, amid these products: folding waits for itself, and they do not wait for it. `of`: the kind of
+ * the linear layer. apart: `sum_all` with few registers; not called with many. */
 INLINE void dots(const Linear *linear, const Part *part, const char *const *x, const char *weight, int64_t stride, int64_t row,
                  int64_t n, const int R, const int kind, const int of, const int stream, int64_t ahead, SumAll *apart,
                  Sums *sums) {
     const int C = OUTPUTS / R, beside = num_beside(R);
     int64_t in = linear->in, middle = in / 64 * 32;
-    if (REGISTERS <= 16) {
+    if (FEW_REGISTERS) {
         if (sums->n >= 0) put(linear, part, sums, R, of);
         for (int begin = 0; begin < C; begin += beside) apart(x, weight + begin * stride, stride, in, ahead, sums->lanes + begin);
     }
 #pragma GCC unroll 16
-    for (int begin = 0; begin < C && REGISTERS > 16; begin += beside) {
+    for (int begin = 0; begin < C && !FEW_REGISTERS; begin += beside) {
         const char *at = weight + begin * stride;
         vfloat sum[OUTPUTS];
 #pragma GCC unroll 16
@@ -221,7 +223,7 @@ INLINE void block_of(const Linear *linear, const Part *part, int64_t first, cons
         int64_t rows = linear->rows; \
         if (rows == 1) block_of(linear, part, first, x, 1, kind, sum1_##kind); \
         else if (rows == 2) block_of(linear, part, first, x, 2, kind, sum2_##kind); \
-        else if (rows <= 4 || REGISTERS <= 16) block_of(linear, part, first, x, 4, kind, sum4_##kind); \
+        else if (rows <= 4 || FEW_REGISTERS) block_of(linear, part, first, x, 4, kind, sum4_##kind); \
         else block_of(linear, part, first, x, 8, kind, 0); \
     }
 BLOCK_OF(FULL)
@@ -276,7 +278,7 @@ INLINE void pack_as(const Part *part, int64_t first, int64_t count, int64_t in, 
         char *to = panel + c * in * panel_size(kind);
         for (int64_t k = 0; k < in; k += STEP) {
             const char *at = from + k * weight_size(kind);
-            __builtin_prefetch(at + AHEAD, 0, 2);
+            if (k % 32 == 0) __builtin_prefetch(at + AHEAD, 0, 2);
             *(vfloat *)(to + k * panel_size(kind)) = weights_at(at, 0, kind);
             if (!in_pairs(kind)) *(vfloat *)(to + (k + LANES) * 4) = weights_at(at, 1, kind);
         }
