@@ -82,7 +82,16 @@ def test_questions_about_a_folder_go_through_the_chat_template_and_read_each_fil
 
 def test_without_a_question_text_is_continued(url: str) -> None:
     """By the address that OpenAI's clients are given."""
-    done = run("complete", "-", "--url", f"{url}/v1/", "--method", "rerope:window=64", *FIXED, given="Once upon a time")
+    done = run(
+        "complete",
+        "-",
+        "--url",
+        f"{url.removeprefix('http://')}/v1/",
+        "--method",
+        "rerope:window=64",
+        *FIXED,
+        given="Once upon a time",
+    )
     rope = {"method": "rerope", "window": 64}
     expected = post(url, "/generate", prompt="Once upon a time", temperature=0, max_tokens=8, rope=rope)
     assert done.stdout == expected["text"] + "\n"
