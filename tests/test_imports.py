@@ -133,6 +133,6 @@ def test_only_settings_read_the_environment() -> None:
 
 def test_a_wrong_import_is_found(tmp_path: Path) -> None:
     source = tmp_path / "wrong.py"
-    source.write_text("import torch\ndef f():\n    from prerope.server.api.stream import sse\n", encoding="utf-8")
-    assert dict(imports(source)) == {"torch": True, "server.api.stream.sse": False}
+    source.write_text("import torch\ndef f():\n    from prerope.server.api.stream import printing\n", encoding="utf-8")
+    assert dict(imports(source)) == {"torch": True, "server.api.stream.printing": False}
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []

@@ -18,7 +18,7 @@ from prerope.server.api.requests.body import RequestBody
 from prerope.server.api.requests.leniency import current_report
 from prerope.server.api.requests.reading import Read, ReadTask, read_body
 from prerope.server.api.requests.schemas import GenerateRequest
-from prerope.server.api.stream.collect import while_connected
+from prerope.server.api.stream.generation import while_connected
 from prerope.server.service import ReadyService, Service
 from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
 from prerope.server.workers.slices import INLINE_BYTES, TooLong, cut_off, turn

@@ -15,10 +15,8 @@ from prerope.server.api.logprobs import generate_logprobs, vllm_prompt_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import in_turn, read_all, while_connected
-from prerope.server.api.stream.generation import Piece
-from prerope.server.api.stream.printing import Many, json_response
-from prerope.server.api.stream.sse import event_stream
+from prerope.server.api.stream.generation import Piece, in_turn, read_all, while_connected
+from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
 

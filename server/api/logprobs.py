@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from prerope.server.api.stream.generation import Token
 from prerope.server.api.stream.printing import Many
-from prerope.server.api.stream.transcript import Token
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.tokenizer import TextStream, Tokenizer
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from hypothesis import given, note
 from hypothesis import strategies as st
-from prerope.server.api.stream.transcript import Transcript
+from prerope.server.api.stream.generation import Transcript
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.tokenizer import TextStream, Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers

@@ -22,7 +22,7 @@ import httpx
 import pytest
 import torch
 from prerope.server.api import generate
-from prerope.server.api.stream.transcript import Transcript
+from prerope.server.api.stream.generation import Transcript
 from prerope.server.engine.async_engine import AsyncEngine, _explained
 from prerope.server.errors import OutOfMemory
 from prerope.server.tokenizer import Tokenizer

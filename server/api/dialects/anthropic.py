@@ -15,8 +15,8 @@ from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import read_all, while_connected
-from prerope.server.api.stream.sse import event_stream
+from prerope.server.api.stream.generation import read_all, while_connected
+from prerope.server.api.stream.printing import event_stream
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
 

@@ -14,11 +14,8 @@ from prerope.server.api.dialects.requests.others import SglangRequest, TgiReques
 from prerope.server.api.logprobs import finite
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.collect import in_turn, read_all, while_connected
-from prerope.server.api.stream.generation import Reply
-from prerope.server.api.stream.printing import Many, json_response
-from prerope.server.api.stream.sse import event_stream
-from prerope.server.api.stream.transcript import Token
+from prerope.server.api.stream.generation import Reply, Token, in_turn, read_all, while_connected
+from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs
 from prerope.server.service import ReadyService, Service
 

@@ -16,10 +16,8 @@ from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, new_id, start
-from prerope.server.api.stream.collect import read_all, while_connected
-from prerope.server.api.stream.printing import Many, json_response
-from prerope.server.api.stream.sse import event_stream
-from prerope.server.api.stream.transcript import Token
+from prerope.server.api.stream.generation import Token, read_all, while_connected
+from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
 

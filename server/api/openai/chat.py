@@ -15,11 +15,8 @@ from prerope.server.api.openai.replies import Head, documents_of, usage
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, parts_of, start
-from prerope.server.api.stream.collect import in_turn, read_all, while_connected
-from prerope.server.api.stream.generation import Generation, Piece, Reply
-from prerope.server.api.stream.printing import Many, json_response
-from prerope.server.api.stream.sse import event_stream
-from prerope.server.api.stream.transcript import Token
+from prerope.server.api.stream.generation import Generation, Piece, Reply, Token, in_turn, read_all, while_connected
+from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.service import ReadyService, Service
 

@@ -16,10 +16,8 @@ from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import start
-from prerope.server.api.stream.collect import in_turn, read_all, while_connected
-from prerope.server.api.stream.generation import Generation, Piece, Reply
-from prerope.server.api.stream.printing import Many, json_response
-from prerope.server.api.stream.sse import event_stream
+from prerope.server.api.stream.generation import Generation, Piece, Reply, in_turn, read_all, while_connected
+from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.service import ReadyService, Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])

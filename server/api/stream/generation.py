@@ -1,23 +1,105 @@
-"""One sequence from the engine as a stream of pieces of text: the one home of detokenizing, stop strings and timing.
+"""From the tokens of sequences to text, piece by piece, for as long as the client is there.
 
-/generate, completions and chat differ only in how they print pieces. A generation that is closed early, by a stop
-string or because its reader went away, is aborted in the engine and frees its blocks.
+    OutputStream ─ Transcript: text, stop strings ─ Generation: pieces, usage, timing ─┬─ read_all: whole replies
+                                                                                       └─ in_turn: pieces as they come
+
+This is the one home of detokenizing, stop strings and timing; endpoints differ only in how they print pieces. Whoever
+reads closes: when a reader ends for any reason (done, refused, a stop string, the client gone) its sequences are
+aborted in the engine and their blocks are free.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from fastapi import Request
 from prerope.server.api.requests.internal import GenerationRequest
-from prerope.server.api.stream.transcript import Token, Transcript
 from prerope.server.engine.output_stream import OutputStream
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sequence import EngineRequest
+from prerope.server.errors import ClientGone
 from prerope.server.metrics import Metrics
 from prerope.server.service import Service
 from prerope.server.structured.matcher import CompiledGrammar
+from prerope.server.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a reply: `start` is where its text begins in the reply, in characters."""
+
+    token_id: int
+    start: int
+    logprobs: TokenLogprobs | None = None
+
+
+class Transcript:
+    """Turns token ids into released text and tokens."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        shown_special_ids: frozenset[int] = frozenset(),
+        may_stop: Callable[[str], bool] | None = None,
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """From the third on they are `TextStream`'s."""
+        shown: dict[str, Any] = {"skip_special_tokens": skip_special_tokens, "shown_special_ids": shown_special_ids}
+        self._text = TextStream(tokenizer, stop, include_stop, may_stop=may_stop, **shown)
+        # Without stop strings nothing can be cut, and the text itself tells where tokens start.
+        self._uncut = TextStream(tokenizer, **shown) if stop else None
+        self._num_uncut = 0
+        self._num_released = 0
+        self._held: deque[Token] = deque()
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string was found; tokens after it are not part of the reply."""
+        return self._text.stopped
+
+    @property
+    def stop_string(self) -> str | None:
+        """Which one it was."""
+        return self._text.stop_string
+
+    def push(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None
+    ) -> tuple[str, list[Token]]:
+        """Take new tokens; return the text and the tokens that are now sure to be in the reply."""
+        text = ""
+        for index, token_id in enumerate(token_ids):
+            if self.stopped:
+                break
+            self._held.append(Token(token_id, self._num_uncut, logprobs[index] if logprobs else None))
+            text += self._advance(token_id)
+        return text, self._release(everything=self._uncut is None)
+
+    def finish(self) -> tuple[str, list[Token]]:
+        """What was held back, now that no more tokens come."""
+        text = self._text.finish()
+        self._num_released += len(text)
+        return text, self._release(everything=not self.stopped)
+
+    def _advance(self, token_id: int) -> str:
+        text = self._text.push([token_id])
+        self._num_released += len(text)
+        self._num_uncut += len(text if self._uncut is None else self._uncut.push([token_id]))
+        return text
+
+    def _release(self, *, everything: bool) -> list[Token]:
+        released = []
+        while self._held and (everything or self._held[0].start < self._num_released):
+            released.append(self._held.popleft())
+        return released
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,3 +297,97 @@ class _Stopwatch:
             generation_tokens=usage.completion_tokens,
             timings=timings,
         )
+
+
+MAX_AHEAD = 64
+"""Pieces that generations may be ahead of a slow client."""
+
+T = TypeVar("T")
+_Item = tuple[int, Piece | Exception | None]
+"""What a generation has for the queue; None is its end."""
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; ClientGone, and the work is cancelled, when the client leaves. The body must be read."""
+    gone = asyncio.create_task(client_gone(request))
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client closed the connection before the reply was complete")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(gone, task, return_exceptions=True)
+
+
+async def client_gone(request: Request) -> None:
+    """Returns once the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_all(request: Request, generations: Sequence[Generation]) -> list[Reply]:
+    """Every generation, to its end. Raises ClientGone, and aborts them all, when the client leaves before that."""
+    gone = asyncio.create_task(client_gone(request))
+    replies = [asyncio.create_task(generation.reply()) for generation in generations]
+    work = asyncio.gather(*replies)
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone("the client closed the connection before the reply was complete")
+        return work.result()
+    finally:
+        await _close([gone, work, *replies], generations)
+
+
+@asynccontextmanager
+async def in_turn(generations: Sequence[Generation]) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:
+    """(index, piece) of all generations, as they come. At exit all are closed, read to their end or not."""
+    if len(generations) == 1:  # the common case needs no task and no queue
+        tasks: list[asyncio.Task[None]] = []
+        pieces = _numbered(generations[0])
+    else:
+        queue: asyncio.Queue[_Item] = asyncio.Queue(MAX_AHEAD)
+        tasks = [asyncio.create_task(_pump(i, generation, queue)) for i, generation in enumerate(generations)]
+        pieces = _from_queue(queue, len(tasks))
+    try:
+        yield pieces
+    finally:
+        await _close(tasks, generations)
+
+
+async def _numbered(generation: Generation) -> AsyncIterator[tuple[int, Piece]]:
+    async for piece in generation:
+        yield 0, piece
+
+
+async def _from_queue(queue: asyncio.Queue[_Item], num_running: int) -> AsyncIterator[tuple[int, Piece]]:
+    while num_running:
+        index, item = await queue.get()
+        if isinstance(item, Exception):
+            raise item
+        if item is None:
+            num_running -= 1
+        else:
+            yield index, item
+
+
+async def _pump(index: int, generation: Generation, queue: asyncio.Queue[_Item]) -> None:
+    try:
+        async for piece in generation:
+            await queue.put((index, piece))
+        await queue.put((index, None))
+    except Exception as error:
+        await queue.put((index, error))
+
+
+async def _close(tasks: Sequence[asyncio.Future[Any]], generations: Sequence[Generation]) -> None:
+    """Abort first: that waits for nothing, so it is done even where this task is being cancelled."""
+    for generation in generations:
+        await generation.aclose()
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.gather(*tasks, return_exceptions=True)

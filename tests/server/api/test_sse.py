@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from prerope.server.api.stream import sse
+from prerope.server.api.stream import printing
 from prerope.server.errors import EngineFailure
 
 
@@ -28,7 +28,7 @@ async def sent(source: AsyncGenerator[Any, None], *, disconnect_after: int | Non
                 gone.set()
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
-    await sse.event_stream(source)(scope, receive, send)
+    await printing.event_stream(source)(scope, receive, send)
     return b"".join(chunks).decode()
 
 
@@ -64,7 +64,7 @@ def test_an_error_in_mid_stream_is_an_event_and_then_the_end(raised: Exception, 
 
 
 def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(printing, "KEEP_ALIVE_S", 0.02)
 
     async def source() -> AsyncGenerator[Any, None]:
         await asyncio.sleep(0.1)

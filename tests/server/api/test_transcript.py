@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prerope.server.api.stream.transcript import Token, Transcript
+from prerope.server.api.stream.generation import Token, Transcript
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.tokenizer import Tokenizer
