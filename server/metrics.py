@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from prerope.server.byte_cache import CacheStats
-    from prerope.server.engine.info import EngineStats, GraphStats, ModelInfo
+    from prerope.server.engine.limits import EngineStats, GraphStats, ModelInfo
 
 LATENCY_BUCKETS = (
     0.001,

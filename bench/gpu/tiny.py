@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.sequence import EngineRequest, SamplingParams
 
 from bench.shared import options
 from bench.shared.machine import describe_machine

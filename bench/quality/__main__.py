@@ -31,8 +31,7 @@ from prerope.server.config import EngineConfig, Quantization
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.loading import load_engine
 from prerope.server.engine.outputs import TokenLogprobs
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import PreRopeError
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.tokenizer import Tokenizer

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from prerope.cache.blocks.documents import DocumentSpan
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.tokenizer import Tokenizer
 
 from bench.shared.text import default_texts, docstring_text, file_text

@@ -28,8 +28,7 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.loading import load_engine
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.model import choose_device
 from rich.console import Console

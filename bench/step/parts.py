@@ -33,9 +33,8 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.loading import load_engine
-from prerope.server.engine.sampling.choose import choose
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.sequence import EngineRequest, SamplingParams
+from prerope.server.engine.step import choose
 from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.cpu.products import GatedProducts, Products, RMSNorm

@@ -12,7 +12,7 @@ from prerope.server.api.bodies import body_of
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import MapRequest
 from prerope.server.api.running import positions_of
-from prerope.server.engine.info import ModelInfo
+from prerope.server.engine.limits import ModelInfo
 from prerope.server.service import ReadyService
 
 router = APIRouter(prefix="/rope", tags=["positions"])

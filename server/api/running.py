@@ -33,8 +33,7 @@ from prerope.server.api.requests.structured import compiled
 from prerope.server.api.stream.generation import Generation, Piece, Reply
 from prerope.server.engine.limits import check_documents, check_vocabulary, max_tokens_that_fit
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 from prerope.server.structured.matcher import CompiledGrammar

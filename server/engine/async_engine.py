@@ -1,5 +1,7 @@
 """The engine on its own thread, for an event loop: requests go in through an inbox, outputs come back to the loop.
 
+    submit ─ inbox ─ engine thread: add, step ─ call_soon_threadsafe ─ OutputStream, one a request
+
 The loop never waits for a step and the thread never touches a loop object but through `call_soon_threadsafe`. The
 thread loads the engine, then drains its inbox and steps while there is work, and sleeps on the inbox when there is
 none. When a step raises, the engine is DEAD: every open request fails, and a supervisor has to restart the process.
@@ -13,21 +15,70 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import TracebackType
 from typing import Any
 
 import torch
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.info import Backlog, EngineStats, ModelInfo
-from prerope.server.engine.limits import check_room, retry_after_s
-from prerope.server.engine.output_stream import OutputStream
+from prerope.server.engine.limits import Backlog, EngineStats, ModelInfo, check_room, retry_after_s
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import EngineRequest
-from prerope.server.errors import EngineFailure, EngineUnavailable, OutOfMemory, RankLost, RequestError
+from prerope.server.errors import ClientGone, EngineFailure, EngineUnavailable, OutOfMemory, RankLost, RequestError
+
+MAX_UNREAD = 4096
+"""Outputs that wait for a reader who is slower than the engine; past that, the request is aborted."""
+
+
+class OutputStream(AsyncGenerator[TokenOutput, None]):
+    """The outputs of one request. Closing it early, started or not, aborts the request within a step."""
+
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self._abort = abort
+        self._items: asyncio.Queue[TokenOutput | RequestError] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, item: TokenOutput | RequestError) -> None:
+        """Hand an item over. A reader that lets more than `MAX_UNREAD` pile up gets an error after those."""
+        self._items.put_nowait(item)
+        if self._items.qsize() > MAX_UNREAD and isinstance(item, TokenOutput) and item.finish_reason is None:
+            self._items.put_nowait(
+                ClientGone(f"{MAX_UNREAD} outputs were not read: the reader is too slow", code="reader_too_slow")
+            )
+            self._abort()
+
+    async def asend(self, _value: None) -> TokenOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item = await self._items.get()
+        except asyncio.CancelledError:
+            self._close()
+            raise
+        if isinstance(item, RequestError):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    async def athrow(
+        self, typ: Any, val: BaseException | object = None, _tb: TracebackType | None = None
+    ) -> TokenOutput:
+        self._close()
+        raise val if isinstance(val, BaseException) else typ
+
+    async def aclose(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._abort()
+
 
 STEP_GRACE_S = 2.0
 """Seconds past the drain's deadline that a running step gets to end; then the thread is given up."""

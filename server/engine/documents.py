@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 from prerope.cache.blocks.documents import DocumentSpan
 from prerope.cache.blocks.prefix import PrefixHasher
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import Sequence
+from prerope.server.engine.sequence import SamplingParams, Sequence
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

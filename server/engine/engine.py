@@ -30,18 +30,15 @@ from prerope.server.byte_cache import ByteCache
 from prerope.server.config import EngineConfig
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.graphs.decode import DecodeGraphs
-from prerope.server.engine.info import Counters, EngineStats, GraphStats, ModelInfo, take_stats
-from prerope.server.engine.limits import too_late
+from prerope.server.engine.limits import Counters, EngineStats, GraphStats, ModelInfo, take_stats, too_late
 from prerope.server.engine.memory.sizing import CacheSize
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
-from prerope.server.engine.pace import Pace
 from prerope.server.engine.sampling.mask import wait_for_masks
-from prerope.server.engine.scheduler import Scheduler
+from prerope.server.engine.scheduler import Pace, Scheduler
 from prerope.server.engine.selection import check_request
 from prerope.server.engine.sequence import EngineRequest, Sequence
-from prerope.server.engine.speculation.speculator import Speculator
-from prerope.server.engine.speculation.verification import Verification
-from prerope.server.engine.step import Scheduled, Step, chunks_of, finish_launch
+from prerope.server.engine.speculation import Speculator
+from prerope.server.engine.step import Scheduled, Step, Verification, chunks_of, finish_launch
 from prerope.server.engine.tiers import Tiers
 from prerope.server.errors import InvalidRequest, RequestError
 from prerope.server.models.batch import Chunk, build_batch

@@ -1,25 +1,148 @@
-"""One step on its way: what was launched, the tokens that it samples, and when these have come.
+"""One step on its way: what was launched, the tokens that are chosen from its logits, and when these have come.
 
-Nothing here waits for the device but what is chosen on the host. The sequences of a step may finish, be aborted or be
-preempted before it is collected. Their blocks are free at once all the same: the device runs
+    Scheduled ─ chunks_of ─ forward ─ finish_launch: choose, Verification of drafts ─ Step ─ Arrival: ids on the host
+
+A token is chosen where that is best, with the logits or on the host; where is its own affair, and a seeded request does
+not see its neighbours. Nothing here waits for the device but what is chosen on the host. The sequences of a step may
+finish, be aborted or be preempted before it is collected. Their blocks are free at once all the same: the device runs
 steps in their order, so whoever gets a block next writes to it only after this step has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from prerope.cache.blocks.manager import BlockTable
 from prerope.cache.blocks.states import StateRows
+from prerope.cache.transfer import bring_back, send
 from prerope.server.engine.outputs import TokenLogprobs
-from prerope.server.engine.sampling.choose import Arrival, choose, rows_of
-from prerope.server.engine.sampling.host import score_prompt
+from prerope.server.engine.sampling.device import sample_on_device
+from prerope.server.engine.sampling.host import logprobs, sample, score_prompt, uniform
 from prerope.server.engine.sampling.mask import MaskWait
 from prerope.server.engine.sequence import Sequence
-from prerope.server.engine.speculation.verification import Verification
 from prerope.server.models.batch import Chunk
 from torch import Tensor
+
+
+class Arrival:
+    """Token ids [N] int64 on their way to the host."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self._host, self._whole = bring_back(tokens)
+
+    def wait(self) -> list[int]:
+        """The ids, once they are here: all that was launched before them has run by then."""
+        self._whole()
+        ids: list[int] = self._host.tolist()
+        return ids
+
+
+def needs_host(sequence: Sequence, *, on_device: bool) -> bool:
+    """Whether a token is chosen on the host; on_device: draws that need nothing else are made where the logits are."""
+    return sequence.chosen_on_host or (not sequence.request.sampling.greedy and not on_device)
+
+
+def choose(
+    logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], *, on_device: bool
+) -> tuple[Tensor, dict[Sequence, TokenLogprobs]]:
+    """(token ids [N] int64, log-probabilities asked for) of logits [N, V] fp32, one row a sequence; may be changed."""
+    on_host, rest, greedy = [], [], True
+    for place, sequence in enumerate(sequences):
+        if needs_host(sequence, on_device=on_device):
+            on_host.append(place)
+        else:
+            rest.append(place)
+            greedy = greedy and sequence.request.sampling.greedy
+    if not on_host:
+        return logits.argmax(dim=-1) if greedy else sample_on_device(logits, sequences), {}
+    if not rest:
+        return _choose_on_host(logits, sequences, eos_token_ids)
+    tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+    drawn_here = sample_on_device(rows_of(logits, rest), [sequences[place] for place in rest])
+    tokens.index_copy_(0, _sent(rest, logits.device), drawn_here)
+    theirs, scored = _choose_on_host(rows_of(logits, on_host), [sequences[place] for place in on_host], eos_token_ids)
+    tokens.index_copy_(0, _sent(on_host, logits.device), theirs)
+    return tokens, scored
+
+
+def rows_of(logits: Tensor, rows: list[int]) -> Tensor:
+    """These rows of logits. Indexing by a list would wait for the device."""
+    return logits.index_select(0, _sent(rows, logits.device))
+
+
+def _sent(places: list[int], device: torch.device) -> Tensor:
+    return send(np.array(places, dtype=np.int64), device)
+
+
+def _choose_on_host(
+    logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]
+) -> tuple[Tensor, dict[Sequence, TokenLogprobs]]:
+    # Log-probabilities are of the raw logits: keep those rows, since sampling changes its own.
+    raw = {
+        sequence: logits[row : row + 1].clone()
+        for row, sequence in enumerate(sequences)
+        if sequence.request.sampling.logprobs is not None
+    }
+    tokens = sample(logits, sequences, eos_token_ids)
+    scored = {
+        sequence: logprobs(raw[sequence], [token], sequence.request.sampling.logprobs or 0)[0]
+        for sequence, token in zip(sequences, tokens, strict=True)
+        if sequence in raw
+    }
+    return _sent(tokens, logits.device), scored
+
+
+class Verification:
+    """The tokens behind the drafts of one sequence, one after the other, as far as they are asked for.
+
+    Each is what a step of its own would have chosen: by the history that it has by then, and with the number that comes
+    next from its generator. Where a choice takes no more than logits, all are made at once, and what was drawn for rows
+    that nobody asked for is given back.
+    """
+
+    def __init__(
+        self, sequence: Sequence, logits: Tensor, eos_token_ids: frozenset[int], masks: MaskWait, *, on_device: bool
+    ) -> None:
+        """logits [K, V] fp32 of the rows of the drafts; may be changed. masks: of the step."""
+        self._sequence, self._logits, self._ends = sequence, logits, eos_token_ids
+        self._masks, self._on_device = masks, on_device
+        self._chosen: Arrival | None = None
+        self._generator_before: Tensor | None = None
+        self._num_asked = 0
+
+    def begin(self) -> None:
+        """After the row before them was drawn."""
+        sequence = self._sequence
+        if needs_host(sequence, on_device=self._on_device):
+            return
+        if sequence.generator is not None and not sequence.sampling.greedy:
+            self._generator_before = sequence.generator.get_state()
+        same = [sequence] * len(self._logits)
+        self._chosen = Arrival(choose(self._logits, same, self._ends, on_device=self._on_device)[0])
+
+    def next(self) -> tuple[int, TokenLogprobs | None] | None:
+        """The token behind the next draft, which came true; None where its mask is late."""
+        number, sequence = self._num_asked, self._sequence
+        self._num_asked += 1
+        if self._chosen is not None:
+            return self._chosen.wait()[number], None
+        if not self._masks.ready(sequence):
+            return None
+        tokens, scored = choose(self._logits[number : number + 1], [sequence], self._ends, on_device=self._on_device)
+        return int(tokens), scored.get(sequence)
+
+    def end(self) -> None:
+        """Nothing more is asked for."""
+        generator = self._sequence.generator
+        if generator is not None and self._generator_before is not None and self._num_asked < len(self._logits):
+            generator.set_state(self._generator_before)
+            for _ in range(self._num_asked):
+                uniform(generator)
 
 
 class Scheduled(NamedTuple):

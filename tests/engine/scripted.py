@@ -9,9 +9,8 @@ from prerope.cache.blocks.manager import KVCacheManager
 from prerope.rope.frequencies import Rotary
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
-from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.scheduler import Scheduler
-from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.sequence import EngineRequest, SamplingParams, Sequence
 from prerope.server.engine.step import Scheduled
 
 BLOCK = 16

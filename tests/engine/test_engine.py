@@ -14,7 +14,7 @@ from prerope.server.engine.limits import check_vocabulary, max_tokens_that_fit
 from prerope.server.engine.loading import load_engine
 from prerope.server.engine.memory.sizing import size_cache
 from prerope.server.engine.outputs import FinishReason, TokenOutput
-from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import SamplingParams
 from prerope.server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.model import Model

@@ -7,8 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.server.engine.pace import COUNTED, LEAST_ROWS, LEAST_SCORED, WHOLE_ROWS, Pace
-from prerope.server.engine.scheduler import Scheduler, share
+from prerope.server.engine.scheduler import COUNTED, LEAST_ROWS, LEAST_SCORED, WHOLE_ROWS, Pace, Scheduler, share
 from prerope.server.engine.sequence import MAX_PRIORITY, PRIORITY_STEP_S, UNKNOWN, Sequence
 from prerope.server.engine.step import Scheduled
 

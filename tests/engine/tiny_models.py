@@ -15,8 +15,7 @@ from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.memory.sizing import CacheSize
 from prerope.server.engine.outputs import TokenOutput
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest
+from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.models.model import Model
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.blocks.prefix import PrefixHasher
-from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.scheduler import OLDEST_SHARE
-from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.sequence import EngineRequest, SamplingParams, Sequence
 from prerope.server.engine.step import Scheduled
 
 from tests.engine.scripted import POSITIONS, RecordingScheduler

@@ -23,7 +23,7 @@ from prerope.cache.transfer import send
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
 from prerope.server.engine.graphs.capture import Capture, Replay
-from prerope.server.engine.info import GraphStats, ModelInfo
+from prerope.server.engine.limits import GraphStats, ModelInfo
 from prerope.server.engine.memory.warm_up import allowed_positions, readings_of_a_step
 from prerope.server.models.batch import Batch, Chunk, build_batch
 from prerope.server.models.model import Model

@@ -30,8 +30,7 @@ from prerope.rope.spec import METHOD_NAMES, RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.sampling.device import sample_on_device
 from prerope.server.engine.sampling.host import PROMPT_LOGPROB_ROWS, logprobs, sample
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.sequence import EngineRequest, SamplingParams, Sequence
 from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.model import Model
 from torch import Tensor

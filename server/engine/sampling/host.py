@@ -13,9 +13,8 @@ from collections.abc import Sequence as Rows
 import torch
 from prerope.server.engine.outputs import TokenLogprobs
 from prerope.server.engine.sampling.mask import constrain
-from prerope.server.engine.sampling.params import SamplingParams
 from prerope.server.engine.sampling.standing import Standing
-from prerope.server.engine.sequence import Sequence
+from prerope.server.engine.sequence import SamplingParams, Sequence
 from torch import Tensor
 
 NUCLEUS_CANDIDATES = 512

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 
 import torch
-from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import SamplingParams
 from torch import Tensor
 
 

@@ -21,7 +21,7 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.graphs.capture import Capture, Replay
 from prerope.server.engine.graphs.decode import DecodeGraphs, buckets, capture_graphs
-from prerope.server.engine.info import GraphStats
+from prerope.server.engine.limits import GraphStats
 from prerope.server.models.model import BACKENDS, Model
 from prerope.server.ranks.group import Ranks
 from torch import Tensor

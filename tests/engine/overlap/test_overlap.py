@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.server.engine import step
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason, TokenOutput
-from prerope.server.engine.sampling import choose
 from prerope.server.engine.sampling import device as device_sampler
-from prerope.server.engine.sampling.choose import Arrival
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.step import Step
+from prerope.server.engine.sequence import SamplingParams
+from prerope.server.engine.step import Arrival, Step
 from prerope.server.models import batch
 from prerope.server.models.batch import Batch
 from prerope.server.models.model import Model
@@ -121,7 +120,7 @@ def test_rows_are_chosen_without_waiting(monkeypatch: pytest.MonkeyPatch) -> Non
     _, unread = on_meta(monkeypatch)
     logits = torch.zeros(4, VOCABULARY, device="meta")
     with unread:
-        assert choose.rows_of(logits, [0, 2]).shape == (2, VOCABULARY)
+        assert step.rows_of(logits, [0, 2]).shape == (2, VOCABULARY)
 
 
 def test_what_would_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +152,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Unread]:
             return torch.zeros(VOCABULARY, VOCABULARY, device="meta")[batch.input_ids[batch.logit_rows]]
 
     unread = Unread()
-    for module in (batch, device_sampler, choose):
+    for module in (batch, device_sampler, step):
         send = module.send
 
         def sending(*arguments: Any, send: Callable[..., torch.Tensor] = send) -> torch.Tensor:

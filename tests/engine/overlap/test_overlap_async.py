@@ -9,7 +9,7 @@ import torch
 from prerope.server.engine.async_engine import EngineState
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.engine.sampling.choose import Arrival
+from prerope.server.engine.step import Arrival
 from prerope.server.errors import EngineFailure, OutOfMemory
 
 from tests.engine.scripted_model import expected, random_prompt, scripted_engine

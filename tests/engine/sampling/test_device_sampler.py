@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from prerope.server.engine.sampling import device as device_sampler
 from prerope.server.engine.sampling.device import best, invert, sample_on_device
 from prerope.server.engine.sampling.host import NUCLEUS_CANDIDATES, sample
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import Sequence
+from prerope.server.engine.sequence import SamplingParams, Sequence
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,

@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.sampling.mask import allowed, constrain
-from prerope.server.engine.sampling.params import SamplingParams
+from prerope.server.engine.sequence import SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.models.model import Model
 from prerope.server.structured.matcher import CompiledGrammar

@@ -13,8 +13,7 @@ from prerope.rope.frequencies import Rotary
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.sampling.host import BANNED, NUCLEUS_CANDIDATES, adjust, draw, logprobs, sample
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import EngineRequest, Sequence
+from prerope.server.engine.sequence import EngineRequest, SamplingParams, Sequence
 from prerope.server.models.model import Model
 from torch import Tensor
 from transformers.generation.logits_process import (

@@ -21,12 +21,18 @@ from prerope.cache.kernels.build import library
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine import scheduler as scheduler_module
 from prerope.server.engine.sampling import mask as mask_module
-from prerope.server.engine.sampling.params import SamplingParams
-from prerope.server.engine.sequence import Sequence
-from prerope.server.engine.speculation import verification
-from prerope.server.engine.speculation.history import GRAM, MAX_COMMON, History
-from prerope.server.engine.speculation.speculator import KINDS, MAX_DRAFTS, Speculator, StepTimes
-from prerope.server.engine.speculation.verification import Verification
+from prerope.server.engine.sequence import SamplingParams, Sequence
+from prerope.server.engine.speculation import (
+    GRAM,
+    KINDS,
+    MAX_COMMON,
+    MAX_DRAFTS,
+    History,
+    Speculator,
+    StepTimes,
+    verification,
+)
+from prerope.server.engine.step import Verification
 from prerope.server.models.model import Model
 
 from tests.device import DEVICE

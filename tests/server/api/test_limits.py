@@ -20,8 +20,7 @@ from prerope.server.api.auth import keys as auth_keys
 from prerope.server.api.auth.allowance import Allowance, Hold
 from prerope.server.api.auth.keys import KeyRing
 from prerope.server.config import EngineConfig
-from prerope.server.engine.info import Backlog
-from prerope.server.engine.limits import check_room, retry_after_s
+from prerope.server.engine.limits import Backlog, check_room, retry_after_s
 from prerope.server.errors import ConfigurationError, InvalidRequest, KeyBusy, QueueFull
 from prerope.server.flags import load_settings
 from prerope.server.tokenizer import Tokenizer
