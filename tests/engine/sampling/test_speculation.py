@@ -20,6 +20,7 @@ from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.kernels.build import library
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine import scheduler as scheduler_module
+from prerope.server.engine import step as step_module
 from prerope.server.engine.sampling import mask as mask_module
 from prerope.server.engine.sequence import SamplingParams, Sequence
 from prerope.server.engine.speculation import (
@@ -30,7 +31,6 @@ from prerope.server.engine.speculation import (
     History,
     Speculator,
     StepTimes,
-    verification,
 )
 from prerope.server.engine.step import Verification
 from prerope.server.models.model import Model
@@ -104,7 +104,14 @@ def remembering_all(manager: KVCacheManager, sequence: Any, start: int, stop: in
     return remember(manager, sequence, start, None if stop is None else len(sequence.block_table) * BLOCK)
 
 
-remember = KVCacheManager.remember
+def judging_at_once(verification: Verification) -> None:
+    """As if no choice took the tokens that were chosen before it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "needs_host", lambda *_, **__: False)
+        begin(verification)
+
+
+remember, begin = KVCacheManager.remember, Verification.begin
 
 
 @pytest.mark.parametrize(
@@ -112,7 +119,7 @@ remember = KVCacheManager.remember
     [
         pytest.param(Verification, "end", lambda _: None, id="numbers of rows that nobody asked for are lost"),
         pytest.param(KVCacheManager, "remember", remembering_all, id="blocks of drafts are remembered"),
-        pytest.param(verification, "needs_host", lambda *_, **__: False, id="drafts are judged without their past"),
+        pytest.param(Verification, "begin", judging_at_once, id="drafts are judged without their past"),
     ],
 )
 def test_histories_see_what_is_missing(
