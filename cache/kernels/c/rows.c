@@ -20,6 +20,8 @@ typedef struct {
     int64_t units_before, chosen_before; /* far units, and those that are read, of all rows before it */
 } Row;
 
+int omp_get_num_threads(void);
+
 enum { CHOSEN = -1 }; /* in place of a part: the item's keys are those of the chosen units begin … end − 1 */
 
 typedef struct {
@@ -208,6 +210,15 @@ static void rows_select(const Shape *shape, const RowPlan *plan, const void *que
     }
 }
 
+/* The first keys of an item, which a thread comes to next: nothing else asks for them before they are read. */
+static void fetch_first(const Shape *shape, const RowPlan *plan, const Item *item, const Source *source) {
+    int64_t low, high;
+    if (item->part == CHOSEN) return;
+    seen_of(plan, item->first, item->count, item->part, &low, &high);
+    low = most(low, item->begin), high = least(high, item->end);
+    fetch_keys(shape, source, low, least(low + AHEAD, high));
+}
+
 void rows_attend(const Shape *shape, const RowPlan *plan, const void *query, const void *keys, const void *values,
                  const void *bounds, float *scratch) {
     int64_t heads = shape->kv_heads, work = plan->num_items * heads, group = group_of(shape), tile = MAX_ROWS / group;
@@ -218,6 +229,12 @@ void rows_attend(const Shape *shape, const RowPlan *plan, const void *query, con
         const Item *item = plan->items + n / heads;
         int64_t first = item->first;
         Source source = {keys, values, plan->rows[first].blocks, n % heads};
+        int64_t next = n + omp_get_num_threads();
+        if (next < work) {
+            const Item *then = plan->items + next / heads;
+            Source there = {keys, values, plan->rows[then->first].blocks, next % heads};
+            fetch_first(shape, plan, then, &there);
+        }
         for (int64_t row = 0; row < item->count; row += tile) {
             Rows rows = {(const char *)query + first * row_size, plan->scales ? plan->scales + first : 0,
                          plan->rows[first].position, 0, row, least(row + tile, item->count)};
