@@ -56,13 +56,19 @@ class TokenMatcher:
 
     def accept(self, token_id: int) -> None:
         self.ready.result()
+        if not self._failure:
+            try:
+                self._consume(token_id)
+            except BaseException as error:
+                self._failure = told(error)
+        self._mask = None if self._failure or self._finished else self._begin()
+
+    def _consume(self, token_id: int) -> None:
         if not self._inner.consume_token(token_id) and not self._inner.is_error():
             self._failure = "a token was drawn that it forbids"
         if self._inner.is_error():
             self._failure = shorten(self._inner.get_error())
         self._accepting, self._finished = self._inner.is_accepting(), self._inner.is_stopped()
-        ended = self._failure or self._finished
-        self._mask = None if ended else self._begin()
 
     @property
     def accepting(self) -> bool:
@@ -81,7 +87,11 @@ class TokenMatcher:
 
     def _compute(self) -> bytes:
         began = time.perf_counter()
-        mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
+        try:
+            mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
+        except BaseException as error:
+            self._failure = told(error)
+            return b"\xff" * -(-self._tokenizer.vocab_size // 8)  # whatever is drawn: the reply ends there
         self._slow = time.perf_counter() - began > QUICK_S
         return mask
 
@@ -163,6 +173,11 @@ def _executor() -> LLExecutor:
 
     with ThreadPoolExecutor(1) as starter:
         return starter.submit(start).result()
+
+
+def told(error: BaseException) -> str:
+    """What llguidance raised, as a failure of one reply. Its panics are no `Exception`, and must not end the engine."""
+    return shorten(f"{type(error).__name__}: {error}")
 
 
 def shorten(reason: str) -> str:

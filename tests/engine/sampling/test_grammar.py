@@ -22,10 +22,10 @@ from prerope.server.engine.sampling.mask import allowed, constrain
 from prerope.server.engine.sequence import SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.models.model import Model
-from prerope.server.structured.matcher import CompiledGrammar
+from prerope.server.structured.matcher import CompiledGrammar, TokenMatcher
 
 from tests.engine.sampling.test_sampler import sequence
-from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny_engine
+from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny_engine, tokens_of
 
 EOS = 2
 WORDS = [
@@ -290,4 +290,53 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(model: Model) -> None:
     assert isinstance(failure, InvalidRequest)
     assert "too complex" in failure.message
     assert failure.code == "grammar_failed"
+    assert_idle(engine)
+
+
+class _Panic(BaseException):
+    """As pyo3's: no `Exception`."""
+
+
+class _Panicking:
+    """llguidance's matcher, but for one method, which raises when it is called for the third time."""
+
+    def __init__(self, inner: LLMatcher, method: str) -> None:
+        self._inner, self._method, self._calls_left = inner, method, 2
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method:
+            self._calls_left -= 1
+            if self._calls_left < 0:
+                raise _Panic("out of bounds")
+        return getattr(self._inner, name)
+
+
+class _Broken:
+    """A grammar whose matchers panic."""
+
+    def __init__(self, grammar: CompiledGrammar, method: str) -> None:
+        self._grammar, self._method = grammar, method
+
+    def matcher(self) -> TokenMatcher:
+        matcher = self._grammar.matcher()
+        matcher.ready.result()
+        matcher._inner = _Panicking(matcher._inner, self._method)
+        return matcher
+
+
+@pytest.mark.parametrize("method", ["compute_bitmask", "consume_token"])
+def test_a_panic_of_the_grammar_library_ends_its_request_alone(model: Model, tables: LLTokenizer, method: str) -> None:
+    engine, grammar = tiny_engine(model), compiled(tables, r"\d{4}-\d{2}-\d{2}")
+    free = request("free", prompt_of(12), greedy(9))
+    bound = request("bound", prompt_of(12, 1), constrained(grammar))
+    broken = SamplingParams(max_tokens=40, grammar=_Broken(grammar, method))
+    outputs = run(engine, [free, bound, request("broken", prompt_of(12, 2), broken)])
+    assert len(outputs["free"]) == 9
+    assert outputs["bound"][-1].finish_reason is FinishReason.STOP
+    assert len(tokens_of(outputs["broken"])) in (2, 3), "what was drawn before it, and nothing that was drawn blindly"
+    assert regex.fullmatch(r"\d{4}-\d{2}-\d{2}", text_of(outputs["broken"]), partial=True)
+    failure = outputs["broken"][-1].failure
+    assert isinstance(failure, InvalidRequest)
+    assert failure.code == "grammar_failed"
+    assert "_Panic: out of bounds" in failure.message
     assert_idle(engine)
