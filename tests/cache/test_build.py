@@ -15,10 +15,14 @@ from prerope.server.models.cpu.build import SOURCES, prepare
 
 from tests.cache.layouts import method, one_group, paged, rotary
 
+CONVERSIONS = {"__F16C__": "-mno-f16c", "__FLT16_MAX__": "-U__FLT16_MAX__"}
+"""What a compiler may have for fp16, and how it is taken from it."""
+
 
 @pytest.mark.usefixtures("decode_kernel")
-def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As GCC 11 is: keys in fp16 are read by the specification then, and by the kernels where they can be."""
+@pytest.mark.parametrize("without", [("__FLT16_MAX__",), ("__F16C__",), tuple(CONVERSIONS)], ids=str)
+def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...]) -> None:
+    """As GCC 11 is: keys in fp16 are read by the processor's own conversions, or else by the specification."""
     folders = build.SOURCES, SOURCES
     kept = build._fingerprint("cc", folders)
     macros = subprocess.run(["cc", "-march=native", "-dM", "-E", "-"], input="", capture_output=True, text=True).stdout
@@ -26,12 +30,14 @@ def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     step = paged([(90, 1), (0, 40)], [positions] * 2, head_dim=64, dtype=torch.float16)
     arguments = (step.query, step.keys, step.values, step.metadata, AttentionOptions(0.125, ""))
     expected = reference_attention(*arguments)
-    assert build.reads(torch.float16) == ("__FLT16_MAX__" in macros)  # GCC 11 has it for no processor of this kind
+    assert build.reads(torch.float16) == any(name in macros for name in CONVERSIONS)
     torch.testing.assert_close(paged_attention(*arguments), expected, rtol=0, atol=2e-3)
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-U__FLT16_MAX__", "-O1"])  # an optimiser has no part in it
+    taken = [CONVERSIONS[name] for name in without if name in macros]
+    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *taken, "-O1"])  # an optimiser has no part in it
     monkeypatch.setattr(build, "_library", None)
     prepare(tmp_path)
-    assert [build.reads(dtype) for dtype in build.DTYPES] == [True, True, False]
+    left = any(name in macros for name in CONVERSIONS if name not in without)
+    assert [build.reads(dtype) for dtype in build.DTYPES] == [True, True, left]
     step.metadata.plans.clear()
     torch.testing.assert_close(paged_attention(*arguments), expected, rtol=0, atol=2e-3)
     assert build._fingerprint("cc", folders) != kept

@@ -3,11 +3,7 @@
 
 /* Whether keys, values and queries of this dtype are read. */
 int64_t prerope_reads(int64_t dtype) {
-#ifdef __FLT16_MAX__
-    return dtype == FP32 || dtype == BF16 || dtype == FP16;
-#else
-    return dtype == FP32 || dtype == BF16;
-#endif
+    return dtype == FP32 || dtype == BF16 || (HAS_FP16 && dtype == FP16);
 }
 
 /* Whether this processor multiplies pairs of bf16. */

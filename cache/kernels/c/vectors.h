@@ -216,6 +216,55 @@ INLINE vfloat dot_pairs(vfloat sum, vuint a, vuint b) {
 INLINE vfloat dot_pairs(vfloat sum, vuint a, vuint b) { return vfma(odd(a), odd(b), vfma(even(a), even(b), sum)); }
 #endif
 
+/* --- fp16: the processor's own conversions on x86, since GCC 11 has no _Float16 ----------------------------------------- */
+
+#if defined(__F16C__)
+#define HAS_FP16 1
+INLINE float from_fp16(uint16_t bits) { return _cvtsh_ss(bits); }
+INLINE uint16_t to_fp16(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__FLT16_MAX__)
+#define HAS_FP16 1
+INLINE float from_fp16(uint16_t bits) {
+    _Float16 value;
+    memcpy(&value, &bits, 2);
+    return (float)value;
+}
+INLINE uint16_t to_fp16(float value) {
+    _Float16 half = (_Float16)value;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+#else /* never asked for: see capabilities.c */
+#define HAS_FP16 0
+INLINE float from_fp16(uint16_t bits) { return (void)bits, NAN; }
+INLINE uint16_t to_fp16(float value) { return (void)value, 0; }
+#endif
+
+INLINE vfloat widened_fp16(vhalf halves) {
+#if defined(__F16C__) && LANES == 16
+    return (vfloat)_mm512_cvtph_ps((__m256i)halves);
+#elif defined(__F16C__) && LANES == 8
+    return (vfloat)_mm256_cvtph_ps((__m128i)halves);
+#else
+    vfloat value;
+    for (int lane = 0; lane < LANES; lane++) value[lane] = from_fp16(halves[lane]);
+    return value;
+#endif
+}
+
+INLINE vhalf narrow_fp16(vfloat value) {
+#if defined(__F16C__) && LANES == 16
+    return (vhalf)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && LANES == 8
+    return (vhalf)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+    vhalf halves;
+    for (int lane = 0; lane < LANES; lane++) halves[lane] = to_fp16(value[lane]);
+    return halves;
+#endif
+}
+
 /* --- heads in the cache ----------------------------------------------------------------------------------------------- */
 
 INLINE float load1(const void *base, int64_t at, int dtype) {
@@ -226,35 +275,26 @@ INLINE float load1(const void *base, int64_t at, int dtype) {
         memcpy(&value, &bits, 4);
         return value;
     }
-#ifdef __FLT16_MAX__
-    return (float)((const _Float16 *)base)[at];
-#else
-    return NAN; /* never asked for: see capabilities.c */
-#endif
+    return from_fp16(((const uint16_t *)base)[at]);
 }
 
 INLINE void store1(void *base, int64_t at, float value, int dtype) {
     if (dtype == FP32) ((float *)base)[at] = value;
     else if (dtype == BF16) ((uint16_t *)base)[at] = narrow(splat(value))[0];
-#ifdef __FLT16_MAX__
-    else ((_Float16 *)base)[at] = (_Float16)value;
-#endif
+    else ((uint16_t *)base)[at] = to_fp16(value);
 }
 
 /* LANES members of a head. */
 INLINE vfloat load(const void *base, int64_t at, int dtype) {
     if (dtype == FP32) return *(const vfloat *)((const float *)base + at);
     if (dtype == BF16) return widened(*(const vhalf *)((const uint16_t *)base + at));
-    vfloat value;
-    for (int lane = 0; lane < LANES; lane++) value[lane] = load1(base, at + lane, dtype);
-    return value;
+    return widened_fp16(*(const vhalf *)((const uint16_t *)base + at));
 }
 
 INLINE void store(void *base, int64_t at, vfloat value, int dtype) {
     if (dtype == FP32) *(vfloat *)((float *)base + at) = value;
     else if (dtype == BF16) *(vhalf *)((uint16_t *)base + at) = narrow(value);
-    else
-        for (int lane = 0; lane < LANES; lane++) store1(base, at + lane, value[lane], dtype);
+    else *(vhalf *)((uint16_t *)base + at) = narrow_fp16(value);
 }
 
 /* Split a head into the first and second members of its pairs, then what does not rotate. */

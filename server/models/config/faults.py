@@ -72,7 +72,7 @@ def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict
     path = _looked_up(said, error) or value_at_fault(said, make)
     if path is None and isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return f"it has no '{error.args[0][:32]}', which this model type needs: {REMEDY}"
-    words = _own_words(error) or _own_words(again)
+    words = own_words(error) or own_words(again)
     if path is None:
         return f"{words or f'its values do not fit each other ({first_line(again)})'}: {REMEDY}"
     why = f" ({words})" if words else ""
@@ -149,7 +149,7 @@ def _usual(said: Mapping[str, Any], path: Path) -> str:
     return "which transformers cannot use"
 
 
-def _own_words(error: Exception) -> str:
+def own_words(error: Exception) -> str:
     """What transformers says where it is a sentence about the config; of its own code, nothing."""
     if lacking := re.search(r"Missing required keys in .*'rope_type'='(\w+)': \{(.*?)\}", str(error)):
         return f"a rotation of type '{lacking[1]}' needs {lacking[2]} too"
@@ -157,7 +157,7 @@ def _own_words(error: Exception) -> str:
     if inner:
         return inner[2].rstrip(".:")[:200] if inner[1] == "ValueError" else ""
     told = type(error) in (ValueError, AssertionError) and not re.match(OF_PYTHON, str(error))
-    return first_line(error)[:200] if told else ""
+    return first_line(ValueError(*error.args))[:200] if told else ""
 
 
 def _wrong_kind(said: Mapping[str, Any], error: Exception) -> str | None:

@@ -6,7 +6,6 @@ our header instead of parsing the file again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,12 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGUFValueType, ReaderField
-from prerope.server.errors import ConfigurationError, first_line
 from prerope.server.models.config.values import wrong_in
+from prerope.server.models.gguf.faults import OF_MODEL, OF_TOKENIZER, read_as, refused
 from prerope.server.models.gguf.header import SCALARS, Header, read_header
 from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.gguf.splitting import set_splitting
-from prerope.server.models.gguf.stated import check_heard, check_stated
+from prerope.server.models.gguf.stated import EPSILONS, check_heard, check_stated
 from prerope.server.models.gguf.tensors import ROPE_TENSORS, Weights, dequantised, write_by_transformers
 
 STATED = {
@@ -32,8 +31,15 @@ STATED = {
     "final_logit_softcapping": "final_logit_softcapping",
     "logit_scale": "logit_scale",
     "sliding_window": "attention.sliding_window",
+    "max_position_embeddings": "context_length",
 }
 """What a file states and transformers leaves at its class's default, in part of the families: attribute → key."""
+
+NORMS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+"""Names that families have for one number, for which a file has two (`EPSILONS`)."""
+
+SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+"""The sizes of Gemma, by their number of layers, whose scores are scaled by the model's width a head (27B)."""
 
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Under `tokenizer.ggml.`: end of text, of a turn, of a message."""
@@ -44,14 +50,17 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
     from transformers.integrations.gguf import is_gguf_arch_supported
 
     header = read_header(file)
-    try:
-        check_stated(header)
-        with _parsed(header):
-            config, tokenizer = _config(header), _tokenizer(header, report)
-        check_heard(header, config)
-        if wrong := wrong_in(config.to_dict()):
-            raise ConfigurationError(f"{file.name} cannot be served: it says, in a config's words, that {wrong}")
-        folder.mkdir(parents=True, exist_ok=True)
+    check_stated(header)
+    with _parsed(header):
+        with read_as(header, OF_MODEL):
+            config = _config(header)
+        with read_as(header, OF_TOKENIZER):
+            tokenizer = _tokenizer(header, report)
+    check_heard(header, config)
+    if wrong := wrong_in(config.to_dict()):
+        raise refused(header, f"it says, in a config's words, that {wrong}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with read_as(header, OF_MODEL):
         if is_gguf_arch_supported(header.architecture):
             write_by_transformers(header, config, folder)
         else:
@@ -59,19 +68,6 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
         config.save_pretrained(folder)
         _generation_config(header, config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except (ConfigurationError, OSError):
-        raise
-    except Exception as error:  # readers of a format that grows raise whatever they meet
-        raise ConfigurationError(
-            f"transformers cannot read {file.name}: {_why(error)}. The file is damaged, or of a model that this "
-            "version does not know: download it again, or take the model in safetensors"
-        ) from error
-
-
-def _why(error: Exception) -> str:
-    if of_a_field := re.search(r"Validation error for field '(\w+)'", str(error)):
-        return f"its {of_a_field[1]} is of another kind than a model of this architecture has, such as one a layer"
-    return first_line(error)
 
 
 # --- config and tokenizer ---------------------------------------------------------------------------------------------
@@ -90,12 +86,30 @@ def _config(header: Header) -> Any:
         config.vocab_size = embedding.shape[0]
     for name, key in STATED.items():
         value = header.own(key)
-        if isinstance(value, int | float) and hasattr(config, name) and not hasattr(config, f"global_{name}"):
+        if isinstance(value, int | float) and hasattr(config, name):
             setattr(config, name, value)
+    epsilon = next(value for key in EPSILONS if (value := header.own(key)) is not None)
+    for name in NORMS:
+        if hasattr(config, name):
+            setattr(config, name, epsilon)
+    if hasattr(config, "num_attention_heads"):
+        set_sizes_of_heads(config, header)
     if getattr(config, "rope_parameters", None):
         tensors = {name: dequantised(tensor) for name in ROPE_TENSORS if (tensor := header.tensor(name))}
         set_rope(config, header, tensors)
     return config
+
+
+def set_sizes_of_heads(config: Any, header: Header) -> None:
+    """What llama.cpp takes for a head where a file does not state it: its size, and Gemma's scale of scores."""
+    known, heads, queries = config.to_dict(), config.num_attention_heads, header.tensor("blk.0.attn_q.weight")
+    if header.own("attention.key_length") is None and queries is not None and "head_dim" in known:
+        of_queries = queries.shape[0] // heads
+        turning = header.own("rope.dimension_count")  # which the family's mapping takes for it
+        config.head_dim = of_queries if of_queries == turning else header.own("embedding_length") // heads
+    if "query_pre_attn_scalar" in known:
+        of_width = header.own("block_count") == SCALED_BY_WIDTH.get(header.architecture)
+        config.query_pre_attn_scalar = header.own("embedding_length") // heads if of_width else config.head_dim
 
 
 def _generation_config(header: Header, config: Any) -> Any:

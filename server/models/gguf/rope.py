@@ -6,11 +6,14 @@ What is written here and cannot be said in a config is refused by name.
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from typing import Any
 
 import numpy as np
 from prerope.server.errors import ConfigurationError
+from prerope.server.models.gguf import faults
 from prerope.server.models.gguf.header import Header
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -37,7 +40,9 @@ def set_rope(config: Any, header: Header, tensors: dict[str, Any]) -> None:
     sliding = config.rope_parameters.get(SLIDING) if main is not config.rope_parameters else None
     if sliding is not None and header.own("rope.freq_base_swa") is not None:
         sliding["rope_theta"] = float(header.own("rope.freq_base_swa"))
-    _set_width(config, main, header)
+    width = _set_width(config, main, header)
+    for name, divisors in tensors.items():
+        _check_divisors(header, name, divisors, width)
     scaling = _scaling(header, tensors, int(config.max_position_embeddings), float(main["rope_theta"]))
     if scaling is None:
         return
@@ -57,15 +62,36 @@ def _main(config: Any) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else parameters
 
 
-def _set_width(config: Any, main: dict[str, Any], header: Header) -> None:
-    """Rotary dims a head, where they are not all and the config does not say so."""
-    width = header.own("rope.dimension_count")
+def _set_width(config: Any, main: dict[str, Any], header: Header) -> int:
+    """Rotary dims a head, which are returned, where they are not all and the config does not say so."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if width is None:
-        return
     share = main.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    width = header.own("rope.dimension_count", int(head_dim * share))
+    if not isinstance(width, int) or width % 2 or not 0 < width <= head_dim:
+        raise _refused(header, f"rope.dimension_count is {width}, and a head has {head_dim} dims, which turn in pairs")
     if int(head_dim * share) != width:
+        if not _turns_part(config):
+            of = f"{width} of the {head_dim} dims of a head turn (rope.dimension_count)"
+            raise _refused(header, f"{of}, and in transformers' {config.model_type} all of them do")
         main["partial_rotary_factor"] = config.partial_rotary_factor = width / head_dim
+    return width
+
+
+def _turns_part(config: Any) -> bool:
+    """Whether the family's code asks the config which part of a head turns; the others turn all, whatever it says."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM._model_mapping[type(config)]
+    return "partial_rotary_factor" in inspect.getsource(sys.modules[model.__module__])
+
+
+def _check_divisors(header: Header, name: str, divisors: Any, width: int) -> None:
+    """By each the frequency of a pair of dims is divided."""
+    if divisors.shape != (width // 2,):
+        shape = " by ".join(map(str, divisors.shape))
+        raise _refused(header, f"{name} has {shape} numbers, and it is one for each of {width // 2} pairs that turn")
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise _refused(header, f"{name} has numbers that are not above 0, and frequencies are divided by them")
 
 
 def _scaling(header: Header, tensors: dict[str, Any], length: int, base: float) -> dict[str, Any] | None:
@@ -164,6 +190,4 @@ def _check_known(header: Header) -> None:
 
 
 def _refused(header: Header, reason: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{header.file.name} cannot be served: {reason}; take the model's checkpoint in safetensors"
-    )
+    return faults.refused(header, f"{reason}; take the model's checkpoint in safetensors")

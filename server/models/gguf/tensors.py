@@ -19,6 +19,7 @@ import torch
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checks.loaded import incomplete
 from prerope.server.models.folder import INDEX, WEIGHTS
+from prerope.server.models.gguf.faults import AGAIN, read_as, refused
 from prerope.server.models.gguf.header import Header, StoredTensor
 from prerope.server.models.gguf.parts import parts_of
 from prerope.server.models.stored import some
@@ -72,7 +73,8 @@ class Weights:
         config.architectures = [type(model).__name__]
         self.processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
         self.names: dict[str, str] = get_gguf_hf_weights_map(model, self.processor)
-        self.expected = set(model.state_dict()) - set(getattr(model, "all_tied_weights_keys", None) or ())
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self.expected = set(self.shapes) - set(getattr(model, "all_tied_weights_keys", None) or ())
         self.header, self.folder, self.report = header, folder, report
         self.written: dict[str, str] = {}
         self.began, self.told = time.monotonic(), time.monotonic()
@@ -127,7 +129,12 @@ class Weights:
     def _write_part(self, part: Path, group: list[StoredTensor], total: int, done: int, resumed: int) -> None:
         tensors: dict[str, Tensor] = {}
         for tensor in group:
-            self._add(tensor, tensors)
+            known = set(tensors)
+            with read_as(self.header, self._misfit(tensor)):
+                self._add(tensor, tensors)
+            for name in tensors.keys() - known:
+                if tuple(tensors[name].shape) != self.shapes.get(name, tuple(tensors[name].shape)):
+                    raise refused(self.header, f"{self._misfit(tensor, self.shapes[name])}: {AGAIN}")
             done += _bytes([tensor])
             self._tell(done, total, done - resumed)
         aside = part.with_suffix(".aside")
@@ -146,6 +153,13 @@ class Weights:
         )
         if result.name in self.names:
             tensors[self.names[result.name]] = torch.from_numpy(np.array(result.weights)).to(torch.bfloat16)
+
+    def _misfit(self, tensor: StoredTensor, wanted: tuple[int, ...] | None = None) -> str:
+        made = f", which make it {list(wanted)}" if wanted else ""
+        return (
+            f"its tensor {tensor.name} is {list(tensor.shape)}, and does not fit what the file states of sizes and "
+            f"heads ({self.header.architecture}.*){made}"
+        )
 
     def _tell(self, done: int, total: int, new: int) -> None:
         now = time.monotonic()
