@@ -138,7 +138,8 @@ def test_sizes_that_nobody_has_take_neither_time_nor_memory(
 
 
 def test_no_model_is_made_for_longer_than_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "MOST_SECONDS_OF_A_SKETCH", 0.1)
-    with pytest.raises(Unknown):
-        sketch(SAID | {"num_hidden_layers": 4000})
+    with monkeypatch.context() as short:
+        short.setattr(weights, "MOST_SECONDS_OF_A_SKETCH", 0.1)
+        with pytest.raises(Unknown):
+            sketch(SAID | {"num_hidden_layers": 4000})
     assert sketch(SAID).config.num_hidden_layers == 1  # and nothing stays behind
