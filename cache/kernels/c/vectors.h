@@ -87,7 +87,16 @@ INLINE vfloat held(vfloat x) {
 #endif
 }
 
-INLINE vfloat splat(float x) { return (vfloat){} + x; }
+/* Not {} + x: that is an addition to be waited for, since it makes 0 of −0. */
+INLINE vfloat splat(float x) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_set1_ps(x);
+#else
+    return (vfloat){x, x, x, x};
+#endif
+}
 
 /* 0, 1, 2, … */
 INLINE vint lane_numbers(void) {
