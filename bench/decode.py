@@ -40,7 +40,7 @@ from tqdm import tqdm
 from bench import BenchError
 from bench.shared import options
 from bench.shared.machine import describe_machine
-from bench.shared.methods import method_list
+from bench.shared.options import method_list
 from bench.shared.report import NOTHING, Report, Table, context_axis
 
 DEFAULT_METHODS = "rope,rerope,yarn,dynamic_leaky"

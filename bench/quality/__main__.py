@@ -43,7 +43,7 @@ from bench.quality.report import REFERENCE, Losses, Quality, report
 from bench.shared import options
 from bench.shared.kept import Kept, key_of
 from bench.shared.machine import describe_machine
-from bench.shared.methods import environment, label, method_list
+from bench.shared.options import environment, label, method_list
 from bench.shared.text import Document, context, cut_documents, default_texts, ending_at, file_text
 
 FILE = "quality-readings.jsonl"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from prerope.rope.registry import METHODS
 from prerope.rope.spec import RopeSpec
 
-from bench.shared.methods import label
+from bench.shared.options import label
 from bench.shared.report import Table
 
 FAMILIES = ("dynamic_leaky", "rerope", "yarn", "dynamic_yarn", "dynamic_ntk", "dual_chunk")

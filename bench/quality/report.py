@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.shared.report import Report, Table, context_axis, label_ends
+from bench.shared.report import Report, Table, context_axis
 
 Losses = dict[tuple[str, int], list[float]]  # (method, context length) → a loss a document, always in one order
 
 REFERENCE = "rope, trained length"
 """The row that all others are compared with: rope with no more context than the model was trained on."""
 
-CROWDED = 0.5  # nats above the reference: the plot cuts off what lies higher and says so, or the rest would be one line
+CROWDED = 0.5  # nats above the reference: the plot leaves out what lies higher, or the rest would be one line
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +63,16 @@ def report(found: Quality) -> Report:
 
 
 def draw(found: Quality, figure: Any) -> None:
-    """Distance from the reference against context length: a line a method, named at its right end."""
+    """Distance from the reference against context length, a line a method; what lies far above is cut off."""
     figure.set_size_inches(9, 6.5)
-    panel, ends, seen = figure.subplots(), [], []
+    panel = figure.subplots()
     for i, method in enumerate(name for name in found.methods if name != REFERENCE):
         line = [statistics.fmean(found.differences(method, n)) for n in found.lengths]
-        colour = f"C{i % 10}"
-        panel.plot(found.lengths, line, marker="o", markersize=4, color=colour, linestyle="-" if i < 10 else "--")
-        above = f" ({line[-1]:+.2f}, above the plot)" if line[-1] > CROWDED else f" {line[-1]:+.3f}"
-        ends.append((min(line[-1], CROWDED + 1e-6 * line[-1]), f"{method}{above}", colour))  # named in their order
-        seen += [min(value, CROWDED) for value in line]
-    margin = 0.08 * (max(seen) - min(seen)) or 0.1
-    panel.set_ylim(min(seen) - margin, max(seen) + margin)
-    label_ends(panel, found.lengths[-1], ends, 0.035)
-    trained = found.about["train_length"]
-    if found.lengths[0] <= trained <= found.lengths[-1]:
-        panel.axvline(trained, color="0.7", linestyle=":", zorder=0)
-        panel.annotate("trained length", (trained, 1), (4, -10), xycoords=("data", "axes fraction"),
-                       textcoords="offset points", color="0.5", fontsize=8)  # fmt: skip
+        seen = [value if value <= CROWDED else math.nan for value in line]
+        style = "-" if i < 10 else "--"
+        panel.plot(found.lengths, seen, style, marker="o", markersize=4, label=f"{method} {line[-1]:+.3f}")
+    panel.axvline(found.about["train_length"], color="0.7", linestyle=":", label="trained length")
     context_axis(panel, found.lengths)
     panel.set_ylabel("loss minus that of rope with the trained context, nats a token")
     panel.set_title(f"{found.about['model']}: {found.about['last']:,} tokens at the end of each context")
-    panel.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)

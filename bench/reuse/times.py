@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,16 +23,12 @@ from prerope.server.tokenizer import Tokenizer
 
 from bench import BenchError
 from bench.shared.machine import cpu_seconds
-from bench.shared.servers import Server, free_port, http_client, launched
+from bench.shared.servers import http_client, own_server
 from bench.shared.text import default_texts
 
 READY_TIMEOUT_S = 600.0
-COLD, REORDERED, EDITED, RESTARTED = (
-    "cold",
-    "another order and question",
-    "one edited",
-    "after a restart, another order",
-)
+COLD, REORDERED, EDITED = "cold", "another order and question", "one edited"
+RESTARTED = "after a restart, another order"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +43,14 @@ class Asked:
 
 @contextlib.asynccontextmanager
 async def served(model: str | None, tier: Path, log: Path) -> AsyncIterator[tuple[httpx.AsyncClient, psutil.Process]]:
-    """A server with a folder for blocks, ready."""
-    root = f"http://127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "prerope.server", "--port", root.rpartition(":")[2], "--cache-tier-dir", str(tier)]
-    command += [] if model is None else ["--model-id", model]
-    async with http_client(root, timeout=3600) as client:
-        server = Server("the server", f"{root}/v1", client)
-        async with launched(server, shlex.join(command), log, READY_TIMEOUT_S) as process:
-            yield client, psutil.Process(process.pid)
+    """A server with a folder for blocks, ready, and asked once: what is done once is done."""
+    flags = ["--cache-tier-dir", str(tier), *([] if model is None else ["--model-id", model])]
+    async with (
+        own_server(flags, log, READY_TIMEOUT_S) as (root, process),
+        http_client(root, timeout=3600) as client,
+    ):
+        await ask(client, process, ["One."], "Two.")
+        yield client, process
 
 
 async def ask(
@@ -91,13 +85,11 @@ async def time_to_first_token(
     with tempfile.TemporaryDirectory(prefix="prerope-tier-") as folder:
         tier, log = Path(folder) / "tier", Path(folder) / "log"
         async with served(model, tier, log) as (client, process):
-            await ask(client, process, ["One."], "Two.")  # what is done once is done
             times[COLD] = await ask(client, process, documents, first)
             times[REORDERED] = await ask(client, process, shuffled, second)
             times[EDITED] = await ask(client, process, edited, first)
             cold = await ask(client, process, shuffled, second, cache_salt="cold")
         async with served(model, tier, log) as (client, process):
-            await ask(client, process, ["One."], "Two.")
             times[RESTARTED] = await ask(client, process, again, third)
             cold_again = await ask(client, process, again, third, cache_salt="cold again")
     for name, expected in ((REORDERED, cold), (RESTARTED, cold_again)):

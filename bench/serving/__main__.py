@@ -26,13 +26,11 @@ from dataclasses import dataclass, field
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench.serving.measure import Point, Run, run_point
-from bench.serving.prompts import PromptWriter
+from bench.serving.measure import Point, PromptWriter, Run, run_point
 from bench.serving.report import Served, one_line, report
 from bench.shared import options
-from bench.shared.counting import local_counter, server_counter
 from bench.shared.machine import describe_machine
-from bench.shared.servers import Server, http_client, launched
+from bench.shared.servers import Server, http_client, launched, local_counter, server_counter
 
 WARM_UP = -1
 """In place of a round's number."""

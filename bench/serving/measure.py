@@ -1,20 +1,25 @@
-"""One point of the measurement: some streams at once to one server, and what they add up to. Times are seconds."""
+"""One point of the measurement: prompts, some streams at once to one server, what they add up to. Times are seconds."""
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import math
+import random
 import statistics
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx
 import numpy as np
 
+from bench import BenchError
 from bench.shared.machine import DISTURBED_CORES, OthersMeter, listeners
-from bench.shared.servers import Server
+from bench.shared.servers import Counter, Server
 from bench.shared.streams import Completion, StreamFailed
+from bench.shared.text import reference_words
 
 Figures = dict[str, float]
 """By name: medians over the streams of `ttft` and `time_per_token`; `gap_p50` and `gap_p99` over all tokens;
@@ -91,3 +96,34 @@ def speedup(name: str, ours: Figures, peer: Figures) -> float:
     """How many times as fast as the peer, above 1 where ours is the better, whether `name` is a time or a rate."""
     above, below = (peer, ours) if name in TIMES else (ours, peer)
     return above[name] / below[name] if below[name] else math.inf
+
+
+FILLER = " a"  # one token in every common vocabulary: closes the gap that a word of several tokens leaves
+
+
+class PromptWriter:
+    """Writes English prompts of an exact number of tokens, no two of which share a beginning: prefix caches stay cold.
+
+    Tokens are counted between measurements. The same seed starts at the same places in the text.
+    """
+
+    def __init__(self, count: Counter, seed: int = 0) -> None:
+        self._count, self._words, self._random = count, reference_words(), random.Random(seed)
+
+    def write(self, num_tokens: int) -> str:
+        """A prompt of exactly `num_tokens` tokens that no other prompt begins like."""
+        label = f"Note {uuid.uuid4().hex[:12]}."
+        start = self._random.randrange(len(self._words))
+        around = self._words[start:] + self._words * (1 + num_tokens // len(self._words))
+
+        def text(num_words: int) -> str:
+            return " ".join([label, *around[:num_words]])
+
+        words = bisect.bisect_right(range(num_tokens + 1), num_tokens, key=lambda n: self._count(text(n))) - 1
+        if words < 0:
+            raise BenchError(f"a prompt of {num_tokens} tokens is too short: its label alone takes more")
+        prompt = text(words)
+        prompt += FILLER * (num_tokens - self._count(prompt))
+        if (found := self._count(prompt)) != num_tokens:
+            raise BenchError(f"no prompt of {num_tokens} tokens found: the nearest has {found}")
+        return prompt

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.serving.measure import TIMES, Figures, Point, Run, run_figures, speedup, summarise
+from bench.serving.measure import Figures, Point, Run, run_figures, speedup, summarise
 from bench.shared.machine import DISTURBED_CORES
 from bench.shared.report import NOTHING, Report, Table
 
@@ -106,24 +106,4 @@ def report(served: Served) -> Report:
     ]
     table = Table(headings, rows, served.notes(), left=(0, 1))
     data = {"about": dict(served.about), "points": points}
-    return Report("serving", [table], data, lambda figure: draw(served, figure))
-
-
-def draw(served: Served, figure: Any) -> None:
-    """A panel a figure, a group of bars a point, a bar a server."""
-    figure.set_size_inches(1.6 + 1.7 * len(served.points), 9)
-    panels, width = figure.subplots(len(COMPARED), 1), 0.8 / len(served.names)
-    for panel, key in zip(panels, COMPARED, strict=True):
-        heading, factor, form = COLUMNS[key]
-        for i, name in enumerate(served.names):
-            found = [served.figures(name, point) for point in served.points]
-            heights = [figures[key] * factor if figures else math.nan for figures in found]
-            bars = panel.bar([x + (i + 0.5) * width - 0.4 for x in range(len(found))], heights, width, label=name)
-            panel.bar_label(bars, [_shown(height, form) for height in heights], fontsize=7, padding=1)
-        panel.set_title(f"{heading} ({'less' if key in TIMES else 'more'} is better)", fontsize=10)
-        if key != "time_per_token":  # the others span orders of magnitude
-            panel.set_yscale("log")
-        panel.margins(y=0.2)
-        panel.set_xticks(range(len(served.points)), [point.label for point in served.points])
-    panels[0].legend(ncols=len(served.names), loc="upper left")
-    panels[-1].set_xlabel("tokens in the prompt × streams at once")
+    return Report("serving", [table], data)

@@ -1,4 +1,5 @@
-"""The command line of every measurement: flags with their defaults, types of values, and how a program ends."""
+"""The command line of every measurement: flags with their defaults, types of values (position methods among them), and
+how a program ends."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from prerope.rope.spec import PARAMETERS, RopeSpec
 from rich.console import Console
 
 from bench import OUTPUT_FOLDER, BenchError
@@ -24,18 +27,6 @@ def parser(question: str, description: str | None, folder: str = "") -> argparse
     made = argparse.ArgumentParser(f"python -m bench.{question}", description=description, formatter_class=_Help)
     made.add_argument("--out", type=Path, default=OUTPUT_FOLDER / folder, help="folder of the files that it leaves")
     return made
-
-
-def at_least(least: float) -> Callable[[str], float]:
-    """A number that is not below `least`."""
-
-    def number(text: str) -> float:
-        value = float(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {least:g}")
-        return value
-
-    return number
 
 
 def count(text: str) -> int:
@@ -60,6 +51,38 @@ def named(text: str) -> tuple[str, str]:
     if not (name and value):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """`label` is what the user wrote: NAME, or NAME:parameter=value:…:logn."""
+
+    label: str
+    spec: RopeSpec
+
+
+def method_list(text: str) -> list[Method]:
+    """Separated by commas, each once."""
+    try:
+        methods = [Method(part.strip(), RopeSpec.parse(part)) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if len({method.label for method in methods}) < len(methods):
+        raise argparse.ArgumentTypeError(f"{text}: each once")
+    return methods
+
+
+def label(spec: RopeSpec) -> str:
+    """As `RopeSpec.parse` reads it."""
+    given = [f"{name}={value}" for name in PARAMETERS if (value := getattr(spec, name)) is not None]
+    return ":".join([spec.method, *given, *(["logn"] if spec.logn else [])])
+
+
+def environment(spec: RopeSpec) -> list[str]:
+    """The lines to set for a server that reads so."""
+    lines = [f"ROPE_METHOD={spec.method}"]
+    lines += [f"ROPE_{name.upper()}={value}" for name in PARAMETERS if (value := getattr(spec, name)) is not None]
+    return [*lines, "ROPE_LOGN=true"] if spec.logn else lines
 
 
 def console() -> Console:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -111,27 +110,6 @@ def target_table(targets: Sequence[Target]) -> Table:
     verdicts = Counter(target.verdict for target in targets)
     note = "Targets: " + ", ".join(f"{verdicts[name]} {name}" for name in ("reached", "missed", "not measured"))
     return Table(["target", "wanted", "found", "worst case", "verdict"], [target.row() for target in targets], [note])
-
-
-def spaced(heights: Sequence[float], least: float) -> list[float]:
-    """The heights in their order, moved apart to `least`, so that labels at them do not overlap."""
-    placed = list(heights)
-    order = sorted(range(len(placed)), key=placed.__getitem__)
-    for _ in range(100):
-        for below, above in itertools.pairwise(order):
-            overlap = max(0.0, least - (placed[above] - placed[below]))
-            placed[below] -= overlap / 2
-            placed[above] += overlap / 2
-    return placed
-
-
-def label_ends(panel: Any, at: float, ends: Sequence[tuple[float, str, str]], share: float) -> None:
-    """Name lines at their right end; ends: (height, label, colour); share: of the panel's height between labels."""
-    low, high = panel.get_ylim()
-    heights = spaced([height for height, _, _ in ends], share * (high - low))
-    for height, (_, label, colour) in zip(heights, ends, strict=True):
-        panel.annotate(label, (at, height), (8, 0), textcoords="offset points", color=colour, va="center", fontsize=8,
-                       annotation_clip=False)  # fmt: skip
 
 
 def plain_log_axis(panel: Any) -> None:

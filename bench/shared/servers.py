@@ -1,4 +1,4 @@
-"""Servers under measurement: started from a command line, found ready, asked for streams, and stopped.
+"""Servers under measurement: started from a command line, found ready, asked for streams and token counts, and stopped.
 
 OpenAI-compatible servers differ in how they are asked for an exact number of tokens and for a usage at the end.
 `Server.connect` tries the dialects once; from then on every request is written in the one that was understood.
@@ -14,13 +14,15 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from bench import BenchError
 from bench.shared.streams import Completion, StreamFailed, read_completion
@@ -37,10 +39,17 @@ DIALECTS: Mapping[str, Mapping[str, Any]] = {
 STOP_TIMEOUT_S, POLL_S, READY_TIMEOUT_S = 20.0, 0.5, 300.0
 
 
-def http_client(root: str = "", timeout: float | None = None) -> httpx.AsyncClient:
+Counter = Callable[[str], int]
+"""How many tokens a text has, those included that the server puts before any text."""
+
+
+def http_client(
+    root: str = "", timeout: float | None = None, headers: Mapping[str, str] | None = None, socket_options: Any = None
+) -> httpx.AsyncClient:
     """A fresh connection for every request: what stays open on the server is the server's doing."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    return httpx.AsyncClient(base_url=root, timeout=timeout, limits=limits, trust_env=False)
+    transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=socket_options, trust_env=False)
+    return httpx.AsyncClient(base_url=root, timeout=timeout, headers=headers, transport=transport, trust_env=False)
 
 
 def free_port() -> int:
@@ -90,7 +99,7 @@ class Server:
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return []  # transformers serve answers 500 without a hub cache, and needs no name
 
-    async def complete(self, prompt: str, num_tokens: int) -> Completion:
+    async def complete(self, prompt: str | Sequence[int], num_tokens: int) -> Completion:
         """Stream `num_tokens` greedy tokens after `prompt`.
 
         Raises:
@@ -152,7 +161,7 @@ async def launched(
         try:
             await server.ready(timeout_s, process)
         except BenchError as error:
-            raise BenchError("\n".join([str(error), *_tail(log)])) from None
+            raise BenchError("\n".join([str(error), *tail(log)])) from None
         yield process
     finally:
         # The whole group, kindly, then at once: a launcher's children may outlive it.
@@ -163,5 +172,41 @@ async def launched(
                 await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
 
 
-def _tail(log: Path) -> list[str]:
-    return log.read_text(errors="replace").splitlines()[-15:]
+def tail(log: Path, lines: int = 15) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-lines:]
+
+
+@contextlib.asynccontextmanager
+async def own_server(
+    flags: Sequence[str], log: Path, timeout_s: float = READY_TIMEOUT_S
+) -> AsyncIterator[tuple[str, psutil.Process]]:
+    """(its root, its process) of this project's server with these flags, on a free port."""
+    port = free_port()
+    command = shlex.join([sys.executable, "-m", "prerope.server", *flags, "--port", str(port)])
+    async with http_client() as http:
+        server = Server("the server", f"http://127.0.0.1:{port}/v1", http)
+        async with launched(server, command, log, timeout_s) as process:
+            yield server.root, psutil.Process(process.pid)
+
+
+def local_counter(folder: str) -> Counter:
+    """Counts with the tokenizer of a local model folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return lambda text: len(tokenizer(text).input_ids)
+
+
+def server_counter(server: Server) -> Counter:
+    """Counts with a server's /tokenize, by vLLM's and this server's name of the field, or llama.cpp's."""
+    for names in (("prompt", "add_special_tokens"), ("content", "add_special")):
+
+        def count(text: str, names: tuple[str, str] = names) -> int:
+            body = dict(zip(names, (text, True), strict=True))
+            reply = httpx.post(f"{server.root}/tokenize", json=body, headers=server.headers, timeout=60.0)
+            return len(reply.raise_for_status().json()["tokens"])
+
+        with contextlib.suppress(httpx.HTTPError, ValueError, KeyError, TypeError):
+            if count("One two three"):
+                return count
+    raise BenchError(f"{server.name} has no /tokenize: put a server first that has, or give --tokenizer FOLDER")

@@ -10,36 +10,35 @@ much of what is measured is its making of bodies. "nothing" is no attack: what i
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import multiprocessing
 import os
-import shlex
 import signal
 import socket
-import sys
-import tempfile
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import httpx
 
-from bench.shared.servers import Server, free_port, http_client, launched
+from bench.shared import options
+from bench.shared.servers import own_server
 from bench.soak.hostile import HOSTILE, encoded
 
 ATTACK_TIMEOUT_S = 300
 ORDINARY_S = 2.0
 """How long the bystander watches before the attack begins."""
+ELSEWHERE = 19
+"""How nice an attacker is that stands for one on another machine: making bodies is no work of the server's."""
+MOST_S = 60
+"""How long an attack may last that is measured; then its client is gone."""
+NOTHING, NOTHING_S = "nothing", 5.0
 
 Attack = Callable[[str, float], list[int]]
 
@@ -53,10 +52,9 @@ class Bystander:
     """
 
     def __init__(self, url: str, ordinary_s: float = 0.3) -> None:
-        self._url = url
+        self._http = httpx.Client(base_url=url, timeout=ATTACK_TIMEOUT_S)
         self._ordinary_s = ordinary_s
-        self._stop = threading.Event()
-        self._first = threading.Event()
+        self._stop, self._first = threading.Event(), threading.Event()
         self._times: list[float] = []
         self._latencies: list[tuple[float, float]] = []
         self._threads = [threading.Thread(target=self._stream), threading.Thread(target=self._probe)]
@@ -69,61 +67,49 @@ class Bystander:
         self._began = time.monotonic()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         ended = time.monotonic()
         time.sleep(0.05)
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        gaps = [(after, after - before) for before, after in zip(self._times, self._times[1:], strict=False)]
-        before = sorted(gap for at, gap in gaps if at < self._began)
-        self.ordinary_gap_s = before[len(before) // 2] if before else 0.0
+        self._http.close()
+        gaps = [(after, after - before) for before, after in pairwise(self._times)]
+        self.ordinary_gap_s = statistics.median_high([gap for at, gap in gaps if at < self._began] or [0.0])
         self.worst_gap_s = max((gap for at, gap in gaps if at - gap < ended and at > self._began), default=0.0)
         self.worst_health_s = max((took for at, took in self._latencies if at > self._began), default=0.0)
 
     def _stream(self) -> None:
         """One after another, so that there is always one; a token a step, so that a gap is a step."""
         body = {"prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": True, "speculation": "off"}
-        with httpx.Client(base_url=self._url, timeout=ATTACK_TIMEOUT_S) as http:
-            while not self._stop.is_set():
-                with http.stream("POST", "/generate", json=body) as response:
-                    for line in response.iter_lines():
-                        if line.startswith("data: {") and not self._stop.is_set():
-                            self._times.append(time.monotonic())
-                            self._first.set()
-                        if self._stop.is_set():
-                            break
+        while not self._stop.is_set():
+            with self._http.stream("POST", "/generate", json=body) as response:
+                for line in response.iter_lines():
+                    if self._stop.is_set():
+                        break
+                    if line.startswith("data: {"):
+                        self._times.append(time.monotonic())
+                        self._first.set()
 
     def _probe(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=ATTACK_TIMEOUT_S) as http:
-            while not self._stop.is_set():
-                began = time.monotonic()
-                http.get("/health")
-                ended = time.monotonic()
-                self._latencies.append((ended, ended - began))
-                time.sleep(0.02)
-
-
-def post(url: str, path: str, body: Any, timeout: float = ATTACK_TIMEOUT_S) -> int:
-    """The status of a reply to JSON; a text is sent as it is."""
-    response = httpx.post(
-        url + path, content=encoded(body), headers={"Content-Type": "application/json"}, timeout=timeout
-    )
-    return response.status_code
-
-
-def at_once(calls: list[Callable[[], int]]) -> list[int]:
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
+        while not self._stop.is_set():
+            began = time.monotonic()
+            self._http.get("/health")
+            self._latencies.append((time.monotonic(), time.monotonic() - began))
+            time.sleep(0.02)
 
 
 def sent(name: str) -> Attack:
     """The attack that sends bodies, all of it at once."""
 
     def attack(url: str, share: float) -> list[int]:
-        return at_once([partial(post, url, path, body) for path, body in HOSTILE[name](share)])
+        def post(path: str, content: bytes) -> int:
+            headers = {"Content-Type": "application/json"}
+            return httpx.post(url + path, content=content, headers=headers, timeout=ATTACK_TIMEOUT_S).status_code
+
+        posts = [(path, encoded(body)) for path, body in HOSTILE[name](share)]
+        with ThreadPoolExecutor(len(posts)) as pool:
+            return list(pool.map(post, *zip(*posts, strict=True)))
 
     return attack
 
@@ -150,17 +136,6 @@ def tiny_chunks(url: str, share: float) -> list[int]:
 ATTACKS: dict[str, Attack] = {**{name: sent(name) for name in HOSTILE}, "tiny chunks": tiny_chunks}
 
 
-ELSEWHERE = 19
-"""How nice an attacker is that stands for one on another machine: making bodies is no work of the server's."""
-
-
-MOST_S = 60
-"""How long an attack may last that is measured; then its client is gone."""
-
-NOTHING = "nothing"
-NOTHING_S = 5.0
-
-
 @contextmanager
 def attacker(nice: int = ELSEWHERE, most_s: int = 0) -> Iterator[Callable[[str, str, float], list[int]]]:
     """Makes attacks in a process of its own, which has begun: that, too, is not to be felt by the bystander.
@@ -184,11 +159,13 @@ def _made(name: str, url: str, share: float) -> list[int]:
 def measured(url: str, name: str, nice: int) -> str:
     """A line for one attack."""
     began = time.monotonic()
+    outcome: object = "-"
     with attacker(nice, MOST_S) as attack, Bystander(url, ORDINARY_S) as bystander:
         try:
             if name == NOTHING:
                 time.sleep(NOTHING_S)
-            outcome: object = sorted(set(attack(name, url, 1))) if name != NOTHING else "-"
+            else:
+                outcome = sorted(set(attack(name, url, 1)))
         except BrokenProcessPool:
             outcome = f"not over in {MOST_S} s"
         except httpx.HTTPError as error:
@@ -200,23 +177,20 @@ def measured(url: str, name: str, nice: int) -> str:
     )
 
 
-async def main(names: list[str], nice: int, url: str | None) -> None:
-    """Print a line for each attack."""
-    async with http_client() as http, contextlib.AsyncExitStack() as stack:
-        if url is None:
-            url = f"http://127.0.0.1:{free_port()}"
-            port = url.rpartition(":")[2]
-            command = [sys.executable, "-m", "prerope.server", "--port", port, "--log-level", "warning"]
-            log = Path(tempfile.mkdtemp()) / "server.log"
-            await stack.enter_async_context(launched(Server("server", f"{url}/v1", http), shlex.join(command), log))
-        for name in names or [NOTHING, *ATTACKS]:
-            print(await asyncio.to_thread(measured, url, name, nice), flush=True)
+def main(arguments: Sequence[str] | None) -> int:
+    parser = options.parser("soak.attacks", __doc__, "soak")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="attacks to make (all)")
+    parser.add_argument("--nice", type=int, default=ELSEWHERE, help="the attacker's; 0 for a full share of the cores")
+    asked = parser.parse_args(arguments)
+
+    async def run() -> None:
+        async with own_server(["--log-level", "warning"], asked.out / "attacked.log") as (root, _process):
+            for name in asked.names or [NOTHING, *ATTACKS]:
+                print(await asyncio.to_thread(measured, root, name, asked.nice), flush=True)
+
+    asyncio.run(run())
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.soak.attacks", description="Attacks beside a stream.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="attacks to make (all)")
-    parser.add_argument("--url", help="a server that runs already")
-    parser.add_argument("--nice", type=int, default=ELSEWHERE, help="the attacker's; 0 for a full share of the cores")
-    asked = parser.parse_args()
-    asyncio.run(main(asked.names, asked.nice, asked.url))
+    options.run("soak.attacks", main)

@@ -21,6 +21,8 @@ from bench.shared.streams import Completion, StreamFailed, read_completion
 from bench.soak.plan import Task
 
 RECEIVE_BUFFER, READ_BYTES = 4096, 256  # of slow readers
+PATIENCE_S = 900.0
+"""A request may take this long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,7 @@ class SoakClient:
     """One server's client; `num_open` requests are under way."""
 
     root: str
-    key: str | None
-    patience_s: float
+    key: str
     num_open: int = 0
     outcomes: list[Outcome] = field(default_factory=list)
     born: float = field(default_factory=time.perf_counter)
@@ -61,12 +62,12 @@ class SoakClient:
         began = time.perf_counter()
         status, problem, aborted, stream = 0, "", False, None
         try:
-            async with asyncio.timeout(self.patience_s if task.abort_after_s is None else task.abort_after_s):
+            async with asyncio.timeout(PATIENCE_S if task.abort_after_s is None else task.abort_after_s):
                 status, headers, chunks = await self._ask(task)
             stream = check(task, status, headers, chunks, began)
         except TimeoutError:
             aborted = task.abort_after_s is not None
-            problem = "" if aborted else f"no end within {self.patience_s:g} s"
+            problem = "" if aborted else f"no end within {PATIENCE_S:g} s"
         except (httpx.HTTPError, OSError, StreamFailed, ValueError, KeyError) as error:
             problem = f"HTTP {status}, {type(error).__name__}: {error}"
         finally:
@@ -81,8 +82,10 @@ class SoakClient:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         content = task.body if isinstance(task.body, bytes) else json.dumps(task.body).encode()
         chunks: list[tuple[float, bytes]] = []
+        # A slow reader has a small buffer, so that what it leaves unread waits at the server.
+        small = [(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)] if task.read_pause_s else None
         async with (
-            self._http(task) as http,
+            http_client(self.root, socket_options=small) as http,
             http.stream(task.method, task.path, content=content, headers=headers) as reply,
         ):
             async for chunk in reply.aiter_raw(READ_BYTES if task.read_pause_s else None):
@@ -90,14 +93,6 @@ class SoakClient:
                 if task.read_pause_s:
                     await asyncio.sleep(task.read_pause_s)
             return reply.status_code, reply.headers, chunks
-
-    def _http(self, task: Task) -> httpx.AsyncClient:
-        """With a small buffer for a slow reader, so that what it leaves unread waits at the server."""
-        if not task.read_pause_s:
-            return http_client(self.root)
-        small = [(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)]
-        transport = httpx.AsyncHTTPTransport(socket_options=small)
-        return httpx.AsyncClient(base_url=self.root, timeout=None, transport=transport, trust_env=False)
 
 
 def check(
@@ -118,13 +113,10 @@ def check(
             raise ValueError("the error says nothing")
         if status == httpx.codes.TOO_MANY_REQUESTS and int(headers["retry-after"]) < 1:
             raise ValueError("Retry-After is not a positive number of seconds")
-        return None
-    if task.kind == "hostile":
-        return None
-    if not task.streams:
-        if json.loads(body)["usage"]["completion_tokens"] < 1:
-            raise ValueError("no token was generated")
-        return None
-    if not body.endswith(b"data: [DONE]\n\n"):
-        raise StreamFailed("the stream ended without [DONE]")
-    return read_completion(began, chunks)
+    elif task.streams:
+        if not body.endswith(b"data: [DONE]\n\n"):
+            raise StreamFailed("the stream ended without [DONE]")
+        return read_completion(began, chunks)
+    elif task.kind != "hostile" and json.loads(body)["usage"]["completion_tokens"] < 1:
+        raise ValueError("no token was generated")
+    return None

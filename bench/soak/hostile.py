@@ -13,14 +13,15 @@ from typing import Any
 
 BODY_BYTES = 16 * 2**20
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+PANGRAM = "The quick brown fox jumps over the lazy dog, and then it rests. "
+FUNCTION = '{"type":"function","name":"f%d","parameters":{"type":"object","properties":{"a":{},"b":{},"c":{}}}}'
 
 Post = tuple[str, Any]
 """A path, and what is sent to it: JSON-able, or text as it is."""
 
-PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 
-
-def filled(head: str, item: str, tail: str, share: float) -> str:
+def filled(head: str, item: str, share: float, tail: str = "]}") -> str:
     """As many items as go into this share of a body."""
     room = int(BODY_BYTES * share) - 64 - len(head) - len(tail)
     return head + ",".join([item] * (room // (len(item) + 1))) + tail
@@ -41,8 +42,8 @@ def meeting(primes: Sequence[int]) -> dict[str, Any]:
 HUGE_GRAMMAR = meeting(PRIMES)
 
 
-def chat(content: Any, **more: Any) -> Post:
-    return CHAT, {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **more}
+def chat(content: Any) -> Post:
+    return CHAT, {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
 
 
 def explosive_grammars(share: float) -> list[Post]:
@@ -50,16 +51,10 @@ def explosive_grammars(share: float) -> list[Post]:
     grammars: list[dict[str, Any]] = [
         {"regex": ".?" * 32_000},
         {"json_schema": {"type": "integer", "multipleOf": 99999989}},
-        {"grammar": doubling("a")},
-        *({"grammar": doubling(one)} for one in "bc"),
     ]
-    posts: list[Post] = [(GENERATE, {"prompt": "Hi", "max_tokens": 64, **grammar}) for grammar in grammars]
-    return [*posts, (GENERATE, HUGE_GRAMMAR)][: math.ceil(6 * share)]
-
-
-def slow_masks(share: float) -> list[Post]:
-    post = (GENERATE, {"prompt": "Hi", "regex": "a" * 60_000, "max_tokens": 4, "temperature": 0})
-    return [post] * int(share * 32)
+    grammars += [{"grammar": doubling(one)} for one in "abc"]
+    bodies = [*({"prompt": "Hi", "max_tokens": 64, **grammar} for grammar in grammars), HUGE_GRAMMAR]
+    return [(GENERATE, body) for body in bodies[: math.ceil(6 * share)]]
 
 
 def many_messages(share: float) -> list[Post]:
@@ -67,9 +62,30 @@ def many_messages(share: float) -> list[Post]:
     return [(CHAT, {"messages": [message] * int(share * count), "max_tokens": 1}) for count in (100_000, 9_000)]
 
 
-def ordinary_prompt(share: float) -> list[Post]:
-    text = "The quick brown fox jumps over the lazy dog, and then it rests. " * int(share * 1_720)
-    return [("/tokenize", {"prompt": text}), chat(text)]
+def many_items(share: float) -> list[Post]:
+    """Of a conversation that Responses would repeat and keep, and tools that it would repeat."""
+    message = '{"role":"user","content":""}'
+    tools = ",".join(FUNCTION % i for i in range(int(share * 120_000)))
+    return [
+        ("/v1/responses", filled('{"max_output_tokens":1,"input":[', message, share)),
+        ("/v1/responses", f'{{"max_output_tokens":1,"input":"Hi","tool_choice":"none","tools":[{tools}]}}'),
+        ("/v1/messages/count_tokens", filled('{"messages":[', message, share)),
+    ]
+
+
+def many_values(share: float) -> list[Post]:
+    """Where a list or an object is read item by item."""
+    bias = ",".join(f'"{i}":1' for i in range(int(share * 100_000)))
+    lists = {"bad_words": '"b"', "stop": '"b"', "documents": '"b"', "unknown": "{}"}
+    return [
+        (GENERATE, f'{{"prompt":"Hi","max_tokens":1,"logit_bias":{{{bias}}}}}'),
+        *(
+            (GENERATE, filled(f'{{"prompt":"Hi","max_tokens":1,"{name}":[', item, share))
+            for name, item in lists.items()
+        ),
+        ("/api/show", filled('{"model":"m","options":[', "{}", share)),
+        (COMPLETIONS, filled('{"max_tokens":1,"prompt":[', '"b"', share)),
+    ]
 
 
 def echoed_logprobs(share: float) -> list[Post]:
@@ -77,44 +93,25 @@ def echoed_logprobs(share: float) -> list[Post]:
     return [(COMPLETIONS, {"prompt": prompt, "echo": True, "logprobs": 20, "max_tokens": 1})]
 
 
-def many_items(share: float) -> list[Post]:
-    """Of a conversation that Responses would repeat and keep, and tools that it would repeat."""
-    message = '{"role":"user","content":""}'
-    tool = '{"type":"function","name":"f%d","parameters":{"type":"object","properties":{"a":{},"b":{},"c":{}}}}'
-    tools = ",".join(tool % i for i in range(int(share * 120_000)))
-    return [
-        ("/v1/responses", filled('{"max_output_tokens":1,"input":[', message, "]}", share)),
-        ("/v1/responses", f'{{"max_output_tokens":1,"input":"Hi","tool_choice":"none","tools":[{tools}]}}'),
-        ("/v1/messages/count_tokens", filled('{"messages":[', message, "]}", share)),
-    ]
+def ordinary_prompt(share: float) -> list[Post]:
+    text = PANGRAM * int(share * 1_720)
+    return [("/tokenize", {"prompt": text}), chat(text)]
 
 
-def many_values(share: float) -> list[Post]:
-    """Where a list or an object is read item by item."""
-    bias = ",".join(f'"{i}":1' for i in range(int(share * 100_000)))
-    return [
-        (GENERATE, f'{{"prompt":"Hi","max_tokens":1,"logit_bias":{{{bias}}}}}'),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"bad_words":[', '"b"', "]}", share)),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"stop":[', '"b"', "]}", share)),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"documents":[', '"b"', "]}", share)),
-        (GENERATE, filled('{"prompt":"Hi","max_tokens":1,"unknown":[', "{}", "]}", share)),
-        ("/api/show", filled('{"model":"m","options":[', "{}", "]}", share)),
-        (COMPLETIONS, filled('{"max_tokens":1,"prompt":[', '"b"', "]}", share)),
-    ]
+def slow_masks(share: float) -> list[Post]:
+    return [(GENERATE, {"prompt": "Hi", "regex": "a" * 60_000, "max_tokens": 4, "temperature": 0})] * int(share * 32)
 
 
 HOSTILE: dict[str, Callable[[float], list[Post]]] = {
     "explosive grammars": explosive_grammars,
     "slow masks": slow_masks,
-    "empty messages": lambda share: [(CHAT, filled('{"messages":[', "{}", "]}", share))],
+    "empty messages": lambda share: [(CHAT, filled('{"messages":[', "{}", share))],
     "many messages": many_messages,
     "empty parts": lambda share: [chat([{"type": "text", "text": ""}] * int(share * 400_000))],
-    "nested prompts": lambda share: [
-        (path, filled('{"prompt":[', "[]", "]}", share)) for path in (GENERATE, COMPLETIONS)
-    ],
+    "nested prompts": lambda share: [(path, filled('{"prompt":[', "[]", share)) for path in (GENERATE, COMPLETIONS)],
     "emoji": lambda share: [("/tokenize", {"prompt": "😀" * int(share * 250_000)})],
     "digits": lambda share: [chat("1234567890" * int(share * 260_000))],
-    "many ids": lambda share: [("/detokenize", filled('{"tokens":[', "33", "]}", share))],
+    "many ids": lambda share: [("/detokenize", filled('{"tokens":[', "33", share))],
     "an ordinary long prompt": ordinary_prompt,
     "echoed logprobs": echoed_logprobs,
     "many items": many_items,

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.shared.text import Library
-from bench.soak.hostile import HOSTILE, encoded
+from bench.soak.hostile import CHAT, COMPLETIONS, GENERATE, HOSTILE, encoded
 
-GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
-OK_OR_BUSY = frozenset({200, 429})
 ANSWERED_OR_REFUSED = frozenset({200, 400, 413, 429})
 DECK = {"short": 8, "shared": 4, "abort": 3, "slow": 1, "bad": 4, "crowd": 1, "hostile": 1}
 """How often each kind comes in one round of a client's deck."""
@@ -48,7 +46,7 @@ class Task:
     kind: str
     path: str
     body: Mapping[str, Any] | bytes
-    statuses: frozenset[int] = OK_OR_BUSY
+    statuses: frozenset[int] = frozenset({200, 429})
     method: str = "POST"
     key: bool | str = True
     abort_after_s: float | None = None
@@ -61,15 +59,8 @@ class Task:
         return not isinstance(self.body, bytes) and bool(self.body.get("stream"))
 
 
-def mixed_tasks(library: Library, bad: Sequence[Task], seed: int, client: int) -> Iterator[Task]:
-    """Everything but long prompts, for ever; the same seed and client give the same tasks."""
-    maker = TaskMaker(library, bad, seed, client)
-    while True:
-        yield from (maker.task(kind) for kind in maker.shuffled([k for k, count in DECK.items() for _ in range(count)]))
-
-
 class TaskMaker:
-    """Makes one client's tasks of each kind."""
+    """Makes one client's tasks of each kind; the same seed and client give the same tasks."""
 
     def __init__(self, library: Library, bad: Sequence[Task], seed: int, client: int) -> None:
         self._library, self._refused, self._bad_deck = library, bad, list[Task]()
@@ -77,8 +68,11 @@ class TaskMaker:
         common = random.Random(f"{seed}, prefixes")  # the same for all clients: this is what is shared
         self._prefixes = [library.ids(common, PREFIX_TOKENS) for _ in range(NUM_PREFIXES)]
 
-    def shuffled(self, deck: list[str]) -> list[str]:
-        return self.draw.sample(deck, len(deck))
+    def mixed(self) -> Iterator[Task]:
+        """Everything but long prompts, for ever."""
+        deck = [kind for kind, count in DECK.items() for _ in range(count)]
+        while True:
+            yield from map(self.task, self.draw.sample(deck, len(deck)))
 
     def task(self, kind: str) -> Task:
         made: Task = getattr(self, f"_{kind}")()
@@ -91,21 +85,20 @@ class TaskMaker:
             body["messages"] = [{"role": "user", "content": self._library.text(draw, num_tokens)}]
         else:
             body["prompt"] = draw.choice((self._library.ids, self._library.text))(draw, num_tokens)
-        return Task("short", path, self._maybe_streamed(path, body))
+        return self._maybe_streamed("short", path, body)
 
     def _shared(self) -> Task:
         prompt = self.draw.choice(self._prefixes) + self._library.ids(self.draw, self.draw.randint(8, 64))
         body = {"prompt": prompt, "max_tokens": self.draw.randint(*OUTPUT_TOKENS), "temperature": 0}
         salt = self.draw.choice(("", "", "tenant-a", "tenant-b"))
         path = self.draw.choice((GENERATE, COMPLETIONS))
-        return Task("shared", path, self._maybe_streamed(path, body | ({"cache_salt": salt} if salt else {})))
+        return self._maybe_streamed("shared", path, body | ({"cache_salt": salt} if salt else {}))
 
     def _abort(self) -> Task:
         path, prompt = self.draw.choice((GENERATE, COMPLETIONS)), self._ids(self.draw.choice(ABORTED_TOKENS))
         body = {"prompt": prompt, "max_tokens": MANY_TOKENS, "ignore_eos": True}
         body |= {"n": self.draw.choice((1, 1, 3))} if path == COMPLETIONS else {}
-        after = self.draw.uniform(0, ABORT_WITHIN_S)
-        return Task("abort", path, self._maybe_streamed(path, body), abort_after_s=after)
+        return self._maybe_streamed("abort", path, body, abort_after_s=self.draw.uniform(0, ABORT_WITHIN_S))
 
     def _slow(self) -> Task:
         """Log-probabilities make each event some kilobytes, so that buffers fill; every third such client vanishes."""
@@ -117,7 +110,7 @@ class TaskMaker:
     def _crowd(self) -> Task:
         """Some of them are refused where the queue is as short as that of a server which the soak starts."""
         body = {"prompt": self._ids(8), "max_tokens": 3, "n": CROWD_CHOICES}
-        return Task("crowd", COMPLETIONS, self._maybe_streamed(COMPLETIONS, body), num_clients=CROWD)
+        return self._maybe_streamed("crowd", COMPLETIONS, body, num_clients=CROWD)
 
     def _bad(self) -> Task:
         self._bad_deck = self._bad_deck or self.draw.sample(self._refused, len(self._refused))
@@ -126,8 +119,7 @@ class TaskMaker:
     def _hostile(self) -> Task:
         """One of the bodies by which one client would hold up the others."""
         name = self.draw.choice(sorted(HOSTILE))
-        path, body = self.draw.choice(HOSTILE[name](1))
-        return Task("hostile", path, encoded(body), ANSWERED_OR_REFUSED, detail=name)
+        return _hostile(name, *self.draw.choice(HOSTILE[name](1)))
 
     def _ids(self, num_tokens: int) -> list[int]:
         return self._library.ids(self.draw, num_tokens)
@@ -142,9 +134,9 @@ class TaskMaker:
         )
         return self.draw.choice(choices)
 
-    def _maybe_streamed(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _maybe_streamed(self, kind: str, path: str, body: dict[str, Any], **more: Any) -> Task:
         """Two of three streamed."""
-        return streamed(path, body) if self.draw.random() < 2 / 3 else body
+        return Task(kind, path, streamed(path, body) if self.draw.random() < 2 / 3 else body, **more)
 
 
 def long_tasks(library: Library, lengths: Sequence[int], seed: int) -> Iterator[Task]:
@@ -156,9 +148,9 @@ def long_tasks(library: Library, lengths: Sequence[int], seed: int) -> Iterator[
 
 
 def long_task(library: Library, draw: random.Random, num_tokens: int) -> Task:
-    path, name = draw.choice((GENERATE, COMPLETIONS)), f"{num_tokens / 1024:g}k"
+    path = draw.choice((GENERATE, COMPLETIONS))
     body = {"prompt": library.ids(draw, num_tokens), "max_tokens": 16, "ignore_eos": True}
-    return Task(name, path, streamed(path, body))
+    return Task(f"{num_tokens / 1024:g}k", path, streamed(path, body))
 
 
 def streamed(path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -169,13 +161,15 @@ def streamed(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def hostile_tasks() -> Iterator[Task]:
     """Each of the bodies by which one client would hold up the others, once."""
-    for name, posts in HOSTILE.items():
-        for path, body in posts(1):
-            yield Task("hostile", path, encoded(body), ANSWERED_OR_REFUSED, detail=name)
+    yield from (_hostile(name, path, body) for name, posts in HOSTILE.items() for path, body in posts(1))
 
 
-def bad_tasks(max_model_len: int, *, keyed: bool) -> list[Task]:
-    """Requests that must be refused, each with the status that it must get. keyed: the server asks for an API key."""
+def _hostile(name: str, path: str, body: Any) -> Task:
+    return Task("hostile", path, encoded(body), ANSWERED_OR_REFUSED, detail=name)
+
+
+def bad_tasks(max_model_len: int) -> list[Task]:
+    """Requests that must be refused, each with the status that it must get."""
     hello = {"prompt": "Hello"}
     cases: list[tuple[str, str, Mapping[str, Any] | bytes, int]] = [
         ("broken JSON", GENERATE, b'{"prompt": "Hel', 400),
@@ -202,8 +196,5 @@ def bad_tasks(max_model_len: int, *, keyed: bool) -> list[Task]:
     ]
     tasks = [Task("bad", path, body, frozenset({status}), detail=why) for why, path, body, status in cases]
     tasks.append(Task("bad", GENERATE, b"", frozenset({405}), method="GET", detail="wrong method"))
-    if keyed:
-        refused = frozenset({401})
-        tasks.append(Task("bad", GENERATE, hello, refused, key=False, detail="no key"))
-        tasks.append(Task("bad", COMPLETIONS, hello, refused, key="not-the-key", detail="wrong key"))
-    return tasks
+    keys: tuple[bool | str, ...] = (False, "not-the-key")
+    return [*tasks, *(Task("bad", GENERATE, hello, frozenset({401}), key=key, detail="no right key") for key in keys)]

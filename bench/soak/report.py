@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,42 +81,26 @@ def report(soaked: Soaked) -> Report:
 
 
 def draw(soaked: Soaked, figure: Any) -> None:
+    """Minutes since the traffic began, and before it the warm-up; a dot a stream, where it began."""
     figure.set_size_inches(10, 11)
     memory, ttft, gaps, cache = figure.subplots(4, 1, sharex=True)
-    _draw_memory(memory, soaked)
-    _draw_latency(ttft, soaked, "TTFT of streams, s", lambda outcome: outcome.ttft)
-    _draw_latency(gaps, soaked, "longest gap between two tokens, s", lambda o: max(o.gaps, default=None))
-    ats = [soaked.minutes(sample.at) for sample in soaked.samples]
-    for name, label, color in (("cached_blocks", "with known content", "0.6"), ("held", "held by sequences", "C0")):
-        gauges = [sample.gauges for sample in soaked.samples]
-        blocks = [g.blocks - g.free_blocks if name == "held" else g.cached_blocks for g in gauges]
-        shares = [100 * number / g.blocks for number, g in zip(blocks, gauges, strict=True)]
-        cache.plot(ats, shares, linewidth=1, color=color, label=label)
-    cache.legend(ncols=2, fontsize=8, loc="center left")
-    cache.set(ylim=(0, 105), title="cache blocks, %", xlabel="minutes since the traffic began; before it, the warm-up")
-    for panel in (memory, ttft, gaps, cache):
-        panel.axvline(0, color="0.7", linewidth=1, zorder=0)
-
-
-def _draw_memory(panel: Any, soaked: Soaked) -> None:
-    seen = [(soaked.minutes(s.at), s.rss / MEBIBYTE) for s in soaked.samples if s.rss is not None]
-    panel.plot([at for at, _ in seen], [rss for _, rss in seen], linewidth=1, color="C0")
+    ats, gauges = [soaked.minutes(sample.at) for sample in soaked.samples], [s.gauges for s in soaked.samples]
+    memory.plot(ats, [sample.rss / MEBIBYTE for sample in soaked.samples], linewidth=1)
     if (line := soaked.memory) is not None:
         ends = [(line.mean + sign * line.slope * line.seconds / 2) / MEBIBYTE for sign in (-1, 1)]
-        panel.plot([0, line.seconds / 60], ends, color="C3", linestyle="--", label="least squares")
-        panel.legend(loc="lower right", fontsize=8)
-    panel.set(ylim=(0, 1.2 * max([rss for _, rss in seen], default=1.0)), title="resident memory of the server, MiB")
-
-
-def _draw_latency(panel: Any, soaked: Soaked, title: str, value: Callable[[Outcome], float | None]) -> None:
-    """A dot a stream, where it began."""
-    for i, kind in enumerate(soaked.kinds):
-        dots = [(soaked.minutes(o.started), v) for o in soaked.outcomes if o.kind == kind and (v := value(o))]
-        if dots and kind not in ("slow", "abort"):
-            xs, ys = zip(*dots, strict=True)
-            panel.scatter(xs, ys, s=14, color=f"C{i}", label=kind, alpha=0.8, linewidths=0)
-    plain_log_axis(panel)
-    panel.margins(y=0.25)
-    panel.set_title(title)
-    if panel.get_legend_handles_labels()[0]:
-        panel.legend(ncols=5, fontsize=8, loc="upper left")
+        memory.plot([0, line.seconds / 60], ends, color="C3", linestyle="--", label="least squares")
+    memory.set(ylim=(0, None), title="resident memory of the server, MiB")
+    for kind in (kind for kind in soaked.kinds if kind not in ("slow", "abort")):
+        streams = [o for o in soaked.outcomes if o.kind == kind and o.ttft is not None and o.gaps]
+        began = [soaked.minutes(o.started) for o in streams]
+        ttft.scatter(began, [o.ttft for o in streams], s=14, label=kind)
+        gaps.scatter(began, [max(o.gaps) for o in streams], s=14, label=kind)
+    for panel, title in ((ttft, "TTFT of streams, s"), (gaps, "longest gap between two tokens, s")):
+        plain_log_axis(panel)
+        panel.set_title(title)
+    cache.plot(ats, [100 * g.cached_blocks / g.blocks for g in gauges], color="0.6", label="with known content")
+    cache.plot(ats, [100 * (1 - g.free_blocks / g.blocks) for g in gauges], label="held by sequences")
+    cache.set(ylim=(0, 105), title="cache blocks, %", xlabel="minutes")
+    for panel in (memory, ttft, gaps, cache):
+        panel.axvline(0, color="0.7", linewidth=1, zorder=0)
+        panel.legend(ncols=5, fontsize=8)

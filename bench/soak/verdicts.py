@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +45,6 @@ class Trend:
     mean: float
     seconds: float
 
-    def share(self, slope: float) -> float:
-        """What a slope adds over the time covered, as a share of the mean."""
-        return slope * self.seconds / self.mean
-
 
 def trend(times: Sequence[float], values: Sequence[float]) -> Trend:
     """Least squares through the means of NUM_WINDOWS equal windows of time.
@@ -56,36 +52,33 @@ def trend(times: Sequence[float], values: Sequence[float]) -> Trend:
     Raises:
         ValueError: a window has no sample; the run was too short.
     """
-    first, seconds = min(times), max(times) - min(times)
-    windows: list[list[tuple[float, float]]] = [[] for _ in range(NUM_WINDOWS)]
-    for at, value in zip(times, values, strict=True):
-        windows[min(NUM_WINDOWS - 1, int((at - first) / seconds * NUM_WINDOWS)) if seconds else 0].append((at, value))
-    if not all(windows):
-        raise ValueError(
-            f"{len(times)} samples over {seconds:.0f} s do not fill {NUM_WINDOWS} windows: soak for longer"
-        )
-    xs, ys = np.array([np.mean(window, axis=0) for window in windows]).T
+    at, seconds = np.asarray(times) - min(times), max(times) - min(times)
+    places = np.minimum(NUM_WINDOWS - 1, (at / (seconds or 1.0) * NUM_WINDOWS).astype(int))
+    counts = np.bincount(places, minlength=NUM_WINDOWS)
+    if not counts.all():
+        told = f"{len(times)} samples over {seconds:.0f} s do not fill {NUM_WINDOWS} windows: soak for longer"
+        raise ValueError(told)
+    xs, ys = (np.bincount(places, weights, NUM_WINDOWS) / counts for weights in (at, values))
     (slope, _), covariance = np.polyfit(xs - xs.mean(), ys, 1, cov=True)
-    half = STUDENT_T * float(np.sqrt(covariance[0, 0]))
-    slope, y_mean = float(slope), float(ys.mean())
-    return Trend(slope, slope - half, slope + half, y_mean, seconds)
+    half = STUDENT_T * np.sqrt(covariance[0, 0])
+    return Trend(float(slope), float(slope - half), float(slope + half), float(ys.mean()), seconds)
 
 
 def judge_memory(samples: Sequence[Sample], before: Sample, after: Sample) -> tuple[Verdict, Trend | None]:
     """Of the samples taken under traffic, after the warm-up; `before` and `after` it, idle, are told beside it."""
     rule = f"resident memory flat: the slope's upper end adds less than {MEMORY_SHARE:.0%} over the run"
-    known = [(sample.at, float(sample.rss)) for sample in samples if sample.rss is not None]
     try:
-        line = trend([at for at, _ in known], [rss for _, rss in known])
+        line = trend([sample.at for sample in samples], [sample.rss for sample in samples])
     except ValueError as error:
         return Verdict(rule, False, str(error)), None
     slope, low, high = (60 * value / MEBIBYTE for value in (line.slope, line.low, line.high))
+    added = line.high * line.seconds / line.mean
     finding = (
         f"{line.mean / MEBIBYTE:,.0f} MiB; slope {slope:+.2f} MiB/min, 95 % interval {low:+.2f} to {high:+.2f}; "
-        f"its upper end adds {line.share(line.high):+.1%} over {line.seconds / 60:.1f} min; "
-        f"idle: {(before.rss or 0) / MEBIBYTE:,.0f} MiB before and {(after.rss or 0) / MEBIBYTE:,.0f} after"
+        f"its upper end adds {added:+.1%} over {line.seconds / 60:.1f} min; "
+        f"idle: {before.rss / MEBIBYTE:,.0f} MiB before and {after.rss / MEBIBYTE:,.0f} after"
     )
-    return Verdict(rule, line.share(line.high) < MEMORY_SHARE, finding), line
+    return Verdict(rule, added < MEMORY_SHARE, finding), line
 
 
 def judge_blocks(final: Sample) -> Verdict:
@@ -97,41 +90,35 @@ def judge_blocks(final: Sample) -> Verdict:
 
 def judge_resources(before: Sample, after: Sample) -> list[Verdict]:
     """Idle, after the warm-up and after the traffic."""
-    if before.resources is None or after.resources is None:
-        return []
-    pairs = {
-        "thread": (before.resources.threads, after.resources.threads),
-        "socket": (before.resources.sockets, after.resources.sockets),
-        "file descriptor": (before.resources.files, after.resources.files),
-    }
+    first, last = asdict(before.resources), asdict(after.resources)
+    names = {"threads": "thread", "sockets": "socket", "files": "file descriptor"}
     return [
-        Verdict(f"no leaked {name}", last <= first, f"{first} after warm-up, {last} at the end")
-        for name, (first, last) in pairs.items()
+        Verdict(f"no leaked {name}", last[key] <= first[key], f"{first[key]} after warm-up, {last[key]} at the end")
+        for key, name in names.items()
     ]
 
 
 def judge_replies(outcomes: Sequence[Outcome], final: Sample, expected: int) -> list[Verdict]:
     """`expected`: tasks that were begun."""
     problems = [outcome.problem for outcome in outcomes if outcome.problem]
-    finished, aborted = len(outcomes), sum(outcome.aborted for outcome in outcomes)
+    aborted = sum(outcome.aborted for outcome in outcomes)
     refused = sum(outcome.status >= 400 and not outcome.problem for outcome in outcomes)
-    answered = finished - aborted - refused - len(problems)
+    answered = len(outcomes) - aborted - refused - len(problems)
     finding = f"{answered} answered, {refused} refused, {aborted} aborted by their client, of {expected}"
     if problems:
-        shown = "; ".join(dict.fromkeys(problems[:SHOWN]))
-        finding += f"; {len(problems)} otherwise: {shown}"
+        finding += f"; {len(problems)} otherwise: {_shown(problems)}"
     errors = final.gauges.server_errors
+    complete = not problems and len(outcomes) == expected
     return [
-        Verdict("every request answered or refused as declared", not problems and finished == expected, finding),
+        Verdict("every request answered or refused as declared", complete, finding),
         Verdict("no reply of 500 or above", errors == 0, f"{errors} counted by the server"),
     ]
 
 
 def judge_watch(failures: Sequence[str], num_samples: int) -> Verdict:
-    finding = f"{num_samples} scrapes answered"
-    if failures:
-        finding += f", {len(failures)} failed: {'; '.join(dict.fromkeys(failures[:SHOWN]))}"
-    return Verdict("/metrics always answered", not failures and num_samples > 0, finding)
+    failed = f", {len(failures)} failed: {_shown(failures)}" if failures else ""
+    held = not failures and num_samples > 0
+    return Verdict("/metrics always answered", held, f"{num_samples} scrapes answered{failed}")
 
 
 def judge_log(log: Path) -> Verdict:
@@ -146,3 +133,7 @@ def judge_log(log: Path) -> Verdict:
             lines.append(f"{entry.get('event')} {entry.get('exception', '')}"[:200])
     finding = f"{len(lines)} errors" + (f": {'; '.join(lines[:SHOWN])}" if lines else "")
     return Verdict("no error in the server's log", not lines, finding)
+
+
+def _shown(problems: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(problems[:SHOWN]))

@@ -47,24 +47,32 @@ class Gauges:
     blocks: int
     free_blocks: int
     cached_blocks: int
-    server_errors: int
     prompt_tokens: int
     generation_tokens: int
     preemptions: int
+    server_errors: int = 0
 
     @property
     def idle(self) -> bool:
         return self.running == self.waiting == 0
 
 
+METRICS = (
+    *("vllm:num_requests_running", "vllm:num_requests_waiting"),
+    *("prerope:num_blocks", "prerope:num_blocks_free", "prerope:num_blocks_cached"),
+    *("vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:num_preemptions_total"),
+)
+"""What the fields of `Gauges` are called, but for the last."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look; rss and resources are missing where the process is not ours to see."""
+    """One look."""
 
     at: float
     gauges: Gauges
-    rss: int | None = None
-    resources: Resources | None = None
+    rss: int
+    resources: Resources
 
 
 @dataclass(slots=True)
@@ -72,7 +80,7 @@ class Watch:
     """Takes a sample every second within `running()`, and on demand."""
 
     root: str
-    process: psutil.Process | None
+    process: psutil.Process
     born: float = field(default_factory=time.perf_counter)
     samples: list[Sample] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -88,31 +96,21 @@ class Watch:
                 await task
 
     async def _run(self) -> None:
-        async with self._client() as http:
-            while True:
-                try:
-                    await self._look(http)
-                except (httpx.HTTPError, psutil.Error, KeyError) as error:
-                    self.failures.append(f"{type(error).__name__}: {error}")
-                await asyncio.sleep(PERIOD_S)
+        while True:
+            try:
+                await self.look()
+            except (httpx.HTTPError, psutil.Error, KeyError) as error:
+                self.failures.append(f"{type(error).__name__}: {error}")
+            await asyncio.sleep(PERIOD_S)
 
     async def look(self) -> Sample:
         """A sample now. Raises httpx.HTTPError, psutil.Error."""
-        async with self._client() as http:
-            return await self._look(http)
-
-    async def _look(self, http: httpx.AsyncClient) -> Sample:
-        reply = await http.get("/metrics")
-        gauges = read_gauges(reply.raise_for_status().text)
-        rss = resources = None
-        if self.process is not None:
-            await asyncio.sleep(0.05)  # the server closes this very connection before it is counted
-            with self.process.oneshot():
-                rss = self.process.memory_info().rss
-            resources = Resources(
-                self.process.num_threads(), self.process.num_fds(), len(self.process.net_connections("all"))
-            )
-        sample = Sample(time.perf_counter() - self.born, gauges, rss, resources)
+        async with http_client(self.root, timeout=30.0) as http:
+            gauges = read_gauges((await http.get("/metrics")).raise_for_status().text)
+        await asyncio.sleep(0.05)  # the server closes this very connection before it is counted
+        process = self.process
+        resources = Resources(process.num_threads(), process.num_fds(), len(process.net_connections("all")))
+        sample = Sample(time.perf_counter() - self.born, gauges, process.memory_info().rss, resources)
         self.samples.append(sample)
         return sample
 
@@ -126,13 +124,9 @@ class Watch:
             if sample.resources != last.resources or not sample.gauges.idle:
                 steady_since = time.monotonic()
             last = sample
-            reached = target is None or last.resources is None or last.resources.within(target)
-            if reached and time.monotonic() - steady_since >= STEADY_S:
+            if time.monotonic() - steady_since >= STEADY_S and (target is None or last.resources.within(target)):
                 break
         return last
-
-    def _client(self) -> httpx.AsyncClient:
-        return http_client(self.root, timeout=30.0)
 
 
 def read_gauges(exposition: str) -> Gauges:
@@ -144,14 +138,4 @@ def read_gauges(exposition: str) -> Gauges:
             totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
             if sample.name == "prerope:http_requests_total" and sample.labels["handler"] != "/ready":
                 server_errors += sample.value * (int(sample.labels["status"]) >= 500)
-    return Gauges(
-        running=int(totals["vllm:num_requests_running"]),
-        waiting=int(totals["vllm:num_requests_waiting"]),
-        blocks=int(totals["prerope:num_blocks"]),
-        free_blocks=int(totals["prerope:num_blocks_free"]),
-        cached_blocks=int(totals["prerope:num_blocks_cached"]),
-        server_errors=int(server_errors),
-        prompt_tokens=int(totals["vllm:prompt_tokens_total"]),
-        generation_tokens=int(totals["vllm:generation_tokens_total"]),
-        preemptions=int(totals["vllm:num_preemptions_total"]),
-    )
+    return Gauges(*(int(totals[name]) for name in METRICS), int(server_errors))

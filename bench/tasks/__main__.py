@@ -25,66 +25,97 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import httpx
 from prerope.rope.spec import RopeSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import BenchError
 from bench.shared import options
-from bench.shared.counting import local_counter, server_counter
-from bench.shared.kept import Kept
+from bench.shared.kept import Kept, key_of
 from bench.shared.machine import describe_machine
-from bench.shared.methods import Method, environment, method_list
-from bench.shared.servers import READY_TIMEOUT_S, Server, http_client, launched
-from bench.tasks.asking import FILE, Asker
-from bench.tasks.calibration import AUTO, choose
+from bench.shared.options import Method, environment, method_list
+from bench.shared.servers import READY_TIMEOUT_S, Counter, Server, http_client, launched, local_counter, server_counter
 from bench.tasks.families import ENDS_WITHOUT_EXAMPLE, FAMILIES, Prompt, prompts
-from bench.tasks.report import report
-from bench.tasks.scores import Scored, Scores
-from bench.tasks.sheets import Count, NoRoom
+from bench.tasks.scores import AUTO, Scored, Scores, choose, report
+from bench.tasks.sheets import REPLY_ENDS, NoRoom
 
 AS_SERVED = "as served"
+FILE = "tasks-replies.jsonl"
+REPLY_TOKENS, MOST_REPLY_TOKENS = 12, 60  # of one answer; of several
+
+
+def all_prompts(asked: argparse.Namespace, count: Counter) -> Iterator[list[Prompt]]:
+    """Short lengths first, so that an early stop leaves whole columns. In order of their text: neighbours share the
+    longest beginnings, and all that prompts share is read once."""
+    for length, family in itertools.product(asked.lengths, asked.tasks):
+        shots = 0 if family in ENDS_WITHOUT_EXAMPLE else asked.shots
+        made = [prompts(family, count, length, asked.depths, seed, shots) for seed in range(asked.seeds)]
+        yield sorted(itertools.chain(*made), key=lambda prompt: prompt.text)
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """How a prompt is read: a method that the request chooses, or whatever the server does."""
+class Asker:
+    """Asks one server with one model, one prompt at a time, and keeps every reply, so that an interrupted run resumes.
+    Where a method is chosen, `rope` is sent, a field that this project's server has."""
 
-    label: str
-    spec: RopeSpec | None
+    server: Server
+    kept: Kept
 
+    async def ask(self, prompt: Prompt, label: str, spec: RopeSpec | None) -> str:
+        """Raises BenchError with what the server says, where it refuses."""
+        body = self.body(prompt, spec)
+        key = key_of(self.server.name, label, body)
+        if (found := self.kept.get(key)) is not None:
+            return str(found["text"])
+        text = await self._post(body)
+        about = {"server": self.server.name, "method": label, "family": prompt.family, "length": prompt.length}
+        about |= {"seed": prompt.seed, "depth": prompt.question.depth, "answers": prompt.question.answers}
+        self.kept.add(key, {"text": text, **about})
+        return text
 
-def all_prompts(asked: argparse.Namespace, count: Count) -> Iterator[list[Prompt]]:
-    """Short lengths first, so that an early stop leaves whole columns. In order of their text: neighbours share the
-    longest beginnings, and all that prompts share is read once."""
-    for length in asked.lengths:
-        for family in asked.tasks:
-            shots = 0 if family in ENDS_WITHOUT_EXAMPLE else asked.shots
-            made = [prompts(family, count, length, asked.depths, seed, shots) for seed in range(asked.seeds)]
-            yield sorted(itertools.chain(*made), key=lambda prompt: prompt.text)
+    def body(self, prompt: Prompt, spec: RopeSpec | None) -> dict[str, Any]:
+        wanted = REPLY_TOKENS if len(prompt.question.answers) == 1 else MOST_REPLY_TOKENS
+        body: dict[str, Any] = {"prompt": prompt.text, "max_tokens": wanted, "temperature": 0, "stop": [*REPLY_ENDS]}
+        body |= {"model": self.server.model} if self.server.model else {}
+        if spec is not None:
+            body["rope"] = {
+                name: value for name, value in asdict(spec).items() if value is not None and value is not False
+            }
+        return body
+
+    async def _post(self, body: dict[str, Any]) -> str:
+        server = self.server
+        try:
+            answer = await server.client.post(f"{server.url}/completions", json=body, headers=server.headers)
+        except httpx.HTTPError as error:
+            raise BenchError(f"{server.name} at {server.url}: {type(error).__name__}: {error}") from None
+        if answer.is_error:
+            raise BenchError(f"{server.name}: HTTP {answer.status_code}: {answer.text[:300]}")
+        return str(answer.json()["choices"][0]["text"])
 
 
 async def measure(asked: argparse.Namespace, server: Server, progress: Progress) -> tuple[Scores, str]:
     """Scores, and the model's name."""
     train_length = asked.train_length or await served_length(server)
     count = local_counter(asked.tokenizer) if asked.tokenizer else server_counter(server)
-    ways = [Way(method.label, method.spec) for method in asked.methods] or [Way(AS_SERVED, None)]
+    ways: list[tuple[str, RopeSpec | None]] = [(method.label, method.spec) for method in asked.methods]
+    ways = ways or [(AS_SERVED, None)]
     try:
         work = list(all_prompts(asked, count))
     except NoRoom as error:
         raise BenchError(str(error)) from None
-    scores = Scores([way.label for way in ways], asked.tasks, asked.lengths, train_length)
+    scores = Scores([label for label, _ in ways], asked.tasks, asked.lengths, train_length)
     task = progress.add_task("", total=len(ways) * sum(map(len, work)))
     asker = Asker(server, Kept(asked.out / FILE))
     for batch in work:
-        for way in ways:
-            for prompt in batch:
-                told = f"{way.label}: {prompt.family} at {prompt.length:,}, seed {prompt.seed}"
-                progress.update(task, description=told)
-                reply = await asker.ask(prompt, way.label, way.spec)
-                scores.replies.append(scored(way.label, prompt, reply.text))
-                progress.advance(task)
+        for (label, spec), prompt in itertools.product(ways, batch):
+            told = f"{label}: {prompt.family} at {prompt.length:,}, seed {prompt.seed}"
+            progress.update(task, description=told)
+            scores.replies.append(scored(label, prompt, await asker.ask(prompt, label, spec)))
+            progress.advance(task)
     return scores, server.model or server.name
 
 
@@ -142,23 +173,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--launch", metavar="COMMAND", help="start the server from here")
     add("--model", help="without it as /v1/models says")
     add("--api-key")
-    add("--methods", type=method_list, metavar="A,B", default=list[Method](), help="position methods, a request each; "
-        "without, as the server is set")  # fmt: skip
-    add("--tasks", type=family_list, default="all", metavar="A,B", help=f"all, or some of {', '.join(FAMILIES)}")
     add(
-        "--lengths",
-        type=options.counts,
-        default="2048,4096,8192,16384",
-        metavar="N,N",
-        help="tokens of prompt and reply",
+        "--methods", type=method_list, metavar="A,B", default=[], help="position methods; without, as the server is set"
     )
+    add("--tasks", type=family_list, default="all", metavar="A,B", help=f"all, or some of {', '.join(FAMILIES)}")
+    add("--lengths", type=options.counts, default="2048,4096,8192,16384", metavar="N,N", help="tokens with the reply")
     add("--depths", type=depth_list, default="5", metavar="N or A,B", help="of facts: evenly spread, or which")
     add("--seeds", type=options.count, default=3)
-    add(
-        "--shots", type=int, default=1, help="few-shot examples before each prompt; passkey and secret_number have none"
-    )
-    add("--calibrate", action="store_true", help="choose a method on the first half of the seeds, hold it against auto "
-        "on the others, and print its settings")  # fmt: skip
+    add("--shots", type=int, default=1, help="few-shot examples before each prompt")
+    add("--calibrate", action="store_true", help="choose a method on half of the seeds, judge it on the others, and "
+        "print its settings")  # fmt: skip
     add("--train-length", type=options.count, help="of the model; without it as this project's server says")
     add("--tokenizer", metavar="FOLDER", help="a model folder to count with; without it the server's /tokenize")
     add("--timeout", type=float, default=3600.0, help="seconds that a reply may take")

@@ -3,6 +3,9 @@ passkey (Mohtashami 2023, arXiv 2305.16300) and key-value retrieval (Liu 2023, a
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 from bench.tasks.sheets import Question, Room, Sheet, planted
 from bench.tasks.words import names, numbers, prose, repeated
 
@@ -27,37 +30,30 @@ def secret_number(room: Room) -> list[Sheet]:
 def _in_repeated(room: Room, purpose: str, intro: str, fact: str, question: str) -> list[Sheet]:
     """A sheet a depth, the deepest first: what is before it is read once."""
 
-    def sheet(depth: float, filler: int) -> Sheet:
+    def made(depth: float) -> Sheet:
         (key,) = numbers(room.draw(purpose, depth), 1)
-        text = intro + planted(repeated(filler), [(depth, fact.format(key=key))])
-        return Sheet(text, (Question(question, (key,), depth),))
+        facts, asked = [(depth, fact.format(key=key))], (Question(question, (key,), depth),)
+        return room.fill(lambda filler: Sheet(intro + planted(repeated(filler), facts), asked), NUMBER_TOKENS)
 
-    return [
-        room.fill(lambda filler, depth=depth: sheet(depth, filler), NUMBER_TOKENS)  # type: ignore[misc]
-        for depth in sorted(room.depths, reverse=True)
-    ]
-
-
-def _needle(name: str, number: str) -> str:
-    return f"The special magic number for {name} is {number}."
+    return [made(depth) for depth in sorted(room.depths, reverse=True)]
 
 
 INTRO = "Some special magic numbers are hidden within the following text. Make sure to memorize them.\n"
 
 
-def single(room: Room) -> list[Sheet]:
-    """One needle in prose; a sheet a depth, the deepest first."""
+def in_prose(
+    room: Room, facts: list[tuple[float, str]], questions: Sequence[Question], reply_tokens: int, intro: str = INTRO
+) -> Sheet:
+    """Facts at their depths between sentences of prose."""
 
-    def sheet(depth: float, filler: int) -> Sheet:
-        draw = room.draw("single", depth)
-        (name,), (number,) = names(draw, 1), numbers(draw, 1)
-        text = planted(prose(room.draw("prose"), filler), [(depth, _needle(name, number))])
-        return Sheet(INTRO + text, (_asked(name, number, depth),))
+    def sheet(filler: int) -> Sheet:
+        return Sheet(intro + planted(prose(room.draw("prose"), filler), facts), tuple(questions))
 
-    return [
-        room.fill(lambda filler, depth=depth: sheet(depth, filler), NUMBER_TOKENS)  # type: ignore[misc]
-        for depth in sorted(room.depths, reverse=True)
-    ]
+    return room.fill(sheet, reply_tokens)
+
+
+def _needle(name: str, number: str) -> str:
+    return f"The special magic number for {name} is {number}."
 
 
 def _asked(name: str, number: str, depth: float) -> Question:
@@ -65,48 +61,48 @@ def _asked(name: str, number: str, depth: float) -> Question:
     return Question(text, (number,), depth)
 
 
+def single(room: Room) -> list[Sheet]:
+    """One needle in prose; a sheet a depth, the deepest first."""
+
+    def made(depth: float) -> Sheet:
+        draw = room.draw("single", depth)
+        (name,), (number,) = names(draw, 1), numbers(draw, 1)
+        return in_prose(room, [(depth, _needle(name, number))], [_asked(name, number, depth)], NUMBER_TOKENS)
+
+    return [made(depth) for depth in sorted(room.depths, reverse=True)]
+
+
 def multikey(room: Room) -> list[Sheet]:
     """A needle at every depth, each of which is asked for: the others are there to be mistaken for it."""
     draw = room.draw("multikey")
     keys, values = names(draw, len(room.depths)), numbers(draw, len(room.depths))
-    facts = [(depth, _needle(*pair)) for depth, pair in zip(room.depths, zip(keys, values, strict=True), strict=True)]
-    questions = tuple(_asked(*asked) for asked in zip(keys, values, room.depths, strict=True))
-
-    def sheet(filler: int) -> Sheet:
-        return Sheet(INTRO + planted(prose(room.draw("prose"), filler), facts), questions)
-
-    return [room.fill(sheet, NUMBER_TOKENS)]
+    needles = list(zip(keys, values, room.depths, strict=True))
+    facts = [(depth, _needle(key, value)) for key, value, depth in needles]
+    return [in_prose(room, facts, [_asked(*needle) for needle in needles], NUMBER_TOKENS)]
 
 
 def multivalue(room: Room) -> list[Sheet]:
     """One name that has four numbers, all asked for."""
     draw = room.draw("multivalue")
     (name,), values = names(draw, 1), numbers(draw, 4)
-    facts = [((part + draw.random()) / 4, _needle(name, value)) for part, value in enumerate(values)]
     text = f"\nQuestion: What are all the special magic numbers for {name}?\nAnswer: The numbers for {name} are"
-    question = Question(text, tuple(values))
-
-    def sheet(filler: int) -> Sheet:
-        return Sheet(INTRO + planted(prose(room.draw("prose"), filler), facts), (question,))
-
-    return [room.fill(sheet, 5 * NUMBER_TOKENS)]
+    return [_four(room, draw, [name] * 4, values, text)]
 
 
 def multiquery(room: Room) -> list[Sheet]:
     """Four names with a number each, all asked for at once."""
     draw = room.draw("multiquery")
     keys, values = names(draw, 4), numbers(draw, 4)
-    facts = [
-        ((part + draw.random()) / 4, _needle(*pair)) for part, pair in enumerate(zip(keys, values, strict=True))
-    ]  # fmt: skip
     asked = f"{', '.join(keys[:-1])} and {keys[-1]}"
     text = f"\nQuestion: What are the special magic numbers for {asked}, in this order?\nAnswer: They are"
-    question = Question(text, tuple(values))
+    return [_four(room, draw, keys, values, text)]
 
-    def sheet(filler: int) -> Sheet:
-        return Sheet(INTRO + planted(prose(room.draw("prose"), filler), facts), (question,))
 
-    return [room.fill(sheet, 5 * NUMBER_TOKENS)]
+def _four(room: Room, draw: random.Random, keys: list[str], values: list[str], text: str) -> Sheet:
+    """A needle somewhere in each quarter."""
+    pairs = enumerate(zip(keys, values, strict=True))
+    facts = [((part + draw.random()) / 4, _needle(*pair)) for part, pair in pairs]
+    return in_prose(room, facts, [Question(text, tuple(values))], 5 * NUMBER_TOKENS)
 
 
 def key_value(room: Room) -> list[Sheet]:

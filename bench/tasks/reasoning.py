@@ -6,8 +6,9 @@ from __future__ import annotations
 import string
 from collections import Counter
 
+from bench.tasks.needles import in_prose
 from bench.tasks.sheets import Question, Room, Sheet, planted
-from bench.tasks.words import NOUNS, numbers, prose, repeated
+from bench.tasks.words import NOUNS, numbers, repeated
 
 CHAIN = 5
 PEOPLE = ("Mary", "John", "Daniel", "Sandra", "Bill", "Fred", "Julie", "Emma", "Peter", "Laura", "Frank", "Susan")
@@ -91,7 +92,7 @@ def where_is(room: Room) -> list[Sheet]:
         facts.append((depth, f"{person} {draw.choice(MOVES)} the {place}."))
         text = f"\nQuestion: Where is {person} now?\nAnswer: {person} is now in the"
         questions.append(Question(text, (place,), depth))
-    return [_story(room, facts, tuple(questions))]
+    return [in_prose(room, facts, questions, 8, intro="")]
 
 
 def where_is_thing(room: Room) -> list[Sheet]:
@@ -107,11 +108,4 @@ def where_is_thing(room: Room) -> list[Sheet]:
         facts.append((depth, f"{person} {draw.choice(MOVES)} the {place}."))
         text = f"\nQuestion: Where is the {thing} now?\nAnswer: The {thing} is now in the"
         questions.append(Question(text, (place,), depth))
-    return [_story(room, facts, tuple(questions))]
-
-
-def _story(room: Room, facts: list[tuple[float, str]], questions: tuple[Question, ...]) -> Sheet:
-    def sheet(filler: int) -> Sheet:
-        return Sheet(planted(prose(room.draw("prose"), filler), facts), questions)
-
-    return room.fill(sheet, 8)
+    return [in_prose(room, facts, questions, 8, intro="")]

@@ -1,12 +1,24 @@
-"""Scores of replies, their means with standard errors, and the effective length of a method."""
+"""Scores of replies, their means with standard errors, the effective length of a method, and tables of these.
+
+Which method does the most tasks is chosen on half of the seeds and reported on the others, which it never chose by.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prerope.rope.spec import RopeSpec
+
+from bench.shared.options import Method, label
+from bench.shared.report import NOTHING, Report, Table
+from bench.tasks.families import ENDS_WITHOUT_EXAMPLE
+
+AUTO = RopeSpec(method="auto")
 
 EFFECTIVE = 0.85
 """A length counts as read while the score there is at least this share of that at a quarter of the trained length."""
@@ -88,3 +100,93 @@ class Scores:
                 break
             longest = length
         return longest
+
+
+def report(scores: Scores, about: Mapping[str, Any]) -> Report:
+    tables = [by_length(scores, about), by_family(scores)]
+    if scores.depths():
+        tables.append(by_depth(scores))
+    data = {"about": dict(about), "replies": [asdict(one) for one in scores.replies]}
+    return Report("tasks", tables, data)
+
+
+def by_length(scores: Scores, about: Mapping[str, Any]) -> Table:
+    """A row a method: the mean over all families."""
+    without = " and ".join(ENDS_WITHOUT_EXAMPLE)
+    note = (
+        f"{about['model']}, trained on {scores.train_length:,} tokens. Score in per cent ± standard error over "
+        f"sheets, the mean of {', '.join(scores.families)}; {about['seeds']} seeds, depths {about['depths']}, "
+        f"{about['shots']} few-shot examples ({without}: none). Effective: the longest length up to which no score is "
+        f"below {EFFECTIVE:.0%} of that at a quarter of the trained length. {about['date']}, {about['cpu']}."
+    )
+    rows = [[method, *_cells(scores, method)] for method in scores.methods]
+    return Table(["method", *(f"{n:,}" for n in scores.lengths), "effective"], rows, [note])
+
+
+def by_family(scores: Scores) -> Table:
+    rows = [[method, name, *_cells(scores, method, name)] for method in scores.methods for name in scores.families]
+    return Table(["method", "task", *(f"{n:,}" for n in scores.lengths), "effective"], rows, left=(0, 1))
+
+
+def _cells(scores: Scores, method: str, family: str | None = None) -> list[str]:
+    """A score a length, and the effective length; the longest that was measured may not be the longest there is."""
+    effective = scores.effective_length(method, family)
+    most = "≥ " if effective == max(scores.lengths) else ""
+    told = NOTHING if effective is None else f"{most}{effective:,}"
+    return [*(str(scores.at(method, n, family) or NOTHING) for n in scores.lengths), told]
+
+
+def by_depth(scores: Scores) -> Table:
+    """Of the families that ask for facts at a depth."""
+
+    def cell(method: str, length: int, depth: float) -> str:
+        found = scores.mean(lambda one: (one.method, one.length, one.depth) == (method, length, depth))
+        return str(found or NOTHING)
+
+    rows = [
+        [method, f"{depth:.2f}", *(cell(method, n, depth) for n in scores.lengths)]
+        for method in scores.methods
+        for depth in scores.depths()
+    ]
+    return Table(["method", "depth", *(f"{n:,}" for n in scores.lengths)], rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Scores of each method on the seeds that were searched, and of the best and `auto` on those held out."""
+
+    searched: list[tuple[Method, Mean]]
+    best: Method
+    held_out: Mean
+    auto: Mean
+
+    @property
+    def recommended(self) -> RopeSpec:
+        """The best, where it is ahead of `auto` by more than a standard error on what it was not chosen on."""
+        error = self.held_out.error or 0.0
+        return self.best.spec if self.held_out.value - self.auto.value > error else AUTO
+
+    def table(self) -> Table:
+        rows = [[method.label, str(found), ""] for method, found in self.searched]
+        rows.sort(key=lambda row: row[0] != self.best.label)
+        rows[0][2] = str(self.held_out)
+        rows.append([label(AUTO), "", str(self.auto)])
+        verdict = "recommended" if self.recommended != AUTO else "not recommended: auto is as good"
+        gain = 100 * (self.held_out.value - self.auto.value)
+        note = f"on held-out seeds {self.best.label} is {gain:+.0f} points from auto: {verdict}"
+        return Table(["method", "score, searched seeds", "score, held-out seeds"], rows, [note])
+
+
+def choose(scores: Scores, methods: Sequence[Method], num_seeds: int) -> Choice:
+    """`auto` is one of the methods; the first half of the seeds is searched. A tie goes to `auto`."""
+
+    def mean(method: str, seeds: range) -> Mean:
+        found = scores.mean(lambda one: one.method == method and one.seed in seeds)
+        assert found is not None, "every method was asked with every seed"
+        return found
+
+    halves = range(num_seeds // 2), range(num_seeds // 2, num_seeds)
+    searched = [(method, mean(method.label, halves[0])) for method in methods]
+    best, _ = max(searched, key=lambda pair: (pair[1].value, pair[0].spec == AUTO))
+    (auto,) = (method for method in methods if method.spec == AUTO)
+    return Choice(searched, best, mean(best.label, halves[1]), mean(auto.label, halves[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prerope.rope.spec import RopeSpec
 
 from bench.quality.calibration import FAMILIES, calibrate, num_readings
-from bench.shared.methods import environment, label
+from bench.shared.options import environment, label
 
 LENGTH = 8192
 WINDOW_COSTS = {1024: 0.3, None: 0.2, 3072: 0.1, 4096: 0.4}

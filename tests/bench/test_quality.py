@@ -12,8 +12,7 @@ from prerope.server.engine.outputs import TokenLogprobs
 from bench.quality.__main__ import mean_loss, parse_arguments
 from bench.quality.report import REFERENCE, Quality, report
 from bench.shared.kept import Kept, key_of
-from bench.shared.methods import method_list
-from bench.shared.report import spaced
+from bench.shared.options import method_list
 from bench.shared.text import (
     Document,
     TextTooShort,
@@ -144,9 +143,3 @@ def test_differences_are_taken_document_by_document(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 0 for path in report(found).save(tmp_path))
     row = "| yarn | 2.000 ± 1.414 | 3.200 ± 1.556 | +0.000 ± 0.000 | +0.200 ± 0.141 |"
     assert row in (tmp_path / "quality.md").read_text()
-
-
-def test_labels_are_moved_apart_and_keep_their_order() -> None:
-    placed = spaced([1.0, 1.01, 5.0, 0.99], 0.5)
-    assert placed[3] < placed[0] < placed[1] < placed[2] == 5.0
-    assert placed[0] - placed[3] == pytest.approx(0.5, abs=1e-3)

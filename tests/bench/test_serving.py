@@ -24,12 +24,10 @@ from rich.progress import Progress
 from bench import BenchError
 from bench.serving import __main__ as serving
 from bench.serving.__main__ import Measurement, parse_arguments
-from bench.serving.measure import Point, Run, run_figures, run_point, speedup, summarise
-from bench.serving.prompts import PromptWriter
+from bench.serving.measure import Point, PromptWriter, Run, run_figures, run_point, speedup, summarise
 from bench.serving.report import Served, report
-from bench.shared.counting import server_counter
 from bench.shared.machine import OthersMeter, listeners
-from bench.shared.servers import Server
+from bench.shared.servers import Server, server_counter
 from bench.shared.streams import Completion
 
 POINT = Point(100, 2)
@@ -85,7 +83,7 @@ def test_a_failed_point_is_shown_and_ratios_are_at_the_peers(tmp_path: Path) -> 
     runs = {"ours": run_of(1.0), "peer": run_of(3.0), "absent": failed}
     served = Served(list(runs), [POINT], {(name, POINT): [run] for name, run in runs.items()}, about)
     assert served.row(POINT, "peer")[-3:] == ["3.00×"] * 3
-    assert [path.stat().st_size > 0 for path in report(served).save(tmp_path)] == [True] * 3
+    assert all(path.stat().st_size > 0 for path in report(served).save(tmp_path))
     text = (tmp_path / "serving.md").read_text()
     assert "The least: 3.00× peer" in text
     assert "Failed: absent at 100 × 2: StreamFailed: HTTP 400: too long" in text

@@ -19,7 +19,8 @@ from bench.shared.streams import StreamFailed
 from bench.shared.text import Library
 from bench.soak.__main__ import main
 from bench.soak.client import Outcome, SoakClient, check
-from bench.soak.plan import DECK, GENERATE, Task, TaskMaker, bad_tasks, long_tasks, mixed_tasks
+from bench.soak.hostile import GENERATE
+from bench.soak.plan import DECK, Task, TaskMaker, bad_tasks, long_tasks
 from bench.soak.verdicts import judge_blocks, judge_log, judge_memory, judge_replies, judge_resources, trend
 from bench.soak.watch import Gauges, Resources, Sample
 
@@ -34,7 +35,7 @@ LIBRARY = Library(lambda text: range(2 * len(text.split())), num_words=3000)
 def test_a_minute_of_mixed_traffic_leaves_nothing_behind(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """The real server as a process of its own, prompts of 8k and 16k tokens included; the model is tiny."""
     flags = ["--model-id", str(tiny_checkpoint), "--kv-cache-memory", "14MiB", "--long-pause", "2", "--clients", "4"]
-    code = main(["--seconds", "60", *flags, "--out", str(tmp_path)])
+    code = main(["--minutes", "1", *flags, "--out", str(tmp_path)])
     report = json.loads((tmp_path / "soak.json").read_text())
     failed = [verdict for verdict in report["verdicts"] if not verdict["held"]]
     assert (code, failed) == (0, [])
@@ -55,7 +56,7 @@ def test_a_minute_of_mixed_traffic_leaves_nothing_behind(tiny_checkpoint: Path, 
 
 
 def plan(seed: int = 0, client: int = 0) -> Iterator[Task]:
-    return mixed_tasks(LIBRARY, bad_tasks(1000, keyed=True), seed, client)
+    return TaskMaker(LIBRARY, bad_tasks(1000), seed, client).mixed()
 
 
 def test_a_plan_has_every_kind_in_every_round_and_is_the_same_for_a_seed() -> None:
@@ -66,7 +67,8 @@ def test_a_plan_has_every_kind_in_every_round_and_is_the_same_for_a_seed() -> No
         assert Counter(task.kind for task in tasks[begin : begin + size]) == DECK
     assert {task.streams for task in tasks if task.kind == "short"} == {True, False}
     assert len({task.path for task in tasks if task.kind == "short"}) == 3
-    assert len({task.detail for task in tasks if task.kind == "bad"}) == len(bad_tasks(1000, keyed=True))
+    sent = {(task.detail, task.key) for task in tasks if task.kind == "bad"}
+    assert len(sent) == len(bad_tasks(1000))
 
 
 def test_shared_prompts_share_their_beginning_among_clients_and_others_share_none() -> None:
@@ -132,14 +134,15 @@ def test_a_refusal_as_declared_is_fine() -> None:
 
 # --- the rules --------------------------------------------------------------------------------------------------------
 
-IDLE = Gauges(0, 0, 100, 100, 60, 0, 0, 0, 0)
+IDLE = Gauges(0, 0, 100, 100, 60, 0, 0, 0)
+HELD = Resources(9, 20, 5)
 
 
 def memory(growth: float, *, noise: float = 0.5, seconds: int = 1200, seed: int = 0) -> list[Sample]:
     """A sample a second around 1000 MiB, growing by `growth` MiB a minute."""
     random_ = np.random.default_rng(seed)
     values = 1000 + growth * np.arange(seconds) / 60 + noise * random_.standard_normal(seconds)
-    return [Sample(float(at), IDLE, int(value * MEBIBYTE)) for at, value in enumerate(values)]
+    return [Sample(float(at), IDLE, int(value * MEBIBYTE), HELD) for at, value in enumerate(values)]
 
 
 def test_a_trend_is_least_squares_and_its_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -173,27 +176,27 @@ def test_too_few_samples_say_so() -> None:
 
 
 def test_leaks_are_named() -> None:
-    before, after = Sample(0.0, IDLE, 1, Resources(9, 20, 5)), Sample(1.0, IDLE, 1, Resources(9, 21, 6))
+    before, after = Sample(0.0, IDLE, 1, HELD), Sample(1.0, IDLE, 1, Resources(9, 21, 6))
     assert [v.rule for v in judge_resources(before, after) if not v.held] == [
         "no leaked socket",
         "no leaked file descriptor",
     ]
     assert all(verdict.held for verdict in judge_resources(after, before))
     assert judge_blocks(after).held
-    assert not judge_blocks(Sample(1.0, Gauges(0, 0, 100, 99, 60, 0, 0, 0, 0))).held
-    assert not judge_blocks(Sample(1.0, Gauges(1, 0, 100, 100, 60, 0, 0, 0, 0))).held
+    assert not judge_blocks(Sample(1.0, Gauges(0, 0, 100, 99, 60, 0, 0, 0), 1, HELD)).held
+    assert not judge_blocks(Sample(1.0, Gauges(1, 0, 100, 100, 60, 0, 0, 0), 1, HELD)).held
 
 
 def test_an_unanswered_request_a_problem_and_a_500_do_not_hold() -> None:
     good = [Outcome("short", 0.0, 1.0, 200), Outcome("bad", 0.0, 1.0, 400), Outcome("abort", 0.0, 1.0, 0, aborted=True)]
-    fine = Sample(0.0, IDLE)
+    fine = Sample(0.0, IDLE, 1, HELD)
     assert all(verdict.held for verdict in judge_replies(good, fine, 3))
     assert not judge_replies(good, fine, 4)[0].held
     wrong = [*good, Outcome("short", 0.0, 1.0, 500, problem="short at /generate: HTTP 500")]
     (replies, _) = judge_replies(wrong, fine, 4)
     assert not replies.held
     assert "HTTP 500" in replies.finding
-    assert not judge_replies(good, Sample(0.0, Gauges(0, 0, 9, 9, 0, 2, 0, 0, 0)), 3)[1].held
+    assert not judge_replies(good, Sample(0.0, Gauges(0, 0, 9, 9, 0, 0, 0, 0, 2), 1, HELD), 3)[1].held
 
 
 def test_errors_and_tracebacks_are_found_in_a_log(tmp_path: Path) -> None:
@@ -205,11 +208,11 @@ def test_errors_and_tracebacks_are_found_in_a_log(tmp_path: Path) -> None:
     assert judge_log(log).finding.startswith("2 errors: boom ; Traceback (most recent")
 
 
-def test_a_refused_connection_is_a_problem_of_the_run_and_no_exception_in_it() -> None:
-    client = SoakClient("http://127.0.0.1:9", None, 5.0)
+def test_a_refused_connection_is_a_problem_of_the_run_and_no_exception_in_it(tmp_path: Path) -> None:
+    client = SoakClient("http://127.0.0.1:9", "key")
     asyncio.run(client.perform(Task("short", GENERATE, {"prompt": "Hello"})))
     (outcome,) = client.outcomes
     assert outcome.status == 0
     assert "ConnectError" in outcome.problem
-    with pytest.raises(BenchError, match="nothing ready"):
-        main(["--url", "http://127.0.0.1:9", "--ready-timeout", "0.1", "--seconds", "30"])
+    with pytest.raises(BenchError, match="ended with status 1"):
+        main(["--model-id", "/nowhere", "--out", str(tmp_path)])

@@ -1,1 +1,0 @@
-"""What several replicas behind a router give, and what they withstand."""
