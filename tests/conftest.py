@@ -9,6 +9,7 @@ from tests.device import DEVICE  # before torch: it decides what torch and Trito
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import asyncio
+import copy
 import socket
 import threading
 import time
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from prerope.server.models import checkpoint as checkpoints
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.settings import Settings
+from prerope.server.tokenizer import Tokenizer
 
 torch.set_num_threads(1)
 for name in Settings.model_fields:
@@ -86,6 +89,49 @@ def tiny_checkpoint(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactor
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def contents(folder: str | Path) -> tuple[tuple[str, int, int], ...] | None:
+    """Names, sizes and times of a folder's files: what is read of it is the same while these are. None: unreadable."""
+    try:
+        found = [(file, file.stat()) for file in sorted(Path(folder).rglob("*"))]
+    except OSError:
+        return None
+    return tuple((str(file), about.st_size, about.st_ctime_ns) for file, about in found) or None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_was_read_is_known() -> Iterator[None]:
+    """49,000 words are two thirds of a tiny server's start: they are read and checked once, while no file changes.
+
+    Each that loads a tokenizer has one of its own, around the same words. A refusal is never remembered.
+    """
+    load, check_folder = Tokenizer.load, checkpoints.check_folder
+    tokenizers: dict[object, Tokenizer] = {}
+    passed: set[object] = set()
+
+    def loaded(checkpoint: Checkpoint) -> Tokenizer:
+        files = contents(checkpoint.source)
+        if files is None:
+            return load(checkpoint)
+        key = checkpoint, files
+        if key not in tokenizers:
+            tokenizers[key] = load(checkpoint)
+            _ = tokenizers[key].backend_json, tokenizers[key].max_chars_per_token  # what every server asks for
+        known, made = tokenizers[key], Tokenizer.__new__(Tokenizer)
+        vars(made).update(vars(known), _hf=copy.copy(known.hf), _bytes={}, _strings={}, template_fault=None)
+        return made
+
+    def checked(folder: Path) -> None:
+        key = contents(folder)
+        if key is None or key not in passed:
+            check_folder(folder)
+            passed.add(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "load", staticmethod(loaded))
+        patch.setattr(checkpoints, "check_folder", checked)
+        yield
 
 
 class Servers:

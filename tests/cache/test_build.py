@@ -19,6 +19,7 @@ CONVERSIONS = {"__F16C__": "-mno-f16c", "__FLT16_MAX__": "-U__FLT16_MAX__"}
 """What a compiler may have for fp16, and how it is taken from it."""
 
 
+@pytest.mark.slow  # the whole library is compiled
 @pytest.mark.usefixtures("decode_kernel")
 @pytest.mark.parametrize("without", [("__FLT16_MAX__",), ("__F16C__",), tuple(CONVERSIONS)], ids=str)
 def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled for a GPU here")
 
 
+@pytest.mark.slow
 @interpreted
 def test_a_toy_run_writes_every_case_and_a_wrong_kernel_fails_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
