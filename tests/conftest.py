@@ -10,10 +10,11 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELI
 
 import asyncio
 import copy
+import pickle
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from prerope.server.models import checkpoint as checkpoints
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.settings import Settings
 from prerope.server.tokenizer import Tokenizer
+from prerope.server.workers import pool
+from prerope.server.workers.children import Zygote
+from prerope.server.workers.world import World
 
 torch.set_num_threads(1)
 for name in Settings.model_fields:
@@ -132,6 +136,45 @@ def what_was_read_is_known() -> Iterator[None]:
         patch.setattr(Tokenizer, "load", staticmethod(loaded))
         patch.setattr(checkpoints, "check_folder", checked)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def zygotes_are_used_again() -> Iterator[None]:
+    """A server's zygote is the next one's, where its world is the same: what tasks do, they do in children of it."""
+    start, end = pool.start_zygote, Zygote.close
+    worlds: dict[int, bytes] = {}  # process id → what it has
+    idle: dict[bytes, Zygote] = {}
+
+    def started(world: Callable[[], Any]) -> Zygote:
+        if not isinstance(made := world(), World):
+            return start(world)
+        key = pickle.dumps(made)
+        known = idle.pop(key, None)
+        if known is not None and known.process.poll() is None:
+            return Zygote(known.process, known.control)
+        zygote = start(lambda: made)
+        worlds[zygote.process.pid] = key
+        return zygote
+
+    def closed(zygote: Zygote) -> None:
+        key = worlds.get(zygote.process.pid)
+        if key is None or key in idle or not zygote.alive or zygote.process.poll() is not None:
+            end(zygote)
+            return
+        for child in zygote.standby:
+            child.end()
+        zygote.standby.clear()
+        zygote._turn_away()
+        idle[key] = zygote
+        if len(idle) > 2:
+            end(idle.pop(next(iter(idle))))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "start_zygote", started)
+        patch.setattr(Zygote, "close", closed)
+        yield
+    for zygote in idle.values():
+        end(zygote)
 
 
 class Servers:

@@ -138,4 +138,4 @@ def read_gauges(exposition: str) -> Gauges:
             totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
             if sample.name == "prerope:http_requests_total" and sample.labels["handler"] != "/ready":
                 server_errors += sample.value * (int(sample.labels["status"]) >= 500)
-    return Gauges(*(int(totals[name]) for name in METRICS), int(server_errors))
+    return Gauges(*map(int, (*(totals[name] for name in METRICS), server_errors)))
