@@ -239,18 +239,20 @@ def _turn_each_group(
 
 def _without_rotation(raw: RawKeyModel, base: list[Seen]) -> Rotary:
     """Of a model in which nothing turns: its positions come with the embeddings, or scores fall with the distance."""
+    named = (getattr(raw.text_config, name, None) for name in LENGTH_NAMES)
+    said = next((length for length in named if length), None)
     if all(seen.call.slopes is not None for seen in base):
-        named = (getattr(raw.text_config, name, None) for name in LENGTH_NAMES)
-        return unrotated(base[0].key.shape[-1], next((length for length in named if length), BLOOM_LENGTH), ALIBI)
-    if raw.identities:
-        raise cannot_serve(raw, "turning its rotary embedding changes no layer's keys")
-    if raw.reach is None:
-        raise cannot_serve(raw, "it has no rotary embedding, and its config does not say how many positions it knows")
+        return unrotated(base[0].key.shape[-1], said or BLOOM_LENGTH, ALIBI)
+    reach = said if raw.identities else raw.reach
+    if reach is None:
+        raise cannot_serve(raw, "nothing in it turns, and its config does not say how many positions it knows")
     ids = torch.full((PROBE_LENGTH,), 7, device=raw.model.device)
-    (one, *_rest) = run_trial(raw, {}, ids, torch.full((PROBE_LENGTH,), 3))
+    # Keys of one token: alike at one position, and at all where a rotary embedding is there that no layer uses.
+    positions = torch.arange(PROBE_LENGTH) if raw.identities else torch.full((PROBE_LENGTH,), 3)
+    (one, *_rest) = run_trial(raw, {}, ids, positions)
     if mixed(one.key[:1].expand_as(one.key), one.key):
         raise cannot_serve(raw, COUNTS)
-    return unrotated(base[0].key.shape[-1], raw.reach)
+    return unrotated(base[0].key.shape[-1], reach)
 
 
 def _merged(

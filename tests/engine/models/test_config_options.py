@@ -59,6 +59,8 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"use_qk_norm": True, "logit_scale": 2.0}),
     ("cohere2", {"layer_types": [FULL, SLIDING] * 2}),
     ("exaone4", {"layer_types": [SLIDING, FULL] * 2, "rope_parameters": YARN}),
+    ("smollm3", {"no_rope_layers": [0, 0, 0, 0]}),
+    ("smollm3", {"no_rope_layers": [0, 0, 0, 1]}),
     ("granitemoehybrid", {"position_embedding_type": "rope"}),
     ("granitemoehybrid", {"position_embedding_type": "nope"}),
     ("gpt_oss", {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}}),
