@@ -26,6 +26,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+OF_ADAPTERS = (ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
 UNFINISHED = (
     "*.incomplete",
     "*.part",
@@ -64,8 +65,8 @@ def _check(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         raise refused(folder, _what_instead_of_a_model(folder))
     config = read_config(folder)
-    if (folder / ADAPTER).is_file():
-        raise refused(folder, f"an adapter ({ADAPTER}) lies beside the base model; {_merging(folder)}, or move it away")
+    if adapter := next((name for name in OF_ADAPTERS if (folder / name).is_file()), None):
+        raise refused(folder, f"an adapter ({adapter}) lies beside the base model; {_merging(folder)}, or move it away")
     said = config.get("quantization_config")
     if said is not None and not (isinstance(said, dict) and said):
         wanted = "it names a quant_method; leave it out where there is none" if said == {} else "it is an object"
@@ -228,8 +229,8 @@ def _check_other_files(folder: Path) -> None:
 
 def _what_instead_of_a_model(folder: Path) -> str:
     """Why a folder without config.json is no model, by what it has instead."""
-    if (folder / ADAPTER).is_file():
-        return f"it is an adapter ({ADAPTER}), not a model; {_merging(folder)}, and give the merged folder"
+    if adapter := next((name for name in OF_ADAPTERS if (folder / name).is_file()), None):
+        return f"it is an adapter ({adapter}), not a model; {_merging(folder)}, and give the merged folder"
     if list(folder.glob("consolidated*.safetensors")) or (folder / "params.json").is_file():
         return (
             "it is in the model maker's own format (consolidated.safetensors, params.json); take the version in "

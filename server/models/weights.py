@@ -182,10 +182,13 @@ def _quiet_report(told: list[str]) -> Iterator[None]:
         told.extend([record.getMessage()] * is_report)
         return not is_report
 
+    level = logger.level
     logger.addFilter(keep)
+    logger.setLevel(logging.WARNING)  # the report's, whatever LOG_LEVEL is
     try:
         yield
     finally:
+        logger.setLevel(level)
         logger.removeFilter(keep)
 
 

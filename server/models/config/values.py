@@ -149,9 +149,21 @@ def _of_other_kinds(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"'sliding_window' is {shown(window)}, and a window is a number of tokens, {MOST} at most: {REMEDY}"
     if chunks is not None and not isinstance(chunks, Mapping):
         yield f"'{DUAL_CHUNK}' is {shown(chunks)}, and it is an object: {REMEDY}"
-    for name, value in (chunks or {}).items() if isinstance(chunks, Mapping) else ():
+    yield from _of_dual_chunk(chunks if isinstance(chunks, Mapping) else None)
+
+
+def _of_dual_chunk(chunks: Mapping[str, Any] | None) -> Iterator[str]:
+    if chunks is None:
+        return
+    for name in ("chunk_size", "local_size"):
+        if name not in chunks:
+            yield f"'{DUAL_CHUNK}' has no '{name}', a number of tokens: {REMEDY}"
+    for name, value in chunks.items():
         if name in ("chunk_size", "local_size", LENGTHS[1]) and not _is_count(value):
             yield f"'{DUAL_CHUNK}.{name}' is {shown(value)}, and it is a number of tokens from 1 to {MOST}: {REMEDY}"
+    if not chunks["local_size"] < chunks["chunk_size"]:
+        sizes = f"{shown(chunks['local_size'])}, and its 'chunk_size' {shown(chunks['chunk_size'])}"
+        yield f"'{DUAL_CHUNK}.local_size' is {sizes}, of which it is a part: {REMEDY}"
 
 
 def _bare(dtype: str) -> str:

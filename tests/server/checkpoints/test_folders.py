@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -327,6 +328,14 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
             "'sliding_window' is 1e+30, and a window is a number of tokens",
         ),
         (change_json("config.json", dual_chunk_attention_config="x"), "'dual_chunk_attention_config' is the text 'x'"),
+        (
+            change_json("config.json", dual_chunk_attention_config={"chunk_size": 32}),
+            "'dual_chunk_attention_config' has no 'local_size', a number of tokens",
+        ),
+        (
+            change_json("config.json", dual_chunk_attention_config={"chunk_size": 8, "local_size": 16}),
+            "'dual_chunk_attention_config.local_size' is 16, and its 'chunk_size' 8, of which it is a part",
+        ),
         (change_json("config.json", num_key_value_heads=8), "'num_key_value_heads' is 8, more than the 4 of num_atten"),
         (change_json("config.json", auto_map=5), "'auto_map' is 5, and it is an object"),
         # values that transformers fails on in code of its own: found by leaving them out
@@ -377,7 +386,7 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
             f"is {10**15}, and no model has more than {2**31 - 1}",
         ),
         (change_json("config.json", max_position_embeddings=10**15), f"number of tokens from 1 to {2**31 - 1}"),
-        (change_json("config.json", pad_token_id=1000), "(AssertionError: Padding_idx must be within num_embeddings)"),
+        (change_json("config.json", pad_token_id=1000), "(Padding_idx must be within num_embeddings)"),
         (change_json("config.json", model_type="mistral", sliding_window=0), "reads a sliding window of 0 tokens, and"),
         # weights that no training leaves
         (every_weight(torch.zeros_like), "16 of its 16 tables of weights hold one number"),
@@ -605,6 +614,10 @@ ADAPTER = written("adapter_config.json", json.dumps({"peft_type": "LORA", "base_
         # other programs' formats
         (both(removed("config.json"), removed("model.safetensors"), ADAPTER), "merge it into its base owner/base once"),
         (ADAPTER, "an adapter (adapter_config.json) lies beside the base model"),
+        (
+            written("adapter_model.safetensors", "x"),
+            "an adapter (adapter_model.safetensors) lies beside the base model",
+        ),
         (both(removed("config.json"), renamed("model.safetensors", "consolidated.safetensors")), "model maker's own"),
         (renamed("model.safetensors", "consolidated.safetensors"), "model maker's own format"),
         (both(removed("tokenizer.json"), written("tekken.json", "{}")), "tekken.json"),
@@ -632,7 +645,12 @@ def test_a_damaged_folder_is_refused_in_one_true_sentence(folder: Path, damage: 
         ),
     ],
 )
-def test_an_expert_that_is_missing_is_told(tmp_path: Path, lost: str, said: str) -> None:
+@pytest.mark.parametrize("level", [logging.WARNING, logging.ERROR])
+def test_an_expert_that_is_missing_is_told(
+    tmp_path: Path, lost: str, said: str, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With LOG_LEVEL=error, too, where transformers' own report is not logged."""
+    caplog.set_level(level, "transformers")
     tiny_of_type("qwen3_moe").save_pretrained(tmp_path)
     without(f"layers.0.mlp{lost}")(tmp_path)
     with pytest.raises(ConfigurationError, match=re.escape(said)) as caught:
