@@ -46,9 +46,11 @@ def pytest_report_header() -> str:
 
 
 LONGEST = (
-    *("kernels/test_attention", "server/test_attacks", "fuzz/test_openapi", "engine/test_invariance"),
-    *("server/test_faults", "graphs/test_cuda_graphs", "api/test_tools", "server/test_cli", "api/test_limits"),
-    *("fleet/test_tensor_parallel", "structured/test_structured", "graphs/test_cuda_layers", "server/test_isolation"),
+    *("graphs/test_cuda_layers", "server/test_attacks", "models/test_model_types", "kernels/test_attention"),
+    *("cache/test_cpu_attention", "server/test_workers", "server/test_isolation", "fuzz/test_openapi"),
+    *("models/test_multimodal", "models/test_families", "graphs/test_cuda_graphs", "server/test_connections"),
+    *("fuzz/test_text_boundaries", "cache/test_prefill", "models/test_recurrent", "ranks/test_ranks"),
+    *("api/test_dialects", "clients/test_recipes", "models/test_older_attention", "kernels/test_compilation"),
 )
 
 
