@@ -14,8 +14,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import RequestBody
-from prerope.server.api.requests.leniency import current_report
+from prerope.server.api.requests.body import RequestBody, current_report
 from prerope.server.api.requests.reading import Read, ReadTask, read_body
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.stream.generation import while_connected

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import structlog
 from prerope.server.api.auth.keys import PROBES
 from prerope.server.api.errors import error_response, internal_error
-from prerope.server.api.requests.leniency import HEADER, reporting
+from prerope.server.api.requests.body import HEADER, reporting
 from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest, RequestError
 from prerope.server.log import trace
 from prerope.server.metrics import Metrics, known_method

@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping, Set
 from typing import Any
 
+from prerope.server.api.requests.body import current_report
 from prerope.server.api.requests.foreign import is_empty
-from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_text", "thinking_content")

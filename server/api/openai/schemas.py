@@ -11,16 +11,18 @@ from typing import Annotated, Any, ClassVar
 from prerope.server.api.chat.documents import ChatDocumentFields
 from prerope.server.api.chat.messages import MAX_MESSAGES, Messages
 from prerope.server.api.chat.tools import ToolFields
-from prerope.server.api.requests.body import MAX_PROMPTS, RequestBody, Text, prompts_of
+from prerope.server.api.requests.body import RequestBody, Text
 from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
 from prerope.server.api.requests.internal import Beams, Chat, GenerationRequest, Prompt
-from prerope.server.api.requests.sampling_types import MaxTokens
 from prerope.server.api.requests.schemas import (
     ALL_THAT_FIT,
     MAX_LOGPROBS,
+    MAX_PROMPTS,
     SYNONYMS,
+    MaxTokens,
     SamplingFields,
     asks_for_reply,
+    prompts_of,
 )
 from prerope.server.api.requests.structured import OpenAIConstraints
 from prerope.server.api.requests.thinking import ThinkingFields

@@ -1,8 +1,14 @@
-"""What every JSON request body has in common: names are checked, nulls mean the default, refusals say what to do.
+"""What every JSON request body has in common: its fields are checked by name, and what is not taken is told.
+
+    field ─┬─ known: its value is checked; null, or an empty value that it does not have, is its default
+           ├─ asks for nothing (`foreign`): left out
+           └─ would change the reply: refused, or with STRICT_FIELDS=false left out, logged and named in `HEADER`
 
 Knows neither the engine nor the tokenizer: checks that need the model (vocabulary, length) live in
-`server.api.running`.
-A check of our own raises InvalidRequest directly; pydantic lets it through, and the reply keeps its words.
+`server.api.running`. A check of our own raises InvalidRequest directly; pydantic lets it through, and the reply keeps
+its words. Pydantic's own complaints are put into the words of an error reply by `first_invalid`. Text of a client is
+never repeated. The middleware opens a `Report` for each request; bodies, which know neither settings nor headers, write
+to it.
 """
 
 from __future__ import annotations
@@ -11,18 +17,70 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
 from prerope.server.api.requests.foreign import EMPTY, EMPTY_SCHEMAS, Foreign, empty_schemas, is_empty
-from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+HEADER = "x-ignored-fields"
+"""The reply's header that names fields of the request which were not honoured, separated by commas."""
+
+MAX_NAMED = 16
+MAX_CHARS = 64
+
+
+@dataclass(slots=True)
+class Report:
+    """Which fields of one request were left out. `strict`: a field that would change the reply is refused instead."""
+
+    strict: bool = True
+    names: list[str] = field(default_factory=list)
+
+    def ignore(self, name: str) -> None:
+        """Note that a field was left out; a client's own words are cut down to what a header can carry.
+
+        That ends in no blank: a name of no letter at its end would make one, and the reply would be lost.
+        """
+        shown = re.sub(r"[^\w.\[\]-]", "_", name, flags=re.ASCII)[:MAX_CHARS] or "_"
+        if shown not in self.names and len(self.names) < MAX_NAMED:
+            self.names.append(shown)
+
+
+_report: ContextVar[Report | None] = ContextVar("report", default=None)
+
+
+def current_report() -> Report:
+    """This request's; outside of one, a strict report that nobody reads."""
+    return _report.get() or Report()
+
+
+@contextmanager
+def reporting(*, strict: bool) -> Iterator[Report]:
+    """A context in which `current_report` returns the report that it yields."""
+    report = Report(strict)
+    token = _report.set(report)
+    try:
+        yield report
+    finally:
+        _report.reset(token)
+
 
 MAX_SHOWN = 64
 """Characters of a client's own text that an error message repeats at most."""
@@ -45,6 +103,14 @@ class Verbatim:
         return cls(json.dumps(value, separators=(",", ":")))
 
 
+class Other(NamedTuple):
+    """A schema that a path takes beside its own: told by any of these fields, where none of `without` is there."""
+
+    body: type[RequestBody]
+    fields: frozenset[str]
+    without: frozenset[str] = frozenset()
+
+
 class RequestBody(BaseModel):
     """A JSON object whose unknown, unsupported and harmless fields are told apart by name.
 
@@ -53,6 +119,7 @@ class RequestBody(BaseModel):
         foreign: fields of others' schemas that are not honoured (`server.api.requests.foreign`).
         synonyms: names that others have for fields of ours.
         asked_in: the field that holds a conversation, in bodies that have one.
+        others: schemas of other servers that are taken on the same path.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -61,6 +128,13 @@ class RequestBody(BaseModel):
     foreign: ClassVar[Mapping[str, Foreign]] = {}
     synonyms: ClassVar[Mapping[str, str]] = {}
     asked_in: ClassVar[str] = ""
+    others: ClassVar[Sequence[Other]] = ()
+
+    @classmethod
+    def schema_of(cls, given: Mapping[str, Any]) -> type[RequestBody]:
+        """The schema that these fields are of: this one, or one of the others."""
+        names = {name for name, value in given.items() if value is not None}
+        return next((one.body for one in cls.others if names & one.fields and not names & one.without), cls)
 
     @model_validator(mode="before")
     @classmethod
@@ -243,9 +317,7 @@ def token_ids(value: Any, param: str) -> list[int]:
     """`value` as a list of non-negative integers; the vocabulary is checked once the model is known."""
     if not isinstance(value, list):
         raise InvalidRequest(f"'{param}' must be a list of token ids, not {json_type(value)}", param=param)
-    if not {*map(type, value)} <= {
-        int
-    }:  # bool is an int to isinstance; a loop would take milliseconds for long prompts
+    if not {*map(type, value)} <= {int}:  # bool is an int to isinstance; a loop takes milliseconds for long prompts
         index, wrong = next((index, one) for index, one in enumerate(value) if type(one) is not int)
         raise InvalidRequest(f"'{param}[{index}]' must be a token id (an integer), not {json_type(wrong)}", param=param)
     return value
@@ -273,23 +345,53 @@ def json_type(value: object) -> str:
             return "an object"
 
 
-MAX_PROMPTS = 1024
-"""The most prompts of one request."""
+SHOWN_CHARS = 40
+SILENT_FIELDS = frozenset({"prompt", "messages", "tokens"})
+"""Fields whose values are never repeated, numbers included: they are token ids. Text is never repeated at all."""
 
 
-def prompts_of(value: Any, param: str) -> list[str | list[int]]:
-    """A string, a list of strings, token ids, or a list of lists of them, as a list of prompts."""
-    if isinstance(value, str):
-        return [unicode_text(value, param)]
-    if not isinstance(value, list):
-        raise InvalidRequest(
-            f"'{param}' must be text, token ids, or a list of them, not {json_type(value)}", param=param
-        )
-    if not value:
-        raise InvalidRequest(f"'{param}' is an empty list: give at least one prompt", param=param)
-    if not isinstance(value[0], str | list):
-        return [token_ids(value, param)]
-    if len(value) > MAX_PROMPTS:
-        raise InvalidRequest(f"'{param}' takes at most {MAX_PROMPTS} prompts, not {len(value)}", param=param)
-    read = unicode_text if isinstance(value[0], str) else token_ids
-    return [read(prompt, f"{param}[{index}]") for index, prompt in enumerate(value)]
+def first_invalid(errors: Sequence[Any]) -> InvalidRequest:
+    """The first of pydantic's complaints, with the field's name and its value."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        position = first["loc"][-1]
+        reason = first.get("ctx", {}).get("error", "invalid")
+        return InvalidRequest(f"The body is not valid JSON: {reason} at character {position}.", code="invalid_json")
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    if not path:
+        return InvalidRequest("The body must be a JSON object.", code="invalid_body")
+    param = ".".join(path)
+    message = first["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"{param}: {message}{_shown(path[0], first)}", param=param, code=first["type"])
+
+
+@contextmanager
+def in_words_of(body: RequestBody) -> Iterator[None]:
+    """What is wrong with a conversation, said of the field in which this body has it."""
+    try:
+        yield
+    except ValidationError as error:  # adapters make messages and tools of what is theirs
+        raise _of_field(first_invalid(error.errors()), body.asked_in) from None
+    except InvalidRequest as refusal:
+        if not body.asked_in:
+            raise
+        raise _of_field(refusal, body.asked_in) from None
+
+
+_CONVERSATION = re.compile(r"(?<![^'])(?:messages|prompt)(?=$|['.\[])")
+
+
+def _of_field(refusal: InvalidRequest, field: str) -> InvalidRequest:
+    if not field or _CONVERSATION.match(refusal.param or "") is None:
+        return refusal
+    message, param = (_CONVERSATION.sub(field, text) for text in (refusal.message, refusal.param or ""))
+    return InvalidRequest(message, param=param, code=refusal.code)
+
+
+def _shown(field: str, error: Mapping[str, Any]) -> str:
+    """The value, where it is a short number: text may be a prompt, a stop string or a key in the wrong place."""
+    value = error.get("input")
+    if field in SILENT_FIELDS or error["type"] == "missing" or not isinstance(value, bool | int | float):
+        return ""
+    text = repr(value)
+    return f" (given: {text})" if len(text) <= SHOWN_CHARS else ""

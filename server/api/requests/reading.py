@@ -16,11 +16,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from prerope.server.api.chat.tools import Function, Tool, ToolUse
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import MAX_DEPTH, RequestBody
-from prerope.server.api.requests.complaints import first_invalid, in_words_of
+from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, first_invalid, in_words_of, reporting
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
-from prerope.server.api.requests.leniency import reporting
 from prerope.server.api.requests.prompts import (
     ModelText,
     chat_prompt,
@@ -108,7 +106,7 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
     """Raises InvalidRequest or ModelNotFound."""
     value = decode(raw)
     try:
-        body: Any = model.model_validate(value)
+        body: Any = model.schema_of(value).model_validate(value)
     except ValidationError as error:
         raise first_invalid(error.errors()) from None
     del value

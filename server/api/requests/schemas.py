@@ -1,7 +1,7 @@
-"""What clients may send to /generate, and the sampling fields of all generating endpoints.
+"""What clients may send to /generate, and the prompts and sampling fields of all generating endpoints.
 
-Names, types and ranges are settled here; what depends on the model is checked in `server.api.running`.
-`server.api.openai.schemas` adds the OpenAI shapes.
+Names, types and ranges are settled here, and by which words a field refuses; what depends on the model is checked in
+`server.api.running`. `server.api.openai.schemas` adds the OpenAI shapes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,131 @@ from prerope.server.api.requests.body import (
     RequestBody,
     Text,
     json_type,
+    shown_number,
     token_ids,
     unicode_text,
 )
 from prerope.server.api.requests.documents import DocumentFields
 from prerope.server.api.requests.foreign import BODY, Foreign
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
-from prerope.server.api.requests.sampling_types import (
-    IDS_SCHEMA,
-    AllowedTokenIds,
-    BadWords,
-    LogitBias,
-    MaxTokens,
-    Stop,
-    StopTokenIds,
-)
 from prerope.server.api.requests.structured import GenerateConstraints
 from prerope.server.errors import InvalidRequest
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
+
+MAX_STOP_STRINGS = 256
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 256
+
+IDS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+
+def _stop(value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list):
+        raise InvalidRequest(f"'stop' must be a string or a list of strings, not {json_type(value)}", param="stop")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest(f"'stop' takes at most {MAX_STOP_STRINGS} strings, not {len(strings)}", param="stop")
+    for index, text in enumerate(strings):
+        if len(unicode_text(text, f"stop[{index}]")) > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"'stop[{index}]' takes at most {MAX_STOP_CHARS} characters, not {len(text)}", param="stop"
+            )
+    return [text for text in strings if text]
+
+
+def _bad_words(value: Any) -> list[str]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"'bad_words' must be a list of strings, not {json_type(value)}", param="bad_words")
+    if len(value) > MAX_BAD_WORDS:
+        raise InvalidRequest(f"'bad_words' takes at most {MAX_BAD_WORDS} words, not {len(value)}", param="bad_words")
+    return [word for index, text in enumerate(value) if (word := unicode_text(text, f"bad_words[{index}]"))]
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise InvalidRequest(
+            f"'logit_bias' must be an object of token id → bias, not {json_type(value)}", param="logit_bias"
+        )
+    if len(value) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(
+            f"'logit_bias' takes at most {MAX_LOGIT_BIAS} tokens, not {len(value)}", param="logit_bias"
+        )
+    return {_biased_token(key): _bias(key, bias) for key, bias in value.items()}
+
+
+def _biased_token(key: Any) -> int:
+    text = str(key)
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise InvalidRequest(
+            f"'logit_bias' has the key '{text[:MAX_SHOWN]}': keys are token ids, in digits", param="logit_bias"
+        )
+    return int(text)
+
+
+def _bias(key: Any, bias: Any) -> float:
+    if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+        shown = shown_number(bias) if isinstance(bias, float | int) else json_type(bias)
+        raise InvalidRequest(f"'logit_bias[{key}]' must be a number from -100 to 100, not {shown}", param="logit_bias")
+    return float(bias)
+
+
+LogitBias = Annotated[
+    dict[int, float],
+    PlainValidator(_logit_bias),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
+        }
+    ),
+]
+_STOP_STRING: dict[str, Any] = {"type": "string", "maxLength": MAX_STOP_CHARS}
+Stop = Annotated[
+    list[str],
+    BeforeValidator(_stop),
+    WithJsonSchema({"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}]}),
+]
+StopTokenIds = Annotated[
+    list[int],
+    Field(max_length=MAX_STOP_TOKEN_IDS),
+    BeforeValidator(lambda value: token_ids(value, "stop_token_ids")),
+    WithJsonSchema({**IDS_SCHEMA, "maxItems": MAX_STOP_TOKEN_IDS}),
+]
+
+
+AllowedTokenIds = Annotated[
+    list[int],
+    Field(min_length=1),
+    BeforeValidator(lambda value: token_ids(value, "allowed_token_ids")),
+    WithJsonSchema({**IDS_SCHEMA, "minItems": 1}),
+]
+BadWords = Annotated[
+    list[str],
+    BeforeValidator(_bad_words),
+    WithJsonSchema({"type": "array", "items": {"type": "string"}, "maxItems": MAX_BAD_WORDS}),
+]
+
+
+def _token_limit(value: Any, info: ValidationInfo) -> Any:
+    if type(value) is int and (value == 0 or value < -1):
+        raise InvalidRequest(
+            f"'{info.field_name}' is {shown_number(value)}: at least 1, or -1 for all that fit", param=info.field_name
+        )
+    return value
+
+
+MaxTokens = Annotated[
+    int,
+    Field(ge=-1, le=INT32_MAX),
+    BeforeValidator(_token_limit),
+    WithJsonSchema({"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1, "maximum": INT32_MAX}]}),
+]
+"""Tokens of a reply; −1, which llama.cpp and LM Studio have for it, is as many as fit."""
+
 
 MAX_LOGPROBS = 20
 MODELS_OWN = "Without it the model's own default, which /v1/models tells."
@@ -65,6 +172,28 @@ def _prompt(value: Any) -> str | list[int]:
 
 PromptField = Annotated[str | list[int], PlainValidator(_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
 """Text, or token ids as they are (no special tokens are added to ids)."""
+
+
+MAX_PROMPTS = 1024
+"""The most prompts of one request."""
+
+
+def prompts_of(value: Any, param: str) -> list[str | list[int]]:
+    """A string, a list of strings, token ids, or a list of lists of them, as a list of prompts."""
+    if isinstance(value, str):
+        return [unicode_text(value, param)]
+    if not isinstance(value, list):
+        raise InvalidRequest(
+            f"'{param}' must be text, token ids, or a list of them, not {json_type(value)}", param=param
+        )
+    if not value:
+        raise InvalidRequest(f"'{param}' is an empty list: give at least one prompt", param=param)
+    if not isinstance(value[0], str | list):
+        return [token_ids(value, param)]
+    if len(value) > MAX_PROMPTS:
+        raise InvalidRequest(f"'{param}' takes at most {MAX_PROMPTS} prompts, not {len(value)}", param=param)
+    read = unicode_text if isinstance(value[0], str) else token_ids
+    return [read(prompt, f"{param}[{index}]") for index, prompt in enumerate(value)]
 
 
 class RopeFields(RequestBody):

@@ -17,11 +17,11 @@ from prerope.server.api.requests.body import (
     MAX_SHOWN,
     RequestBody,
     Text,
+    current_report,
     json_type,
     unicode_text,
 )
 from prerope.server.api.requests.foreign import FORMAT, IGNORED, Foreign
-from prerope.server.api.requests.leniency import current_report
 from prerope.server.errors import InvalidRequest
 from prerope.server.nesting import nests_deeper
 from prerope.server.structured.matcher import CompiledGrammar

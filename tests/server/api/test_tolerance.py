@@ -23,12 +23,12 @@ from prerope.server.api.chat.tool_choice import ToolChoice
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.dialects.requests.items import Page
 from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaFields, OllamaGenerateRequest, Options
-from prerope.server.api.dialects.requests.others import AnyGenerateRequest
+from prerope.server.api.dialects.requests.others import AnyGenerateRequest, SglangRequest, TgiRequest
 from prerope.server.api.dialects.requests.responses import INCLUDED, ResponsesRequest
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests import foreign
+from prerope.server.api.requests.body import HEADER, reporting
 from prerope.server.api.requests.internal import Chat
-from prerope.server.api.requests.leniency import HEADER, reporting
 from prerope.server.errors import InvalidRequest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -302,8 +302,8 @@ def test_what_is_off_asks_for_nothing(http: httpx.Client, path: str) -> None:
         (CountTokensRequest, {"messages": USER["messages"]}),
         (OllamaChatRequest, {"messages": USER["messages"]}),
         (OllamaGenerateRequest, {"prompt": "hi"}),
-        (AnyGenerateRequest, {"inputs": "hi"}),
-        (AnyGenerateRequest, {"text": "hi"}),
+        (TgiRequest, {"inputs": "hi"}),
+        (SglangRequest, {"text": "hi"}),
         (ResponsesRequest, {"input": "hi"}),
         (AnyGenerateRequest, {"prompt": "hi"}),
     ],

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from prerope.server.api.requests.body import RequestBody, Text, prompts_of
+from prerope.server.api.requests.body import Other, RequestBody, Text
 from prerope.server.api.requests.foreign import DIALECT, Foreign, ignored, refused
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
-from prerope.server.api.requests.sampling_types import LogitBias, Stop
-from prerope.server.api.requests.schemas import GenerateRequest
+from prerope.server.api.requests.schemas import GenerateRequest, LogitBias, Stop, prompts_of
 from prerope.server.api.requests.structured import (
     JsonSchemaOrText,
     lark_grammar,
@@ -20,7 +19,7 @@ from prerope.server.api.requests.structured import (
 )
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
-from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 DEFAULT_TGI_TOKENS = 100
 DEFAULT_SGLANG_TOKENS = 128
@@ -240,12 +239,7 @@ class SglangRequest(RequestBody):
 class AnyGenerateRequest(GenerateRequest):
     """A body of /generate: ours, or TGI's or SGLang's, told by their fields."""
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _of_its_dialect(cls, value: Any, ours: ModelWrapValidatorHandler[Self]) -> Any:
-        given = {name for name, one in value.items() if one is not None} if isinstance(value, dict) else {"prompt"}
-        if "inputs" in given:
-            return TgiRequest.model_validate(value)
-        if "prompt" not in given and given & {"text", "input_ids", "sampling_params"}:
-            return SglangRequest.model_validate(value)
-        return ours(value)
+    others: ClassVar[Sequence[Other]] = (
+        Other(TgiRequest, frozenset({"inputs"})),
+        Other(SglangRequest, frozenset({"text", "input_ids", "sampling_params"}), without=frozenset({"prompt"})),
+    )
