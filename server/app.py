@@ -11,22 +11,22 @@ from prerope.cache.tier import folder_secret
 from prerope.server import version
 from prerope.server.api import generate, health, pages, positions, reference
 from prerope.server.api import tokens as tokenize
-from prerope.server.api.auth.allowance import Allowance, HoldRequest
-from prerope.server.api.auth.keys import KeyCheck, KeyRing
 from prerope.server.api.dialects import anthropic, kept_responses, ollama, others, rendering, responses
 from prerope.server.api.errors import install_error_handlers
+from prerope.server.api.holds import Allowance, HoldRequest
+from prerope.server.api.keys import KeyCheck, KeyRing
 from prerope.server.api.middleware import (
     BodyLimit,
     ClientTimeout,
     FieldReport,
     HeadAsGet,
+    HostCheck,
     OtherPrefix,
     RequestContext,
 )
 from prerope.server.api.openai import completions as openai
 from prerope.server.api.openapi.document import install_document
 from prerope.server.errors import ConfigurationError
-from prerope.server.http.hosts import HostCheck
 from prerope.server.service import Service
 from prerope.server.settings import Settings
 from starlette.middleware.cors import CORSMiddleware

@@ -12,7 +12,7 @@ from typing import TypeVar
 import structlog
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from prerope.server.api.auth.allowance import current_hold
+from prerope.server.api.holds import current_hold
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.body import RequestBody, current_report
 from prerope.server.api.requests.reading import Read, ReadTask, read_body

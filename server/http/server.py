@@ -5,8 +5,11 @@ get a 503 instead of a refused connection; then the process exits.
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -14,11 +17,17 @@ import uvicorn
 from fastapi import FastAPI
 from prerope.server.engine.async_engine import EngineState
 from prerope.server.errors import ConfigurationError, OutOfMemory, first_line
-from prerope.server.http.connection import ACCEPTED_AT_ONCE, Connection, Door, room_for
+from prerope.server.http.connection import Connection, Door
 from prerope.server.log import LEVELS, trace
 from prerope.server.service import Service
 
 log = structlog.get_logger(__name__)
+
+ACCEPTED_AT_ONCE = 16
+"""Connections that are accepted in one turn of the event loop. Three turns later, those are closed that had to go."""
+
+SPARE_DESCRIPTORS = 128
+"""For connections that were just accepted or dropped, and for the files and pipes of the engine."""
 
 BACKLOG = 2048
 """Connections that the kernel keeps until they are accepted."""
@@ -147,6 +156,20 @@ class DrainingServer(uvicorn.Server):
                 f"  curl {self._url}/generate{key} -H 'Content-Type: application/json' -d '{EXAMPLE_BODY}'\n",
                 flush=True,
             )
+
+
+def room_for(wanted: int) -> int:
+    """How many connections there may be: `wanted`, or fewer where the limit of descriptors, raised if need be, is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    folder = Path("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")
+    needed = wanted + len(os.listdir(folder)) + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, wanted + soft - needed))
+    if room < wanted:
+        log.warning(f"{room} connections at once instead of MAX_CONNECTIONS={wanted}: `ulimit -n` is {soft}")
+    return room
 
 
 def _give_up_on_silence(listener: socket.socket, seconds: float) -> None:

@@ -13,10 +13,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import structlog
-from prerope.server.api.auth.keys import METRICS_PATH
 from prerope.server.api.errors import error_response
+from prerope.server.api.holds import BODIES, BodyRoom
+from prerope.server.api.keys import METRICS_PATH
 from prerope.server.api.middleware import BodyLimit, ClientTimeout
-from prerope.server.api.room import BODIES, BodyRoom
 from prerope.server.errors import ClientGone, EngineUnavailable, RequestError
 from prerope.server.log import configure_logging
 from prerope.server.ray_app.call import Call

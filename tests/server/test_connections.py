@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from prerope.server.http import connection as doors
+from prerope.server.http.server import room_for
 from prerope.server.log import LINES_OF_A_KIND, WINDOW_S, KindLimit
 
 from tests.faults import Faults
@@ -218,9 +219,9 @@ def test_room_is_made_by_raising_the_soft_limit(monkeypatch: pytest.MonkeyPatch)
     limits = [64, 4096]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(slice(None), pair))
-    assert doors.room_for(1000) == 1000
+    assert room_for(1000) == 1000
     assert 1000 < limits[0] < 2000
-    assert 3000 < doors.room_for(100_000) < 4096
+    assert 3000 < room_for(100_000) < 4096
     assert limits == [4096, 4096]
 
 

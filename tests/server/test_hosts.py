@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from prerope.server.api.middleware import HostCheck
 from prerope.server.errors import WrongHost
-from prerope.server.http.hosts import HostCheck
 
 NAMES = (
     "localhost",

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from prerope.server.api.auth.allowance import current_hold
 from prerope.server.api.bodies import SMALL_BYTES
 from prerope.server.api.dialects.requests.items import Page
+from prerope.server.api.holds import current_hold
 from prerope.server.api.stream.generation import while_connected
 from prerope.server.api.stream.printing import printed
 from prerope.server.errors import InvalidRequest, NotKept

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from prerope.server import errors
-from prerope.server.api.auth.keys import OPEN_PATHS
+from prerope.server.api.keys import OPEN_PATHS
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.openapi import openai_replies as openai
 from prerope.server.api.openapi import replies

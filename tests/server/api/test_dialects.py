@@ -18,7 +18,7 @@ from anthropic.types.beta.message_count_tokens_params import MessageCountTokensP
 from anthropic.types.beta.message_create_params import MessageCreateParamsStreaming as MessageParams
 from huggingface_hub import InferenceClient
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
-from prerope.server.api.unserved import instead_of
+from prerope.server.api.errors import instead_of
 
 TOOL_TEMPLATE = """{%- if tools %}{{ '<|im_start|>system\\n<tools>' + tools | tojson + '</tools> <tool_call> name' }}
 {{- '<|im_end|>\\n' }}{%- endif %}{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}

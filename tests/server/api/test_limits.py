@@ -16,9 +16,9 @@ from typing import Any
 
 import httpx
 import pytest
-from prerope.server.api.auth import keys as auth_keys
-from prerope.server.api.auth.allowance import Allowance, Hold
-from prerope.server.api.auth.keys import KeyRing
+from prerope.server.api import keys as auth_keys
+from prerope.server.api.holds import Allowance, Hold
+from prerope.server.api.keys import KeyRing
 from prerope.server.config import EngineConfig
 from prerope.server.engine.limits import Backlog, check_room, retry_after_s
 from prerope.server.errors import ConfigurationError, InvalidRequest, KeyBusy, QueueFull

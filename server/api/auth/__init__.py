@@ -1,1 +1,0 @@
-"""Whose a request is, and how much that key may hold at once."""
