@@ -53,7 +53,7 @@ class ModelPositions:
         """What it takes once readings of all lengths have been asked for."""
         return sum(method.max_bytes for method in self.methods.values())
 
-    @property
+    @cached_property
     def select(self) -> int | None:
         """Far tokens that a row of a reply reads; None: all. Rows of prompts, and so `digest`, know nothing of it."""
         return None if self.spec is None else self.spec.select
@@ -62,7 +62,8 @@ class ModelPositions:
         """What a block that ends before row `end` mixes into its hash beside tokens and parent."""
         return self.plain_digest if end <= self.plain_rows else self.digest
 
-    def describe(self) -> dict[str, object]:
+    @cached_property
+    def described(self) -> Mapping[str, object]:
         """JSON-ready: the method's name, its resolved parameters and L."""
         method = self.methods[self.main]
         selected = {} if self.select is None else {"select": self.select}

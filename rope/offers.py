@@ -79,6 +79,6 @@ def distance_map(positions: ModelPositions, length: int) -> dict[str, Any]:
         "rows": rows,
         "farthest": max(rows[-1]),
         "train_length": method.train_length,
-        "rope": positions.describe(),
+        "rope": positions.described,
         "warning": " ".join(positions.warnings()) or None,
     }

@@ -253,7 +253,7 @@ class EngineCollector(Collector):
 
     def _method_info(self, info: ModelInfo) -> Metric:
         """The deployment's position method and its parameters, as labels."""
-        labels = {key: str(value) for key, value in info.positions.describe().items() if not isinstance(value, dict)}
+        labels = {key: str(value) for key, value in info.positions.described.items() if not isinstance(value, dict)}
         family = InfoMetricFamily("prerope:position_method", "How positions are read.", labels=["model_name"])
         family.add_metric([self._model_name], labels)
         return family

@@ -72,7 +72,7 @@ class Reader:
     ) -> list[float]:
         """The loss of the last tokens before each of `stops`, ascending; `advance` hears of every token computed."""
         about = {name: self._subject.about[name] for name in ("model", "dtype")} | {"stops": list(stops)}
-        about |= {"last": self._last, "positions": self._subject.engine.resolve_positions(spec).describe()}
+        about |= {"last": self._last, "positions": self._subject.engine.resolve_positions(spec).described}
         key = key_of(about, [*token_ids])
         if self._kept and (found := self._kept.get(key)):
             advance(len(token_ids))
@@ -137,7 +137,7 @@ def measure(subject: Subject, asked: argparse.Namespace) -> Quality:
                 bar.set_description(f"{REFERENCE} at {length:,}")
                 known = ending_at(token_ids, length, min(length, trained), subject.beginning)
                 losses[REFERENCE, length] += reader.losses(known, RopeSpec(method="rope"), [len(known)], bar.update)
-    resolved = {method.label: subject.engine.resolve_positions(method.spec).describe() for method in asked.methods}
+    resolved = {method.label: subject.engine.resolve_positions(method.spec).described for method in asked.methods}
     return Quality(names, lengths, losses, subject.about | {"methods": resolved})
 
 

@@ -24,7 +24,7 @@ async def methods(service: ReadyService) -> dict[str, Any]:
     info = service.engine.info
     found = offered(info)
     return {
-        "default": info.positions.describe(),
+        "default": info.positions.described,
         "per_request": service.settings.rope_per_request,
         "max_model_len": info.max_model_len,
         "train_length": info.train_length,
@@ -46,7 +46,7 @@ def _described(offer: Offer) -> dict[str, Any]:
         "summary": offer.summary,
         "use": offer.use,
         "takes": list(offer.takes),
-        "parameters": offer.positions.describe(),
+        "parameters": offer.positions.described,
         "warning": " ".join(offer.positions.warnings()) or None,
     }
 

@@ -39,13 +39,13 @@ def from_config(model: str, max_model_len: int | None) -> dict[str, Any]:
         "model": checkpoint.name,
         "max_model_len": length,
         "train_length": rotary.train_length,
-        "default": None if auto is None else auto.describe(),
+        "default": None if auto is None else auto.described,
         "methods": [
             {
                 "name": offer.name,
                 "summary": offer.summary,
                 "takes": offer.takes,
-                "parameters": offer.positions.describe(),
+                "parameters": offer.positions.described,
             }
             for offer in found
             if offer.positions is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from prerope.cache.blocks.documents import DocumentSpan
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import PrefixHasher
 from prerope.server.engine.sequence import SamplingParams, Sequence
 
 

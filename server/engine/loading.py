@@ -119,7 +119,7 @@ def _describe(positions: ModelPositions, size: CacheSize, config: EngineConfig, 
             f"beyond {own.train_length} tokens each row is read by its own length, where transformers reads all by the "
             f"whole prompt's: with {own.rotary.rope_type} replies there are not transformers' (docs/models.md)"
         )
-    described = ", ".join(f"{key} {value}" for key, value in positions.describe().items())
+    described = ", ".join(f"{key} {value}" for key, value in positions.described.items())
     report(
         f"{described}; max_model_len {size.max_model_len}; cache of {size.num_blocks * config.block_size} tokens, "
         f"{size.num_bytes / 2**30:.2f} GiB"

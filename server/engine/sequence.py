@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from prerope.cache.attention.selection import selects_from
 from prerope.cache.blocks.documents import DocumentSpan
-from prerope.cache.blocks.manager import BlockTable
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import BlockTable, PrefixHasher
 from prerope.cache.blocks.states import SequenceState
 from prerope.cache.tier import Fetch
 from prerope.rope.model import ModelPositions

@@ -145,7 +145,7 @@ class DrainingServer(uvicorn.Server):
             "ready",
             model=service.model_name,
             url=self._url,
-            method=info.positions.describe()["method"],
+            method=info.positions.described["method"],
             max_model_len=info.max_model_len,
             seconds=round(service.seconds_up, 1),
         )

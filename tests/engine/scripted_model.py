@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import PrefixHasher
 from prerope.cache.storage import KVStorage, StateShape
 from prerope.rope.frequencies import Rotary
 from prerope.rope.model import resolve_model

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from prerope.cache.blocks.manager import KVCacheManager
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import KVCacheManager, PrefixHasher
 from prerope.rope.frequencies import Rotary
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.scores import method_scores

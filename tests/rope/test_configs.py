@@ -161,4 +161,4 @@ def test_a_layer_type_has_a_base_of_its_own() -> None:
     assert positions.main == "full_attention"
     assert positions.methods["full_attention"].name == "rerope"
     assert positions.methods["sliding_attention"].name == "rope"
-    assert positions.describe() == {"method": "rerope", "window": 100, "train_length": 1024}
+    assert positions.described == {"method": "rerope", "window": 100, "train_length": 1024}

@@ -47,7 +47,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "max_model_len": info.max_model_len,
         "train_length": info.train_length,
         "default_sampling_params": asdict(service.sampling_defaults),
-        "rope": info.positions.describe(),
+        "rope": info.positions.described,
         "rope_per_request": service.settings.rope_per_request,
         "rope_methods": [offer.name for offer in offered(info) if offer.positions is not None],
     }

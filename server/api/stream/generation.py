@@ -175,7 +175,7 @@ class Generation:
         """outputs: of the sequence, submitted. arrived: `time.perf_counter()` when the HTTP request came.
         shown_special_ids: see `TextStream`."""
         self.prompt_token_ids = sequence.prompt_token_ids
-        self.rope = (sequence.positions or service.engine.info.positions).describe()
+        self.rope = (sequence.positions or service.engine.info.positions).described
         self.usage = Usage(prompt_tokens=len(sequence.prompt_token_ids))
         self.timings: Timings | None = None
         self._spans = sequence.documents

@@ -73,7 +73,7 @@ def worst_steps(config: EngineConfig, allowed: list[ModelPositions], length: int
     budget = min(config.max_batched_tokens, length)
     methods = {id(one): one for one in (allowed[0], *_hungriest(allowed, length - budget, length))}.values()
     for positions in methods:
-        method = positions.describe()["method"]
+        method = positions.described["method"]
         # This step comes first: it enlarges tables, which are to be there when the others' memory is measured.
         yield (
             f"one row of each of {config.max_num_seqs} sequences, read by {method}",

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from prerope.cache.blocks.manager import BlockTable, KVCacheManager
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import BlockTable, KVCacheManager, PrefixHasher
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import PrefixHasher
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.spec import RopeSpec
 

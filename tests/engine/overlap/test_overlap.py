@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import PrefixHasher
 from prerope.server.engine import step
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason, TokenOutput

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from prerope.cache.blocks.prefix import PrefixHasher
+from prerope.cache.blocks.manager import PrefixHasher
 from prerope.rope.frequencies import Rotary
 from prerope.rope.model import resolve_model
 from prerope.rope.spec import RopeSpec
