@@ -13,7 +13,7 @@ import structlog
 from fastapi import Depends, Request
 from prerope.server.api.chat.trial import TemplateTrial, is_tame
 from prerope.server.api.holds import BODIES, BodyRoom
-from prerope.server.api.requests.prompts import ModelText
+from prerope.server.api.requests.reading import ModelText
 from prerope.server.byte_cache import ByteCache, CacheStats
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.errors import EngineUnavailable

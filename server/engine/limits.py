@@ -160,6 +160,9 @@ def take_stats(
     )
 
 
+TOO_LONG = "context_length_exceeded"
+"""The code of a refusal for want of room in the model's length."""
+
 ASSUMED_PREFILL_RATE = 1000.0
 """Tokens a second for Retry-After, until a prefill has been measured."""
 
@@ -208,7 +211,7 @@ def max_tokens_that_fit(info: ModelInfo, num_prompt_tokens: int, asked: int | No
         f"the prompt has {_plural(num_prompt_tokens, 'token')} and {wanted}: prompt and output together may have "
         f"{_plural(info.max_model_len, 'token')}; shorten the prompt, lower max_tokens or raise MAX_MODEL_LEN",
         param="prompt" if room < 1 else "max_tokens",
-        code="context_length_exceeded",
+        code=TOO_LONG,
     )
 
 
@@ -232,7 +235,7 @@ def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: i
             f"own behind the prefix, takes {reading} tokens meanwhile, together {total}: the cache holds "
             f"{info.num_cache_tokens}; shorten or split it, or raise KV_CACHE_MEMORY",
             param="documents",
-            code="context_length_exceeded",
+            code=TOO_LONG,
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prerope.server.api.requests.prompts import ModelText
+    from prerope.server.api.requests.reading import ModelText
     from prerope.server.tokenizer import Tokenizer
 
 

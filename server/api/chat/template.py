@@ -40,15 +40,7 @@ def render_chat(
 
     Raises InvalidRequest if the model has no template that can be run, or the template refuses.
     """
-    named = tokenizer.hf.chat_template
-    if tokenizer.template_fault is not None:
-        raise InvalidRequest(tokenizer.template_fault, param="messages", code="no_chat_template")
-    if not named:
-        raise InvalidRequest(
-            "This model has no chat template; use /v1/completions or /generate with the whole prompt.",
-            param="messages",
-            code="no_chat_template",
-        )
+    named = _usable_template(tokenizer)
     try:
         text: str = tokenizer.hf.apply_chat_template(
             list(messages),
@@ -62,17 +54,35 @@ def render_chat(
         )
     except MemoryError:  # of a worker, which has as much as one request may take
         raise
-    except TemplateSyntaxError as error:
+    except Exception as error:  # a template is a program of the model's: whatever it raises, the messages caused it
+        raise _refusal(error) from error
+    return text
+
+
+def _usable_template(tokenizer: Tokenizer) -> Any:
+    """The template, or several by name. InvalidRequest where there is none that can be run."""
+    if tokenizer.template_fault is not None:
+        raise InvalidRequest(tokenizer.template_fault, param="messages", code="no_chat_template")
+    if not tokenizer.hf.chat_template:
         raise InvalidRequest(
+            "This model has no chat template; use /v1/completions or /generate with the whole prompt.",
+            param="messages",
+            code="no_chat_template",
+        )
+    return tokenizer.hf.chat_template
+
+
+def _refusal(error: Exception) -> InvalidRequest:
+    """What a template has raised, in words."""
+    if isinstance(error, TemplateSyntaxError):
+        return InvalidRequest(
             f"This model's chat template is no valid Jinja (line {error.lineno}: {first_line(error, 200)}). Correct "
             "chat_template (in tokenizer_config.json, or chat_template.jinja), or use /v1/completions or /generate "
             "with the whole prompt.",
             param="messages",
             code="no_chat_template",
-        ) from error
-    except Exception as error:  # a template is a program of the model's: whatever it raises, the messages caused it
-        reason = one_line(str(error).strip().split("\n")[0][:200]) or type(error).__name__
-        if isinstance(error, RecursionError):
-            reason = "something in them, or in their tools, nests deeper than it can follow"
-        raise InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages") from error
-    return text
+        )
+    reason = one_line(str(error).strip().split("\n")[0][:200]) or type(error).__name__
+    if isinstance(error, RecursionError):
+        reason = "something in them, or in their tools, nests deeper than it can follow"
+    return InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages")

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import APIRouter
 from prerope.server.api.positions import offered
-from prerope.server.api.requests.prompts import not_served
 from prerope.server.service import ReadyService, Service
 
 router = APIRouter()
@@ -28,7 +27,7 @@ async def list_models(service: ReadyService) -> dict[str, Any]:
 async def retrieve_model(model: str, service: ReadyService) -> dict[str, Any]:
     """The model by its name, which may hold a slash."""
     if model not in service.served_names:
-        raise not_served(service.text, model)
+        raise service.text.not_served(model)
     return _card(service, model)
 
 

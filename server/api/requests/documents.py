@@ -82,6 +82,12 @@ def check_number(count: int, param: str) -> None:
         )
 
 
+def not_cut() -> InvalidRequest:
+    return InvalidRequest(
+        "'truncate_prompt_tokens' would cut the documents: send fewer of them", param="truncate_prompt_tokens"
+    )
+
+
 def _documents(value: Any) -> list[Given]:
     if not isinstance(value, list):
         raise InvalidRequest(f"'documents' must be a list, not {json_type(value)}", param="documents")

@@ -1,8 +1,10 @@
 """From the bytes of a body to all that its endpoint needs: decoded, checked, lowered, rendered and tokenised.
 
+    bytes ─ decode ─ a body (`requests.schemas`, dialects) ─ lowered: GenerationRequest ─ prepare: token ids ─ Read
+
 All of this is work of the client's size, so it is plain functions that know no event loop. A small body is read where
 it came; a larger one is read by a worker, which sends back a `Read` without the text that the ids stand for. Imports
-no torch.
+no torch. Refusals name limit and value.
 """
 
 from __future__ import annotations
@@ -12,33 +14,68 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from prerope.server.api.chat.prompt import chat_prompt, newest_that_fit
 from prerope.server.api.chat.tools import Function, Tool, ToolUse
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, first_invalid, in_words_of, reporting
-from prerope.server.api.requests.documents import TokenizedPrompt
+from prerope.server.api.requests.body import MAX_DEPTH, MAX_SHOWN, RequestBody, first_invalid, in_words_of, reporting
+from prerope.server.api.requests.documents import Piece, TokenizedPrompt, assembled, not_cut
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
-from prerope.server.api.requests.prompts import (
-    ModelText,
-    chat_prompt,
-    check_model,
-    newest_that_fit,
-    tokenized,
-    truncated,
-)
 from prerope.server.api.requests.surrogates import ESCAPED_SURROGATE, refuse_surrogates
 from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
-from prerope.server.engine.limits import check_vocabulary
-from prerope.server.errors import InvalidRequest
+from prerope.server.engine.limits import TOO_LONG, check_vocabulary
+from prerope.server.errors import InvalidRequest, ModelNotFound
 from prerope.server.nesting import nests_deeper
 from prerope.server.structured.text import GrammarText
 from prerope.server.workers.messages import as_it_lies
 from pydantic import ValidationError
 
+if TYPE_CHECKING:
+    from prerope.server.tokenizer import Tokenizer
+
 B = TypeVar("B", bound=RequestBody)
 
 TOO_DEEP = f"The body is nested too deeply: at most {MAX_DEPTH} lists and objects may stand within each other."
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """What turning text into ids depends on. Workers have a copy.
+
+    served_names: what clients may call the model; `any_name`: or whatever they like.
+    """
+
+    tokenizer: Tokenizer
+    served_names: tuple[str, ...]
+    any_name: bool
+    max_model_len: int
+    vocab_size: int
+
+    def check_name(self, model: str | None) -> None:
+        """The `model` field names the served model, or is missing or empty. The only model takes any name, unless
+        SERVED_MODEL_NAME is set: then it takes those."""
+        if model and not self.any_name and model not in self.served_names:
+            raise self.not_served(model)
+
+    def not_served(self, model: str) -> ModelNotFound:
+        served = " and ".join(f"'{name}'" for name in self.served_names)
+        return ModelNotFound(
+            f"the model '{model[:MAX_SHOWN]}' is not served here; this server serves {served}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def check_characters(self, num_chars: int, param: str) -> None:
+        """Refuse what cannot fit whatever its words are, before spending time on tokenising it."""
+        limit = self.max_model_len * self.tokenizer.max_chars_per_token
+        if num_chars > limit:
+            raise InvalidRequest(
+                f"'{param}' has {num_chars} characters; at most {limit} can fit into {self.max_model_len} tokens "
+                "(MAX_MODEL_LEN raises it)",
+                param=param,
+                code=TOO_LONG,
+            )
 
 
 class HasText(Protocol):
@@ -152,7 +189,7 @@ def decode(raw: bytes) -> Any:
 
 def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
     """All that depends on the model's text side."""
-    check_model(text, request.model)
+    text.check_name(request.model)
     given, cut = request.input, request.truncation is not None
     bad = bad_token_ids(text, request.sampling.bad_words)
     if not isinstance(given, Chat):
@@ -168,6 +205,59 @@ def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
         read_chat = chat_prompt(text, given, tools=tools, to_be_cut=cut)
     prompt = TokenizedPrompt(truncated(text, read_chat.ids, request), read_chat.documents)
     return Prepared([prompt], use, constraint, bad)
+
+
+def tokenized(text: ModelText, prompt: Prompt, *, to_be_cut: bool = False) -> TokenizedPrompt:
+    """A prompt's token ids, and where its documents are. to_be_cut: it may be longer than what fits."""
+    asked = prompt.documents
+    if asked is None:
+        special = prompt.add_special_tokens
+        return TokenizedPrompt(_ids(text, prompt.given, prompt.param, special=special, to_be_cut=to_be_cut))
+    if to_be_cut:
+        raise not_cut()
+    prefix = _ids(text, asked.prefix, "document_prefix", special=prompt.add_special_tokens, may_be_empty=True)
+    documents = [Piece(_ids(text, one, f"documents[{i}]"), is_document=True) for i, one in enumerate(asked.given)]
+    rest = _ids(text, prompt.given, prompt.param)
+    return assembled([Piece(prefix), *documents, Piece(rest)], asked.reading)
+
+
+def _ids(
+    text: ModelText,
+    given: str | list[int],
+    param: str,
+    *,
+    special: bool = False,
+    may_be_empty: bool = False,
+    to_be_cut: bool = False,
+) -> list[int]:
+    """Token ids of text, or ids as they are."""
+    if isinstance(given, str):
+        if not to_be_cut:
+            text.check_characters(len(given), param)
+        ids = text.tokenizer.encode(given, add_special_tokens=special)
+    else:
+        ids = given
+    check_vocabulary(ids, text.vocab_size, param)
+    if not ids and not may_be_empty:
+        raise InvalidRequest(f"'{param}' is empty: the model needs at least one token to continue", param=param)
+    return ids
+
+
+def truncated(text: ModelText, ids: list[int], request: GenerationRequest) -> list[int]:
+    """A prompt cut as the request asks; −1 leaves room for what is to be generated."""
+    truncation, sampling = request.truncation, request.sampling
+    if truncation is None:
+        return ids
+    num_tokens = truncation.num_tokens
+    if num_tokens < 0:
+        asked = sampling.default_max_tokens if sampling.max_tokens is None else sampling.max_tokens
+        num_tokens = max(1, text.max_model_len - (1 if asked is None else asked))
+    if num_tokens == 0:
+        raise InvalidRequest(
+            "'truncate_prompt_tokens' is 0: the model needs at least one token to continue",
+            param="truncate_prompt_tokens",
+        )
+    return ids[-num_tokens:] if truncation.side == "left" else ids[:num_tokens]
 
 
 def bad_token_ids(text: ModelText, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -193,7 +283,7 @@ def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText 
 
 def _tokenize(text: ModelText, body: TokenizeRequest) -> bytes:
     """The very ids that a generating endpoint would make of the same prompt or messages."""
-    check_model(text, body.model)
+    text.check_name(body.model)
     if body.messages is not None:
         chat = body.chat()
         use = ToolUse.of(text.tokenizer, chat)
@@ -209,7 +299,7 @@ def _tokenize(text: ModelText, body: TokenizeRequest) -> bytes:
 
 
 def _detokenize(text: ModelText, body: DetokenizeRequest) -> bytes:
-    check_model(text, body.model)
+    text.check_name(body.model)
     check_vocabulary(body.tokens, text.vocab_size, "tokens")
     return _json({"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 

@@ -15,9 +15,10 @@ import openai
 import pytest
 from prerope.server.api.chat.marks import Marks
 from prerope.server.api.chat.messages import Message
+from prerope.server.api.chat.prompt import chat_prompt
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.documents import TokenizedPrompt
-from prerope.server.api.requests.prompts import ModelText, chat_prompt
+from prerope.server.api.requests.reading import ModelText
 from prerope.server.errors import InvalidRequest
 from prerope.server.tokenizer import Tokenizer
 from transformers import AutoTokenizer
