@@ -145,7 +145,8 @@ def newest_that_fit(
     text: ModelText, chat: Chat, max_tokens: int | None, *, tools: Sequence[Mapping[str, Any]] = ()
 ) -> TokenizedPrompt:
     """The prompt of a chat, without its oldest messages where it would leave no room for `max_tokens`. What tells the
-    model what it is stays, and so does the last turn; turns go whole, so that no result is there without its call."""
+    model what it is stays, and so does the user's last message. Each of the user's goes with what follows it: no
+    result is there without its call."""
     most = text.max_model_len - (max_tokens or 1)
     told = next((i for i, one in enumerate(chat.messages) if one.role not in ("system", "developer")), 0)
     begins = [i for i, one in enumerate(chat.messages) if i > told and one.role == "user"]

@@ -226,18 +226,21 @@ async def _events(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]:
         number += 1
 
 
+def _next_item(
+    printer: _Printer, items: list[_OpenItem], call: Call | None, *, thoughts: bool = False
+) -> Iterator[dict[str, Any]]:
+    """End the item that is open, and begin another."""
+    if items:
+        yield from items[-1].end()
+    items.append(_OpenItem(printer, len(items), call, thoughts=thoughts))
+    yield from items[-1].begin()
+
+
 async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]:
     begun = printer.response("in_progress", [])
     yield {"type": "response.created", "response": begun}
     yield {"type": "response.in_progress", "response": begun}
     items, untold, reason = list[_OpenItem](), list[Token](), FinishReason.ABORT
-
-    def begin(one: Call | None, *, thoughts: bool = False) -> Iterator[dict[str, Any]]:
-        if items:
-            yield from items[-1].end()
-        items.append(_OpenItem(printer, len(items), one, thoughts=thoughts))
-        yield from items[-1].begin()
-
     async for piece, parts in chat_events(printer.running):
         untold += piece.tokens
         for part in parts:
@@ -245,22 +248,22 @@ async def _unnumbered(printer: _Printer) -> AsyncGenerator[dict[str, Any], None]
             match part:
                 case TextPart(text) if text:
                     if not items or not items[-1].is_text:
-                        events += begin(None)
+                        events += _next_item(printer, items, None)
                     events.append(items[-1].more(text, untold))
                     untold = []
                 case ReasoningPart(text) if text:
                     if not items:
-                        events += begin(None, thoughts=True)
+                        events += _next_item(printer, items, None, thoughts=True)
                     events.append(items[-1].more(text))
                 case CallPart(_, call_id, name):
-                    events += begin(Call(call_id, name))
+                    events += _next_item(printer, items, Call(call_id, name))
                 case ArgumentsPart(_, text):
                     events.append(items[-1].more(text))
             for event in events:
                 yield event
         reason = piece.finish_reason or reason
     check_complete(reason)
-    for event in () if items else begin(None):
+    for event in () if items else _next_item(printer, items, None):
         yield event
     items[-1].tokens += untold
     for event in items[-1].end(_status(reason)):
