@@ -15,6 +15,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)\s]*)?\)")
+PATH = re.compile(r"(?<![\w./:{-])(?:bench|cache|docker|examples|rope|server|tests)/[\w/.-]*\w")
+WRITTEN = "bench/out/"
+"""What a command writes, and no file of the repository."""
 TWO_SCREENS = 100
 
 
@@ -36,6 +39,14 @@ def test_links_lead_to_files_of_the_repository() -> None:
     found = [(page, target) for page in PAGES for target in LINK.findall(page.read_text(encoding="utf-8"))]
     assert len(found) > 60
     assert [(str(page), target) for page, target in found if not (page.parent / target).exists()] == []
+
+
+def test_paths_that_are_named_exist() -> None:
+    found = [(page, path) for page in PAGES for path in PATH.findall(page.read_text(encoding="utf-8"))]
+    assert len(found) > 80
+    assert [
+        (str(page), path) for page, path in found if not (ROOT / path).exists() and not path.startswith(WRITTEN)
+    ] == []
 
 
 def test_the_readme_is_two_screens() -> None:
