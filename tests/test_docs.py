@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)\s]*)?\)")
-PATH = re.compile(r"(?<![\w./:{-])(?:bench|cache|docker|examples|rope|server|tests)/[\w/.-]*\w")
+PATH = re.compile(r"(?<![\w./:{-])(?<!git log -- )(?:bench|cache|docker|examples|rope|server|tests)/[\w/.-]*\w")
 WRITTEN = "bench/out/"
 """What a command writes, and no file of the repository."""
 TWO_SCREENS = 100

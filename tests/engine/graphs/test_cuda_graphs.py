@@ -303,7 +303,7 @@ def test_reserved_tables_hold_every_row_of_a_step() -> None:
     engine = served(method="dynamic_ntk")
     graphs = with_graphs(engine).graphs
     positions = resolve_model(RopeSpec(method="dynamic_ntk"), engine.model.rotaries, 128)
-    assert positions.described == engine.info.positions.describe()
+    assert positions.described == engine.info.positions.described
     versions = {name[1] for name in graphs._graphs}
     outputs(engine, (38, 34, 37))
     assert {name[1] for name in graphs._graphs} == versions
