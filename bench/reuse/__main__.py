@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None) -> int:
         tests = cases(tokenizer, asked.cases, asked.documents, asked.length)
         kept = None if asked.kept is None else Kept(asked.kept)
         figures = quality(Measured(engine, tokenizer), asked.rereads, tests, kept)
-        report = Report("reuse", [quality_table(figures, asked)], figures)
+        report = Report("reuse", [quality_table(figures, asked)], figures, lambda figure: draw(figure, figures))
     report.publish(asked.out, console)
     return 0
 
@@ -133,6 +133,29 @@ def times_table(times: dict[str, Asked], num_documents: int, length: int) -> Tab
     ]
     note = f"{num_documents} documents of {length} tokens over HTTP; replies are those of cold runs, token for token."
     return Table(["request", "to the first token", "cold ÷ this", "CPU time", "tokens found"], rows, [note])
+
+
+def draw(figure: Any, figures: Figures) -> None:
+    left, right = figure.subplots(1, 2)
+    names = [name for name in figures if name not in (FULL, NONE)]
+    for measure in figures[FULL]:
+        if measure in TASKS:
+            shown = [FULL, *names]
+            values = [[100 * one for one in figures[name][measure]] for name in shown]
+            panel = right
+        else:
+            shown, panel = names, left
+            full = figures[FULL][measure]
+            values = [[one - other for one, other in zip(figures[n][measure], full, strict=True)] for n in names]
+        panel.errorbar(
+            shown, list(map(statistics.fmean, values)), list(map(error, values)), fmt="o-", capsize=3, label=measure
+        )
+    left.axhline(0, color="grey", linewidth=1)
+    left.set_title("loss − loss with full attention")
+    right.set_title("right replies, %")
+    for panel in (left, right):
+        panel.tick_params(axis="x", rotation=30)
+        panel.legend()
 
 
 if __name__ == "__main__":

@@ -148,7 +148,23 @@ def chain_case(tokenizer: Tokenizer, dice: random.Random, num_documents: int, le
     return Case([tokenizer.encode(text) for text in texts], tokenizer.encode(question), values[source])
 
 
+def count_case(tokenizer: Tokenizer, dice: random.Random, num_documents: int, length: int) -> Case:
+    """A letter is lost in some of the documents; how many was it lost in? An example of one is in the question."""
+    lost = sorted(dice.sample(range(num_documents), dice.randrange(1, num_documents + 1)))
+    texts = [
+        planted(filler(dice, tokenizer, length), f"A letter was {'lost' if n in lost else 'found'} here.", dice)
+        + "\n\n"
+        for n in range(num_documents)
+    ]
+    question = (
+        'Question: How many of these say "lost": lost, found?\nAnswer: 1\n\n'
+        "Question: In how many of the documents was a letter lost?\nAnswer:"
+    )
+    return Case([tokenizer.encode(text) for text in texts], tokenizer.encode(question), str(len(lost)))
+
+
 TASKS: dict[str, Callable[[Tokenizer, random.Random, int, int], Case]] = {
     "keys, one asked for": key_case,
     "a value taken over in another document": chain_case,
+    "documents that say so, counted": count_case,
 }

@@ -29,6 +29,18 @@ def parser(question: str, description: str | None, folder: str = "") -> argparse
     return made
 
 
+def at_least(least: float) -> Callable[[str], float]:
+    """A number that is not below `least`."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least:g}")
+        return value
+
+    return number
+
+
 def count(text: str) -> int:
     """A whole number of at least 1."""
     value = int(text)

@@ -82,6 +82,9 @@ class Scores:
         """Over all families, or of one."""
         return self.mean(lambda s: s.method == method and s.length == length and family in (None, s.family))
 
+    def at_depth(self, method: str, length: int, depth: float) -> Mean | None:
+        return self.mean(lambda one: (one.method, one.length, one.depth) == (method, length, depth))
+
     def depths(self) -> list[float]:
         return sorted({one.depth for one in self.replies if one.depth is not None})
 
@@ -107,7 +110,7 @@ def report(scores: Scores, about: Mapping[str, Any]) -> Report:
     if scores.depths():
         tables.append(by_depth(scores))
     data = {"about": dict(about), "replies": [asdict(one) for one in scores.replies]}
-    return Report("tasks", tables, data)
+    return Report("tasks", tables, data, (lambda figure: draw(scores, about, figure)) if scores.depths() else None)
 
 
 def by_length(scores: Scores, about: Mapping[str, Any]) -> Table:
@@ -138,17 +141,38 @@ def _cells(scores: Scores, method: str, family: str | None = None) -> list[str]:
 
 def by_depth(scores: Scores) -> Table:
     """Of the families that ask for facts at a depth."""
-
-    def cell(method: str, length: int, depth: float) -> str:
-        found = scores.mean(lambda one: (one.method, one.length, one.depth) == (method, length, depth))
-        return str(found or NOTHING)
-
     rows = [
-        [method, f"{depth:.2f}", *(cell(method, n, depth) for n in scores.lengths)]
+        [method, f"{depth:.2f}", *(str(scores.at_depth(method, n, depth) or NOTHING) for n in scores.lengths)]
         for method in scores.methods
         for depth in scores.depths()
     ]
     return Table(["method", "depth", *(f"{n:,}" for n in scores.lengths)], rows)
+
+
+def draw(scores: Scores, about: Mapping[str, Any], figure: Any) -> None:
+    """A map a method: lengths across, depths down, green where the fact was found and red where not."""
+    methods, lengths, depths = scores.methods, scores.lengths, scores.depths()
+    columns = min(3, len(methods))
+    rows = math.ceil(len(methods) / columns)
+    figure.set_size_inches(1.4 + columns * (0.8 + 0.55 * len(lengths)), 0.8 + rows * (0.9 + 0.24 * len(depths)))
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    image = None
+    for panel, method in zip(panels.flat, methods, strict=False):
+        found = [[scores.at_depth(method, n, depth) for n in lengths] for depth in depths]
+        values = [[math.nan if cell is None else 100 * cell.value for cell in row] for row in found]
+        image = panel.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        panel.set_title(method, fontsize=9)
+        panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, fontsize=7)
+        panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
+        inside = sum(n <= scores.train_length for n in lengths)
+        if 0 < inside < len(lengths):
+            panel.axvline(inside - 0.5, color="0.2", linestyle=":", linewidth=1)
+    for panel in list(panels.flat)[len(methods) :]:
+        panel.set_axis_off()
+    figure.supxlabel("tokens of the prompt (dotted: the trained length)", fontsize=8)
+    figure.supylabel("depth of the fact", fontsize=8)
+    figure.suptitle(f"{about['model']}: facts found, per cent", fontsize=10)
+    figure.colorbar(image, ax=panels, shrink=0.8)
 
 
 @dataclass(frozen=True, slots=True)

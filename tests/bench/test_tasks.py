@@ -224,13 +224,14 @@ def test_a_method_is_chosen_on_some_seeds_and_recommended_by_others(
     assert parse_arguments(["--calibrate", "--methods", "rerope"]).methods == methods
 
 
-def test_the_report_has_every_cell(tmp_path: Path) -> None:
+def test_the_report_has_every_cell_and_a_map(tmp_path: Path) -> None:
     replies = [reply(float(n == 10), sheet, length=n) for n in (10, 20) for sheet in ("a", "b")]
     about = {"model": "tiny", "seeds": 2, "depths": "0.5", "shots": 1, "date": "today", "cpu": "one"}
     files = report(Scores(["m"], ["f"], [10, 20], 40, replies), about).save(tmp_path)
     text = files[1].read_text()
     assert "| m | 100 ± 0 | 0 ± 0 | 10 |" in text
     assert "| m | 0.50 | 100 ± 0 | 0 ± 0 |" in text
+    assert files[2].stat().st_size > 10_000
 
 
 # --- through a server that knows the answers ---

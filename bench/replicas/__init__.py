@@ -1,0 +1,1 @@
+"""What several replicas behind a router give, and what they withstand."""
