@@ -154,7 +154,8 @@ class _Parsed:
 
     def __init__(self, header: Header) -> None:
         self.fields = {name: _field(name, header.values[name], types) for name, types in header.types.items()}
-        self.fields = {name: field for name, field in self.fields.items() if field is not None}
+        # Scaling is `gguf.rope`'s: transformers fails on it in one family (gpt-oss), and leaves it in the others.
+        self.fields = {n: field for n, field in self.fields.items() if field is not None and ".rope.scaling." not in n}
         self.tensors = header.tensors
         rows = header.tensor("token_embd.weight")
         name = f"{header.architecture}.vocab_size"

@@ -314,6 +314,13 @@ def test_an_architecture_is_refused_in_words_of_the_file(
     assert said in told
 
 
+def test_a_family_whose_scaling_transformers_fails_on_is_refused_for_its_weights(
+    copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    told = refusal(copy_of, write_gguf(tmp_path / "m.gguf", architecture="gpt-oss", values=yarn))
+    assert "for which transformers has no place in a gpt-oss model" in told
+
+
 @pytest.mark.parametrize(
     ("architecture", "layers", "scalar"),
     [("gemma3", 18, 16), ("gemma3", 62, 8), ("gemma2", 42, 16), ("gemma2", 46, 8)],
