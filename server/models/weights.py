@@ -72,6 +72,16 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
     if model.dtype == torch.float64:
         report("weights of 64 bits are served in fp32")
         model = model.float()
+    _check_loaded(model, info, checkpoint, report)
+    return model.eval()
+
+
+def _check_loaded(model: Any, info: Any, checkpoint: Checkpoint, report: Callable[[str], None]) -> None:
+    """Whether the model is what the checkpoint holds, all of it; other senses than text are dropped. info: of the loading.
+
+    Raises:
+        ConfigurationError: it names what is missing, strange, or no number.
+    """
     unexpected = info["unexpected_keys"]
     strange_ones = strange(model, unexpected - unseen(model, unexpected))
     dropped = drop_other_senses(model)
@@ -82,7 +92,6 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
         report(f"left out, since it is not the decoder's: {len(unexpected)} weights, as {some(sorted(unexpected), 1)}")
     if dropped:
         report(f"text alone is served: {', '.join(dropped)} left out")
-    return model.eval()
 
 
 def _config_and_scheme(checkpoint: Checkpoint, report: Callable[[str], None]) -> tuple[Any, str | None]:
