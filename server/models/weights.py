@@ -77,7 +77,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
 
 
 def _check_loaded(model: Any, info: Any, checkpoint: Checkpoint, report: Callable[[str], None]) -> None:
-    """Whether the model is what the checkpoint holds, all of it; other senses than text are dropped. info: of the loading.
+    """See that the model is what its checkpoint holds, all of it; senses other than text are dropped. info: of loading.
 
     Raises:
         ConfigurationError: it names what is missing, strange, or no number.
