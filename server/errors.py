@@ -25,7 +25,11 @@ A message names the thing, the limit, the value given and the remedy, and never 
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
+"""In what torch, safetensors and the system say where there is none."""
 
 
 class PreRopeError(Exception):
@@ -189,6 +193,12 @@ class VersionNotSupported(RequestError):
 
 class EngineFailure(RequestError):
     """The engine failed while it served this request."""
+
+
+def of_memory(error: BaseException) -> bool:
+    """Whether it tells of memory that ran out. torch's allocator for the CPU raises a RuntimeError."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, for the GPU
+    return named or bool(NO_MEMORY.search(str(error)))
 
 
 def one_line(text: str) -> str:

@@ -21,14 +21,21 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any
 
-import torch
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.limits import Backlog, EngineStats, ModelInfo, check_room, retry_after_s
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import EngineRequest
-from prerope.server.errors import ClientGone, EngineFailure, EngineUnavailable, OutOfMemory, RankLost, RequestError
+from prerope.server.errors import (
+    ClientGone,
+    EngineFailure,
+    EngineUnavailable,
+    OutOfMemory,
+    RankLost,
+    RequestError,
+    of_memory,
+)
 
 MAX_UNREAD = 4096
 """Outputs that wait for a reader who is slower than the engine; past that, the request is aborted."""
@@ -332,8 +339,7 @@ def _shut_down() -> EngineUnavailable:
 
 def _explained(failure: BaseException) -> BaseException:
     """Want of memory by its name and with its remedy; anything else as it is."""
-    by_type = isinstance(failure, MemoryError | torch.OutOfMemoryError)
-    if not by_type and "can't allocate memory" not in str(failure):  # torch's CPU allocator raises a RuntimeError
+    if not of_memory(failure):
         return failure
     explained = OutOfMemory(
         "the engine ran out of memory: lower KV_CACHE_MEMORY (on a GPU GPU_MEMORY_UTILIZATION), MAX_BATCHED_TOKENS or "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
-import torch
 from prerope.cache.kernels.build import multiplies_pairs, multiply_pairs
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
@@ -19,7 +18,7 @@ from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.selection import check_deployment
 from prerope.server.engine.tiers import Tiers, open_tier
-from prerope.server.errors import ConfigurationError, PreRopeError, first_line
+from prerope.server.errors import ConfigurationError, PreRopeError, first_line, of_memory
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.cpu.build import prepare
 from prerope.server.models.cpu.trial import choose_arithmetic
@@ -88,10 +87,10 @@ def in_words(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (PreRopeError, MemoryError, torch.OutOfMemoryError):
+    except PreRopeError:
         raise
     except Exception as error:  # whatever that code meets
-        if "can't allocate memory" in str(error):
+        if of_memory(error):
             raise
         log.debug("the model's code failed", exc_info=error)
         frame = traceback.extract_tb(error.__traceback__)[-1]

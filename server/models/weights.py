@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.errors import ConfigurationError, first_line, of_memory
 from prerope.server.models.checks.loaded import incomplete, no_numbers, strange, unmerged
 from prerope.server.models.config.faults import Unknown, config_fault
 from prerope.server.models.config.values import REMEDY, whole_numbers
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-
-NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
-"""In what torch, safetensors and the system say where there is none."""
 
 MOST_SECONDS_OF_A_SKETCH = 5
 
@@ -63,7 +60,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
                 **_same_commit(checkpoint),
             )
     except Exception as error:  # a config may hold anything, and model classes raise whatever they meet
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
+        if of_memory(error):
             raise ConfigurationError(_too_large(checkpoint, DTYPES.get(dtype))) from error
         reason = unmerged("".join(told)) or _of_scheme(scheme, error) or _reason(checkpoint, error)
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {reason}") from error

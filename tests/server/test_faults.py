@@ -412,6 +412,8 @@ DEATHS: list[tuple[BaseException, str]] = [
     [
         (MemoryError(), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), True),
+        (torch.OutOfMemoryError(), True),
         (RuntimeError("a secret of the engine"), False),
         (SystemExit(3), False),
     ],

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import structlog
-from prerope.server.errors import ConfigurationError
+from prerope.server.errors import ConfigurationError, of_memory
 from prerope.server.models.config.faults import own_words
 from prerope.server.models.gguf.header import Header
 
@@ -28,9 +28,11 @@ def read_as(header: Header, fault: str) -> Iterator[None]:
     """Inside, whatever code of others raises is a refusal. fault: what is then wrong with the file, a clause."""
     try:
         yield
-    except (ConfigurationError, OSError, MemoryError):
+    except (ConfigurationError, OSError):
         raise
     except Exception as error:  # readers of a format that grows raise whatever they meet
+        if of_memory(error):
+            raise
         log.debug("a GGUF file could not be read", exc_info=error)
         raise refused(header, f"{_reason(header, error, fault)}: {AGAIN}") from error
 

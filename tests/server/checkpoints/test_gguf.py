@@ -25,6 +25,7 @@ from prerope.server.models.checks.probe import probe
 from prerope.server.models.gguf import header
 from prerope.server.models.gguf import tensors as gguf_tensors
 from prerope.server.models.gguf.convert import set_sizes_of_heads
+from prerope.server.models.gguf.faults import read_as
 from prerope.server.models.gguf.rope import set_rope
 from prerope.server.models.model import load_model
 from prerope.server.tokenizer import Tokenizer
@@ -319,6 +320,13 @@ def test_a_family_whose_scaling_transformers_fails_on_is_refused_for_its_weights
 ) -> None:
     told = refusal(copy_of, write_gguf(tmp_path / "m.gguf", architecture="gpt-oss", values=yarn))
     assert "for which transformers has no place in a gpt-oss model" in told
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**58), lambda: np.empty(2**58)], ids=["torch", "numpy"])
+def test_a_want_of_memory_is_not_laid_on_the_file(allocate: Callable[[], object]) -> None:
+    file = header.Header(Path("model.gguf"), {"general.architecture": "llama"}, {}, ())
+    with pytest.raises((RuntimeError, MemoryError), match="allocate"), read_as(file, "it is damaged"):
+        allocate()
 
 
 @pytest.mark.parametrize(
