@@ -98,10 +98,15 @@ def tiny_checkpoint(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactor
 
 
 def contents(folder: str | Path) -> tuple[tuple[str, int, int], ...] | None:
-    """Names, sizes and times of a folder's files: what is read of it is the same while these are. None: unreadable."""
+    """Names, sizes and times of a folder's files: what is read of it is the same while these are.
+
+    None: unreadable, or just written: the kernel's clock, of some milliseconds, may give the next change the same time.
+    """
     try:
         found = [(file, file.stat()) for file in sorted(Path(folder).rglob("*"))]
     except OSError:
+        return None
+    if time.time_ns() - max((about.st_ctime_ns for _, about in found), default=0) < 50_000_000:
         return None
     return tuple((str(file), about.st_size, about.st_ctime_ns) for file, about in found) or None
 
