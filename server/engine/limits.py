@@ -1,8 +1,8 @@
 """What callers may know of a loaded engine (its limits and its statistics), and what a request is refused by.
 
 Each limit of a request is one function: vocabulary, length, room in the queue, time. Each is checked once, before a
-request is queued; whoever queues trusts that. Errors name the limit, the value given and the remedy. Nothing here reads
-what a step changes. Imports no torch: workers check by these limits, too.
+request is queued; whoever queues trusts that. Errors name the limit, the value given and the remedy. Only `take_stats`
+reads what a step changes. Imports no torch by itself: workers check by these limits, too.
 """
 
 from __future__ import annotations

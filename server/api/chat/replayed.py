@@ -1,7 +1,7 @@
 """Messages of a history as the replies of many servers and services were, brought to ours.
 
 A history records: what an assistant's or a tool's message says beside what is known asks for nothing of the reply. It
-is left out, and its sender is told (`leniency`).
+is left out, and its sender is told (`requests.body`).
 """
 
 from __future__ import annotations
