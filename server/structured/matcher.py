@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
@@ -33,12 +34,17 @@ class TokenMatcher:
 
     __slots__ = ("_accepting", "_failure", "_finished", "_inner", "_mask", "_slow", "_tokenizer")
 
-    def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer, *, slow: bool = False) -> None:
-        self._inner, self._tokenizer = inner, tokenizer
+    def __init__(self, copy: Callable[[], LLMatcher], tokenizer: LLTokenizer, *, slow: bool = False) -> None:
+        """copy: makes llguidance's, at the beginning."""
+        self._tokenizer = tokenizer
         self._slow = slow
         self._failure = ""
-        self._accepting = inner.is_accepting()
-        self._finished = inner.is_stopped()
+        self._accepting = self._finished = False
+        try:
+            self._inner = copy()
+            self._accepting, self._finished = self._inner.is_accepting(), self._inner.is_stopped()
+        except BaseException as error:
+            self._failure = told(error)
         self._mask = None if slow else self._begin()  # a slow one is begun when its sequence runs
 
     @property
@@ -87,13 +93,14 @@ class TokenMatcher:
 
     def _compute(self) -> bytes:
         began = time.perf_counter()
-        try:
-            mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
-        except BaseException as error:
-            self._failure = told(error)
-            return b"\xff" * -(-self._tokenizer.vocab_size // 8)  # whatever is drawn: the reply ends there
-        self._slow = time.perf_counter() - began > QUICK_S
-        return mask
+        if not self._failure:
+            try:
+                mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
+                self._slow = time.perf_counter() - began > QUICK_S
+                return mask
+            except BaseException as error:
+                self._failure = told(error)
+        return b"\xff" * -(-self._tokenizer.vocab_size // 8)  # whatever is drawn: the reply ends there
 
 
 class CompiledGrammar:
@@ -113,7 +120,7 @@ class CompiledGrammar:
         self.num_bytes = num_bytes
 
     def matcher(self) -> TokenMatcher:
-        return TokenMatcher(self._copy(), self._tokenizer, slow=self._slow)
+        return TokenMatcher(self._copy, self._tokenizer, slow=self._slow)
 
     def prefix(self) -> Prefix:
         return Prefix(self._copy(), self._tokenizer)

@@ -340,3 +340,29 @@ def test_a_panic_of_the_grammar_library_ends_its_request_alone(model: Model, tab
     assert failure.code == "grammar_failed"
     assert "_Panic: out of bounds" in failure.message
     assert_idle(engine)
+
+
+@pytest.mark.parametrize("method", ["deep_copy", "is_accepting"])
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_panic_before_the_first_token_ends_its_request_alone(
+    model: Model, tables: LLTokenizer, method: str, slow: bool
+) -> None:
+    class Unbegun(_Panicking):
+        """Raises at the first call; so do its copies."""
+
+        def __init__(self, inner: LLMatcher) -> None:
+            super().__init__(inner, method)
+            self._calls_left = 0
+
+        def deep_copy(self) -> Any:
+            return self.__getattr__("deep_copy") and Unbegun(self._inner.deep_copy())
+
+    engine, grammar = tiny_engine(model), compiled(tables, r"\d{4}")
+    broken = SamplingParams(max_tokens=40, grammar=CompiledGrammar(Unbegun(grammar._prototype), tables, slow=slow))
+    outputs = run(engine, [request("free", prompt_of(12), greedy(9)), request("broken", prompt_of(12, 2), broken)])
+    assert len(outputs["free"]) == 9
+    assert tokens_of(outputs["broken"]) == []
+    failure = outputs["broken"][-1].failure
+    assert isinstance(failure, InvalidRequest)
+    assert "_Panic: out of bounds" in failure.message
+    assert_idle(engine)
