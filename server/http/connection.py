@@ -288,7 +288,14 @@ class Connection(H11Protocol):
         except h11.LocalProtocolError:  # another reply has begun, and there is no more to be understood
             self.transport.abort()
         else:
+            self._end_request()
             linger(self.transport, self.door, self)
+
+    def _end_request(self) -> None:
+        """To the app, the client of a request whose body cannot be read is gone: it has its reply."""
+        if self._answering:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def _unsupported_upgrade_warning(self) -> None:
         log.debug("an upgrade was asked for: the request is answered as it is")
