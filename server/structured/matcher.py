@@ -44,7 +44,7 @@ class TokenMatcher:
             self._inner = copy()
             self._accepting, self._finished = self._inner.is_accepting(), self._inner.is_stopped()
         except BaseException as error:
-            self._failure = told(error)
+            self._failure = failure_of(error)
         self._mask = None if slow else self._begin()  # a slow one is begun when its sequence runs
 
     @property
@@ -66,7 +66,7 @@ class TokenMatcher:
             try:
                 self._consume(token_id)
             except BaseException as error:
-                self._failure = told(error)
+                self._failure = failure_of(error)
         self._mask = None if self._failure or self._finished else self._begin()
 
     def _consume(self, token_id: int) -> None:
@@ -99,7 +99,7 @@ class TokenMatcher:
                 self._slow = time.perf_counter() - began > QUICK_S
                 return mask
             except BaseException as error:
-                self._failure = told(error)
+                self._failure = failure_of(error)
         return b"\xff" * -(-self._tokenizer.vocab_size // 8)  # whatever is drawn: the reply ends there
 
 
@@ -182,7 +182,7 @@ def _executor() -> LLExecutor:
         return starter.submit(start).result()
 
 
-def told(error: BaseException) -> str:
+def failure_of(error: BaseException) -> str:
     """What llguidance raised, as a failure of one reply. Its panics are no `Exception`, and must not end the engine."""
     return shorten(f"{type(error).__name__}: {error}")
 
