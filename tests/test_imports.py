@@ -31,7 +31,16 @@ FORBIDDEN = {
 }
 """Who must not import what, wherever in a module the import stands."""
 
-EDGE = ("fastapi", "starlette", "uvicorn", "sse_starlette", "prometheus_client", "pydantic", "pydantic_settings")
+EDGE = (
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "sse_starlette",
+    "prometheus_client",
+    "pydantic",
+    "pydantic_settings",
+    "structlog",
+)
 TEXT = ("tokenizers", "server.tokenizer", "server.metrics", "server.settings", "server.log")
 BELOW_THE_EDGE = ("rope", "cache", "server.models", "server.engine")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import structlog
 from prerope.cache.kernels.build import multiplies_pairs, multiply_pairs
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
@@ -29,7 +29,7 @@ from prerope.server.ranks.group import ALONE, Ranks
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 PER_ROW = {"longrope": "longrope", "dynamic_ntk": "dynamic"}
 """Methods that are not transformers' past the trained length, on purpose, by the names that configs have for them."""

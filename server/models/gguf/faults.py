@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import structlog
 from prerope.server.errors import ConfigurationError, of_memory
 from prerope.server.models.config.faults import own_words
 from prerope.server.models.gguf.header import Header
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 AGAIN = "download it again, or take the model's checkpoint in safetensors"
 OF_MODEL = "what it states of its model fits none of that architecture that transformers knows"

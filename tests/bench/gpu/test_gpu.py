@@ -23,6 +23,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu.figures import compared, results
 from bench.gpu.running import run, run_all
 from bench.gpu.stages import LIMITS, PARTS, Stage, stages
+from tests.test_imports import PATHS, imports
 
 pytest.importorskip("triton")
 
@@ -50,18 +51,54 @@ def brought(names: Sequence[str]) -> set[str]:
 @pytest.fixture
 def bare(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A Python, and an environment, that have what docs/gpu.md says that A and B need and nothing else."""
-    assert NEEDED is not None
-    names = NEEDED[1].lower().replace("torch with cuda", "torch").replace(" and ", ", ").split(", ")
-    assert {"torch", "triton", "transformers"} < set(names)
     packages = tmp_path / "packages"
     packages.mkdir()
-    for name in brought(names):
+    for name in brought(needed()):
         for top in {file.parts[0] for file in metadata.files(name) or []} - {".."}:
             link, target = packages / top, Path(str(metadata.distribution(name).locate_file(top)))
             if not link.exists() and target.exists():
                 link.symlink_to(target.resolve())
     venv.create(tmp_path / "bare", symlinks=True)
     return tmp_path / "bare" / "bin" / "python", {"PATH": os.environ["PATH"], "PYTHONPATH": str(packages)}
+
+
+def needed() -> list[str]:
+    """Distributions that docs/gpu.md names for A and B."""
+    assert NEEDED is not None
+    names = NEEDED[1].lower().replace("torch with cuda", "torch").replace(" and ", ", ").split(", ")
+    assert {"torch", "triton", "transformers"} < set(names)
+    return names
+
+
+def test_parts_import_no_other_packages() -> None:
+    """What the processes of A and B import as they begin; the toy run, which is slow, has all that they meet."""
+    own = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "bench").rglob("*.py")}
+    paths = PATHS | {name.removesuffix(".__init__"): path for name, path in own.items()}
+    commands = [stage.command for part in "AB" for group in stages(part, toy=False, out=ROOT) for stage in group]
+    started = {command[command.index("-m") + 1] for command in commands} | {"bench.gpu"}
+    left = [f"{name}.__main__" if f"{name}.__main__" in paths else name for name in started]
+    left += ["bench.step.floor"]  # imported as it is asked for
+    seen, foreign = set[str](), dict[str, str]()
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for name, at_import in imports(paths[module]):
+            ours = next((one for one in (name, name.rpartition(".")[0]) if one in paths), None)
+            if ours is not None:
+                left += [ours] * at_import
+            elif at_import:
+                foreign.setdefault(name.partition(".")[0], module)
+    assert "server.engine.loading" in seen
+    there, packages = brought(needed()), metadata.packages_distributions()
+    missing = {
+        name: importer
+        for name, importer in foreign.items()
+        if name not in sys.stdlib_module_names and name != "bench"
+        and not {canonicalize_name(one) for one in packages.get(name, [])} & there
+    }  # fmt: skip
+    assert missing == {}
 
 
 @pytest.mark.slow
