@@ -24,6 +24,8 @@ from typing import Any
 from prerope.server.workers.messages import EXIT, HEADER, Order, Outcome, Unborn, pack, pieces
 
 READ_LIMIT = 2**20
+READ_AGAIN_S = 0.01
+"""Seconds until a zygote that has not read what was sent to it is looked at again."""
 EXIT_GRACE_S = 5.0
 """Seconds between the end of a child's socket and word of how it ended."""
 
@@ -160,13 +162,23 @@ class Zygote:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                socket.send_fds(self.control, [b"+"], [theirs.fileno()])
+                await self._send(theirs)
             return Child(*await asyncio.open_connection(sock=ours, limit=READ_LIMIT))
-        except OSError as error:
+        except BaseException as error:  # whoever wanted it may have left
             ours.close()
             if isinstance(error, ConnectionError):  # otherwise it lives, and there is no room for this one alone
                 self.alive = False
             raise
+
+    async def _send(self, theirs: socket.socket) -> None:
+        """Hand a child's socket over. A zygote that begins may not have read its world to the end."""
+        while True:
+            try:
+                socket.send_fds(self.control, [b"+"], [theirs.fileno()])
+            except BlockingIOError:
+                await asyncio.sleep(READ_AGAIN_S)
+            else:
+                return
 
     def close(self) -> None:
         for child in self.standby:

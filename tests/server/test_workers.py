@@ -228,6 +228,25 @@ def test_no_descriptor_left_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
     with_workers(use)
 
 
+def test_a_zygote_that_is_slow_to_read_is_waited_for() -> None:
+    async def use(workers: Workers) -> None:
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        zygote = workers._zygote
+        assert zygote is not None
+        zygote.control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the system gives
+        zygote.process.send_signal(signal.SIGSTOP)
+        tasks = [asyncio.create_task(zygote.fork()) for _ in range(16)]
+        await asyncio.sleep(0.2)
+        with pytest.raises(BlockingIOError):
+            zygote.control.send(b"+")
+        zygote.process.send_signal(signal.SIGCONT)
+        for child in await asyncio.gather(*tasks):
+            assert child.pid is not None
+            child.end()
+
+    with_workers(use)
+
+
 def test_where_no_process_can_begin_a_request_is_a_503_and_later_ones_are_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
