@@ -180,8 +180,10 @@ def _made_within(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _quiet_report(told: list[str]) -> Iterator[None]:
-    """Inside, the table of transformers' loading report goes to `told` and not to the log: a line says what matters."""
+    """Inside, the table of transformers' loading report goes to `told` and not to the log: a line says what matters.
+    What transformers says at this level of layers that no plan shards is not said: no plan is asked for."""
     logger = logging.getLogger("transformers.modeling_utils")
+    plans = logging.getLogger("transformers.distributed.tensor_parallel")
 
     def keep(record: logging.LogRecord) -> bool:
         is_report = "LOAD REPORT" in record.getMessage()
@@ -189,6 +191,7 @@ def _quiet_report(told: list[str]) -> Iterator[None]:
         return not is_report
 
     level = logger.level
+    plans.addFilter(_none)
     logger.addFilter(keep)
     logger.setLevel(logging.WARNING)  # the report's, whatever LOG_LEVEL is
     try:
@@ -196,6 +199,11 @@ def _quiet_report(told: list[str]) -> Iterator[None]:
     finally:
         logger.setLevel(level)
         logger.removeFilter(keep)
+        plans.removeFilter(_none)
+
+
+def _none(_record: logging.LogRecord) -> bool:
+    return False
 
 
 def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:

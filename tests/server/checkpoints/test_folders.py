@@ -671,6 +671,12 @@ def test_no_family_s_own_defaults_are_refused() -> None:
             assert (family, wrong_in(config.to_dict())) == (family, None)
 
 
+def test_a_whole_folder_is_read_without_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "transformers")
+    load(folder)
+    assert [record.getMessage() for record in caplog.records] == []
+
+
 def test_a_whole_folder_is_served_in_one_file_or_in_parts(folder: Path) -> None:
     first = load(folder).raw.model.lm_head.weight
     in_parts(1, 2, 3)(folder)
