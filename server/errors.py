@@ -31,6 +31,13 @@ from typing import ClassVar
 NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
 """In what torch, safetensors and the system say where there is none."""
 
+OF_PYTHON = re.compile("invalid literal|dictionary update|not enough|too many|list index")
+"""How messages begin that are about code and not about what it was given."""
+
+TO_PEOPLE = (OSError, ValueError, RuntimeError, ImportError, AssertionError)
+TO_PROGRAMMERS = (UnicodeError, RecursionError, NotImplementedError)
+"""Kinds of errors, by those whom the messages speak to."""
+
 
 class PreRopeError(Exception):
     """Root of the tree."""
@@ -209,11 +216,14 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """What a library says of an error, in one line, with its type where the words alone would not tell."""
+    """What a library says of an error, in one line: its first, or its first two where that one ends in a colon."""
     lines = str(error).strip().splitlines()
     said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    text = " ".join(said.split()).rstrip(".:")[:limit]
-    plain = isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError)
-    if text and (plain or type(error) is Exception):
-        return text
-    return f"{type(error).__name__}{f': {text}' if text else ''}"
+    return " ".join(said.split()).rstrip(".:")[:limit]
+
+
+def words_of(error: BaseException, limit: int = 300) -> str:
+    """The same where it speaks to people; empty where it tells of the library's code, as "'x'" of a KeyError."""
+    text = first_line(error, limit)
+    to_people = isinstance(error, TO_PEOPLE) or type(error) is Exception
+    return text if to_people and not isinstance(error, TO_PROGRAMMERS) and not OF_PYTHON.match(text) else ""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from prerope.server.errors import first_line
+from prerope.server.errors import words_of
 from prerope.server.models.config.values import shown
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def sampling_defaults(checkpoint: Checkpoint, report: Callable[[str], None] = la
     except OSError:  # there is none
         return SamplingDefaults()
     except Exception as error:  # it is no reason not to serve
-        report(f"warning: generation_config.json is left out, since it cannot be read: {first_line(error)}")
+        said = words_of(error) or "a value in it is of another kind than it should be"
+        report(f"warning: generation_config.json is left out, since it cannot be read: {said}")
         return SamplingDefaults()
     found: dict[str, Any] = {}
     named = config.to_diff_dict()

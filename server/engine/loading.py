@@ -18,7 +18,7 @@ from prerope.server.engine.memory.sizing import CacheSize, check_recurrent, size
 from prerope.server.engine.memory.warm_up import warm_up
 from prerope.server.engine.selection import check_deployment
 from prerope.server.engine.tiers import Tiers, open_tier
-from prerope.server.errors import ConfigurationError, PreRopeError, first_line, of_memory
+from prerope.server.errors import ConfigurationError, PreRopeError, of_memory, words_of
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.cpu.build import prepare
 from prerope.server.models.cpu.trial import choose_arithmetic
@@ -93,11 +93,11 @@ def in_words(name: str) -> Iterator[None]:
         if of_memory(error):
             raise
         log.debug("the model's code failed", exc_info=error)
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frame, said = traceback.extract_tb(error.__traceback__)[-1], words_of(error)
         raise ConfigurationError(
-            f"MODEL_ID: {name!r} cannot be served: code that reads or runs it fails: {first_line(error)} "
+            f"MODEL_ID: {name!r} cannot be served: code that reads or runs it fails{f': {said}' if said else ''} "
             f"({Path(frame.filename).name}, line {frame.lineno}). Its files may be damaged: download them again; "
-            "LOG_LEVEL=debug tells where it failed"
+            "LOG_LEVEL=debug shows what it met"
         ) from error
 
 

@@ -94,7 +94,8 @@ class CountingParser(h11.Connection):
             )
         if self.problem is not None and self.problem.error_status_hint == VersionNotSupported.status:
             return VersionNotSupported("HTTP/1.1 and HTTP/1.0 are spoken here: send one of these.", code="bad_http")
-        said = f"This is no HTTP/1.1 request that can be read: {first_line(self.problem or ValueError())}."
+        why = f": {first_line(self.problem)}" if self.problem is not None else ""
+        said = f"This is no HTTP/1.1 request that can be read{why}."
         if self.trailing_data[0].startswith(TLS):
             said += " It begins as TLS: use http://, or put a proxy in front that ends TLS."
         return InvalidRequest(said, code="bad_http")

@@ -16,7 +16,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from prerope.server.engine.async_engine import EngineState
-from prerope.server.errors import ConfigurationError, OutOfMemory, first_line
+from prerope.server.errors import ConfigurationError, OutOfMemory, words_of
 from prerope.server.http.connection import Connection, Door
 from prerope.server.log import LEVELS, trace
 from prerope.server.service import Service
@@ -119,8 +119,9 @@ class DrainingServer(uvicorn.Server):
             log.debug("the model could not be loaded", exc_info=error)
             self._fail(
                 ConfigurationError(
-                    f"MODEL_ID: {self._service.model_name!r} cannot be served: {first_line(error)}. "
-                    "LOG_LEVEL=debug shows where that arose"
+                    f"MODEL_ID: {self._service.model_name!r} cannot be served: "
+                    f"{words_of(error) or 'something in its files or settings is met nowhere else'}. Download its "
+                    "files again, or take another model; LOG_LEVEL=debug shows where that arose"
                 )
             )
             return

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 from prerope.cache.sealed import damage, seal
-from prerope.server.errors import ConfigurationError, first_line
+from prerope.server.errors import ConfigurationError, words_of
 from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.config.faults import config_fault
 from prerope.server.models.config.values import whole_numbers, wrong_in
@@ -75,9 +75,10 @@ class Checkpoint:
             fault = None
             if said is not None:
                 fault = config_fault(said, error, lambda values: AutoConfig.for_model(**whole_numbers(values)))
+            told = words_of(error).replace(str(Path.home()), "~")
             raise ConfigurationError(
                 f"MODEL_ID: {self.name!r} cannot be loaded: its config.json cannot be read: "
-                f"{fault or first_line(error).replace(str(Path.home()), '~')}"
+                f"{fault or told or 'transformers fails on what it says; download it again'}"
             ) from error
 
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prerope.server.errors import first_line
+from prerope.server.errors import words_of
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
@@ -43,8 +43,7 @@ def why_unread(error: Exception, checkpoint: Checkpoint) -> str:
             f"there is no tokenizer.json, and none can be made of the files that are there{needs}. Copy the "
             "tokenizer.json of this model into the folder"
         )
-    of_code = isinstance(error, TypeError | LookupError | AttributeError | ArithmeticError)
-    said = "a value in its files is of another kind than it should be" if of_code else first_line(error)
+    said = words_of(error) or "a value in its files is of another kind than it should be"
     return f"{said}. Download tokenizer.json and tokenizer_config.json again"
 
 

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
 import torch
-from prerope.server.errors import ConfigurationError, first_line, of_memory
+from prerope.server.errors import ConfigurationError, of_memory, words_of
 from prerope.server.models.checks.loaded import incomplete, no_numbers, strange, unmerged
 from prerope.server.models.config.faults import Unknown, config_fault
 from prerope.server.models.config.values import REMEDY, whole_numbers
@@ -29,6 +30,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
+
+log = structlog.get_logger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -62,6 +65,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
     except Exception as error:  # a config may hold anything, and model classes raise whatever they meet
         if of_memory(error):
             raise ConfigurationError(_too_large(checkpoint, DTYPES.get(dtype))) from error
+        log.debug("weights could not be read", exc_info=error)
         reason = unmerged("".join(told)) or _of_scheme(scheme, error) or _reason(checkpoint, error)
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {reason}") from error
     if scheme == "bitsandbytes":
@@ -235,8 +239,9 @@ def _of_scheme(scheme: str | None, error: Exception) -> str | None:
     """What is wrong with weights of few bits, or with what the config says of them, where that is what was read."""
     if scheme is None or isinstance(error, OSError):
         return None
+    said = words_of(error)
     return (
-        f"its weights could not be dequantised as {SCHEMES[scheme].title} ({first_line(error).rstrip('.:')}): "
+        f"its weights could not be dequantised as {SCHEMES[scheme].title}{f' ({said})' if said else ''}: "
         "quantization_config in config.json is damaged or of another kind; take the checkpoint again, or the original"
     )
 
@@ -254,11 +259,15 @@ def _reason(checkpoint: Checkpoint, error: Exception) -> str:
     if "Unrecognized configuration class" in str(error):
         return "transformers has no language model of its type"
     if isinstance(error, OSError):
-        return first_line(error).replace(os.path.expanduser("~"), "~")
+        return words_of(error).replace(os.path.expanduser("~"), "~")
     try:
         fault = config_fault(checkpoint.said(), error, sketch)
     except Exception:  # what happened first is what is told
         fault = None
     if fault is not None:
         return f"no model can be made of its config.json: {fault}"
-    return f"{first_line(error)}, while transformers read its weights"
+    said = words_of(error)
+    return (
+        f"transformers fails to read its weights{f' ({said})' if said else ''}: they may be damaged, so download them "
+        "again; LOG_LEVEL=debug shows what it met"
+    )

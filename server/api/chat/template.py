@@ -82,7 +82,7 @@ def _refusal(error: Exception) -> InvalidRequest:
             param="messages",
             code="no_chat_template",
         )
-    reason = one_line(str(error).strip().split("\n")[0][:200]) or type(error).__name__
+    reason = one_line(str(error).strip().split("\n")[0][:200]) or "it does not say why"
     if isinstance(error, RecursionError):
         reason = "something in them, or in their tools, nests deeper than it can follow"
     return InvalidRequest(f"The model's chat template refuses these messages: {reason}", param="messages")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from prerope.rope.frequencies import ALIBI, Rotary, unrotated
+from prerope.server.errors import first_line, words_of
 from prerope.server.models.attention.interface import OWN_MASK
 from prerope.server.models.checks.counting import counts_from_zero, counts_positions
 from prerope.server.models.checks.hooks import hooked
@@ -107,12 +108,12 @@ def first_run(raw: RawKeyModel) -> list[Seen]:
 
 
 def _why_it_does_not_run(error: Exception) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    said = first_line(error)
     if missing := re.search(r"missing \d+ required .*argument.*?: (.*)", said):
         return f"its forward needs {missing[1]} beside tokens"
     if re.search("pixel_values|image_|input_features", said):
         return f"its forward needs more than tokens ({said})"
-    reason = "" if isinstance(error, AttributeError | TypeError | KeyError) else f" ({said})"
+    reason = f" ({words})" if (words := words_of(error)) else ""
     return (
         f"transformers' own forward of it fails on a prompt of tokens alone{reason}; where its type is one that is "
         "served, its config.json is another model's, or damaged"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
-from prerope.server.errors import first_line
+from prerope.server.errors import words_of
 from prerope.server.models.config.values import REMEDY, ROPE, shown, wrong_in
 
 NESTED = (*ROPE, "text_config")
@@ -33,9 +33,6 @@ KINDS = {
     "dict": "an object",
     "NoneType": "null",
 }
-OF_PYTHON = "invalid literal|dictionary update|not enough|too many"
-"""How messages of ValueErrors begin that are not about a config."""
-
 Path = tuple[str, ...]
 
 
@@ -69,12 +66,12 @@ def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict
         return None
     if again is None:
         return None
-    path = _looked_up(said, error) or value_at_fault(said, make)
+    path = _looked_up(said, error) or _looked_up(said, again) or value_at_fault(said, make)
     if path is None and isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return f"it has no '{error.args[0][:32]}', which this model type needs: {REMEDY}"
     words = own_words(error) or own_words(again)
     if path is None:
-        return f"{words or f'its values do not fit each other ({first_line(again)})'}: {REMEDY}"
+        return f"{words or 'its values do not fit each other'}: {REMEDY}"
     why = f" ({words})" if words else ""
     return f"'{'.'.join(path)}' is {shown(_at(said, path))}, {_usual(said, path)}{why}: {REMEDY}"
 
@@ -156,8 +153,7 @@ def own_words(error: Exception) -> str:
     inner = re.search(r"validator '\w+':\s+(\w+): (.*)", str(error))
     if inner:
         return inner[2].rstrip(".:")[:200] if inner[1] == "ValueError" else ""
-    told = type(error) in (ValueError, AssertionError) and not re.match(OF_PYTHON, str(error))
-    return first_line(ValueError(*error.args))[:200] if told else ""
+    return words_of(error, 200) if type(error) in (ValueError, AssertionError) else ""
 
 
 def _wrong_kind(said: Mapping[str, Any], error: Exception) -> str | None:

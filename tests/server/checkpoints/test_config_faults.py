@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from prerope.server.errors import ConfigurationError
+from prerope.server.engine.loading import in_words
+from prerope.server.errors import ConfigurationError, words_of
 from prerope.server.models import weights
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.config.faults import Unknown, config_fault
@@ -51,9 +52,12 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (AssertionError("Torch not compiled with CUDA enabled"), "AssertionError: Torch not compiled with CUDA"),
-        (RuntimeError("size mismatch for q_proj.weight\nand more"), "RuntimeError: size mismatch for q_proj.weight, w"),
-        (KeyError("llama"), "KeyError: 'llama', while transformers read its weights"),
+        (AssertionError("Torch not compiled with CUDA enabled"), "read its weights (Torch not compiled with CUDA"),
+        (
+            RuntimeError("size mismatch for q_proj.weight\nand more"),
+            "read its weights (size mismatch for q_proj.weight):",
+        ),
+        (KeyError("llama"), "transformers fails to read its weights: they may be damaged"),
         (PermissionError(13, "Permission denied", "model-1"), "Permission denied"),
     ],
 )
@@ -123,7 +127,7 @@ def test_a_size_with_a_decimal_point_is_not_at_fault_where_another_value_is() ->
         ({"num_labels": 10**9}, "'num_labels' is 1000000000"),
         ({"model_type": "gpt2", "n_layer": 10**12}, "'n_layer' is 1000000000000"),
         ({"vocab_size": 2**31 - 1, "hidden_act": "x"}, "'hidden_act' is the text 'x'"),
-        ({"num_hidden_layers": 65_536, "hidden_act": "x"}, "its values do not fit each other (KeyError: 'x')"),
+        ({"num_hidden_layers": 65_536, "hidden_act": "x"}, "'hidden_act' is the text 'x'"),
         ({"num_hidden_layers": 65_536}, None),
     ],
 )
@@ -143,3 +147,25 @@ def test_no_model_is_made_for_longer_than_a_moment(monkeypatch: pytest.MonkeyPat
         with pytest.raises(Unknown):
             sketch(SAID | {"num_hidden_layers": 4000})
     assert sketch(SAID).config.num_hidden_layers == 1  # and nothing stays behind
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("f() got 3"), UnicodeDecodeError("utf-8", b"a", 0, 1, "bad")]
+)
+def test_no_last_resort_names_an_error_of_python_s(error: Exception) -> None:
+    """What nothing explains is told with what, where and the remedy; LOG_LEVEL=debug has the rest."""
+
+    def fail(*_arguments: Any) -> None:
+        raise error
+
+    told = [str(config_fault(SAID, error, fail)), _told_while(error), words_of(error)]
+    assert type(error).__name__ not in "".join(told)
+    assert "correct it" in told[0]
+    assert "'m' cannot be served: code that reads or runs it fails (test_config_faults.py, line " in told[1]
+    assert "download them again; LOG_LEVEL=debug" in told[1]
+
+
+def _told_while(error: Exception) -> str:
+    with pytest.raises(ConfigurationError) as caught, in_words("m"):
+        raise error
+    return str(caught.value)

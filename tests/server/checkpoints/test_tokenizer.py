@@ -182,6 +182,18 @@ def test_a_stop_string_may_hold_special_tokens_which_are_not_shown(
     assert ("".join(pieces) + stream.finish(), stream.stopped) == (expected, ends)
 
 
+@pytest.mark.parametrize("stop", ["im_start", "<|", "|>", "start|>us", "One.<|im", "|><|"])
+def test_a_part_of_a_special_token_that_is_not_shown_ends_nothing(smollm2_tokenizer: Tokenizer, stop: str) -> None:
+    """It is no text of the reply, as for vLLM; where special tokens are shown, it is."""
+    ids = smollm2_tokenizer.encode("One.<|im_start|><|im_start|>user")
+    hidden = TextStream(smollm2_tokenizer, stop=[stop])
+    assert hidden.push(ids) + hidden.finish() == "One.user"
+    assert not hidden.stopped
+    shown = TextStream(smollm2_tokenizer, stop=[stop], skip_special_tokens=False)
+    assert shown.push(ids) == "One.<|im_start|><|im_start|>user".partition(stop)[0]
+    assert shown.stopped
+
+
 def test_work_per_token_does_not_grow(smollm2_tokenizer: Tokenizer) -> None:
     ids = smollm2_tokenizer.encode("The quick brown fox. ") * 2000
     stream = TextStream(smollm2_tokenizer, stop=["never there"])
