@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import torch
 from prerope.server.errors import ConfigurationError, of_memory, words_of
 from prerope.server.models.checks.loaded import incomplete, no_numbers, strange, unmerged
@@ -31,7 +30,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
 
-log = structlog.get_logger(__name__)
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
