@@ -89,6 +89,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--functions", action="store_true", help="list functions, too")
     options = parser.parse_args(arguments)
     calls = measure().calls
+    if not calls:  # the client has said why
+        return 1
     files: Counter[str] = Counter()
     for (file, _), count in calls.items():
         files[file] += count

@@ -123,7 +123,7 @@ class CompiledGrammar:
         return TokenMatcher(self._copy, self._tokenizer, slow=self._slow)
 
     def prefix(self) -> Prefix:
-        return Prefix(self._copy(), self._tokenizer)
+        return Prefix(self._copy, self._tokenizer)
 
     def _copy(self) -> LLMatcher:
         with self._lock:
@@ -131,21 +131,30 @@ class CompiledGrammar:
 
 
 class Prefix:
-    """Tells whether the reply's text up to a place is complete by the grammar; places come in rising order."""
+    """Tells whether the reply's text up to a place is complete by the grammar; places come in rising order. Where
+    llguidance gives up none is, and the reply ends by the grammar alone."""
 
-    def __init__(self, inner: LLMatcher, tokenizer: LLTokenizer) -> None:
-        self._start = inner
+    def __init__(self, copy: Callable[[], LLMatcher], tokenizer: LLTokenizer) -> None:
+        """copy: makes llguidance's, at the beginning."""
+        self._copy = copy
         self._tokenizer = tokenizer
-        self._inner = inner.deep_copy()
+        self._inner: LLMatcher | None = None
         self._num_read = 0
+        self._given_up = False
 
     def complete(self, text: str) -> bool:
         """Whether `text`, the reply so far, could be the whole reply. Work is for what is new since the last call."""
-        if len(text) < self._num_read:
-            self._inner, self._num_read = self._start.deep_copy(), 0
-        new = self._tokenizer.greedy_tokenize(text[self._num_read :])
-        self._num_read = len(text)
-        return self._inner.consume_tokens(new) and self._inner.is_accepting()
+        if self._given_up:
+            return False
+        try:
+            if self._inner is None or len(text) < self._num_read:
+                self._inner, self._num_read = self._copy(), 0
+            new = self._tokenizer.greedy_tokenize(text[self._num_read :])
+            self._num_read = len(text)
+            return bool(self._inner.consume_tokens(new) and self._inner.is_accepting())
+        except BaseException:  # its panics are no `Exception`
+            self._given_up = True
+            return False
 
 
 @cache

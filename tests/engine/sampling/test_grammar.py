@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from prerope.server.engine.sampling.mask import allowed, constrain
 from prerope.server.engine.sequence import SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.models.model import Model
-from prerope.server.structured.matcher import CompiledGrammar, TokenMatcher
+from prerope.server.structured.matcher import CompiledGrammar, Prefix, TokenMatcher
 
 from tests.engine.sampling.test_sampler import sequence
 from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny_engine, tokens_of
@@ -366,3 +366,12 @@ def test_a_panic_before_the_first_token_ends_its_request_alone(
     assert isinstance(failure, InvalidRequest)
     assert "_Panic: out of bounds" in failure.message
     assert_idle(engine)
+
+
+@pytest.mark.parametrize("method", ["consume_tokens", "is_accepting"])
+def test_a_panic_while_a_stop_string_is_looked_for_completes_nothing(tables: LLTokenizer, method: str) -> None:
+    grammar = compiled(tables, r"(ab)*")
+    prefix, whole = Prefix(lambda: cast("LLMatcher", _Panicking(grammar._copy(), method)), tables), grammar.prefix()
+    texts = ["ab" * count for count in range(1, 5)]
+    assert [whole.complete(text) for text in texts] == [True, True, True, True]
+    assert [prefix.complete(text) for text in texts] == [True, True, False, False]
