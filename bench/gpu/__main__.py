@@ -16,8 +16,11 @@ A   about     the card, its clocks, versions, and which peers and tools there ar
     sanitizer only where a check failed: compute-sanitizer on the first that did
 B   step      bench.step --shape llama-3-8b: decode steps beside memory's floor, and prefill
     sweep     bench.gpu.sweep: other tile sizes, and the order of the grid
-    profile   ncu on both kernels
-    methods   bench.kernels: is every other method right
+    profile   ncu on both kernels, while
+    model     bench.gpu.model writes an 8B-shaped model into a folder, once
+    serving   bench.serving: `python -m prerope.server` over that folder, 64 streams, and a prompt of 128 Ki tokens
+    methods   bench.kernels: is every other method right, beside
+    graphs    the tests of kernels, layers and graphs, on the card
 
 Each stage is a process that is told when to stop, and is ended soon after; one that fails does not keep the others from
 running. Of each the folder has NAME.log, with tracebacks, and NAME.json and NAME.md where it measures; results.md holds
@@ -25,13 +28,15 @@ all tables, and results.json every figure, for the next run to be laid beside. T
 a wrong result, an exception, a test, a limit. A target that is missed is told in the tables and fails nothing.
 
 A and B need torch with CUDA, Triton, transformers, accelerate, rich, psutil, a C compiler and Python's headers (Triton
-builds its launcher with them), and no network; the tests need what pyproject.toml lists under `test`.
+builds its launcher with them), and no network. What needs the server's packages (model, serving) or those of the tests
+(graphs, tests) is left out where one of them is not there.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +44,7 @@ import torch
 from bench import BenchError
 from bench.gpu.figures import results, save
 from bench.gpu.running import Ending, run_all
-from bench.gpu.stages import PARTS, Stage, stages
+from bench.gpu.stages import FAILED, PARTS, Stage, stages
 from bench.shared import options
 
 
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None) -> int:
     for part in asked.parts:
         groups = [_chosen(group, asked.only) for group in stages(part, toy=asked.toy, out=asked.out)]
         for group in filter(None, groups):
-            wanted = [stage for stage in group if stage.after is None or _failed(endings, stage.after)]
+            wanted = [found for stage in group if (found := _wanted(stage, endings)) is not None]
             print(f"--- {part}: {', '.join(stage.name for stage in wanted)}", flush=True)
             endings += run_all(wanted, asked.out)
             # Written after each group: what comes later may not end.
@@ -82,8 +87,15 @@ def _chosen(group: Sequence[Stage], names: Sequence[str] | None) -> list[Stage]:
     return [stage for stage in group if names is None or stage.name in names]
 
 
-def _failed(endings: Sequence[Ending], prefix: str) -> bool:
-    return any(ending.failed and ending.name.startswith(prefix) for ending in endings)
+def _wanted(stage: Stage, endings: Sequence[Ending]) -> Stage | None:
+    """The stage, told what failed; None where it is to look into a failure and there is none."""
+    if stage.after is None:
+        return stage
+    failed = [ending.name for ending in endings if ending.failed and ending.name.startswith(stage.after)]
+    if not failed:
+        return None
+    first = failed[0].removeprefix(stage.after)
+    return replace(stage, command=[first if word == FAILED else word for word in stage.command])
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ def figures(endings: Sequence[Ending], folder: Path) -> dict[str, float]:
             taken = sorted(cell["seconds"])
             case = f"decode {cell['rows']} x {cell['context']:,} {cell['method']}"
             found[f"{stage}: {case}, ms"] = 1e3 * taken[len(taken) // 2]
+        for point in data.get("points", ()):
+            case = f"{point['prompt_tokens']:,} x {point['num_streams']}"
+            times = ("ttft", "time_per_token") if point["figures"] else ()
+            found |= {f"{stage}: {case} {name}, ms": 1e3 * point["figures"][name] for name in times}
         for name, value in data.get("errors over a torch run's", {}).items():
             found[f"{stage}: {name}, error"] = value
         found |= {f"{stage}: T{unit}": value / 1e12 for unit, value in data.get("rates", {}).items()}

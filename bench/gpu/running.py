@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -16,6 +17,10 @@ from pathlib import Path
 from bench.gpu.stages import Stage
 
 ROOT = Path(__file__).parent.parent.parent
+
+GRACE_S = 12.0
+"""A stage is told to end so long before it is ended, a fifth of its limit at most: what it found is told, and a server
+that it started is stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +46,11 @@ def run_all(group: Sequence[Stage], folder: Path) -> list[Ending]:
 
 
 def run(stage: Stage, folder: Path) -> Ending:
-    """One that needs a tool that is not there is left out."""
+    """One that needs a tool or a module that is not there is left out."""
     for suffix in ("json", "md", "log"):  # of an earlier run
         (folder / f"{stage.name}.{suffix}").unlink(missing_ok=True)
-    if stage.tool is not None and shutil.which(stage.tool) is None:
-        return Ending(stage.name, 0.0, f"left out: there is no {stage.tool}", "")
+    if missing := _missing(stage):
+        return Ending(stage.name, 0.0, f"left out: there is no {missing}", "")
     began, last, cut = time.monotonic(), "", threading.Event()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.variables}
     with (
@@ -56,12 +61,16 @@ def run(stage: Stage, folder: Path) -> Ending:
         ) as process,
     ):  # fmt: skip
 
-        def end() -> None:
+        def tell() -> None:
             cut.set()
-            os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+            process.send_signal(signal.SIGINT)
 
-        timer = threading.Timer(stage.limit_s, end)
-        timer.start()
+        timers = [
+            threading.Timer(stage.limit_s - min(GRACE_S, stage.limit_s / 5), tell),
+            threading.Timer(stage.limit_s, os.killpg, (process.pid, signal.SIGKILL)),  # its workers, too
+        ]
+        for timer in timers:
+            timer.start()
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -70,8 +79,15 @@ def run(stage: Stage, folder: Path) -> Ending:
                 last = line.strip() or last
             status = process.wait()
         finally:
-            timer.cancel()
+            for timer in timers:
+                timer.cancel()
             if process.poll() is None:  # interrupted
                 os.killpg(process.pid, signal.SIGKILL)
     told = "ended at its limit" if cut.is_set() else "done" if status == 0 else f"failed, status {status}"
     return Ending(stage.name, time.monotonic() - began, told, last)
+
+
+def _missing(stage: Stage) -> str | None:
+    """The first tool or module that a stage needs and that is not there."""
+    tools = [] if stage.tool is None or shutil.which(stage.tool) else [stage.tool]
+    return next(iter([*tools, *(name for name in stage.modules if importlib.util.find_spec(name) is None)]), None)

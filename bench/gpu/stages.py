@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.kernels.cases import FULL, TOY
+from bench.shared.machine import free_port
 
 PARTS = ("A", "B", "tests")
 LIMITS = {"A": 150.0, "B": 540.0, "tests": 900.0}
 """Seconds, of which the groups' own limits are the sum at most."""
+
+MODEL = Path(__file__).parent.parent.parent / "build" / "gpu" / "llama-3-8b"
+"""16 GB, made once and left there (git-ignored); the name is a shape of `bench.shared.shapes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +27,7 @@ class Stage:
         limit_s: it is ended then.
         variables: added to its environment.
         after: run only where a stage whose name begins so has failed; it does not count to `LIMITS`.
-        tool: an executable without which the stage is left out.
+        tool, modules: an executable, and what is imported, without which the stage is left out.
     """
 
     name: str
@@ -31,6 +36,15 @@ class Stage:
     variables: Mapping[str, str] = field(default_factory=dict)
     after: str | None = None
     tool: str | None = None
+    modules: Sequence[str] = ()
+
+
+FAILED = "the length of rows that failed"
+"""In the command of a stage with `after`: what is after the prefix in the name of the first that failed."""
+
+OF_SERVER = ("fastapi", "llguidance", "pydantic_settings", "sse_starlette", "structlog", "uvicorn")
+GRAPHS = ("-m", "", "tests/kernels", "tests/engine/graphs", "--ignore", "tests/kernels/test_compilation.py")
+OF_TESTS = (*OF_SERVER, "gguf", "httpx", "hypothesis", "pytest", "xdist")
 
 
 def stages(part: str, *, toy: bool, out: Path) -> list[list[Stage]]:
@@ -57,33 +71,63 @@ def _right_and_headline(toy: bool, out: Path) -> list[list[Stage]]:
     judged = _bench(toy, out, "kernels", "--only", "judged", "--minutes", "0.8", "--name", "judged")
     judged += [] if toy else ["--models", "llama-3-8b"]
     sanitized = ["compute-sanitizer", "--launch-timeout", "60", *_bench(toy, out, "kernels", "--only", "checks",
-                 "--checks", "rows" if toy else "700", "--minutes", "1", "--name", "sanitizer")]  # fmt: skip
+                 "--checks", FAILED, "--minutes", "1", "--name", "sanitizer")]  # fmt: skip
     return [
         [about],
         [*checks, tiny],
         [Stage("judged", judged, 65)],
-        [Stage("sanitizer", sanitized, 90, after="check", tool="compute-sanitizer")],
+        [Stage("sanitizer", sanitized, 90, after="check-", tool="compute-sanitizer")],
     ]
 
 
 def _why(toy: bool, out: Path) -> list[list[Stage]]:
-    step = [sys.executable, "-m", "bench.step", "--minutes", "3", "--out", str(out)]
+    step = [sys.executable, "-m", "bench.step", "--minutes", "2.3", "--out", str(out)]
     step += ["--shape", "toy", "--device", "cpu", "--threads", "1"] if toy else ["--shape", "llama-3-8b"]
-    sweep = _bench(toy, out, "gpu.sweep", "--minutes", "1.5")
+    sweep = _bench(toy, out, "gpu.sweep", "--minutes", "1.2")
     profile = ["ncu", "--clock-control", "none", "--kernel-name", "regex:decode_kernel|prefill_kernel"]
     profile += ["--launch-skip", "2", "--launch-count", "4", "--section", "SpeedOfLight", "--section", "Occupancy"]
     profile += ["--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats", "--section", "LaunchStats"]
+    model = out / "toy-model" if toy else MODEL
+    weights = [sys.executable, "-m", "bench.gpu.model", str(model), "--shape", "toy" if toy else model.name]
     methods = _bench(toy, out, "kernels", "--only", "methods", "--minutes", "1", "--name", "methods")
     return [
-        [Stage("step", step, 220)],
-        [Stage("sweep", sweep, 120)],
-        [Stage("profile", [*profile, *_bench(toy, out, "gpu.sweep", "--once")], 80, tool="ncu")],
-        [Stage("methods", methods, 100)],
+        [Stage("step", step, 170)],
+        [Stage("sweep", sweep, 100)],
+        [Stage("profile", [*profile, *_bench(toy, out, "gpu.sweep", "--once")], 60, tool="ncu"),
+         Stage("model", weights, 60, modules=OF_SERVER)],
+        [Stage("serving", _serving(toy, out, model), 120, modules=OF_SERVER)],
+        [Stage("methods", methods, 90), *_on_the_card(toy, GRAPHS, 90, "graphs")],
+    ]  # fmt: skip
+
+
+def _serving(toy: bool, out: Path, model: Path) -> list[str]:
+    """64 streams, and a prompt of 128 Ki tokens, at `python -m prerope.server` over that folder."""
+    url, points = f"http://127.0.0.1:{free_port()}", "64x1,64x4,300x1" if toy else "1024x1,1024x64,131072x1"
+    server = [sys.executable, "-m", "prerope.server", "--model-id", str(model), "--port", url.rpartition(":")[2]]
+    server += ["--device", "cpu" if toy else "cuda", "--max-model-len", "400" if toy else "131200"]
+    server += ["--max-num-seqs", "64", "--rope-per-request", "false"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.serving",
+        "--url",
+        f"ours={url}/v1",
+        "--launch",
+        f"ours={shlex.join(server)}",
     ]
+    command += ["--tokenizer", str(model), "--points", points, "--output-tokens", "8" if toy else "64", "--rounds", "1"]
+    return [*command, "--ready-timeout", "90", "--out", str(out)]
+
+
+def _on_the_card(toy: bool, paths: Sequence[str], limit_s: float, name: str) -> list[Stage]:
+    """Tests; there are none of a card at toy size."""
+    command = [sys.executable, "-m", "pytest", "-n", "8", "-p", "no:cacheprovider", *paths]
+    stage = Stage(name, command, limit_s, {"DEVICE": "cuda", "OMP_NUM_THREADS": "1"}, modules=OF_TESTS)
+    return [] if toy else [stage]
 
 
 def _tests(toy: bool, _out: Path) -> list[list[Stage]]:
-    command = [sys.executable, "-m", "pytest", "-n", "4", "--dist", "loadfile", "-p", "no:cacheprovider"]
-    command += ["tests/kernels", "tests/engine", "tests/cache", "tests/server"]
-    device = {"DEVICE": "cpu" if toy else "cuda", "OMP_NUM_THREADS": "1"}
-    return [] if toy else [[Stage("tests", command, LIMITS["tests"], device)]]
+    """First those that are about a card, the slow among them: they are slow in the interpreter alone."""
+    rest = ["--dist", "loadfile", "tests/engine", "tests/cache", "tests/server", "--ignore", "tests/engine/graphs"]
+    groups = [_on_the_card(toy, GRAPHS, 180, "graphs"), _on_the_card(toy, rest, LIMITS["tests"] - 180, "tests")]
+    return [group for group in groups if group]

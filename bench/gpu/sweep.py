@@ -84,7 +84,7 @@ def using(candidate: Candidate) -> ExitStack:
     stack, module = ExitStack(), f"{KERNELS}.{candidate.kernel}"
     if candidate.tile is not None:
         chosen = Config(*candidate.tile)
-        stack.enter_context(patch(f"{module}.config", lambda *_: chosen))
+        stack.enter_context(patch(f"{module}.config", lambda *_, **__: chosen))
     if candidate.instead is not None:
         stack.enter_context(patch(f"{module}.{candidate.kernel}", candidate.instead))
     for name, value in candidate.constants.items():

@@ -23,7 +23,7 @@ import httpx
 import psutil
 
 from bench import BenchError
-from bench.shared.servers import free_port
+from bench.shared.machine import free_port
 
 ROOT = Path(__file__).parents[2]
 READY_S, NOTICE_S = 180.0, 3

@@ -1,4 +1,4 @@
-"""What a reader of figures must know of the machine that they were taken on, and who else used it meanwhile."""
+"""What a reader of figures must know of the machine they were taken on, who used it meanwhile, and a port of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +35,11 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
         names = installed.keys() & {"torch", "triton", "transformers"}
         about |= {name: importlib.metadata.version(name) for name in names}
     return about
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def cpu_name() -> str:

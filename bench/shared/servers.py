@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import httpx
 import psutil
 
 from bench import BenchError
+from bench.shared.machine import free_port
 from bench.shared.streams import Completion, StreamFailed, read_completion
 
 # Tried in this order; the first that a server takes, and ends with a usage, is its dialect.
@@ -50,11 +50,6 @@ def http_client(
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=socket_options, trust_env=False)
     return httpx.AsyncClient(base_url=root, timeout=timeout, headers=headers, transport=transport, trust_env=False)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @dataclass(slots=True)

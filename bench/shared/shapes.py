@@ -87,5 +87,5 @@ MODELS = {
     "tiny": ModelShape(
         AttentionShape(4, 1, 128, 500_000.0, 256), layers=2, hidden=512, intermediate=1024, vocabulary=1024
     ),
-    "toy": ModelShape(TOY_SHAPE, layers=2, hidden=64, intermediate=128, vocabulary=256),
+    "toy": ModelShape(TOY_SHAPE, layers=2, hidden=64, intermediate=128, vocabulary=512),
 }

@@ -42,10 +42,22 @@ HALF = torch.bfloat16
 # (head dim, rotary dim, query heads of a KV head, dtype, what else is asked for)
 SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (64, 64, 3, HALF, {}),
+    (64, 64, 8, torch.float16, {"interleaved": True}),
     (80, 32, 1, HALF, {}),
     (96, 96, 1, HALF, {}),
     (128, 128, 4, HALF, {}),
     (256, 256, 2, HALF, {}),
+    (128, 128, 1, HALF, {"slopes": True}),
+    (128, 128, 8, HALF, {"interleaved": True}),
+    (256, 64, 1, torch.float16, {"interleaved": True}),
+    (80, 80, 1, HALF, {"grouped": True, "interleaved": True}),
+    (96, 96, 1, HALF, {"fades": True}),
+    (128, 128, 4, HALF, {"grouped": True}),
+    (128, 128, 4, torch.float16, {"grouped": True, "fades": True}),
+    (256, 256, 8, HALF, {"grouped": True}),
+    (256, 256, 8, HALF, {"fades": True}),
+    (256, 256, 2, HALF, {"softcap": 50.0, "sinks": True}),
+    (192, 64, 1, HALF, {"interleaved": True, "value_dim": 128}),
     (128, 128, 4, torch.float16, {"softcap": 30.0, "sinks": True}),
     (128, 64, 16, HALF, {"interleaved": True, "grouped": True, "fades": True}),
     (64, 64, 3, torch.float32, {}),
@@ -57,12 +69,14 @@ FEW_SHAPES = [SHAPES[6]]
 
 def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
     for dim, rotary, group, dtype, asked in FEW_SHAPES if few else SHAPES:
-        query, cache = torch.empty(1, 8 * group, dim, device="meta"), torch.empty(4, 16, 8, dim, device="meta")
+        query = torch.empty(1, 8 * group, dim, device="meta")
+        keys, values = (torch.empty(4, 16, 8, width, device="meta") for width in (dim, asked.get("value_dim", dim)))
         off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None, "slopes": None}
         plan = SimpleNamespace(rotary_dim=rotary, **(off | asked))
         for module in (decode, prefill):
-            config = module.config(group, dim, dtype, arch)
-            fixed = constants(query, cache.to(dtype), cache, plan, plan, config)
+            more = any(asked.get(name, False) for name in ("grouped", "fades"))
+            config = module.config(group, dim, dtype, arch, **({"more": more} if module is decode else {}))
+            fixed = constants(query, keys.to(dtype), values, plan, plan, config)
             fixed |= {"UNITS": decode.LEAST_UNITS, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES}
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"], "HEADS_FIRST": decode.HEADS_FIRST}
             main = (decode.decode_kernel,) if module is decode else (prefill.prefill_kernel,)
@@ -125,6 +139,7 @@ def main(archs: list[int], *, few: bool) -> None:
             "kernel": kernel.__name__,
             "dtype": str(dtype),
             "dim": own.get("DIM"),
+            "more": bool(own.get("GROUPED") or own.get("DECAY")),
             "config": str(config),
         }
         key = (*named.values(), str(own))

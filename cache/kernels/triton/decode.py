@@ -45,8 +45,9 @@ MERGED = 8192  # values of items that a merge loads at once
 HEADS_FIRST = True  # programs that run at once are of the heads of a token, which lie side by side
 
 
-def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = None) -> Config:
-    """arch: 10 · major + minor of the compute capability; None is that of the device here.
+def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = None, *, more: bool = False) -> Config:
+    """arch: 10 · major + minor of the compute capability; None is that of the device here. more: keys turn in groups or
+    fade, which on sm_90 takes the registers of twice as many threads. Tiles are the same.
 
     Expected of sm_90 at 128 dims in bf16: a tile's keys and values are 32 KB, two tiles are on their way while one is
     read, and two programs share a multiprocessor (255 registers a thread, 104 KB of shared memory): up to 128 KB in
@@ -58,7 +59,7 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
         return Config(block_m=heads, block_n=32 if head_dim <= 64 else 16, num_warps=8, num_stages=2)
     if head_dim > 128:
         return Config(heads, 64, 8, 2) if upright(arch) else Config(heads, 32, 8, 3)
-    return Config(heads, 64, 4 if upright(arch) or head_dim <= 80 else 8, 3)
+    return Config(heads, 64, 4 if head_dim <= 64 or (upright(arch) and not more) else 8, 3)
 
 
 @triton.jit
@@ -102,8 +103,12 @@ def read_tiles(
     j = base + n
     key = read_instead(j, first_key, stop_key)
     block = tl.load(blocks + number_of_block(key, BLOCK_SIZE))
-    if ROTATED and not GROUPED:  # the same rows for every tile
-        cos, sin = load_turns(key_turns + n[:, None] * ROTARY + pair[None, :], pairs[None, :], ROTARY)
+    if ROTATED:  # the same rows for every tile
+        steps = n // group if GROUPED else n
+        cos, sin = load_turns(key_turns + steps[:, None] * ROTARY + pair[None, :], pairs[None, :], ROTARY)
+        if DECAY:
+            grown = tl.exp(-n[:, None] * tl.load(decay + pair, mask=pairs, other=0.0)[None, :])
+            cos, sin = cos * grown, sin * grown
     for _tile in tl.range(first_tile, stop_tile, num_stages=STAGES):
         slot = slot_in(block, key, BLOCK_SIZE).to(tl.int64)
         key_rows, value_rows = keys + (slot * KEY_STRIDE)[:, None], values + (slot * VALUE_STRIDE)[:, None]
@@ -113,21 +118,27 @@ def read_tiles(
         )
         query_first, query_second = first, second
         if ROTATED:
-            if GROUPED:
-                step = (phase * BLOCK_N + n) // group - phase * BLOCK_N // group
-                cos, sin = load_turns(key_turns + step[:, None] * ROTARY + pair[None, :], pairs[None, :], ROTARY)
-            own_cos, own_sin = cos, sin
             base_cos, base_sin = load_turns(base_turns + phase * ROTARY + pair, pairs, ROTARY)
+            if DECAY:  # from the tile's first key on: keys after it fade less, by what their turns have grown
+                fade = tl.exp((position - base) * tl.load(decay + pair, mask=pairs, other=0.0))
+                base_cos, base_sin = base_cos * fade, base_sin * fade
             # The few query rows are turned back by κ(base): cheaper than to turn the keys by it, too.
             query_first, query_second = rotate(first, second, base_cos[None, :], -base_sin[None, :])
-            if DECAY:
-                fade = tl.exp((position - j)[:, None] * tl.load(decay + pair, mask=pairs, other=0.0)[None, :])
-                own_cos, own_sin = cos * fade, sin * fade
-            turned_first, turned_second = rotate(key_first.to(tl.float32), key_second.to(tl.float32), own_cos, own_sin)
+            turned_first, turned_second = rotate(key_first.to(tl.float32), key_second.to(tl.float32), cos, sin)
             key_first, key_second = turned_first.to(DTYPE), turned_second.to(DTYPE)
         query_first, query_second = tl.trans(query_first.to(DTYPE)), tl.trans(query_second.to(DTYPE))
         scores = tl.dot(key_first.to(DTYPE), query_first, input_precision=PRECISION)
         scores = tl.dot(key_second.to(DTYPE), query_second, acc=scores, input_precision=PRECISION)
+        if ROTATED and GROUPED:
+            # A tile may begin inside a group, so that some keys are a step further: they are read by a query turned so.
+            one_cos, one_sin = load_turns(key_turns + ROTARY + pair, pairs, ROTARY)
+            next_cos, next_sin = rotate(base_cos, base_sin, one_cos, one_sin)
+            query_first, query_second = rotate(first, second, next_cos[None, :], -next_sin[None, :])
+            query_first, query_second = tl.trans(query_first.to(DTYPE)), tl.trans(query_second.to(DTYPE))
+            others = tl.dot(key_first.to(DTYPE), query_first, input_precision=PRECISION)
+            others = tl.dot(key_second.to(DTYPE), query_second, acc=others, input_precision=PRECISION)
+            further = n % group + phase * BLOCK_N % group >= group
+            scores = tl.where(further[:, None], others, scores)
         if REST > 0:
             lane = tl.arange(0, REST)
             key_rest = load_dims(key_rows, ROTARY + lane, lane, DIM - ROTARY, REST).to(DTYPE)
@@ -255,7 +266,7 @@ def decode_kernel(
 def decode(query: Tensor, keys: Tensor, values: Tensor, plan: CudaPlan, options: AttentionOptions, out: Tensor) -> None:
     """Rows of `plan`, each a tile of its own, into their places in out [T, Hq, Dv]."""
     num_tiles, heads, kv_heads, device = len(plan.tiles), query.shape[1], keys.shape[2], query.device
-    own = config(heads // kv_heads, keys.shape[3], keys.dtype)
+    own = config(heads // kv_heads, keys.shape[3], keys.dtype, more=plan.grouped or plan.fades)
     items, units = triton.cdiv(ITEMS, kv_heads), num_tiles * plan.num_parts
     most = items + units  # a unit's last item may be short
     fixed = constants(query, keys, values, plan, options, own)

@@ -12,6 +12,7 @@ import venv
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from packaging.utils import canonicalize_name
 from bench import BenchError
 from bench.gpu import __main__ as gpu
 from bench.gpu.figures import compared, results
+from bench.gpu.model import tokenizer
 from bench.gpu.running import run, run_all
-from bench.gpu.stages import LIMITS, PARTS, Stage, stages
+from bench.gpu.stages import FAILED, LIMITS, PARTS, Stage, stages
+from bench.shared.shapes import MODELS
 from tests.test_imports import PATHS, imports
 
 pytest.importorskip("triton")
@@ -74,8 +77,8 @@ def test_parts_import_no_other_packages() -> None:
     """What the processes of A and B import as they begin; the toy run, which is slow, has all that they meet."""
     own = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "bench").rglob("*.py")}
     paths = PATHS | {name.removesuffix(".__init__"): path for name, path in own.items()}
-    commands = [stage.command for part in "AB" for group in stages(part, toy=False, out=ROOT) for stage in group]
-    started = {command[command.index("-m") + 1] for command in commands} | {"bench.gpu"}
+    asked = [one for part in "AB" for group in stages(part, toy=False, out=ROOT) for one in group if not one.modules]
+    started = {one.command[one.command.index("-m") + 1] for one in asked} | {"bench.gpu"}
     left = [f"{name}.__main__" if f"{name}.__main__" in paths else name for name in started]
     left += ["bench.step.floor"]  # imported as it is asked for
     seen, foreign = set[str](), dict[str, str]()
@@ -129,7 +132,30 @@ def test_a_toy_run_leaves_tables_and_figures(tmp_path: Path, bare: tuple[Path, d
     assert "### Beside an earlier run" in (tmp_path / "again" / "results.md").read_text()
 
 
-def stage(name: str, program: str, limit_s: float = 60.0, **options: str) -> Stage:
+@pytest.mark.slow
+def test_a_server_over_a_drawn_model(tmp_path: Path) -> None:
+    """What is served is a folder like any other; one that is there is not written again."""
+    command = ["B", "--toy", "--only", "model", "serving", "--out", str(tmp_path)]
+    assert gpu.main(command) == 0
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["endings"] == {"model": "done", "serving": "done"}
+    assert set(found["figures"]) == {
+        f"serving: {case} {time}, ms" for case in ("64 x 1", "64 x 4", "300 x 1") for time in ("ttft", "time_per_token")
+    }
+    made = (tmp_path / "toy-model" / "config.json").stat().st_mtime_ns
+    assert gpu.main(["B", "--toy", "--only", "model", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "toy-model" / "config.json").stat().st_mtime_ns == made
+
+
+def test_ids_of_a_drawn_model_all_have_text() -> None:
+    made = tokenizer(MODELS["tiny"].vocabulary)
+    text = "As every word, and ünïcode."
+    assert made.decode(made(text).input_ids) == text
+    assert len(made(" a").input_ids) == 1, "what fills a prompt up is one token"
+    assert all(made.decode([number]) for number in range(MODELS["tiny"].vocabulary))
+
+
+def stage(name: str, program: str, limit_s: float = 60.0, **options: Any) -> Stage:
     return Stage(name, [sys.executable, "-c", program], limit_s, {"ASKED": "for"}, **options)
 
 
@@ -144,11 +170,16 @@ def test_how_a_stage_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert not (tmp_path / "wrong.json").exists()
     missing = run(stage("missing", "", tool="no-such-tool"), tmp_path)
     assert (missing.told, missing.failed) == ("left out: there is no no-such-tool", False)
+    missing = run(stage("missing", "", modules=("json", "no_such_module")), tmp_path)
+    assert (missing.told, missing.failed) == ("left out: there is no no_such_module", False)
     began = time.monotonic()
     # A child of the stage that keeps its output open is ended too; the one beside it goes on.
     hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    cut, beside = run_all([stage("cut", hangs, limit_s=1.0), stage("beside", "print('ran')")], tmp_path)
-    assert (cut.told, beside.last) == ("ended at its limit", "ran")
+    kind = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('told what it had')"
+    group = [stage("cut", hangs, limit_s=1.0), stage("kind", kind, limit_s=15.0), stage("beside", "print('ran')")]
+    cut, told, beside = run_all(group, tmp_path)
+    assert (cut.told, told.told, beside.last) == ("ended at its limit", "ended at its limit", "ran")
+    assert told.last == "told what it had"
     assert time.monotonic() - began < 30
     text = results([done, wrong, cut], "python -m bench.gpu A", tmp_path, None)
     assert "## GPU: not measured" in text
@@ -158,17 +189,20 @@ def test_how_a_stage_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
 
 def test_a_failed_stage_fails_the_run_and_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [
-        [stage("check-1", "import sys; sys.exit(1)"), stage("check-2", "print('ran')")],
-        [stage("sanitizer", "print('looked')", after="check")],
+        [stage("check-1", ""), *(stage(f"check-{number}", "import sys; sys.exit(1)") for number in (2, 3))],
+        [Stage("sanitizer", [sys.executable, "-c", "import sys; print('looked at', *sys.argv[1:])", FAILED], 60,
+               after="check-")],
         [stage("other", "print('looked')", after="tiny")],
-    ]
+    ]  # fmt: skip
     monkeypatch.setattr(gpu, "stages", lambda *_, **__: groups)
     assert gpu.main(["A", "--toy", "--out", str(tmp_path)]) == 1
     endings = json.loads((tmp_path / "results.json").read_text())["endings"]
-    assert endings == {"check-1": "failed, status 1", "check-2": "done", "sanitizer": "done"}
-    groups[0][0] = stage("check-1", "")
+    checks = {"check-1": "done", "check-2": "failed, status 1", "check-3": "failed, status 1"}
+    assert endings == {**checks, "sanitizer": "done"}
+    assert (tmp_path / "sanitizer.log").read_text() == "looked at 2\n"
+    groups[0] = [stage("check-1", "")]
     assert gpu.main(["A", "--toy", "--out", str(tmp_path)]) == 0
-    assert list(json.loads((tmp_path / "results.json").read_text())["endings"]) == ["check-1", "check-2"]
+    assert list(json.loads((tmp_path / "results.json").read_text())["endings"]) == ["check-1"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -179,8 +213,15 @@ def test_parts_end_in_their_time(part: str, tmp_path: Path) -> None:
     names = [[one.name for one in group] for group in groups]
     if part == "A":
         assert names[1] == ["check-131k", "check-9k", "check-700", "check-chunks", "tiny"]
-    if part == "tests":
-        assert groups[0][0].variables["DEVICE"] == "cuda"
+    if part == "B":
+        assert [*names[0], *names[1], *names[3]] == ["step", "sweep", "serving"], "alone on the card"
+    tested = [one for group in groups for one in group if "pytest" in one.command]
+    assert {one.name for one in tested} == {"A": set(), "B": {"graphs"}, "tests": {"graphs", "tests"}}[part]
+    for one in tested:
+        assert one.variables["DEVICE"] == "cuda"
+        assert all((ROOT / word).exists() for word in one.command if word.startswith("tests/"))
+        # In the interpreter alone are they slow: two engines in a process are among them.
+        assert one.name == "tests" or one.command[one.command.index("-m", 3) + 1] == ""
 
 
 def test_runs_are_laid_beside_one_another(tmp_path: Path) -> None:
