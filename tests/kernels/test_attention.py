@@ -33,6 +33,14 @@ def test_every_method(name: str) -> None:
     assert difference(step, AttentionOptions(0.25, "")) <= TOLERANCE
 
 
+@pytest.mark.parametrize("group", [3, 7, 48])
+def test_groups_that_begin_inside_a_tile(group: int) -> None:
+    """Tiles of 32 keys begin anywhere in a group of 3 and 7, and a group of 48 is longer than a tile."""
+    positions = one_group(method("self_extend", rotary(16, 16), window=48, group=group))
+    rows = [(location, 1) for location in (95, 130, 257)] + [(250, 12)]
+    assert difference(paged(rows, [positions] * 4, heads=4, kv_heads=1), AttentionOptions(0.25, "")) <= TOLERANCE
+
+
 ROWS = st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 15, 33]))
 
 
