@@ -266,10 +266,11 @@ def test_a_refusal_names_the_field_of_its_dialect(http: httpx.Client, path: str,
 
 
 def test_ollama_takes_what_says_how_a_request_is_run(http: httpx.Client) -> None:
-    body = {"messages": ASKED, "stream": False, "options": {"num_predict": 4, "temperature": 0}}
+    few: dict[str, Any] = {"stream": False, "options": {"num_predict": 4, "temperature": 0}}
+    body = {**few, "messages": ASKED}
     own = {"timeout_s": 60, "priority": 0, "cache_salt": "s", "rope": {"method": "rerope", "window": 64}}
     assert http.post("/api/chat", json={**body, **own}).status_code == 200
-    assert http.post("/api/generate", json={"prompt": "x", "stream": False, **own}).status_code == 200
+    assert http.post("/api/generate", json={**few, "prompt": "x", **own}).status_code == 200
     late = http.post("/api/chat", json={**body, "timeout_s": 1e-6})
     assert late.status_code == 504
     refused = http.post("/api/chat", json={**body, "rope": {"method": "no such"}})
@@ -318,10 +319,10 @@ def test_any_body_is_told_as_the_token_ids_that_answer_it(http: httpx.Client, pa
         assert texts == body["prompt"]
     else:
         assert texts[0].endswith("Say something.<|im_end|>\n<|im_start|>assistant\n")
-    usage = http.post(path, json=body).json()["usage"]
+    length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    usage = http.post(path, json={**body, length: 2}).json()["usage"]
     counted = usage.get("prompt_tokens", usage.get("input_tokens")) + usage.get("cache_read_input_tokens", 0)
     assert counted == sum(len(one["token_ids"]) for one in rendered)
-    length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
     for bad in ({"temperature": "hot"}, {length: 100_000}, {"guided_regex": "(a"}):
         answers = [http.post(one, json={**body, **bad}) for one in (f"{path}/render", path)]
         assert [one.status_code for one in answers] == [400, 400], bad
