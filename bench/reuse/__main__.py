@@ -8,13 +8,14 @@ every variant.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import math
 import random
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.tokenizer import Tokenizer
 from tqdm import tqdm
 
-from bench.reuse.quality import FULL, LOSS, NONE, TASKS, Case, Measured, loss_cases, texts, variants
+from bench.reuse.quality import FULL, LOSS, LOSS_APART, NONE, TASKS, Case, Measured, loss_cases, texts, variants
 from bench.reuse.times import COLD, Asked, time_to_first_token
 from bench.shared import options
 from bench.shared.kept import Kept, key_of
 from bench.shared.report import NOTHING, Report, Table
+from bench.shared.text import file_text
 
 Figures = dict[str, dict[str, list[float]]]
 """Variant → measure → one figure a case."""
@@ -43,6 +45,10 @@ def main(arguments: Sequence[str] | None) -> int:
     add("--cases", type=options.count, default=20, help="of each task; a quarter of them for the loss of each text")
     add("--documents", type=options.count, default=6, help="in a prompt")
     add("--length", type=options.count, default=400, help="tokens of a document")
+    add("--tokens-after", type=options.count, default=400, help="of a piece of text, whose loss is measured")
+    add("--text", type=Path, nargs="+", help="files of text for the loss; unset: three that Python carries")
+    add("--only", choices=["loss", "tasks"], help="leave the other out")
+    add("--dtype", default="auto", help="as DTYPE of the server")
     add("--kept", type=Path, help="file of figures that were measured before, and goes on growing")
     add("--times", action="store_true", help="measure the time to the first token instead")
     asked, console = parser.parse_args(arguments), options.console()
@@ -53,8 +59,8 @@ def main(arguments: Sequence[str] | None) -> int:
         data = {name: asdict(one) for name, one in found.items()}
         report = Report("reuse-times", [times_table(found, asked.documents, asked.length)], data)
     else:
-        engine = load_engine(checkpoint, EngineConfig(rope=RopeSpec(method="auto")), console.print)
-        tests = cases(tokenizer, asked.cases, asked.documents, asked.length)
+        engine = load_engine(checkpoint, EngineConfig(rope=RopeSpec(method="auto"), dtype=asked.dtype), console.print)
+        tests = cases(tokenizer, asked)
         kept = None if asked.kept is None else Kept(asked.kept)
         figures = quality(Measured(engine, tokenizer), asked.rereads, tests, kept)
         report = Report("reuse", [quality_table(figures, asked)], figures, lambda figure: draw(figure, figures))
@@ -74,8 +80,10 @@ def quality(
     for measure, case in tqdm(tests, unit="case"):
         asked = {**variants(rereads), **({NONE: None} if case.answer is None else {})}
         for name, reread in asked.items():
-            given = Case([], case.rest) if name == NONE else case
-            key = key_of(measure, name, [list(document) for document in given.documents], list(given.rest))
+            given = replace(case, documents=[]) if name == NONE else case
+            key = key_of(
+                measure, name, list(given.prefix or ()), [list(one) for one in given.documents], list(given.rest)
+            )
             known = kept.get(key) if kept is not None else None
             figure = known["figure"] if known else measured.figure(given, reread)
             if kept is not None and known is None:
@@ -84,15 +92,19 @@ def quality(
     return {name: dict(found) for name, found in figures.items()}
 
 
-def cases(tokenizer: Tokenizer, count: int, num_documents: int, length: int) -> list[tuple[str, Case]]:
+def cases(tokenizer: Tokenizer, asked: argparse.Namespace) -> list[tuple[str, Case]]:
     """Of all measures in turn, so that a run that was ended has some of each."""
-    tests = {
-        name: [make(tokenizer, random.Random(seed), num_documents, length) for seed in range(count)]
-        for name, make in TASKS.items()
-    }
-    for name, text in texts():
-        losses = loss_cases(tokenizer, text, max(2, count // 4), num_documents, length, 300)
-        tests[LOSS.format(name)] = list(losses)
+    tests: dict[str, list[Case]] = {}
+    if asked.only != "loss":
+        for name, make in TASKS.items():
+            made = (make(tokenizer, random.Random(seed), asked.documents, asked.length) for seed in range(asked.cases))
+            tests[name] = list(made)
+    if asked.only != "tasks":
+        given = texts() if asked.text is None else map(file_text, asked.text)
+        shape = (max(2, asked.cases // 4), asked.documents, asked.length, asked.tokens_after)
+        for name, text in given:
+            tests[LOSS.format(name)] = list(loss_cases(tokenizer, text, *shape))
+            tests[LOSS_APART.format(name)] = list(loss_cases(tokenizer, text, *shape, apart=True))
     placed = [(place / len(group), name, case) for name, group in tests.items() for place, case in enumerate(group)]
     return [(name, case) for _, name, case in sorted(placed, key=lambda one: one[0])]
 

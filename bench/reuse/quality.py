@@ -1,7 +1,9 @@
 """Quality of documents read on their own, beside full attention: loss on what follows them, and tasks that need them.
 
-Loss: pieces of a text are cut into documents; the loss is of the tokens that follow (nats a token). `none` reads the
-rest alone. Tasks: facts are planted in documents of filler, and a greedy reply must begin with the right value.
+Loss: pieces of a text are a prefix, its first 16 tokens, then documents; the loss is of the tokens that follow (nats a
+token). `apart` takes all documents but the last from elsewhere in the text, as documents of their own are. `none` has
+the prefix and the rest alone. Tasks: facts are planted in documents of filler, one of them is told as an example, and a
+greedy reply must begin with the right sentence.
 """
 
 from __future__ import annotations
@@ -14,26 +16,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prerope.cache.blocks.documents import DocumentSpan
+from prerope.server.api.requests.documents import DEFAULT_PREFIX
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.tokenizer import Tokenizer
 
+from bench import BenchError
 from bench.shared.text import default_texts, docstring_text, file_text
 
-PREFIX = "Documents:\n\n"
 FULL = "full attention"
 NONE = "no documents"
-LOSS = "loss on {}"
+LOSS, LOSS_APART = "loss on {}", "loss on {}, documents from elsewhere"
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange", "brown", "grey")
+PEOPLE = ("Tom", "Ann", "Bob", "Eve", "Max", "Kim", "Leo", "Amy", "Dan", "Joe", "Sue", "Ray")
+MOST_CHARACTERS = 2_000_000
+"""Of a text, which are read."""
+PREFIX_TOKENS = 16
+"""Of a piece of text, which stand before its documents."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Documents, what follows them, and the text that the reply has to begin with (loss: None)."""
+    """Documents, what follows them, and the text that the reply has to begin with (loss: None).
+
+    prefix: what stands before them; None: what requests get that say nothing of it.
+    """
 
     documents: Sequence[Sequence[int]]
     rest: Sequence[int]
     answer: str | None = None
+    prefix: Sequence[int] | None = None
 
 
 def prompt_of(prefix: Sequence[int], case: Case, reread: int | None) -> tuple[list[int], tuple[DocumentSpan, ...]]:
@@ -54,10 +66,10 @@ class Measured:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.prefix = tokenizer.encode(PREFIX)
+        self.prefix = tokenizer.encode(DEFAULT_PREFIX)
 
     def loss(self, case: Case, reread: int | None) -> float:
-        ids, spans = prompt_of(self.prefix, case, reread)
+        ids, spans = prompt_of(self.prefix if case.prefix is None else case.prefix, case, reread)
         start = len(ids) - len(case.rest) + 1
         sampling = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=start)
         (output,) = self._run(ids, spans, sampling)
@@ -69,7 +81,7 @@ class Measured:
 
     def is_right(self, case: Case, reread: int | None) -> float:
         assert case.answer is not None
-        ids, spans = prompt_of(self.prefix, case, reread)
+        ids, spans = prompt_of(self.prefix if case.prefix is None else case.prefix, case, reread)
         count = len(self.tokenizer.encode(case.answer)) + 3
         outputs = self._run(ids, spans, SamplingParams(max_tokens=count, temperature=0.0))
         text = self.tokenizer.decode([token for output in outputs for token in output.token_ids])
@@ -95,15 +107,25 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def loss_cases(
-    tokenizer: Tokenizer, text: str, count: int, num_documents: int, length: int, rest: int
+    tokenizer: Tokenizer, text: str, count: int, num_documents: int, length: int, rest: int, *, apart: bool = False
 ) -> Iterator[Case]:
-    """Consecutive pieces of a text, cut into documents at arbitrary tokens."""
-    ids = tokenizer.encode(text[: count * (num_documents * length + rest) * 8])
-    size = num_documents * length + rest
-    for start in range(0, count * size, size):
+    """Pieces of a text, evenly spread over it, cut into documents at arbitrary tokens.
+
+    apart: all documents but the last are cut out of the rest of the text; the last goes on in what follows.
+    """
+    size = PREFIX_TOKENS + num_documents * length + rest
+    ids = tokenizer.encode(text[:MOST_CHARACTERS])
+    if count * size + length > len(ids):
+        raise BenchError(f"{count} pieces of {size} tokens and some beside them are wanted, and a text has {len(ids)}")
+    for place in range(count):
+        start = place * (len(ids) // count)
         piece = ids[start : start + size]
-        cuts = range(0, num_documents * length, length)
-        yield Case([piece[cut : cut + length] for cut in cuts], piece[num_documents * length :])
+        documents = [piece[cut : cut + length] for cut in range(PREFIX_TOKENS, size - rest, length)]
+        if apart:
+            dice, others = random.Random(place), ids[:start] + ids[start + size :]
+            starts = [dice.randrange(len(others) - length + 1) for _ in documents[:-1]]
+            documents[:-1] = [others[first : first + length] for first in starts]
+        yield Case(documents, piece[size - rest :], prefix=piece[:PREFIX_TOKENS])
 
 
 def filler(dice: random.Random, tokenizer: Tokenizer, length: int) -> str:
@@ -123,48 +145,62 @@ def planted(text: str, fact: str, dice: random.Random) -> str:
     return ". ".join(sentences)
 
 
+def planted_in_filler(
+    tokenizer: Tokenizer, dice: random.Random, facts: Sequence[str], length: int
+) -> list[Sequence[int]]:
+    """A document for each fact, the fact somewhere in it."""
+    return [tokenizer.encode(planted(filler(dice, tokenizer, length), fact, dice) + "\n\n") for fact in facts]
+
+
+def codes(dice: random.Random, count: int) -> list[str]:
+    return [str(dice.randrange(1_000, 10_000)) for _ in range(count)]
+
+
 def key_case(tokenizer: Tokenizer, dice: random.Random, num_documents: int, length: int) -> Case:
-    """A key in every document; one of them is asked for."""
-    names = dice.sample(COLOURS, num_documents)
-    keys = [str(dice.randrange(10_000, 100_000)) for _ in names]
-    texts = [
-        planted(filler(dice, tokenizer, length), f"The code of the {name} box is {key}.", dice) + "\n\n"
-        for name, key in zip(names, keys, strict=True)
-    ]
-    asked = dice.randrange(num_documents)
-    question = f"Question: What is the code of the {names[asked]} box?\nAnswer: The code of the {names[asked]} box is"
-    return Case([tokenizer.encode(text) for text in texts], tokenizer.encode(question), keys[asked])
+    """A key in every document; one of them is asked for, after another has been told."""
+    names, keys = dice.sample(COLOURS, num_documents), codes(dice, num_documents)
+    facts = [f"The code of the {name} box is {key}." for name, key in zip(names, keys, strict=True)]
+    told, asked = dice.sample(range(num_documents), 2)
+    rest = "".join(
+        f"Question: What is the code of the {names[n]} box?\nAnswer:{answer}"
+        for n, answer in ((told, f" {facts[told]}\n\n"), (asked, ""))
+    )
+    return Case(planted_in_filler(tokenizer, dice, facts, length), tokenizer.encode(rest), facts[asked])
 
 
 def chain_case(tokenizer: Tokenizer, dice: random.Random, num_documents: int, length: int) -> Case:
-    """A value in one document, and a variable that takes it over in a later one."""
-    names = dice.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", num_documents)
-    values = [str(dice.randrange(10_000, 100_000)) for _ in names]
-    facts = [f"VAR {name} = {value}." for name, value in zip(names[:-1], values, strict=False)]
-    source = dice.randrange(num_documents - 1)
-    facts.append(f"VAR {names[-1]} = VAR {names[source]}.")
-    texts = [planted(filler(dice, tokenizer, length), fact, dice) + "\n\n" for fact in facts]
-    question = f"Question: VAR {names[-1]} = VAR {names[source]}. What is its value?\nAnswer: VAR {names[source]} ="
-    return Case([tokenizer.encode(text) for text in texts], tokenizer.encode(question), values[source])
+    """Who has which box stands in one document, what its code is in another; one such pair is told, one asked for."""
+    pairs = num_documents // 2
+    people, names, keys = dice.sample(PEOPLE, pairs), dice.sample(COLOURS, pairs), codes(dice, pairs)
+    owners = [f"{person} has the {name} box." for person, name in zip(people, names, strict=True)]
+    values = [f"The code of the {name} box is {key}." for name, key in zip(names, keys, strict=True)]
+    facts = dice.sample([*owners, *values], 2 * pairs)
+    told, asked = dice.sample(range(pairs), 2)
+    rest = "".join(
+        f"Question: What is the code of the box that {people[n]} has?\nAnswer:{answer}"
+        for n, answer in ((told, f" {owners[told]} {values[told]}\n\n"), (asked, ""))
+    )
+    documents = planted_in_filler(tokenizer, dice, facts, length)
+    return Case(documents, tokenizer.encode(rest), f"{owners[asked]} {values[asked]}")
 
 
 def count_case(tokenizer: Tokenizer, dice: random.Random, num_documents: int, length: int) -> Case:
-    """A letter is lost in some of the documents; how many was it lost in? An example of one is in the question."""
-    lost = sorted(dice.sample(range(num_documents), dice.randrange(1, num_documents + 1)))
-    texts = [
-        planted(filler(dice, tokenizer, length), f"A letter was {'lost' if n in lost else 'found'} here.", dice)
-        + "\n\n"
-        for n in range(num_documents)
-    ]
-    question = (
-        'Question: How many of these say "lost": lost, found?\nAnswer: 1\n\n'
-        "Question: In how many of the documents was a letter lost?\nAnswer:"
+    """Some people found a coin, one a document: they are to be named and counted, as in an example that is told."""
+    people = dice.sample(PEOPLE, num_documents)
+    lucky = sorted(dice.sample(range(num_documents), dice.randrange(1, num_documents + 1)))
+    facts = [f"{person} found a {'coin' if n in lucky else 'shell'}." for n, person in enumerate(people)]
+    rest = (
+        "Question: Jim found a coin. Pat found a shell. Liz found a coin. How many found a coin?\n"
+        "Answer: Jim found a coin (1). Liz found a coin (2). So 2.\n\n"
+        "Question: How many of the people in the documents found a coin?\nAnswer:"
     )
-    return Case([tokenizer.encode(text) for text in texts], tokenizer.encode(question), str(len(lost)))
+    named = " ".join(f"{people[n]} found a coin ({place})." for place, n in enumerate(lucky, start=1))
+    documents = planted_in_filler(tokenizer, dice, facts, length)
+    return Case(documents, tokenizer.encode(rest), f"{named} So {len(lucky)}.")
 
 
 TASKS: dict[str, Callable[[Tokenizer, random.Random, int, int], Case]] = {
     "keys, one asked for": key_case,
-    "a value taken over in another document": chain_case,
-    "documents that say so, counted": count_case,
+    "a value by way of another document": chain_case,
+    "what documents say, counted": count_case,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -37,6 +38,35 @@ def test_a_small_run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.
     assert quality(measured, [0, 64], tests, Kept(tmp_path / "kept")) == figures
     table = quality_table(figures, Namespace(documents=3, length=20))
     assert [row[0] for row in table.rows] == [*figures]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_pieces_of_a_text(tiny_checkpoint: Path, apart: bool) -> None:
+    tokenizer = Tokenizer.load(Checkpoint(str(tiny_checkpoint), "tiny"))
+    text = " ".join(str(number) for number in range(2000))
+    ids = tokenizer.encode(text)
+    for place, case in enumerate(loss_cases(tokenizer, text, 2, 3, 20, 10, apart=apart)):
+        whole = ids[place * (len(ids) // 2) :][: 16 + 3 * 20 + 10]
+        assert (case.prefix, case.documents[-1], case.rest) == (whole[:16], whole[56:76], whole[76:])
+        first, second = case.documents[:2]
+        if apart:
+            shown = " ".join(map(str, whole))
+            assert not any(" ".join(map(str, document)) in shown for document in (first, second))
+        else:
+            assert [*first, *second] == whole[16:56]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_can_be_answered_from_the_documents(tiny_checkpoint: Path, task: str) -> None:
+    tokenizer = Tokenizer.load(Checkpoint(str(tiny_checkpoint), "tiny"))
+    for seed in range(5):
+        case = TASKS[task](tokenizer, random.Random(seed), 4, 30)
+        assert case.answer is not None
+        documents = [tokenizer.decode(list(document)) for document in case.documents]
+        for fact in case.answer.split(". "):
+            told = re.sub(r" \(\d\)$", "", fact.removesuffix("."))
+            assert told.startswith("So ") or any(told in document for document in documents)
+        assert case.answer not in tokenizer.decode(list(case.rest))
 
 
 def test_the_first_document_and_what_is_read_again_are_in_the_spans() -> None:
