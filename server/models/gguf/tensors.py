@@ -1,7 +1,7 @@
 """Tensors of a GGUF file as bf16 safetensors under transformers' names, in parts that a killed conversion goes on from.
 
-Tensors are dequantised one by one and written in parts of half a GiB, so memory holds one part. A part that is there is
-whole: it is written aside and renamed.
+Tensors are dequantised one by one and written in parts of a quarter GiB, so memory holds one part. A part that is there
+is whole: it is written aside and renamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prerope.server.models.stored import some
 from safetensors.torch import save_file
 from torch import Tensor
 
-PART_BYTES = 512 * 2**20
+PART_BYTES = 256 * 2**20
 REPORT_EVERY_S = 5.0
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Not weights but what `gguf.rope` reads."""
