@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,13 +80,12 @@ def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, An
             fixed = constants(query, keys.to(dtype), values, plan, plan, config)
             fixed |= {"UNITS": decode.LEAST_UNITS, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES}
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"], "HEADS_FIRST": decode.HEADS_FIRST}
-            main = (decode.decode_kernel,) if module is decode else (prefill.prefill_kernel,)
-            side = Config(config.block_m, config.block_n, 4, config.num_stages)  # as `launch` does by default
-            others = (splits.schedule_kernel, splits.merge_kernel) if module is decode else (
-                prefill.turn_queries_kernel, prefill.turn_keys_kernel,
-            )  # fmt: skip
-            yield from ((kernel, config, fixed, dtype) for kernel in main)
-            yield from ((kernel, side, fixed, dtype) for kernel in others)
+            warps = {splits.schedule_kernel: 4, splits.merge_kernel: 4, decode.decode_kernel: config.num_warps}
+            if module is prefill:
+                warps = {prefill.turn_queries_kernel: 8 if plan.fades else 4, prefill.turn_keys_kernel: 4}
+                warps[prefill.prefill_kernel] = config.num_warps
+            for kernel, num_warps in warps.items():
+                yield kernel, replace(config, num_warps=num_warps), fixed, dtype
     yield store.store_kernel, Config(0, 0, 4, 3), {"KEY_SIZE": 192, "VALUE_SIZE": 192, "LANES": store.LANES}, HALF
     for width, dtype in itertools.product((4096,) if few else (128, 576, 4096, 8192, 16384), (HALF, torch.float32)):
         rows, lanes, warps = elementwise.norm_config(width)

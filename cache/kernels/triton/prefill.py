@@ -268,7 +268,8 @@ def prefill(
     given = arguments(query, keys, values, plan, options, out) | {
         "turned_queries": torch.empty(plan.num_parts, len(query), heads, dim, dtype=keys.dtype, device=query.device),
     }
-    launch(turn_queries_kernel, (len(plan.tiles), plan.num_parts, kv_heads), given, fixed)
+    grid = len(plan.tiles), plan.num_parts, kv_heads
+    launch(turn_queries_kernel, grid, given, fixed, 8 if plan.fades else 4)  # what fades takes more registers
     row_bytes = dim * keys.dtype.itemsize
     heads_of = [max(1, min(kv_heads, SCRATCH_BYTES // (max(1, one.scratch_rows) * row_bytes))) for one in plan.passes]
     size = max(max(1, one.scratch_rows) * count for one, count in zip(plan.passes, heads_of, strict=True))
