@@ -66,6 +66,7 @@ class Found:
             if shape.head_dim == 128:
                 rates = {r.case: r.work / r.seconds / 1e12 for r in prefill if r.method == "rope"}
                 found.append(Target(f"{model}: prefill, TFLOP/s of rope", 400.0, True, rates, "{:.0f}"))
+                found.append(Target(f"{model}: prefill, TFLOP/s of rope, after that", 550.0, True, rates, "{:.0f}"))
         return found
 
     @property

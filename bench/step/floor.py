@@ -199,6 +199,9 @@ def run(asked: argparse.Namespace, console: Console) -> int:
     about = describe_machine(device) | {"shape": asked.shape, "dtype": engine.info.dtype}
     about |= {name: getattr(asked, name) for name in ("steps", "rounds", "budget", "prompt")}
     about |= {"num_cache_tokens": engine.info.num_cache_tokens, "copy_bytes_per_s": copied}
+    stack, graphs = engine.model.stack, engine.stats().graphs
+    about["stack"] = "none" if stack is None else type(stack).__name__
+    about["graphs"] = f"{graphs.num_captured} captured" if graphs.num_captured else f"none: {graphs.why_none}"
     found = Found(asked.methods, shape.read_bytes(dtype), shape.token_bytes(dtype), about)
     try:
         floor = Floor(engine, asked.methods, asked.steps)

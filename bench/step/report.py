@@ -89,6 +89,7 @@ class Found:
             f"floor = ({self.weight_bytes / 1e9:.2f} GB of weights + {self.token_bytes:,} bytes a token of context) ÷ "
             f"{about['copy_bytes_per_s'] / 1e12:.2f} TB/s, the copy bandwidth measured in this run. "
             f"× {self.methods[0]}: time over its time.",
+            f"Fused stack: {about['stack']}; CUDA graphs: {about['graphs']}.",
             *(f"left out: {case}: {why}" for case, why in self.left_out.items()),
             *(f"failed: {case}: {why}" for case, why in self.failures.items()),
         ]

@@ -25,8 +25,8 @@ from bench.gpu.sdpa import sdpa_prefill
 from bench.gpu.sweep import Candidate, using
 from bench.gpu.sweep import attended as attended_by_kernels
 from bench.kernels.cases import Step, low_precision, make_step
-from bench.kernels.rows import SHARPNESS, judge, poisoned, row_errors
-from bench.shared.shapes import AttentionShape
+from bench.kernels.rows import SHARPNESS, Verdict, judge, poisoned, row_errors
+from bench.shared.shapes import SHAPES, AttentionShape
 from tests.device import DEVICE
 
 SHAPE = AttentionShape(2, 2, 64, 10_000.0, 8192)
@@ -153,6 +153,30 @@ PLANTED: dict[str, Callable[[CudaPlan], CudaPlan]] = {
 }
 
 
+def judged(step: Step) -> list[Verdict]:
+    """Of the kernels' rows, flat and peaked, with NaN where they write nothing."""
+    verdicts = []
+    for sharpness in SHARPNESS.values():
+        step.metadata.plans.clear()
+        own = replace(step, query=step.query * sharpness)
+        truth = reference_attention(own.query.float(), own.keys.float(), own.values.float(), own.metadata, own.options)
+        with poisoned():
+            ours = cuda_attention(own.query, own.keys, own.values, own.metadata, own.options)
+        verdicts.append(judge(ours, low_precision(own), truth))
+    return verdicts
+
+
+@pytest.mark.parametrize("method", ["rope", "rerope", "dynamic_leaky", "self_extend"])
+def test_rows_of_heads_of_128_dims(method: str) -> None:
+    """On a card those of an 8B Llama in bf16. The interpreter cuts bf16 off where a card rounds: without one, fp16."""
+    torch.manual_seed(3)
+    shape, dtype, rows = AttentionShape(2, 1, 128, 10_000.0, 64), torch.float16, [(100, 1), (63, 1), (60, 8)]
+    if DEVICE != "cpu":
+        shape, dtype, rows = SHAPES["llama-3-8b"], torch.bfloat16, [(9000, 1), (8191, 1), (63, 1), (8100, 200)]
+    verdicts = judged(make_step(shape, method, rows, 16, dtype, torch.device(DEVICE)))
+    assert all(verdict.right for verdict in verdicts), verdicts
+
+
 @pytest.mark.parametrize("name", [None, *PLANTED])
 def test_faults_in_what_kernels_are_given_are_seen(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded rows and a chunk, window 16, through the kernels; None: as it should be."""
@@ -163,14 +187,7 @@ def test_faults_in_what_kernels_are_given_are_seen(name: str | None, monkeypatch
     for planner in ("plan_rows", "plan_chunks"):
         make: Any = getattr(__import__("prerope.cache.cuda.attention", fromlist=[planner]), planner)
         monkeypatch.setattr(f"prerope.cache.cuda.attention.{planner}", lambda *a, make=make: change(make(*a)))
-    verdicts = []
-    for sharpness in SHARPNESS.values():
-        step.metadata.plans.clear()
-        own = replace(step, query=step.query * sharpness)
-        truth = reference_attention(own.query.float(), own.keys.float(), own.values.float(), own.metadata, own.options)
-        with poisoned():
-            ours = cuda_attention(own.query, own.keys, own.values, own.metadata, own.options)
-        verdicts.append(judge(ours, low_precision(own), truth))
+    verdicts = judged(step)
     assert all(verdict.right for verdict in verdicts) == (name is None), verdicts
 
 

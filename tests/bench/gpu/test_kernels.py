@@ -122,6 +122,7 @@ def test_targets_take_the_worst_large_case() -> None:
     assert targets["prefill, rerope ÷ rope"].found == {"1 x 32,768": pytest.approx(1.1)}
     assert targets["prefill, rerope ÷ rope"].verdict == "missed"
     assert targets["prefill, TFLOP/s of rope"].found == {"1 x 32,768 rope": pytest.approx(410)}
+    assert targets["prefill, TFLOP/s of rope, after that"].verdict == "missed"
     assert targets["error of the worst row ÷ a plain torch run's"].verdict == "not measured"
 
 
