@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 import math
 import random
 import statistics
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -119,11 +118,21 @@ class PromptWriter:
         def text(num_words: int) -> str:
             return " ".join([label, *around[:num_words]])
 
-        words = bisect.bisect_right(range(num_tokens + 1), num_tokens, key=lambda n: self._count(text(n))) - 1
-        if words < 0:
+        if self._count(text(0)) > num_tokens:
             raise BenchError(f"a prompt of {num_tokens} tokens is too short: its label alone takes more")
+        words = self._most_words(text, num_tokens)
         prompt = text(words)
         prompt += FILLER * (num_tokens - self._count(prompt))
         if (found := self._count(prompt)) != num_tokens:
             raise BenchError(f"no prompt of {num_tokens} tokens found: the nearest has {found}")
         return prompt
+
+    def _most_words(self, text: Callable[[int], str], num_tokens: int) -> int:
+        """The most whose text fits, each guess by the tokens a word of the last: counts of a long text are slow."""
+        fits, too_many, guess = 0, num_tokens + 1, num_tokens * 3 // 4
+        while too_many - fits > 1:
+            guess = min(max(guess, fits + 1), too_many - 1)
+            found = self._count(text(guess))
+            fits, too_many = (guess, too_many) if found <= num_tokens else (fits, guess)
+            guess += (num_tokens - found) * guess // found
+        return fits

@@ -65,7 +65,7 @@ SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (128, 128, 4, torch.float32, {}),
     (256, 256, 2, torch.float32, {}),
 ]
-FEW_SHAPES = [SHAPES[6]]
+FEW_SHAPES = [SHAPES[-4]]
 
 
 def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
