@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None) -> int:
     if asked.times:
         found = asyncio.run(time_to_first_token(asked.model, tokenizer, asked.documents, asked.length))
         data = {name: asdict(one) for name, one in found.items()}
-        report = Report("reuse-times", [times_table(found, asked.documents, asked.length)], data)
+        table = times_table(found, asked.documents, asked.length)
+        report = Report("reuse-times", [table], data, lambda figure: draw_times(figure, found))
     else:
         engine = load_engine(checkpoint, EngineConfig(rope=RopeSpec(method="auto"), dtype=asked.dtype), console.print)
         tests = cases(tokenizer, asked)
@@ -168,6 +169,22 @@ def draw(figure: Any, figures: Figures) -> None:
     for panel in (left, right):
         panel.tick_params(axis="x", rotation=30)
         panel.legend()
+
+
+def draw_times(figure: Any, times: dict[str, Asked]) -> None:
+    axes, names = figure.subplots(), list(times)
+    for offset, (label, values) in enumerate(
+        {
+            "seconds to the first token": [one.seconds for one in times.values()],
+            "seconds of CPU time, whole request": [one.cpu for one in times.values()],
+        }.items()
+    ):
+        places = [place + 0.4 * offset for place in range(len(names))]
+        axes.bar_label(axes.barh(places, values, height=0.38, label=label), fmt="%.1f", padding=3)
+    axes.set_yticks([place + 0.2 for place in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_title("time by what was read before")
+    axes.legend()
 
 
 if __name__ == "__main__":

@@ -214,6 +214,21 @@ def test_openai_client_finds_documents_in_another_order(url: str, in_parts: bool
         assert full.usage.prompt_tokens == warm.usage.prompt_tokens
 
 
+def test_every_choice_is_the_reply_of_a_request_of_its_own(url: str) -> None:
+    body = {"messages": [{"role": "user", "content": QUESTION}], "documents": [ROOF, DOOR], "max_tokens": 8, "seed": 7}
+    with httpx.Client(base_url=url, timeout=60) as client:
+
+        def texts_of(**more: Any) -> list[str]:
+            reply = client.post("/v1/chat/completions", json=body | more).json()
+            assert len(reply["documents"]) == 2
+            return [choice["message"]["content"] for choice in reply["choices"]]
+
+        assert texts_of(n=3, temperature=0) == texts_of(temperature=0, cache_salt="cold") * 3
+        drawn = texts_of(n=3, cache_salt="drawn")
+        assert drawn == texts_of(n=3, cache_salt="drawn again")
+        assert len(set(drawn)) > 1
+
+
 def test_openai_stream_tells_documents_with_the_usage(http: httpx.Client) -> None:
     body = {"messages": [{"role": "user", "content": QUESTION}], "documents": [DOOR], "max_tokens": 2, "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body | {"stream_options": {"include_usage": True}}) as stream:
