@@ -153,13 +153,13 @@ def draw(figure: Any, figures: Figures) -> None:
     names = [name for name in figures if name not in (FULL, NONE)]
     for measure in figures[FULL]:
         if measure in TASKS:
-            shown = [FULL, *names]
+            shown = [name for name in (FULL, *names) if measure in figures[name]]
             values = [[100 * one for one in figures[name][measure]] for name in shown]
             panel = right
         else:
-            shown, panel = names, left
+            shown, panel = [name for name in names if measure in figures[name]], left
             full = figures[FULL][measure]
-            values = [[one - other for one, other in zip(figures[n][measure], full, strict=True)] for n in names]
+            values = [[one - other for one, other in zip(figures[n][measure], full, strict=True)] for n in shown]
         panel.errorbar(
             shown, list(map(statistics.fmean, values)), list(map(error, values)), fmt="o-", capsize=3, label=measure
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,3 +84,16 @@ def test_a_stop_string_ends_with_the_documents_all_the_same(http: httpx.Client) 
     stopped = ask(http, stop=[text[1:3]])
     assert stopped["finish_reason"] == "stop"
     assert len(stopped["documents"]) == len(TEXTS)
+
+
+def test_the_example_asks_over_a_folder_of_files(http: httpx.Client, tmp_path: Path) -> None:
+    for name, text in zip(("door.md", "roof.md"), TEXTS, strict=True):
+        (tmp_path / name).write_text(text)
+    example = Path(__file__).parents[3] / "examples" / "documents.py"
+    asked = [str(tmp_path), QUESTION, "And the roof?", "--url", str(http.base_url)]
+    done = subprocess.run([sys.executable, example, *asked], capture_output=True, text=True, check=True, timeout=60)
+    first, second = (
+        re.findall(r"(\d+) of (\d+) tokens of 2 files were known", line) for line in done.stdout.split("\n\n")[:2]
+    )
+    assert first[0][0] == "0"
+    assert int(second[0][0]) > int(second[0][1]) - 40
