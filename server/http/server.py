@@ -130,7 +130,8 @@ class DrainingServer(uvicorn.Server):
             try:
                 await self._once_ready()
             except Exception as error:  # tried again by the first request that needs it; the engine is watched on
-                log.error("the workers could not be started", trace=trace(error))
+                if self._draining is None:
+                    log.error("the workers could not be started", trace=trace(error))
         await engine.wait_until_stopped()
         if engine.failure is not None:
             log.error("the engine died", exc_info=engine.failure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import shutil
 import signal
 import socket
@@ -182,6 +183,18 @@ def test_a_signal_lets_a_running_stream_finish_and_the_process_ends_with_zero(
     assert "Traceback" not in err
     assert f"curl {url}/generate" in out
     assert "Hello" not in err, "a prompt must not reach the log"
+
+
+def test_a_signal_while_the_workers_begin_is_no_error(process: tuple[subprocess.Popen[str], str]) -> None:
+    server, _ = process
+    assert server.stderr is not None
+    for line in server.stderr:
+        if re.search(r"\bready\b.*url=", line):
+            break
+    server.send_signal(signal.SIGTERM)
+    _, err = server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert "[error" not in err
 
 
 def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], str]) -> None:
