@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -81,7 +82,7 @@ def run(stage: Stage, folder: Path) -> Ending:
         finally:
             for timer in timers:
                 timer.cancel()
-            if process.poll() is None:  # interrupted
+            with contextlib.suppress(ProcessLookupError):  # what one that ended, or was interrupted, leaves behind
                 os.killpg(process.pid, signal.SIGKILL)
     told = "ended at its limit" if cut.is_set() else "done" if status == 0 else f"failed, status {status}"
     return Ending(stage.name, time.monotonic() - began, told, last)

@@ -26,7 +26,20 @@ from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.tokenizer import Tokenizer
 from tqdm import tqdm
 
-from bench.reuse.quality import FULL, LOSS, LOSS_APART, NONE, TASKS, Case, Measured, loss_cases, texts, variants
+from bench import BenchError
+from bench.reuse.quality import (
+    FULL,
+    LOSS,
+    LOSS_APART,
+    NONE,
+    NUM_DOCUMENTS,
+    TASKS,
+    Case,
+    Measured,
+    loss_cases,
+    texts,
+    variants,
+)
 from bench.reuse.times import COLD, Asked, time_to_first_token
 from bench.shared import options
 from bench.shared.kept import Kept, key_of
@@ -63,7 +76,7 @@ def main(arguments: Sequence[str] | None) -> int:
         engine = load_engine(checkpoint, EngineConfig(rope=RopeSpec(method="auto"), dtype=asked.dtype), console.print)
         tests = cases(tokenizer, asked)
         kept = None if asked.kept is None else Kept(asked.kept)
-        figures = quality(Measured(engine, tokenizer), asked.rereads, tests, kept)
+        figures = quality(Measured(engine, tokenizer, checkpoint.source), asked.rereads, tests, kept)
         report = Report("reuse", [quality_table(figures, asked)], figures, lambda figure: draw(figure, figures))
     report.publish(asked.out, console)
     return 0
@@ -82,9 +95,7 @@ def quality(
         asked = {**variants(rereads), **({NONE: None} if case.answer is None else {})}
         for name, reread in asked.items():
             given = replace(case, documents=[]) if name == NONE else case
-            key = key_of(
-                measure, name, list(given.prefix or ()), [list(one) for one in given.documents], list(given.rest)
-            )
+            key = key_of(measured.about, measure, name, asdict(given))
             known = kept.get(key) if kept is not None else None
             figure = known["figure"] if known else measured.figure(given, reread)
             if kept is not None and known is None:
@@ -97,6 +108,10 @@ def cases(tokenizer: Tokenizer, asked: argparse.Namespace) -> list[tuple[str, Ca
     """Of all measures in turn, so that a run that was ended has some of each."""
     tests: dict[str, list[Case]] = {}
     if asked.only != "loss":
+        if asked.documents not in NUM_DOCUMENTS:
+            raise BenchError(
+                f"tasks take {', '.join(map(str, NUM_DOCUMENTS))} documents, and --documents is {asked.documents}"
+            )
         for name, make in TASKS.items():
             made = (make(tokenizer, random.Random(seed), asked.documents, asked.length) for seed in range(asked.cases))
             tests[name] = list(made)

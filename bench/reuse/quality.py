@@ -29,6 +29,8 @@ NONE = "no documents"
 LOSS, LOSS_APART = "loss on {}", "loss on {}, documents from elsewhere"
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange", "brown", "grey")
 PEOPLE = ("Tom", "Ann", "Bob", "Eve", "Max", "Kim", "Leo", "Amy", "Dan", "Joe", "Sue", "Ray")
+NUM_DOCUMENTS = range(4, len(COLOURS) + 1, 2)
+"""Of a task: two facts in two documents each, and no colour twice."""
 MOST_CHARACTERS = 2_000_000
 """Of a text, which are read."""
 PREFIX_TOKENS = 16
@@ -64,9 +66,11 @@ def variants(rereads: Sequence[int]) -> dict[str, int | None]:
 class Measured:
     """Runs cases through an engine, one at a time."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, model: str = "") -> None:
+        """model: which one it is, for figures that are kept."""
         self.engine, self.tokenizer = engine, tokenizer
         self.prefix = tokenizer.encode(DEFAULT_PREFIX)
+        self.about = [model, engine.info.dtype, self.prefix]
 
     def loss(self, case: Case, reread: int | None) -> float:
         ids, spans = prompt_of(self.prefix if case.prefix is None else case.prefix, case, reread)

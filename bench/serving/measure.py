@@ -97,6 +97,7 @@ def speedup(name: str, ours: Figures, peer: Figures) -> float:
     return above[name] / below[name] if below[name] else math.inf
 
 
+GUESSES = 8  # by the tokens a word, of the number of words of a prompt
 FILLER = " a"  # one token in every common vocabulary: closes the gap that a word of several tokens leaves
 
 
@@ -128,9 +129,13 @@ class PromptWriter:
         return prompt
 
     def _most_words(self, text: Callable[[int], str], num_tokens: int) -> int:
-        """The most whose text fits, each guess by the tokens a word of the last: counts of a long text are slow."""
-        fits, too_many, guess = 0, num_tokens + 1, num_tokens * 3 // 4
+        """The most whose text fits, each guess by the tokens a word of the last: counts of a long text are slow. Where
+        some words take many more tokens than others, such guesses creep, and the rest is halved."""
+        fits, too_many, guess, num_guessed = 0, num_tokens + 1, num_tokens * 3 // 4, 0
         while too_many - fits > 1:
+            num_guessed += 1
+            if num_guessed > GUESSES:
+                guess = (fits + too_many) // 2
             guess = min(max(guess, fits + 1), too_many - 1)
             found = self._count(text(guess))
             fits, too_many = (guess, too_many) if found <= num_tokens else (fits, guess)

@@ -257,15 +257,15 @@ def _reason(checkpoint: Checkpoint, error: Exception) -> str:
         return f"transformers needs the package {needed[1]} for it: pip install {needed[1]}"
     if "Unrecognized configuration class" in str(error):
         return "transformers has no language model of its type"
-    if isinstance(error, OSError):
-        return words_of(error).replace(os.path.expanduser("~"), "~")
+    said = words_of(error)
+    if isinstance(error, OSError) and said:
+        return said.replace(os.path.expanduser("~"), "~")
     try:
         fault = config_fault(checkpoint.said(), error, sketch)
     except Exception:  # what happened first is what is told
         fault = None
     if fault is not None:
         return f"no model can be made of its config.json: {fault}"
-    said = words_of(error)
     return (
         f"transformers fails to read its weights{f' ({said})' if said else ''}: they may be damaged, so download them "
         "again; LOG_LEVEL=debug shows what it met"

@@ -13,8 +13,9 @@ from prerope.server.engine.loading import load_engine
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.tokenizer import Tokenizer
 
-from bench.reuse.__main__ import quality, quality_table
-from bench.reuse.quality import FULL, LOSS, NONE, TASKS, Case, Measured, loss_cases, prompt_of
+from bench import BenchError
+from bench.reuse.__main__ import cases, quality, quality_table
+from bench.reuse.quality import FULL, LOSS, NONE, NUM_DOCUMENTS, TASKS, Case, Measured, loss_cases, prompt_of
 from bench.shared.kept import Kept
 
 
@@ -36,6 +37,9 @@ def test_a_small_run(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.
     assert losses["r = 0"] != losses[FULL] != losses[NONE]
     monkeypatch.setattr(measured, "figure", lambda *_: pytest.fail("measured again"))
     assert quality(measured, [0, 64], tests, Kept(tmp_path / "kept")) == figures
+    other = Measured(measured.engine, tokenizer, "another model")
+    monkeypatch.setattr(other, "figure", lambda *_: 7.0)
+    assert quality(other, [0], tests, Kept(tmp_path / "kept"))[FULL]["keys, one asked for"] == [7.0]
     table = quality_table(figures, Namespace(documents=3, length=20))
     assert [row[0] for row in table.rows] == [*figures]
 
@@ -54,6 +58,20 @@ def test_pieces_of_a_text(tiny_checkpoint: Path, apart: bool) -> None:
             assert not any(" ".join(map(str, document)) in shown for document in (first, second))
         else:
             assert [*first, *second] == whole[16:56]
+
+
+@pytest.mark.parametrize("documents", [1, 3, 5, 12])
+def test_tasks_of_another_number_of_documents_are_refused(tiny_checkpoint: Path, documents: int) -> None:
+    tokenizer = Tokenizer.load(Checkpoint(str(tiny_checkpoint), "tiny"))
+    with pytest.raises(BenchError, match=f"4, 6, 8, 10 documents, and --documents is {documents}"):
+        cases(tokenizer, Namespace(only="tasks", documents=documents, length=30, cases=1))
+
+
+@pytest.mark.parametrize("count", NUM_DOCUMENTS)
+def test_tasks_of_any_other_number_of_documents_are_made(tiny_checkpoint: Path, count: int) -> None:
+    tokenizer = Tokenizer.load(Checkpoint(str(tiny_checkpoint), "tiny"))
+    made = cases(tokenizer, Namespace(only="tasks", documents=count, length=30, cases=3))
+    assert [len(case.documents) for _, case in made] == [count] * 3 * len(TASKS)
 
 
 @pytest.mark.parametrize("task", TASKS)

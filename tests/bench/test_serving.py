@@ -24,7 +24,7 @@ from rich.progress import Progress
 from bench import BenchError
 from bench.serving import __main__ as serving
 from bench.serving.__main__ import Measurement, parse_arguments
-from bench.serving.measure import Point, PromptWriter, Run, run_figures, run_point, speedup, summarise
+from bench.serving.measure import FILLER, Point, PromptWriter, Run, run_figures, run_point, speedup, summarise
 from bench.serving.report import Served, report
 from bench.shared.machine import OthersMeter, listeners
 from bench.shared.servers import Server, server_counter
@@ -208,6 +208,21 @@ def test_a_prompt_has_exactly_the_wanted_tokens_and_a_beginning_of_its_own(num_t
     assert len({prompt[:12] for prompt in prompts}) == 5
     with pytest.raises(BenchError, match="too short"):
         writer.write(2)
+
+
+@pytest.mark.parametrize("plain_words", [100, 500, 900])
+def test_a_prompt_of_uneven_words_is_found_in_few_counts(plain_words: int) -> None:
+    """From some word on each takes thirty tokens, so that tokens a word say little of what is missing."""
+    num_counts = 0
+
+    def count(text: str) -> int:
+        nonlocal num_counts
+        num_counts += 1
+        words = text.replace(FILLER, "").split()
+        return text.count(FILLER) + len(words) + 29 * max(0, len(words) - plain_words)
+
+    assert count(PromptWriter(count).write(1024)) == 1024
+    assert num_counts <= 24
 
 
 def test_one_server_alive_at_a_time_only_the_first_counts_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

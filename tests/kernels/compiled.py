@@ -82,7 +82,7 @@ def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, An
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"], "HEADS_FIRST": decode.HEADS_FIRST}
             warps = {splits.schedule_kernel: 4, splits.merge_kernel: 4, decode.decode_kernel: config.num_warps}
             if module is prefill:
-                warps = {prefill.turn_queries_kernel: 8 if plan.fades else 4, prefill.turn_keys_kernel: 4}
+                warps = {prefill.turn_queries_kernel: prefill.query_warps(plan), prefill.turn_keys_kernel: 4}
                 warps[prefill.prefill_kernel] = config.num_warps
             for kernel, num_warps in warps.items():
                 yield kernel, replace(config, num_warps=num_warps), fixed, dtype

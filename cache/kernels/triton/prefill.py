@@ -56,6 +56,11 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     return Config(block_m=max(64, padded(group)), block_n=16 if narrow else 32, num_warps=8, num_stages=2)
 
 
+def query_warps(plan: CudaPlan) -> int:
+    """Of `turn_queries_kernel`: what fades takes more registers, as do interleaved pairs where Triton 3.7 compiles."""
+    return 8 if plan.fades or plan.interleaved else 4
+
+
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
 def turn_queries_kernel(
     tiles, reads, query, turned_queries, turns, decay, row_scale, query_stride, num_rows, num_parts, scale,
@@ -269,7 +274,7 @@ def prefill(
         "turned_queries": torch.empty(plan.num_parts, len(query), heads, dim, dtype=keys.dtype, device=query.device),
     }
     grid = len(plan.tiles), plan.num_parts, kv_heads
-    launch(turn_queries_kernel, grid, given, fixed, 8 if plan.fades else 4)  # what fades takes more registers
+    launch(turn_queries_kernel, grid, given, fixed, query_warps(plan))
     row_bytes = dim * keys.dtype.itemsize
     heads_of = [max(1, min(kv_heads, SCRATCH_BYTES // (max(1, one.scratch_rows) * row_bytes))) for one in plan.passes]
     size = max(max(1, one.scratch_rows) * count for one, count in zip(plan.passes, heads_of, strict=True))

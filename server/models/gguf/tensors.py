@@ -1,7 +1,7 @@
 """Tensors of a GGUF file as bf16 safetensors under transformers' names, in parts that a killed conversion goes on from.
 
-Tensors are dequantised one by one and written in parts of a quarter GiB, so memory holds one part. A part that is there
-is whole: it is written aside and renamed.
+Tensors are dequantised one by one and written in parts of a quarter GiB, or of a layer where that is more, so memory
+holds one part. A part that is there is whole, after a power cut too: it is written aside, to the disk, and renamed.
 """
 
 from __future__ import annotations
@@ -141,6 +141,8 @@ class Weights:
         save_file(
             {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}, aside, {"format": "pt"}
         )
+        with aside.open("rb+") as written:
+            os.fsync(written.fileno())
         os.replace(aside, part)
 
     def _add(self, tensor: StoredTensor, tensors: dict[str, Tensor]) -> None:

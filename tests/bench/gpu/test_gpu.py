@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -181,6 +182,16 @@ def test_how_a_stage_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert (cut.told, told.told, beside.last) == ("ended at its limit", "ended at its limit", "ran")
     assert told.last == "told what it had"
     assert time.monotonic() - began < 30
+    # So is one that reads and writes nothing of it, where the stage ends before it.
+    left = "import subprocess as s, sys; child = [sys.executable, '-c', 'import time; time.sleep(60)']; "
+    left += "print(s.Popen(child, stdout=s.DEVNULL, stderr=s.DEVNULL).pid)"
+    child = int(run(stage("left", left), tmp_path).last)
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a child of the stage goes on")
     text = results([done, wrong, cut], "python -m bench.gpu A", tmp_path, None)
     assert "## GPU: not measured" in text
     assert "Its last line: `ValueError: kept`" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 import struct
@@ -577,6 +578,27 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert not (resumed / "stale").exists()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(resumed).items())
     assert weights(resumed).keys() == whole.keys()
+
+
+def test_a_part_is_on_the_disk_before_it_has_its_name(
+    copy_of: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power cut leaves one that is there and holds zeros, and a conversion that goes on takes it for whole."""
+    written: set[int] = set()
+    named: list[Path] = []
+    fsync, rename = os.fsync, os.replace
+
+    def replaced(aside: Path, part: Path) -> None:
+        if Path(part).suffix == ".safetensors":
+            assert Path(aside).stat().st_ino in written
+            named.append(part)
+        rename(aside, part)
+
+    monkeypatch.setattr(gguf_tensors, "PART_BYTES", 1)
+    monkeypatch.setattr(os, "fsync", lambda number: written.add(os.fstat(number).st_ino) or fsync(number))
+    monkeypatch.setattr(os, "replace", replaced)
+    copy_of(write_gguf(tmp_path / "model.gguf", layers=2))
+    assert len(named) > 2
 
 
 @pytest.mark.parametrize("seed", range(20))
