@@ -1,5 +1,6 @@
-"""Documents against the reference, for every method that needs no factors of a config: `cache.attention.reference` over raw keys that are put where a
-document stands. Lengths, orders, block and chunk sizes are random, and histories have twins, aborts and preemptions."""
+"""Documents against the reference, for every method that needs no factors of a config: `cache.attention.reference`
+over raw keys that are put where a document stands. Lengths, orders, block and chunk sizes are random, and histories
+have twins, aborts and preemptions."""
 
 from __future__ import annotations
 
