@@ -58,7 +58,7 @@ def run(stage: Stage, folder: Path) -> Ending:
         (folder / f"{stage.name}.log").open("w", encoding="utf-8") as log,
         subprocess.Popen(
             stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True, preexec_fn=_heed,
         ) as process,
     ):  # fmt: skip
 
@@ -86,6 +86,11 @@ def run(stage: Stage, folder: Path) -> Ending:
                 os.killpg(process.pid, signal.SIGKILL)
     told = "ended at its limit" if cut.is_set() else "done" if status == 0 else f"failed, status {status}"
     return Ending(stage.name, time.monotonic() - began, told, last)
+
+
+def _heed() -> None:
+    """Of a child before it runs: what a shell starts in the background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _missing(stage: Stage) -> str | None:
