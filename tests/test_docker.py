@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import socket
 import subprocess
@@ -36,7 +35,8 @@ DOCKER = ROOT / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-SERVERS = ("gpu", "gpus", "replica0", "replica1", "cpu")
+REPLICAS = tuple(f"replica{number}" for number in range(8))
+SERVERS = ("gpu", "gpus", *REPLICAS, "cpu")
 SETTINGS = {name.upper() for name in Settings.model_fields}
 OF_THE_HOST = {"HOST", "PORT", "CACHE_DIR", "API_KEY_FILE"}
 """Settings that name something of the host: what is published and mounted. The container has its own."""
@@ -285,9 +285,8 @@ def test_ports_agree() -> None:
     assert only("EXPOSE") == inside
     fields = Settings.model_fields
     published = f"${{HOST:-{fields['host'].default}}}:${{PORT:-{fields['port'].default}}}:{inside}"
-    replicas = {"replica0", "replica1"}
-    assert all(SERVICES[name]["ports"] == [published] for name in {*SERVERS, "router"} - replicas)
-    assert all(SERVICES[name]["ports"] == [] for name in replicas)
+    assert all(SERVICES[name]["ports"] == [published] for name in {*SERVERS, "router"} - {*REPLICAS})
+    assert all(SERVICES[name]["ports"] == [] for name in REPLICAS)
     others = [port for name in SERVICES.keys() - {*SERVERS, "router"} for port in SERVICES[name]["ports"]]
     assert all(port.startswith("127.0.0.1:") for port in others), "what asks for no key is not published to the network"
 
@@ -328,27 +327,49 @@ def test_gpus_are_reserved_by_the_servers_that_use_them() -> None:
         assert device["capabilities"] == ["gpu"]
         assert device.get("count", "${TENSOR_PARALLEL_SIZE:-1}") == "${TENSOR_PARALLEL_SIZE:-1}"
         assert ("count" in device) == (name == "gpus")
-        chosen = {"gpu": ["${GPU_ID:-0}"], "replica0": ["0"], "replica1": ["1"]}
+        chosen = {"gpu": ["${GPU_ID:-0}"]} | {name: [name.removeprefix("replica")] for name in REPLICAS}
         assert device.get("device_ids") == chosen.get(name)
     assert "deploy" not in SERVICES["cpu"]
     targets = {name: SERVICES[name]["build"]["target"] for name in SERVERS}
     assert targets == {name: "cpu" if name == "cpu" else "gpu" for name in SERVERS}
 
 
-def test_the_router_is_the_recipe_with_the_names_of_the_replicas() -> None:
-    """Its command makes the file, here as in the container; nothing in it names this host any more."""
-    router = SERVICES["router"]
-    source, inside = router["volumes"][0].split(":")[:2]
-    make, start = router["command"][-1].split(" && ")
-    assert f" {inside} > /tmp/nginx.conf" in make
-    assert start.startswith("exec nginx -c /tmp/nginx.conf ")
-    words = shlex.split(make.partition(" > ")[0].replace(inside, str(DOCKER / source)))
-    made = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    port = image_environment()["PORT"]
-    assert re.findall(r"server ([^\s{]+)", made) == [f"replica0:{port}", f"replica1:{port}"]
+def test_a_profile_has_as_many_replicas_as_its_name_says() -> None:
+    for count in range(2, len(REPLICAS) + 1):
+        chosen = {name for name, service in SERVICES.items() if f"replicas-{count}" in service.get("profiles", ())}
+        assert chosen == {*REPLICAS[:count], "router"}
+
+
+def router_files(folder: Path) -> tuple[Path, Path]:
+    """What the router's command makes, here as in the container: nginx's file, and that of its servers."""
+    source, inside = SERVICES["router"]["volumes"][0].split(":")[:2]
+    script, start = SERVICES["router"]["command"][-1].rsplit(" && ", 1)
+    assert start == "exec nginx -c /tmp/nginx.conf -g 'daemon off;'"
+    here = script.replace("$$", "$").replace(inside, str(DOCKER / source)).replace("/tmp/", f"{folder}/")
+    subprocess.run(["sh", "-c", here], check=True)
+    return folder / "nginx.conf", folder / "replicas.conf"
+
+
+def test_the_router_is_the_recipe_with_the_names_of_the_replicas(tmp_path: Path) -> None:
+    """Nothing in it names this host any more."""
+    router, port = SERVICES["router"], image_environment()["PORT"]
+    assert "depends_on" not in router, "what is not there yet is found by its name later"
+    file, servers = router_files(tmp_path)
+    made = file.read_text(encoding="utf-8")
+    assert f"include {servers};" in made
+    named = re.findall(r"server (\S+) .* resolve;", servers.read_text(encoding="utf-8"))
+    assert named == [f"{name}:{port}" for name in REPLICAS]
     assert re.findall(r"listen (.*);", made) == [router["ports"][0].rpartition(":")[2]]
-    assert "127.0.0.1" not in made
-    assert router["depends_on"] == ["replica0", "replica1"]
+    assert re.findall(r"127\.[\d.]+", made) == ["127.0.0.11"], "where containers ask for names"
+
+
+def test_replicas_without_gpus_have_their_share_of_cores() -> None:
+    text = (DOCKER / "replicas-cpu.yaml").read_text(encoding="utf-8")
+    services = yaml.safe_load(text.replace("deploy: !override", "deploy:"))["services"]
+    assert tuple(services) == REPLICAS
+    for service in services.values():
+        assert service["deploy"] == {"resources": {"limits": {"cpus": "${REPLICA_CPUS:-1}"}}}
+        assert (service["image"], service["build"]["target"]) == (SERVICES["cpu"]["image"], "cpu")
 
 
 def test_mounts_of_the_host_exist() -> None:
@@ -398,7 +419,8 @@ def run_compose(compose: list[str], *arguments: str, **variables: str) -> str:
         ([], {"gpu"}),
         (["cpu"], {"cpu"}),
         (["gpus"], {"gpus"}),
-        (["replicas"], {"replica0", "replica1", "router"}),
+        (["replicas-2"], {"replica0", "replica1", "router"}),
+        (["replicas-8"], {*REPLICAS, "router"}),
         (["gpu", "monitoring"], {"gpu", "prometheus", "grafana"}),
         (["cpu", "monitoring"], {"cpu", "prometheus", "grafana"}),
         (["monitoring"], {"prometheus", "grafana"}),
@@ -419,6 +441,21 @@ def test_compose_passes_what_is_set_and_leaves_the_rest(compose: list[str]) -> N
     (port,) = server["ports"]
     assert (port["host_ip"], port["published"], port["target"]) == ("0.0.0.0", "9000", 8000)
     assert server["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"] == ["1"]
+
+
+def test_compose_gives_replicas_a_gpu_or_cores_each(compose: list[str]) -> None:
+    def replicas(*more: str) -> list[Any]:
+        text = run_compose([*compose, *more], "--profile", "replicas-3", "config", "--format", "json", REPLICA_CPUS="4")
+        services = json.loads(text)["services"]
+        assert services.keys() == {*REPLICAS[:3], "router"}
+        return [services[name] for name in REPLICAS[:3]]
+
+    devices = [one["deploy"]["resources"]["reservations"]["devices"] for one in replicas()]
+    assert [[device["device_ids"] for device in own] for own in devices] == [[["0"]], [["1"]], [["2"]]]
+    for one in replicas("-f", "docker/replicas-cpu.yaml"):
+        assert (one["image"], one["build"]["target"]) == ("prerope:cpu", "cpu")
+        assert one["deploy"]["resources"].keys() == {"limits"}
+        assert float(one["deploy"]["resources"]["limits"]["cpus"]) == 4
 
 
 def test_compose_mounts_folders_of_the_host(compose: list[str]) -> None:

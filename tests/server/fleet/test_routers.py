@@ -7,8 +7,11 @@ import re
 import secrets
 import shlex
 import shutil
+import socketserver
 import subprocess
 import sysconfig
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ import yaml
 from prerope.server.engine.async_engine import EngineState
 
 from tests.server.test_cli import free_port, wait_for
+from tests.test_docker import router_files
 
 ROOT = Path(__file__).parents[3]
 DOCKER = ROOT / "docker"
@@ -140,21 +144,90 @@ def test_litellm_keeps_a_conversation_and_passes_a_draining_replica_by(
 
 
 def codes_while_one_drains(url: str, engine: Any) -> set[int]:
-    """Of chats of many conversations."""
+    """Of chats of many conversations, while this replica says 503."""
     engine.state = EngineState.DRAINING
-    body = {"model": "prerope", "messages": [{"role": "user", "content": "on"}], "max_tokens": 2}
     try:
-        with through(url) as http:
-            return {
-                http.post("/v1/chat/completions", json=body, headers={"x-session-id": f"session-{number}"}).status_code
-                for number in range(12)
-            }
+        return codes(url)
     finally:
         engine.state = EngineState.READY
 
 
+def codes(url: str) -> set[int]:
+    """Of twelve conversations."""
+    body = {"model": "prerope", "messages": [{"role": "user", "content": "on"}], "max_tokens": 2}
+    with through(url) as http:
+        return {
+            http.post("/v1/chat/completions", json=body, headers={"x-session-id": f"session-{number}"}).status_code
+            for number in range(12)
+        }
+
+
 def test_nginx_passes_a_draining_replica_by(nginx: str, replicas: list[str], serve_module: Any) -> None:
     assert codes_while_one_drains(nginx, serve_module.running(replicas[0]).service.engine) == {200}
+
+
+class Names(socketserver.BaseRequestHandler):
+    """A name server that knows the names in `known`, all of them this machine's."""
+
+    known: frozenset[str] = frozenset()
+
+    def handle(self) -> None:
+        query, answer_to = self.request
+        end = query.index(b"\0", 12) + 5
+        labels = "".join(map(chr, query[12 : end - 5])).translate(dict.fromkeys(range(32), "."))
+        is_known, is_ipv4 = labels[1:] in self.known, query[end - 4 : end - 2] == b"\0\1"
+        answers = b"\xc0\x0c\0\1\0\1\0\0\0\1\0\4\x7f\0\0\1" if is_known and is_ipv4 else b""
+        counts = bytes((0, 1, 0, bool(answers), 0, 0, 0, 0))
+        head = query[:2] + (b"\x81\x80" if is_known else b"\x81\x83") + counts
+        answer_to.sendto(head + query[12:end] + answers, self.client_address)
+
+
+@pytest.fixture
+def composed(replicas: list[str], tmp_path: Path) -> Iterator[str]:
+    """The router of docker/compose.yaml, its names those of `replicas` as far as `Names` knows them."""
+    program = shutil.which("nginx") or shutil.which("nginx", path=PROGRAMS)
+    version = subprocess.run([program or "true", "-v"], capture_output=True, text=True, check=True).stderr
+    if tuple(map(int, re.findall(r"\d+", version))) < (1, 27, 3):
+        pytest.skip("nginx, from version 1.27.3 on, is not installed")
+    file, servers = router_files(tmp_path)
+    with socketserver.ThreadingUDPServer(("127.0.0.1", 0), Names) as names:
+        threading.Thread(target=names.serve_forever, daemon=True).start()
+        port, text = free_port(), file.read_text(encoding="utf-8").replace("listen 8000", "listen 127.0.0.1:8000")
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("/tmp/prerope-", f"{tmp_path}/")
+        file.write_text(text.replace("127.0.0.11", f"127.0.0.1:{names.server_address[1]}"))
+        lines = servers.read_text(encoding="utf-8")
+        for number, replica in enumerate(replicas):
+            lines = lines.replace(f"replica{number}:8000", f"replica{number}:{replica.rpartition(':')[2]}")
+        servers.write_text(lines)
+        Names.known = frozenset({"replica0"})
+        process = subprocess.Popen([program, "-c", str(file), "-g", "daemon off; master_process off;"])
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait()
+            names.shutdown()
+
+
+def test_the_router_of_compose_takes_the_replicas_that_it_finds(
+    composed: str, replicas: list[str], serve_module: Any
+) -> None:
+    engines = [serve_module.running(replica).service.engine for replica in replicas]
+
+    def served() -> list[int]:
+        """Prompt tokens of twelve conversations, by replica."""
+        before = [engine.stats().prefix_queried_tokens for engine in engines]
+        assert codes(composed) == {200}
+        return [engine.stats().prefix_queried_tokens - count for engine, count in zip(engines, before, strict=True)]
+
+    assert served()[1] == 0
+    Names.known |= {"replica1"}
+    deadline = time.monotonic() + 30
+    while 0 in served():
+        assert time.monotonic() < deadline
+    assert_prefixes_are_found(composed, replicas[0])
+    assert codes_while_one_drains(composed, engines[0]) == {200}
 
 
 def test_a_chats_body_is_tokenized_as_it_would_be_answered(url: str) -> None:
