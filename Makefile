@@ -2,7 +2,7 @@
 #
 #   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
-#   make test-slow   the tests that take long by themselves: a soak, GPU stages at toy size, whole processes
+#   make test-slow   the rest: a soak, GPU stages at toy size, whole processes, more cases of a kind
 #   make test-page   the page in a headless Chromium (Debian: chromium)
 #   make test-clients   clients of others, each in an environment of its own in .clients (node and npm for those of JavaScript)
 #   make check   format, lint, types, import direction, docs drift
@@ -17,6 +17,8 @@
 #   transformers, rich and psutil are installed already, python -m bench.gpu needs neither .venv nor network.
 
 SHELL := /bin/bash
+# Compiled modules are kept: the tests alone start dozens of processes that import the same ones.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 
 VENV := .venv

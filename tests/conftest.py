@@ -45,6 +45,11 @@ def pytest_report_header() -> str:
     return f"device: {DEVICE}"
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file of slow tests alone is not even read where they are left out: its cases may be dear to make."""
+    return True if collection_path.stem.endswith("_slow") and config.option.markexpr == "not slow" else None
+
+
 LONGEST = (
     *("graphs/test_cuda_layers", "server/test_attacks", "models/test_model_types", "kernels/test_attention"),
     *("cache/test_cpu_attention", "server/test_workers", "server/test_isolation", "fuzz/test_openapi"),

@@ -256,6 +256,7 @@ def test_code_beside_a_checkpoint_is_not_run(tiny_checkpoint: Path, tmp_path: Pa
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_hub_model_are_of_the_commit_of_its_config(
     pickled: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 from prerope.server.workers.messages import EXIT, HEADER, Order, Outcome, Unborn, pack, pieces
 
 READ_LIMIT = 2**20
+BEGIN_TIMEOUT_S = 60.0
+"""Seconds in which a zygote that lives lets a child begin, however busy the machine is; else it is taken for lost."""
 READ_AGAIN_S = 0.01
 """Seconds until a zygote that has not read what was sent to it is looked at again."""
 EXIT_GRACE_S = 5.0
@@ -147,10 +149,14 @@ class Zygote:
     async def fork(self) -> Child:
         child = None
         try:
-            child = await self._ask_for_one()
-            await child.greet()
+            async with asyncio.timeout(BEGIN_TIMEOUT_S):
+                child = await self._ask_for_one()
+                await child.greet()
         except (asyncio.IncompleteReadError, ConnectionError):
             raise WorkerLost from None
+        except TimeoutError:
+            self.alive = False  # the next task begins another, and ends this one
+            raise WorkerLost("a helper process did not begin in time: try again") from None
         except OSError as error:
             raise no_room(error.strerror or type(error).__name__) from None
         finally:

@@ -208,6 +208,7 @@ def test_errors_and_tracebacks_are_found_in_a_log(tmp_path: Path) -> None:
     assert judge_log(log).finding.startswith("2 errors: boom ; Traceback (most recent")
 
 
+@pytest.mark.slow
 def test_a_refused_connection_is_a_problem_of_the_run_and_no_exception_in_it(tmp_path: Path) -> None:
     client = SoakClient("http://127.0.0.1:9", "key")
     asyncio.run(client.perform(Task("short", GENERATE, {"prompt": "Hello"})))

@@ -42,6 +42,7 @@ def test_a_real_start_writes_the_lines_in_order(tiny_checkpoint: Path, monkeypat
         milestones(lines[:-1], began)
 
 
+@pytest.mark.slow
 def test_a_start_is_measured_and_a_wrong_setting_ends_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     given = ["--rounds", "1", "--cold", "--fill", "--out", str(tmp_path), "--"]
     settings = ["--model-id", str(tiny_checkpoint), "--kv-cache-memory", "1MiB"]

@@ -17,6 +17,7 @@ from prerope.rope.reading import AngleMap, Part, Reading
 from torch import Tensor
 
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, Paged, method, one_group, paged, rotary
+from tests.tiers import every
 
 TOLERANCE = 1e-5
 
@@ -104,7 +105,7 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", every(2, METHOD_NAMES))
 def test_every_method_at_every_edge(name: str, kernel: bool) -> None:
     for logn in (False, True):
         positions = one_group(method(name, rotary(16, 16), window=32, logn=logn))
@@ -117,7 +118,7 @@ def test_every_method_at_every_edge(name: str, kernel: bool) -> None:
     [("kernel", 1), ("kernel", 16), ("kernel", 32), ("kernel", 63), ("torch", 16)],
     indirect=["kernel"],
 )
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", every(3, WINDOWED))
 def test_a_sliding_window_beside_the_methods_own(name: str, window: int, kernel: bool) -> None:
     """w − 1, w and w + 1: the far part is empty, is just empty, and has one key a row."""
     rows = [(0, 5), (window, 1), (window + 1, 1), (300, 1), (257, 70), (64, 1), (128, 3)]

@@ -16,6 +16,7 @@ from prerope.cache.cpu.tables import NO_POSITIONS
 from torch import Tensor
 
 from tests.cache.layouts import METHOD_NAMES, Paged, method, one_group, paged, rotary
+from tests.tiers import every
 
 pytestmark = pytest.mark.usefixtures("decode_kernel")
 
@@ -89,7 +90,7 @@ def test_contexts_of_several_spans(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, torch.bfloat16) for name in METHOD_NAMES),
+        *every(3, ((name, torch.bfloat16) for name in METHOD_NAMES)),
         # What a kernel does with a type is nothing of a method's: a row of each shape of maps is enough.
         *itertools.product(["rope", "dynamic_leaky", "dual_chunk", "xpos"], [torch.float32, torch.float16]),
     ],

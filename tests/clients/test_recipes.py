@@ -43,6 +43,7 @@ for recipe in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_recipes_print_replies(url: str, tmp_path: Path) -> None:
     """One process for all, whose imports take longer than they do."""
     recipes = [one.replace(ADDRESS, url) for one in RECIPES if package(one) not in SLOW]

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine, tokens_of
+from tests.tiers import every
 
 PREFIX, QUESTION = prompt_of(9, seed=100), prompt_of(7, seed=101)
 LENGTHS = (1, 5, 16, 31, 40)
@@ -131,7 +132,7 @@ def test_documents_are_read_as_by_hand(stock: Any, model: Model, documents: list
 METHODS = [name for name in METHOD_NAMES if name not in ("longrope", "llama3", "proportional", "auto", "model")]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every(3, METHODS))
 def test_nothing_but_the_prompt_decides(model: Model, method: str) -> None:
     """Cold, warm, in small chunks, beside others and preempted, for any lengths: the same reply to the bit."""
     dice = random.Random(method)

@@ -19,6 +19,7 @@ from prerope.server.models.model import Model
 
 from tests.device import DEVICE
 from tests.engine.tiny_models import greedy, prompt_of, request, run, tiny, tiny_engine
+from tests.tiers import every
 
 LENGTHS = [7 + 53 * n % 380 for n in range(24)]
 NEW = 16
@@ -32,7 +33,7 @@ def needs_kernels(decode_kernel: str) -> None:
         pytest.skip(decode_kernel)
 
 
-@pytest.fixture(params=["float32", "bfloat16", "bfloat16 widened"])
+@pytest.fixture(params=every(2, ["bfloat16", "bfloat16 widened", "float32"]))
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Model:
     name, _, widened = request.param.partition(" ")
     if widened and multiplies_pairs():

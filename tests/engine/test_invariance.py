@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tests.device import DEVICE
 from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, run, tiny, tiny_engine, tokens_of
+from tests.tiers import every
 
 TRAINED, LENGTH, VOCABULARY = 64, 600, 64
 TOLERANCE = 1e-4
@@ -226,7 +227,7 @@ def test_decode(num_prompt: int, model: Model, variants: dict[str, ModelPosition
     assert engine.stats().prefix_hit_tokens == 0
 
 
-@pytest.mark.parametrize("prefix_caching", [False, True])
+@pytest.mark.parametrize("prefix_caching", every(2, [True, False]))
 def test_forced_preemption(prefix_caching: bool, model: Model, variants: dict[str, ModelPositions]) -> None:
     """In mid-prefill and in mid-decode; recomputed whole, or from the blocks that survived."""
     engine = engine_for(model, prefix_caching=prefix_caching, max_batched_tokens=600)
@@ -248,12 +249,15 @@ def test_a_prefix_cache_hit(model: Model, variants: dict[str, ModelPositions]) -
 
 @pytest.mark.parametrize(
     ("first", "name"),
-    [
-        (first, name)
-        for name, spec in SPECS.items()
-        for first in ("rope", "self")
-        if spec.method != "longrope" and (first == "rope" or not spec.logn)
-    ],
+    every(
+        4,
+        [
+            (first, name)
+            for name, spec in SPECS.items()
+            for first in ("rope", "self")
+            if spec.method != "longrope" and (first == "rope" or not spec.logn)
+        ],
+    ),
 )
 def test_blocks_are_shared_with_rope(name: str, first: str, model: Model, variants: dict[str, ModelPositions]) -> None:
     """rope first, then another method on the same prompt, or the other way round: the second takes over exactly the

@@ -63,8 +63,11 @@ api = schemathesis.openapi.from_dict(DOCUMENT, config=SchemathesisConfig.from_di
 no_edges = schemathesis.openapi.from_dict(
     DOCUMENT, config=SchemathesisConfig.from_dict({**CONFIG, "phases": {"coverage": {"enabled": False}}})
 )
-LARGE = ("/v1/chat/completions", "/v1/chat/completions/render", "/tokenize")
-"""Bodies of so many fields that the edges of each are slow; most are those of /generate and /v1/completions."""
+LARGE = (
+    *("/v1/chat/completions", "/v1/chat/completions/render", "/v1/completions", "/v1/completions/render"),
+    *("/tokenize", "/detokenize"),
+)
+"""Bodies whose edges are slow, a thousand cases and more: test_openapi_slow.py. Most are those of /generate."""
 
 
 def answers_as_documented(case: Any, url: str) -> None:
@@ -77,7 +80,11 @@ def answers_as_documented(case: Any, url: str) -> None:
         assert response.text.endswith("data: [DONE]\n\n") or "event: error" in response.text
 
 
-def _test_of(method: str, path: str, schema: Any, max_examples: int = 10) -> Any:
+def name_of(method: str, path: str) -> str:
+    return f"test_{method}{re.sub(r'[^a-z0-9]+', '_', path)}"
+
+
+def operation_test(method: str, path: str, schema: Any, max_examples: int) -> Any:
     """All phases of one operation, under a name of its own: items of one name would be run once by xdist."""
 
     @schema.include(method=method.upper(), path=path).parametrize()
@@ -90,10 +97,9 @@ def _test_of(method: str, path: str, schema: Any, max_examples: int = 10) -> Any
 
 for _path, _item in DOCUMENT["paths"].items():
     for _method in _item:
-        _name = f"test_{_method}{re.sub(r'[^a-z0-9]+', '_', _path)}"
-        globals()[_name] = _test_of(_method, _path, no_edges, 30) if _path in LARGE else _test_of(_method, _path, api)
-        if _path in LARGE:
-            globals()[f"{_name}_at_its_edges"] = pytest.mark.slow(_test_of(_method, _path, api))
+        _name = name_of(_method, _path)
+        _how = (no_edges, 30) if _path in LARGE else (api, 10)
+        globals()[_name] = operation_test(_method, _path, *_how)
 
 
 def is_stream(response: Any) -> bool:

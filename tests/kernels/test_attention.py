@@ -19,13 +19,14 @@ from prerope.cache.kernels.triton.decode import config, decode
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, rotary
 from tests.device import DEVICE
 from tests.kernels.steps import TOLERANCE, difference, paged
+from tests.tiers import every
 
 # Trained length 64, window 32, tiles of 32 keys and buckets of 256 rows: a row on each side of every edge.
 DECODED = [(position, 1) for position in (0, 31, 32, 33, 64, 257)]
 CHUNKS = [(25, 15), (250, 12)]
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", every(3, METHOD_NAMES))
 def test_every_method(name: str) -> None:
     """Decoded rows and chunks side by side; dynamic methods' last chunk lies in two runs."""
     positions = one_group(method(name, rotary(16, 16), window=32, logn=True))
@@ -60,6 +61,7 @@ ROWS = st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 15, 33]))
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@pytest.mark.slow
 def test_any_shape(
     rows: list[tuple[int, int]],
     names: list[str],
@@ -84,7 +86,7 @@ def test_any_shape(
     assert difference(step, AttentionOptions(24**-0.5, "", sliding_window, softcap, sink, slope)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["rerope", "dual_chunk", "streaming"])
+@pytest.mark.parametrize("name", every(3, ["dual_chunk", "rerope", "streaming"]))
 def test_a_sliding_window_beside_the_methods_own(name: str) -> None:
     """w − 1, w and w + 1: the far part is empty, is just empty, and has one key a row."""
     assert name in WINDOWED
@@ -193,7 +195,7 @@ SCRATCHED = ("rope", "dynamic_leaky", "dynamic_ntk", "xpos", "rerope", "dual_chu
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        pytest.param(name, rows, marks=() if (number + place) % 3 == 0 else pytest.mark.slow)
+        pytest.param(name, rows, marks=() if (number + place) % 6 == 0 else pytest.mark.slow)
         for number, name in enumerate(SCRATCHED)
         for place, rows in enumerate(SCRATCHES)
     ],

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from tests.device import DEVICE
+from tests.tiers import every
 
 EPS = 1e-5
 WAYS: dict[Callable[..., Any], dict[str, bool]] = {
@@ -46,7 +47,13 @@ def check(ours: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("width", "dtype"),  # all widths where the tolerance is sharpest: masks are of a width, roundings of a type
-    [*((width, torch.float32) for width in WIDTHS), *itertools.product((50, 1030), (torch.float16, torch.bfloat16))],
+    every(
+        2,
+        [
+            *((width, torch.float32) for width in WIDTHS),
+            *itertools.product((50, 1030), (torch.float16, torch.bfloat16)),
+        ],
+    ),
 )
 def test_norms_of_any_width(width: int, dtype: torch.dtype) -> None:
     """Rows that fill programs and that do not; one by one, as no rows at all."""

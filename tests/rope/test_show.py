@@ -12,6 +12,8 @@ from prerope.rope.methods import method_table, resolve
 from prerope.rope.show import EXAMPLE, FOLDER, UNREAD, draw, example, main, page, seen
 from prerope.rope.spec import RopeSpec
 
+from tests.tiers import every
+
 LENGTH = 3000
 
 
@@ -44,7 +46,7 @@ def test_what_streaming_leaves_out_is_marked() -> None:
     assert set(np.unique(far.round(6))) == {UNREAD, 500.0}
 
 
-@pytest.mark.parametrize("name", ["rope", "longrope", "streaming", "dual_chunk", "dynamic_leaky"])
+@pytest.mark.parametrize("name", every(2, ["rope", "longrope", "streaming", "dual_chunk", "dynamic_leaky"]))
 def test_methods_of_every_shape_can_be_drawn(name: str, tmp_path: Path) -> None:
     """Few runs and many, one frequency vector and two, keys that are not read; `make docs` draws all the others."""
     entry = next(entry for entry in method_table() if entry.name == name)

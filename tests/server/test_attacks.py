@@ -16,6 +16,7 @@ from bench.soak import attacks
 from bench.soak.attacks import ATTACKS, Bystander
 from bench.soak.hostile import HUGE_GRAMMAR, PRIMES, meeting
 from tests.server.test_cli import free_port, start, wait_for
+from tests.tiers import every
 
 WORST_HEALTH_S = 1.0
 WORST_GAP_S = 2.0
@@ -52,7 +53,7 @@ QUICK = {"many items": 1 / 64}
 
 
 @pytest.mark.parametrize("share", [None, pytest.param(1, marks=pytest.mark.slow)], ids=["quick", "whole"])
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", every(2, ATTACKS))
 def test_nobody_else_is_held_up(
     url: str, attack: Callable[[str, str, float], list[int]], name: str, share: float | None
 ) -> None:

@@ -197,6 +197,7 @@ def test_a_signal_while_the_workers_begin_is_no_error(process: tuple[subprocess.
     assert "[error" not in err
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], str]) -> None:
     """Ctrl-C, this time: it begins the drain as SIGTERM does."""
     server, url = process

@@ -205,6 +205,7 @@ def test_requests_sent_before_their_turn_are_answered_in_order_and_with_rests(ur
         assert time.monotonic() - began >= (len(paths) - 1) * doors.PIPELINE_REST_S
 
 
+@pytest.mark.slow
 def test_the_limit_of_descriptors_is_one_of_connections(tiny_checkpoint: Path) -> None:
     """With `ulimit -n 256`, 400 half headers: others are served, and the log says a few lines."""
     port = free_port()

@@ -23,6 +23,8 @@ from prerope.server.api.chat.trial import guard, is_tame
 from prerope.server.errors import EngineUnavailable, InvalidRequest
 from prerope.server.machine.threads import ASIDE
 from prerope.server.tokenizer import Tokenizer
+from prerope.server.workers import children
+from prerope.server.workers.children import WorkerLost
 from prerope.server.workers.fair import FairSemaphore
 from prerope.server.workers.messages import Limits
 from prerope.server.workers.pool import Lane, Workers
@@ -243,6 +245,26 @@ def test_a_zygote_that_is_slow_to_read_is_waited_for() -> None:
         for child in await asyncio.gather(*tasks):
             assert child.pid is not None
             child.end()
+
+    with_workers(use)
+
+
+def test_a_zygote_that_never_answers_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use(workers: Workers) -> None:
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        silent = workers._zygote
+        assert silent is not None
+        assert workers._forking is not None
+        await workers._forking  # the child in waiting could still answer
+        silent.process.send_signal(signal.SIGSTOP)
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        with monkeypatch.context() as patch:
+            patch.setattr(children, "BEGIN_TIMEOUT_S", 0.2)
+            with pytest.raises(WorkerLost):
+                await silent.fork()
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+        assert silent.process.returncode == -signal.SIGKILL
+        assert workers._zygote is not silent
 
     with_workers(use)
 

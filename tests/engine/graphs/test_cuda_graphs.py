@@ -103,7 +103,7 @@ def outputs(engine: Engine, lengths: tuple[int, ...], **options: Any) -> list[li
     return [tokens_of(found[str(n)]) for n in range(len(lengths))]
 
 
-@pytest.mark.parametrize("method", ["rerope", "dynamic_leaky"])
+@pytest.mark.parametrize("method", ["dynamic_leaky", pytest.param("rerope", marks=pytest.mark.slow)])
 def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
     """Rows on both sides of the trained length, one of them crossing it."""
     lengths = (5, TRAINED - 1, TRAINED + 6)
@@ -180,6 +180,7 @@ def test_a_rank_that_cannot_capture_leaves_no_other_waiting_in_a_graph(monkeypat
         with_graphs(engine, refusing)
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_be_captured_in_traffic_runs_without(capsys: pytest.CaptureFixture[str]) -> None:
     """It is told once, and the graphs of the deployment stay."""
     engine = with_graphs(served())
@@ -242,6 +243,7 @@ def test_what_no_graph_is_for() -> None:
     assert RecordedGraph.num_replays == replays + 2
 
 
+@pytest.mark.slow
 def test_rows_that_fill_a_graph_up_store_nothing() -> None:
     engine = with_graphs(served())
     for keys in engine.storage.keys:
@@ -270,6 +272,7 @@ def test_tables_made_anew_are_captured_anew() -> None:
     assert len(engine.graphs._graphs) > captured
 
 
+@pytest.mark.slow
 def test_a_recording_keeps_what_was_not_copied() -> None:
     """The negative control: a captured step without the copies answers as it did then."""
     engine = with_graphs(served())
@@ -298,6 +301,7 @@ def test_buckets() -> None:
     assert buckets(300)[-3:] == [240, 256, 300]
 
 
+@pytest.mark.slow
 def test_reserved_tables_hold_every_row_of_a_step() -> None:
     """Each row past the trained length has an angle map of its own."""
     engine = served(method="dynamic_ntk")

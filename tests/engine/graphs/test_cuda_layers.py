@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tests.device import DEVICE
 from tests.engine.tiny_models import generate, greedy, prompt_of, tiny, tiny_engine, two_layers
 from tests.kernels.conftest import interpreter
+from tests.tiers import every
 
 __all__ = ["interpreter"]  # a fixture, of every test here
 
@@ -53,7 +54,7 @@ def transformers_greedy(transformers_model: Any, prompts: list[list[int]]) -> li
     return found
 
 
-@pytest.mark.parametrize("family", [*STACKED, *OTHERS])
+@pytest.mark.parametrize("family", every(3, [*STACKED, *OTHERS]))
 def test_greedy_equals_generate(family: str) -> None:
     """The probe holds both ways to transformers' logits: layer by layer, and the stack."""
     transformers_model = biased(two_layers(family))
@@ -194,7 +195,7 @@ def test_models_with_more_around_or_between_have_no_stack(scaled: str) -> None:
     assert on_cuda(tiny("granite", num_hidden_layers=1, **plain | {scaled: 2.0})).stack is None
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("family", every(2, ["qwen2", "qwen3"]))
 def test_the_whole_path_of_a_gpu(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same with the GPU's attention and store, which take rows of the merged projection as they lie."""
     from prerope.cache import storage

@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.engine.models.model_table import Verdict, examine, logits, row_errors, stock_logits
 from tests.engine.models.model_types import YARN, tiny_of_type
 from tests.engine.tiny_models import prompt_of
+from tests.tiers import every
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -90,7 +91,7 @@ NO_LONGER = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "config"), QUICK)
+@pytest.mark.parametrize(("model_type", "config"), every(2, QUICK))
 def test_served_equal_to_transformers(model_type: str, config: dict[str, Any]) -> None:
     assert examine(model_type, **config) == Verdict("served")
 

@@ -13,6 +13,7 @@ from prerope.server.models.cpu.stack import Stack
 from prerope.server.models.model import Model
 
 from tests.engine.tiny_models import greedy, prompt_of, request, run, tiny, tiny_engine
+from tests.tiers import every
 
 Scored = list[tuple[TokenLogprobs, ...]]
 
@@ -61,7 +62,7 @@ def most_rows(model: Model) -> int:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("rows", [1, 3, 9, None])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3"])
+@pytest.mark.parametrize("family", every(2, ["llama", "qwen2", "smollm3"]))
 def test_the_same_bits_as_layer_by_layer(
     family: str, rows: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

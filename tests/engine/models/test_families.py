@@ -11,6 +11,7 @@ from prerope.server.models.layers import PlainAttention
 from prerope.server.models.model import Model
 
 from tests.engine.tiny_models import FAMILIES, YARN, assert_idle, generate, greedy, prompt_of, tiny, tiny_engine
+from tests.tiers import every
 
 NUM_TOKENS = 16
 LENGTHS = (5, 33, 60, 100)
@@ -35,7 +36,7 @@ def transformers_greedy(model: Any, prompts: list[list[int]]) -> list[list[int]]
     return generated
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(2, FAMILIES))
 def test_greedy_equals_generate(family: str) -> None:
     """Chunked prefill beside decodes; and again with so few blocks that a sequence is preempted."""
     transformers_model = tiny(family)

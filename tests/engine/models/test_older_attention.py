@@ -14,20 +14,24 @@ from tests.engine.models.model_table import Verdict, as_people_run_it, examine
 from tests.engine.models.model_types import tiny_of_type
 from tests.engine.models.test_families import NUM_TOKENS, transformers_greedy
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, tiny_engine
+from tests.tiers import every
 
 NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 
 
 @pytest.mark.parametrize(
     ("model_type", "config"),
-    [
-        ("bloom", {"n_head": 6, "hidden_size": 96}),  # slopes of a number of heads that is no power of two
-        ("mpt", {"n_heads": 6, "d_model": 96, "attn_config": {"clip_qkv": 0.5}}),
-        ("falcon", {"alibi": True}),
-        ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),
-        ("falcon", NEW),
-        ("falcon", NEW | {"alibi": True}),
-    ],
+    every(
+        2,
+        [
+            ("bloom", {"n_head": 6, "hidden_size": 96}),  # slopes of a number of heads that is no power of two
+            ("mpt", {"n_heads": 6, "d_model": 96, "attn_config": {"clip_qkv": 0.5}}),
+            ("falcon", {"alibi": True}),
+            ("falcon", {"alibi": True, "multi_query": False, "num_kv_heads": 4}),
+            ("falcon", NEW),
+            ("falcon", NEW | {"alibi": True}),
+        ],
+    ),
 )
 def test_variants(model_type: str, config: dict[str, Any]) -> None:
     """Beyond the trained length, in fp32 and bf16, in one piece, in chunks and one token at a time."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.engine.tiny_models import generate, greedy, prompt_of, request, run, tiny, tiny_engine
+from tests.tiers import every
 
 ROWS = (1, 2, 3, 4, 5, 8, 11, FEW_ROWS, FEW_ROWS + 1, 100, 300)
 
@@ -213,7 +214,7 @@ FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "mixtral"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(2, FAMILIES))
 def test_families_pass_the_probe_beside_torchaos_forward(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, sharpness=1.0).to(dtype)
     quantize(model)

@@ -20,6 +20,7 @@ from prerope.server.models.model import Model
 from tests.engine.models.model_types import tiny_of_type
 from tests.engine.models.test_families import NUM_TOKENS, transformers_greedy
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, run, tiny_engine, tokens_of
+from tests.tiers import every
 
 HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid")
 """A short convolution, a gated delta net, Mamba 2; test_model_types.py has all others."""
@@ -27,7 +28,7 @@ HYBRIDS = ("lfm2", "qwen3_5_text", "granitemoehybrid")
 LENGTHS = (1, 5, 16, 33, 60, 100)
 
 
-@pytest.mark.parametrize("family", [*HYBRIDS, pytest.param("jamba", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", every(4, [*HYBRIDS, "jamba"]))
 def test_greedy_equals_generate(family: str) -> None:
     """In small chunks beside decodes; with so few blocks that sequences are preempted; with as few states as possible;
     and again over a warm cache."""

@@ -18,6 +18,7 @@ from prerope.server.models.model import Model
 
 from tests.engine.ranks.ranked import shared_engine
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine
+from tests.tiers import every
 
 ROOT = Path(__file__).parents[3]
 SHARED = (
@@ -79,7 +80,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair.close()
 
 
-@pytest.mark.parametrize("family", SHARED)
+@pytest.mark.parametrize("family", every(2, SHARED))
 def test_greedy_equals_one_rank(pair: Pair, family: str) -> None:
     """Whose prompts are read in one piece; the ranks' in chunks, beside decodes, then again (prefix hits)."""
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
@@ -151,6 +152,7 @@ def test_what_does_not_fit_is_refused_by_name(pair: Pair, family: str, config: d
     assert pair.said().startswith("refused: ")
 
 
+@pytest.mark.slow
 def test_a_follower_ignores_signals_and_has_its_environment_before_it_imports_torch() -> None:
     code = "import sys, prerope.server.ranks.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

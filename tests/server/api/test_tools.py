@@ -42,6 +42,8 @@ from prerope.server.engine.outputs import FinishReason
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.tokenizer import Tokenizer
 
+from tests.tiers import every
+
 MODEL = "tiny-tools"
 MESSAGES: list[Any] = [{"role": "user", "content": "How warm is it in Paris?"}]
 
@@ -530,7 +532,7 @@ def test_tags_are_read_where_calls_are_free_and_held_as_json_where_they_are_not(
     assert f"<tool_call>\n<function={message.tool_calls[0].function.name}>" in text
 
 
-@pytest.mark.parametrize("template", [MISTRAL_TEMPLATE, NAMED_TEMPLATE], ids=["list", "named"])
+@pytest.mark.parametrize("template", every(2, [MISTRAL_TEMPLATE, NAMED_TEMPLATE]), ids=["list", "named"])
 def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_path: Path, template: str) -> None:
     """Mistral's marks are tokens that text leaves out: the grammar asks for them by id, and the reader sees them."""
     renamed = {"repo_name": "[TOOL_CALLS]", "file_sep": "[ARGS]"}

@@ -17,6 +17,7 @@ from prerope.server.models.checkpoint import Checkpoint
 from tests.conftest import Servers
 from tests.engine.models.model_table import as_people_run_it
 from tests.engine.models.model_types import tiny_of_type
+from tests.tiers import every
 
 PROMPT = "The state of a sequence is kept where a block ends, and " * 4
 
@@ -62,7 +63,7 @@ def test_documents_are_refused_by_name(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "config"),
-    [("jamba", {"max_position_embeddings": 512}), ("falcon", {"alibi": True}), ("deepseek_v2", {})],
+    every(3, [("jamba", {"max_position_embeddings": 512}), ("falcon", {"alibi": True}), ("deepseek_v2", {})]),
 )
 def test_greedy_equals_generate(
     model_type: str, config: dict[str, Any], smollm2: Checkpoint, tmp_path: Path, serve: Servers

@@ -101,6 +101,7 @@ def test_a_client_that_leaves_takes_nobody_with_it(shared: Started) -> None:
     assert len(ask(shared[1])["token_ids"]) == 24
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_all_with_an_error_for_every_client(shared: Started) -> None:
     """Last of the module: the shared server is gone then."""
     process, url = shared
