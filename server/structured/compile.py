@@ -11,19 +11,25 @@ at a cost that is known.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, shorten
 from prerope.server.structured.rules import check_rules
-from prerope.server.structured.text import GrammarText, json_options
+from prerope.server.structured.text import GrammarText, Within, json_options
+from prerope.server.structured.unique.follow import Part
+from prerope.server.structured.unique.items import MARK
+from prerope.server.structured.unique.mask import vocabulary
+from prerope.server.structured.unique.places import Place, Places
+from prerope.server.structured.unique.seen import Language
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -103,7 +109,34 @@ def compile_here(wanted: GrammarText, tokenizer: Tokenizer, cost: Cost) -> Compi
     began = time.perf_counter()
     matcher.deep_copy().compute_bitmask()
     slow = time.perf_counter() - began > QUICK_S
-    return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow)
+    return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow, parts=differing_parts(wanted, tables))
+
+
+def differing_parts(wanted: GrammarText, tables: LLTokenizer) -> list[Part]:
+    """The JSON documents within, where values must differ in one of them; schemas without a mark are not read.
+    InvalidRequest where the tokenizer lacks what that takes."""
+    given = (Within((), (), wanted.text),) if wanted.kind == "json" else wanted.within
+    if not any(MARK in one.schema for one in given):
+        return []
+    words = vocabulary(tables)
+    if not words.is_whole:
+        raise InvalidRequest(
+            f"'{wanted.param}' asks for values that differ ('uniqueItems', 'minProperties'), which is not supported "
+            "with this model: its tokenizer has no token for some single characters",
+            param=wanted.param,
+            code="unsupported_field",
+        )
+
+    @cache
+    def language(mark: str) -> Language:
+        said = json.loads(mark)
+        matcher = new_matcher(GrammarText("json", json.dumps(said["schema"]), wanted.param), tables, on_trial=False)
+        return Language(matcher, tables, words.bytes, endless=said["endless"], decimals=said["decimals"])
+
+    def places(schema: str) -> Place | None:
+        return Places(json.loads(schema), lambda mark: language(json.dumps(mark))).root if MARK in schema else None
+
+    return [Part(words.spelled(one.head), words.spelled(one.next_head), places(one.schema)) for one in given]
 
 
 def new_matcher(wanted: GrammarText, tables: LLTokenizer, *, on_trial: bool = True) -> LLMatcher:

@@ -52,7 +52,8 @@ class Document:
 
     Attributes:
         ids: of all its schemas, those that keywords hold and those that references name, wherever they stand.
-        names_are_open: an object has names of its own and room for others.
+        has_one_writing: each value must have one text, without characters by their number: an object has names of its
+            own and room for others, or values must differ.
         is_met: several schemas look at one value somewhere.
         one_of_is_named: a reference may lead through a `oneOf`, which has to stay where it is.
     """
@@ -65,7 +66,7 @@ class Document:
         self.one_of_is_named = not all_known or any("oneOf" in unquote(str(one.get("$ref"))) for one in nodes)
         self._check_loops(nodes)
         self.ids = {id(one) for one in nodes}
-        self.names_are_open = any(map(_names_are_open, nodes))
+        self.has_one_writing = any(_names_are_open(one) or _differ(one) for one in nodes)
         self.is_met = any(map(_is_met, nodes))
         exact, are_all = self._reached([one for node in nodes for one in _list(node, "oneOf")])
         self._exact = {id(one) for one in exact} if are_all else None
@@ -164,6 +165,11 @@ def _names_are_open(schema: Schema) -> bool:
     """Whether an object has names of its own and room for others beside them."""
     named = schema.get("properties") or schema.get("patternProperties") or schema.get("required")
     return bool(named) and schema.get("additionalProperties", True) is not False
+
+
+def _differ(schema: Schema) -> bool:
+    """Whether items or names may have to differ."""
+    return schema.get("uniqueItems") is True or schema.get("minProperties", 0) not in (0, 1)
 
 
 def _is_met(schema: Schema) -> bool:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING
 
 from prerope.server.machine.threads import step_aside
+from prerope.server.structured.unique.follow import Part
+from prerope.server.structured.unique.mask import Differing, vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -32,11 +34,18 @@ MAX_REASON_CHARS = 300
 class TokenMatcher:
     """llguidance's matcher as the engine's `Matcher`: one thread at a time, the engine's or that of a mask."""
 
-    __slots__ = ("_accepting", "_failure", "_finished", "_inner", "_mask", "_slow", "_tokenizer")
+    __slots__ = ("_accepting", "_differing", "_failure", "_finished", "_inner", "_mask", "_slow", "_tokenizer")
 
-    def __init__(self, copy: Callable[[], LLMatcher], tokenizer: LLTokenizer, *, slow: bool = False) -> None:
-        """copy: makes llguidance's, at the beginning."""
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        copy: Callable[[], LLMatcher],
+        tokenizer: LLTokenizer,
+        differing: Differing | None = None,
+        *,
+        slow: bool = False,
+    ) -> None:
+        """copy: makes llguidance's, at the beginning. differing: what is taken out of its masks, if anything."""
+        self._tokenizer, self._differing = tokenizer, differing
         self._slow = slow
         self._failure = ""
         self._accepting = self._finished = False
@@ -74,6 +83,8 @@ class TokenMatcher:
             self._failure = "a token was drawn that it forbids"
         if self._inner.is_error():
             self._failure = shorten(self._inner.get_error())
+        elif self._differing is not None:
+            self._differing.accept(token_id)
         self._accepting, self._finished = self._inner.is_accepting(), self._inner.is_stopped()
 
     @property
@@ -97,7 +108,7 @@ class TokenMatcher:
             try:
                 mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
                 self._slow = time.perf_counter() - began > QUICK_S
-                return mask
+                return mask if self._differing is None else self._differing.allowed(self._inner, mask)
             except BaseException as error:
                 self._failure = failure_of(error)
         return b"\xff" * -(-self._tokenizer.vocab_size // 8)  # whatever is drawn: the reply ends there
@@ -110,17 +121,27 @@ class CompiledGrammar:
         num_bytes: what it takes of memory.
     """
 
-    __slots__ = ("_lock", "_prototype", "_slow", "_tokenizer", "num_bytes")
+    __slots__ = ("_lock", "_parts", "_prototype", "_slow", "_tokenizer", "num_bytes")
 
-    def __init__(self, prototype: LLMatcher, tokenizer: LLTokenizer, num_bytes: int = 0, *, slow: bool = False) -> None:
-        self._prototype = prototype
+    def __init__(
+        self,
+        prototype: LLMatcher,
+        tokenizer: LLTokenizer,
+        num_bytes: int = 0,
+        *,
+        slow: bool = False,
+        parts: Sequence[Part] = (),
+    ) -> None:
+        """parts: the JSON documents within, where values must differ in one of them."""
+        self._prototype, self._parts = prototype, parts
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # llguidance's objects may be used by one thread at a time
         self._slow = slow
         self.num_bytes = num_bytes
 
     def matcher(self) -> TokenMatcher:
-        return TokenMatcher(self._copy, self._tokenizer, slow=self._slow)
+        differing = Differing(self._parts, vocabulary(self._tokenizer)) if self._parts else None
+        return TokenMatcher(self._copy, self._tokenizer, differing, slow=self._slow)
 
     def prefix(self) -> Prefix:
         return Prefix(self._copy, self._tokenizer)

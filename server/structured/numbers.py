@@ -51,8 +51,8 @@ def _step_inside(schema: dict[str, Any], side: str, other: str, sign: int, *, me
     del schema[exclusive]
 
 
-def few_integers(schema: dict[str, Any], most: int) -> list[int] | None:
-    """The whole numbers within a schema's bounds; None where they are more than `most`."""
+def count_integers(schema: dict[str, Any], most: int) -> int:
+    """How many whole numbers lie within a schema's bounds, up to `most`."""
 
     def inner(plain: str, exclusive: str, sign: int) -> int | None:
         """The outermost number on one side."""
@@ -62,9 +62,7 @@ def few_integers(schema: dict[str, Any], most: int) -> list[int] | None:
         return sign * max(found) if found else None
 
     least, last = inner("minimum", "exclusiveMinimum", 1), inner("maximum", "exclusiveMaximum", -1)
-    if least is None or last is None or last - least >= most:
-        return None
-    return [*range(least, last + 1)]
+    return most if least is None or last is None else min(max(last - least + 1, 0), most)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

@@ -3,15 +3,14 @@
 llguidance refuses a schema with a keyword that it does not enforce. Many of those ask for nothing where they stand
 (`"uniqueItems": false`, `then` without `if`, a format of the client's own), or can be said in another way (the names of
 an object's properties, as a dictionary with keys of an enumeration has them). What it would take and not hold is said
-in another way, too, or refused. The rewritten schema allows what the client's allows or less, never more, with one
-exception that the caller is told of by name: that items or names differ from each other (`uniqueItems`,
-`minProperties`) where they cannot be listed. What can be said in no other way is left as it is, for llguidance to
-refuse.
+in another way, too, or refused. The rewritten schema allows what the client's allows or less, never more. That items or
+names differ from each other (`uniqueItems`, `minProperties`) no grammar can tell: such schemas get a mark, and `unique`
+holds a reply to it. Where it cannot, the caller is told, and it is for the caller to refuse. What can be said in no
+other way is left as it is, for llguidance to refuse.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +19,10 @@ from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
 from prerope.server.structured.numbers import check_numbers, narrow_bounds
-from prerope.server.structured.sets import MAX_CHOICES, MAX_LISTED, MAX_PERMUTED, Disjoint, choices, enumerated
-from prerope.server.structured.values import Unenforceable, distinct, holds_control
+from prerope.server.structured.sets import Disjoint, enumerated
+from prerope.server.structured.unique.items import MANY, MARK, NAMES, Items, items_of
+from prerope.server.structured.unique.places import Places
+from prerope.server.structured.values import Unenforceable, distinct, holds_control, looks_around
 
 LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
@@ -31,22 +32,45 @@ WHITESPACE = ("whitespace_flexible", "whitespace_pattern")
 
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
 _TYPES = ("null", "boolean", "number", "string", "object", "array")
-_LOOK_AROUND = re.compile(r"\(\?<?[=!]")
+_OF_ITEMS = frozenset({"items", "maxItems", "minItems", "type"})
+_DEFINITIONS = frozenset({"$defs", "definitions", "x-guidance", MARK})
 
 
 @dataclass(slots=True)
 class Enforceable:
-    """`schema` for llguidance. `dropped`: keywords that asked for something that is not enforced."""
+    """`schema` for llguidance, with marks. `dropped`: keywords that are not enforced, each with the reason."""
 
     schema: Any
-    dropped: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
 
 
 def enforceable(schema: Any) -> Enforceable:
     """Rewrites a schema. Unenforceable says why a reply could not be held to it; RecursionError where it nests deeper
     than Python can follow."""
     schema = {} if schema is True else as_drafted(schema)
-    rewriter = _Rewriter(Document(schema))
+    said = _rewritten(schema, "")
+    try:
+        if said.marked:
+            Places(said.schema, lambda mark: mark)
+    except Unenforceable as error:
+        return _rewritten(schema, str(error)).enforceable
+    return said.enforceable
+
+
+@dataclass(slots=True)
+class _Rewritten:
+    schema: Any
+    dropped: dict[str, str]
+    marked: bool
+
+    @property
+    def enforceable(self) -> Enforceable:
+        return Enforceable(self.schema, self.dropped)
+
+
+def _rewritten(schema: Any, unheld: str) -> _Rewritten:
+    """unheld: why nothing can be held to differ; empty where some may."""
+    rewriter = _Rewriter(Document(schema), unheld)
     check_finite(schema, rewriter.document.referenced)
     new = rewriter.rewritten(schema)
     if not rewriter.document.ids <= rewriter.done:
@@ -54,11 +78,11 @@ def enforceable(schema: Any) -> Enforceable:
     if isinstance(new, dict):
         new.pop("$schema", None)  # all drafts are said in the words of the last one
         told = _whitespace(new.pop("x-guidance", None))
-        if rewriter.document.names_are_open:
+        if rewriter.document.has_one_writing:
             told["json_allowed_escapes"] = LETTERS
         if told:
             new["x-guidance"] = told
-    return Enforceable(new, sorted(rewriter.dropped))
+    return _Rewritten(new, rewriter.dropped, rewriter.marked)
 
 
 def _whitespace(options: Any) -> dict[str, Any]:
@@ -67,11 +91,12 @@ def _whitespace(options: Any) -> dict[str, Any]:
 
 
 class _Rewriter:
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, unheld: str) -> None:
         self.document = document
-        self.dropped: set[str] = set()
+        self.dropped: dict[str, str] = {}
+        self.marked = False
         self.done: set[int] = set()
-        self._choices_left = MAX_CHOICES
+        self._unheld = unheld
         self._disjoint = Disjoint(document.referenced)
 
     def rewritten(self, schema: Any) -> Any:
@@ -81,7 +106,7 @@ class _Rewriter:
         if schema.get("not") in ({}, True) and schema.keys() - REMARKS == {"not"}:
             self.done.add(id(schema["not"]))
             return False  # as zod writes it
-        new = {key: self._within(key, value) for key, value in schema.items()}
+        new = {key: self._within(key, value) for key, value in schema.items() if key != MARK}
         if not self.document.one_of_is_named and self._disjoint.branches(schema):
             _one_of(new)
         exact = self.document.is_exact(schema)
@@ -93,7 +118,7 @@ class _Rewriter:
             _keys(new)
             _numbers_or_text(new)
         self._names(new, exact=exact)
-        self._unique(new, exact=exact)
+        self._unique(new, schema)
         self._differing_names(new)
         return new
 
@@ -120,10 +145,10 @@ class _Rewriter:
         """Unenforceable for a listed value that could not be written."""
         for key in schema.keys() & {"const", "enum"}:
             check_numbers(schema[key])
-            if self.document.names_are_open and holds_control(schema[key]):
+            if self.document.has_one_writing and holds_control(schema[key]):
                 raise Unenforceable(
-                    f"'{key}' lists a control character: with names beside those of 'properties' none can be written; "
-                    "set 'additionalProperties' to false"
+                    f"'{key}' lists a control character: with names beside those of 'properties', or 'uniqueItems', "
+                    "none can be written; set 'additionalProperties' to false, or leave 'uniqueItems' out"
                 )
 
     def _names(self, schema: Schema, *, exact: bool) -> None:
@@ -141,42 +166,63 @@ class _Rewriter:
             return
         del schema["propertyNames"]
 
-    def _unique(self, schema: Schema, *, exact: bool) -> None:
-        """`uniqueItems` of items that can be listed: every choice of them as a tuple. Elsewhere it is dropped."""
-        if "uniqueItems" not in schema:
+    def _unique(self, schema: Schema, given: Schema) -> None:
+        """`uniqueItems`. given: the schema as the client has it."""
+        may_be_array = "array" in _types(schema)
+        if schema.pop("uniqueItems", None) is not True or not may_be_array or schema.get("maxItems", 2) in (0, 1):
             return
-        if schema.pop("uniqueItems") is not True or schema.get("maxItems", 2) in (0, 1):
+        try:
+            if self._unheld:
+                raise Unenforceable(self._unheld)
+            if beside := sorted(schema.keys() - _OF_ITEMS - REMARKS - _DEFINITIONS):
+                raise Unenforceable(f"'uniqueItems' is not held beside '{beside[0]}': leave one of the two out")
+            items = self._items(given.get("items"))
+            if schema.get("minItems", 0) > items.count:
+                raise Unenforceable(
+                    f"'uniqueItems' with 'minItems' {schema['minItems']}, and no more than {items.count} items are "
+                    "known to differ: ask for fewer"
+                )
+        except Unenforceable as error:
+            self.dropped["uniqueItems"] = str(error)
             return
-        values = None if "prefixItems" in schema else self._enumerated(schema.get("items"))
-        if values is None or len(values) > (MAX_PERMUTED if exact else MAX_LISTED):
-            self.dropped.add("uniqueItems")
-            return
-        tuples = [*choices(values)]
-        if len(tuples) > self._choices_left:
-            self.dropped.add("uniqueItems")
-            return
-        self._choices_left -= len(tuples)
-        # The bounds on the number of items stay where they are, and choose among the tuples.
-        del schema["items"]
-        others: list[Schema] = [] if schema.get("type") == "array" else [{"type": list(_TYPES[:-1])}]
-        _also(schema, {"anyOf": [*tuples, *others]})
+        if items.count < MANY:
+            schema["maxItems"] = min(schema.get("maxItems", items.count), items.count)
+        self._mark(schema, "items", items.mark | {"schema": self._of_its_own(items.schema)})
 
-    def _enumerated(self, items: Any) -> list[Any] | None:
-        """The values that a schema lists, itself or by references and choices, without repetition."""
-        schema = self._target(items)
-        if schema is None or set(schema) != {"anyOf"} or not isinstance(schema["anyOf"], list):
-            return None if schema is None else enumerated(schema)
-        listed = [None if (one := self._target(branch)) is None else enumerated(one) for branch in schema["anyOf"]]
-        return None if None in listed else distinct([value for values in listed for value in values or ()])
+    def _items(self, items: Any) -> Items:
+        try:
+            return items_of(items, self._target)
+        except Unenforceable as error:
+            raise Unenforceable(
+                f"'uniqueItems' is not held for items {error}. It is for strings without a pattern, whole numbers, "
+                "numbers without bounds, and what 'enum' lists: leave 'uniqueItems' out, or list the items"
+            ) from None
+
+    def _of_its_own(self, items: Schema) -> Any:
+        """The schema of an item in words that llguidance enforces, as a document."""
+        own = _Rewriter(Document(items), "").rewritten(items)
+        return own | {"x-guidance": {"whitespace_flexible": False, "json_allowed_escapes": LETTERS}}
 
     def _differing_names(self, schema: Schema) -> None:
         """More names than are listed may be one name twice: a grammar cannot tell."""
         least, required = schema.get("minProperties", 0), schema.get("required", [])
-        if not isinstance(least, int) or not isinstance(required, list):
+        if not isinstance(least, int) or not isinstance(required, list) or "object" not in _types(schema):
             return
-        closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
-        if not closed and least > len(distinct(required)) + 1:
-            self.dropped.add("minProperties")
+        patterns = schema.get("patternProperties") or {}
+        closed = schema.get("additionalProperties") is False and not patterns
+        if closed or least <= len(distinct(required)) + 1:
+            return
+        if not self._unheld and "propertyNames" not in schema and not patterns.keys() - {""}:
+            self._mark(schema, "names", NAMES)
+            return
+        self.dropped["minProperties"] = self._unheld or (
+            f"'minProperties' {least} is not held for names that follow a pattern or 'propertyNames': leave it out, or "
+            "list the names by 'properties'"
+        )
+
+    def _mark(self, schema: Schema, what: str, mark: dict[str, Any]) -> None:
+        schema.setdefault(MARK, {})[what] = mark
+        self.marked = True
 
     def _target(self, schema: Any) -> Schema | None:
         """The schema without remarks, behind a reference into this document; None where that is not one object."""
@@ -190,6 +236,11 @@ class _Rewriter:
                 return bare
             schema = self.document.referenced(bare["$ref"])
         return None
+
+
+def _types(schema: Schema) -> list[Any]:
+    types = schema.get("type", list(_TYPES))
+    return types if isinstance(types, list) else [types]
 
 
 def _counts(schema: Schema) -> None:
@@ -236,13 +287,7 @@ def _numbers_or_text(schema: Schema) -> None:
     if not isinstance(branches, list):
         return
     if any(isinstance(one, dict) and one.get("type") in ("number", "integer") for one in branches):
-        schema["anyOf"] = [False if _looks_around(one) else one for one in branches]  # in place: references count
-
-
-def _looks_around(schema: Any) -> bool:
-    return (
-        isinstance(schema, dict) and isinstance(text := schema.get("pattern"), str) and bool(_LOOK_AROUND.search(text))
-    )
+        schema["anyOf"] = [False if looks_around(one) else one for one in branches]  # in place: references count
 
 
 def _unevaluated(schema: Schema) -> None:

@@ -1,25 +1,14 @@
-"""Schemas as sets of values: those that can be listed, every choice of them as a tuple, and those that have no value in
-common."""
+"""Schemas as sets of values: those that can be listed, and those that have no value in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import combinations, permutations
+from itertools import combinations
 from typing import Any
 
 from prerope.server.structured.document import Schema
-from prerope.server.structured.numbers import few_integers
 from prerope.server.structured.values import KINDS, distinct, identity, kind, kinds, of_type
-
-MAX_PERMUTED = 4
-"""Items of a set that may come in any order."""
-
-MAX_LISTED = 7
-"""Items of a set that come in the order of their enumeration: 128 subsets."""
-
-MAX_CHOICES = 256
-"""Such subsets and orders of all sets in a schema: some 130 characters each of what is compiled."""
 
 MAX_LOOKS = 3_000
 """Schemas that are looked at in one document to tell branches apart: some 15 ms, or 400 branches with a tag."""
@@ -41,28 +30,9 @@ def enumerated(schema: Schema) -> list[Any] | None:
         values = [schema["const"]]
     elif not says and schema.get("type") in ("boolean", "null"):
         values = [False, True] if schema["type"] == "boolean" else [None]
-    elif schema.get("type") == "integer" and says <= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}:
-        values = few_integers(schema, MAX_LISTED)
     else:
         return None
     return values and distinct([value for value in values if of_type(value, schema.get("type"))])
-
-
-def choices(values: list[Any]) -> Iterator[Schema]:
-    """Each choice of these values, in any order where they are few."""
-    choose: Callable[[list[Any], int], Iterator[tuple[Any, ...]]]
-    choose = permutations if len(values) <= MAX_PERMUTED else combinations
-    for size in range(len(values) + 1):
-        yield from map(_tuple, choose(values, size))
-
-
-def _tuple(values: tuple[Any, ...]) -> Schema:
-    return {
-        "type": "array",
-        "prefixItems": [{"const": value} for value in values],
-        "items": False,
-        "minItems": len(values),
-    }
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from prerope.server.errors import InvalidRequest
 
@@ -18,14 +18,27 @@ JSON_WHITESPACE = r"[ ]|\r?\n[ \t]{0,32}"
 Kind = Literal["json", "regex", "lark"]
 
 
+class Within(NamedTuple):
+    """A document within a reply: the texts and special tokens behind which it begins, those by which it follows another
+    one, and its schema."""
+
+    head: tuple[str | int, ...]
+    next_head: tuple[str | int, ...]
+    schema: str
+
+
 @dataclass(frozen=True, slots=True)
 class GrammarText:
-    """What a client asks for: `text` is a JSON schema, a regex or a grammar. `param` is the request's field."""
+    """What a client asks for: `text` is a JSON schema, a regex or a grammar. `param` is the request's field.
+
+    within: schemas of the JSON documents within a grammar of ours.
+    """
 
     kind: Kind
     text: str
     param: str = field(compare=False)
     compact: bool = False
+    within: tuple[Within, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest where it is too long."""

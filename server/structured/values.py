@@ -8,6 +8,7 @@ from typing import Any
 
 KINDS = frozenset({"null", "boolean", "integer", "fraction", "string", "array", "object"})
 
+_LOOK_AROUND = re.compile(r"\(\?<?[=!]")
 _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that are written by their number alone."""
 
@@ -81,3 +82,10 @@ def holds_control(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(holds_control, value.values()))
     return isinstance(value, str) and _CONTROL.search(value) is not None
+
+
+def looks_around(schema: Any) -> bool:
+    """Whether a schema has a pattern with look-around, which no grammar has."""
+    return (
+        isinstance(schema, dict) and isinstance(text := schema.get("pattern"), str) and bool(_LOOK_AROUND.search(text))
+    )

@@ -11,18 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jsonschema
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from llguidance import LLMatcher
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.compile import new_matcher
+from prerope.server.structured.matcher import CompiledGrammar
 from prerope.server.structured.schemas import enforceable
-from prerope.server.structured.text import GrammarText
 from prerope.server.structured.values import Unenforceable
 
 from tests.fuzz.budget import budget
-from tests.server.structured.test_schemas import byte_tokens
+from tests.server.structured.test_schemas import allowed, compiled_text
 
 TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 NAMES = ("a", "b", "ab", "k", "é", 'a"b', "x1")
@@ -141,21 +138,21 @@ class Writer:
         return self.rng.choice([NUMBERS, (True, False, 0, 1), TEXTS, ("a", "b"), (None,)][kind])
 
 
-def drawn(matcher: LLMatcher, rng: random.Random) -> str | None:
+def drawn(grammar: CompiledGrammar, rng: random.Random) -> str | None:
     """A reply; None for one that has not ended in time."""
-    copy, text, length = matcher.deep_copy(), bytearray(), rng.choice([20, 60, 120])
+    matcher, text, length = grammar.matcher(), bytearray(), rng.choice([20, 60, 120])
     while len(text) < LONG:
-        if copy.is_stopped() or (copy.is_accepting() and (len(text) > length or rng.random() < 0.15)):
+        if matcher.finished or (matcher.accepting and (len(text) > length or rng.random() < 0.15)):
             return text.decode()
-        bits = np.unpackbits(np.frombuffer(copy.compute_bitmask(), np.uint8), bitorder="little")
-        allowed = [int(token) for token in np.flatnonzero(bits) if token < 256]
-        if not allowed:
-            assert copy.is_accepting(), f"stuck after {text!r}: {copy.get_error()}"
+        following = allowed(matcher)
+        if not following:
+            assert matcher.accepting, f"stuck after {text!r}"
             return text.decode()
         liked = b'"}],0' if len(text) > length else LETTERS if rng.random() < 0.85 else bytes(range(256))
-        dull = [byte for byte in allowed if byte not in DULL] or allowed
+        dull = [byte for byte in following if byte not in DULL] or following
         byte = rng.choice([byte for byte in dull if byte in liked] or dull)
-        assert copy.consume_token(byte)
+        matcher.accept(byte)
+        assert not matcher.failure, matcher.failure
         text.append(byte)
     return None
 
@@ -167,12 +164,12 @@ def test_a_schema_is_held_or_refused(seed: int) -> None:
     schema = Writer(rng).document()
     try:
         said = enforceable(schema)
-        matcher = new_matcher(GrammarText("json", json.dumps(said.schema), "json_schema"), byte_tokens())
+        grammar = compiled_text(json.dumps(said.schema))
     except (Unenforceable, InvalidRequest):
         return
     validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
     for _ in range(6):
-        text = drawn(matcher, rng)
+        text = drawn(grammar, rng)
         if text is None:
             continue
         broken = [error for error in validator.iter_errors(json.loads(text)) if error.validator not in said.dropped]

@@ -31,7 +31,7 @@ from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
 from prerope.server.api.requests.structured import quoted, schema_text
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.drafts import as_drafted
-from prerope.server.structured.text import GrammarText, json_options
+from prerope.server.structured.text import GrammarText, Within, json_options
 from prerope.server.tokenizer import Tokenizer
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -70,7 +70,9 @@ class Function(RequestBody):
         """The parameters' JSON schema for llguidance."""
         schema = self.parameters or {"properties": {}, "additionalProperties": False}
         return schema_text(
-            {**as_drafted(schema), "type": "object", "x-guidance": json_options()}, "tools.function.parameters"
+            {**as_drafted(schema), "type": "object", "x-guidance": json_options()},
+            "tools.function.parameters",
+            strict=self.strict,
         )
 
 
@@ -198,14 +200,20 @@ def call_grammar(
     if free:
         lazy = "" if form.begin in marks else "[lazy]"  # text ends where the mark does
         lines += [r"TEXT: /(.|\n)*/", f"text_and_mark{lazy}: TEXT {mark(form.begin)}"]
+    within = []
     for index, function in enumerate(functions):
-        if form.args:
-            call = f"{quoted(function.name)} {mark(form.args)} arguments_{index}"
-        else:
-            head = quoted(f'{{"name": "{function.name}", "{form.key}": ')
-            call = f'{head} arguments_{index} "}}"'
-        lines += [f"call_{index}: {call}", f"arguments_{index}: %json {function.schema_text}"]
-    return GrammarText("lark", "\n".join(lines), "tools")
+        schema, call_head, behind = function.schema_text, _call_head(function.name, form), "" if form.args else "}"
+        written = " ".join(mark(one) for one in call_head)
+        lines += [f"call_{index}: {written} arguments_{index} {mark(behind)}", f"arguments_{index}: %json {schema}"]
+        spelled = tuple(marks.get(one, one) for one in call_head)
+        next_head = () if form.between is None else (behind, form.between, *spelled)
+        within.append(Within((marks.get(form.begin, form.begin), form.opening, *spelled), next_head, schema))
+    return GrammarText("lark", "\n".join(lines), "tools", within=tuple(within))
+
+
+def _call_head(name: str, form: ToolFormat) -> tuple[str, ...]:
+    """What a call begins with, before its arguments: texts and marks."""
+    return (name, form.args) if form.args else (f'{{"name": "{name}", "{form.key}": ',)
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,8 +255,9 @@ def optional_schema(
     return None if schema is None else schema_grammar(schema, param, compact=compact)
 
 
-def schema_text(schema: Any, param: str) -> str:
-    """A client's JSON schema as the text that is compiled. A keyword that is not enforced is named in the header."""
+def schema_text(schema: Any, param: str, *, strict: bool = True) -> str:
+    """A client's JSON schema as the text that is compiled. One that cannot be enforced is refused; with STRICT_FIELDS
+    off, and where the client does not ask for it (strict), what is not enforced is named in the header."""
     GrammarText("json", json_text(schema, param), param)  # what is too long is refused before there is work on it
     try:
         rewritten = enforceable(schema)
@@ -264,7 +265,9 @@ def schema_text(schema: Any, param: str) -> str:
         raise too_deep(param) from None
     except Unenforceable as error:
         raise InvalidRequest(f"'{param}' cannot be enforced: {error}", param=param, code="bad_grammar") from None
-    for keyword in rewritten.dropped:
+    for keyword, reason in rewritten.dropped.items():
+        if strict and current_report().strict:
+            raise InvalidRequest(f"'{param}' cannot be enforced: {reason}", param=param, code="bad_grammar")
         current_report().ignore(f"{param}.{keyword}")
     return json_text(rewritten.schema, param)
 

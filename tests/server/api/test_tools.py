@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply
 from prerope.server.api.chat.reasoning import ReasoningReader
 from prerope.server.api.chat.tool_calls import TextReader, ToolCallReader
@@ -532,6 +532,55 @@ def test_tags_are_read_where_calls_are_free_and_held_as_json_where_they_are_not(
     assert f"<tool_call>\n<function={message.tool_calls[0].function.name}>" in text
 
 
+ROOMS = function(
+    "rooms",
+    {
+        "type": "object",
+        "properties": {
+            "n": {"type": "array", "items": {"enum": [*range(8)]}, "uniqueItems": True, "minItems": 6, "maxItems": 6}
+        },
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+)
+
+
+def each_room_once(reply: Any) -> None:
+    calls = [call for choice in reply.choices for call in choice.message.tool_calls]
+    whole = [json.loads(call.function.arguments)["n"] for call in calls if call.function.arguments.endswith("]}")]
+    assert whole
+    assert all(len(numbers) == len(set(numbers)) == 6 for numbers in whole)
+
+
+def test_items_of_a_call_differ_where_they_must(client: OpenAI) -> None:
+    for parallel in (False, True):
+        each_room_once(
+            client.chat.completions.create(
+                model=MODEL,
+                messages=MESSAGES,
+                tools=[*TOOLS[:1], ROOMS],
+                tool_choice={"type": "function", "function": {"name": "rooms"}},
+                parallel_tool_calls=parallel,
+                seed=1,
+                n=3,
+                max_tokens=400,
+            )
+        )
+
+
+def test_items_of_a_tool_that_cannot_be_held_to_differ(client: OpenAI) -> None:
+    """Refused where the tool is strict; else left out, and named."""
+    items = {"type": "array", "items": {"type": "object"}, "uniqueItems": True}
+    parameters = {"type": "object", "properties": {"n": items}, "required": ["n"]}
+    asked: Any = {"model": MODEL, "messages": MESSAGES, "tool_choice": "required", "max_tokens": 4}
+    lax = client.chat.completions.with_raw_response.create(tools=[function("rooms", parameters)], **asked)
+    assert lax.headers["x-ignored-fields"] == "tools.function.parameters.uniqueItems"
+    strict = function("rooms", parameters)
+    strict["function"]["strict"] = True
+    with pytest.raises(BadRequestError, match="'uniqueItems' is not held for items that are lists or objects"):
+        client.chat.completions.create(tools=[strict], **asked)
+
+
 @pytest.mark.parametrize("template", every(2, [MISTRAL_TEMPLATE, NAMED_TEMPLATE]), ids=["list", "named"])
 def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_path: Path, template: str) -> None:
     """Mistral's marks are tokens that text leaves out: the grammar asks for them by id, and the reader sees them."""
@@ -562,8 +611,12 @@ def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_pa
             logit_bias={str(mark): 100},
             parallel_tool_calls=False,
         )
+        rooms = client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, tools=[ROOMS], tool_choice="required", seed=2, n=3, max_tokens=200
+        )
     for one in free.choices:
         assert len(checked(one.message)) == 1, "the model is made to write the mark, and the rest follows"
+    each_room_once(rooms)
     choice = reply.choices[0]
     assert len(checked(choice.message)) == 1
     assert choice.finish_reason == "tool_calls"
