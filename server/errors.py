@@ -25,11 +25,15 @@ A message names the thing, the limit, the value given and the remedy, and never 
 
 from __future__ import annotations
 
+import os
 import re
 from typing import ClassVar
 
 NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
 """In what torch, safetensors and the system say where there is none."""
+
+OF_SYSTEM = re.compile(r"\(os error (\d+)\)")
+"""How packages written in Rust name the system's error within their own."""
 
 OF_PYTHON = re.compile("invalid literal|dictionary update|not enough|too many|list index")
 """How messages begin that are about code and not about what it was given."""
@@ -206,6 +210,14 @@ def of_memory(error: BaseException) -> bool:
     """Whether it tells of memory that ran out. torch's allocator for the CPU raises a RuntimeError."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, for the GPU
     return named or bool(NO_MEMORY.search(str(error)))
+
+
+def of_system(error: BaseException) -> OSError | None:
+    """The system's error that it tells of, such as that of a full disk; None where it tells of something else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    named = OF_SYSTEM.search(str(error))
+    return None if named is None else OSError(int(named[1]), os.strerror(int(named[1])))
 
 
 def one_line(text: str) -> str:

@@ -16,7 +16,7 @@ import structlog
 import uvicorn
 from fastapi import FastAPI
 from prerope.server.engine.async_engine import EngineState
-from prerope.server.errors import ConfigurationError, OutOfMemory, words_of
+from prerope.server.errors import ConfigurationError, OutOfMemory, of_system, words_of
 from prerope.server.http.connection import Connection, Door
 from prerope.server.log import LEVELS, trace
 from prerope.server.service import Service
@@ -117,13 +117,7 @@ class DrainingServer(uvicorn.Server):
             return
         except Exception as error:  # a folder holds anything, and libraries raise whatever they meet in it
             log.debug("the model could not be loaded", exc_info=error)
-            self._fail(
-                ConfigurationError(
-                    f"MODEL_ID: {self._service.model_name!r} cannot be served: "
-                    f"{words_of(error) or 'something in its files or settings is met nowhere else'}. Download its "
-                    "files again, or take another model; LOG_LEVEL=debug shows where that arose"
-                )
-            )
+            self._fail(self._refusal(error))
             return
         self._announce()
         if self._once_ready is not None:
@@ -136,6 +130,15 @@ class DrainingServer(uvicorn.Server):
         if engine.failure is not None:
             log.error("the engine died", exc_info=engine.failure)
             self._fail(engine.failure)
+
+    def _refusal(self, error: Exception) -> ConfigurationError:
+        """What whoever started the server is told of an error that nothing on the way took for a fault of the model."""
+        said = words_of(error) or "something in its files or settings is met nowhere else"
+        remedy = "" if of_system(error) else "Download its files again, or take another model; "
+        return ConfigurationError(
+            f"MODEL_ID: {self._service.model_name!r} cannot be served: {said}. "
+            f"{remedy}LOG_LEVEL=debug shows where that arose"
+        )
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prerope.server.errors import ConfigurationError, of_memory
+from prerope.server.errors import ConfigurationError, of_memory, of_system
 from prerope.server.models.config.faults import own_words
 from prerope.server.models.gguf.header import Header
 
@@ -25,7 +25,10 @@ def refused(header: Header, reason: str) -> ConfigurationError:
 
 @contextmanager
 def read_as(header: Header, fault: str) -> Iterator[None]:
-    """Inside, whatever code of others raises is a refusal. fault: what is then wrong with the file, a clause."""
+    """Inside, whatever code of others raises is a refusal, but what the system raised is an OSError.
+
+    fault: what is wrong with the file where something is refused, a clause.
+    """
     try:
         yield
     except (ConfigurationError, OSError):
@@ -33,6 +36,8 @@ def read_as(header: Header, fault: str) -> Iterator[None]:
     except Exception as error:  # readers of a format that grows raise whatever they meet
         if of_memory(error):
             raise
+        if system := of_system(error):
+            raise system from error
         log.debug("a GGUF file could not be read", exc_info=error)
         raise refused(header, f"{_reason(header, error, fault)}: {AGAIN}") from error
 

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import resource
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -599,6 +600,18 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "replace", replaced)
     copy_of(write_gguf(tmp_path / "model.gguf", layers=2))
     assert len(named) > 2
+
+
+def test_a_disk_that_takes_no_more_is_no_fault_of_the_file(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", layers=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, hard))
+    try:
+        with pytest.raises(ConfigurationError, match=r"CACHE_DIR=.* cannot hold the converted model: File too large"):
+            copy_of(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert copy_of(file).is_dir()
 
 
 @pytest.mark.parametrize("seed", range(20))
