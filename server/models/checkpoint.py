@@ -8,6 +8,7 @@ imports transformers lazily.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -204,6 +205,8 @@ def _converted(file: Path, key: str, cache_dir: Path, report: Callable[[str], No
                 report(f"warning: the converted copy in {target} is damaged ({wrong}) and is made again")
             report(f"Converting {file.name} to bf16, once")
             _convert_atomically(file, target, report)
+            if old := sorted(path.name for path in cache_dir.glob(f"{glob.escape(key)}-*/") if path != target):
+                report(f"{', '.join(old)} in {cache_dir} are other versions' copies of it: delete what nobody uses")
     except OSError as error:
         reason = error.strerror or error
         raise ConfigurationError(f"CACHE_DIR={cache_dir} cannot hold the converted model: {reason}") from error

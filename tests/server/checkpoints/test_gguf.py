@@ -22,6 +22,7 @@ from prerope.rope.frequencies import Rotary, llama3, plain
 from prerope.rope.methods import resolve
 from prerope.rope.spec import RopeSpec
 from prerope.server.errors import ConfigurationError
+from prerope.server.models import checkpoint
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
 from prerope.server.models.checks.probe import probe
 from prerope.server.models.gguf import header
@@ -600,6 +601,19 @@ def test_a_part_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "replace", replaced)
     copy_of(write_gguf(tmp_path / "model.gguf", layers=2))
     assert len(named) > 2
+
+
+def test_copies_of_other_versions_are_named(
+    copy_of: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    files = [write_gguf(tmp_path / f"{name}.gguf") for name in ("one", "two")]
+    old, other = map(copy_of, files)
+    monkeypatch.setattr(checkpoint, "CONVERSION_VERSION", checkpoint.CONVERSION_VERSION + 1)
+    resolve_checkpoint(str(files[0]), None, said.append, cache_dir=tmp_path / "cache")
+    assert [line for line in said if old.name in line]
+    assert not [line for line in said if other.name in line]
+    assert old.is_dir()
 
 
 def test_a_disk_that_takes_no_more_is_no_fault_of_the_file(copy_of: Callable[[Path], Path], tmp_path: Path) -> None:
