@@ -2,8 +2,8 @@
 
 Quality beside full attention for several numbers of tokens that are read again at their place, on loss and on tasks
 whose facts lie in different documents. Or, with `--times --documents 10 --length 1500`, the time to the first token
-over HTTP: cold, in another order, with one document edited, after a restart. Seeds are fixed; cases are the same for
-every variant.
+over HTTP: cold, in another order, with one document edited, after a restart, and for each of these numbers. Seeds are
+fixed; cases are the same for every variant.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None) -> int:
     checkpoint = resolve_checkpoint(asked.model, None, console.print)
     tokenizer = Tokenizer.load(checkpoint)
     if asked.times:
-        found = asyncio.run(time_to_first_token(asked.model, tokenizer, asked.documents, asked.length))
+        shape = (asked.documents, asked.length, asked.rereads)
+        found = asyncio.run(time_to_first_token(asked.model, tokenizer, *shape))
         data = {name: asdict(one) for name, one in found.items()}
         table = times_table(found, asked.documents, asked.length)
         report = Report("reuse-times", [table], data, lambda figure: draw_times(figure, found))
@@ -159,7 +160,10 @@ def times_table(times: dict[str, Asked], num_documents: int, length: int) -> Tab
         [name, f"{one.seconds:.2f} s", f"{cold.seconds / one.seconds:.1f}", f"{one.cpu:.1f} s", str(one.cached_tokens)]
         for name, one in times.items()
     ]
-    note = f"{num_documents} documents of {length} tokens over HTTP; replies are those of cold runs, token for token."
+    note = (
+        f"{num_documents} documents of {length} tokens over HTTP; replies are those of cold runs, token for token "
+        "(where r is told: not compared)."
+    )
     return Table(["request", "to the first token", "cold ÷ this", "CPU time", "tokens found"], rows, [note])
 
 

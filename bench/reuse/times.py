@@ -1,5 +1,5 @@
 """Time to the first token of prompts with ten documents of 1,500 tokens, over HTTP: cold, in another order, one edited,
-after a restart.
+after a restart; and in yet other orders with more and fewer tokens read again.
 
 The server is started by its own command, with a folder for what outlives it, twice. Beside the seconds stand those of
 CPU time that the server and its workers took: on a machine that others use, these are what compares.
@@ -28,6 +28,7 @@ from bench.shared.text import default_texts
 
 READY_TIMEOUT_S = 600.0
 COLD, REORDERED, EDITED = "cold", "another order and question", "one edited"
+REREAD = "another order, r = {}"
 RESTARTED = "after a restart, another order"
 
 
@@ -71,9 +72,9 @@ async def ask(
 
 
 async def time_to_first_token(
-    model: str | None, tokenizer: Tokenizer, num_documents: int, length: int
+    model: str | None, tokenizer: Tokenizer, num_documents: int, length: int, rereads: Sequence[int]
 ) -> dict[str, Asked]:
-    """By kind of request. BenchError where a warm reply is not that of a cold run."""
+    """By kind of request. BenchError where, at the default r, a warm reply is not that of a cold run."""
     ids = tokenizer.encode(next(default_texts())[1])
     texts = [tokenizer.decode(ids[start : start + length]) for start in range(0, (num_documents + 1) * length, length)]
     new, documents = texts[-1], texts[:-1]
@@ -88,6 +89,10 @@ async def time_to_first_token(
             times[COLD] = await ask(client, process, documents, first)
             times[REORDERED] = await ask(client, process, shuffled, second)
             times[EDITED] = await ask(client, process, edited, first)
+            for reread in rereads:
+                other = random.Random(f"r = {reread}").sample(documents, num_documents)
+                found = await ask(client, process, other, second, document_reread=reread)
+                times[REREAD.format(reread)] = found
             cold = await ask(client, process, shuffled, second, cache_salt="cold")
         async with served(model, tier, log) as (client, process):
             times[RESTARTED] = await ask(client, process, again, third)
