@@ -168,11 +168,12 @@ def times_table(times: dict[str, Asked], num_documents: int, length: int) -> Tab
 
 
 def draw(figure: Any, figures: Figures) -> None:
+    figure.set_size_inches(10, 5)
     left, right = figure.subplots(1, 2)
     names = [name for name in figures if name not in (FULL, NONE)]
     for measure in figures[FULL]:
         if measure in TASKS:
-            shown = [name for name in (FULL, *names) if measure in figures[name]]
+            shown = [name for name in (*names, FULL) if measure in figures[name]]
             values = [[100 * one for one in figures[name][measure]] for name in shown]
             panel = right
         else:
@@ -185,9 +186,9 @@ def draw(figure: Any, figures: Figures) -> None:
     left.axhline(0, color="grey", linewidth=1)
     left.set_title("loss − loss with full attention")
     right.set_title("right replies, %")
+    right.set_ylim(0, 100)
     for panel in (left, right):
-        panel.tick_params(axis="x", rotation=30)
-        panel.legend()
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def draw_times(figure: Any, times: dict[str, Asked]) -> None:
