@@ -28,6 +28,9 @@ LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
 character of a name that is not listed be written by its number, and so a listed name, too."""
 
+ONE_WRITING = {"whitespace_flexible": False, "json_allowed_escapes": LETTERS}
+"""The options of a document that is one item: no value has two texts."""
+
 WHITESPACE = ("whitespace_flexible", "whitespace_pattern")
 
 _COUNTS = ("maxItems", "maxLength", "maxProperties", "minItems", "minLength", "minProperties")
@@ -118,7 +121,7 @@ class _Rewriter:
             _keys(new)
             _numbers_or_text(new)
         self._names(new, exact=exact)
-        self._unique(new, schema)
+        self._unique(new, schema, exact=exact)
         self._differing_names(new)
         return new
 
@@ -166,7 +169,7 @@ class _Rewriter:
             return
         del schema["propertyNames"]
 
-    def _unique(self, schema: Schema, given: Schema) -> None:
+    def _unique(self, schema: Schema, given: Schema, *, exact: bool) -> None:
         """`uniqueItems`. given: the schema as the client has it."""
         may_be_array = "array" in _types(schema)
         if schema.pop("uniqueItems", None) is not True or not may_be_array or schema.get("maxItems", 2) in (0, 1):
@@ -176,7 +179,7 @@ class _Rewriter:
                 raise Unenforceable(self._unheld)
             if beside := sorted(schema.keys() - _OF_ITEMS - REMARKS - _DEFINITIONS):
                 raise Unenforceable(f"'uniqueItems' is not held beside '{beside[0]}': leave one of the two out")
-            items = self._items(given.get("items"))
+            items = self._items(given.get("items"), exact=exact)
             if schema.get("minItems", 0) > items.count:
                 raise Unenforceable(
                     f"'uniqueItems' with 'minItems' {schema['minItems']}, and no more than {items.count} items are "
@@ -187,21 +190,19 @@ class _Rewriter:
             return
         if items.count < MANY:
             schema["maxItems"] = min(schema.get("maxItems", items.count), items.count)
-        self._mark(schema, "items", items.mark | {"schema": self._of_its_own(items.schema)})
+        own = _Rewriter(Document(items.schema), "").rewritten(items.schema)
+        if not exact:
+            schema["items"] = own
+        self._mark(schema, "items", items.mark | {"schema": own | {"x-guidance": ONE_WRITING}})
 
-    def _items(self, items: Any) -> Items:
+    def _items(self, items: Any, *, exact: bool) -> Items:
         try:
-            return items_of(items, self._target)
+            return items_of(items, self._target, exact=exact)
         except Unenforceable as error:
             raise Unenforceable(
                 f"'uniqueItems' is not held for items {error}. It is for strings without a pattern, whole numbers, "
                 "numbers without bounds, and what 'enum' lists: leave 'uniqueItems' out, or list the items"
             ) from None
-
-    def _of_its_own(self, items: Schema) -> Any:
-        """The schema of an item in words that llguidance enforces, as a document."""
-        own = _Rewriter(Document(items), "").rewritten(items)
-        return own | {"x-guidance": {"whitespace_flexible": False, "json_allowed_escapes": LETTERS}}
 
     def _differing_names(self, schema: Schema) -> None:
         """More names than are listed may be one name twice: a grammar cannot tell."""

@@ -100,6 +100,7 @@ BODY: Mapping[str, Foreign] = {
     ),
     **ignored("litellm_call_id", "litellm_trace_id", "stream_interval", "cache_control", "caching", "num_retries"),
     **ignored("spaces_between_special_tokens", "return_mm_kwargs", "return_token_offsets", "media_io_kwargs"),
+    **ignored("mm_payload", "return_flat_raw_top_logprobs_b64", "return_spec_tokens_details"),
     "detokenize": Foreign("ask for 'return_token_ids'", harmless=(True,)),
     "response_format": Foreign(
         "say by this endpoint's own field what the reply is to match", harmless=({"type": "text"},)
@@ -113,6 +114,20 @@ BODY: Mapping[str, Foreign] = {
     "routed_experts_prompt_start": Foreign("experts are not told", harmless=(0,)),
     "routed_experts_start_len": Foreign("experts are not told", harmless=(0,)),
     **refused("experts and hidden states are not told", ("return_routed_experts", "return_hidden_states")),
+    **refused("one release of the weights is served", ("return_weight_versions",)),
+    **refused(
+        "ask for 'return_token_ids'",
+        (
+            "return_input_ids_in_sglext",
+            "return_output_ids_in_sglext",
+            "enable_response_messages",
+            "previous_input_messages",
+        ),
+    ),
+    **refused(
+        "ask for 'logprobs' and 'top_logprobs'",
+        ("return_sampling_mask", "sampling_logprobs_mode", "return_flat_raw_output_top_logprobs"),
+    ),
     **refused("the usage tells 'cached_tokens'", ("return_cached_tokens_details", "return_meta_info")),
     **refused(
         "the server is not one of several that share a prompt",
@@ -124,7 +139,10 @@ BODY: Mapping[str, Foreign] = {
         "no code of a request's own is run",
         ("custom_logit_processor", "custom_params", "logits_processors", "vllm_xargs", "session_params"),
     ),
-    **refused(_TEXT_ONLY, ("prompt_embeds", "mm_processor_kwargs", "images_config", "audio", "use_audio_in_video")),
+    **refused(
+        _TEXT_ONLY,
+        ("prompt_embeds", "mm_processor_kwargs", "images_config", "video_config", "audio", "use_audio_in_video"),
+    ),
     **refused(_TEXT_ONLY, ("max_dynamic_patch", "min_dynamic_patch", "image_data", "video_data", "audio_data")),
     # How a client calls: LiteLLM's, LangChain's and LlamaIndex's own settings, where they reach the body.
     **ignored("max_retries", "api_key", "api_base", "api_version", "base_url"),
@@ -177,7 +195,7 @@ BODY: Mapping[str, Foreign] = {
     "logprob_token_ids": Foreign("ask for 'top_logprobs' (or 'logprobs')"),
     "return_tokens_as_token_ids": Foreign("ask for 'return_token_ids'"),
     "repetition_detection": Foreign("use 'repetition_penalty' or 'frequency_penalty'"),
-    "watermarking": Foreign("replies are not marked"),
+    **refused("replies are not marked", ("watermark", "watermarking")),
     "thinking_token_budget": Foreign("limit the reply by 'max_tokens'", harmless=(-1,)),
     "suffix": Foreign("models served here complete at the end only"),
     # Fields of chats that completions may carry where they ask for nothing, and the reverse.

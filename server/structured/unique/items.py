@@ -18,6 +18,9 @@ MARK = "x-differ"
 MANY = 2**18
 """More values than a reply has items."""
 
+LARGEST = 10**15 - 1
+"""Of whole numbers without a bound: a float has each of them exactly."""
+
 _BOUNDS = frozenset({"exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum"})
 _KNOWN = frozenset({"type", "format", "maxLength", "minLength", "multipleOf", "pattern"}) | _BOUNDS
 
@@ -57,9 +60,15 @@ class _Part:
     endless: bool = False
 
 
-def items_of(schema: Any, target: Target) -> Items:
-    """Unenforceable where they cannot be held to differ, with what they are."""
+def items_of(schema: Any, target: Target, *, exact: bool) -> Items:
+    """Unenforceable where they cannot be held to differ, with what they are. Whole numbers without a bound get one, so
+    that none goes on for ever where a model repeats itself; exact: none does."""
     parts = [*_parts(schema, target, 8)]
+    for part in () if exact else parts:
+        if part.schema.get("type") == "integer":
+            for key, bound in (("minimum", -LARGEST), ("maximum", LARGEST)):
+                if part.schema.keys().isdisjoint({key, f"exclusive{key.title()}"}):
+                    part.schema[key] = bound
     counts = dict[str, int]()
     for part in parts:
         counts |= {one: max(most, counts.get(one, 0)) for one, most in part.counts.items()}

@@ -121,6 +121,7 @@ class SglangSampling(RequestBody):
     foreign: ClassVar[Mapping[str, Foreign]] = {
         **DIALECT,
         **ignored("spaces_between_special_tokens", "stream_interval"),
+        **ignored("stop_str_max_len", "stop_regex_max_len"),  # what its own server works out
         **ignored("custom_params"),  # read by a logit processor, of which there is none
         "stop_regex": Foreign("give 'stop' strings, or a 'regex' that the whole reply matches"),
         "structural_tag": Foreign("give a 'json_schema', a 'regex' or an 'ebnf'"),
