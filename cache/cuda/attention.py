@@ -33,7 +33,9 @@ def cuda_attention(
         if any((sequence.count == 1) == single for sequence in metadata.sequences):
             chosen = config(group, head_dim, keys.dtype)
             rows = 1 if single else chosen.block_m // group
-            key = PlanKey(single, rows, chosen.block_n, kv_heads, head_dim, options.group, options.sliding_window)
+            fine = decode_config(group, head_dim, keys.dtype, more=True).block_n if single else chosen.block_n
+            tiles = chosen.block_n, fine
+            key = PlanKey(single, rows, *tiles, kv_heads, head_dim, options.group, options.sliding_window)
             if key not in metadata.plans:
                 metadata.plans[key] = (plan_rows if single else plan_chunks)(metadata, key, query.device)
             with current(query.device):

@@ -51,6 +51,11 @@ class RowLayout:
     fades: bool
 
     @property
+    def tile(self) -> int:
+        """Keys that the kernel takes at once; tables are of `key.tile` all the same."""
+        return self.key.fine_tile if self.grouped or self.fades else self.key.tile
+
+    @property
     def buffer(self) -> Buffer:
         parts = (self.rows, self.num_parts)
         return Buffer(
@@ -134,7 +139,7 @@ class SingleRows:
         key_slots, query_slots = found
         for reading, own in self.readings:
             for number, part in enumerate(reading.parts):
-                reads[own, number] = _record(layout.key, part, key_slots.get((part.key, reading.decay)))
+                reads[own, number] = _record(layout, part, key_slots.get((part.key, reading.decay)))
                 places[own, number] = places_of(part.query, positions[own])
                 slots[own, number] = query_slots[part.query]
                 factors[own, number] = reading.attention_factor**2
@@ -145,13 +150,13 @@ class SingleRows:
         return buffer
 
 
-def _record(key: PlanKey, part: Part, slot: int | None) -> tuple[int, ...]:
+def _record(layout: RowLayout, part: Part, slot: int | None) -> tuple[int, ...]:
     """`READ_FIELDS`, but for the turn, which is the row's own. slot None: keys as they lie in the cache."""
-    edges = part.edges(key.reach, LONGEST)
+    edges = part.edges(layout.key.reach, LONGEST)
     if slot is None:
-        return *edges, -1, 0, LONGEST, LONGEST // key.tile, 1, 0, 0
+        return *edges, -1, 0, LONGEST, LONGEST // layout.tile, 1, 0, 0
     period = min(part.key.period or LONGEST, LONGEST)
-    return *edges, slot, 0, period, -(-period // key.tile), part.key.group, 0, 0
+    return *edges, slot, 0, period, -(-period // layout.tile), part.key.group, 0, 0
 
 
 def single_rows(metadata: AttentionMetadata, key: PlanKey) -> SingleRows:

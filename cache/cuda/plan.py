@@ -39,12 +39,14 @@ class PlanKey:
     Attributes:
         single: of the sequences with one row, or of the others.
         rows, tile: rows and keys of a tile.
+        fine_tile: a divisor of it, of single rows where some read keys that turn in groups or fade.
         group, sliding_window: as in `AttentionOptions`.
     """
 
     single: bool
     rows: int
     tile: int
+    fine_tile: int
     kv_heads: int
     head_dim: int
     group: str | None

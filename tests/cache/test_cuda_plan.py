@@ -22,7 +22,7 @@ CHUNKS = [(0, 3), (25, 15), (250, 12), (300, 40)]
 
 
 def key(*, single: bool) -> PlanKey:
-    return PlanKey(single, 1 if single else 16, 32, kv_heads=2, head_dim=16, group="", sliding_window=None)
+    return PlanKey(single, 1 if single else 16, 32, 32, kv_heads=2, head_dim=16, group="", sliding_window=None)
 
 
 def step(name: str, rows: list[tuple[int, int]]) -> Paged:

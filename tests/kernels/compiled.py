@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -40,32 +41,30 @@ ALIGNED = (CACHES | FLOATS | INTS) - set(RECORDS) | {"query_stride", "key_stride
 ALIGNED |= {"outer_stride", "inner_stride", "residual_stride", "row_stride"}
 
 HALF = torch.bfloat16
-# (head dim, rotary dim, query heads of a KV head, dtype, what else is asked for)
-SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
-    (64, 64, 3, HALF, {}),
-    (64, 64, 8, torch.float16, {"interleaved": True}),
-    (80, 32, 1, HALF, {}),
-    (96, 96, 1, HALF, {}),
-    (128, 128, 4, HALF, {}),
-    (256, 256, 2, HALF, {}),
-    (128, 128, 1, HALF, {"slopes": True}),
-    (128, 128, 8, HALF, {"interleaved": True}),
-    (256, 64, 1, torch.float16, {"interleaved": True}),
-    (80, 80, 1, HALF, {"grouped": True, "interleaved": True}),
-    (96, 96, 1, HALF, {"fades": True}),
-    (128, 128, 4, HALF, {"grouped": True}),
-    (128, 128, 4, torch.float16, {"grouped": True, "fades": True}),
-    (256, 256, 8, HALF, {"grouped": True}),
-    (256, 256, 8, HALF, {"fades": True}),
-    (256, 256, 2, HALF, {"softcap": 50.0, "sinks": True}),
-    (192, 64, 1, HALF, {"interleaved": True, "value_dim": 128}),
-    (128, 128, 4, torch.float16, {"softcap": 30.0, "sinks": True}),
-    (128, 64, 16, HALF, {"interleaved": True, "grouped": True, "fades": True}),
-    (64, 64, 3, torch.float32, {}),
-    (128, 128, 4, torch.float32, {}),
-    (256, 256, 2, torch.float32, {}),
+DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+TURNING: tuple[dict[str, Any], ...] = ({}, {"grouped": True}, {"fades": True}, {"grouped": True, "fades": True})
+"""How keys turn: of most methods, of Self-Extend, of xPos, and of a step that has rows of both."""
+
+FEW_SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
+    (128, 64, 16, HALF, {"interleaved": True, "grouped": True, "fades": True})
 ]
-FEW_SHAPES = [SHAPES[-4]]
+# (head dim, rotary dim, query heads of a KV head, dtype, what else is asked for)
+SHAPES = [
+    *FEW_SHAPES,
+    (64, 64, 3, HALF, {}),
+    (64, 64, 71, HALF, TURNING[-1]),
+    (80, 32, 1, HALF, {}),
+    (128, 128, 1, HALF, {"slopes": True}),
+    (128, 128, 48, HALF, TURNING[-1]),
+    (128, 128, 4, torch.float16, {"softcap": 30.0, "sinks": True}),
+    (192, 64, 1, HALF, {"interleaved": True, "value_dim": 128}),
+    (256, 256, 2, HALF, {"softcap": 50.0, "sinks": True}),
+    (256, 64, 1, torch.float16, {"interleaved": True}),
+    (512, 512, 8, HALF, {}),
+    *((dim, dim, 4, HALF, how) for dim, how in itertools.product(DIMS, TURNING)),
+    *((dim, dim, 4, dtype, how | {"interleaved": dtype == HALF})
+      for dim, dtype, how in itertools.product(DIMS, TYPES, (TURNING[0], TURNING[-1]))),
+]  # fmt: skip
 
 
 def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, Any], torch.dtype]]:
@@ -75,14 +74,18 @@ def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, An
         off = {"interleaved": False, "grouped": False, "fades": False, "softcap": None, "sinks": None, "slopes": None}
         plan = SimpleNamespace(rotary_dim=rotary, **(off | asked))
         for module in (decode, prefill):
+            tile = module.config(group, dim, dtype, arch).block_n
+            plan.key_turns = torch.empty(1, tile, 2, rotary // 2, device="meta")
             more = any(asked.get(name, False) for name in ("grouped", "fades"))
-            config = module.config(group, dim, dtype, arch, **({"more": more} if module is decode else {}))
-            fixed = constants(query, keys.to(dtype), values, plan, plan, config)
+            asked_more = {"more": more} if module is decode else {}
+            config = module.config(group, dim, dtype, arch, **asked_more)
+            fixed = constants(query, keys.to(dtype), values, plan, plan, config, **asked_more)
             fixed |= {"UNITS": decode.LEAST_UNITS, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES}
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"], "HEADS_FIRST": decode.HEADS_FIRST}
             warps = {splits.schedule_kernel: 4, splits.merge_kernel: 4, decode.decode_kernel: config.num_warps}
             if module is prefill:
-                warps = {prefill.turn_queries_kernel: prefill.query_warps(plan), prefill.turn_keys_kernel: 4}
+                warps = {prefill.turn_queries_kernel: prefill.query_warps(plan)}
+                warps[prefill.turn_keys_kernel] = prefill.key_warps(plan)
                 warps[prefill.prefill_kernel] = config.num_warps
             for kernel, num_warps in warps.items():
                 yield kernel, replace(config, num_warps=num_warps), fixed, dtype
@@ -129,23 +132,37 @@ def compiled(kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dt
     }
 
 
+def named(arch: int, kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    own = {name: value for name, value in fixed.items() if name in kernel.arg_names}
+    return {
+        "arch": arch,
+        "kernel": kernel.__name__,
+        "dtype": str(dtype),
+        "dim": own.get("DIM"),
+        "heads": own.get("GROUP"),
+        "more": bool(own.get("GROUPED") or own.get("DECAY")),
+        "config": str(config),
+        "fixed": str(own),
+    }
+
+
+CASES: dict[str, tuple[Any, ...]] = {}
+"""By what is printed of them; for the processes that are forked to compile them."""
+
+
+def told(name: str) -> str:
+    arch, kernel, config, fixed, dtype = CASES[name]
+    return json.dumps(json.loads(name) | compiled(kernel, config, fixed, dtype, arch))
+
+
 def main(archs: list[int], *, few: bool) -> None:
-    seen = set()
-    cases = [(arch, *case) for arch in archs for case in kernels(arch, few=few)]
-    for arch, kernel, config, fixed, dtype in cases:
-        own = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-        named = {
-            "arch": arch,
-            "kernel": kernel.__name__,
-            "dtype": str(dtype),
-            "dim": own.get("DIM"),
-            "more": bool(own.get("GROUPED") or own.get("DECAY")),
-            "config": str(config),
-        }
-        key = (*named.values(), str(own))
-        if key not in seen:
-            seen.add(key)
-            print(json.dumps(named | compiled(kernel, config, fixed, dtype, arch)), flush=True)
+    for arch in archs:
+        for kernel, config, fixed, dtype in kernels(arch, few=few):
+            case = arch, kernel, config, fixed, dtype
+            CASES.setdefault(json.dumps(named(*case)), case)
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for line in pool.imap(told, CASES):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from prerope.cache.cuda.attention import cuda_attention
 from prerope.cache.cuda.decode import plan_rows
 from prerope.cache.cuda.plan import NO_READ, PlanKey
 from prerope.cache.kernels.triton.decode import config, decode
+from prerope.cache.kernels.triton.launch import Config
 
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, rotary
 from tests.device import DEVICE
@@ -40,6 +41,26 @@ def test_groups_that_begin_inside_a_tile(group: int) -> None:
     positions = one_group(method("self_extend", rotary(16, 16), window=48, group=group))
     rows = [(location, 1) for location in (95, 130, 257)] + [(250, 12)]
     assert difference(paged(rows, [positions] * 4, heads=4, kv_heads=1), AttentionOptions(0.25, "")) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["rope", "self_extend", "xpos", "dual_chunk", "dynamic_ntk", "streaming"])
+def test_tiles_inside_those_of_the_tables(name: str) -> None:
+    """As of the widest heads, where some rows' keys turn in groups, or fade: a tile is a part of one of the tables'."""
+
+    def tiles(*_: object, more: bool = False) -> Config:
+        return Config(16, 16 if more else 64, 8, 2)
+
+    names = (name, "self_extend", "self_extend", "xpos")
+    groups = (7, 5, 48, 1)
+    options: list[dict[str, int]] = [
+        {"group": group} if "self" in own else {} for own, group in zip(names, groups, strict=True)
+    ]
+    methods = [method(own, rotary(16, 16), window=48, **asked) for own, asked in zip(names, options, strict=True)]
+    positions = [one_group(own) for own in methods]
+    with patch("prerope.cache.kernels.triton.decode.config", tiles):
+        for locations in ((15, 16, 63, 64), (300, 257, 130, 95), (118, 71, 292, 200)):
+            step = paged([(at, 1) for at in locations], positions, heads=4, kv_heads=1)
+            assert difference(step, AttentionOptions(0.25, "")) <= TOLERANCE
 
 
 ROWS = st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 15, 33]))
@@ -129,7 +150,8 @@ def test_rows_that_fill_a_graph_up_give_zeros(sinks: torch.Tensor | None) -> Non
     positions = one_group(method("rerope", rotary(16, 16), window=32))
     step = paged([(70, 1), (50, 1), (90, 1)], [positions] * 3, heads=2, kv_heads=1)
     options = AttentionOptions(0.25, "", sinks=None if sinks is None else sinks.to(DEVICE))
-    key = PlanKey(True, 1, config(2, 16, torch.float32).block_n, 1, 16, "", None)
+    tile = config(2, 16, torch.float32).block_n
+    key = PlanKey(True, 1, tile, tile, 1, 16, "", None)
     plan = plan_rows(step.metadata, key, step.query.device)
     reads = plan.reads.view(3, plan.num_parts, -1)
     turn = reads[1, :, 5].clone()

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-WIDE_SPILL = 320
-"""Bytes a thread of the one exception: keys of more than 128 dims that turn in groups or fade, decoded. Their tile of
-angles leaves no register for the rest; tiles small enough would give up wgmma."""
+WIDE_SPILL = 256
+"""Bytes a thread of the one exception, keys of more than 256 dims, decoded: a tile is as small as a product takes."""
+MIXED_SPILL = 16
+"""Of another, in fp32: a step that has rows of Self-Extend and of xPos."""
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that a program may take
 
@@ -34,14 +35,20 @@ def test_no_kernel_spills(asked: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) > (12 if few else 40)
-    assert {kernel["dim"] for kernel in found} >= ({128} if few else {64, 80, 96, 128, 256})
-    wide = [one for one in found if one["kernel"] == "decode_kernel" and one["more"] and one["dim"] > 128]
-    assert [kernel for kernel in found if kernel["spilled"] and kernel not in wide] == []
+    assert {kernel["dim"] for kernel in found} >= ({128} if few else {64, 80, 96, 112, 128, 160, 192, 256, 512})
+    wide = [one for one in found if one["kernel"] == "decode_kernel" and one["dim"] > 256]
+    mixed = [
+        one for one in found if one["kernel"] == "decode_kernel" and one["more"] and one["dtype"] == "torch.float32"
+    ]
+    assert [kernel for kernel in found if kernel["spilled"] and kernel not in wide + mixed] == []
+    assert max((kernel["spilled"] for kernel in mixed), default=0) <= MIXED_SPILL
     assert max((kernel["spilled"] for kernel in wide), default=0) <= WIDE_SPILL
     assert [kernel for kernel in found if kernel["shared"] > SHARED_MEMORY[arch]] == []
     for kernel in found:
         if kernel["kernel"] in ("decode_kernel", "prefill_kernel") and kernel["dtype"] != "torch.float32":
             assert kernel["kinds"]["LDGSTS.E.BYPASS.128"] > 0, kernel  # keys and values come 16 bytes at a time, copied
-            assert arch != 90 or ("HGMMA" in kernel["kinds"] and "HMMA" not in kernel["kinds"]), kernel
-            # Copies are on their way while a tile is read. Of the widest heads there is room for one tile more alone.
-            assert arch != 90 or kernel["dim"] > 128 or kernel["ahead"] >= 2, kernel
+            narrow = kernel["dim"] <= 128 and kernel["heads"] <= 16
+            assert arch != 90 or not narrow or ("HGMMA" in kernel["kinds"] and "HMMA" not in kernel["kinds"]), kernel
+            # Copies are on their way while a tile is read. Of the widest prompts there is room for one tile more alone.
+            few_bytes = kernel["dim"] <= 128 or kernel["kernel"] == "decode_kernel"
+            assert arch != 90 or not few_bytes or kernel["ahead"] >= 2, kernel

@@ -21,7 +21,7 @@ from prerope.rope.scores import method_scores
 from torch import Tensor
 
 from bench.gpu.gemv import gemv
-from bench.gpu.sdpa import sdpa_prefill
+from bench.gpu.sdpa import sdpa_prefill, two_parts
 from bench.gpu.sweep import Candidate, using
 from bench.gpu.sweep import attended as attended_by_kernels
 from bench.kernels.cases import Step, low_precision, make_step
@@ -192,14 +192,15 @@ def test_faults_in_what_kernels_are_given_are_seen(name: str | None, monkeypatch
 
 
 def test_candidates_of_the_sweep_give_the_rows_of_the_kernels() -> None:
-    """A prompt by torch's SDPA over turned keys, the other order of decode's grid, and GEMV."""
+    """A prompt by torch's SDPA over turned keys, by its two parts, the other order of decode's grid, and GEMV."""
     torch.manual_seed(2)
     shape = AttentionShape(4, 2, 16, 10_000.0, 64)
-    for rows, candidate in (
-        ([(0, 90)], Candidate("prefill", instead=sdpa_prefill)),
-        ([(80, 1), (33, 1)], Candidate("decode", constants={"HEADS_FIRST": False})),
+    for method, rows, candidate in (
+        ("rope", [(0, 90)], Candidate("prefill", instead=sdpa_prefill)),
+        ("rerope", [(0, 96)], Candidate("prefill", instead=two_parts(16))),
+        ("rope", [(80, 1), (33, 1)], Candidate("decode", constants={"HEADS_FIRST": False})),
     ):
-        step = make_step(shape, "rope", rows, 16, torch.float16, torch.device(DEVICE))
+        step = make_step(shape, method, rows, 16, torch.float16, torch.device(DEVICE))
         expected = attended_by_kernels(step)
         step.metadata.plans.clear()
         with using(candidate):

@@ -47,7 +47,7 @@ HEADS_FIRST = True  # programs that run at once are of the heads of a token, whi
 
 def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = None, *, more: bool = False) -> Config:
     """arch: 10 · major + minor of the compute capability; None is that of the device here. more: keys turn in groups or
-    fade, which on sm_90 takes the registers of twice as many threads. Tiles are the same.
+    fade, which on sm_90 takes the registers of twice as many threads, and of wide or many heads a tile of few keys.
 
     Expected of sm_90 at 128 dims in bf16: a tile's keys and values are 32 KB, two tiles are on their way while one is
     read, and two programs share a multiprocessor (255 registers a thread, 104 KB of shared memory): up to 128 KB in
@@ -56,9 +56,9 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     """
     heads, half = max(16, padded(group)), dtype != torch.float32
     if not half:
-        return Config(block_m=heads, block_n=32 if head_dim <= 64 else 16, num_warps=8, num_stages=2)
-    if head_dim > 128:
-        return Config(heads, 64, 8, 2) if upright(arch) else Config(heads, 32, 8, 3)
+        return Config(block_m=heads, block_n=32 if head_dim <= 64 and not more else 16, num_warps=8, num_stages=2)
+    if head_dim > 128 or heads > 16:
+        return Config(heads, 16 if more or head_dim > 256 else 32, 8, 3)
     return Config(heads, 64, 4 if head_dim <= 64 or (upright(arch) and not more) else 8, 3)
 
 
@@ -74,13 +74,28 @@ def load_keys(rows, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.co
 
 
 @triton.jit
+def turns_of_tile(
+    base_turns, key_turns, phase, group, pair, ROTARY: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_N: tl.constexpr
+):
+    """(cos, sin) of κ at a tile's first key, which may lie inside a tile of the tables."""
+    pairs = pair < ROTARY // 2
+    if TABLE_N == BLOCK_N:
+        return load_turns(base_turns + phase * ROTARY + pair, pairs, ROTARY)
+    outer = phase // (TABLE_N // BLOCK_N)
+    cos, sin = load_turns(base_turns + outer * ROTARY + pair, pairs, ROTARY)
+    steps = phase * BLOCK_N // group - outer * TABLE_N // group
+    more_cos, more_sin = load_turns(key_turns + steps * ROTARY + pair, pairs, ROTARY)
+    return rotate(cos, sin, more_cos, more_sin)
+
+
+@triton.jit
 def read_tiles(
     first_tile, stop_tile, first, second, rest, position, slope,
     keys, values, blocks, base_turns, key_turns, decay,
     first_key, stop_key, period, cycle_tiles, group, softcap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     VALUES: tl.constexpr, LOW_VALUES: tl.constexpr,
     ROTATED: tl.constexpr, GROUPED: tl.constexpr, DECAY: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -118,7 +133,7 @@ def read_tiles(
         )
         query_first, query_second = first, second
         if ROTATED:
-            base_cos, base_sin = load_turns(base_turns + phase * ROTARY + pair, pairs, ROTARY)
+            base_cos, base_sin = turns_of_tile(base_turns, key_turns, phase, group, pair, ROTARY, BLOCK_N, TABLE_N)
             if DECAY:  # from the tile's first key on: keys after it fade less, by what their turns have grown
                 fade = tl.exp((position - base) * tl.load(decay + pair, mask=pairs, other=0.0))
                 base_cos, base_sin = base_cos * fade, base_sin * fade
@@ -178,8 +193,8 @@ def decode_kernel(
     UNITS: tl.constexpr, HEADS_FIRST: tl.constexpr,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, VALUES: tl.constexpr,
-    GROUPED: tl.constexpr, DECAY: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TABLE_N: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    VALUES: tl.constexpr, GROUPED: tl.constexpr, DECAY: tl.constexpr, SOFTCAP: tl.constexpr, SLOPES: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """partial: [items, Hq, VALUE_DIM], weighted values; stats: [items, Hq, 2], base-2 maximum and sum of weights."""
@@ -233,14 +248,14 @@ def decode_kernel(
     values += kv_head * VALUE_DIM
     low_values: tl.constexpr = VALUES // 2 if VALUES >= 128 else VALUES
     base_table = base_turns + table.to(tl.int64) * table_rows * ROTARY
-    key_table, fades = key_turns + table * BLOCK_N * ROTARY, decay + table * (ROTARY // 2)
+    key_table, fades = key_turns + table * TABLE_N * ROTARY, decay + table * (ROTARY // 2)
     if table < 0:
         low_acc, high_acc, high, total = read_tiles(
             first_tile, stop_tile, first, second, rest, position, slope,
             keys, values, blocks, base_table, key_table, fades,
             first_key, stop_key, period, cycle_tiles, group, softcap,
             DIM, VALUE_DIM, ROTARY, INTERLEAVED, KV_HEADS * DIM, KV_HEADS * VALUE_DIM, BLOCK_SIZE,
-            BLOCK_M, BLOCK_N, HALF, REST, VALUES, low_values,
+            BLOCK_M, BLOCK_N, TABLE_N, HALF, REST, VALUES, low_values,
             False, GROUPED, DECAY, SOFTCAP, SLOPES, DTYPE, PRECISION, STAGES,
         )  # fmt: skip
     else:
@@ -249,7 +264,7 @@ def decode_kernel(
             keys, values, blocks, base_table, key_table, fades,
             first_key, stop_key, period, cycle_tiles, group, softcap,
             DIM, VALUE_DIM, ROTARY, INTERLEAVED, KV_HEADS * DIM, KV_HEADS * VALUE_DIM, BLOCK_SIZE,
-            BLOCK_M, BLOCK_N, HALF, REST, VALUES, low_values,
+            BLOCK_M, BLOCK_N, TABLE_N, HALF, REST, VALUES, low_values,
             True, GROUPED, DECAY, SOFTCAP, SLOPES, DTYPE, PRECISION, STAGES,
         )  # fmt: skip
     own = item * (KV_HEADS * GROUP) + kv_head * GROUP + m
@@ -266,10 +281,11 @@ def decode_kernel(
 def decode(query: Tensor, keys: Tensor, values: Tensor, plan: CudaPlan, options: AttentionOptions, out: Tensor) -> None:
     """Rows of `plan`, each a tile of its own, into their places in out [T, Hq, Dv]."""
     num_tiles, heads, kv_heads, device = len(plan.tiles), query.shape[1], keys.shape[2], query.device
-    own = config(heads // kv_heads, keys.shape[3], keys.dtype, more=plan.grouped or plan.fades)
+    more = plan.grouped or plan.fades
+    own = config(heads // kv_heads, keys.shape[3], keys.dtype, more=more)
     items, units = triton.cdiv(ITEMS, kv_heads), num_tiles * plan.num_parts
     most = items + units  # a unit's last item may be short
-    fixed = constants(query, keys, values, plan, options, own)
+    fixed = constants(query, keys, values, plan, options, own, more=more)
     fixed |= {"HEADS": heads, "LEAST": LEAST_TILES, "MERGED": max(1, MERGED // fixed["VALUES"])}
     fixed |= {"UNITS": max(LEAST_UNITS, triton.next_power_of_2(units)), "HEADS_FIRST": HEADS_FIRST}
     schedule = torch.empty(units + 2, dtype=torch.int32, device=device) if plan.schedule is None else plan.schedule

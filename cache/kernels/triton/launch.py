@@ -45,8 +45,8 @@ class Config:
     num_stages: int
 
 
-def constants(query, keys, values, plan, options, config):
-    """All constants that kernels are compiled for; each kernel takes those that it has parameters for."""
+def constants(query, keys, values, plan, options, config, *, more=False):
+    """All constants that kernels are compiled for; each takes those that it has parameters for. more: as in decode."""
     kv_heads, dim, value_dim = keys.shape[2], keys.shape[3], values.shape[3]
     dtype = torch.float32 if interpreted() else keys.dtype
     return {
@@ -59,6 +59,7 @@ def constants(query, keys, values, plan, options, config):
         "BLOCK_SIZE": keys.shape[1],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "TABLE_N": plan.key_turns.shape[1],
         "HALF": padded(plan.rotary_dim // 2),
         "REST": padded(dim - plan.rotary_dim) if dim > plan.rotary_dim else 0,
         "DIMS": padded(dim),
@@ -69,8 +70,8 @@ def constants(query, keys, values, plan, options, config):
         "SINKS": options.sinks is not None,
         "SLOPES": options.slopes is not None,
         "DTYPE": DTYPES[dtype],
-        # Three tf32 products make an fp32 one, but take the registers of three; for the widest heads plain FMAs do.
-        "PRECISION": "tf32" if dtype != torch.float32 else "tf32x3" if dim <= 128 else "ieee",
+        # Three tf32 products make an fp32 one, but take the registers of three; where none are left plain FMAs do.
+        "PRECISION": "tf32" if dtype != torch.float32 else "tf32x3" if dim <= 128 and not more else "ieee",
         "STAGES": config.num_stages,
     }
 

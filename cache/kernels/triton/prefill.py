@@ -52,13 +52,20 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
         return Config(block_m=max(32 if head_dim <= 64 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
     if head_dim <= 128:
         return Config(block_m=128, block_n=64 if upright(arch) or head_dim <= 64 else 32, num_warps=8, num_stages=3)
+    if head_dim > 256:
+        return Config(block_m=max(32, padded(group)), block_n=32, num_warps=8, num_stages=2)
     narrow = (device_arch() if arch is None else arch) // 10 == 10  # products of sm_100 keep more in registers
     return Config(block_m=max(64, padded(group)), block_n=16 if narrow else 32, num_warps=8, num_stages=2)
 
 
 def query_warps(plan: CudaPlan) -> int:
     """Of `turn_queries_kernel`: what fades takes more registers, as do interleaved pairs where Triton 3.7 compiles."""
-    return 8 if plan.fades or plan.interleaved else 4
+    return 8 if plan.fades or plan.interleaved or plan.rotary_dim > 256 else 4
+
+
+def key_warps(plan: CudaPlan) -> int:
+    """Of `turn_keys_kernel`."""
+    return 8 if plan.rotary_dim > 256 else 4
 
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
@@ -291,5 +298,5 @@ def prefill(
         for first_head in range(0, kv_heads, pass_heads):
             given["first_head"], now = first_head, min(pass_heads, kv_heads - first_head)
             if one.key_programs:
-                launch(turn_keys_kernel, (one.key_programs, now), given, fixed)
+                launch(turn_keys_kernel, (one.key_programs, now), given, fixed, key_warps(plan))
             launch(prefill_kernel, (num_tiles, now), given, fixed, own.num_warps)

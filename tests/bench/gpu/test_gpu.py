@@ -19,13 +19,20 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from prerope.cache.cuda.plan import SCRATCH_BYTES
+from prerope.server.config import STEP_LIMITS
+from prerope.server.engine.memory.sizing import CONTEXT_BYTES, MARGIN_BYTES, MARGIN_SHARE
+from prerope.server.models.checkpoint import resolve_checkpoint
 
 from bench import BenchError
 from bench.gpu import __main__ as gpu
+from bench.gpu import model
 from bench.gpu.figures import compared, results
 from bench.gpu.model import tokenizer
 from bench.gpu.running import run, run_all
 from bench.gpu.stages import FAILED, LIMITS, PARTS, Stage, stages
+from bench.gpu.targets import PAGE, targets
+from bench.gpu.targets import main as main_of_targets
 from bench.shared.shapes import MODELS
 from tests.test_imports import PATHS, imports
 
@@ -226,13 +233,75 @@ def test_parts_end_in_their_time(part: str, tmp_path: Path) -> None:
         assert names[1] == ["check-131k", "check-9k", "check-700", "check-chunks", "tiny"]
     if part == "B":
         assert [*names[0], *names[1], *names[3]] == ["step", "sweep", "serving"], "alone on the card"
+        assert names[-1] == ["methods", "graphs", "engine", "server"]
     tested = [one for group in groups for one in group if "pytest" in one.command]
-    assert {one.name for one in tested} == {"A": set(), "B": {"graphs"}, "tests": {"graphs", "tests"}}[part]
+    told = {"graphs", "engine", "server"}
+    every = told | {"cache", "rest-of-engine", "rest-of-server"}
+    assert {one.name for one in tested} == {"A": set(), "B": told, "tests": every}[part]
     for one in tested:
         assert one.variables["DEVICE"] == "cuda"
         assert all((ROOT / word).exists() for word in one.command if word.startswith("tests/"))
         # In the interpreter alone are they slow: two engines in a process are among them.
-        assert one.name == "tests" or one.command[one.command.index("-m", 3) + 1] == ""
+        assert one.name != "graphs" or one.command[one.command.index("-m", 3) + 1] == ""
+
+
+def test_what_stages_serve_fits_a_card_of_139_gib() -> None:
+    """Keys and values beside the weights and the largest step; what does not fit is left out by name, or not asked."""
+    shape, half = MODELS["llama-3-8b"], torch.bfloat16
+    rows = STEP_LIMITS["cuda"][1]
+    weights = shape.read_bytes(half) + half.itemsize * shape.hidden * shape.vocabulary
+    assert weights == 16_060_522_496
+    between = 4 * shape.hidden + 2 * shape.attention.query_heads * shape.attention.head_dim + 3 * shape.intermediate
+    step = rows * (4 * shape.vocabulary + half.itemsize * between) + SCRATCH_BYTES + 2**30  # tables, sampled rows
+    card = 139 * 2**30
+    room = int(0.9 * card) - CONTEXT_BYTES - MARGIN_BYTES - int(MARGIN_SHARE * card) - weights - step
+    tokens = room // shape.token_bytes(half)
+    assert 800_000 < tokens < 10**6, "a prompt of a million tokens is for a cache of half the bytes, or the layers"
+    command = stage_of("serving").command
+    served = [point.split("x") for point in command[command.index("--points") + 1].split(",")]
+    assert max(int(count) * (int(prompt) + 64) for prompt, count in served) < tokens
+    assert 131072 in [int(prompt) for prompt, _ in served]
+    assert tokens > 8 * 32768
+    assert tokens < 8 * 131072, "bench.step says that the cache does not hold them"
+
+
+def stage_of(name: str) -> Stage:
+    groups = stages("B", toy=False, out=Path("out"))
+    return next(one for group in groups for one in group if one.name == name)
+
+
+def test_the_page_of_targets_is_filled_from_what_runs_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.read_text())
+    monkeypatch.setattr("bench.gpu.targets.PAGE", page)
+    assert main_of_targets(["--docs"]) == 0
+    assert page.read_text().count("not yet measured |") == len(targets())
+    for folder, error, share in (("a", 1.5, 0.7), ("b", 1.25, 0.9)):
+        (tmp_path / folder).mkdir()
+        machine = {"device": "A card", "torch": "2", "date": "today"}
+        rotated = {"name": "llama-3-8b: decode, share of copy bandwidth, rotated", "found": {"8 x 32,768 rope": share}}
+        found = [{"name": targets()[0].name, "found": {f"{folder} rows": error}}, rotated]
+        (tmp_path / folder / "judged.json").write_text(json.dumps({"machine": machine, "targets": found}))
+        (tmp_path / folder / "results.json").write_text(json.dumps({"figures": {}}))
+    assert main_of_targets([str(tmp_path / "a"), str(tmp_path / "b"), "--docs"]) == 0
+    text = page.read_text()
+    assert "| A card, torch 2, today | worst case |" in text
+    assert "plain torch run's | ≤ 2.00 | 1.50, reached | a rows |" in text
+    assert "rotated | ≥ 0.75 | 0.90, reached | 8 x 32,768 rope |" in text
+    assert text.count("not yet measured |") == len(targets()) - 2
+    assert text.partition("<!-- targets: end -->")[2] == PAGE.read_text().partition("<!-- targets: end -->")[2]
+
+
+def test_a_model_like_another_has_its_tokenizer_and_drawn_weights(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny_checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (other / file.name).write_bytes(file.read_bytes())
+    assert model.main([str(tmp_path / "made"), "--like", str(other)]) == 0
+    assert (tmp_path / "made" / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+    assert resolve_checkpoint(str(tmp_path / "made"), None, print).name == "made"
+    assert (tmp_path / "made" / "model.safetensors").stat().st_size > 10**6
 
 
 def test_runs_are_laid_beside_one_another(tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def scratch_of_plan(positions: ModelPositions, start: int, count: int, group: st
     """Rows of scratch that the GPU path's own plan has."""
     sequence = SequenceRows(0, count, start, torch.arange(-(-(start + count) // 16)), positions)
     metadata = AttentionMetadata([sequence], torch.zeros(count, dtype=torch.int64), 16)
-    key = PlanKey(single=False, rows=32, tile=32, kv_heads=2, head_dim=head_dim, group=group, sliding_window=None)
+    tiles = {"rows": 32, "tile": 32, "fine_tile": 32}
+    key = PlanKey(single=False, **tiles, kv_heads=2, head_dim=head_dim, group=group, sliding_window=None)
     return sum(one.scratch_rows for one in plan_chunks(metadata, key, torch.device("cpu")).passes)
 
 
