@@ -141,6 +141,7 @@ def named(arch: int, kernel: Any, config: Config, fixed: dict[str, Any], dtype: 
         "dim": own.get("DIM"),
         "heads": own.get("GROUP"),
         "more": bool(own.get("GROUPED") or own.get("DECAY")),
+        "mixed": bool(own.get("GROUPED") and own.get("DECAY")),
         "config": str(config),
         "fixed": str(own),
     }

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ def table(lines: Iterable[str]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in parts)
 
 
-def _range(kernels: Iterable[dict[str, Any]]) -> str:
-    registers = [one["registers"] for one in kernels]
+def _range(kernels: Sequence[dict[str, Any]]) -> str:
+    if not (registers := [one["registers"] for one in kernels]):
+        return "–"
     spilled = max((one["spilled"] for one in kernels), default=0)
     told = f"{min(registers)} to {max(registers)}" if min(registers) < max(registers) else f"{registers[0]}"
     return told + (f", {spilled} bytes spilled" if spilled else "")

@@ -52,10 +52,8 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
         return Config(block_m=max(32 if head_dim <= 64 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
     if head_dim <= 128:
         return Config(block_m=128, block_n=64 if upright(arch) or head_dim <= 64 else 32, num_warps=8, num_stages=3)
-    if head_dim > 256:
-        return Config(block_m=max(32, padded(group)), block_n=32, num_warps=8, num_stages=2)
-    narrow = (device_arch() if arch is None else arch) // 10 == 10  # products of sm_100 keep more in registers
-    return Config(block_m=max(64, padded(group)), block_n=16 if narrow else 32, num_warps=8, num_stages=2)
+    few = head_dim > 256 or (device_arch() if arch is None else arch) // 10 == 10  # its products keep more in registers
+    return Config(block_m=max(32 if few else 64, padded(group)), block_n=32, num_warps=8, num_stages=2)
 
 
 def query_warps(plan: CudaPlan) -> int:
