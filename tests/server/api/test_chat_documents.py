@@ -170,6 +170,14 @@ def test_refusals_name_what_is_wrong(http: httpx.Client, body: dict[str, Any], w
     assert re.search(words, reply.json()["error"]["message"])
 
 
+@pytest.mark.parametrize("more", [{"text": DOOR}, {"source": {"type": "base64", "data": "JVBERi0="}}, {"source": "a"}])
+def test_anthropics_documents_are_told_how_they_are_written(http: httpx.Client, more: dict[str, Any]) -> None:
+    content = [{"type": "document", **more}, {"type": "text", "text": QUESTION}]
+    reply = http.post("/v1/messages", json={"max_tokens": 4, "messages": [{"role": "user", "content": content}]})
+    assert reply.status_code == 400
+    assert "'messages[0].content[0].source' must be {'type': 'text'" in reply.json()["error"]["message"]
+
+
 # --- over HTTP ---
 
 

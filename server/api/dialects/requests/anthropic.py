@@ -168,6 +168,13 @@ def _part(block: Mapping[str, Any], param: str) -> Mapping[str, Any]:
             return {"type": "text", "text": text_of(block.get("text"), f"{param}.text")}
         case "document" if isinstance(block.get("source"), dict) and block["source"].get("type") in ("text", "content"):
             return {name: block[name] for name in ("type", "source", "title", "context") if name in block}
+        case "document":
+            raise InvalidRequest(
+                f"'{param}.source' must be {{'type': 'text', 'media_type': 'text/plain', 'data': …}}, or 'content' "
+                "with blocks of text: of a document this server reads text only",
+                param=f"{param}.source",
+                code="unsupported_field",
+            )
         case kind:
             raise not_read_here(kind, param)
 
