@@ -82,9 +82,8 @@ def graph_differences(engine: Engine) -> dict[int, float]:
     return found
 
 
-def judge(toy: bool, say: Callable[[str], None]) -> tuple[dict[str, str], list[str]]:
-    """(what was found, what is wrong)."""
-    found, wrong = dict[str, str](), list[str]()
+def judge(toy: bool, say: Callable[[str], None], found: dict[str, str], wrong: list[str]) -> None:
+    """Adds to what was found, and to what is wrong, as it comes: the time may end."""
     engines = [drawn(method, toy, say) for method in ("rerope", "dynamic_leaky")]
     for name, engine in zip(("rerope", "dynamic_leaky"), engines, strict=True):
         stack, stats = engine.model.stack, engine.stats().graphs
@@ -111,14 +110,17 @@ def judge(toy: bool, say: Callable[[str], None]) -> tuple[dict[str, str], list[s
     gc.collect()
     start(engines[0], PROMPTS)
     wrong += ["an engine gives other tokens once the other is gone"] * (finish(engines) != alone[1:])
-    return found, wrong
 
 
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("gpu.tiny", __doc__, "gpu")
     parser.add_argument("--toy", action="store_true", help="a smaller model on the CPU, without graphs")
     asked, console = parser.parse_args(arguments), options.console()
-    found, wrong = judge(asked.toy, partial(console.print, markup=False))
+    found, wrong = dict[str, str](), list[str]()
+    try:
+        judge(asked.toy, partial(console.print, markup=False), found, wrong)
+    except KeyboardInterrupt:
+        wrong.append("the time was up; the rest was not asked")
     about = describe_machine(torch.device("cpu" if asked.toy else "cuda"))
     table = Table(["asked", "found"], list(found.items()), [f"wrong: {one}" for one in wrong], left=(0, 1))
     Report("tiny", [table], {"machine": about, "found": found, "failures": wrong}).publish(asked.out, console)

@@ -26,7 +26,7 @@ from prerope.server.models.checkpoint import resolve_checkpoint
 
 from bench import BenchError
 from bench.gpu import __main__ as gpu
-from bench.gpu import model
+from bench.gpu import model, tiny
 from bench.gpu.figures import compared, results
 from bench.gpu.model import tokenizer
 from bench.gpu.running import run, run_all
@@ -153,6 +153,18 @@ def test_a_server_over_a_drawn_model(tmp_path: Path) -> None:
     made = (tmp_path / "toy-model" / "config.json").stat().st_mtime_ns
     assert gpu.main(["B", "--toy", "--only", "model", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "toy-model" / "config.json").stat().st_mtime_ns == made
+
+
+def test_what_tiny_found_is_told_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(_toy: bool, _say: object, found: dict[str, str], _wrong: list[str]) -> None:
+        found["rope: graphs"] = "4"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny, "judge", cut)
+    assert tiny.main(["--toy", "--out", str(tmp_path)]) == 1
+    text = (tmp_path / "tiny.md").read_text()
+    assert "| rope: graphs | 4 |" in text
+    assert "the time was up" in text
 
 
 def test_ids_of_a_drawn_model_all_have_text() -> None:
