@@ -55,7 +55,7 @@ def test_tiles_inside_those_of_the_tables(name: str) -> None:
     options: list[dict[str, int]] = [
         {"group": group} if "self" in own else {} for own, group in zip(names, groups, strict=True)
     ]
-    methods = [method(own, rotary(16, 16), window=48, **asked) for own, asked in zip(names, options, strict=True)]
+    methods = [method(own, rotary(16, 16), window=24, **asked) for own, asked in zip(names, options, strict=True)]
     positions = [one_group(own) for own in methods]
     with patch("prerope.cache.kernels.triton.decode.config", tiles):
         for locations in ((15, 16, 63, 64), (300, 257, 130, 95), (118, 71, 292, 200)):
