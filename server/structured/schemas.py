@@ -22,7 +22,7 @@ from prerope.server.structured.numbers import check_numbers, narrow_bounds
 from prerope.server.structured.sets import Disjoint, enumerated
 from prerope.server.structured.unique.items import MANY, MARK, NAMES, Items, items_of
 from prerope.server.structured.unique.places import Places
-from prerope.server.structured.values import Unenforceable, distinct, holds_control, looks_around
+from prerope.server.structured.values import Unenforceable, distinct, holds_control, looks_around, unsigned_zeros
 
 LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
@@ -145,9 +145,10 @@ class _Rewriter:
         return {name: self._elsewhere(one) for name, one in value.items()}
 
     def _check_listed(self, schema: Schema) -> None:
-        """Unenforceable for a listed value that could not be written."""
+        """Unenforceable for a listed value that could not be written. -0.0 is written as 0, which is the same."""
         for key in schema.keys() & {"const", "enum"}:
             check_numbers(schema[key])
+            schema[key] = unsigned_zeros(schema[key])
             if self.document.has_one_writing and holds_control(schema[key]):
                 raise Unenforceable(
                     f"'{key}' lists a control character: with names beside those of 'properties', or 'uniqueItems', "
@@ -179,6 +180,8 @@ class _Rewriter:
                 raise Unenforceable(self._unheld)
             if beside := sorted(schema.keys() - _OF_ITEMS - REMARKS - _DEFINITIONS):
                 raise Unenforceable(f"'uniqueItems' is not held beside '{beside[0]}': leave one of the two out")
+            if not all(type(schema.get(key, 0)) is int for key in ("maxItems", "minItems")):
+                raise Unenforceable("'minItems' and 'maxItems' must be whole numbers beside 'uniqueItems'")
             items = self._items(given.get("items"), exact=exact)
             if schema.get("minItems", 0) > items.count:
                 raise Unenforceable(
@@ -209,7 +212,9 @@ class _Rewriter:
         least, required = schema.get("minProperties", 0), schema.get("required", [])
         if not isinstance(least, int) or not isinstance(required, list) or "object" not in _types(schema):
             return
-        patterns = schema.get("patternProperties") or {}
+        patterns = schema.get("patternProperties", {})
+        if not isinstance(patterns, dict):
+            return
         closed = schema.get("additionalProperties") is False and not patterns
         if closed or least <= len(distinct(required)) + 1:
             return

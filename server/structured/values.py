@@ -57,6 +57,15 @@ def identity(value: Any) -> object:
     return isinstance(value, bool), value
 
 
+def unsigned_zeros(value: Any) -> Any:
+    """The same value, without the sign of any zero in it."""
+    if isinstance(value, list):
+        return [unsigned_zeros(one) for one in value]
+    if isinstance(value, dict):
+        return {name: unsigned_zeros(one) for name, one in value.items()}
+    return 0 if isinstance(value, float) and not value else value
+
+
 def _types(value: Any) -> set[str]:
     match value:
         case None:

@@ -3,13 +3,14 @@ at least. Strings with a `pattern`, numbers between bounds, lists and objects ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prerope.server.structured.document import Schema
 from prerope.server.structured.formats import format_schema
-from prerope.server.structured.numbers import count_integers
+from prerope.server.structured.numbers import count_integers, is_number
 from prerope.server.structured.values import Unenforceable, distinct, kind, looks_around, of_type
 
 MARK = "x-differ"
@@ -63,12 +64,7 @@ class _Part:
 def items_of(schema: Any, target: Target, *, exact: bool) -> Items:
     """Unenforceable where they cannot be held to differ, with what they are. Whole numbers without a bound get one, so
     that none goes on for ever where a model repeats itself; exact: none does."""
-    parts = [*_parts(schema, target, 8)]
-    for part in () if exact else parts:
-        if part.schema.get("type") == "integer":
-            for key, bound in (("minimum", -LARGEST), ("maximum", LARGEST)):
-                if part.schema.keys().isdisjoint({key, f"exclusive{key.title()}"}):
-                    part.schema[key] = bound
+    parts = [*_parts(schema, target, 8, set[int](), exact=exact)]
     counts = dict[str, int]()
     for part in parts:
         counts |= {one: max(most, counts.get(one, 0)) for one, most in part.counts.items()}
@@ -80,14 +76,17 @@ def items_of(schema: Any, target: Target, *, exact: bool) -> Items:
     return Items(whole, sum(counts.values()), all(part.endless for part in parts), "number" in types)
 
 
-def _parts(schema: Any, target: Target, depth: int) -> Iterator[_Part]:
+def _parts(schema: Any, target: Target, depth: int, seen: set[int], *, exact: bool) -> Iterator[_Part]:
+    """seen: the branches that were looked at, by id. References may lead to each of them by many ways."""
     bare = target(schema)
     if not bare or not depth:
         raise Unenforceable("of any kind")
     if set(bare) == {"anyOf"} and isinstance(bare["anyOf"], list):
         for branch in bare["anyOf"]:
-            if branch is not False and not looks_around(branch):  # the text of a decimal number
-                yield from _parts(branch, target, depth - 1)
+            if branch is False or id(branch) in seen or looks_around(branch):  # the text of a decimal number
+                continue
+            seen.add(id(branch))
+            yield from _parts(branch, target, depth - 1, seen, exact=exact)
         return
     if (listed := _listed(bare)) is not None:
         yield listed
@@ -96,7 +95,7 @@ def _parts(schema: Any, target: Target, depth: int) -> Iterator[_Part]:
         raise Unenforceable(f"with '{unknown[0]}'")
     types = bare.get("type", "any")
     for one in types if isinstance(types, list) else [types]:
-        yield _of_type(one, bare)
+        yield _of_type(one, bare, exact=exact)
 
 
 def _listed(bare: Schema) -> _Part | None:
@@ -113,7 +112,7 @@ def _listed(bare: Schema) -> _Part | None:
     return _Part({"enum": values}, counts)
 
 
-def _of_type(name: Any, bare: Schema) -> _Part:
+def _of_type(name: Any, bare: Schema, *, exact: bool) -> _Part:
     match name:
         case "null":
             return _Part({"type": "null"}, {"null": 1})
@@ -122,7 +121,7 @@ def _of_type(name: Any, bare: Schema) -> _Part:
         case "string":
             return _strings(bare)
         case "integer":
-            return _integers({"type": "integer", **{key: bare[key] for key in sorted(bare.keys() & _BOUNDS)}}, bare)
+            return _integers(bare, exact=exact)
         case "number":
             if limits := sorted(bare.keys() & (_BOUNDS | {"multipleOf"})):
                 raise Unenforceable(f"that are numbers with '{limits[0]}'")
@@ -131,10 +130,17 @@ def _of_type(name: Any, bare: Schema) -> _Part:
             raise Unenforceable("that are lists or objects" if name in ("array", "object") else "of any kind")
 
 
-def _integers(schema: Schema, bare: Schema) -> _Part:
+def _integers(bare: Schema, *, exact: bool) -> _Part:
     if "multipleOf" in bare:
         raise Unenforceable("that are numbers with 'multipleOf'")
-    return _Part(schema, {"integer": count_integers(schema, MANY)})
+    schema = {"type": "integer", **{key: bare[key] for key in sorted(bare.keys() & _BOUNDS)}}
+    for key, bound in (("minimum", -LARGEST), ("maximum", LARGEST)):
+        if not exact and bare.keys().isdisjoint({key, f"exclusive{key.title()}"}):
+            schema[key] = bound
+    count = count_integers(schema, MANY)
+    if not count:
+        raise Unenforceable("that are whole numbers of which none lies between their bounds, or has at most 15 digits")
+    return _Part(schema, {"integer": count})
 
 
 def _strings(bare: Schema) -> _Part:
@@ -149,6 +155,6 @@ def _strings(bare: Schema) -> _Part:
     schema: Schema = {"type": "string", **({"minLength": least} if least else {})}
     if most is None:
         return _Part(schema, {"string": MANY}, endless=True)
-    if type(most) not in (int, float) or type(least) not in (int, float) or least > most:
+    if not (is_number(most) and is_number(least) and least <= most < math.inf):
         raise Unenforceable("that are strings with lengths that no string has")
     return _Part(schema | {"maxLength": most}, {"string": min(64 ** min(int(most), 4), MANY)})

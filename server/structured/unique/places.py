@@ -16,6 +16,9 @@ from prerope.server.structured.values import Unenforceable
 MAX_PLACES = 1_000
 """Of one document."""
 
+MAX_LOOKS = 300_000
+"""At schemas of one document, one at several places: some tenths of a second."""
+
 _WRAPS = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
 _BESIDE = REMARKS | {"$defs", "definitions", "x-guidance"}
 
@@ -30,33 +33,45 @@ class Place:
     """One place of a document, the same for all replies. items, names: what differs there, if anything. Places within
     it where nothing must differ are None."""
 
-    __slots__ = ("_named", "_places", "_schemas", "items", "names")
+    __slots__ = ("_arrays", "_most", "_named", "_names", "_objects", "_patterns", "_places", "items", "names")
 
     def __init__(self, places: Places, schemas: list[Schema]) -> None:
-        self._places, self._schemas = places, schemas
+        self._places = places
+        arrays = [one for one in schemas if _looks(one, "array")]
+        objects = [one for one in schemas if _looks(one, "object")]
+        self._arrays = [(_list(one, "prefixItems"), one.get("items", True)) for one in arrays]
+        self._objects = [(_map(one, "properties"), one.get("additionalProperties", True)) for one in objects]
+        self._patterns = [held for one in objects for held in _map(one, "patternProperties").values()]
+        self._most = max((len(listed) for listed, _ in self._arrays), default=0)
+        self._names = {name for listed, _ in self._objects for name in listed}
         self._named: dict[object, Place | None] = {}
         self.items = places.language(schemas, "items", "array")
         self.names = places.language(schemas, "names", "object")
 
     def item(self, index: int) -> Place | None:
         """Of an array's item."""
-        most = max((len(_list(one, "prefixItems")) for one in self._schemas), default=0)
-        return self._within(min(index, most))
+        return self._within(min(index, self._most))
 
     def value(self, name: str) -> Place | None:
         """Of an object's value. A name that no schema lists is any of them."""
-        return self._within(name if any(name in _map(one, "properties") for one in self._schemas) else None)
+        return self._within(name if name in self._names else None)
 
     def all_within(self) -> Iterator[Place]:
-        lists = (len(_list(one, "prefixItems")) for one in self._schemas)
-        names = {name for one in self._schemas for name in _map(one, "properties")}
-        keys: list[object] = [*range(max(lists, default=0) + 1), *sorted(names), None]
+        keys: list[object] = [*range(self._most + 1), *sorted(self._names), None]
         yield from (found for key in keys if (found := self._within(key)) is not None)
 
     def _within(self, key: object) -> Place | None:
         if key not in self._named:
-            self._named[key] = self._places.of(_held(self._schemas, key))
+            self._named[key] = self._places.of(self._held(key))
         return self._named[key]
+
+    def _held(self, key: object) -> list[Any]:
+        """The schemas of an array's item (an index), or of an object's value (a name; None: any that is not listed)."""
+        if isinstance(key, int):
+            held = [listed[key] if key < len(listed) else rest for listed, rest in self._arrays]
+        else:
+            held = [*(listed.get(key, rest) for listed, rest in self._objects), *self._patterns]
+        return [one for one in held if one is not False]
 
 
 class Places:
@@ -66,6 +81,7 @@ class Places:
         self._document, self._languages = root, languages
         self._known: dict[frozenset[int], Place] = {}
         self._marked = set[int]()
+        self._left = MAX_LOOKS
         self._leading = self._that_lead_to_marks()
         self.root = self.of([root])
         left = [] if self.root is None else [self.root]
@@ -103,6 +119,9 @@ class Places:
         """Some schemas with all others that look at the same value."""
         found, left = dict[int, Schema](), list(schemas)
         while left:
+            self._left -= 1
+            if not self._left:
+                raise Unenforceable("its branches are too many to tell what must differ: leave 'uniqueItems' out")
             one = ANY if (one := left.pop()) is True else one
             if isinstance(one, dict) and id(one) not in found:
                 found[id(one)] = one
@@ -149,20 +168,6 @@ def _looks(schema: Schema, kind: str) -> bool:
     own = schema.keys() - _BESIDE
     wraps = len(own) == 1 and own <= _WRAPS
     return not wraps or len(_list(schema, "allOf")) > 1
-
-
-def _held(schemas: list[Schema], key: object) -> Iterator[Any]:
-    """The schemas of an array's item (an index), or of an object's value (a name; None: any that is not listed)."""
-    for one in schemas:
-        if not _looks(one, "array" if isinstance(key, int) else "object"):
-            continue
-        if isinstance(key, int):
-            listed = _list(one, "prefixItems")
-            yield listed[key] if key < len(listed) else one.get("items", True)
-            continue
-        given = _map(one, "properties")
-        yield given.get(key) if key in given else one.get("additionalProperties", True)
-        yield from _map(one, "patternProperties").values()
 
 
 def _list(schema: Schema, key: str) -> list[Any]:

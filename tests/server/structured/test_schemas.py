@@ -219,6 +219,11 @@ NOT_HELD = "leave 'uniqueItems' out"
         ({"items": {"type": "integer"}, "contains": {"const": 1}}, "beside 'contains'"),
         ({"items": {"enum": [1, 2]}, "minItems": 3}, "no more than 2 items"),
         ({"items": {"type": "string", "format": "date", "minLength": 1}}, "a 'format' and a length"),
+        ({"items": {"type": "integer"}, "minItems": "2"}, "'minItems' and 'maxItems' must be whole numbers"),
+        ({"items": {"type": "boolean"}, "maxItems": []}, "'minItems' and 'maxItems' must be whole numbers"),
+        ({"items": {"type": "integer", "minimum": 10**15}}, f"at most 15 digits.*{NOT_HELD}"),
+        ({"items": {"type": "integer", "minimum": 10**15 - 3}, "minItems": 4}, "no more than 3 items"),
+        ({"items": {"type": "string", "maxLength": math.inf}}, f"lengths that no string has.*{NOT_HELD}"),
     ],
     ids=str,
 )
@@ -259,6 +264,7 @@ def test_where_it_is_not_known_whether_values_must_differ_is_told(schema: Any) -
             ["[1,1.5,-0.5,0]", "[0.05,0.5]"],
             ["[1.0]", "[1,1]", "[1e2]", "[1.50]"],
         ),
+        ({**UNIQUE, "items": {"enum": [-0.0, 1]}, "minItems": 2}, ["[0,1]", "[1,0]"], ["[-0,1]", "[1,0,1]"]),
         ({**UNIQUE, "items": {"type": "string"}}, ['["a","A","",","]'], ['["a","a"]', '["\\u0061"]', '["",""]']),
         ({"anyOf": [UNIQUE, {"type": "null"}]}, ["null", "[1]"], ["[1,1]"]),
         ({"allOf": [UNIQUE]}, ["[1,2]"], ["[1,1]"]),
@@ -283,6 +289,34 @@ def test_values_that_must_differ(schema: Any, good: list[str], bad: list[str]) -
     grammar = compiled(schema)
     assert [accepts(grammar, text) for text in good] == [True] * len(good)
     assert [accepts(grammar, text) for text in bad] == [False] * len(bad)
+
+
+def test_patterns_of_names_that_are_none_are_left_for_the_compiler_to_refuse() -> None:
+    with pytest.raises(InvalidRequest, match="patternProperties"):
+        compiled({"type": "object", "minProperties": 3, "patternProperties": ["^a"]})
+
+
+def by_many_ways(width: int) -> Any:
+    """Each of six choices refers to the next so many times."""
+    choices = {f"c{depth}": {"anyOf": [{"$ref": f"#/$defs/c{depth + 1}"}] * width} for depth in range(6)}
+    last = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
+    return {**UNIQUE, "items": {"$ref": "#/$defs/c0"}, "$defs": {**choices, "c6": last}}
+
+
+def by_many_names(width: int) -> Any:
+    """Each branch has a name of its own."""
+    return {"anyOf": [{"properties": {f"n{i}": {}, "u": UNIQUE}, "additionalProperties": False} for i in range(width)]}
+
+
+@pytest.mark.parametrize(("ways", "most"), [(by_many_ways, 32), (by_many_names, 800)])
+def test_what_must_differ_is_found_in_time_that_grows_as_the_schema_does(ways: Callable[[int], Any], most: int) -> None:
+    def took(width: int) -> float:
+        schema, began = json.loads(json.dumps(ways(width))), time.thread_time()
+        assert not enforceable(schema).dropped
+        return time.thread_time() - began
+
+    few, many = (min(took(width) for _ in range(3)) for width in (most // 4, most))
+    assert many < 10 * few + 0.002
 
 
 def test_a_deep_reply_with_items_that_must_differ() -> None:

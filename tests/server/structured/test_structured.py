@@ -29,6 +29,7 @@ from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.structured import compile as compiling
 from prerope.server.structured.grammars import Grammars
 from prerope.server.structured.matcher import CompiledGrammar
+from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
 from prerope.server.tokenizer import TextStream, Tokenizer
 from prerope.server.workers.lanes import LANES
@@ -468,6 +469,9 @@ def test_compiled_grammars_are_kept_and_bounded_by_bytes(tokenizer: Tokenizer) -
         assert one is other
         large = await grammars.compile(GrammarText("regex", "a" * 8000, "regex"))
         assert 2**20 < large.num_bytes <= grammars.kept.num_bytes <= grammars.kept.max_bytes
+        sets = {f"{i}": {"items": {"enum": [i, -1 - i]}, "type": "array", "uniqueItems": True} for i in range(150)}
+        text = json.dumps(enforceable({"properties": sets, "additionalProperties": False}).schema)
+        assert (await grammars.compile(GrammarText("json", text, "json_schema"))).num_bytes > 6 * 2**20
         for index in range(6):
             await grammars.compile(GrammarText("regex", f"{index}" * 8000, "regex"))
             assert grammars.kept.num_bytes <= grammars.kept.max_bytes
