@@ -40,6 +40,18 @@ def load_settings(argv: Sequence[str], command: str = MODULE) -> Settings:
         raise ConfigurationError("; ".join(_explain(dict(entry)) for entry in error.errors())) from None
 
 
+def completions(before: Sequence[str], begun: str) -> list[str]:
+    """What a shell may offer: values of the flag before, where they are a few words, else flags."""
+    flags = _parser(MODULE)._option_string_actions
+    last = flags.get(before[-1]) if before else None
+    field = Settings.model_fields.get(last.dest) if last else None
+    if field is None or begun.startswith("-"):
+        offered: Sequence[str] = [flag for flag in flags if flag.startswith("--")]
+    else:
+        offered = _choices(field)
+    return [one for one in offered if one.startswith(begun)]
+
+
 def environment_table() -> str:
     """docs/settings.md's table of variables, in markdown."""
     rows = ["| Variable | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
@@ -72,12 +84,19 @@ def allowed_text(field: FieldInfo) -> str:
         return str(extra["allowed"])
     kind = _plain_type(field)
     if get_origin(kind) is Literal:
-        *most, last = (str(choice) for choice in get_args(kind))
+        *most, last = _choices(field)
         return f"{', '.join(most)} or {last}"
     if kind is bool:
         return "true or false"
     noun = {int: "integer", float: "number", ByteSize: "bytes, or a size such as 4GiB"}[kind]
     return ", ".join(filter(None, (noun, _range_text(field, kind))))
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    kind = _plain_type(field)
+    if kind is bool:
+        return ["true", "false"]
+    return [str(choice) for choice in (get_args(kind) if get_origin(kind) is Literal else field.examples or ())]
 
 
 def _plain_type(field: FieldInfo) -> Any:

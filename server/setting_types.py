@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES
-from pydantic import AfterValidator, BeforeValidator, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 
 def _lower(value: object) -> object:
@@ -63,7 +63,7 @@ def _key_file(value: Path) -> Path:
 
 
 Device = Annotated[str, BeforeValidator(_lower), AfterValidator(_device)]
-Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method)]
+Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method), Field(examples=[*METHOD_NAMES, *ALIASES])]
 ApiKeys = Annotated[SecretStr, AfterValidator(_keys)]
 Folder = Annotated[Path, AfterValidator(_expanded)]
 KeyFile = Annotated[Path, AfterValidator(_expanded), AfterValidator(_key_file)]

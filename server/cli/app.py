@@ -16,16 +16,30 @@ from prerope.server.cli.methods import from_config, from_server, heading, table
 from prerope.server.cli.reply import stream_reply
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, help="PreRoPE: long prompts, read as you choose."
 )
 
-PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+PASSED_ON = {"ignore_unknown_options": True, "help_option_names": []}
 
 
 def _method_names(incomplete: str) -> list[str]:
     return [name for name in METHOD_NAMES if name.startswith(incomplete)]
+
+
+def _settings(context: typer.Context, incomplete: str) -> list[str]:
+    from prerope.server.flags import completions
+
+    return completions(context.params.get("flags") or [], incomplete)
+
+
+class _Serve(TyperCommand):
+    """A command whose flags are read elsewhere: what begins with a dash is completed as any other word of it."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        return self.params[0].shell_complete(ctx, incomplete)
 
 
 Url = Annotated[str, typer.Option(help="Of a running server.", envvar="PREROPE_URL")]
@@ -55,12 +69,14 @@ def _main(
     """Without a command: what holds for all of them."""
 
 
-@app.command(context_settings=PASSED_ON, add_help_option=False)
-def serve(context: typer.Context) -> None:
+@app.command(cls=_Serve, context_settings=PASSED_ON, add_help_option=False)
+def serve(
+    context: typer.Context, flags: Annotated[list[str] | None, typer.Argument(autocompletion=_settings)] = None
+) -> None:
     """Serve a model. Every setting is a flag: `prerope serve --help`."""
     from prerope.server.__main__ import main as serve_main
 
-    serve_main(context.args, context.command_path)
+    serve_main(flags or [], context.command_path)
 
 
 @app.command()

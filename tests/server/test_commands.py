@@ -185,3 +185,33 @@ def test_the_module_and_the_completion_start_quickly() -> None:
     assert "--max-model-len" in help_text
     told = CliRunner().invoke(commands.app, ["--version"])
     assert (told.exit_code, told.output.strip()) == (0, version())
+
+
+COMPLETIONS = [
+    (["serve", "--rope-m"], ["--rope-method"]),
+    (["serve", "--rope-method", "rer"], ["rerope"]),
+    (["serve", "--generation-config", ""], ["auto", "none"]),
+    (["serve", "--port", "1", "--strict-fields", "f"], ["false"]),
+    (["serve", "--model-id", ""], []),
+    (["serve", "--strict-fields", "--max-model"], ["--max-model-len"]),
+    (["chat", "--method", "rer"], ["rerope"]),
+    (["complete", "--as"], ["--ask"]),
+]
+
+
+@pytest.mark.parametrize(("words", "offered"), COMPLETIONS, ids=lambda case: "-".join(case))
+def test_a_shell_completes_flags_and_the_words_they_take(words: list[str], offered: list[str]) -> None:
+    line = {"COMP_WORDS": " ".join(["prerope", *words]), "COMP_CWORD": str(len(words))}
+    told = CliRunner().invoke(
+        commands.app, env={"_PREROPE_COMPLETE": "complete_bash", **line}, prog_name="prerope", args=[]
+    )
+    assert told.output.split() == offered
+
+
+def test_what_follows_serve_reaches_the_server_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[str]] = []
+    monkeypatch.setattr("prerope.server.__main__.main", lambda arguments, _: taken.append(arguments))
+    given = ["--port", "1", "--strict-fields", "--api-key", "", "--model-id=a b", "x"]
+    for words in (given, []):
+        assert CliRunner().invoke(commands.app, ["serve", *words]).exit_code == 0
+    assert taken == [given, []]
