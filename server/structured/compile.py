@@ -27,7 +27,7 @@ from prerope.server.structured.rules import check_rules
 from prerope.server.structured.text import GrammarText, Within, json_options
 from prerope.server.structured.unique.follow import Part
 from prerope.server.structured.unique.items import MARK
-from prerope.server.structured.unique.mask import vocabulary
+from prerope.server.structured.unique.mask import token_texts, vocabulary
 from prerope.server.structured.unique.places import Place, Places
 from prerope.server.structured.unique.seen import Language
 
@@ -96,7 +96,7 @@ class Trial:
         warm_up(tokenizer)  # the pages that any grammar touches are not this one's
         tables = token_tables(tokenizer, self.wanted.param)
         if MARK in self.wanted.text:
-            vocabulary(tables)  # nor is this table, of which a process has one
+            token_texts(tables)  # nor is this table, of which a process has one
         before, began = resident_bytes(), time.perf_counter()
         made = new_matcher(self.wanted, tables), differing_parts(self.wanted, tables)
         cost = Cost(max(resident_bytes() - before, LEAST_BYTES), time.perf_counter() - began)
@@ -111,7 +111,9 @@ def compile_here(wanted: GrammarText, tokenizer: Tokenizer, cost: Cost) -> Compi
     began = time.perf_counter()
     matcher.deep_copy().compute_bitmask()
     slow = time.perf_counter() - began > QUICK_S
-    return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow, parts=differing_parts(wanted, tables))
+    if parts := differing_parts(wanted, tables):
+        vocabulary(tables)  # now, on this thread: its matchers are made on the engine's
+    return CompiledGrammar(matcher, tables, cost.num_bytes, slow=slow, parts=parts)
 
 
 def differing_parts(wanted: GrammarText, tables: LLTokenizer) -> list[Part]:
@@ -120,7 +122,7 @@ def differing_parts(wanted: GrammarText, tables: LLTokenizer) -> list[Part]:
     given = (Within((), (), wanted.text),) if wanted.kind == "json" else wanted.within
     if not any(MARK in one.schema for one in given):
         return []
-    words = vocabulary(tables)
+    words = token_texts(tables)
     if not words.is_whole:
         raise InvalidRequest(
             f"'{wanted.param}' asks for values that differ ('uniqueItems', 'minProperties'), which is not supported "

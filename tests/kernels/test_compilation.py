@@ -1,4 +1,5 @@
-"""Every shipped configuration compiles for a GPU that need not be there, and no kernel spills registers."""
+"""Every shipped configuration compiles for a GPU that need not be there, and no kernel but those named here spills
+registers."""
 
 from __future__ import annotations
 

@@ -49,26 +49,15 @@ class _InOrder:
         return self._tokens[low : bisect_left(self._texts, begin[:-1] + bytes([begin[-1] + 1]), low)]
 
 
-class Vocabulary:
-    """The bytes of a tokenizer's tokens, and which of them matter where."""
+class Texts:
+    """The bytes of a tokenizer's tokens, and the token of each byte that is one."""
 
     def __init__(self, tables: LLTokenizer) -> None:
         self.texts: list[bytes] = [
             SPECIAL * tables.is_special_token(token) + tables.decode_bytes([token])
             for token in range(tables.vocab_size)
         ]
-        in_order = sorted((i for i, text in enumerate(self.texts) if text), key=self.texts.__getitem__)
-        self._words = _InOrder(self.texts, [token for token in in_order if not self.texts[token].isspace()])
-        self._spaces = _InOrder(self.texts, [token for token in in_order if self.texts[token].isspace()])
-        self._quotes = _InOrder(self.texts, [token for token in in_order if b'"' in self.texts[token]])
         self.bytes = {text[0]: token for token, text in enumerate(self.texts) if len(text) == 1}
-        self.plain = self._bits(self._matching(lambda text: text and not text.startswith(SPECIAL)))
-        self.go_on = self._matching(_GOES_ON.search)
-        self.end_and_go_on = self._matching(_ENDS_AND_GOES_ON.search)
-        self.numbers = self._matching(_NUMBER.fullmatch)
-        self.ended_numbers = self._matching(_ENDED_NUMBER.match)
-        self.ends = self._bits(self._matching(lambda text: text[:1] in ENDS if text else None))
-        self.apart = self._matching(lambda text: text[:1] in WHITESPACE and not text.isspace() if text else None)
 
     @property
     def is_whole(self) -> bool:
@@ -78,6 +67,24 @@ class Vocabulary:
     def spelled(self, pieces: Sequence[str | int]) -> bytes:
         """The bytes of texts and special tokens."""
         return b"".join(one.encode() if isinstance(one, str) else self.texts[one] for one in pieces)
+
+
+class Vocabulary:
+    """Which tokens matter where. It takes several times as long to make as their texts."""
+
+    def __init__(self, known: Texts) -> None:
+        self.texts, self.bytes = known.texts, known.bytes
+        in_order = sorted((i for i, text in enumerate(self.texts) if text), key=self.texts.__getitem__)
+        self._words = _InOrder(self.texts, [token for token in in_order if not self.texts[token].isspace()])
+        self._spaces = _InOrder(self.texts, [token for token in in_order if self.texts[token].isspace()])
+        self._quotes = _InOrder(self.texts, [token for token in in_order if b'"' in self.texts[token]])
+        self.plain = self._bits(self._matching(lambda text: text and not text.startswith(SPECIAL)))
+        self.go_on = self._matching(_GOES_ON.search)
+        self.end_and_go_on = self._matching(_ENDS_AND_GOES_ON.search)
+        self.numbers = self._matching(_NUMBER.fullmatch)
+        self.ended_numbers = self._matching(_ENDED_NUMBER.match)
+        self.ends = self._bits(self._matching(lambda text: text[:1] in ENDS if text else None))
+        self.apart = self._matching(lambda text: text[:1] in WHITESPACE and not text.isspace() if text else None)
 
     def beginning_with(self, begin: bytes) -> Sequence[int]:
         """The tokens that begin so, themselves included."""
@@ -98,9 +105,15 @@ class Vocabulary:
 
 
 @lru_cache(maxsize=1)
+def token_texts(tables: LLTokenizer) -> Texts:
+    """Of the one tokenizer of a process."""
+    return Texts(tables)
+
+
+@lru_cache(maxsize=1)
 def vocabulary(tables: LLTokenizer) -> Vocabulary:
     """Of the one tokenizer of a process."""
-    return Vocabulary(tables)
+    return Vocabulary(token_texts(tables))
 
 
 class Differing:
