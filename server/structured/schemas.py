@@ -210,10 +210,8 @@ class _Rewriter:
     def _differing_names(self, schema: Schema) -> None:
         """More names than are listed may be one name twice: a grammar cannot tell."""
         least, required = schema.get("minProperties", 0), schema.get("required", [])
-        if not isinstance(least, int) or not isinstance(required, list) or "object" not in _types(schema):
-            return
-        patterns = schema.get("patternProperties", {})
-        if not isinstance(patterns, dict):
+        patterns, is_object = schema.get("patternProperties", {}), "object" in _types(schema)
+        if not (isinstance(least, int) and isinstance(required, list) and isinstance(patterns, dict) and is_object):
             return
         closed = schema.get("additionalProperties") is False and not patterns
         if closed or least <= len(distinct(required)) + 1:
