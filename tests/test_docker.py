@@ -345,7 +345,7 @@ def router_files(folder: Path) -> tuple[Path, Path]:
     source, inside = SERVICES["router"]["volumes"][0].split(":")[:2]
     script, start = SERVICES["router"]["command"][-1].rsplit(" && ", 1)
     assert start == "exec nginx -c /tmp/nginx.conf -g 'daemon off;'"
-    here = script.replace("$$", "$").replace(inside, str(DOCKER / source)).replace("/tmp/", f"{folder}/")
+    here = script.replace("$$", "$").replace("/tmp/", f"{folder}/").replace(inside, str(DOCKER / source))
     subprocess.run(["sh", "-c", here], check=True)
     return folder / "nginx.conf", folder / "replicas.conf"
 

@@ -48,7 +48,7 @@ def make_like(folder: Path, other: Path) -> None:
         for file in (*other.glob("token*"), *other.glob("chat_template*"), *other.glob("generation_config*")):
             shutil.copy(file, target)
 
-    make_folder(folder, AutoConfig.from_pretrained(other), save_tokenizer)
+    make_folder(folder, AutoConfig.from_pretrained(other, trust_remote_code=False), save_tokenizer)
 
 
 def tokenizer(size: int) -> Any:

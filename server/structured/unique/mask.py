@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _GOES_ON = re.compile(rb"[,\[{]\s*[^\s,\]}]", re.DOTALL)
 """A separator and the beginning of what it separates."""
 _ENDS_AND_GOES_ON = re.compile(rb'".*[,\[{]\s*[^\s,\]}]', re.DOTALL)
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_END_OF_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NUMBER = re.compile(rb"[-+.\deE]+")
 _ENDED_NUMBER = re.compile(rb"[-+.\deE]+[\s,\]}]")
 
@@ -78,6 +80,8 @@ class Vocabulary:
         self._words = _InOrder(self.texts, [token for token in in_order if not self.texts[token].isspace()])
         self._spaces = _InOrder(self.texts, [token for token in in_order if self.texts[token].isspace()])
         self._quotes = _InOrder(self.texts, [token for token in in_order if b'"' in self.texts[token]])
+        self._whole_strings = self._beginning(_STRING)
+        self._ends_of_strings = self._beginning(_END_OF_STRING)
         self.plain = self._bits(self._matching(lambda text: text and not text.startswith(SPECIAL)))
         self.go_on = self._matching(_GOES_ON.search)
         self.end_and_go_on = self._matching(_ENDS_AND_GOES_ON.search)
@@ -92,6 +96,14 @@ class Vocabulary:
             return self._quotes.beginning_with(begin)  # few
         found = self._words.beginning_with(begin)
         return [*found, *self._spaces.beginning_with(begin)] if begin.isspace() else found
+
+    def ending(self, begun: bytes) -> list[tuple[int, bytes]]:
+        """The tokens that end a string which is begun, or not yet, with their bytes as far as its end."""
+        return self._ends_of_strings if begun else self._whole_strings
+
+    def _beginning(self, pattern: re.Pattern[bytes]) -> list[tuple[int, bytes]]:
+        found = ((token, pattern.match(text)) for token, text in enumerate(self.texts))
+        return [(token, match[0]) for token, match in found if match is not None]
 
     def _bits(self, tokens: Ids) -> NDArray[np.uint8]:
         """As llguidance's masks have them, which are longer."""
@@ -170,7 +182,13 @@ class Differing:
         return packed
 
     def _leading_to(self, seen: Seen, begin: bytes) -> list[int]:
-        """The tokens by which a closed text is begun."""
+        """The tokens by which a closed text is begun.
+
+        Strings that can always go on are closed as a whole alone, so few tokens matter, however many were written.
+        """
+        escapes = len(begin) - len(begin.rstrip(b"\\"))
+        if seen.language.endless and escapes % 2 == 0:
+            return [token for token, end in self._vocabulary.ending(begin) if begin + end in seen]
         rests = (closed[len(begin) :] for closed in seen.closed_behind(begin))
         return [token for rest in rests for token in self._vocabulary.beginning_with(rest)]
 
