@@ -208,6 +208,19 @@ def test_documents_stand_before_the_question_and_are_read_once(opened: Opener, t
     assert cached > 400, "both were found in another order"
 
 
+def test_what_is_sent_before_it_is_counted_is_counted_by_the_server(opened: Opener, tmp_path: Path) -> None:
+    page = opened()
+    setting(page, "max_tokens", "2000")
+    (tmp_path / "one.txt").write_text("The door is red. " * 200, encoding="utf-8")
+    page.set_input_files("#files", [tmp_path / "one.txt"])
+    ask(page, "Which colour?", wait=False)
+    until(page, "parseInt(document.querySelector('#count').textContent.replace(',', '')) > 200", seconds=5)
+    assert page.locator("#stop").is_visible(), "while it is being answered"
+    assert page.inner_text("#map-this") == f"this prompt ({page.inner_text('#count').split()[0]})"
+    page.click("#stop")
+    ended(page)
+
+
 def test_the_picker_has_what_the_model_takes_and_the_map_shows_it(opened: Opener, url: str) -> None:
     page = opened()
     short(page)

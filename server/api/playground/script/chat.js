@@ -14,7 +14,7 @@ export function stop() {
 }
 
 /** What the page does with messages; set by `main`. */
-export const actions = { again: () => {}, edit: () => {}, changed: () => {}, measured: () => {} };
+export const actions = { again: () => {}, edit: () => {}, changed: () => {}, measured: () => {}, counted: () => {} };
 
 export function newVariant() {
   return { text: "", tokens: [], stats: null, error: null };
@@ -141,6 +141,7 @@ function expected({ documents }, prompt) {
 function take(event, run) {
   const { variant } = run, { stats } = variant, now = performance.now();
   if (event.progress) {
+    if (event.progress.total !== run.progress?.total) actions.counted(event.progress.total);
     run.progress = event.progress;
     Object.assign(stats, { prompt_tokens: event.progress.total, cached: event.progress.cached });
     run.from ??= { at: now, processed: event.progress.processed };

@@ -94,6 +94,7 @@ actions.edit = async (index, text) => {
   await reply();
 };
 actions.changed = save;
+actions.counted = told;
 
 const count = debounced(async () => {
   if (!model || isRunning()) return;
@@ -101,7 +102,7 @@ const count = debounced(async () => {
   if (!draft && !counted.messages.length && !counted.documents.length) { told(0); return; }
   try {
     const total = await countPrompt(counted, draft);
-    if (counted === open) told(total);
+    if (counted === open && !isRunning()) told(total); // a reply's own count is the true one
   } catch (error) {
     $("count").textContent = error.code === "context_length_exceeded" ? "too long for this server" : "";
     $("count").classList.add("over");
