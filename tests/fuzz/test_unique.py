@@ -169,3 +169,21 @@ def test_what_must_differ_does(seed: int, tokenizer: LLTokenizer) -> None:
         if text is not None:
             broken = [*validator.iter_errors(json.loads(text))]
             assert not broken, f"{json.dumps(schema)} let {text} through: {broken[0].message}"
+
+
+def test_a_quote_that_is_escaped_ends_nothing(tokenizer: LLTokenizer) -> None:
+    """Behind a backslash the first quote of the token `""` is within a string, and its second ends it."""
+    words = vocabulary(tokenizer)
+    token = words.texts.index(b'""')
+
+    def allowed(begun: bytes) -> bool:
+        matcher = grammar({"type": "array", "items": {"type": "string"}, "uniqueItems": True}, tokenizer).matcher()
+        for byte in begun:
+            matcher.accept(words.bytes[byte])
+        assert not matcher.failure
+        return bool(matcher.mask()[token >> 3] >> (token & 7) & 1)
+
+    assert allowed(b'["b","a\\')
+    assert not allowed(b'["a\\"","a\\')
+    assert allowed(b'["b",')
+    assert not allowed(b'["",')
