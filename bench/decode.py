@@ -33,8 +33,8 @@ from prerope.server.engine.engine import Engine
 from prerope.server.engine.loading import load_engine
 from prerope.server.errors import PreRopeError
 from prerope.server.machine.places import default_cache_dir
-from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
+from prerope.server.models.model import Chunk, build_batch
 from tqdm import tqdm
 
 from bench import BenchError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from prerope.cache.cpu.bounds import KeyBounds
-from prerope.cache.kernels.build import library
+from prerope.cache.kernels.build import kernels, library
 from torch import Tensor
 
 CACHE_LINE = 64
@@ -73,20 +73,20 @@ class KVStorage:
 
     def store(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Write key [T, Hkv, D] and value [T, Hkv, Dv] of packed rows to their slots [T]."""
-        keys, values, kernels = self.keys[layer], self.values[layer], library()
+        keys, values = self.keys[layer], self.values[layer]
         if keys.device.type == "cuda":
             from prerope.cache.cuda.attention import cuda_store
 
             return cuda_store(key, value, keys, values, slot_mapping)
         contiguous = key.is_contiguous() and value.is_contiguous() and slot_mapping.is_contiguous()
         same_dtypes = key.dtype == keys.dtype and value.dtype == values.dtype
-        if kernels is None or keys.device.type != "cpu" or not (contiguous and same_dtypes):
+        if library() is None or keys.device.type != "cpu" or not (contiguous and same_dtypes):
             keys.view(-1, *keys.shape[2:]).index_copy_(0, slot_mapping, key.to(keys.dtype))
             values.view(-1, *values.shape[2:]).index_copy_(0, slot_mapping, value.to(values.dtype))
             return None
         tensors = (keys, values, key, value, slot_mapping)
         sizes = (len(key), math.prod(key.shape[1:]) * key.itemsize, math.prod(value.shape[1:]) * value.itemsize)
-        kernels.prerope_store(*map(ctypes.c_void_p, map(Tensor.data_ptr, tensors)), *map(ctypes.c_int64, sizes))
+        kernels.store(*map(ctypes.c_void_p, map(Tensor.data_ptr, tensors)), *map(ctypes.c_int64, sizes))
         return None
 
     def copy(self, source: Tensor, target: Tensor) -> None:

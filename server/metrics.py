@@ -6,12 +6,12 @@ app has a registry of its own. Knows the engine's numbers, not its workings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from prerope.server.engine.outputs import FinishReason, Timings
+from prerope.server.engine.outputs import FinishReason
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -58,11 +58,8 @@ COUNT_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2, 
 """Tokens of a request."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-
-
-def known_method(method: str) -> str:
-    """A method of HTTP by its name, for labels, logs and replies: a client may send any word."""
-    return method if method in METHODS else "another method"
+OTHER_METHOD = "another method"
+"""What stands for all other words in labels, logs and replies: a client may send any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,74 +77,46 @@ class EngineSnapshot:
 
 
 class Metrics:
-    """One app's metrics."""
+    """One app's metrics: a histogram or counter each, observed where the number is known.
+
+    Attributes:
+        ttft, itl, tpot, e2e: seconds to the first token, between two tokens, a token after the first, of a request.
+        queue, prefill, decode: seconds of a request's phases.
+        prompt, generation: tokens of a request.
+        finished: by finish reason.
+        http: by method, handler (the route's template, never the raw path) and status.
+    """
 
     def __init__(self, model_name: str, snapshot: Callable[[], EngineSnapshot]) -> None:
         self.registry = CollectorRegistry()
-        self._label = {"model_name": model_name}
-        histograms = {
-            "ttft": ("time_to_first_token_seconds", "From arrival to the first token.", LATENCY_BUCKETS),
-            "itl": ("inter_token_latency_seconds", "Between two tokens of a request.", TOKEN_BUCKETS),
-            "tpot": ("request_time_per_output_token_seconds", "Mean time per token after the first.", TOKEN_BUCKETS),
-            "e2e": ("e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_BUCKETS),
-            "queue": ("request_queue_time_seconds", "Waiting, before the first step.", REQUEST_BUCKETS),
-            "prefill": ("request_prefill_time_seconds", "From the first step to the first token.", REQUEST_BUCKETS),
-            "decode": ("request_decode_time_seconds", "From the first token to the last.", REQUEST_BUCKETS),
-            "prompt": ("request_prompt_tokens", "Prompt tokens of a request.", COUNT_BUCKETS),
-            "generation": ("request_generation_tokens", "Generated tokens of a request.", COUNT_BUCKETS),
-        }
-        self._histograms = {
-            key: Histogram(f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self.registry).labels(
-                model_name
-            )
-            for key, (name, text, buckets) in histograms.items()
-        }
-        self._success = Counter(
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            made = Histogram(f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
+            return made.labels(model_name)
+
+        seconds = REQUEST_BUCKETS
+        self.ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", LATENCY_BUCKETS)
+        self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a request.", TOKEN_BUCKETS)
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first.", TOKEN_BUCKETS
+        )
+        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the last token.", seconds)
+        self.queue = histogram("request_queue_time_seconds", "Waiting, before the first step.", seconds)
+        self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", seconds)
+        self.decode = histogram("request_decode_time_seconds", "From the first token to the last.", seconds)
+        self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", COUNT_BUCKETS)
+        self.generation = histogram("request_generation_tokens", "Generated tokens of a request.", COUNT_BUCKETS)
+        success = Counter(
             "vllm:request_success", "Requests that finished.", ["model_name", "finished_reason"], registry=self.registry
         )
-        for reason in FinishReason:
-            self._success.labels(model_name, reason)  # shown from the start, so that a rate over it begins at zero
-        self._http = Counter(
+        # Shown from the start, so that a rate over it begins at zero.
+        self.finished = {reason: success.labels(model_name, reason) for reason in FinishReason}
+        self.http = Counter(
             "prerope:http_requests", "HTTP replies.", ["method", "handler", "status"], registry=self.registry
         )
         self.registry.register(EngineCollector(model_name, snapshot))
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-
-    def observe_first_token(self, seconds: float) -> None:
-        """`seconds` from the request's arrival to its first token."""
-        self._histograms["ttft"].observe(seconds)
-
-    def observe_inter_token(self, seconds: float) -> None:
-        """`seconds` between two tokens of one sequence."""
-        self._histograms["itl"].observe(seconds)
-
-    def observe_finished(
-        self,
-        reason: FinishReason,
-        *,
-        e2e_s: float,
-        prompt_tokens: int,
-        generation_tokens: int,
-        timings: Timings | None = None,
-    ) -> None:
-        """One sequence ended; `timings` are the engine's, missing where it ended before its first token."""
-        seen = self._histograms
-        self._success.labels(self._label["model_name"], reason).inc()
-        seen["e2e"].observe(e2e_s)
-        seen["prompt"].observe(prompt_tokens)
-        seen["generation"].observe(generation_tokens)
-        if timings is None:
-            return
-        seen["queue"].observe(timings.queue_s)
-        seen["prefill"].observe(timings.prefill_s)
-        seen["decode"].observe(timings.decode_s)
-        if generation_tokens > 1:
-            seen["tpot"].observe(timings.decode_s / (generation_tokens - 1))
-
-    def count_http(self, method: str, handler: str, status: int) -> None:
-        """One HTTP reply; `handler` is the route's template, never the raw path."""
-        self._http.labels(method, handler, str(status)).inc()
 
     def render(self) -> bytes:
         """The exposition format, for /metrics."""

@@ -1,18 +1,17 @@
 """What endpoints need of one running app: its settings, engine, tokenizer, model name and metrics.
 
-The engine and the tokenizer load on the engine's thread; until then `tokenizer` refuses with a 503.
+The engine and the tokenizer load on the engine's thread; until then endpoints refuse with a 503.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
-from fastapi import Depends, Request
 from prerope.server.api.chat.trial import TemplateTrial, is_tame
-from prerope.server.api.holds import BODIES, BodyRoom
+from prerope.server.api.fairness import BODIES, BodyRoom
 from prerope.server.api.requests.reading import ModelText
 from prerope.server.byte_cache import ByteCache, CacheStats
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
@@ -57,6 +56,7 @@ class Service:
         served_names: what clients may call the model; replies use the first.
         sampling_defaults: how tokens are chosen where a request does not say; known once the model is loaded.
         conversations: of Responses that may be gone on with, by tenant and the response's id.
+        tokenizer, text: the model's; there once the engine is ready.
         stage: what loading does now, for people who ask /ready.
         leaving: routers are to send nobody any more, though whoever comes is served.
         reads_inline: little bodies are read on the event loop, where the chat template may be run there.
@@ -70,13 +70,13 @@ class Service:
     grammars: Grammars = field(init=False)
     conversations: ByteCache[tuple[str, str], Kept] = field(init=False)
     bodies: BodyRoom = field(init=False)
+    tokenizer: Tokenizer = field(init=False)
+    text: ModelText = field(init=False)
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     stage: str = "starting"
     followers: Followers | None = None
     leaving: bool = False
     reads_inline: bool = False
-    _tokenizer: Tokenizer | None = None
-    _text: ModelText | None = None
     _started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -92,27 +92,6 @@ class Service:
     def model_name(self) -> str:
         """What replies call the model."""
         return self.served_names[0]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """Raises EngineUnavailable while it loads."""
-        if self._tokenizer is None:
-            raise self.unavailable()
-        return self._tokenizer
-
-    @property
-    def text(self) -> ModelText:
-        """The model's text side. Raises EngineUnavailable while it loads."""
-        if self._text is None:
-            info = self.engine.info
-            self._text = ModelText(
-                tokenizer=self.tokenizer,
-                served_names=self.served_names,
-                any_name=self.settings.served_model_name is None,
-                max_model_len=info.max_model_len,
-                vocab_size=info.vocab_size,
-            )
-        return self._text
 
     @property
     def seconds_up(self) -> float:
@@ -182,7 +161,14 @@ class Service:
                 )
             prepare_tables(tokenizer)  # here too
         engine = load_engine(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
-        self._tokenizer, self.reads_inline = tokenizer, is_tame(tokenizer)
+        self.tokenizer, self.reads_inline = tokenizer, is_tame(tokenizer)
+        self.text = ModelText(
+            tokenizer=tokenizer,
+            served_names=self.served_names,
+            any_name=settings.served_model_name is None,
+            max_model_len=engine.info.max_model_len,
+            vocab_size=engine.info.vocab_size,
+        )
         return engine
 
     def _join(self, checkpoint: Checkpoint) -> Ranks:
@@ -224,19 +210,3 @@ class Service:
             "refused grammars": self.grammars.refused.stats(),
             "conversations": self.conversations.stats(),
         }
-
-
-def get_service(request: Request) -> Service:
-    """The FastAPI dependency."""
-    service: Service = request.app.state.service
-    return service
-
-
-async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread
-    """The service of an endpoint that needs the model: EngineUnavailable unless the engine takes requests."""
-    service = get_service(request)
-    service.require_ready()
-    return service
-
-
-ReadyService = Annotated[Service, Depends(ready_service)]

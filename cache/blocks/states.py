@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from prerope.cache.blocks.pool import BlockPool
+if TYPE_CHECKING:
+    from prerope.cache.blocks.manager import BlockPool
 
 
 class StateRows(NamedTuple):
@@ -61,10 +62,10 @@ class SequenceState:
 
 
 class StateCache:
-    """Slots of one storage. Touches no tensor."""
+    """Slots of one storage, which a pool of its own hands out. Touches no tensor."""
 
-    def __init__(self, num_slots: int, block_size: int) -> None:
-        self.pool = BlockPool(num_slots)
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self.pool = pool
         self._block_size = block_size
 
     def usable(self, hashes: Sequence[bytes]) -> int:
@@ -84,12 +85,24 @@ class StateCache:
         source = None if found is None else self.pool.find(found)
         return self.pool.num_free > (source is not None and self.pool.is_free(source))
 
-    def rows(self, state: SequenceState, start: int, stop: int, *, keep: bool) -> StateRows:
-        """For a step that computes the tokens `start` … `stop` − 1.
+    def rows_of_step(self, steps: Sequence[tuple[SequenceState, int, int]], *, keep: bool) -> list[StateRows]:
+        """For a step that computes tokens `start` … `stop` − 1 of each; from the next on they read their own slots.
 
         keep: also at edges on the way, where slots are free, those of kept states included.
-        What the first step reads stays held until `rows_given`.
         """
+        rows = [self._rows(state, start, stop, keep=keep) for state, start, stop in steps]
+        self.rows_given([state for state, _, _ in steps])
+        return rows
+
+    def rows_given(self, states: Sequence[SequenceState]) -> None:
+        """The step has all its slots: what its sequences begin with need not be held for them any longer."""
+        for state in states:
+            state.started = True
+            if state.source is not None:
+                self.pool.release([state.source])
+                state.source = None
+
+    def _rows(self, state: SequenceState, start: int, stop: int, *, keep: bool) -> StateRows:
         kept = []
         for edge in sorted(self._edges(state, start, stop)) if keep else ():
             if self.pool.num_free:
@@ -97,14 +110,6 @@ class StateCache:
                 kept.append((edge, state.written[edge]))
         source = state.slot if state.started else state.source
         return StateRows(source, state.slot, tuple(kept))
-
-    def rows_given(self, states: Sequence[SequenceState]) -> None:
-        """End the planning of a step: from the next step on, these sequences read their own slots."""
-        for state in states:
-            state.started = True
-            if state.source is not None:
-                self.pool.release([state.source])
-                state.source = None
 
     def _edges(self, state: SequenceState, start: int, stop: int) -> set[int]:
         last = stop // self._block_size * self._block_size

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from prerope.cache.attention.selection import UNIT, far_units
 from prerope.cache.attention.types import SequenceRows
-from prerope.cache.kernels.build import DTYPES, library, reads
+from prerope.cache.kernels.build import DTYPES, kernels, reads
 from torch import Tensor
 
 
@@ -60,14 +60,14 @@ class KeyBounds:
                 self._known[missing] = True
 
     def _make(self, blocks: NDArray[np.int64]) -> None:
-        kernels, of_block = library(), self._block_size // self._grain
+        of_block = self._block_size // self._grain
         grains = (blocks[:, None] * of_block + np.arange(of_block)).ravel()
         for keys in self._keys:
             bounds = self.of(keys)
-            if kernels is None or not reads(keys.dtype):
+            if not reads(keys.dtype):
                 own = keys.view(-1, self._grain, *keys.shape[2:])[torch.from_numpy(grains)]
                 bounds[torch.from_numpy(grains)] = torch.stack([own.amin(1), own.amax(1)], dim=1)
                 continue
             addresses = map(ctypes.c_void_p, (keys.data_ptr(), bounds.data_ptr(), grains.ctypes.data))
             sizes = (len(grains), self._grain, math.prod(keys.shape[2:]), DTYPES[keys.dtype])
-            kernels.prerope_bounds(*addresses, *map(ctypes.c_int64, sizes))
+            kernels.bounds(*addresses, *map(ctypes.c_int64, sizes))

@@ -113,7 +113,7 @@ class DecodePlan:
 
     def scratch_size(self, shape: KernelShape) -> int:
         """The size of the scratch buffer that the kernel wants, in fp32 numbers."""
-        return int(kernels().prerope_rows_scratch(ctypes.byref(shape), ctypes.byref(self.plan)))
+        return int(kernels.rows_scratch(ctypes.byref(shape), ctypes.byref(self.plan)))
 
 
 def few_rows(sequences: Sequence[SequenceRows]) -> list[SequenceRows]:
@@ -181,7 +181,7 @@ def decode(
         None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
         for tensor in (rows, keys, values, bounds.of(keys) if bounds and plan.selects else None, sinks, scratch, out)
     ]
-    kernels().prerope_rows(ctypes.byref(shape), ctypes.byref(plan.plan), *pointers)
+    kernels.rows(ctypes.byref(shape), ctypes.byref(plan.plan), *pointers)
     return out
 
 
@@ -216,7 +216,7 @@ def _plan(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Decod
         ctypes.addressof(rows),
         *(None if tensor is None else tensor.data_ptr() for tensor in (scale, turns, items, row_items)),
     )
-    kernels().prerope_plan_rows(ctypes.byref(plan))
+    kernels.plan_rows(ctypes.byref(plan))
     return DecodePlan(
         plan=plan,
         held=(rows, readings, sequences, scale, turns, items, row_items),

@@ -105,8 +105,7 @@ def prefill(
     shape = metadata.plans.get(asked)
     if shape is None:
         shape = metadata.plans[asked] = kernel_shape(query.shape[1], query.dtype, keys, values, plan.method, options)
-    library = kernels()
-    needed = library.prerope_chunk_scratch(ctypes.byref(shape), ctypes.byref(plan.plan))
+    needed = kernels.chunk_scratch(ctypes.byref(shape), ctypes.byref(plan.plan))
     scratch = metadata.plans.get("prefill scratch")
     if scratch is None or scratch.numel() < needed:
         scratch = metadata.plans["prefill scratch"] = torch.empty(needed)
@@ -114,7 +113,7 @@ def prefill(
     sinks = None if options.sinks is None else options.sinks.float().contiguous()
     sinks_at = None if sinks is None else sinks.data_ptr()
     addresses = (query.data_ptr(), keys.data_ptr(), values.data_ptr(), sinks_at, scratch.data_ptr(), out.data_ptr())
-    library.prerope_chunk(ctypes.byref(shape), ctypes.byref(plan.plan), *map(ctypes.c_void_p, addresses))
+    kernels.chunk(ctypes.byref(shape), ctypes.byref(plan.plan), *map(ctypes.c_void_p, addresses))
     return out
 
 

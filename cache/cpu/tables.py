@@ -225,5 +225,5 @@ def query_turns(reading: KernelReading, part: int, start: int, count: int) -> Te
         return None
     turns = torch.empty(count, reading.rotary_dim)
     arguments = (ctypes.c_int64(number) for number in (part, start, count))
-    kernels().prerope_query_turns(ctypes.byref(reading.kernel), *arguments, ctypes.c_void_p(turns.data_ptr()))
+    kernels.query_turns(ctypes.byref(reading.kernel), *arguments, ctypes.c_void_p(turns.data_ptr()))
     return turns

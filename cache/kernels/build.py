@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from prerope.cache.sealed import find_sealed, sealed_name
@@ -42,25 +44,22 @@ FLAGS = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """What kernels/c/dtypes.h calls the dtypes of queries, keys and values."""
 
+kernels: Any = SimpleNamespace()
+"""The kernels by their names without `prerope_`, once `prepare` has found or built them."""
+
 _library: ctypes.CDLL | None = None
 _pairs: bool | None = None
 """Whether bf16 is to be multiplied in pairs, once that has been tried."""
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels, when `prepare` has found or built them."""
+    """The library that has the kernels; None: there are none."""
     return _library
 
 
 def library_path() -> Path | None:
     """The file that the kernels were loaded from."""
     return None if _library is None else Path(_library._name)
-
-
-def kernels() -> ctypes.CDLL:
-    """The kernels, which must be there."""
-    assert _library is not None
-    return _library
 
 
 def reads(dtype: torch.dtype) -> bool:
@@ -108,7 +107,9 @@ def prepare(directory: Path | None, folders: Sequence[Path] = (SOURCES,), functi
         reason = _first_error(error.stderr) if isinstance(error, subprocess.CalledProcessError) else str(error)
         return f"the C kernels could not be built ({reason}): attention runs in torch, slower"
     for name, returned in functions.items():
-        getattr(loaded, f"prerope_{name}").restype = returned
+        function = getattr(loaded, f"prerope_{name}")
+        function.restype = returned
+        setattr(kernels, name, function)
     _library = loaded
     damaged = f" (built anew: the copy in {directory} was damaged)" if num_damaged else ""
     return f"the C kernels are loaded{damaged}"

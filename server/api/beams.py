@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from prerope.server.api.holds import current_hold
+from prerope.server.api.fairness import current_hold
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import GenerationRequest
 from prerope.server.api.stream.generation import Generation

@@ -27,7 +27,7 @@ from prerope.server.errors import (
     Unauthorized,
     UnsupportedEncoding,
 )
-from prerope.server.metrics import known_method
+from prerope.server.metrics import METHODS, OTHER_METHOD
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -119,9 +119,10 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     known = instead_of(request.url.path) if error.status_code in (404, 405) else None
+    method = request.method if request.method in METHODS else OTHER_METHOD
     messages = {
         404: "There is no such route; /docs lists them.",
-        405: f"This route does not take {known_method(request.method)}; /docs lists the methods.",
+        405: f"This route does not take {method}; /docs lists the methods.",
     }
     message = known or messages.get(error.status_code, str(error.detail))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_served" if known else None}

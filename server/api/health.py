@@ -8,16 +8,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.service import Service, get_service
+from fastapi import APIRouter, Request, Response
+from prerope.server.api.dependencies import AnyService
 from prometheus_client import CONTENT_TYPE_LATEST
 
 router = APIRouter(tags=["health"])
-
-ServiceDependency = Annotated[Service, Depends(get_service)]
-
 
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "loading, draining or dead"}}
 
@@ -29,14 +26,14 @@ async def live() -> dict[str, str]:
 
 
 @router.get("/health", summary="Are requests taken", responses=NOT_READY)
-async def health(service: ServiceDependency) -> dict[str, str]:
+async def health(service: AnyService) -> dict[str, str]:
     """200 while requests are taken; 503 while the model loads, while draining and once the engine is dead."""
     service.require_open()
     return {"status": "ok"}
 
 
 @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
-async def ping(service: ServiceDependency) -> dict[str, str]:
+async def ping(service: AnyService) -> dict[str, str]:
     """The same answer as /health, where SageMaker looks for it."""
     return await health(service)
 
@@ -48,13 +45,13 @@ async def version(request: Request) -> dict[str, str]:
 
 
 @router.get("/ready", summary="Are requests taken", responses=NOT_READY)
-async def ready(service: ServiceDependency) -> dict[str, str]:
+async def ready(service: AnyService) -> dict[str, str]:
     """200 once the model is loaded and the engine is alive; until then, and while draining, 503 with the reason."""
     service.require_open()
     return {"status": "ready", "model": service.model_name}
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(service: ServiceDependency) -> Response:
+async def metrics(service: AnyService) -> Response:
     """vLLM's metric names, and `prerope:` for what vLLM does not have."""
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -22,7 +22,7 @@ from prerope.server.api.keys import PROBES
 from prerope.server.api.requests.body import HEADER, reporting
 from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest, RequestError, WrongHost
 from prerope.server.log import trace
-from prerope.server.metrics import Metrics, known_method
+from prerope.server.metrics import METHODS, OTHER_METHOD, Metrics
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -124,8 +124,8 @@ class RequestContext:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         handler = _template(scope)
-        method = known_method(scope["method"])
-        self.metrics.count_http(method, handler, status)
+        method = scope["method"] if scope["method"] in METHODS else OTHER_METHOD
+        self.metrics.http.labels(method, handler, str(status)).inc()
         write = log.debug if scope["path"] in QUIET_PATHS else log.info
         write("request", method=method, path=handler, status=status, seconds=round(seconds, 3))
 

@@ -24,7 +24,7 @@ from prerope.server.api.chat.parts import ChatReply, Part
 from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
 from prerope.server.api.chat.tool_calls import ChatReader, TextReader, reader_of
 from prerope.server.api.chat.tools import ToolUse
-from prerope.server.api.holds import current_hold
+from prerope.server.api.fairness import current_hold
 from prerope.server.api.requests.body import in_words_of
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
-from prerope.server.api.bodies import body_of
+from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
-from prerope.server.service import ReadyService
 
 router = APIRouter(tags=["tokens"])
 

@@ -41,8 +41,7 @@ from prerope.server.engine.speculation import Speculator
 from prerope.server.engine.step import Scheduled, Step, Verification, chunks_of, finish_launch
 from prerope.server.engine.tiers import Tiers
 from prerope.server.errors import InvalidRequest, RequestError
-from prerope.server.models.batch import Chunk, build_batch
-from prerope.server.models.model import Model, resolve
+from prerope.server.models.model import Chunk, Model, build_batch, resolve
 from prerope.server.ranks.orders import tell_copy, tell_end, tell_step
 from torch import Tensor
 

@@ -184,8 +184,9 @@ class Scheduler:
         self._schedule_prefills(self.pace.most_rows(left) if plan else left, plan)
         if self.cache.states is None:
             return plan
-        states = self.cache.state_rows([(one.sequence, one.start, one.stop) for one in plan])
-        return [one._replace(state=state) for one, state in zip(plan, states, strict=True)]
+        steps = [(one.sequence.state, one.start, one.stop) for one in plan if one.sequence.state is not None]
+        rows = self.cache.states.rows_of_step(steps, keep=self.cache.prefix_caching)
+        return [one._replace(state=state) for one, state in zip(plan, rows, strict=True)]
 
     def _draft(self, speculator: Speculator, plan: list[Scheduled], spare: int) -> None:
         """Give decode steps their drafts, in `spare` blocks and those that they have.

@@ -24,7 +24,7 @@ from prerope.server.engine.sampling.device import sample_on_device
 from prerope.server.engine.sampling.host import logprobs, sample, score_prompt, uniform
 from prerope.server.engine.sampling.mask import MaskWait
 from prerope.server.engine.sequence import Sequence
-from prerope.server.models.batch import Chunk
+from prerope.server.models.model import Chunk
 from torch import Tensor
 
 
@@ -33,11 +33,12 @@ class Arrival:
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
-        self._host, self._whole = bring_back(tokens)
+        self._host, self._whole = (tokens, None) if tokens.device.type == "cpu" else bring_back(tokens)
 
     def wait(self) -> list[int]:
         """The ids, once they are here: all that was launched before them has run by then."""
-        self._whole()
+        if self._whole is not None:
+            self._whole()
         ids: list[int] = self._host.tolist()
         return ids
 

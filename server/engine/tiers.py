@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from importlib import metadata
+from itertools import dropwhile
 
 import torch
 from prerope.cache.blocks.manager import KVCacheManager
@@ -37,10 +38,13 @@ class Tiers:
 
     def ask(self, sequence: Sequence) -> None:
         """Begin to fetch what the tiers have of a new sequence; it is admitted when that has come."""
-        chains = [self._cache.unknown(chain) for chain in self._chains(sequence)]
+        chains = [list(dropwhile(self._in_cache, chain)) for chain in self._chains(sequence)]
         chains = [chain for chain in chains if chain and self.tier.holds(chain[0])]
         if chains:
             sequence.fetch = self.tier.fetch(chains)
+
+    def _in_cache(self, block_hash: bytes) -> bool:
+        return self._cache.pool.find(block_hash) is not None
 
     def _chains(self, sequence: Sequence) -> Iterable[list[bytes]]:
         usable = sequence.num_reusable_tokens // self._cache.block_size
@@ -70,11 +74,15 @@ class Tiers:
                 sequence.fetch = None
 
     def _install(self, arrived: Rows[tuple[bytes, Tensor]]) -> None:
-        payloads = dict(arrived)
-        adopted = self._cache.adopt(list(payloads))
-        if adopted:
-            contents = torch.stack([payloads[block_hash] for _, block_hash in adopted])
-            self._storage.write_blocks([block for block, _ in adopted], contents)
+        """Blocks for contents that are known from now on, as many as there is room for."""
+        pool = self._cache.pool
+        wanted = [one for one in dict(arrived).items() if self._cache.prefix_caching and not self._in_cache(one[0])]
+        blocks = pool.allocate(min(len(wanted), pool.num_free))
+        for block, (block_hash, _) in zip(blocks, wanted, strict=False):
+            pool.remember(block, block_hash)
+        pool.release(blocks)
+        if blocks:
+            self._storage.write_blocks(blocks, torch.stack([content for _, content in wanted[: len(blocks)]]))
 
     def wait(self) -> None:
         """Wait a moment, where sequences wait for nothing but a tier."""

@@ -18,24 +18,15 @@ something is sent. So something is sent that means nothing, and the kernel is as
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 from collections.abc import Callable
-from typing import Any
 
 import h11
 import structlog
-from prerope.server.api.errors import error_body
+from prerope.server.api.fairness import turn
 from prerope.server.api.middleware import ABORT, FILLER, TOO_MANY_CHUNKS
-from prerope.server.errors import (
-    HeaderTooLarge,
-    InvalidRequest,
-    RequestError,
-    ServerFull,
-    VersionNotSupported,
-    first_line,
-)
-from prerope.server.workers.slices import turn
+from prerope.server.errors import HeaderTooLarge, VersionNotSupported
+from prerope.server.http.refusals import LINGER_S, linger, refuse, reply_to_unreadable
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -43,8 +34,6 @@ log = structlog.get_logger(__name__)
 
 PIECE_BYTES = 1024
 """What is parsed between two looks at the clock: two hundred chunks at most."""
-
-TLS = b"\x16\x03"
 
 FREE_CHUNKS, BYTES_A_CHUNK = 4096, 256
 """A body may come in so many chunks, and in one more for each so many bytes."""
@@ -82,23 +71,6 @@ class CountingParser(h11.Connection):
             self.num_chunks += event.chunk_start
             self.num_bytes += len(event.data)
         return event
-
-    @property
-    def refusal(self) -> RequestError:
-        """What is wrong with what came."""
-        if self.problem is not None and self.problem.error_status_hint == HeaderTooLarge.status:
-            return HeaderTooLarge(
-                f"The request line and headers have more than {MAX_HEADER_BYTES} bytes: send fewer or shorter "
-                "ones, and what is long in the body.",
-                code="header_too_large",
-            )
-        if self.problem is not None and self.problem.error_status_hint == VersionNotSupported.status:
-            return VersionNotSupported("HTTP/1.1 and HTTP/1.0 are spoken here: send one of these.", code="bad_http")
-        why = f": {first_line(self.problem)}" if self.problem is not None else ""
-        said = f"This is no HTTP/1.1 request that can be read{why}."
-        if self.trailing_data[0].startswith(TLS):
-            said += " It begins as TLS: use http://, or put a proxy in front that ends TLS."
-        return InvalidRequest(said, code="bad_http")
 
     @property
     def too_many_chunks(self) -> bool:
@@ -168,9 +140,6 @@ class Feed:
 HEADER_TIMEOUT_S = 10.0
 """From a connection's opening, or from the first byte of a later request, to the end of that request's header."""
 
-MAX_LINGERING, LINGER_S = 16, 0.5
-"""Refused connections that are left open until their 503 is read, at once and how long; others are reset."""
-
 PIPELINE_REST_S = 0.005
 """Between a reply and the next request of a client that had sent it before: thousands, one after the other, would leave
 the event loop no moment without work, and it would take a core from the engine's threads."""
@@ -239,7 +208,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if not self.door.let_in(self):
-            refuse(transport, self.door)
+            refuse(transport, self.door.room, self.door.lingering)
             return
         super().connection_made(transport)
         _send_at_once(transport)
@@ -279,10 +248,7 @@ class Connection(H11Protocol):
         """Of what is no HTTP, or too much of it: with the reason, and time to read it before the connection ends."""
         self._deaf = True
         self._feed.close()
-        error = self.conn.refusal
-        body = json.dumps(error_body(error)).encode()
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
-        reply = (h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+        reply = reply_to_unreadable(self.conn.problem, self.conn.trailing_data[0], MAX_HEADER_BYTES)
         try:
             for event in reply:
                 self.transport.write(self.conn.send(event) or b"")
@@ -290,7 +256,7 @@ class Connection(H11Protocol):
             self.transport.abort()
         else:
             self._end_request()
-            linger(self.transport, self.door, self)
+            linger(self.transport, self.door.lingering, self)
 
     def _end_request(self) -> None:
         """To the app, the client of a request whose body cannot be read is gone: it has its reply."""
@@ -368,46 +334,6 @@ class Connection(H11Protocol):
             self.transport.abort()
         else:
             self._gone_timer = self.loop.call_later(GONE_CHECK_S, self._close_if_gone)
-
-
-class Refused(asyncio.Protocol):
-    """A connection that gets a 503 whatever it asks, and is closed once the client has read it or had the time to."""
-
-    def __init__(self, door: Door) -> None:
-        self._door = door
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self._door.lingering.discard(self)
-
-
-def refuse(transport: asyncio.Transport, door: Door) -> None:
-    """Tell a client that there is no room, without reading what it sends."""
-    error = ServerFull(f"All {door.room} connections that this server takes are in use (MAX_CONNECTIONS).")
-    log.warning("connection refused: all others carry requests (MAX_CONNECTIONS)", room=door.room)
-    body = json.dumps(error_body(error)).encode()
-    head = (
-        f"HTTP/1.1 {error.status} Service Unavailable\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
-    )
-    refused = Refused(door)
-    transport.set_protocol(refused)
-    transport.write(head.encode() + body)
-    linger(transport, door, refused)
-
-
-def linger(transport: asyncio.Transport, door: Door, whose: asyncio.Protocol) -> None:
-    """Close a connection once what was written is read, or there was time to."""
-    if len(door.lingering) >= MAX_LINGERING:
-        transport.close()
-        return
-    door.lingering.add(whose)  # closed with what it sent unread, it would be reset, and the reply with it
-    transport.write_eof()
-    asyncio.get_running_loop().call_later(LINGER_S, _close, transport)
-
-
-def _close(transport: Any) -> None:
-    if not transport.is_closing():
-        transport.abort()
 
 
 def _send_at_once(transport: asyncio.Transport) -> None:

@@ -17,18 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise, permutations
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.storage import KVStorage
 from prerope.server.models.attention.interface import HANDLER, AttentionCall
-from prerope.server.models.batch import Batch
 from prerope.server.models.checks.hooks import hooked
 from prerope.server.models.checks.trials import own_values, probe_ids, relative_difference, trial_positions
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.shares import join_of
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from prerope.server.models.model import Batch
 
 TOLERANCE = 1e-2
 """Relative, rms: rounding of two ways to the same result."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
-from prerope.server.models.batch import Chunk
+from prerope.server.models.model import Chunk
 from prerope.server.ranks.group import Ints, Ranks
 
 if TYPE_CHECKING:

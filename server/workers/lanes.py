@@ -5,6 +5,9 @@ from __future__ import annotations
 from prerope.server.workers.messages import Limits
 from prerope.server.workers.pool import Lane
 
+INLINE_BYTES = 4096
+"""A body that is larger is a worker's."""
+
 MEBIBYTE = 2**20
 
 GRAMMAR = Lane(

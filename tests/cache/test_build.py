@@ -35,6 +35,8 @@ def test_a_compiler_without_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(paged_attention(*arguments), expected, rtol=0, atol=2e-3)
     taken = [CONVERSIONS[name] for name in without if name in macros]
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, *taken, "-O1"])  # an optimiser has no part in it
+    for name, kernel in [*vars(build.kernels).items()]:
+        monkeypatch.setattr(build.kernels, name, kernel)  # put back at the end
     monkeypatch.setattr(build, "_library", None)
     prepare(tmp_path)
     left = any(name in macros for name in CONVERSIONS if name not in without)

@@ -26,8 +26,7 @@ from prerope.server.engine.engine import Engine
 from prerope.server.engine.memory.sizing import CacheSize
 from prerope.server.engine.sampling.host import sample
 from prerope.server.engine.sequence import EngineRequest, Sequence
-from prerope.server.models.batch import Batch
-from prerope.server.models.model import Model
+from prerope.server.models.model import Batch, Model
 from prerope.server.ranks.group import ALONE
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from prerope.cache.blocks.manager import BlockTable
-from prerope.server.models.batch import Batch, Chunk, build_batch
+from prerope.server.models.model import Batch, Chunk, build_batch
 
 from tests.engine.scripted_model import POSITIONS
 

@@ -18,8 +18,7 @@ from prerope.rope.registry import METHODS
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import TokenLogprobs, TokenOutput
-from prerope.server.models.batch import Chunk, build_batch
-from prerope.server.models.model import Model
+from prerope.server.models.model import Chunk, Model, build_batch
 from torch import Tensor
 
 from tests.device import DEVICE

@@ -10,7 +10,7 @@ import itertools
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from prerope.cache.blocks.pool import BlockPool
+from prerope.cache.blocks.manager import BlockPool
 
 from tests.fuzz.budget import budget
 

@@ -259,7 +259,7 @@ def asking(url: str, body: dict[str, Any], path: str = GENERATE) -> Iterator[soc
 
 def shares_in_use(serve_module: Any, url: str) -> int:
     """What the server counts for its keys."""
-    from prerope.server.api.holds import HoldRequest
+    from prerope.server.api.fairness import HoldRequest
 
     layer = serve_module.running(url).app.middleware_stack
     while not isinstance(layer, HoldRequest):

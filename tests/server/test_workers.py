@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from prerope.server.api.chat.template import render_chat
 from prerope.server.api.chat.trial import guard, is_tame
+from prerope.server.api.fairness import TooLong, cut_off
 from prerope.server.errors import EngineUnavailable, InvalidRequest
 from prerope.server.machine.threads import ASIDE
 from prerope.server.tokenizer import Tokenizer
@@ -28,7 +29,6 @@ from prerope.server.workers.children import WorkerLost
 from prerope.server.workers.fair import FairSemaphore
 from prerope.server.workers.messages import Limits
 from prerope.server.workers.pool import Lane, Workers
-from prerope.server.workers.slices import TooLong, cut_off
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import PreTrainedTokenizerFast

@@ -15,8 +15,8 @@ from prerope.server.api.chat.growth.bounded import is_bounded
 from prerope.server.api.chat.template import render_chat
 from prerope.server.errors import InvalidRequest
 from prerope.server.tokenizer import Tokenizer
+from prerope.server.workers.lanes import INLINE_BYTES
 from prerope.server.workers.messages import Limits
-from prerope.server.workers.slices import INLINE_BYTES
 from prerope.server.workers.zygote import ends_well
 
 LIMITS = Limits(cpu_s=2, memory_bytes=256 * 2**20)

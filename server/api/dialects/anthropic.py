@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
+from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.requests.reading import Read
@@ -18,7 +18,7 @@ from prerope.server.api.running import Running, start
 from prerope.server.api.stream.generation import read_all, while_connected
 from prerope.server.api.stream.printing import event_stream
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.service import ReadyService, Service
+from prerope.server.service import Service
 
 router = APIRouter(tags=["anthropic"])
 
@@ -84,11 +84,11 @@ def _whole(arguments: str) -> bool:
 
 def _stop(reason: FinishReason, has_calls: bool, running: Running) -> dict[str, str | None]:
     """Why a reply ended, and by which stop string, if by one."""
-    said = "max_tokens"
+    said, string = "max_tokens", running.generations[0].stop_string
     if reason is FinishReason.STOP:
         ended = "tool_use" if has_calls else "end_turn"
-        said = "stop_sequence" if running.generations[0].stopped_by_string else ended
-    return {"stop_reason": said, "stop_sequence": running.generations[0].stop_string}
+        said = ended if string is None else "stop_sequence"
+    return {"stop_reason": said, "stop_sequence": string}
 
 
 def _usage(running: Running) -> dict[str, int]:

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 
 from prerope.server.api.chat.parts import Part
 from prerope.server.api.running import Running, parts_of
-from prerope.server.api.stream.generation import Piece, in_turn
+from prerope.server.api.stream.generation import Piece
+from prerope.server.api.stream.turns import in_turn
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.errors import DeadlineExceeded
 

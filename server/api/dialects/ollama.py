@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
+from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.dialects.common import (
     chat_events,
     check_complete,
@@ -29,7 +29,7 @@ from prerope.server.api.running import Running, start
 from prerope.server.api.stream.generation import Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, json_response, line_stream
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.service import ReadyService, Service
+from prerope.server.service import Service
 
 router = APIRouter(prefix="/api", tags=["ollama"])
 

@@ -9,15 +9,16 @@ from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.api.bodies import body_of
+from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
 from prerope.server.api.logprobs import finite
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, start
-from prerope.server.api.stream.generation import Reply, Token, in_turn, read_all, while_connected
+from prerope.server.api.stream.generation import Reply, Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
+from prerope.server.api.stream.turns import in_turn
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs
-from prerope.server.service import ReadyService, Service
+from prerope.server.service import Service
 
 router = APIRouter(tags=["others"])
 
@@ -58,7 +59,7 @@ def _tgi_details(running: Running, reason: FinishReason) -> dict[str, Any]:
     (generation,) = running.generations
     reasons = {FinishReason.STOP: "eos_token", FinishReason.LENGTH: "length"}
     return {
-        "finish_reason": "stop_sequence" if generation.stopped_by_string else reasons.get(reason, "length"),
+        "finish_reason": reasons.get(reason, "length") if generation.stop_string is None else "stop_sequence",
         "generated_tokens": generation.usage.completion_tokens,
         "input_length": generation.usage.prompt_tokens,
         "seed": running.request.sampling.seed,

@@ -10,7 +10,7 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
-from prerope.server.api.bodies import body_of
+from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.dialects.kept_responses import with_history
 from prerope.server.api.dialects.requests.anthropic import MessagesRequest
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
@@ -18,7 +18,7 @@ from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import checked, engine_requests, new_id
 from prerope.server.api.stream.printing import Many, json_response
-from prerope.server.service import ReadyService, Service
+from prerope.server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

@@ -7,19 +7,19 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, ReasoningPart, TextPart
+from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.kept_responses import keep, with_history
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
-from prerope.server.api.holds import current_hold
+from prerope.server.api.fairness import current_hold
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, new_id, start
 from prerope.server.api.stream.generation import Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.service import ReadyService, Service
+from prerope.server.service import Service
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 

@@ -7,18 +7,19 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.api.bodies import body_of
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
 from prerope.server.api.chat.tool_calls import ChatReader
+from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai.replies import Head, documents_of, usage
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import Running, parts_of, start
-from prerope.server.api.stream.generation import Generation, Piece, Reply, Token, in_turn, read_all, while_connected
+from prerope.server.api.stream.generation import Generation, Piece, Reply, Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
+from prerope.server.api.stream.turns import in_turn
 from prerope.server.engine.outputs import FinishReason
-from prerope.server.service import ReadyService, Service
+from prerope.server.service import Service
 
 router = APIRouter()
 

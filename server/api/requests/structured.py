@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from prerope.server.api.holds import current_hold
+from prerope.server.api.fairness import current_hold
 from prerope.server.api.requests.body import (
     MAX_DEPTH,
     MAX_SHOWN,

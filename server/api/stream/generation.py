@@ -1,7 +1,7 @@
 """From the tokens of sequences to text, piece by piece, for as long as the client is there.
 
     OutputStream ─ Transcript: text, stop strings ─ Generation: pieces, usage, timing ─┬─ read_all: whole replies
-                                                                                       └─ in_turn: pieces as they come
+                                                                                       └─ turns: pieces as they come
 
 This is the one home of detokenizing, stop strings and timing; endpoints differ only in how they print pieces. Whoever
 reads closes: when a reader ends for any reason (done, refused, a stop string, the client gone) its sequences are
@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -159,7 +158,6 @@ class Generation:
         usage: grows as pieces arrive.
         timings: set with the last piece.
         rope: the position method, resolved.
-        stopped_by_string, stop_string: set with the last piece.
         documents: of each that is read on its own, its tokens and how many of them were cached; set at the end.
     """
 
@@ -196,13 +194,8 @@ class Generation:
         self._ended = False
 
     @property
-    def stopped_by_string(self) -> bool:
-        """Whether a stop string has ended it."""
-        return self._transcript.stopped
-
-    @property
     def stop_string(self) -> str | None:
-        """Which one it was."""
+        """The one that has ended it."""
         return self._transcript.stop_string
 
     def __aiter__(self) -> Generation:
@@ -279,9 +272,9 @@ class _Stopwatch:
         now = time.perf_counter()
         if self._first is None:
             self._first = now
-            self._metrics.observe_first_token(now - self._arrived)
+            self._metrics.ttft.observe(now - self._arrived)
         else:
-            self._metrics.observe_inter_token(now - self._last)
+            self._metrics.itl.observe(now - self._last)
         self._last = now
 
     def timings(self) -> Timings:
@@ -290,21 +283,22 @@ class _Stopwatch:
         return Timings(queue_s=0.0, prefill_s=first - self._arrived, decode_s=self._last - first)
 
     def stop(self, reason: FinishReason, usage: Usage, timings: Timings | None) -> None:
-        self._metrics.observe_finished(
-            reason,
-            e2e_s=time.perf_counter() - self._arrived,
-            prompt_tokens=usage.prompt_tokens,
-            generation_tokens=usage.completion_tokens,
-            timings=timings,
-        )
+        """timings: the engine's, None where the sequence ended before its first token."""
+        metrics, num_tokens = self._metrics, usage.completion_tokens
+        metrics.finished[reason].inc()
+        metrics.e2e.observe(time.perf_counter() - self._arrived)
+        metrics.prompt.observe(usage.prompt_tokens)
+        metrics.generation.observe(num_tokens)
+        if timings is None:
+            return
+        metrics.queue.observe(timings.queue_s)
+        metrics.prefill.observe(timings.prefill_s)
+        metrics.decode.observe(timings.decode_s)
+        if num_tokens > 1:
+            metrics.tpot.observe(timings.decode_s / (num_tokens - 1))
 
-
-MAX_AHEAD = 64
-"""Pieces that generations may be ahead of a slow client."""
 
 T = TypeVar("T")
-_Item = tuple[int, Piece | Exception | None]
-"""What a generation has for the queue; None is its end."""
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -339,51 +333,10 @@ async def read_all(request: Request, generations: Sequence[Generation]) -> list[
             raise ClientGone("the client closed the connection before the reply was complete")
         return work.result()
     finally:
-        await _close([gone, work, *replies], generations)
+        await close_all([gone, work, *replies], generations)
 
 
-@asynccontextmanager
-async def in_turn(generations: Sequence[Generation]) -> AsyncIterator[AsyncIterator[tuple[int, Piece]]]:
-    """(index, piece) of all generations, as they come. At exit all are closed, read to their end or not."""
-    if len(generations) == 1:  # the common case needs no task and no queue
-        tasks: list[asyncio.Task[None]] = []
-        pieces = _numbered(generations[0])
-    else:
-        queue: asyncio.Queue[_Item] = asyncio.Queue(MAX_AHEAD)
-        tasks = [asyncio.create_task(_pump(i, generation, queue)) for i, generation in enumerate(generations)]
-        pieces = _from_queue(queue, len(tasks))
-    try:
-        yield pieces
-    finally:
-        await _close(tasks, generations)
-
-
-async def _numbered(generation: Generation) -> AsyncIterator[tuple[int, Piece]]:
-    async for piece in generation:
-        yield 0, piece
-
-
-async def _from_queue(queue: asyncio.Queue[_Item], num_running: int) -> AsyncIterator[tuple[int, Piece]]:
-    while num_running:
-        index, item = await queue.get()
-        if isinstance(item, Exception):
-            raise item
-        if item is None:
-            num_running -= 1
-        else:
-            yield index, item
-
-
-async def _pump(index: int, generation: Generation, queue: asyncio.Queue[_Item]) -> None:
-    try:
-        async for piece in generation:
-            await queue.put((index, piece))
-        await queue.put((index, None))
-    except Exception as error:
-        await queue.put((index, error))
-
-
-async def _close(tasks: Sequence[asyncio.Future[Any]], generations: Sequence[Generation]) -> None:
+async def close_all(tasks: Sequence[asyncio.Future[Any]], generations: Sequence[Generation]) -> None:
     """Abort first: that waits for nothing, so it is done even where this task is being cancelled."""
     for generation in generations:
         await generation.aclose()

@@ -3,7 +3,7 @@
     {"text": "…", "logprobs": Many(entry(token) for token in tokens)}
 
 A `Many` stands for a list in what is printed. Its items are made and printed one by one, in slices that take turns with
-all others' (`server.workers.slices`), so that nobody waits for somebody's hundred thousand log-probabilities.
+all others' (`server.api.fairness`), so that nobody waits for somebody's hundred thousand log-probabilities.
 
     data: {json}          one for each event
     : keep-alive          a comment every few seconds, so that no proxy cuts a silent stream
@@ -29,10 +29,10 @@ import structlog
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 from prerope.server.api.errors import error_body, internal_error
+from prerope.server.api.fairness import turn
 from prerope.server.api.requests.body import Verbatim
 from prerope.server.errors import RequestError
 from prerope.server.log import trace
-from prerope.server.workers.slices import turn
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
 

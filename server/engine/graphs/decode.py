@@ -25,8 +25,7 @@ from prerope.server.config import EngineConfig
 from prerope.server.engine.graphs.capture import Capture, Replay
 from prerope.server.engine.limits import GraphStats, ModelInfo
 from prerope.server.engine.memory.warm_up import allowed_positions, readings_of_a_step
-from prerope.server.models.batch import Batch, Chunk, build_batch
-from prerope.server.models.model import Model
+from prerope.server.models.model import Batch, Chunk, Model, build_batch
 from torch import Tensor
 
 MAX_GRAPHS = 128

@@ -31,8 +31,7 @@ from prerope.server.config import EngineConfig
 from prerope.server.engine.sampling.device import sample_on_device
 from prerope.server.engine.sampling.host import PROMPT_LOGPROB_ROWS, logprobs, sample
 from prerope.server.engine.sequence import EngineRequest, SamplingParams, Sequence
-from prerope.server.models.batch import Chunk, build_batch
-from prerope.server.models.model import Model
+from prerope.server.models.model import Chunk, Model, build_batch
 from torch import Tensor
 
 NUM_ALTERNATIVES = 20

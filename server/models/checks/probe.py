@@ -28,7 +28,6 @@ from prerope.rope.model import ModelPositions
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.attention.interface import AttentionCall, AttentionHandler
-from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checks.numbers import check_logits
 from prerope.server.models.checks.precise import in_fp32
 from prerope.server.models.checks.trials import (
@@ -40,7 +39,7 @@ from prerope.server.models.checks.trials import (
     probe_ids,
     relative_difference,
 )
-from prerope.server.models.model import Model, own_positions
+from prerope.server.models.model import Chunk, Model, build_batch, own_positions
 from prerope.server.models.raw_keys import REMEDY
 from prerope.server.models.recurrent.layers import Prompts, running
 from torch import Tensor, nn

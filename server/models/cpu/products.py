@@ -108,7 +108,7 @@ class _Scratch:
     def fit(self, plan: KernelLinear, inputs: int, few_rows: int) -> tuple[int, int]:
         """Make room for this plan's (rows, threads), which are returned, and for as many rows of `inputs` members."""
         rows, threads = plan.rows, plan.threads
-        wanted = kernels().prerope_linear_scratch(*map(ctypes.c_int64, (rows, inputs, threads, few_rows)))
+        wanted = kernels.linear_scratch(*map(ctypes.c_int64, (rows, inputs, threads, few_rows)))
         if self._buffer.numel() < wanted:
             self._buffer = torch.empty(wanted)
             self.pointer = ctypes.c_void_p(self._buffer.data_ptr())
@@ -137,7 +137,7 @@ class Products:
         self._parts = (KernelPart * len(linears))(*(_part(weight, bias) for weight, bias in self._weights))
         self.plan = KernelLinear(0, self.inputs, len(linears), 1, kind, None, ctypes.addressof(self._parts))
         self._reference = ctypes.byref(self.plan)
-        self._multiply, self._few = kernels().prerope_linear, ctypes.c_int64(self.few_rows)
+        self._multiply, self._few = kernels.linear, ctypes.c_int64(self.few_rows)
         self._most_values = self.inputs * most_rows_in_c(linears[0].weight)
         self._fitted = (0, 0)  # rows and threads that scratch has room for: it never shrinks
 
@@ -186,7 +186,7 @@ class GatedProducts:
         self._references = ctypes.byref(self._first.plan), ctypes.byref(self._second.plan)
         self._most_inputs = max(gate.in_features, down.in_features)
         self._few_rows = min(self._first.few_rows, self._second.few_rows)
-        self._multiply, self._few = kernels().prerope_gated, ctypes.c_int64(self._few_rows)
+        self._multiply, self._few = kernels.gated, ctypes.c_int64(self._few_rows)
         self._most_values = gate.in_features * most_rows_in_c(gate.weight)
         self._fitted = (0, 0)
 
@@ -213,7 +213,7 @@ class RMSNorm:
         assert can_normalise(weight)
         self.weight, self.eps, self.add_one = weight.detach(), eps, add_one
         self._width = len(weight)
-        self._normalise = kernels().prerope_rms_norm
+        self._normalise = kernels.rms_norm
         self._pointer = ctypes.c_void_p(self.weight.data_ptr())
         options = (ctypes.c_float(eps), ctypes.c_int64(add_one), ctypes.c_int64(DTYPES[weight.dtype]))
         self._options = ctypes.c_int64(self._width), *options

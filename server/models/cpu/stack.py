@@ -11,13 +11,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from prerope.cache.attention.types import AttentionMetadata
 from prerope.cache.cpu.decode import DecodePlan, KernelShape, can_attend, kernel_shape, plan_step
 from prerope.cache.kernels.build import kernels
 from prerope.cache.storage import KVStorage
-from prerope.server.models.batch import Batch
 from prerope.server.models.cpu.products import (
     MULTIPLE,
     GatedProducts,
@@ -30,6 +30,9 @@ from prerope.server.models.layers import Around, Attend, PlainAttention, PlainLa
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.shares import join_of
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from prerope.server.models.model import Batch
 
 
 class _Norm(ctypes.Structure):
@@ -98,6 +101,7 @@ class Stack:
         self._query = self._outs[0][0].view(-1, self._query_heads, self._head_dim)
         self._layers = (_Layer * len(layers))(*map(self._as_struct, layers))
         self._storage: KVStorage | None = None
+        self._attends = False  # in one call, over this storage
         self._plans: list[DecodePlan] = []
         self._shapes: list[KernelShape] = []
 
@@ -141,26 +145,33 @@ class Stack:
         """Whether the step is one of few rows that one call takes; that call knows of it then."""
         if not self._in_one_call or len(metadata.slot_mapping) > self.most_rows:
             return False
-        keys, values = storage.keys[0], storage.values[0]
-        if keys.dtype != torch.bfloat16 or not can_attend(self._query, keys, values):
+        if storage is not self._storage:
+            self._take(storage)
+        if not self._attends:
             return False
         plans = [plan_step(metadata, options) for options in self._options]
         self._plans = [plan for plan in plans if plan is not None]
         if any(plan is None or plan.num_rows < len(metadata.slot_mapping) for plan in plans):
             return False
-        self._shapes = [
-            kernel_shape(self._query_heads, torch.bfloat16, keys, values, plan.method, options)
-            for plan, options in zip(self._plans, self._options, strict=True)
-        ]
-        if storage is not self._storage:
-            self._storage = storage
-            for layer, own_keys, own_values in zip(self._layers, storage.keys, storage.values, strict=True):
-                layer.keys, layer.values = own_keys.data_ptr(), own_values.data_ptr()
-                layer.bounds = None if storage.bounds is None else storage.bounds.of(own_keys).data_ptr()
+        if not self._shapes:
+            self._shapes = [
+                kernel_shape(
+                    self._query_heads, torch.bfloat16, storage.keys[0], storage.values[0], plan.method, options
+                )
+                for plan, options in zip(self._plans, self._options, strict=True)
+            ]
         for layer, asks in zip(self._layers, self._asks, strict=True):
-            plan = self._plans[asks]
-            layer.plan, layer.shape = ctypes.addressof(plan.plan), ctypes.addressof(self._shapes[asks])
+            layer.plan, layer.shape = ctypes.addressof(self._plans[asks].plan), ctypes.addressof(self._shapes[asks])
         return True
+
+    def _take(self, storage: KVStorage) -> None:
+        """Steps are over this storage from now on: its addresses do not change, nor what attention over it is."""
+        self._storage, self._shapes = storage, []
+        keys, values = storage.keys[0], storage.values[0]
+        self._attends = keys.dtype == torch.bfloat16 and can_attend(self._query, keys, values)
+        for layer, own_keys, own_values in zip(self._layers, storage.keys, storage.values, strict=True):
+            layer.keys, layer.values = own_keys.data_ptr(), own_values.data_ptr()
+            layer.bounds = None if storage.bounds is None else storage.bounds.of(own_keys).data_ptr()
 
     def run(self, hidden: Tensor, metadata: AttentionMetadata) -> Tensor:
         """hidden [T, hidden], contiguous → what leaves the last layer, in place."""
@@ -168,7 +179,7 @@ class Stack:
         scratch = torch.empty(max(sizes))
         tensors = (hidden, metadata.slot_mapping, self._row, self._x, scratch)
         step = _Step(len(hidden), self._hidden, torch.get_num_threads(), *map(torch.Tensor.data_ptr, tensors))
-        kernels().prerope_layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
+        kernels.layers(self._layers, ctypes.c_int64(len(self._layers)), ctypes.byref(step))
         return hidden
 
     def _rows(self, width: int, dtype: torch.dtype) -> Tensor:

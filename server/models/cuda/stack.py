@@ -17,14 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prerope.cache.storage import KVStorage
-from prerope.server.models.batch import Batch
 from prerope.server.models.cuda.products import GatedProducts, Products, RMSNorm
 from prerope.server.models.layers import Around, Attend, PlainAttention, PlainLayer, around
 from prerope.server.models.raw_keys import RawKeyModel
 from prerope.server.models.shares import join_of
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from prerope.server.models.model import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from prerope.cache.blocks.pool import BlockPool
+from prerope.cache.blocks.manager import BlockPool
 
 NUM_BLOCKS = 7
 

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from prerope.server.models import model
-from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checks.probe import TOLERANCE, probe
 from prerope.server.models.cuda import stack as cuda_stack
 from prerope.server.models.cuda.products import KERNELS, Products, RMSNorm, can_multiply
-from prerope.server.models.model import BACKENDS, Model, own_positions
+from prerope.server.models.model import BACKENDS, Chunk, Model, build_batch, own_positions
 from prerope.server.models.modules import Siblings, fast_modules
 from prerope.server.models.raw_keys import RawKeyModel
 from torch import Tensor, nn

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from prerope.server.models.batch import Batch
-from prerope.server.models.model import BACKENDS, Model
+from prerope.server.models.model import BACKENDS, Batch, Model
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,

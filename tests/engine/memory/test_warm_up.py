@@ -18,8 +18,7 @@ from prerope.rope.spec import METHOD_NAMES, RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.memory.warm_up import allowed_positions, warm_up, worst_steps
 from prerope.server.engine.sequence import Sequence
-from prerope.server.models.batch import Batch
-from prerope.server.models.model import Model
+from prerope.server.models.model import Batch, Model
 from torch import Tensor
 
 from tests.engine.tiny_models import VOCABULARY, tiny

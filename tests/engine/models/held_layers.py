@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from prerope.cache.blocks.states import StateRows
 from prerope.cache.storage import KVStorage
-from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checks.trials import layer_inputs, layer_outputs
-from prerope.server.models.model import Model, own_positions
+from prerope.server.models.model import Chunk, Model, build_batch, own_positions
 from torch import Tensor, nn
 
 BLOCK_SIZE = 16

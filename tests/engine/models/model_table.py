@@ -20,9 +20,8 @@ import torch
 from prerope.cache.blocks.states import StateRows
 from prerope.cache.storage import KVStorage
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.batch import Chunk, build_batch
 from prerope.server.models.checks.probe import probe
-from prerope.server.models.model import Model, own_positions
+from prerope.server.models.model import Chunk, Model, build_batch, own_positions
 from prerope.server.models.raw_keys import REMEDY
 from prerope.server.models.weights import unsuited
 from torch import Tensor

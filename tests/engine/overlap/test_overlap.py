@@ -16,8 +16,7 @@ from prerope.server.engine.sampling import device as device_sampler
 from prerope.server.engine.sequence import SamplingParams
 from prerope.server.engine.step import Arrival, Step
 from prerope.server.models import batch
-from prerope.server.models.batch import Batch
-from prerope.server.models.model import Model
+from prerope.server.models.model import Batch, Model
 from prerope.server.ranks.group import ALONE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -13,7 +13,7 @@ from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import EngineRequest, Sequence
 from prerope.server.engine.step import Scheduled
-from prerope.server.models.batch import Chunk
+from prerope.server.models.model import Chunk
 
 from tests.engine.scripted_model import (
     VOCABULARY,

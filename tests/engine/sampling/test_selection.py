@@ -17,8 +17,7 @@ from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.selection import check_deployment
 from prerope.server.errors import ConfigurationError, InvalidRequest
-from prerope.server.models.batch import Chunk, build_batch
-from prerope.server.models.model import Model
+from prerope.server.models.model import Chunk, Model, build_batch
 from torch import Tensor
 
 from tests.device import DEVICE

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from prerope.server.api import keys as auth_keys
-from prerope.server.api.holds import Allowance, Hold
+from prerope.server.api.fairness import Allowance, Hold
 from prerope.server.api.keys import KeyRing
 from prerope.server.config import EngineConfig
 from prerope.server.engine.limits import Backlog, check_room, retry_after_s

@@ -1,24 +1,41 @@
-"""What one HTTP request holds of what all share until its reply has ended: its key's sequences, room for its body.
+"""What requests share, and how nobody takes it all: the sequences of a key, room for bodies, turns on the event loop.
 
-    KeyCheck ─ tenant ─ HoldRequest ─┬─ BodyRoom: arriving ── whole ── read by a worker, in turn ── let go
+    KeyCheck ─ tenant ─ HoldRequest ─┬─ BodyRoom: arriving ── whole ── read in a turn or by a worker ── let go
                                      ├─ admit: count(n sequences), close_at_end(generations)
                                      └─ the reply has ended, or the client is gone: everything is given back
 
-Whatever way a request ends, also before its stream is first read, nothing that it started outlives it.
+A *hold* is what one request has until its reply has ended. Whatever way it ends, also before its stream is first read,
+nothing that it started outlives it.
 
 Bodies that are being read have so many bytes of room together, however many connections there are. Where there is none
 left, the body that has been arriving longest makes it, so that whoever begins many and ends none pushes out his own;
 where all are whole, a new one is refused. Little ones need no room: there are not more of them than connections.
+
+Work of a client's size that stays on the event loop is done in *slices*, one a turn, whoever it is for:
+
+    async with turn() as left:
+        while items and left():
+            …
+
+The loop calls everything that is ready before it looks for anything new. Had each of a thousand connections its slice
+in the same turn, a stream's next token would wait for a thousand of them. So slices take turns, first come first
+served, and after each the loop and the engine's thread, which needs the interpreter's lock too, have as much time to
+themselves.
 """
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import structlog
 from fastapi import Request
@@ -189,3 +206,59 @@ class BodyRoom:
             self.num_bytes -= longest.num_bytes
             longest.num_bytes = 0
             longest.abort()
+
+
+SLICE_S = 0.001
+MAX_REST_S = 0.005
+
+LONGEST_S = 0.25
+"""Of what runs on the loop at once, whatever it is: then it is cut off."""
+
+T = TypeVar("T")
+
+
+class TooLong(BaseException):
+    """It was cut off. No Exception: what is cut off may catch those, and go on."""
+
+
+_locks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+@asynccontextmanager
+async def turn() -> AsyncIterator[Callable[[], bool]]:
+    """One slice: yields a function that tells whether time is left. Waits only behind slices of others."""
+    loop = asyncio.get_running_loop()
+    lock = _locks.setdefault(loop, asyncio.Lock())
+    await lock.acquire()
+    began = time.perf_counter()
+    try:
+        yield lambda: time.perf_counter() - began < SLICE_S
+    finally:
+        loop.call_later(min(time.perf_counter() - began, MAX_REST_S), lock.release)
+
+
+def cut_off(function: Callable[[], T], seconds: float = LONGEST_S) -> T:
+    """What it returns; TooLong after so many seconds of this thread's CPU time, wherever in Python's code it is then.
+
+    Only the main thread can be interrupted so: on another it takes as long as it takes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return function()
+
+    began, over = time.thread_time(), False
+
+    def stop(*_signal: object) -> None:
+        if over:  # the timer ran out after the function had returned: armed again it would end the process
+            return
+        if time.thread_time() - began >= seconds:
+            raise TooLong
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # others had the core, or the machine slept
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return function()
+    finally:
+        over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,26 +1,27 @@
-"""The dependency by which endpoints get their bodies: small ones are read where they came, larger ones by a worker.
+"""FastAPI's dependencies: the service, once it is ready, and the request's body, read.
 
-What reading takes grows with the body, by a client's choice of what is in it up to ten microseconds a byte, and most of
-it with the interpreter's lock held: on the event loop or a thread it would stop every stream.
+Small bodies are read where they came, larger ones by a worker. What reading takes grows with the body, by a client's
+choice of what is in it up to ten microseconds a byte, and most of it with the interpreter's lock held: on the event
+loop or a thread it would stop every stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import structlog
-from fastapi import Request
+from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
-from prerope.server.api.holds import current_hold
+from prerope.server.api.fairness import TooLong, current_hold, cut_off, turn
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.body import RequestBody, current_report
 from prerope.server.api.requests.reading import Read, ReadTask, read_body
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.stream.generation import while_connected
-from prerope.server.service import ReadyService, Service
-from prerope.server.workers.lanes import LARGE_BODY, SMALL_BODY
-from prerope.server.workers.slices import INLINE_BYTES, TooLong, cut_off, turn
+from prerope.server.engine.async_engine import EngineState
+from prerope.server.service import Service
+from prerope.server.workers.lanes import INLINE_BYTES, LARGE_BODY, SMALL_BODY
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +35,24 @@ OF_TEXT = (CompletionRequest, GenerateRequest)
 """What no chat template has a part in."""
 
 DIGITS = b"0123456789"
+
+
+def any_service(request: Request) -> Service:
+    """The service of an endpoint that answers in every state."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread
+    """The service of an endpoint that needs the model: EngineUnavailable, saying why, unless requests are taken."""
+    service: Service = request.app.state.service
+    if service.engine.state is not EngineState.READY:
+        raise service.unavailable()
+    return service
+
+
+AnyService = Annotated[Service, Depends(any_service)]
+ReadyService = Annotated[Service, Depends(ready_service)]
 
 SMALL_BYTES = 256 * 2**10
 """Bodies up to this size do not wait for larger ones."""
