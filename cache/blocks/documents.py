@@ -28,6 +28,10 @@ class DocumentSpan(NamedTuple):
         """The first token whose K and V are copied; `stop` where the whole document is read at its place."""
         return min(self.start + self.reread, self.stop)
 
+    def within(self, num_tokens: int) -> int:
+        """How many of its tokens are among the first `num_tokens` of the prompt."""
+        return min(max(num_tokens - self.start, 0), self.stop - self.start)
+
 
 def span_at(spans: Sequence[DocumentSpan], position: int) -> DocumentSpan | None:
     """The document whose copied tokens include this position."""

@@ -15,7 +15,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prerope.server.api.requests.body import SHOWN_CHARS, first_invalid
+from prerope.server.api.requests.wording import SHOWN_CHARS, first_invalid
 from prerope.server.errors import (
     BodiesFull,
     BodyTimeout,

@@ -3,14 +3,17 @@
 A document is read by a sequence of its own, a `DocumentReader`: the prefix and the document, nothing to sample. It uses
 the prefix cache like any other, so what was read once is found, and what it reads is there for the next. A sequence has
 one reader at a time, for the document that its own rows have reached.
+
+    the scheduler comes to a document ─ open: a reader ─ its rows in steps ─ copy: K and V to the sequence's place
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from prerope.cache.blocks.documents import DocumentSpan
-from prerope.cache.blocks.manager import PrefixHasher
+from prerope.cache.blocks.documents import DocumentSpan, largest_reading
+from prerope.cache.blocks.manager import KVCacheManager, PrefixHasher
 from prerope.server.engine.sequence import SamplingParams, Sequence
 
 
@@ -58,3 +61,53 @@ class DocumentReader(Sequence):
     def row_of(self, position: int) -> int:
         """Where this reader has the token at a position of its parent."""
         return self.first_row + position - self.document.start
+
+
+class Copy(NamedTuple):
+    """K and V of a document, from the slots where its reader has them to those of the sequence that reads it."""
+
+    sequence: Sequence
+    source: list[int]
+    target: list[int]
+
+
+class Documents:
+    """Readers of the documents of running sequences, and the copies that are to be made of what they have read."""
+
+    def __init__(self, cache: KVCacheManager) -> None:
+        self._cache = cache
+        self.copies: list[Copy] = []
+
+    def open(self, sequence: Sequence, document: DocumentSpan, position: int) -> DocumentReader:
+        """The reader of a document that is wanted from `position` on; it begins with what the cache has."""
+        if sequence.reader is None:
+            reader = sequence.reader = DocumentReader.of(sequence, document, self._cache.block_size)
+            reader.num_processed_tokens = self._cache.take_prefix(reader)
+            found = reader.num_processed_tokens - reader.row_of(position)
+            sequence.documents_found.setdefault(document, max(0, found))
+        assert isinstance(sequence.reader, DocumentReader)
+        return sequence.reader
+
+    def copy(self, reader: DocumentReader, position: int) -> None:
+        """From `position` of the parent to the document's end; the reader's work is done then."""
+        parent, stop = reader.parent, reader.document.stop
+        source = self._cache.slots(reader, reader.row_of(position), reader.row_of(stop))
+        self.copies.append(Copy(parent, source, self._cache.slots(parent, position, stop)))
+        self.close(parent)
+
+    def close(self, sequence: Sequence) -> None:
+        """End its reader, if it has one."""
+        if sequence.reader is not None:
+            self._cache.release(sequence.reader)
+            sequence.reader = None
+
+    def forget(self, sequence: Sequence) -> None:
+        """It runs no more: its reader ends, and nothing is copied to it."""
+        self.copies = [copy for copy in self.copies if copy.sequence is not sequence]
+        self.close(sequence)
+
+    def blocks_to_read(self, sequence: Sequence) -> int:
+        """Blocks that its readers, one at a time, are still to get beside its own."""
+        held = 0 if sequence.reader is None else len(sequence.reader.block_table)
+        largest = largest_reading(sequence.request.documents, sequence.num_computed_tokens)
+        return max(0, self._cache.blocks_for(largest) - held)

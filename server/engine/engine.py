@@ -33,7 +33,7 @@ from prerope.server.engine.graphs.decode import DecodeGraphs
 from prerope.server.engine.limits import Counters, EngineStats, GraphStats, ModelInfo, take_stats, too_late
 from prerope.server.engine.memory.sizing import CacheSize
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
-from prerope.server.engine.sampling.mask import wait_for_masks
+from prerope.server.engine.sampling.mask import advance, wait_for_masks
 from prerope.server.engine.scheduler import Pace, Scheduler
 from prerope.server.engine.selection import check_request
 from prerope.server.engine.sequence import EngineRequest, Sequence
@@ -280,7 +280,8 @@ class Engine:
         """A sampled token, and whether the sequence ends with it."""
         sequence.append(token)
         self._counters.generation_tokens += 1
-        if failure := sequence.advance_grammar(token, self.info.eos_token_ids):
+        matcher = sequence.matcher
+        if matcher is not None and (failure := advance(matcher, token, self.info.eos_token_ids)):
             self.scheduler.remove(sequence.request_id)
             return sequence.request_id, sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
         logprobs = None if scored is None else (scored,)

@@ -23,12 +23,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
 
-from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_copied, span_at
+from prerope.cache.blocks.documents import next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.rope.reading import UNBOUNDED
-from prerope.server.engine.documents import DocumentReader
+from prerope.server.engine.documents import Copy, DocumentReader, Documents
 from prerope.server.engine.selection import most_rows
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import Speculator
@@ -114,14 +113,6 @@ SCORED_ROW = 8
 """What a row costs whose token's log-probability is asked for, in rows that are only read: its logits are ranked."""
 
 
-class Copy(NamedTuple):
-    """K and V of a document, from the slots where its reader has them to those of the sequence that reads it."""
-
-    sequence: Sequence
-    source: list[int]
-    target: list[int]
-
-
 class Scheduler:
     """Owns the waiting and running sequences and the cache's block tables."""
 
@@ -143,7 +134,7 @@ class Scheduler:
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.num_preemptions = 0
-        self.copies: list[Copy] = []
+        self._documents = Documents(cache)
 
     @property
     def sequences(self) -> Iterable[Sequence]:
@@ -244,45 +235,26 @@ class Scheduler:
                 plan.append(Scheduled.of(sequence, stop - position, position))
                 num_tokens, position = num_tokens - (stop - position), stop
                 continue
-            reader = self._open(sequence, document, position)
+            reader = self._documents.open(sequence, document, position)
             if reader.num_processed_tokens < reader.num_tokens:
                 # The rows that a reader builds on, above all the prefix, may be computed in this very step: it waits.
-                self._schedule_reader(reader, num_tokens, plan) if first is None else self._close(sequence)
+                if first is None:
+                    self._schedule_reader(reader, num_tokens, plan)
+                else:
+                    self._documents.close(sequence)
                 return
             if not self._grow(sequence, document.stop, plan):
                 return
-            self._copy(reader, position)
+            self._documents.copy(reader, position)
             position = document.stop
             if first is None:
                 sequence.num_computed_tokens = position
-
-    def _open(self, sequence: Sequence, document: DocumentSpan, position: int) -> DocumentReader:
-        """The reader of a document that is wanted from `position` on; it begins with what the cache has."""
-        if sequence.reader is None:
-            reader = sequence.reader = DocumentReader.of(sequence, document, self.cache.block_size)
-            reader.num_processed_tokens = self.cache.take_prefix(reader)
-            found = reader.num_processed_tokens - reader.row_of(position)
-            sequence.documents_found.setdefault(document, max(0, found))
-        assert isinstance(sequence.reader, DocumentReader)
-        return sequence.reader
-
-    def _close(self, sequence: Sequence) -> None:
-        if sequence.reader is not None:
-            self.cache.release(sequence.reader)
-            sequence.reader = None
 
     def _schedule_reader(self, reader: DocumentReader, num_tokens: int, plan: list[Scheduled]) -> None:
         start = reader.num_computed_tokens
         count = min(num_tokens, reader.num_remaining_tokens)
         if count and self._grow(reader, start + count, plan):
             plan.append(Scheduled.of(reader, count, start))
-
-    def _copy(self, reader: DocumentReader, position: int) -> None:
-        """From `position` of the parent to the document's end; the reader's work is done then."""
-        parent, stop = reader.parent, reader.document.stop
-        source = self.cache.slots(reader, reader.row_of(position), reader.row_of(stop))
-        self.copies.append(Copy(parent, source, self.cache.slots(parent, position, stop)))
-        self._close(parent)
 
     def _admit(self) -> int:
         """Move waiting sequences into `running`, best rank first, until one does not fit: none overtakes it.
@@ -297,7 +269,9 @@ class Scheduler:
                 return 0
             if sequence.fetch is not None:
                 continue
-            needed = self.cache.blocks_to_admit(sequence) + self._blocks_to_read(sequence)
+            needed = self.cache.blocks_to_admit(sequence)
+            if sequence.request.documents:
+                needed += self._documents.blocks_to_read(sequence)
             if needed > spare or not self.cache.has_state_for(sequence):
                 return 0
             self.cache.take_prefix(sequence)
@@ -316,15 +290,7 @@ class Scheduler:
     def _blocks_to_finish(self, sequence: Sequence) -> int:
         """Blocks that a running sequence is still to get for the tokens that are known."""
         missing = self.cache.blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        return missing + self._blocks_to_read(sequence)
-
-    def _blocks_to_read(self, sequence: Sequence) -> int:
-        """Blocks that its readers, one at a time, are still to get beside its own."""
-        if not sequence.request.documents:
-            return 0
-        held = 0 if sequence.reader is None else len(sequence.reader.block_table)
-        largest = largest_reading(sequence.request.documents, sequence.num_computed_tokens)
-        return max(0, self.cache.blocks_for(largest) - held)
+        return missing + (self._documents.blocks_to_read(sequence) if sequence.request.documents else 0)
 
     def _grow(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> bool:
         """Allocate up to `num_tokens`, preempting from the least urgent end; False if this one was preempted."""
@@ -347,8 +313,8 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
-        self.copies = [copy for copy in self.copies if copy.sequence is not sequence]
-        self._close(sequence)
+        if sequence.request.documents:
+            self._documents.forget(sequence)
         if sequence.fetch is not None:
             sequence.fetch.cancelled, sequence.fetch = True, None
         self.cache.release(sequence)
@@ -356,7 +322,7 @@ class Scheduler:
 
     def take_copies(self) -> list[Copy]:
         """Copies to make, in order, before the rows of the step that was scheduled last."""
-        copies, self.copies = self.copies, []
+        copies, self._documents.copies = self._documents.copies, []
         return copies
 
     def check_integrity(self) -> None:

@@ -25,7 +25,7 @@ from prerope.rope.model import ModelPositions
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import Grammar, Matcher
-from prerope.server.errors import InvalidRequest, RequestError
+from prerope.server.errors import RequestError
 
 if TYPE_CHECKING:
     from prerope.server.engine.sampling.standing import Standing
@@ -76,10 +76,6 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
-
-    @property
-    def has_bans(self) -> bool:
-        return self.allowed_token_ids is not None or bool(self.bad_token_ids)
 
     @property
     def has_penalties(self) -> bool:
@@ -236,7 +232,8 @@ class Sequence:
             self.matcher is not None
             or sampling.has_penalties
             or bool(sampling.logit_bias)
-            or sampling.has_bans
+            or sampling.allowed_token_ids is not None
+            or bool(sampling.bad_token_ids)
             or self.num_output_tokens < sampling.min_tokens
             or sampling.logprobs is not None
             or sampling.prompt_logprobs is not None
@@ -307,18 +304,6 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
 
-    def advance_grammar(self, token_id: int, eos_token_ids: frozenset[int]) -> InvalidRequest | None:
-        """Take a sampled token into the grammar, if there is one; why the output cannot go on, where it cannot."""
-        if self.matcher is None:
-            return None
-        if token_id not in eos_token_ids:
-            self.matcher.accept(token_id)
-        if not self.matcher.failure:
-            return None
-        return InvalidRequest(
-            f"the output cannot follow its grammar any further: {self.matcher.failure}", code="grammar_failed"
-        )
-
     def finish_reason(self, token_id: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
         """Why the sequence ends after `token_id`, the last token that is known; None where it goes on."""
         sampling, num_generated = self.request.sampling, self.num_generated_tokens
@@ -352,15 +337,13 @@ class Sequence:
             finish_reason=finish_reason,
             num_drafted_tokens=self.num_drafted,
             num_accepted_tokens=self.num_accepted,
-            document_cached_tokens=tuple(map(self._cached_of, self.request.documents)),
+            document_cached_tokens=tuple(
+                document.within(self.num_cached_tokens) + self.documents_found.get(document, 0)
+                for document in self.request.documents
+            ),
             timings=self._timings() if token_ids or finish_reason else None,
             failure=failure,
         )
-
-    def _cached_of(self, document: DocumentSpan) -> int:
-        """Tokens of a document that were found: with the beginning of the prompt, or on its own."""
-        with_prefix = min(max(self.num_cached_tokens - document.start, 0), document.stop - document.start)
-        return with_prefix + self.documents_found.get(document, 0)
 
     def _timings(self) -> Timings:
         now = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from prerope.server.api.requests.body import RequestBody, json_type, unicode_text
+from prerope.server.api.requests.body import RequestBody, unicode_text
 from prerope.server.api.requests.documents import (
     MAX_DOCUMENTS,
     REREAD_FIELD,
@@ -13,6 +13,7 @@ from prerope.server.api.requests.documents import (
     DocumentReading,
     check_number,
 )
+from prerope.server.api.requests.wording import json_type
 from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 

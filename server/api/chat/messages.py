@@ -11,8 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.server.api.chat.documents import DOCUMENT_PART_NAMES, Content, Document, document_part
 from prerope.server.api.chat.replayed import replayed, results_apart
-from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, current_report, json_type, unicode_text
+from prerope.server.api.requests.body import RequestBody, Text, current_report, unicode_text
 from prerope.server.api.requests.foreign import EMPTY, MESSAGE, PART, TOOL_CALL, Foreign, is_empty
+from prerope.server.api.requests.wording import MAX_SHOWN, json_type
 from prerope.server.errors import InvalidRequest
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, PlainValidator, WithJsonSchema, model_validator
 from pydantic.json_schema import JsonSchemaValue

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from prerope.server.api.requests.body import MAX_SHOWN
+from prerope.server.api.requests.wording import MAX_SHOWN
 from prerope.server.errors import InvalidRequest
 from pydantic import PlainValidator, WithJsonSchema
 

@@ -6,9 +6,8 @@
 
 Knows neither the engine nor the tokenizer: checks that need the model (vocabulary, length) live in
 `server.api.running`. A check of our own raises InvalidRequest directly; pydantic lets it through, and the reply keeps
-its words. Pydantic's own complaints are put into the words of an error reply by `first_invalid`. Text of a client is
-never repeated. The middleware opens a `Report` for each request; bodies, which know neither settings nor headers, write
-to it.
+its words. The middleware opens a `Report` for each request; bodies, which know neither settings nor headers, write to
+it.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
 from prerope.server.api.requests.foreign import EMPTY, EMPTY_SCHEMAS, Foreign, empty_schemas, is_empty
+from prerope.server.api.requests.wording import MAX_SHOWN, first_invalid, json_type
 from prerope.server.errors import InvalidRequest
 from pydantic import (
     BaseModel,
@@ -81,9 +81,6 @@ def reporting(*, strict: bool) -> Iterator[Report]:
     finally:
         _report.reset(token)
 
-
-MAX_SHOWN = 64
-"""Characters of a client's own text that an error message repeats at most."""
 
 INT32_MAX = 2**31 - 1
 
@@ -323,48 +320,6 @@ def token_ids(value: Any, param: str) -> list[int]:
     return value
 
 
-def shown_number(number: float) -> str:
-    """A number of any size, short enough for an error message."""
-    return str(number) if isinstance(number, float) or abs(number) < 10**20 else "beyond 20 digits"
-
-
-def json_type(value: object) -> str:
-    """What JSON calls the type of `value`, with the article that a sentence needs."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
-
-
-SHOWN_CHARS = 40
-SILENT_FIELDS = frozenset({"prompt", "messages", "tokens"})
-"""Fields whose values are never repeated, numbers included: they are token ids. Text is never repeated at all."""
-
-
-def first_invalid(errors: Sequence[Any]) -> InvalidRequest:
-    """The first of pydantic's complaints, with the field's name and its value."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        position = first["loc"][-1]
-        reason = first.get("ctx", {}).get("error", "invalid")
-        return InvalidRequest(f"The body is not valid JSON: {reason} at character {position}.", code="invalid_json")
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    if not path:
-        return InvalidRequest("The body must be a JSON object.", code="invalid_body")
-    param = ".".join(path)
-    message = first["msg"].removeprefix("Value error, ")
-    return InvalidRequest(f"{param}: {message}{_shown(path[0], first)}", param=param, code=first["type"])
-
-
 @contextmanager
 def in_words_of(body: RequestBody) -> Iterator[None]:
     """What is wrong with a conversation, said of the field in which this body has it."""
@@ -386,12 +341,3 @@ def _of_field(refusal: InvalidRequest, field: str) -> InvalidRequest:
         return refusal
     message, param = (_CONVERSATION.sub(field, text) for text in (refusal.message, refusal.param or ""))
     return InvalidRequest(message, param=param, code=refusal.code)
-
-
-def _shown(field: str, error: Mapping[str, Any]) -> str:
-    """The value, where it is a short number: text may be a prompt, a stop string or a key in the wrong place."""
-    value = error.get("input")
-    if field in SILENT_FIELDS or error["type"] == "missing" or not isinstance(value, bool | int | float):
-        return ""
-    text = repr(value)
-    return f" (given: {text})" if len(text) <= SHOWN_CHARS else ""

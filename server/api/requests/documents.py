@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from prerope.cache.blocks.documents import DocumentSpan
-from prerope.server.api.requests.body import RequestBody, json_type, token_ids, unicode_text
+from prerope.server.api.requests.body import RequestBody, token_ids, unicode_text
+from prerope.server.api.requests.wording import json_type
 from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from prerope.server.api.chat.prompt import chat_prompt, newest_that_fit
 from prerope.server.api.chat.tools import Function, Tool, ToolUse
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import MAX_DEPTH, MAX_SHOWN, RequestBody, first_invalid, in_words_of, reporting
+from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, in_words_of, reporting
 from prerope.server.api.requests.documents import Piece, TokenizedPrompt, assembled, not_cut
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.surrogates import ESCAPED_SURROGATE, refuse_surrogates
 from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
+from prerope.server.api.requests.wording import MAX_SHOWN, first_invalid
 from prerope.server.engine.limits import TOO_LONG, check_vocabulary
 from prerope.server.errors import InvalidRequest, ModelNotFound
 from prerope.server.nesting import nests_deeper

@@ -12,16 +12,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from prerope.server.api.fairness import current_hold
-from prerope.server.api.requests.body import (
-    MAX_DEPTH,
-    MAX_SHOWN,
-    RequestBody,
-    Text,
-    current_report,
-    json_type,
-    unicode_text,
-)
+from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, Text, current_report, unicode_text
 from prerope.server.api.requests.foreign import FORMAT, IGNORED, Foreign
+from prerope.server.api.requests.wording import MAX_SHOWN, json_type
 from prerope.server.errors import InvalidRequest
 from prerope.server.nesting import nests_deeper
 from prerope.server.structured.matcher import CompiledGrammar

@@ -9,9 +9,10 @@ from prerope.server.api.chat.documents import ChatDocumentFields
 from prerope.server.api.chat.messages import MAX_MESSAGES, Messages
 from prerope.server.api.chat.tools import MAX_TOOLS, Tool
 from prerope.server.api.requests.body import RequestBody, Text, token_ids
+from prerope.server.api.requests.fields import IDS_SCHEMA
 from prerope.server.api.requests.foreign import BODY, CHAT, OF_A_REPLY, Foreign
 from prerope.server.api.requests.internal import Chat
-from prerope.server.api.requests.schemas import IDS_SCHEMA, asks_for_reply
+from prerope.server.api.requests.schemas import asks_for_reply
 from prerope.server.api.requests.thinking import ThinkingFields
 from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator

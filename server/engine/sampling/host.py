@@ -56,7 +56,7 @@ def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> No
         output = list(sequence.output_counts)
         counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
         row[output] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-    if sampling.has_bans:
+    if sampling.allowed_token_ids is not None or sampling.bad_token_ids:
         ban(row, sequence, standing)
     if sequence.matcher is None and sequence.num_output_tokens < sampling.min_tokens:
         row[standing.ends] = float("-inf")

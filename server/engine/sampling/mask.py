@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from prerope.server.errors import InvalidRequest
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -65,6 +66,15 @@ class Matcher(Protocol):
     @property
     def failure(self) -> str:
         """Why it cannot go on (a limit of the grammar library); empty while it can."""
+
+
+def advance(matcher: Matcher, token_id: int, eos_token_ids: frozenset[int]) -> InvalidRequest | None:
+    """Take a sampled token into a sequence's grammar; why its output cannot go on, where it cannot."""
+    if token_id not in eos_token_ids:
+        matcher.accept(token_id)
+    if not matcher.failure:
+        return None
+    return InvalidRequest(f"the output cannot follow its grammar any further: {matcher.failure}", code="grammar_failed")
 
 
 class Grammar(Protocol):

@@ -20,9 +20,10 @@ from prerope.server.api.dialects.requests.common import (
     text_of,
 )
 from prerope.server.api.requests.body import RequestBody, Text
+from prerope.server.api.requests.fields import Stop
 from prerope.server.api.requests.foreign import DIALECT, HINT, IGNORED, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling
-from prerope.server.api.requests.schemas import MAX_LOGPROBS, RunFields, Stop
+from prerope.server.api.requests.schemas import MAX_LOGPROBS, RunFields
 from prerope.server.api.requests.structured import ResponseFormat, only_one
 from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.errors import InvalidRequest

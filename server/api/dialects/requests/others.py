@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from prerope.server.api.requests.body import Other, RequestBody, Text
+from prerope.server.api.requests.fields import LogitBias, Stop
 from prerope.server.api.requests.foreign import DIALECT, Foreign, ignored, refused
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
-from prerope.server.api.requests.schemas import GenerateRequest, LogitBias, Stop, prompts_of
+from prerope.server.api.requests.schemas import GenerateRequest, prompts_of
 from prerope.server.api.requests.structured import (
     JsonSchemaOrText,
     lark_grammar,

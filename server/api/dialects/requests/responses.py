@@ -20,12 +20,13 @@ from prerope.server.api.dialects.requests.common import (
     without_token_ids,
 )
 from prerope.server.api.openai.schemas import OpenAIFields
-from prerope.server.api.requests.body import MAX_SHOWN, RequestBody, Text, Verbatim, current_report, json_type
+from prerope.server.api.requests.body import RequestBody, Text, Verbatim, current_report
 from prerope.server.api.requests.foreign import BODY, FREE_TOOL, HINT, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.schemas import ALL_THAT_FIT, MAX_LOGPROBS, MaxTokens, SamplingFields
 from prerope.server.api.requests.structured import OpenAIConstraints, only_one
 from prerope.server.api.requests.thinking import effort_kwargs
+from prerope.server.api.requests.wording import MAX_SHOWN, json_type
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import Field, PrivateAttr, model_validator
