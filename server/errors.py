@@ -202,6 +202,10 @@ class VersionNotSupported(RequestError):
     type = "invalid_request_error"
 
 
+TOO_LONG = "context_length_exceeded"
+"""The code of a refusal for want of room in the model's length."""
+
+
 class EngineFailure(RequestError):
     """The engine failed while it served this request."""
 
@@ -210,6 +214,29 @@ def of_memory(error: BaseException) -> bool:
     """Whether it tells of memory that ran out. torch's allocator for the CPU raises a RuntimeError."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, for the GPU
     return named or bool(NO_MEMORY.search(str(error)))
+
+
+def explained(failure: BaseException) -> BaseException:
+    """Want of memory by its name and with its remedy; anything else as it is."""
+    if not of_memory(failure):
+        return failure
+    explained = OutOfMemory(
+        "the engine ran out of memory: lower KV_CACHE_MEMORY (on a GPU GPU_MEMORY_UTILIZATION), MAX_BATCHED_TOKENS or "
+        "MAX_NUM_SEQS, "
+        "or serve a smaller model"
+    )
+    explained.__cause__ = failure
+    return explained
+
+
+def engine_failure(failure: BaseException) -> EngineFailure:
+    """What open requests are told of what has ended the engine."""
+    reason, code = "stopped after an error", "engine_dead"
+    if isinstance(failure, OutOfMemory):
+        reason, code = "ran out of memory and stopped", "out_of_memory"
+    if isinstance(failure, RankLost):
+        reason, code = "lost one of the processes that compute the model, and stopped", "rank_lost"
+    return EngineFailure(f"the engine {reason}; the server needs a restart", code=code)
 
 
 def of_system(error: BaseException) -> OSError | None:

@@ -8,13 +8,12 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.dialects.others import other_dialect
 from prerope.server.api.dialects.requests.others import AnyGenerateRequest, SglangRequest, TgiRequest
 from prerope.server.api.logprobs import generate_logprobs, vllm_prompt_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import GenerateRequest
-from prerope.server.api.running import Running, start
+from prerope.server.api.running import ReadyService, Running, body_of, start
 from prerope.server.api.stream.generation import Piece, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.api.stream.turns import in_turn

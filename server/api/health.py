@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from prerope.server.api.dependencies import AnyService
+from prerope.server.api.running import AnyService
 from prometheus_client import CONTENT_TYPE_LATEST
 
 router = APIRouter(tags=["health"])

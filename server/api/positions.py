@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from prerope.rope.offers import Offer, distance_map, offers, rotaries_of
-from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import MapRequest
-from prerope.server.api.running import positions_of
+from prerope.server.api.running import ReadyService, body_of, positions_of
 from prerope.server.engine.limits import ModelInfo
 
 router = APIRouter(prefix="/rope", tags=["positions"])

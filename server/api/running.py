@@ -1,8 +1,15 @@
-"""From the internal request to running generations: the one path that every generating endpoint takes.
+"""From a request over HTTP to running generations: the one way that every generating endpoint takes.
 
-    running = await start(service, read, "cmpl", arrived)
-    replies = await read_all(request, running.generations)            whole
-    async with in_turn(running.generations) as pieces: …              as a stream
+    body_of ─ Read: the body, checked, lowered and tokenised ─ start ─ Running: generations
+
+    async def endpoint(read: Annotated[Read[Body], Depends(body_of(Body))], request: Request, service: ReadyService):
+        running = await start(service, read, "cmpl", arrived)
+        replies = await read_all(request, running.generations)            whole
+        async with in_turn(running.generations) as pieces: …              as a stream
+
+Small bodies are read where they came, larger ones by a worker. What reading takes grows with the body, by a client's
+choice of what is in it up to ten microseconds a byte, and most of it with the interpreter's lock held: on the event
+loop or a thread it would stop every stream.
 
 Everything that can be refused is refused in `start`, before a stream has begun: all sequences of a request run, or
 none. What a request may ask for beside the limits of `server.engine.limits` is checked here.
@@ -13,30 +20,126 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import structlog
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.api.beams import BeamSearch, check_search
-from prerope.server.api.chat.parts import ChatReply, Part
-from prerope.server.api.chat.reasoning import BEGIN, ReasoningReader
-from prerope.server.api.chat.tool_calls import ChatReader, TextReader, reader_of
+from prerope.server.api.chat.reasoning import ends_within_thoughts
 from prerope.server.api.chat.tools import ToolUse
-from prerope.server.api.fairness import current_hold
-from prerope.server.api.requests.body import in_words_of
+from prerope.server.api.fairness import TooLong, current_hold, cut_off, turn
+from prerope.server.api.openai.schemas import CompletionRequest
+from prerope.server.api.requests.body import RequestBody, current_report, in_words_of
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest
-from prerope.server.api.requests.reading import Prepared, Read
+from prerope.server.api.requests.reading import Prepared, Read, read_body
+from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.requests.structured import compiled
-from prerope.server.api.stream.generation import Generation, Piece, Reply
-from prerope.server.engine.limits import check_documents, check_vocabulary, max_tokens_that_fit
-from prerope.server.engine.outputs import FinishReason
+from prerope.server.api.requests.task import ReadTask
+from prerope.server.api.stream.generation import Generation, while_connected
+from prerope.server.engine.async_engine import EngineState
+from prerope.server.engine.limits import check_documents
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
 from prerope.server.structured.matcher import CompiledGrammar
+from prerope.server.workers.lanes import INLINE_BYTES, LARGE_BODY, SMALL_BODY
+
+log = structlog.get_logger(__name__)
+
+B = TypeVar("B", bound=RequestBody)
+
+INLINE_ITEMS, INLINE_DIGITS = 160, 1024
+"""Beside `INLINE_BYTES`, of a body that is read on the event loop, in two or three milliseconds: a worker takes ten. A
+message or a prompt costs for its being there, and tokenizers take long over long numbers."""
+
+OF_TEXT = (CompletionRequest, GenerateRequest)
+"""What no chat template has a part in."""
+
+DIGITS = b"0123456789"
+
+
+def any_service(request: Request) -> Service:
+    """The service of an endpoint that answers in every state."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread
+    """The service of an endpoint that needs the model: EngineUnavailable, saying why, unless requests are taken."""
+    service: Service = request.app.state.service
+    if service.engine.state is not EngineState.READY:
+        raise service.unavailable()
+    return service
+
+
+AnyService = Annotated[Service, Depends(any_service)]
+ReadyService = Annotated[Service, Depends(ready_service)]
+
+SMALL_BYTES = 256 * 2**10
+"""Bodies up to this size do not wait for larger ones."""
+
+
+def body_of(
+    model: type[B], completed: Callable[[Service, bytes], bytes] = lambda _, raw: raw
+) -> Callable[[Request, ReadyService], Awaitable[Read[B]]]:
+    """A dependency: the request's body as a `model`, and what follows from it. Raises what `read_body` raises.
+
+    completed: adds to a body what the server knows of it.
+    """
+
+    async def read(request: Request, service: ReadyService) -> Read[B]:
+        async with service.bodies.body(request) as came:
+            _check_kind(request)
+            raw = completed(service, came)
+            if not _is_little(raw) or not (service.reads_inline or issubclass(model, OF_TEXT)):
+                return await _read_by_worker(model, raw, request, service)
+            async with turn():
+                try:
+                    return cut_off(lambda: read_body(model, raw, service.text))
+                except (TooLong, MemoryError):  # such as a chat template that goes round in circles for some chats
+                    service.reads_inline = False
+                    log.warning(
+                        "a little body took long or much memory to read, so all are read by workers from now on"
+                    )
+            return await _read_by_worker(model, raw, request, service)
+
+    return read
+
+
+async def _read_by_worker(model: type[B], raw: bytes, request: Request, service: Service) -> Read[B]:
+    lane = SMALL_BODY if len(raw) <= SMALL_BYTES else LARGE_BODY
+    report = current_report()
+    task = ReadTask(model, raw, report.strict)
+    work = service.workers.run(task, lane.name, line=current_hold().line)
+    result: Read[B] = await while_connected(request, work)
+    for name in result.ignored:
+        report.ignore(name)
+    return result
+
+
+def _is_little(raw: bytes) -> bool:
+    """Whether reading it takes no longer than to ask a worker."""
+    return (
+        len(raw) <= INLINE_BYTES
+        and raw.count(b'"') // 2 + raw.count(b"{") <= INLINE_ITEMS
+        and len(raw) - len(raw.translate(None, DIGITS)) <= INLINE_DIGITS
+    )
+
+
+def _check_kind(request: Request) -> None:
+    """JSON, as it is. (A page of another site may send text unasked, but not this type.)"""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    plain = request.headers.get("content-encoding", "identity").strip().lower() in ("", "identity")
+    if not plain or not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        complaint = {"type": "dict_type", "loc": ("body",), "msg": "The body must be a JSON object.", "input": None}
+        raise RequestValidationError([complaint])
+
 
 SEEDS = 2**63
 
@@ -48,9 +151,6 @@ GREEDY_BELOW = 1e-4
 
 LEAST_TOP_P = 1e-6
 """A top-p this low keeps the best token alone."""
-
-TAIL = 8
-"""Tokens at the end of a prompt that tell whether the reply begins within thoughts."""
 
 N = TypeVar("N", int, float)
 
@@ -69,31 +169,6 @@ class Running:
     tools: ToolUse | None = None
     thinking: bool = False
 
-    def reader(self) -> ChatReader:
-        """A new reader for the text of one choice of a chat: it tells text from tool calls."""
-        use = self.tools
-        inner = TextReader() if use is None else reader_of(use)
-        return ReasoningReader(inner, thinking=self.thinking) if self.separates_reasoning else inner
-
-    @property
-    def separates_reasoning(self) -> bool:
-        return isinstance(self.request.input, Chat) and self.request.input.separate_reasoning
-
-    def chat_reply(self, reply: Reply) -> ChatReply:
-        """A whole reply of a chat."""
-        reader = self.reader()
-        return ChatReply.of([*reader.push(reply.text), *_last_parts(reader, reply.finish_reason)])
-
-
-def parts_of(piece: Piece, reader: ChatReader) -> list[Part]:
-    """What a piece of a stream adds to a chat's reply that `reader` reads."""
-    parts = reader.push(piece.text)
-    return parts if piece.finish_reason is None else [*parts, *_last_parts(reader, piece.finish_reason)]
-
-
-def _last_parts(reader: ChatReader, reason: FinishReason) -> list[Part]:
-    return reader.finish(cut=reason is not FinishReason.STOP)
-
 
 async def start(service: Service, read: Read[Any], prefix: str, arrived: float) -> Running:
     """Admit a request: all of its sequences or, with a RequestError, none.
@@ -110,7 +185,7 @@ async def start(service: Service, read: Read[Any], prefix: str, arrived: float) 
         for prompt, params in choices[:: request.n]:  # one search finds all replies to a prompt
             searched += await search.replies(prompt, params, len(searched))
     generations = searched or admit(service, request_id, choices, request, arrived=arrived, shown_special_ids=shown)
-    thinking = isinstance(request.input, Chat) and _thinks(service, prepared.prompts[0].ids)
+    thinking = isinstance(request.input, Chat) and ends_within_thoughts(service.tokenizer, prepared.prompts[0].ids)
     return Running(request_id, request, generations, use, thinking)
 
 
@@ -133,7 +208,7 @@ async def _checked(
                 "out, or set document_attention to 'full'",
                 param="documents",
             )
-        max_tokens = max_tokens_that_fit(info, len(prompt.ids), asked, default)
+        max_tokens = service.text.max_tokens_that_fit(len(prompt.ids), asked, default)
         if prompt.documents:
             check_documents(prompt.documents, len(prompt.ids), max_tokens, info)
         bad = prepared.bad_token_ids
@@ -143,12 +218,6 @@ async def _checked(
                 check_search(request.beams.width, prompt, params)
             choices.append((prompt, params))
     return choices
-
-
-def _thinks(service: Service, ids: Sequence[int]) -> bool:
-    """Whether a prompt ends within thoughts: some templates begin them."""
-    end = service.tokenizer.decode(list(ids[-TAIL:]), skip_special_tokens=False)
-    return end.rstrip().endswith(BEGIN)
 
 
 def new_id(prefix: str) -> str:
@@ -186,7 +255,7 @@ def sampling_params(
             param="min_tokens",
         )
     for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-        check_vocabulary(list(getattr(fields, name) or ()), service.engine.info.vocab_size, name)
+        service.text.check_vocabulary(list(getattr(fields, name) or ()), name)
     defaults = service.sampling_defaults
     temperature = _given(fields.temperature, defaults.temperature)
     return SamplingParams(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
-from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
+from prerope.server.api.running import ReadyService, body_of
 
 router = APIRouter(tags=["tokens"])
 

@@ -24,17 +24,15 @@ from typing import Any
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.limits import Backlog, EngineStats, ModelInfo, check_room, retry_after_s
+from prerope.server.engine.limits import EngineStats, ModelInfo, check_room, retry_after_s
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.errors import (
     ClientGone,
-    EngineFailure,
     EngineUnavailable,
-    OutOfMemory,
-    RankLost,
     RequestError,
-    of_memory,
+    engine_failure,
+    explained,
 )
 
 MAX_UNREAD = 4096
@@ -191,7 +189,8 @@ class AsyncEngine:
         if self.state is EngineState.DRAINING:
             raise EngineUnavailable("the server is shutting down and takes no new requests", code="draining")
         stats = self.stats()
-        check_room(engine.config, _backlog(stats), num_tokens, len(requests), stats.prefill_tokens_per_s)
+        if stats.num_waiting or len(requests) > 1:  # alone and with nobody before it, a request may always wait
+            check_room(engine.config, stats, num_tokens, len(requests))
         return [self._queue(request) for request in requests]
 
     def _queue(self, request: EngineRequest) -> OutputStream:
@@ -206,8 +205,7 @@ class AsyncEngine:
         """Seconds until what is here now is read, for those who are refused."""
         if self._stats is None:
             return 1
-        stats = self.stats()
-        return retry_after_s(_backlog(stats), stats.prefill_tokens_per_s)
+        return retry_after_s(self.stats())
 
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
@@ -266,12 +264,7 @@ class AsyncEngine:
             return
         self.state = EngineState.DEAD
         self.failure = failure
-        reason, code = "stopped after an error", "engine_dead"
-        if isinstance(failure, OutOfMemory):
-            reason, code = "ran out of memory and stopped", "out_of_memory"
-        if isinstance(failure, RankLost):
-            reason, code = "lost one of the processes that compute the model, and stopped", "rank_lost"
-        self._fail_streams(EngineFailure(f"the engine {reason}; the server needs a restart", code=code))
+        self._fail_streams(engine_failure(failure))
         self._loaded.set()
         self._stopped.set()
 
@@ -290,7 +283,7 @@ class AsyncEngine:
             self._serve(engine)
             engine.close()
         except BaseException as failure:  # whatever it was, nobody else would hear of it
-            self._post(self._die, _explained(failure))
+            self._post(self._die, explained(failure))
         else:
             self._post(self._stopped.set)
 
@@ -329,22 +322,5 @@ class AsyncEngine:
                 return commands
 
 
-def _backlog(stats: EngineStats) -> Backlog:
-    return Backlog(stats.num_waiting, stats.num_waiting_tokens, stats.num_running_tokens)
-
-
 def _shut_down() -> EngineUnavailable:
     return EngineUnavailable("the server shut down before the reply was complete; send it again", code="draining")
-
-
-def _explained(failure: BaseException) -> BaseException:
-    """Want of memory by its name and with its remedy; anything else as it is."""
-    if not of_memory(failure):
-        return failure
-    explained = OutOfMemory(
-        "the engine ran out of memory: lower KV_CACHE_MEMORY (on a GPU GPU_MEMORY_UTILIZATION), MAX_BATCHED_TOKENS or "
-        "MAX_NUM_SEQS, "
-        "or serve a smaller model"
-    )
-    explained.__cause__ = failure
-    return explained

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from prerope.cache.blocks.documents import DocumentSpan, largest_reading
 from prerope.cache.blocks.manager import KVCacheManager, PrefixHasher
+from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import SamplingParams, Sequence
 
 
@@ -57,6 +58,12 @@ class DocumentReader(Sequence):
     def first_row(self) -> int:
         """The reader's row that reads the document's first token: the prefix's length."""
         return self.parent.request.documents[0].start
+
+    def progress(self) -> list[tuple[str, TokenOutput]]:
+        """What the parent has come to with a chunk of this document, where its caller wants to know."""
+        parent, rows = self.parent, self.num_processed_tokens - self.first_row
+        parent.num_processed_tokens = self.document.start + max(0, rows)
+        return [(parent.request_id, parent.output())] if parent.request.report_progress else []
 
     def row_of(self, position: int) -> int:
         """Where this reader has the token at a position of its parent."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from prerope.server.byte_cache import ByteCache
 from prerope.server.config import EngineConfig
 from prerope.server.engine.documents import DocumentReader
 from prerope.server.engine.graphs.decode import DecodeGraphs
-from prerope.server.engine.limits import Counters, EngineStats, GraphStats, ModelInfo, take_stats, too_late
+from prerope.server.engine.limits import Counters, EngineStats, GraphStats, model_info, too_late
 from prerope.server.engine.memory.sizing import CacheSize
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import advance, wait_for_masks
@@ -65,18 +66,7 @@ class Engine:
             bounded=config.rope.select is not None,
         )
         self.scheduler = _scheduler(model, config, size)
-        self.info = ModelInfo(
-            max_model_len=size.max_model_len,
-            train_length=positions.methods[positions.main].train_length,
-            vocab_size=model.vocab_size,
-            num_cache_tokens=self.scheduler.cache.num_tokens,
-            block_size=config.block_size,
-            eos_token_ids=model.eos_token_ids,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
-            positions=positions,
-            recurrent=bool(model.states),
-        )
+        self.info = model_info(model, config, positions, size)
         on_gpu = model.device.type == "cuda"
         self._overlap = on_gpu if config.overlap is None else config.overlap
         self._sample_on_device = on_gpu or self._overlap
@@ -103,7 +93,9 @@ class Engine:
         check_request(spec, self.config.rope)
         found = self.resolved.get(spec)
         if found is None:
-            found = resolve(self.model, spec, self.info.max_model_len, _bad_rope)
+            found = resolve(
+                self.model, spec, self.info.max_model_len, partial(InvalidRequest, param="rope", code="bad_rope")
+            )
             self.resolved.put(spec, found, found.max_bytes)
         return found
 
@@ -214,12 +206,23 @@ class Engine:
                 outputs += self._verify(one, token, step.verifications[one.sequence], filled)
         if self.tiers is not None:
             self.tiers.keep(filled)
-        seconds = self._counters.end_step(step.began, step.num_prefilled)
+        seconds = self._end_step(step)
         self.scheduler.pace.add(step.num_prefilled, seconds, step.num_rows - step.num_prefilled)
         if self.scheduler.speculator is not None:
             own = seconds if step.cpu_began is None else time.thread_time() - step.cpu_began
             self.scheduler.speculator.step_times.add(step.num_rows, own)
         return outputs
+
+    def _end_step(self, step: Step) -> float:
+        """Count a step that is over; its seconds, which begin when the step before it ends, where steps overlap."""
+        counters, now = self._counters, time.monotonic()
+        seconds = now - max(step.began, counters.last_end)
+        counters.num_steps += 1
+        counters.last_step_s, counters.last_end = seconds, now
+        if step.num_prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
+            more = step.num_prefilled / seconds - counters.prefill_tokens_per_s
+            counters.prefill_tokens_per_s += more * (0.2 if counters.prefill_tokens_per_s else 1)
+        return seconds
 
     def _collect_rows(
         self, one: Scheduled, token: int | None, scored: TokenLogprobs | None, filled: list[tuple[int, bytes]]
@@ -238,7 +241,7 @@ class Engine:
             # Behind a document that was copied, only the very same prompt could use it.
             filled += known if not documents or stop <= next_copied(documents, 0, stop) else ()
         if isinstance(sequence, DocumentReader):
-            return self._progress_of(sequence)
+            return sequence.progress()
         if token is not None:
             return [self._take(sequence, token, scored)]
         if stop == sequence.num_tokens:
@@ -270,12 +273,6 @@ class Engine:
             self.scheduler.cache.trim(sequence)
         return outputs
 
-    def _progress_of(self, reader: DocumentReader) -> list[tuple[str, TokenOutput]]:
-        """What a prompt with documents has come to with a chunk of the one that is being read."""
-        parent, rows = reader.parent, reader.num_processed_tokens - reader.first_row
-        parent.num_processed_tokens = reader.document.start + max(0, rows)
-        return [(parent.request_id, parent.output())] if parent.request.report_progress else []
-
     def _take(self, sequence: Sequence, token: int, scored: TokenLogprobs | None) -> tuple[str, TokenOutput]:
         """A sampled token, and whether the sequence ends with it."""
         sequence.append(token)
@@ -304,9 +301,35 @@ class Engine:
     # --- what callers watch ---
 
     def stats(self) -> EngineStats:
-        tiers = TierStats() if self.tiers is None else replace(self.tiers.tier.stats)
-        graphs = GraphStats(why_none=self._no_graphs) if self.graphs is None else self.graphs.stats
-        return take_stats(self.scheduler, self._counters, tiers, graphs, self._state_bytes)
+        scheduler, counters = self.scheduler, self._counters
+        cache, pool = scheduler.cache, scheduler.cache.pool
+        states = None if cache.states is None else cache.states.pool
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_running_tokens=sum([s.num_remaining_tokens for s in scheduler.running.values()]),
+            num_waiting=len(scheduler.waiting),
+            num_waiting_tokens=sum([s.num_remaining_tokens for s in scheduler.waiting.values()]),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            num_states=0 if states is None else states.num_blocks,
+            num_free_states=0 if states is None else states.num_free,
+            num_cached_states=0 if states is None else states.num_cached,
+            state_bytes=self._state_bytes,
+            num_steps=counters.num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            num_drafts=counters.num_drafts,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
+            prefix_queried_tokens=cache.queried_tokens,
+            prefix_hit_tokens=cache.hit_tokens,
+            tiers=TierStats() if self.tiers is None else replace(self.tiers.tier.stats),
+            graphs=GraphStats(why_none=self._no_graphs) if self.graphs is None else self.graphs.stats,
+            last_step_s=counters.last_step_s,
+            prefill_tokens_per_s=counters.prefill_tokens_per_s,
+        )
 
     @property
     def angle_bytes(self) -> int:
@@ -330,7 +353,3 @@ def _scheduler(model: Model, config: EngineConfig, size: CacheSize) -> Scheduler
         speculator=Speculator(max_num_seqs=config.max_num_seqs) if speculates else None,
         pace=Pace(config.stream_gap_s),
     )
-
-
-def _bad_rope(message: str) -> InvalidRequest:
-    return InvalidRequest(message, param="rope", code="bad_rope")

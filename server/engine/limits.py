@@ -1,27 +1,27 @@
-"""What callers may know of a loaded engine (its limits and its statistics), and what a request is refused by.
+"""What callers may know of a loaded engine (what it is, and its statistics), and what it refuses a request for.
 
-Each limit of a request is one function: vocabulary, length, room in the queue, time. Each is checked once, before a
-request is queued; whoever queues trusts that. Errors name the limit, the value given and the remedy. Only `take_stats`
-reads what a step changes. Imports no torch by itself: workers check by these limits, too.
+Each limit of a request is one function and is checked once, before the request is queued; whoever queues trusts that.
+Those of a text, vocabulary and length, are `api.requests.reading.ModelText`'s. Errors name the limit, the value given
+and the remedy.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prerope.cache.blocks.documents import DocumentSpan, largest_reading
-from prerope.server.errors import ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
+from prerope.server.errors import TOO_LONG, ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
 
 if TYPE_CHECKING:
     from prerope.cache.tier import TierStats
     from prerope.rope.model import ModelPositions
     from prerope.server.config import EngineConfig
-    from prerope.server.engine.scheduler import Scheduler
+    from prerope.server.engine.memory.sizing import CacheSize
     from prerope.server.engine.sequence import Sequence
+    from prerope.server.models.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +43,24 @@ class ModelInfo:
     recurrent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """What is before a new request: waiting sequences, and tokens still to be computed of them and of running ones."""
-
-    num_waiting: int
-    num_waiting_tokens: int
-    num_running_tokens: int = 0
+def model_info(model: Model, config: EngineConfig, positions: ModelPositions, size: CacheSize) -> ModelInfo:
+    return ModelInfo(
+        max_model_len=size.max_model_len,
+        train_length=positions.methods[positions.main].train_length,
+        vocab_size=model.vocab_size,
+        num_cache_tokens=size.num_blocks * config.block_size,
+        block_size=config.block_size,
+        eos_token_ids=model.eos_token_ids,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        positions=positions,
+        recurrent=bool(model.states),
+    )
 
 
 @dataclass(slots=True)
 class Counters:
-    """What an engine counts as it steps: totals, and the time of its steps."""
+    """What an engine counts as it steps: totals, and the time of its steps, the last of which ended at `last_end`."""
 
     num_steps: int = 0
     prompt_tokens: int = 0
@@ -64,19 +70,7 @@ class Counters:
     accepted_tokens: int = 0
     last_step_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
-    _last_end: float = 0.0
-
-    def end_step(self, began: float, num_prefilled: int) -> float:
-        """A step launched at `began` is over. Returns its seconds: where steps overlap, they begin when the one before
-        it ends."""
-        now = time.monotonic()
-        seconds = now - max(began, self._last_end)
-        self.num_steps += 1
-        self.last_step_s, self._last_end = seconds, now
-        if num_prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
-            more = num_prefilled / seconds - self.prefill_tokens_per_s
-            self.prefill_tokens_per_s += more * (0.2 if self.prefill_tokens_per_s else 1)
-        return seconds
+    last_end: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,42 +121,6 @@ class EngineStats:
     prefill_tokens_per_s: float
 
 
-def take_stats(
-    scheduler: Scheduler, counters: Counters, tiers: TierStats, graphs: GraphStats, state_bytes: int
-) -> EngineStats:
-    cache, pool = scheduler.cache, scheduler.cache.pool
-    states = None if cache.states is None else cache.states.pool
-    return EngineStats(
-        num_running=len(scheduler.running),
-        num_running_tokens=sum([s.num_remaining_tokens for s in scheduler.running.values()]),
-        num_waiting=len(scheduler.waiting),
-        num_waiting_tokens=sum([s.num_remaining_tokens for s in scheduler.waiting.values()]),
-        num_blocks=pool.num_blocks,
-        num_free_blocks=pool.num_free,
-        num_cached_blocks=pool.num_cached,
-        num_states=0 if states is None else states.num_blocks,
-        num_free_states=0 if states is None else states.num_free,
-        num_cached_states=0 if states is None else states.num_cached,
-        state_bytes=state_bytes,
-        num_steps=counters.num_steps,
-        num_preemptions=scheduler.num_preemptions,
-        prompt_tokens=counters.prompt_tokens,
-        generation_tokens=counters.generation_tokens,
-        num_drafts=counters.num_drafts,
-        drafted_tokens=counters.drafted_tokens,
-        accepted_tokens=counters.accepted_tokens,
-        prefix_queried_tokens=cache.queried_tokens,
-        prefix_hit_tokens=cache.hit_tokens,
-        tiers=tiers,
-        graphs=graphs,
-        last_step_s=counters.last_step_s,
-        prefill_tokens_per_s=counters.prefill_tokens_per_s,
-    )
-
-
-TOO_LONG = "context_length_exceeded"
-"""The code of a refusal for want of room in the model's length."""
-
 ASSUMED_PREFILL_RATE = 1000.0
 """Tokens a second for Retry-After, until a prefill has been measured."""
 
@@ -185,34 +143,6 @@ def check_ranks(config: EngineConfig, size: int) -> None:
         raise ConfigurationError(
             f"TENSOR_PARALLEL_SIZE is {size}, but torch sees {found} GPUs; lower it, or use DEVICE=cpu"
         )
-
-
-def check_vocabulary(token_ids: Several[int], vocab_size: int, param: str) -> None:
-    """InvalidRequest unless every id is in the model's vocabulary. `param` names the request's field."""
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
-        index, wrong = next((i, token) for i, token in enumerate(token_ids) if not 0 <= token < vocab_size)
-        shown = str(wrong) if abs(wrong) < 10**20 else "beyond 20 digits"
-        raise InvalidRequest(
-            f"'{param}[{index}]' is {shown}; the model's token ids go from 0 to {vocab_size - 1}",
-            param=param,
-            code="bad_token_id",
-        )
-
-
-def max_tokens_that_fit(info: ModelInfo, num_prompt_tokens: int, asked: int | None, default: int | None) -> int:
-    """Tokens to generate: as asked, or refused; where nothing is asked, the default (None: all that fit), capped."""
-    room = info.max_model_len - num_prompt_tokens
-    if asked is None and room >= 1:
-        return room if default is None else min(default, room)
-    if asked is not None and asked <= room:
-        return asked
-    wanted = "leaves no room to generate" if asked is None else f"max_tokens is {asked}"
-    raise InvalidRequest(
-        f"the prompt has {_plural(num_prompt_tokens, 'token')} and {wanted}: prompt and output together may have "
-        f"{_plural(info.max_model_len, 'token')}; shorten the prompt, lower max_tokens or raise MAX_MODEL_LEN",
-        param="prompt" if room < 1 else "max_tokens",
-        code=TOO_LONG,
-    )
 
 
 def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: int, info: ModelInfo) -> None:
@@ -239,17 +169,11 @@ def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: i
         )
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def check_room(
-    config: EngineConfig, backlog: Backlog, num_prompt_tokens: int, num_sequences: int, prefill_rate: float
-) -> None:
+def check_room(config: EngineConfig, stats: EngineStats, num_prompt_tokens: int, num_sequences: int) -> None:
     """Room for a request's sequences, whose prompts have `num_prompt_tokens` together, behind those that wait.
 
     QueueFull where a limit is passed; InvalidRequest where it would be in an empty queue, too. (By its tokens a single
-    prompt never is: alone it may wait.) `prefill_rate` in tokens a second, 0 until it has been measured.
+    prompt never is: alone it may wait.)
     """
     max_requests, max_tokens = config.max_queued_requests, config.max_queued_tokens
     if num_sequences > max_requests or (num_sequences > 1 and num_prompt_tokens > max_tokens):
@@ -259,22 +183,22 @@ def check_room(
             "(MAX_QUEUED_TOKENS); send smaller requests",
             code="too_many_sequences",
         )
-    if backlog.num_waiting + num_sequences > max_requests:
-        reason = f"{backlog.num_waiting} requests are waiting and {num_sequences} more would pass "
+    if stats.num_waiting + num_sequences > max_requests:
+        reason = f"{stats.num_waiting} requests are waiting and {num_sequences} more would pass "
         reason += f"MAX_QUEUED_REQUESTS, {max_requests}"
-    elif backlog.num_waiting and backlog.num_waiting_tokens + num_prompt_tokens > max_tokens:
-        reason = f"{backlog.num_waiting_tokens} prompt tokens are waiting and {num_prompt_tokens} more would pass "
+    elif stats.num_waiting and stats.num_waiting_tokens + num_prompt_tokens > max_tokens:
+        reason = f"{stats.num_waiting_tokens} prompt tokens are waiting and {num_prompt_tokens} more would pass "
         reason += f"MAX_QUEUED_TOKENS, {max_tokens}"
     else:
         return
-    seconds = retry_after_s(backlog, prefill_rate)
+    seconds = retry_after_s(stats)
     raise QueueFull(f"the queue is full: {reason}; try again in about {seconds} s", retry_after_s=seconds)
 
 
-def retry_after_s(backlog: Backlog, prefill_rate: float) -> int:
-    """Seconds until what waits and what runs is read, at `prefill_rate` tokens a second; at least 1."""
-    remaining = backlog.num_waiting_tokens + backlog.num_running_tokens
-    return max(1, math.ceil(remaining / (prefill_rate or ASSUMED_PREFILL_RATE)))
+def retry_after_s(stats: EngineStats) -> int:
+    """Seconds until what waits and what runs is read, at the measured rate; at least 1."""
+    remaining = stats.num_waiting_tokens + stats.num_running_tokens
+    return max(1, math.ceil(remaining / (stats.prefill_tokens_per_s or ASSUMED_PREFILL_RATE)))
 
 
 def too_late(sequence: Sequence, now: float) -> DeadlineExceeded:

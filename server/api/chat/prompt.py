@@ -17,8 +17,7 @@ from prerope.server.api.chat.template import render_chat, template_names
 from prerope.server.api.chat.tools import own_format
 from prerope.server.api.chat.tools_as_text import as_text
 from prerope.server.api.requests.documents import Piece, TokenizedPrompt, assembled, check_number, not_cut
-from prerope.server.engine.limits import TOO_LONG, check_vocabulary
-from prerope.server.errors import InvalidRequest
+from prerope.server.errors import TOO_LONG, InvalidRequest
 
 if TYPE_CHECKING:
     from prerope.server.api.requests.internal import Chat
@@ -135,7 +134,7 @@ def chat_prompt(
         pieces.append(Piece(encode(written[start:stop], add_special_tokens=False), is_document=True))
         position = stop
     prompt = assembled(pieces, chat.reading)
-    check_vocabulary(prompt.ids, text.vocab_size, "messages")
+    text.check_vocabulary(prompt.ids, "messages")
     if not prompt.ids:
         raise InvalidRequest("'messages' come to no token at all through the chat template", param="messages")
     return prompt

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from prerope.server.api.chat.parts import Part, ReasoningPart, without_begun_mark
 from prerope.server.api.chat.tool_calls import ChatReader
 
+if TYPE_CHECKING:
+    from prerope.server.tokenizer import Tokenizer
+
 BEGIN, END = "<think>", "</think>"
+
+TAIL = 8
+"""Tokens at the end of a prompt that tell whether the reply begins within thoughts."""
+
+
+def ends_within_thoughts(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt does: some templates begin them."""
+    return tokenizer.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False).rstrip().endswith(BEGIN)
 
 
 class ReasoningReader:

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.dependencies import ReadyService, body_of
+from prerope.server.api.chat.replies import chat_reply
 from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import Running, start
+from prerope.server.api.running import ReadyService, Running, body_of, start
 from prerope.server.api.stream.generation import read_all, while_connected
 from prerope.server.api.stream.printing import event_stream
 from prerope.server.engine.outputs import FinishReason
@@ -33,7 +33,7 @@ async def messages(
         return event_stream(_events(service, running, thoughts=read.body.tells_thoughts), named=True)
     (reply,) = await read_all(request, running.generations)
     check_complete(reply.finish_reason)
-    parts = running.chat_reply(reply)
+    parts = chat_reply(running, reply)
     return JSONResponse(
         {
             **_head(service, running),

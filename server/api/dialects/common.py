@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from prerope.server.api.chat.parts import Part
-from prerope.server.api.running import Running, parts_of
+from prerope.server.api.chat.replies import parts_of, reader_for
+from prerope.server.api.running import Running
 from prerope.server.api.stream.generation import Piece
 from prerope.server.api.stream.turns import in_turn
 from prerope.server.engine.outputs import FinishReason
@@ -14,7 +15,7 @@ from prerope.server.errors import DeadlineExceeded
 
 async def chat_events(running: Running) -> AsyncIterator[tuple[Piece, list[Part]]]:
     """The pieces of the one reply that runs, each with the parts that it adds. Closes the generation at its end."""
-    reader = running.reader()
+    reader = reader_for(running)
     async with in_turn(running.generations) as pieces:
         async for _, piece in pieces:
             yield piece, parts_of(piece, reader)

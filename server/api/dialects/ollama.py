@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.dependencies import ReadyService, body_of
+from prerope.server.api.chat.replies import chat_reply
 from prerope.server.api.dialects.common import (
     chat_events,
     check_complete,
@@ -25,7 +25,7 @@ from prerope.server.api.dialects.requests.ollama import (
 )
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import Running, start
+from prerope.server.api.running import ReadyService, Running, body_of, start
 from prerope.server.api.stream.generation import Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, json_response, line_stream
 from prerope.server.engine.outputs import FinishReason
@@ -51,7 +51,7 @@ async def chat(
         return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
     check_complete(reply.finish_reason)
-    parts = running.chat_reply(reply)
+    parts = chat_reply(running, reply)
     calls = [_call(one.name, one.arguments) for one in parts.calls]
     thought = _thought(read.body, parts)
     printed = {"role": "assistant", "content": parts.text, **thought, **({"tool_calls": calls} if calls else {})}
@@ -73,7 +73,7 @@ async def generate(
         return line_stream(_lines(service, running, read.body))
     (reply,) = await read_all(request, running.generations)
     check_complete(reply.finish_reason)
-    parts = running.chat_reply(reply)
+    parts = chat_reply(running, reply)
     told = {"response": parts.text, **_thought(read.body, parts), **_scores(service, read.body, reply.tokens)}
     return await json_response({**_head(service), **told, **_last_fields(running, reply.finish_reason)})
 

@@ -9,11 +9,10 @@ from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
 from prerope.server.api.logprobs import finite
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import Running, start
+from prerope.server.api.running import ReadyService, Running, body_of, start
 from prerope.server.api.stream.generation import Reply, Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.api.stream.turns import in_turn

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatReply, ReasoningPart, TextPart
-from prerope.server.api.dependencies import ReadyService, body_of
+from prerope.server.api.chat.replies import chat_reply
 from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.kept_responses import keep, with_history
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.fairness import current_hold
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import Running, new_id, start
+from prerope.server.api.running import ReadyService, Running, body_of, new_id, start
 from prerope.server.api.stream.generation import Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.engine.outputs import FinishReason
@@ -37,7 +37,7 @@ async def responses(
         return event_stream(_events(printer), named=True)
     (reply,) = await read_all(request, running.generations)
     check_complete(reply.finish_reason)
-    items = [(item, reply.tokens) for item in _items(running.chat_reply(reply))]
+    items = [(item, reply.tokens) for item in _items(chat_reply(running, reply))]
     return await json_response(await printer.finished(items, reply.finish_reason))
 
 

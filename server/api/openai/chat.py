@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, Part, ReasoningPart, TextPart
+from prerope.server.api.chat.replies import chat_reply, parts_of, reader_for
 from prerope.server.api.chat.tool_calls import ChatReader
-from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.logprobs import chat_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai.replies import Head, documents_of, usage
 from prerope.server.api.openai.schemas import ChatRequest
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import Running, parts_of, start
+from prerope.server.api.running import ReadyService, Running, body_of, start
 from prerope.server.api.stream.generation import Generation, Piece, Reply, Token, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.api.stream.turns import in_turn
@@ -52,7 +52,7 @@ class _Writer:
 
     def choice(self, index: int, reply: Reply) -> dict[str, Any]:
         """A whole reply."""
-        read = self._running.chat_reply(reply)
+        read = chat_reply(self._running, reply)
         choice = {
             "index": index,
             "message": {"role": "assistant", "refusal": None, **_message(read, thoughts=self.body.tells_thoughts)},
@@ -78,7 +78,7 @@ class _Writer:
 
     def parts(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """What a piece adds to a choice of a stream; its log-probabilities go with the first delta."""
-        reader = self._readers.setdefault(index, self._running.reader())
+        reader = self._readers.setdefault(index, reader_for(self._running))
         deltas = [_delta(part) for part in parts_of(piece, reader) if self._tells(part)]
         if piece.tokens and not deltas:
             deltas = [{"content": ""}]

@@ -8,14 +8,13 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.api.dependencies import ReadyService, body_of
 from prerope.server.api.logprobs import completion_logprobs, echoed_logprobs, vllm_prompt_logprobs
 from prerope.server.api.openai import chat as openai_chat
 from prerope.server.api.openai import models as openai_models
 from prerope.server.api.openai.replies import Head, usage
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.reading import Read
-from prerope.server.api.running import start
+from prerope.server.api.running import ReadyService, body_of, start
 from prerope.server.api.stream.generation import Generation, Piece, Reply, read_all, while_connected
 from prerope.server.api.stream.printing import Many, event_stream, json_response
 from prerope.server.api.stream.turns import in_turn

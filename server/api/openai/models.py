@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
-from prerope.server.api.dependencies import ReadyService
 from prerope.server.api.positions import offered
+from prerope.server.api.running import ReadyService
 from prerope.server.service import Service
 
 router = APIRouter()

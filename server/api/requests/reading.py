@@ -9,27 +9,24 @@ no torch. Refusals name limit and value.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from prerope.server.api.chat.prompt import chat_prompt, newest_that_fit
-from prerope.server.api.chat.tools import Function, Tool, ToolUse
+from prerope.server.api.chat.tools import ToolUse
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, in_words_of, reporting
+from prerope.server.api.requests.body import MAX_DEPTH, RequestBody, in_words_of
 from prerope.server.api.requests.documents import Piece, TokenizedPrompt, assembled, not_cut
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.surrogates import ESCAPED_SURROGATE, refuse_surrogates
 from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
-from prerope.server.api.requests.wording import MAX_SHOWN, first_invalid
-from prerope.server.engine.limits import TOO_LONG, check_vocabulary
-from prerope.server.errors import InvalidRequest, ModelNotFound
+from prerope.server.api.requests.wording import MAX_SHOWN, first_invalid, shown_number
+from prerope.server.errors import TOO_LONG, InvalidRequest, ModelNotFound
 from prerope.server.nesting import nests_deeper
 from prerope.server.structured.text import GrammarText
-from prerope.server.workers.messages import as_it_lies
 from pydantic import ValidationError
 
 if TYPE_CHECKING:
@@ -67,6 +64,32 @@ class ModelText:
             code="model_not_found",
         )
 
+    def check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
+        """InvalidRequest unless every id is in the model's vocabulary. `param` names the request's field."""
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            index, wrong = next((i, token) for i, token in enumerate(token_ids) if not 0 <= token < self.vocab_size)
+            raise InvalidRequest(
+                f"'{param}[{index}]' is {shown_number(wrong)}; the model's token ids go from 0 to "
+                f"{self.vocab_size - 1}",
+                param=param,
+                code="bad_token_id",
+            )
+
+    def max_tokens_that_fit(self, num_prompt_tokens: int, asked: int | None, default: int | None) -> int:
+        """Tokens to generate: as asked, or refused; where nothing is asked the default as far as it fits, None: all."""
+        room = self.max_model_len - num_prompt_tokens
+        if asked is None and room >= 1:
+            return room if default is None else min(default, room)
+        if asked is not None and asked <= room:
+            return asked
+        wanted = "leaves no room to generate" if asked is None else f"max_tokens is {asked}"
+        raise InvalidRequest(
+            f"the prompt has {_plural(num_prompt_tokens, 'token')} and {wanted}: prompt and output together may have "
+            f"{_plural(self.max_model_len, 'token')}; shorten the prompt, lower max_tokens or raise MAX_MODEL_LEN",
+            param="prompt" if room < 1 else "max_tokens",
+            code=TOO_LONG,
+        )
+
     def check_characters(self, num_chars: int, param: str) -> None:
         """Refuse what cannot fit whatever its words are, before spending time on tokenising it."""
         limit = self.max_model_len * self.tokenizer.max_chars_per_token
@@ -79,11 +102,8 @@ class ModelText:
             )
 
 
-class HasText(Protocol):
-    """What reading needs of the workers' world."""
-
-    @property
-    def text(self) -> ModelText: ...
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +141,6 @@ class Read(Generic[B]):
         assert self.request is not None
         assert self.prepared is not None
         return self.request, self.prepared
-
-
-@dataclass(frozen=True, slots=True)
-class ReadTask:
-    """A task for a worker. strict: of `current_report`, which a worker has none of."""
-
-    model: type[RequestBody]
-    raw: bytes
-    strict: bool
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ReadTask, (self.model, as_it_lies(self.raw), self.strict)
-
-    def run(self, world: HasText) -> Read[Any]:
-        with reporting(strict=self.strict) as report:
-            read = _slim(read_body(self.model, self.raw, world.text))
-        return dataclasses.replace(read, ignored=tuple(report.names))
 
 
 def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
@@ -238,7 +241,7 @@ def _ids(
         ids = text.tokenizer.encode(given, add_special_tokens=special)
     else:
         ids = given
-    check_vocabulary(ids, text.vocab_size, param)
+    text.check_vocabulary(ids, param)
     if not ids and not may_be_empty:
         raise InvalidRequest(f"'{param}' is empty: the model needs at least one token to continue", param=param)
     return ids
@@ -301,27 +304,9 @@ def _tokenize(text: ModelText, body: TokenizeRequest) -> bytes:
 
 def _detokenize(text: ModelText, body: DetokenizeRequest) -> bytes:
     text.check_name(body.model)
-    check_vocabulary(body.tokens, text.vocab_size, "tokens")
+    text.check_vocabulary(body.tokens, "tokens")
     return _json({"prompt": text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _slim(read: Read[Any]) -> Read[Any]:
-    """Without what the ids stand for: the server would spend time on taking it in."""
-    body = read.body
-    body.slim()
-    if read.request is None or read.prepared is None:
-        return Read(body, reply=read.reply)
-    use = read.prepared.tools
-    if use is not None:
-        named = [Tool(type="function", function=Function(name=name)) for name in use.names]
-        use = dataclasses.replace(use, tools=named, grammar=None)
-    prepared = dataclasses.replace(read.prepared, tools=use)
-    given = read.request.input
-    left: Chat | tuple[()] = ()
-    if isinstance(given, Chat):
-        left = dataclasses.replace(given, messages=(), tools=(), documents=(), template_kwargs={})
-    return Read(body, dataclasses.replace(read.request, input=left, constraint=None), prepared)

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 from prerope.server.api.openai.schemas import ChatRequest
-from prerope.server.api.requests.reading import ModelText, ReadTask, read_body
+from prerope.server.api.requests.reading import ModelText, read_body
+from prerope.server.api.requests.task import ReadTask
 from prerope.server.errors import InvalidRequest
 from prerope.server.machine.threads import ASIDE
 from prerope.server.models.checkpoint import Checkpoint
