@@ -82,7 +82,7 @@ class Rotary:
 
 
 def unrotated(head_dim: int, length: int, kind: str = UNROTATED) -> Rotary:
-    """Of a model without one, trained at this length, where its positions end unless it is `ALIBI`."""
+    """The `Rotary` of a model without rotation, trained at this length, where positions end unless it is `ALIBI`."""
     return Rotary(head_dim, 0, 1.0, kind, length, length)
 
 

@@ -220,7 +220,7 @@ class PositionMethod:
         return self.rule.run_end(position)
 
     def reading(self, run_end: int) -> Reading:
-        """Of the rows whose run ends here; the same object while it is among the last `MAX_READINGS`."""
+        """The reading of the rows whose run ends here; the same object while it is among the last `MAX_READINGS`."""
         found = self._readings.get(run_end)
         if found is None:
             found = self._readings[run_end] = self.rule.reading(run_end)
@@ -266,12 +266,12 @@ class PositionMethod:
         return min(rows, self.train_length) if self.logn else rows
 
     def plain_digest(self) -> bytes:
-        """Of the plain reading that the first `plain_rows` rows share with other methods."""
+        """The digest of the plain reading that the first `plain_rows` rows share with other methods."""
         first = self.reading_of(0)
         return plain_reading(first.theta, first.attention_factor, first.decay).digest()
 
     def digest(self) -> bytes:
-        """Of everything that can change K and V."""
+        """A digest of everything that can change K and V."""
         identity: list[Any] = [self.logn and self.train_length]
         if self.run_end(0) < UNBOUNDED:
             identity += [self.name, self.train_length, sorted(self.rule.parameters.items())]

@@ -34,7 +34,7 @@ def method_scores(query: Tensor, key: Tensor, method: PositionMethod, start: int
 def reading_scores(
     query: Tensor, key: Tensor, reading: Reading, start: int, *, interleaved: bool, first_key: int = 0
 ) -> Tensor:
-    """The same for the rows of one run."""
+    """The scores of the rows of one run."""
     # Positions and frequencies meet on the CPU in fp64; the tables come back in fp32.
     i, j = torch.arange(start, start + len(query)), torch.arange(first_key, first_key + len(key))
     scores = query.new_full((query.shape[1], len(query), len(key)), float("-inf"))
@@ -49,7 +49,7 @@ def reading_scores(
 
 
 def _rotation_table(reading: Reading, angles: AngleMap, positions: Tensor, fade: Tensor, device: torch.device) -> Table:
-    """Of [T] positions, times the attention factor, and faded by exp(decay·fade).
+    """cos and sin of [T] positions, times the attention factor, faded by exp(decay·fade).
 
     Decay meets in the product of query and key alone: any row may be the one from which both fade, and one near them
     keeps exp from overflowing.

@@ -4,7 +4,7 @@ from importlib import metadata
 
 
 def version() -> str:
-    """Of the installed package; 0 where it runs from a source folder that was never installed."""
+    """The version of the installed package; 0 where it runs from a source folder that was never installed."""
     try:
         return metadata.version("prerope")
     except metadata.PackageNotFoundError:

@@ -262,7 +262,7 @@ def first_line(error: BaseException, limit: int = 300) -> str:
 
 
 def words_of(error: BaseException, limit: int = 300) -> str:
-    """The same where it speaks to people; empty where it tells of the library's code, as "'x'" of a KeyError."""
+    """`first_line` where it is written for people; empty where it is about the library's code, like a KeyError's."""
     text = first_line(error, limit)
     to_people = isinstance(error, TO_PEOPLE) or type(error) is Exception
     return text if to_people and not isinstance(error, TO_PROGRAMMERS) and not OF_PYTHON.match(text) else ""

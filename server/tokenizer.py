@@ -249,7 +249,7 @@ class TextStream:
         return released
 
     def finish(self) -> str:
-        """What was held back. Call once, after the last push."""
+        """The text that was held back. Call once, after the last push."""
         if self.stopped:
             return ""
         text = self._release(self._utf8.decode(b"", final=True))

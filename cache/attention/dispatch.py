@@ -32,7 +32,7 @@ def attention_on(device: torch.device) -> Attention:
 
 
 def angle_bytes(device: torch.device) -> int:
-    """What is kept of angles from step to step. For any thread."""
+    """Bytes of the tables of cos and sin that are kept from step to step. For any thread."""
     if device.type == "cpu":
         from prerope.cache.cpu.tables import READINGS
 

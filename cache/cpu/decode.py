@@ -137,7 +137,7 @@ def few_rows(sequences: Sequence[SequenceRows]) -> list[SequenceRows]:
 
 
 def split(sequences: Sequence[SequenceRows], options: AttentionOptions) -> Sequence[SequenceRows]:
-    """The same rows, sequences with both kinds cut in two: those that read all keys, then those that choose."""
+    """Cut sequences with both kinds of rows in two: rows that read all keys, then rows that choose."""
     if all(one.selected(options) is None for one in sequences):
         return sequences
     parts: list[SequenceRows] = []

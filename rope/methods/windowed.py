@@ -129,7 +129,7 @@ def _dual_chunk(t: Target) -> Rule:
 
 
 def tuned_dual_chunk(t: Target) -> Rule:
-    """As a config's `dual_chunk_attention_config` says: chunks of s = chunk_size − local_size, no position past
+    """Dual-chunk attention with the config's own sizes: chunks of s = chunk_size − local_size, no position past
     chunk_size, and past the original length n, log-scaled attention: q·max(1, 0.1·ln(n/L) + 1)."""
     config = t.rotary.dual_chunk or {}
     own, last = _own_reading(t), int(config["chunk_size"])
@@ -242,7 +242,7 @@ def _own_reading(t: Target) -> Reading:
 
 
 def _window(t: Target, default: int | None = None) -> int:
-    """As asked for, else the default, else a quarter of the trained length."""
+    """The window that was asked for, else the default, else a quarter of the trained length."""
     given = t.spec.window if default is None or t.spec.window is not None else default
     window = t.train_length // 4 if given is None else given
     if not 0 < window < t.train_length:

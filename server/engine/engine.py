@@ -333,7 +333,7 @@ class Engine:
 
     @property
     def angle_bytes(self) -> int:
-        """What is kept of angles from step to step. For any thread."""
+        """Bytes of the tables of cos and sin that are kept from step to step. For any thread."""
         return angle_bytes(self.model.device)
 
     def check_integrity(self) -> None:

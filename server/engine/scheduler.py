@@ -82,7 +82,7 @@ class Pace:
         self._whole_s = whole_s if self._fitting(whole_s) >= WHOLE_ROWS else whole_s * FORGOTTEN
 
     def most_rows(self, budget: int) -> int:
-        """Of prompts, in a step in which somebody streams; at most the budget."""
+        """The number of prompt rows in a step beside streams; at most the budget."""
         if self._gap_s is None or not self._whole_s:
             return budget
         fitting = self._fitting(self._whole_s)
@@ -97,7 +97,7 @@ class Pace:
         return (gap_s - min(self._others_s, gap_s / 2)) / row_s if row_s else float("inf")
 
     def most_scored(self, budget: int) -> int:
-        """Likewise, of those that are scored."""
+        """The number of these rows whose prompt log-probabilities are computed."""
         if self._gap_s is None or not self._whole_s:
             return budget
         return min(budget, max(LEAST_SCORED, int(min(SCORED_S, self._gap_s) / (self._few_s or self._whole_s))))

@@ -10,6 +10,7 @@ steps in their order, so whoever gets a block next writes to it only after this 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -33,7 +34,10 @@ class Arrival:
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
-        self._host, self._whole = (tokens, None) if tokens.device.type == "cpu" else bring_back(tokens)
+        self._host: Tensor = tokens
+        self._whole: Callable[[], None] | None = None
+        if tokens.device.type != "cpu":
+            self._host, self._whole = bring_back(tokens)
 
     def wait(self) -> list[int]:
         """The ids, once they are here: all that was launched before them has run by then."""

@@ -245,7 +245,7 @@ class Connection(H11Protocol):
         self.loop.call_later(LINGER_S, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
-        """Of what is no HTTP, or too much of it: with the reason, and time to read it before the connection ends."""
+        """Answer what cannot be read as HTTP: the reason, and time to read it before the connection ends."""
         self._deaf = True
         self._feed.close()
         reply = reply_to_unreadable(self.conn.problem, self.conn.trailing_data[0], MAX_HEADER_BYTES)

@@ -33,13 +33,13 @@ wants it back, so a step beside a busy event loop waits so long many times; Pyth
 
 
 def switch_soon() -> None:
-    """Of the threads of this process, as far as they run Python."""
+    """Let threads that run Python take turns more often."""
     sys.setswitchinterval(SWITCH_S)
 
 
 def yield_to_others(nice: int) -> None:
-    """Of a process, or on Linux a thread and those that it starts, which others are not to wait for: it has little of a
-    core that they want, and takes none from whoever runs, where the system knows that."""
+    """Lower the priority of this process (on Linux of this thread and those that it starts): it gets little of a core
+    that others want, and interrupts nobody who runs, where the system can."""
     os.nice(nice)
     with contextlib.suppress(AttributeError, OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
@@ -51,7 +51,7 @@ of a core than one of its threads."""
 
 
 def step_aside() -> None:
-    """Of this thread alone, where the system knows that.
+    """Lower the priority of this thread alone, where the system can.
 
     Threads that compute a step wait for one another dozens of times in it. Were a third to want the same two cores as
     much as they do, a step would take three to twenty times as long.

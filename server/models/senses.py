@@ -77,7 +77,7 @@ def without_timm() -> Iterator[None]:
 
 
 def unseen(model: Any, names: set[str]) -> set[str]:
-    """Of names of weights, those of what speaks, and of what `without_timm` made empty."""
+    """The weights that nothing reads: of modules that speak, and of those that `without_timm` has emptied."""
     from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
     empty = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, TimmWrapperModel))

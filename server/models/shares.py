@@ -215,7 +215,7 @@ class _Record:
 
 
 def _record(raw: RawKeyModel, plan: dict[str, _Entry], held: _Record | None = None) -> _Record:
-    """Of the sublayers that hold what is summed; `held` is the run whose inputs they get."""
+    """Record the sublayers whose outputs are summed over ranks; `held` is the run whose inputs they get."""
     parents = {child: parent for parent in raw.model.modules() for child in parent.children()}
     sublayers = list({parents[entry.owner]: None for entry in plan.values() if entry.summed})
     record, head = _Record(), raw.model.get_output_embeddings()

@@ -76,12 +76,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def pointer(name: str) -> str:
-    """Of a file that stands for one that was not fetched."""
+    """The refusal of a file that stands for one that was not fetched (Git LFS)."""
     return f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder"
 
 
 def cut_short(name: str, said: str) -> str:
-    """Of a file that ends before it should."""
+    """The refusal of a file that ends too early."""
     return f"{name} is cut short ({said}): the download is incomplete; run it again"
 
 

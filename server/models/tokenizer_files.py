@@ -29,7 +29,7 @@ def beyond_the_model(hf: Any, checkpoint: Checkpoint) -> str | None:
 
 
 def why_unread(error: Exception, checkpoint: Checkpoint) -> str:
-    """What was met in a tokenizer's files, as a sentence with the remedy."""
+    """Why a tokenizer's files cannot be read, as a sentence with the remedy."""
     if "contains custom code" in str(error):
         return (
             "its code comes with its files (auto_map in tokenizer_config.json), and such code is not run here. Take a "

@@ -235,7 +235,7 @@ def _too_large(checkpoint: Checkpoint, dtype: torch.dtype | None) -> str:
 
 
 def _of_scheme(scheme: str | None, error: Exception) -> str | None:
-    """What is wrong with weights of few bits, or with what the config says of them, where that is what was read."""
+    """The refusal of quantized weights, or of their config, where these are what was read."""
     if scheme is None or isinstance(error, OSError):
         return None
     said = words_of(error)

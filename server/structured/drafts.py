@@ -42,7 +42,7 @@ def _stated_at(key: str, value: Any) -> Any:
 
 
 def _read(value: Any) -> Any:
-    """Of a schema, and of whatever may hold one."""
+    """Rewrite a schema, and every value that may hold one."""
     if isinstance(value, list):
         return [_read(one) for one in value]
     if not isinstance(value, dict):

@@ -122,7 +122,7 @@ class _Reader:
         self._left: list[str] = []
 
     def number(self, name: str) -> int:
-        """Of a rule, and of those that it needs."""
+        """The number of a rule; the rules that it needs are written, too."""
         number = self._known(name)
         while self._left:
             rule = self._rules[one := self._left.pop()]

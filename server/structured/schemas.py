@@ -89,7 +89,7 @@ def _rewritten(schema: Any, unheld: str) -> _Rewritten:
 
 
 def _whitespace(options: Any) -> dict[str, Any]:
-    """Of a schema's options for llguidance those of `json_options`. Others would turn its enforcement off."""
+    """Keep only the options of `json_options` for llguidance: others would turn its enforcement off."""
     return {name: options[name] for name in WHITESPACE if name in options} if isinstance(options, dict) else {}
 
 
@@ -286,7 +286,7 @@ def _keys(schema: Schema) -> None:
 
 
 def _numbers_or_text(schema: Schema) -> None:
-    """Of a decimal number, as pydantic writes it, the number: the pattern of its text looks around."""
+    """Keep only the number of pydantic's decimal: the pattern of its text looks around."""
     branches = schema.get("anyOf")
     if not isinstance(branches, list):
         return

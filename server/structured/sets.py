@@ -132,7 +132,7 @@ class Disjoint:
         return any(all(self._are([branch], others, depth) for branch in branches) for branches in one.choices)
 
     def _facts(self, schemas: list[Any]) -> _Facts:
-        """Of values that meet all schemas of a list, and what those refer to."""
+        """The facts about values that meet all schemas of a list, with what those refer to."""
         key = tuple(map(id, schemas))
         if key in self._known:
             return self._known[key][1]

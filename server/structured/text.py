@@ -51,7 +51,7 @@ class GrammarText:
 
     @property
     def digest(self) -> bytes:
-        """The same for the same grammar, whatever the request's field is called."""
+        """Equal for equal grammars, whatever the request's field is called."""
         return hashlib.sha256(f"{self.kind} {self.compact} {self.text}".encode(errors="surrogatepass")).digest()
 
 

@@ -34,7 +34,7 @@ def of_type(value: Any, types: Any) -> bool:
 
 
 def kinds(types: Any) -> frozenset[str]:
-    """Of the values that `type` allows; all where it is left out, or is no type. Numbers are of two kinds, since
+    """The kinds of values that `type` allows; all where it is left out, or is no type. Numbers are of two kinds, since
     integers are a type beside them."""
     named = types if isinstance(types, list) else [types]
     if not all(isinstance(name, str) and name in KINDS - {"fraction"} | {"number"} for name in named):
@@ -43,13 +43,13 @@ def kinds(types: Any) -> frozenset[str]:
 
 
 def kind(value: Any) -> str:
-    """Of one value."""
+    """The kind of one value."""
     (found,) = _types(value) - {"number"} or {"fraction"}
     return found
 
 
 def identity(value: Any) -> object:
-    """The same for values that are the same in JSON."""
+    """A key that is equal for values that are equal in JSON."""
     if isinstance(value, list):
         return "array", tuple(map(identity, value))
     if isinstance(value, dict):

@@ -10,7 +10,6 @@ import pytest
 from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.limits import check_vocabulary, max_tokens_that_fit
 from prerope.server.engine.loading import load_engine
 from prerope.server.engine.memory.sizing import size_cache
 from prerope.server.engine.outputs import FinishReason, TokenOutput
@@ -20,7 +19,6 @@ from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.model import Model
 
 from tests.engine.tiny_models import (
-    VOCABULARY,
     assert_idle,
     generate,
     greedy,
@@ -42,23 +40,6 @@ def only(engine: Engine, prompt: list[int], sampling: SamplingParams, **options:
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wrong", [-1, VOCABULARY, 10**30])
-def test_token_ids_outside_the_vocabulary(engine: Engine, wrong: int) -> None:
-    check_vocabulary([0, VOCABULARY - 1], engine.info.vocab_size, "prompt")
-    with pytest.raises(InvalidRequest, match=rf"'prompt\[1\]' is .* 0 to {VOCABULARY - 1}") as refusal:
-        check_vocabulary([5, wrong], engine.info.vocab_size, "prompt")
-    assert (refusal.value.param, refusal.value.code) == ("prompt", "bad_token_id")
-
-
-def test_lengths_that_fit_and_that_do_not(engine: Engine) -> None:
-    for asked, default, granted in ((56, None, 56), (0, None, 0), (None, None, 56), (None, 16, 16), (None, 400, 56)):
-        assert max_tokens_that_fit(engine.info, 200, asked, default) == granted
-    for prompt, asked, param in ((256, 1, "prompt"), (300, None, "prompt"), (200, 57, "max_tokens")):
-        with pytest.raises(InvalidRequest, match=rf"{prompt} tokens .* 256 tokens.* MAX_MODEL_LEN") as refusal:
-            max_tokens_that_fit(engine.info, prompt, asked, None)
-        assert (refusal.value.param, refusal.value.code) == (param, "context_length_exceeded")
 
 
 def test_the_longest_request_runs(engine: Engine) -> None:

@@ -49,7 +49,7 @@ class ReasoningReader:
         return self._thoughts() if self._thinking else self._answer("")
 
     def finish(self, *, cut: bool = False) -> list[Part]:
-        """What was held back: thoughts that were cut short stay thoughts."""
+        """The parts that were held back, at the end of the reply: thoughts that were cut short stay thoughts."""
         held, self._buffer = self._buffer, ""
         if cut:
             held = without_begun_mark(held, END if self._thinking else BEGIN)

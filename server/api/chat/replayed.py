@@ -98,7 +98,7 @@ def _result(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_calls(parts: list[Any]) -> tuple[list[Any], list[dict[str, Any]]]:
-    """What is left of them, and the calls as a message has them."""
+    """The parts without tool calls, and the calls in the form that a message has."""
     kept, calls = [], []
     for part in parts:
         if _kind(part) not in CALL_PARTS:
@@ -134,7 +134,7 @@ def _kind(part: Any) -> str:
 
 
 def _without_thoughts(parts: list[Any]) -> tuple[list[Any], list[str]]:
-    """What is left of them, and the thoughts as one text, if there are any."""
+    """The parts without thoughts, and the thoughts as one text, if there are any."""
     kept, texts = [], []
     for part in parts:
         kind = _kind(part)

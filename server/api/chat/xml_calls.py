@@ -127,7 +127,7 @@ class XmlCallReader:
 
 
 def _before_mark(buffer: str) -> str:
-    """What is held back before the mark that begins a call; all of it where none does."""
+    """The text before the mark that begins a call; all of it where there is no mark."""
     place = min((found for mark in MARKS if (found := buffer.find(mark)) >= 0), default=len(buffer))
     return buffer[:place].rstrip() if place < len(buffer) else buffer
 

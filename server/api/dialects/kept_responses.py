@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from prerope.server.api.dependencies import SMALL_BYTES
 from prerope.server.api.dialects.requests.items import Page
 from prerope.server.api.fairness import current_hold
-from prerope.server.api.running import ReadyService
+from prerope.server.api.running import SMALL_BYTES, ReadyService
 from prerope.server.api.stream.generation import while_connected
 from prerope.server.api.stream.printing import printed
 from prerope.server.errors import InvalidRequest, NotKept

@@ -62,7 +62,7 @@ class _Writer:
         return choice | self._token_ids(reply.tokens)
 
     def of_prompt(self, reply: Reply) -> dict[str, Any]:
-        """What is told of the prompt, beside the choices."""
+        """The reply's fields about the prompt, which stand beside the choices."""
         told: dict[str, Any] = {}
         if self.body.prompt_logprobs is not None:
             told["prompt_logprobs"] = vllm_prompt_logprobs(self._tokenizer, reply.prompt_logprobs or ())

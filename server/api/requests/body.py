@@ -322,7 +322,7 @@ def token_ids(value: Any, param: str) -> list[int]:
 
 @contextmanager
 def in_words_of(body: RequestBody) -> Iterator[None]:
-    """What is wrong with a conversation, said of the field in which this body has it."""
+    """Refusals of a conversation name the field in which this body has it."""
     try:
         yield
     except ValidationError as error:  # adapters make messages and tools of what is theirs

@@ -65,7 +65,7 @@ EMPTY_SCHEMAS: tuple[dict[str, object], ...] = (
 
 
 def empty_schemas(row: Foreign) -> list[dict[str, object]]:
-    """What is empty and asks a row for nothing."""
+    """JSON schemas of the empty values that this row takes as asking for nothing."""
     return [{"enum": [value for value in EMPTY if row.asks_for_nothing(value)]}, *EMPTY_SCHEMAS[1:]]
 
 

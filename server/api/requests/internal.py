@@ -97,7 +97,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What is told of a reply beside its text.
+    """Which fields a reply has beside its text.
 
     Attributes:
         logprobs: None, or how many alternatives beside each token of the reply (0: the token alone).

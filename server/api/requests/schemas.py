@@ -205,7 +205,7 @@ class SamplingFields(RunFields):
         return Sampling(**given)
 
     def output(self, **more: Any) -> Output:
-        """What is told of a reply; `more` are the fields that dialects name otherwise."""
+        """Which fields the reply has; `more` are those that dialects name otherwise."""
         include_stop = self.include_stop_str_in_output or self.no_stop_trim
         return Output(include_stop=include_stop, skip_special_tokens=self.skip_special_tokens, **more)
 

@@ -83,7 +83,7 @@ class Transcript:
         return text, self._release(everything=self._uncut is None)
 
     def finish(self) -> tuple[str, list[Token]]:
-        """What was held back, now that no more tokens come."""
+        """The text and tokens that were held back, now that no more tokens come."""
         text = self._text.finish()
         self._num_released += len(text)
         return text, self._release(everything=not self.stopped)

@@ -193,7 +193,7 @@ def _peak(model: Model, config: EngineConfig, length: int, memory: DeviceMemory,
 
 
 def _blocks(model: Model, config: EngineConfig, wanted: int, available: int) -> CacheSize:
-    """As many blocks as fit, but no more than all sequences at full length use; `wanted`: the most tokens of one."""
+    """How many blocks fit, at most what all sequences use at full length; `wanted`: the most tokens of one."""
     one_block = _block_bytes(model, config)
     most = config.max_num_seqs * -(-wanted // config.block_size)
     num_states, state_bytes = _states(model, config, available)

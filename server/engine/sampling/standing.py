@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Standing:
-    """Of one sequence and logits [V].
+    """The constant tensors of one sequence's draws from logits [V].
 
     Attributes:
         bias: ids, and what is added to their logits; None where there is none.

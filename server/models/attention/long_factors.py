@@ -31,7 +31,7 @@ def read_long_factors(model: nn.Module) -> None:
 
 
 def _trained_length(config: Any) -> int:
-    """As transformers fills it in: what stands beside the rotation, else in it, else the length of all."""
+    """The trained length as transformers fills it in: beside the rotation, else in it, else the whole length."""
     given = (
         getattr(config, ORIGINAL, None),
         config.rope_parameters.get(ORIGINAL),
@@ -57,7 +57,7 @@ def _leaves_them_unread(embedding: Any, original: int) -> bool:
 
 
 def _angles(embedding: Any, last: int) -> Tensor:
-    """Of position 1, in a prompt that ends with the position `last`."""
+    """The angles of position 1 in a prompt whose last position is `last`."""
     device = next((buffer.device for buffer in embedding.buffers()), torch.device("cpu"))
     cos, sin = embedding(torch.zeros(1, 2, 1, device=device), torch.tensor([[1, last]], device=device))
     return torch.atan2(sin[0, 0], cos[0, 0])

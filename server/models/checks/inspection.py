@@ -239,7 +239,7 @@ def _turn_each_group(
 
 
 def _without_rotation(raw: RawKeyModel, base: list[Seen]) -> Rotary:
-    """Of a model in which nothing turns: its positions come with the embeddings, or scores fall with the distance."""
+    """Layers of a model without rotation: positions are in the embeddings, or scores fall with the distance."""
     named = (getattr(raw.text_config, name, None) for name in LENGTH_NAMES)
     said = next((length for length in named if length), None)
     if all(seen.call.slopes is not None for seen in base):

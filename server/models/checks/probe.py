@@ -261,7 +261,7 @@ class _Window:
         self.tolerance = max(TOLERANCE[judge.model.dtype], TOLERANCE[judge.cache_dtype]) + angle
 
     def difference(self, ours: Tensor, expected: Tensor) -> float:
-        """Of two tensors of all rows, packed or a window a row: relative, rms."""
+        """The relative rms difference of two tensors of all rows, packed or a window a row."""
         own = (x.float().reshape(-1, x.shape[-1])[self._rows] for x in (ours, expected))
         return relative_difference(*own)
 

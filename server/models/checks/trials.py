@@ -84,7 +84,7 @@ def own_values(_module: nn.Module, query: Tensor, _key: Tensor, value: Tensor, _
 
 
 def relative_difference(ours: Tensor, expected: Tensor) -> float:
-    """Of the rms difference over the expected rms; infinite for tensors of another shape or dtype."""
+    """The rms difference over the expected rms; infinite for tensors of another shape or dtype."""
     if ours.shape != expected.shape or ours.dtype != expected.dtype:
         return float("inf")
     ours, expected = _without_ruled_out(ours.float(), expected.float())

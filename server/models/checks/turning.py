@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Turning:
-    """Of a head: `order` [D] puts the `dim` dims that turn first; interleaved: pairs are neighbours, not halves."""
+    """How a head rotates: `order` [D] puts its `dim` rotated dims first; interleaved: pairs are neighbours."""
 
     order: tuple[int, ...]
     dim: int

@@ -171,7 +171,7 @@ def _bare(dtype: str) -> str:
 
 
 def _of_rotation(where: str, said: Any) -> Iterator[str]:
-    """Of one dictionary, or of one for each kind of layers."""
+    """The faults of one dictionary of rotation, or of one for each kind of layer."""
     if said is None:
         return
     if not isinstance(said, Mapping):

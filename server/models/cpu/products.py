@@ -88,7 +88,7 @@ def _kind(weight: Tensor) -> int:
 
 
 def _constant(weight: Tensor) -> Tensor:
-    """The same without a gradient, which torchao's weights never have; nor can they be detached in inference mode."""
+    """The weight without a gradient. torchao's weights have none, and cannot be detached in inference mode."""
     return weight if is_quantized(weight) else weight.detach()
 
 

@@ -150,7 +150,7 @@ def _parsed(header: Header) -> Iterator[None]:
 
 
 class _Parsed:
-    """As much of a `GGUFReader` as transformers' reading of a config takes."""
+    """The part of a `GGUFReader` that transformers needs to read a config."""
 
     def __init__(self, header: Header) -> None:
         self.fields = {name: _field(name, header.values[name], types) for name, types in header.types.items()}

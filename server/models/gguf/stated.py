@@ -81,7 +81,7 @@ def check_stated(header: Header) -> None:
 
 
 def _check_architecture(header: Header) -> None:
-    """Of the model and of its tokenizer."""
+    """Check the names of the model's and its tokenizer's architecture."""
     from transformers.integrations.gguf import GGUF_ARCHS
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_TYPES
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
@@ -101,7 +101,7 @@ def _check_architecture(header: Header) -> None:
 
 
 def _check_kinds(header: Header) -> None:
-    """Of tensors and of numbers."""
+    """Check the kinds of tensors and of numbers."""
     for tensor in header.tensors:
         if tensor.kind not in KINDS_OF_NUMBERS:
             raise refused(

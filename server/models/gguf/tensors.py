@@ -183,7 +183,7 @@ class Weights:
 
 
 def _bytes(tensors: list[StoredTensor]) -> int:
-    """Of tensors in bf16."""
+    """The bytes that these tensors take in bf16."""
     return sum(2 * int(np.prod(tensor.shape)) for tensor in tensors)
 
 

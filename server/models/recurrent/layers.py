@@ -230,19 +230,19 @@ def _rows_of(value: Any, num_rows: int, pick: Pick) -> Any:
 
 
 def _only(pick: Pick, row: int) -> Pick:
-    """Of the rows picked, one."""
+    """Pick one row."""
     return lambda x: pick(x)[:, row : row + 1]
 
 
 def _in_turn(given: Sequence[Any]) -> Any:
-    """Of rows that follow one another, [n, 1, …] each, all: [n, t, …]; of tuples, each member."""
+    """Join consecutive rows, [n, 1, …] each, into [n, t, …]; tuples member by member."""
     if isinstance(given[0], tuple):
         return tuple(_in_turn(members) for members in zip(*given, strict=True))
     return torch.cat(list(given), dim=1) if isinstance(given[0], Tensor) else given[-1]
 
 
 def _joined(given: Sequence[tuple[slice | Tensor, Any]], num_rows: int) -> Any:
-    """What was given for rows of a step, [n, t, …] each, as one [1, `num_rows`, …]; of tuples, each member."""
+    """Join what was given for rows of a step, [n, t, …] each, into [1, `num_rows`, …]; tuples member by member."""
     _, first = given[0]
     if isinstance(first, tuple):
         return tuple(_joined([(rows, one[place]) for rows, one in given], num_rows) for place in range(len(first)))

@@ -106,7 +106,7 @@ class Vocabulary:
         return [(token, match[0]) for token, match in found if match is not None]
 
     def _bits(self, tokens: Ids) -> NDArray[np.uint8]:
-        """As llguidance's masks have them, which are longer."""
+        """A mask of these token ids in the layout of llguidance's masks."""
         bits = np.zeros(len(self.texts), dtype=np.bool_)
         bits[tokens] = True
         return np.packbits(bits, bitorder="little")
@@ -139,7 +139,7 @@ class Differing:
         self._accepted.append(token_id)
 
     def allowed(self, inner: LLMatcher, mask: bytes) -> bytes:
-        """Of the tokens that the grammar allows next (`LLMatcher.compute_bitmask`), those that may come.
+        """The tokens that may come, among those that the grammar allows next (`LLMatcher.compute_bitmask`).
 
         Where the grammar leaves one way alone, its mask has only the one token that llguidance would write it with.
         Where that ends a value and begins the next, it is written byte by byte.

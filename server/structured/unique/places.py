@@ -49,11 +49,11 @@ class Place:
         self.names = places.language(schemas, "names", "object")
 
     def item(self, index: int) -> Place | None:
-        """Of an array's item."""
+        """The schema of an array's item."""
         return self._within(min(index, self._most))
 
     def value(self, name: str) -> Place | None:
-        """Of an object's value. A name that no schema lists is any of them."""
+        """The schema of an object's value. A name that no schema lists is any of them."""
         return self._within(name if name in self._names else None)
 
     def all_within(self) -> Iterator[Place]:

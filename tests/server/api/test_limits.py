@@ -12,15 +12,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from prerope.server.api import keys as auth_keys
 from prerope.server.api.fairness import Allowance, Hold
 from prerope.server.api.keys import KeyRing
+from prerope.server.api.requests.reading import ModelText
 from prerope.server.config import EngineConfig
-from prerope.server.engine.limits import Backlog, check_room, retry_after_s
+from prerope.server.engine.limits import check_room, retry_after_s
 from prerope.server.errors import ConfigurationError, InvalidRequest, KeyBusy, QueueFull
 from prerope.server.flags import load_settings
 from prerope.server.tokenizer import Tokenizer
@@ -196,24 +198,54 @@ def test_nor_what_a_template_makes_of_a_short_one(
     assert "10000000 characters" in error["message"]
 
 
+LIMITS = ModelText(cast(Any, None), (), any_name=True, max_model_len=256, vocab_size=100)
+
+
+@pytest.mark.parametrize("wrong", [-1, 100, 10**30])
+def test_token_ids_outside_the_vocabulary(wrong: int) -> None:
+    LIMITS.check_vocabulary([0, 99], "prompt")
+    with pytest.raises(InvalidRequest, match=r"'prompt\[1\]' is .* 0 to 99") as refusal:
+        LIMITS.check_vocabulary([5, wrong], "prompt")
+    assert (refusal.value.param, refusal.value.code) == ("prompt", "bad_token_id")
+
+
+def test_lengths_that_fit_and_that_do_not() -> None:
+    for asked, default, granted in ((56, None, 56), (0, None, 0), (None, None, 56), (None, 16, 16), (None, 400, 56)):
+        assert LIMITS.max_tokens_that_fit(200, asked, default) == granted
+    for prompt, asked, param in ((256, 1, "prompt"), (300, None, "prompt"), (200, 57, "max_tokens")):
+        with pytest.raises(InvalidRequest, match=rf"{prompt} tokens .* 256 tokens.* MAX_MODEL_LEN") as refusal:
+            LIMITS.max_tokens_that_fit(prompt, asked, None)
+        assert (refusal.value.param, refusal.value.code) == (param, "context_length_exceeded")
+
+
 # --- the queue --------------------------------------------------------------------------------------------------------
 
 CONFIG = EngineConfig(max_queued_requests=4, max_queued_tokens=100)
 
 
+def queue(num_waiting: int, num_waiting_tokens: int, num_running_tokens: int = 0, rate: float = 0.0) -> Any:
+    """Statistics of an engine, as far as the queue is concerned."""
+    return SimpleNamespace(
+        num_waiting=num_waiting,
+        num_waiting_tokens=num_waiting_tokens,
+        num_running_tokens=num_running_tokens,
+        prefill_tokens_per_s=rate,
+    )
+
+
 def test_room_for_all_sequences_of_a_request_or_for_none() -> None:
-    check_room(CONFIG, Backlog(2, 50), 50, 2, 0.0)
-    check_room(CONFIG, Backlog(0, 0), 10_000, 1, 0.0)  # alone it may wait, however long it is
+    check_room(CONFIG, queue(2, 50), 50, 2)
+    check_room(CONFIG, queue(0, 0), 10_000, 1)  # alone it may wait, however long it is
     with pytest.raises(QueueFull, match="2 requests are waiting and 3 more would pass MAX_QUEUED_REQUESTS, 4"):
-        check_room(CONFIG, Backlog(2, 50), 50, 3, 0.0)
+        check_room(CONFIG, queue(2, 50), 50, 3)
     with pytest.raises(QueueFull, match="50 prompt tokens are waiting and 51 more would pass MAX_QUEUED_TOKENS, 100"):
-        check_room(CONFIG, Backlog(2, 50), 51, 2, 0.0)
+        check_room(CONFIG, queue(2, 50), 51, 2)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_sequences"), [(5, 5), (101, 2)])
 def test_what_an_empty_queue_would_not_take_is_no_matter_of_waiting(num_tokens: int, num_sequences: int) -> None:
     with pytest.raises(InvalidRequest, match=rf"{num_sequences} sequences .* {num_tokens} prompt tokens.* 4 .* 100 "):
-        check_room(CONFIG, Backlog(0, 0), num_tokens, num_sequences, 0.0)
+        check_room(CONFIG, queue(0, 0), num_tokens, num_sequences)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +255,7 @@ def test_what_an_empty_queue_would_not_take_is_no_matter_of_waiting(num_tokens: 
 def test_retry_after_is_the_backlog_over_the_measured_rate(
     waiting: int, running: int, rate: float, seconds: int
 ) -> None:
-    assert retry_after_s(Backlog(9, waiting, running), rate) == seconds
+    assert retry_after_s(queue(9, waiting, running, rate)) == seconds
 
 
 def test_retry_after_over_http(serve: Any, tiny_checkpoint: Path) -> None:

@@ -21,7 +21,7 @@ MOST_EXPANSIONS = 1000
 
 @dataclass(slots=True)
 class Bounds:
-    """Of one template.
+    """The bounds of one template.
 
     Attributes:
         limit: no value may be longer.
@@ -222,7 +222,7 @@ class Bounds:
         raise Unbounded
 
     def _part(self, node: nodes.Getattr | nodes.Getitem) -> Length:
-        """Of a list, an object or a text a part; of a namespace what it holds; of a loop where it is."""
+        """A subscript's or attribute's value: a part of a list, an object or a text, a namespace's, a loop's."""
         key = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
         name = node.node.name if isinstance(node.node, nodes.Name) else ""
         if name in self.namespaces and isinstance(key, str):
