@@ -63,7 +63,7 @@ class Decoding:
     def step(self, positions: ModelPositions, context: int) -> None:
         """One token a row, the last of `context`; the tokens it gives are the next step's."""
         chunks = [
-            Chunk([token], context - 1, table, positions, 1, selects_from=selects_from(positions.select, 0))
+            Chunk.of([token], context - 1, table, positions, 1, selects_from=selects_from(positions.select, 0))
             for token, table in zip(self._tokens, self._tables, strict=True)
         ]
         batch = build_batch(chunks, self._block_size, self._engine.model.device)

@@ -6,7 +6,7 @@ position method reads them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class AttentionMetadata:
         bounds: of keys, as far as rows choose by them, where a backend wants them made; see `cache.cpu.bounds`.
     """
 
-    sequences: list[SequenceRows]
+    sequences: Sequence[SequenceRows]
     slot_mapping: Tensor
     block_size: int
     plans: dict[Hashable, Any] = field(default_factory=dict)

@@ -200,11 +200,12 @@ class Scheduled(NamedTuple):
 
     def with_drafts(self, block_size: int) -> Chunk:
         """The sequence's token and its drafts as one chunk."""
-        own, last = self.chunk(block_size), self.stop + len(self.drafts)
+        own, stop = self.chunk(block_size), self.stop + len(self.drafts)
         return replace(
             own,
+            count=own.count + len(self.drafts),
             token_ids=[*own.token_ids, *self.drafts],
-            block_table=self.block_table.head(-(-last // block_size)),
+            block_table=self._blocks(stop, block_size),
             num_logits=1 + len(self.drafts),
         )
 
@@ -214,9 +215,10 @@ class Scheduled(NamedTuple):
         behind = [
             replace(
                 own,
+                count=1,
                 token_ids=[draft],
                 start=place,
-                block_table=self.block_table.head(place // block_size + 1),
+                block_table=self._blocks(place + 1, block_size),
                 num_logits=1,
                 pending_place=None,
                 state=None,
@@ -225,11 +227,14 @@ class Scheduled(NamedTuple):
         ]
         return [own, *behind]
 
+    def _blocks(self, stop: int, block_size: int) -> Tensor:
+        return torch.from_numpy(self.block_table.head(-(-stop // block_size)))
+
     def chunk(self, block_size: int) -> Chunk:
         """The chunk that the model's forward is given, without drafts."""
         sequence, stop = self.sequence, self.start + self.num_new_tokens
         pending = sequence.num_pending > 0 and stop == len(sequence.token_ids)
-        return Chunk(
+        return Chunk.of(
             sequence.token_ids[self.start : stop],
             self.start,
             self.block_table.head(-(-stop // block_size)),

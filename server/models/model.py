@@ -50,25 +50,51 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Part of a step: tokens of one sequence at positions `start`, `start` + 1, …, whose blocks are allocated.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk(SequenceRows):
+    """What a sequence contributes to a step: its rows, whose blocks are allocated, with their tokens.
 
-    block_table: at least the blocks up to its last token; an int64 array is taken as it is, without a copy.
+    `first` is known once the step is packed.
+
     num_logits: how many of its last rows want logits.
     pending_place: where its last token is among those that the step before samples; None: it is in `token_ids`.
     state: the slots of its state, where layers keep one.
-    selects_from: rows from this position on choose the far keys that they read.
     """
 
     token_ids: Sequence[int]
-    start: int
-    block_table: Sequence[int] | Ints
-    positions: ModelPositions
     num_logits: int
     pending_place: int | None = None
     state: StateRows | None = None
-    selects_from: int = UNBOUNDED
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        start: int,
+        block_table: Sequence[int] | Ints,
+        positions: ModelPositions,
+        num_logits: int,
+        pending_place: int | None = None,
+        state: StateRows | None = None,
+        selects_from: int = UNBOUNDED,
+    ) -> Chunk:
+        """Tokens at positions `start`, `start` + 1, …; block_table: at least the blocks up to the last of them.
+
+        An int64 array is taken as it is, without a copy.
+        """
+        blocks = torch.from_numpy(np.asarray(block_table, dtype=np.int64))
+        return cls(
+            first=0,
+            count=len(token_ids),
+            start=start,
+            block_table=blocks,
+            positions=positions,
+            selects_from=selects_from,
+            token_ids=token_ids,
+            num_logits=num_logits,
+            pending_place=pending_place,
+            state=state,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +115,11 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, 
     """Pack chunks, in order. sampled: [n] int64 on the device: the tokens of the step before, computed or not yet."""
     ids, positions, slots, logit_rows = array("q"), array("q"), array("q"), array("q")
     pending_rows, pending_places = array("q"), array("q")
-    sequences = []
+    packed: list[Chunk] = []
     for chunk in chunks:
-        first, stop = len(ids), chunk.start + len(chunk.token_ids)
-        table = np.asarray(chunk.block_table, dtype=np.int64)[: -(-stop // block_size)]
-        blocks = torch.from_numpy(table)
-        sequences.append(
-            SequenceRows(first, stop - chunk.start, chunk.start, blocks, chunk.positions, chunk.selects_from)
-        )
+        first, stop = len(ids), chunk.length
+        table = chunk.block_table[: -(-stop // block_size)]
+        packed.append(replace(chunk, first=first, block_table=table))
         ids.extend(chunk.token_ids)
         positions.extend(range(chunk.start, stop))
         slots.extend(_slots(table, chunk.start, stop, block_size))
@@ -105,18 +128,18 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, 
             pending_rows.append(len(ids) - 1)
             pending_places.append(chunk.pending_place)
     parts = (ids, positions, slots, logit_rows, pending_rows, pending_places)
-    packed = torch.frombuffer(bytearray().join(parts), dtype=torch.int64)
-    sent = packed if device.type == "cpu" else send(packed, device)
+    numbers = torch.frombuffer(bytearray().join(parts), dtype=torch.int64)
+    sent = numbers if device.type == "cpu" else send(numbers, device)
     sizes = [len(part) for part in parts]
     input_ids, position_ids, slot_mapping, rows, pending, places = torch.split_with_sizes(sent, sizes)
     if pending_rows:
         assert sampled is not None
         input_ids.index_copy_(0, pending, sampled.index_select(0, places))
     states = [chunk.state for chunk in chunks if chunk.state is not None]
-    return Batch(input_ids, position_ids, rows, AttentionMetadata(sequences, slot_mapping, block_size), states)
+    return Batch(input_ids, position_ids, rows, AttentionMetadata(packed, slot_mapping, block_size), states)
 
 
-def _slots(table: Ints, start: int, stop: int, block_size: int) -> list[int]:
+def _slots(table: Tensor, start: int, stop: int, block_size: int) -> list[int]:
     """Where K and V of positions `start` … `stop` − 1 go."""
     blocks = table[start // block_size :].tolist()
     slots = [slot for block in blocks for slot in range(block * block_size, (block + 1) * block_size)]

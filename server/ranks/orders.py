@@ -78,7 +78,7 @@ def decode_step(message: Ints, resolve: Callable[[RopeSpec], ModelPositions]) ->
     tokens, *tables = np.split(rest, np.cumsum([rows[:, 1].sum(), *rows[:-1, 2]]))
     of_chunks = np.split(tokens, np.cumsum(rows[:-1, 1]))
     return [
-        Chunk(ids.tolist(), start, table, positions[place], num_logits, None if pending < 0 else pending)
+        Chunk.of(ids.tolist(), start, table, positions[place], num_logits, None if pending < 0 else pending)
         for (start, _, _, num_logits, place, pending), ids, table in zip(rows.tolist(), of_chunks, tables, strict=True)
     ]
 

@@ -96,7 +96,7 @@ def packed_by_chunks(model: Model, variants: Mapping[str, ModelPositions], chunk
     for start in range(0, LENGTH, chunk):
         tokens = PROMPT[start : start + chunk]
         chunks = [
-            Chunk(tokens, start, table.tolist(), positions, len(tokens))
+            Chunk.of(tokens, start, table.tolist(), positions, len(tokens))
             for table, positions in zip(tables.split(num_blocks), variants.values(), strict=True)
         ]
         logits = model.forward(build_batch(chunks, BLOCK, model.device), storage)
@@ -180,7 +180,7 @@ def expected(model: Model, positions: ModelPositions, tokens: list[int], num_new
     """The same rows from one forward of prompt and output together."""
     num_blocks = -(-len(tokens) // BLOCK)
     storage = KVStorage([layer.shape for layer in model.layers], num_blocks, BLOCK, torch.float32, model.device)
-    chunk = Chunk(tokens, 0, list(range(num_blocks)), positions, num_new + 1)
+    chunk = Chunk.of(tokens, 0, list(range(num_blocks)), positions, num_new + 1)
     return model.forward(build_batch([chunk], BLOCK, model.device), storage)[:-1].log_softmax(-1).cpu()
 
 

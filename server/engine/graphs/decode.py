@@ -196,7 +196,7 @@ class DecodeGraphs:
         return self._model.forward(batch, self._storage, self._logits[: len(batch.logit_rows)])
 
     def _idle_step(self, rows: int, positions: ModelPositions) -> Batch:
-        chunks = [Chunk([0], 0, [0], positions, 1)] * rows
+        chunks = [Chunk.of([0], 0, [0], positions, 1)] * rows
         return build_batch(chunks, self._block_size, self._model.device)
 
 

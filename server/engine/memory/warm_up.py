@@ -128,7 +128,7 @@ def _run(model: Model, config: EngineConfig, rows: list[Rows], storage: KVStorag
         blocks = np.arange(-(-(one.start + one.count) // config.block_size)) % num_blocks
         ids = [token % model.vocab_size for token in range(one.count)]
         state = StateRows(slot := number % len(storage.states[0]), slot) if storage.states else None
-        chunks.append(Chunk(ids, one.start, blocks, one.positions, one.count, state=state))
+        chunks.append(Chunk.of(ids, one.start, blocks, one.positions, one.count, state=state))
     batch = build_batch(chunks, config.block_size, model.device)
     logits = model.forward(batch, storage)
     scored = min(PROMPT_LOGPROB_ROWS, len(logits))

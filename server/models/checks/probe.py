@@ -237,7 +237,7 @@ class _Judge:
         """Rows of the prompt; the state before row i is kept in slot i, those behind steps beyond them."""
         state = StateRows(start or None, PROBE_LENGTH + start, kept) if self.model.recurrent else None
         ids = self.ids.tolist()[start:stop]
-        return Chunk(ids, start, blocks, positions, len(ids), state=state)
+        return Chunk.of(ids, start, blocks, positions, len(ids), state=state)
 
     def _step(self, chunks: Sequence[Chunk], storage: KVStorage, held: Trace | None) -> Trace:
         trace, modules = Trace(), list(self.compared)

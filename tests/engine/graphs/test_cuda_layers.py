@@ -76,7 +76,7 @@ def test_the_stack_is_what_layers_give_one_by_one(family: str) -> None:
         engine = tiny_engine(ours, cache_dtype=torch.float16)
         storage, positions = engine.storage, own_positions(ours)
         chunks = [
-            Chunk(prompt_of(count, seed), 0, range(4 * seed, 4 * seed + 4), positions, min(count, 2))
+            Chunk.of(prompt_of(count, seed), 0, range(4 * seed, 4 * seed + 4), positions, min(count, 2))
             for seed, count in enumerate((1, 17, 8))
         ]
         logits = ours.forward(build_batch(chunks, 16, ours.device), storage)

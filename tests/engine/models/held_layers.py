@@ -55,7 +55,9 @@ def our_layers(
     found: list[list[Tensor]] = []
     for start in range(0, len(ids), chunk):
         part, state = ids[start : start + chunk], StateRows(0 if start else None, 0) if model.recurrent else None
-        batch = build_batch([Chunk(part, start, blocks, positions, len(part), state=state)], BLOCK_SIZE, model.device)
+        batch = build_batch(
+            [Chunk.of(part, start, blocks, positions, len(part), state=state)], BLOCK_SIZE, model.device
+        )
         left = dict[nn.Module, Tensor]()
         inputs = {layer: entered[:, start : start + chunk] for layer, entered in held.items()}
         with model.layer_by_layer(), layer_inputs(layers, {}, inputs), layer_outputs(layers, left):

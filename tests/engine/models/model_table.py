@@ -66,7 +66,9 @@ def logits(model: Model, ids: list[int], chunk: int) -> Tensor:
     found = []
     for start in range(0, len(ids), chunk):
         part, state = ids[start : start + chunk], StateRows(0 if start else None, 0) if model.recurrent else None
-        batch = build_batch([Chunk(part, start, blocks, positions, len(part), state=state)], BLOCK_SIZE, model.device)
+        batch = build_batch(
+            [Chunk.of(part, start, blocks, positions, len(part), state=state)], BLOCK_SIZE, model.device
+        )
         found.append(model.forward(batch, storage))
     return torch.cat(found)
 

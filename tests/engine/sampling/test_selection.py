@@ -55,8 +55,10 @@ def expected(model: Model, tokens: list[int], num_prompt: int, *, select: bool =
     """[new tokens, V] log-probabilities of prompt and output, the output's rows by the specification."""
     storage = KVStorage([layer.shape for layer in model.layers], 200, BLOCK, torch.float32, model.device)
     positions, start = engine_for(model).info.positions, selects_from(SELECT if select else None, num_prompt)
-    prompt = Chunk(tokens[:num_prompt], 0, range(200), positions, 1)
-    output = Chunk(tokens[num_prompt:], num_prompt, range(200), positions, len(tokens) - num_prompt, selects_from=start)
+    prompt = Chunk.of(tokens[:num_prompt], 0, range(200), positions, 1)
+    output = Chunk.of(
+        tokens[num_prompt:], num_prompt, range(200), positions, len(tokens) - num_prompt, selects_from=start
+    )
     found = [model.forward(build_batch([prompt], BLOCK, model.device), storage)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "attention", reference_attention)
