@@ -13,54 +13,25 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from prerope.cache.attention.dispatch import paged_attention
-from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, SequenceRows
 from prerope.cache.kernels.build import library
-from prerope.rope.model import ModelPositions
-from prerope.rope.reading import PositionMethod
 from prerope.server.models.cpu.build import prepare
 
 from bench import BenchError
+from bench.kernels.cases import make_step, prefill_flops
 from bench.shared import options
 from bench.shared.machine import describe_machine
 from bench.shared.report import Report, Table
-from bench.shared.shapes import SHAPES, AttentionShape
+from bench.shared.shapes import SHAPES
 
 BLOCK_SIZE = 16
 LEAST_SECONDS, LEAST_RUNS = 1.0, 3
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The last rows of a context."""
-
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    metadata: AttentionMetadata
-    flops: float
-
-    def attend(self) -> None:
-        layer = AttentionOptions(self.query.shape[-1] ** -0.5, "")
-        paged_attention(self.query, self.keys, self.values, self.metadata, layer)
-
-
-def make_step(shape: AttentionShape, method: PositionMethod, chunk: int, length: int) -> Step:
-    """The last `chunk` rows of a context of `length` tokens, its blocks scattered over the cache."""
-    blocks = -(-length // BLOCK_SIZE)
-    keys, values = torch.randn(2, blocks, BLOCK_SIZE, shape.kv_heads, shape.head_dim).bfloat16()
-    query = torch.randn(chunk, shape.query_heads, shape.head_dim).bfloat16()
-    positions = ModelPositions({"": method}, "")
-    sequence = SequenceRows(0, chunk, length - chunk, torch.randperm(blocks), positions)
-    pairs = chunk * (length - chunk) + chunk * (chunk + 1) // 2
-    metadata = AttentionMetadata([sequence], torch.zeros(0, dtype=torch.int64), BLOCK_SIZE)
-    return Step(query, keys, values, metadata, 4.0 * shape.head_dim * shape.query_heads * pairs)
-
-
-def best_seconds(call: Callable[[], None], threads: int) -> float:
+def best_seconds(call: Callable[[], object], threads: int) -> float:
     clock = time.thread_time if threads == 1 else time.perf_counter
     call()  # plans, and pages touched for the first time
     taken: list[float] = []
@@ -69,17 +40,6 @@ def best_seconds(call: Callable[[], None], threads: int) -> float:
         call()
         taken.append(clock() - start)
     return min(taken)
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """One row of the report, in GFLOP/s."""
-
-    shape: str
-    method: str
-    chunk: int
-    context: int
-    kernel: float
 
 
 def main(arguments: Sequence[str] | None) -> int:
@@ -96,17 +56,20 @@ def main(arguments: Sequence[str] | None) -> int:
     told = prepare(None)
     if library() is None:
         raise BenchError(told)
-    console, speeds = options.console(), []
-    for name, method, chunk, length in itertools.product(asked.shapes, asked.methods, asked.chunks, asked.contexts):
-        step = make_step(SHAPES[name], SHAPES[name].method(method), min(chunk, length), length)
-        speed = step.flops / best_seconds(step.attend, asked.threads) / 1e9
-        speeds.append(Speed(name, method, chunk, length, speed))
-        console.print(f"{name} {method} {chunk} rows of {length}: {speed:.0f} GFLOP/s")
-    rows = [[s.shape, s.method, f"{s.chunk:,}", f"{s.context:,}", f"{s.kernel:.0f}"] for s in speeds]
+    console, found, rows = options.console(), [], []
+    for name, method, chunk, context in itertools.product(asked.shapes, asked.methods, asked.chunks, asked.contexts):
+        chunk, shape = min(chunk, context), SHAPES[name]
+        start = context - chunk
+        step = make_step(shape, method, [(start, chunk)], BLOCK_SIZE, torch.bfloat16, torch.device("cpu"))
+        attend = partial(paged_attention, step.query, step.keys, step.values, step.metadata, step.options)
+        speed = prefill_flops(shape, chunk, start) / best_seconds(attend, asked.threads) / 1e9
+        found.append({"shape": name, "method": method, "chunk": chunk, "context": context, "kernel": speed})
+        rows.append([name, method, f"{chunk:,}", f"{context:,}", f"{speed:.0f}"])
+        console.print(f"{name} {method} {chunk} rows of {context}: {speed:.0f} GFLOP/s")
     note = f"Prefill attention, {asked.threads} thread{'s'[: asked.threads != 1]}."
     table = Table(["shape", "method", "rows", "context", "GFLOP/s"], rows, [note], left=(0, 1))
-    found = {"machine": describe_machine(), "threads": asked.threads, "speeds": [asdict(speed) for speed in speeds]}
-    Report("attention", [table], found).publish(asked.out, console)
+    data = {"machine": describe_machine(), "threads": asked.threads, "speeds": found}
+    Report("attention", [table], data).publish(asked.out, console)
     return 0
 
 

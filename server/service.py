@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
+from prerope.cache.attention.dispatch import angle_bytes
 from prerope.server.api.chat.trial import TemplateTrial, is_tame
 from prerope.server.api.fairness import BODIES, BodyRoom
 from prerope.server.api.requests.reading import ModelText
@@ -199,7 +200,7 @@ class Service:
             stats=self.engine.stats() if alive else None,
             info=self.engine.info if alive else None,
             caches=self._caches(alive=alive),
-            angle_bytes=self.engine.engine.angle_bytes if alive else 0,
+            angle_bytes=angle_bytes(self.engine.engine.model.device) if alive else 0,
         )
 
     def _caches(self, *, alive: bool) -> dict[str, CacheStats]:

@@ -135,9 +135,9 @@ def decode_steps(plan: Plan) -> Iterator[tuple[str, int, int]]:
                 yield name, batch, context
 
 
-def prefill_flops(model: AttentionShape, rows: int) -> float:
-    """Of a whole prompt."""
-    return 4.0 * model.head_dim * model.query_heads * rows * (rows + 1) / 2
+def prefill_flops(model: AttentionShape, rows: int, start: int = 0) -> float:
+    """FLOPs of the last `rows` rows of a prompt that has `start` tokens before them."""
+    return 4.0 * model.head_dim * model.query_heads * (rows * start + rows * (rows + 1) / 2)
 
 
 def low_precision(step: Step) -> Tensor:

@@ -8,13 +8,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
-from prerope.server.api.running import AnyService
+from fastapi import APIRouter, Depends, Request, Response
+from prerope.server.service import Service
 from prometheus_client import CONTENT_TYPE_LATEST
 
 router = APIRouter(tags=["health"])
+
+
+def get_service(request: Request) -> Service:
+    """The service, in whatever state it is."""
+    service: Service = request.app.state.service
+    return service
+
+
+AnyService = Annotated[Service, Depends(get_service)]
 
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "loading, draining or dead"}}
 

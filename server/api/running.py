@@ -64,12 +64,6 @@ OF_TEXT = (CompletionRequest, GenerateRequest)
 DIGITS = b"0123456789"
 
 
-def any_service(request: Request) -> Service:
-    """The service of an endpoint that answers in every state."""
-    service: Service = request.app.state.service
-    return service
-
-
 async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread
     """The service of an endpoint that needs the model: EngineUnavailable, saying why, unless requests are taken."""
     service: Service = request.app.state.service
@@ -78,7 +72,6 @@ async def ready_service(request: Request) -> Service:  # async: FastAPI sends pl
     return service
 
 
-AnyService = Annotated[Service, Depends(any_service)]
 ReadyService = Annotated[Service, Depends(ready_service)]
 
 SMALL_BYTES = 256 * 2**10

@@ -19,7 +19,6 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prerope.cache.attention.dispatch import angle_bytes
 from prerope.cache.blocks.documents import filled_from, next_copied
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.storage import KVStorage
@@ -330,11 +329,6 @@ class Engine:
             last_step_s=counters.last_step_s,
             prefill_tokens_per_s=counters.prefill_tokens_per_s,
         )
-
-    @property
-    def angle_bytes(self) -> int:
-        """Bytes of the tables of cos and sin that are kept from step to step. For any thread."""
-        return angle_bytes(self.model.device)
 
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""

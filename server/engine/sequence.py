@@ -39,8 +39,7 @@ class SamplingParams:
     Attributes:
         max_tokens: tokens to generate at most; 0 only together with `prompt_logprobs`.
         min_tokens: end-of-sequence and stop ids are not sampled before this many tokens.
-        temperature: 0 is greedy.
-        top_k: 0 keeps all.
+        temperature, top_k: 0 is greedy; 0 keeps all.
         repetition_penalty: over prompt and output (CTRL, Keskar 2019); 1 is off.
         presence_penalty, frequency_penalty: over the output (OpenAI); 0 is off.
         logit_bias: token id → added to its logit before anything else.
@@ -84,7 +83,6 @@ class SamplingParams:
 
 UNKNOWN = -1
 """Stands in `token_ids` for a token that a step in flight samples. No embedding has it."""
-
 
 PRIORITY_STEP_S, MAX_PRIORITY = 30.0, 10
 """A step of priority counts as so many seconds of waiting, and ten are the most: who has waited for longer than that
