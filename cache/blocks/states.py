@@ -72,17 +72,17 @@ class StateCache:
         """The most of these blocks, from the first on, behind which a state is kept; 0: none."""
         return next((count for count in range(len(hashes), 0, -1) if self.pool.find(hashes[count - 1]) is not None), 0)
 
-    def open(self, found: bytes | None, edges: frozenset[int]) -> SequenceState:
-        """For a sequence that begins with the state kept under `found`, or with nothing. A slot is free for it."""
-        source = None if found is None else self.pool.find(found)
+    def open(self, block_hash: bytes | None, edges: frozenset[int]) -> SequenceState:
+        """For a sequence that begins with the state kept under `block_hash`, or with nothing. A slot is free for it."""
+        source = None if block_hash is None else self.pool.find(block_hash)
         if source is not None:
             self.pool.share([source])
         (slot,) = self.pool.allocate(1)
         return SequenceState(slot, source, edges)
 
-    def can_open(self, found: bytes | None) -> bool:
-        """Whether a slot is free beside the one kept under `found`."""
-        source = None if found is None else self.pool.find(found)
+    def can_open(self, block_hash: bytes | None) -> bool:
+        """Whether a slot is free beside the one kept under `block_hash`."""
+        source = None if block_hash is None else self.pool.find(block_hash)
         return self.pool.num_free > (source is not None and self.pool.is_free(source))
 
     def rows_of_step(self, steps: Sequence[tuple[SequenceState, int, int]], *, keep: bool) -> list[StateRows]:

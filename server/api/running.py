@@ -193,7 +193,7 @@ async def _checked(
 ) -> list[tuple[TokenizedPrompt, SamplingParams]]:
     grammar = None if prepared.constraint is None else await compiled(service, prepared.constraint)
     choices = []
-    info, asked, default = service.engine.info, request.sampling.max_tokens, request.sampling.default_max_tokens
+    info, sampling = service.engine.info, request.sampling
     for prompt in prepared.prompts:
         if prompt.documents and request.output.prompt_logprobs is not None:
             raise InvalidRequest(
@@ -201,7 +201,7 @@ async def _checked(
                 "out, or set document_attention to 'full'",
                 param="documents",
             )
-        max_tokens = service.text.max_tokens_that_fit(len(prompt.ids), asked, default)
+        max_tokens = service.text.max_tokens_that_fit(len(prompt.ids), sampling.max_tokens, sampling.default_max_tokens)
         if prompt.documents:
             check_documents(prompt.documents, len(prompt.ids), max_tokens, info)
         bad = prepared.bad_token_ids
@@ -250,15 +250,15 @@ def sampling_params(
     for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         service.text.check_vocabulary(list(getattr(fields, name) or ()), name)
     defaults = service.sampling_defaults
-    temperature = _given(fields.temperature, defaults.temperature)
+    temperature = _or_default(fields.temperature, defaults.temperature)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=fields.min_tokens,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_p=max(_given(fields.top_p, defaults.top_p), LEAST_TOP_P),
-        top_k=max(_given(fields.top_k, defaults.top_k), 0),
-        min_p=_given(fields.min_p, defaults.min_p),
-        repetition_penalty=_given(fields.repetition_penalty, defaults.repetition_penalty),
+        top_p=max(_or_default(fields.top_p, defaults.top_p), LEAST_TOP_P),
+        top_k=max(_or_default(fields.top_k, defaults.top_k), 0),
+        min_p=_or_default(fields.min_p, defaults.min_p),
+        repetition_penalty=_or_default(fields.repetition_penalty, defaults.repetition_penalty),
         presence_penalty=fields.presence_penalty,
         frequency_penalty=fields.frequency_penalty,
         logit_bias=fields.logit_bias,
@@ -273,8 +273,8 @@ def sampling_params(
     )
 
 
-def _given(asked: N | None, default: N) -> N:
-    return default if asked is None else asked
+def _or_default(value: N | None, default: N) -> N:
+    return default if value is None else value
 
 
 def prefix_salt(service: Service, tenant: str, cache_salt: str) -> str:
@@ -282,17 +282,17 @@ def prefix_salt(service: Service, tenant: str, cache_salt: str) -> str:
     return f"{tenant}{cache_salt}" if service.settings.prefix_sharing == "key" else cache_salt
 
 
-def _priority(service: Service, asked: int) -> int:
+def _priority(service: Service, priority: int) -> int:
     """The priority that a request asks for; InvalidRequest where it may not choose one."""
     allowed = service.settings.priority_per_request
-    if asked and not (not service.settings.asks_for_key if allowed is None else allowed):
+    if priority and not (not service.settings.asks_for_key if allowed is None else allowed):
         raise InvalidRequest(
             "'priority' is not allowed: with API keys, requests are served in the order in which they come; "
             "PRIORITY_PER_REQUEST=true lets a request choose its place",
             param="priority",
             code="priority_not_allowed",
         )
-    return asked
+    return priority
 
 
 def admit(

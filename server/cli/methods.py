@@ -54,20 +54,20 @@ def from_config(model: str, max_model_len: int | None) -> dict[str, Any]:
     }
 
 
-def heading(told: dict[str, Any]) -> str:
-    default = told["default"]["method"] if told["default"] else "none"
+def heading(listing: dict[str, Any]) -> str:
+    default = listing["default"]["method"] if listing["default"] else "none"
     return (
-        f"{told['model']}: trained at {told['train_length']:,} tokens, read to {told['max_model_len']:,}; "
+        f"{listing['model']}: trained at {listing['train_length']:,} tokens, read to {listing['max_model_len']:,}; "
         f"where nothing is asked it is read by {default}"
     )
 
 
-def table(told: dict[str, Any]) -> Table:
+def table(listing: dict[str, Any]) -> Table:
     """A row for each method, those that the model does not take with the reason."""
     drawn = Table("method", "parameters, as they come out", "what it does", header_style="bold", expand=False)
-    for method in told["methods"]:
+    for method in listing["methods"]:
         drawn.add_row(method["name"], _parameters(method), method["summary"])
-    for method in told["refused"]:
+    for method in listing["refused"]:
         drawn.add_row(method["name"], "not for this model", method["reason"], style="dim")
     return drawn
 

@@ -79,9 +79,9 @@ class Engine:
         self.resolved: ByteCache[RopeSpec, ModelPositions] = ByteCache(MAX_RESOLVED_BYTES)
         self._counters = Counters()
 
-    def take_graphs(self, found: DecodeGraphs | str) -> None:
+    def take_graphs(self, graphs: DecodeGraphs | str) -> None:
         """Decode steps are replayed from now on, or, where it is a reason, are not."""
-        self.graphs, self._no_graphs = (None, found) if isinstance(found, str) else (found, "")
+        self.graphs, self._no_graphs = (None, graphs) if isinstance(graphs, str) else (graphs, "")
 
     # --- requests ---
 

@@ -54,7 +54,7 @@ class Checkpoint:
     revision: str | None = None
     gguf_file: str | None = None
 
-    def said(self) -> dict[str, Any]:
+    def config_values(self) -> dict[str, Any]:
         """config.json, as it is. Raises whatever transformers does."""
         from transformers import PreTrainedConfig
 
@@ -65,17 +65,17 @@ class Checkpoint:
         """transformers' config. Raises ConfigurationError for one that this version of it does not know."""
         from transformers import AutoConfig
 
-        said: dict[str, Any] | None = None
+        values: dict[str, Any] | None = None
         try:
-            said = self.said()
-            whole = whole_numbers(said)
-            if repr(whole) != repr(said):  # 2048.0 equals 2048
+            values = self.config_values()
+            whole = whole_numbers(values)
+            if repr(whole) != repr(values):  # 2048.0 equals 2048
                 return AutoConfig.for_model(**whole)
             return AutoConfig.from_pretrained(self.source, revision=self.revision, trust_remote_code=False)
         except Exception as error:  # a config may hold anything, and its class raises whatever it meets
             fault = None
-            if said is not None:
-                fault = config_fault(said, error, lambda values: AutoConfig.for_model(**whole_numbers(values)))
+            if values is not None:
+                fault = config_fault(values, error, lambda values: AutoConfig.for_model(**whole_numbers(values)))
             told = words_of(error).replace(str(Path.home()), "~")
             raise ConfigurationError(
                 f"MODEL_ID: {self.name!r} cannot be loaded: its config.json cannot be read: "

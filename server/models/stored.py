@@ -80,9 +80,9 @@ def pointer(name: str) -> str:
     return f"{name} is a git-lfs pointer, not the file itself: run `git lfs pull` in that folder"
 
 
-def cut_short(name: str, said: str) -> str:
+def cut_short(name: str, reason: str) -> str:
     """The refusal of a file that ends too early."""
-    return f"{name} is cut short ({said}): the download is incomplete; run it again"
+    return f"{name} is cut short ({reason}): the download is incomplete; run it again"
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:

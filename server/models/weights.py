@@ -46,9 +46,9 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
     from transformers import GenerationConfig
 
     config, scheme = _config_and_scheme(checkpoint, report)
-    told: list[str] = []
+    lines: list[str] = []
     try:
-        with _quiet_report(told), without_timm():
+        with _quiet_report(lines), without_timm():
             model, info = class_for(config).from_pretrained(
                 checkpoint.source,
                 config=config,
@@ -65,7 +65,7 @@ def load_weights(checkpoint: Checkpoint, dtype: str, report: Callable[[str], Non
         if of_memory(error):
             raise ConfigurationError(_too_large(checkpoint, DTYPES.get(dtype))) from error
         log.debug("weights could not be read", exc_info=error)
-        reason = unmerged("".join(told)) or _of_scheme(scheme, error) or _reason(checkpoint, error)
+        reason = unmerged("".join(lines)) or _of_scheme(scheme, error) or _reason(checkpoint, error)
         raise ConfigurationError(f"MODEL_ID: {checkpoint.name!r} cannot be loaded: {reason}") from error
     if scheme == "bitsandbytes":
         model = model.dequantize(config.dtype)
@@ -156,11 +156,11 @@ def class_for(config: Any) -> Any:
     return getattr(transformers, language_models()[config.model_type])
 
 
-def sketch(said: Mapping[str, Any]) -> Any:
+def sketch(config_values: Mapping[str, Any]) -> Any:
     """The model of a config, without weights. Raises whatever transformers does, and Unknown where it takes long."""
     from transformers import AutoConfig
 
-    config = thinking_part(AutoConfig.for_model(**whole_numbers(said)))
+    config = thinking_part(AutoConfig.for_model(**whole_numbers(config_values)))
     with torch.device("meta"), without_timm(), _made_within(MOST_SECONDS_OF_A_SKETCH):
         return class_for(config).from_config(config)
 
@@ -182,15 +182,15 @@ def _made_within(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_report(told: list[str]) -> Iterator[None]:
-    """Inside, the table of transformers' loading report goes to `told` and not to the log: a line says what matters.
+def _quiet_report(lines: list[str]) -> Iterator[None]:
+    """Inside, the table of transformers' loading report goes to `lines` and not to the log: a line says what matters.
     What transformers says at this level of layers that no plan shards is not said: no plan is asked for."""
     logger = logging.getLogger("transformers.modeling_utils")
     plans = logging.getLogger("transformers.distributed.tensor_parallel")
 
     def keep(record: logging.LogRecord) -> bool:
         is_report = "LOAD REPORT" in record.getMessage()
-        told.extend([record.getMessage()] * is_report)
+        lines.extend([record.getMessage()] * is_report)
         return not is_report
 
     level = logger.level
@@ -224,7 +224,7 @@ def _same_commit(checkpoint: Checkpoint) -> dict[str, str]:
 def _too_large(checkpoint: Checkpoint, dtype: torch.dtype | None) -> str:
     """What its weights take, in this dtype or else in its own; not how much, where its config fails by itself."""
     try:
-        parts = list(sketch(checkpoint.said()).parameters())
+        parts = list(sketch(checkpoint.config_values()).parameters())
         size = f"{sum(part.numel() * (dtype or part.dtype).itemsize for part in parts) / 1e9:.1f} GB, "
     except Exception:  # as with anything that is made of a config
         size = ""
@@ -261,7 +261,7 @@ def _reason(checkpoint: Checkpoint, error: Exception) -> str:
     if isinstance(error, OSError) and said:
         return said.replace(os.path.expanduser("~"), "~")
     try:
-        fault = config_fault(checkpoint.said(), error, sketch)
+        fault = config_fault(checkpoint.config_values(), error, sketch)
     except Exception:  # what happened first is what is told
         fault = None
     if fault is not None:

@@ -75,14 +75,14 @@ class ModelText:
                 code="bad_token_id",
             )
 
-    def max_tokens_that_fit(self, num_prompt_tokens: int, asked: int | None, default: int | None) -> int:
+    def max_tokens_that_fit(self, num_prompt_tokens: int, max_tokens: int | None, default: int | None) -> int:
         """Tokens to generate: as asked, or refused; where nothing is asked the default as far as it fits, None: all."""
         room = self.max_model_len - num_prompt_tokens
-        if asked is None and room >= 1:
+        if max_tokens is None and room >= 1:
             return room if default is None else min(default, room)
-        if asked is not None and asked <= room:
-            return asked
-        wanted = "leaves no room to generate" if asked is None else f"max_tokens is {asked}"
+        if max_tokens is not None and max_tokens <= room:
+            return max_tokens
+        wanted = "leaves no room to generate" if max_tokens is None else f"max_tokens is {max_tokens}"
         raise InvalidRequest(
             f"the prompt has {_plural(num_prompt_tokens, 'token')} and {wanted}: prompt and output together may have "
             f"{_plural(self.max_model_len, 'token')}; shorten the prompt, lower max_tokens or raise MAX_MODEL_LEN",

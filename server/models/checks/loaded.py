@@ -42,19 +42,21 @@ def incomplete(report: dict[str, Any], unneeded: tuple[str, ...] = ()) -> str | 
             "incomplete, or config.json is another model's; take both again, from one source"
         )
     mismatched = sorted(
-        (name, tuple(stored), tuple(asked))
-        for name, stored, asked in report["mismatched_keys"]
+        (name, tuple(stored), tuple(expected))
+        for name, stored, expected in report["mismatched_keys"]
         if not name.startswith(unneeded)
     )
-    fewer = [(name, stored, asked) for name, stored, asked in mismatched if _lacks_experts(name, stored, asked)]
+    fewer = [
+        (name, stored, expected) for name, stored, expected in mismatched if _lacks_experts(name, stored, expected)
+    ]
     if fewer and len(fewer) == len(mismatched):
-        counts = [f"{name} of {stored[0]} of {asked[0]}" for name, stored, asked in fewer]
+        counts = [f"{name} of {stored[0]} of {expected[0]}" for name, stored, expected in fewer]
         return (
             f"the checkpoint lacks weights of experts: it has {some(counts)}. The download is incomplete, or "
             "config.json is another model's; take both again, from one source"
         )
     if mismatched:
-        shapes = [f"{name} is {list(stored)}, not {list(asked)}" for name, stored, asked in mismatched]
+        shapes = [f"{name} is {list(stored)}, not {list(expected)}" for name, stored, expected in mismatched]
         return (
             f"{len(shapes)} weights have another shape than its config says: {some(shapes)}. config.json is another "
             "model's, or the weights are packed by a scheme that it does not name; take both again, from one source"
@@ -62,9 +64,9 @@ def incomplete(report: dict[str, Any], unneeded: tuple[str, ...] = ()) -> str | 
     return None
 
 
-def _lacks_experts(name: str, stored: tuple[int, ...], asked: tuple[int, ...]) -> bool:
+def _lacks_experts(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     """Whether a table of all experts was made of fewer, the router being of all."""
-    return "experts" in name and stored[1:] == asked[1:] and stored[:1] < asked[:1]
+    return "experts" in name and stored[1:] == expected[1:] and stored[:1] < expected[:1]
 
 
 def unmerged(table: str) -> str | None:

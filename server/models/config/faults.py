@@ -40,13 +40,13 @@ class Unknown(Exception):
     """Whether a config works was not found out: in the time there is, or for want of memory."""
 
 
-def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict[str, Any]], Any]) -> str | None:
+def config_fault(config: Mapping[str, Any], error: Exception, make: Callable[[dict[str, Any]], Any]) -> str | None:
     """What of the config led to this error, as a clause with the remedy; None where nothing shows that it did.
 
-    said: what config.json holds. make: what a model begins with, from such a dictionary, without weights; it raises
+    config: what config.json holds. make: what a model begins with, from such a dictionary, without weights; it raises
     `Unknown` rather than take long.
     """
-    if wrong := wrong_in(said):  # sizes, above all, with which no try would end
+    if wrong := wrong_in(config):  # sizes, above all, with which no try would end
         return wrong
     if unknown := re.search(r"has model type `(.*?)` but", str(error), re.DOTALL):
         return (
@@ -55,49 +55,49 @@ def config_fault(said: Mapping[str, Any], error: Exception, make: Callable[[dict
         )
     if "contains custom code" in str(error):
         return (
-            f"'model_type' is {shown(said.get('model_type'))}, a model whose code comes with its files ('auto_map'), "
+            f"'model_type' is {shown(config.get('model_type'))}, a model whose code comes with its files ('auto_map'), "
             "and such code is not run here: take a version of it in a format that transformers itself knows"
         )
-    if kind := _wrong_kind(said, error):
+    if kind := _wrong_kind(config, error):
         return kind
     try:
-        again = _failure(make, dict(said))
+        again = _failure(make, dict(config))
     except Unknown:
         return None
     if again is None:
         return None
-    path = _looked_up(said, error) or _looked_up(said, again) or value_at_fault(said, make)
+    path = _looked_up(config, error) or _looked_up(config, again) or value_at_fault(config, make)
     if path is None and isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return f"it has no '{error.args[0][:32]}', which this model type needs: {REMEDY}"
     words = own_words(error) or own_words(again)
     if path is None:
         return f"{words or 'its values do not fit each other'}: {REMEDY}"
     why = f" ({words})" if words else ""
-    return f"'{'.'.join(path)}' is {shown(_at(said, path))}, {_usual(said, path)}{why}: {REMEDY}"
+    return f"'{'.'.join(path)}' is {shown(_at(config, path))}, {_usual(config, path)}{why}: {REMEDY}"
 
 
-def value_at_fault(said: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> Path | None:
+def value_at_fault(config: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> Path | None:
     """The first value, inner ones first, without which a config that fails works; None where there is none."""
     ends = time.monotonic() + MOST_SECONDS
-    for path in _paths(said):
+    for path in _paths(config):
         if time.monotonic() > ends:
             return None
-        if path[-1] not in KIND_OF_ALL and _works(make, _without(said, path)):
+        if path[-1] not in KIND_OF_ALL and _works(make, _without(config, path)):
             return path
     return None
 
 
-def _works(make: Callable[[dict[str, Any]], Any], said: dict[str, Any]) -> bool:
+def _works(make: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> bool:
     try:
-        return _failure(make, said) is None
+        return _failure(make, config) is None
     except Unknown:
         return False
 
 
-def _failure(make: Callable[[dict[str, Any]], Any], said: dict[str, Any]) -> Exception | None:
+def _failure(make: Callable[[dict[str, Any]], Any], config: dict[str, Any]) -> Exception | None:
     """What making it raises. Raises Unknown where that is nothing about the config."""
     try:
-        make(said)
+        make(config)
     except MemoryError as error:
         raise Unknown from error
     except Unknown:
@@ -107,41 +107,41 @@ def _failure(make: Callable[[dict[str, Any]], Any], said: dict[str, Any]) -> Exc
     return None
 
 
-def _paths(said: Mapping[str, Any], *, everything: bool = False) -> Iterator[Path]:
-    for name, value in said.items():
+def _paths(config: Mapping[str, Any], *, everything: bool = False) -> Iterator[Path]:
+    for name, value in config.items():
         if isinstance(value, Mapping) and (everything or name in NESTED):
             yield from ((name, *rest) for rest in _paths(value, everything=True))
-    yield from ((name,) for name in said)
+    yield from ((name,) for name in config)
 
 
-def _without(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _without(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     name, *rest = path
-    left = {key: value for key, value in said.items() if key != name}
-    return left | {name: _without(said[name], tuple(rest))} if rest else left
+    left = {key: value for key, value in config.items() if key != name}
+    return left | {name: _without(config[name], tuple(rest))} if rest else left
 
 
-def _at(said: Any, path: Path) -> Any:
+def _at(config: Any, path: Path) -> Any:
     for name in path:
-        said = said[name]
-    return said
+        config = config[name]
+    return config
 
 
-def _looked_up(said: Mapping[str, Any], error: Exception) -> Path | None:
+def _looked_up(config: Mapping[str, Any], error: Exception) -> Path | None:
     """Where the config has what was looked up in vain, such as an activation's name."""
     if not isinstance(error, KeyError) or not error.args:
         return None
-    return next((path for path in _paths(said) if _at(said, path) == error.args[0]), None)
+    return next((path for path in _paths(config) if _at(config, path) == error.args[0]), None)
 
 
-def _usual(said: Mapping[str, Any], path: Path) -> str:
+def _usual(config: Mapping[str, Any], path: Path) -> str:
     """What models of the type have there, where their class says."""
     from transformers import AutoConfig
 
     try:
-        usual = _at(AutoConfig.for_model(said["model_type"]).to_dict(), path)
+        usual = _at(AutoConfig.for_model(config["model_type"]).to_dict(), path)
     except Exception:  # a type may have no defaults, or not this one
         usual = None
-    if isinstance(usual, str | int | float) and usual != _at(said, path):
+    if isinstance(usual, str | int | float) and usual != _at(config, path):
         return f"which transformers cannot use; it would be {shown(usual)} where it is not said"
     return "which transformers cannot use"
 
@@ -156,16 +156,16 @@ def own_words(error: Exception) -> str:
     return words_of(error, 200) if type(error) in (ValueError, AssertionError) else ""
 
 
-def _wrong_kind(said: Mapping[str, Any], error: Exception) -> str | None:
+def _wrong_kind(config: Mapping[str, Any], error: Exception) -> str | None:
     if item := re.search(r"Invalid item at index (\d+) in list '(\w+)'", str(error)):
         place, name = int(item[1]), item[2]
-        one = _at(said, (name,))[place] if name in said else None
+        one = _at(config, (name,))[place] if name in config else None
         return f"'{name}' has {shown(one)} at its place {place}, which none of its values may be: {REMEDY}"
     kinds = re.findall(r"Field '(\w+)' expected (\w+).*?, got \w+", str(error))
     if not kinds:
         return None
     name = kinds[0][0]
     wanted = " or ".join(dict.fromkeys(KINDS[kind] for _, kind in kinds if kind in KINDS))
-    inner = said.get("text_config")
-    values = inner if name not in said and isinstance(inner, Mapping) else said
+    inner = config.get("text_config")
+    values = inner if name not in config and isinstance(inner, Mapping) else config
     return f"'{name}' is {shown(values.get(name))}, and it is {wanted}: {REMEDY}"

@@ -15,25 +15,25 @@ SPECIAL = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", 
 """What every tokenizer may have; a number or a flag under another name that ends so is not read."""
 
 
-def wrong_in_text_file(name: str, said: Mapping[str, Any]) -> str | None:
+def wrong_in_text_file(name: str, values: Mapping[str, Any]) -> str | None:
     """The first value of this file that cannot be, as a clause; None where there is none."""
     if name == "added_tokens.json":
         return next(
             (
                 f"'{token}' is {shown(value)}, and it is the number of a token"
-                for token, value in said.items()
+                for token, value in values.items()
                 if type(value) is not int
             ),
             None,
         )
     if name == "generation_config.json":
-        ends = said.get("eos_token_id")
+        ends = values.get("eos_token_id")
         if all(one is None or type(one) is int for one in (ends if isinstance(ends, list) else [ends])):
             return None
         return f"'eos_token_id' is {shown(ends)}, and it is the number of a token, or a list of such numbers"
     if name not in ("tokenizer_config.json", "special_tokens_map.json"):
         return None
-    for key, value in said.items():
+    for key, value in values.items():
         wanted = _wanted(key, value)
         if wanted is not None:
             return f"'{key}' is {shown(value)}, and it is {wanted}"

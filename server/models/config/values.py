@@ -170,24 +170,24 @@ def _bare(dtype: str) -> str:
     return dtype.removeprefix("torch.")
 
 
-def _of_rotation(where: str, said: Any) -> Iterator[str]:
+def _of_rotation(where: str, rotation: Any) -> Iterator[str]:
     """The faults of one dictionary of rotation, or of one for each kind of layer."""
-    if said is None:
+    if rotation is None:
         return
-    if not isinstance(said, Mapping):
-        yield f"'{where}' is {shown(said)}, and it is an object: {REMEDY}"
+    if not isinstance(rotation, Mapping):
+        yield f"'{where}' is {shown(rotation)}, and it is an object: {REMEDY}"
         return
-    for name, value in said.items():
+    for name, value in rotation.items():
         path = f"{where}.{name}" if where else name
         if isinstance(value, Mapping) and name not in OF_ROTATION:
             yield from _of_rotation(path, value)
         elif (wanted := _wanted_of_rotation(name, value)) is not None:
             yield f"'{path}' is {shown(value)}, and {wanted}: {REMEDY}"
-    yield from _not_finite(f"{where}." if where else "", said)
-    for name in NEEDED.get(str(said.get("rope_type", said.get("type"))), ()):
-        if name in said and said[name] is None:
+    yield from _not_finite(f"{where}." if where else "", rotation)
+    for name in NEEDED.get(str(rotation.get("rope_type", rotation.get("type"))), ()):
+        if name in rotation and rotation[name] is None:
             yield f"'{where}.{name}' is null, and this rope_type needs it: {REMEDY}"
-    low, high = said.get("low_freq_factor"), said.get("high_freq_factor")
+    low, high = rotation.get("low_freq_factor"), rotation.get("high_freq_factor")
     if isinstance(low, int | float) and isinstance(high, int | float) and 0 < high <= low:
         yield f"'{where}.high_freq_factor' is {shown(high)}, and it lies above low_freq_factor, {shown(low)}: {REMEDY}"
 

@@ -77,7 +77,7 @@ class Weights:
         self.expected = set(self.shapes) - set(getattr(model, "all_tied_weights_keys", None) or ())
         self.header, self.folder, self.report = header, folder, report
         self.written: dict[str, str] = {}
-        self.began, self.told = time.monotonic(), time.monotonic()
+        self.began, self.reported = time.monotonic(), time.monotonic()
 
     def write(self) -> None:
         """All parts, then their index. ConfigurationError where the file lacks weights, or has some without a place."""
@@ -165,9 +165,9 @@ class Weights:
 
     def _tell(self, done: int, total: int, new: int) -> None:
         now = time.monotonic()
-        if now - self.told < REPORT_EVERY_S:
+        if now - self.reported < REPORT_EVERY_S:
             return
-        self.told = now
+        self.reported = now
         left = (total - done) * (now - self.began) / max(new, 1)
         self.report(f"Converting {self.header.file.name}: {100 * done // total} %, about {left:.0f} s left")
 

@@ -29,7 +29,7 @@ class _Watched(DynamicCache):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         self.entered: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
-        self.asked: dict[nn.Module, tuple[int, str | int, dict[StateName, None], Call]] = {}
+        self.requested: dict[nn.Module, tuple[int, str | int, dict[StateName, None], Call]] = {}
         self.given_keys: dict[nn.Module, None] = {}
         self.attended: set[nn.Module] = set()
 
@@ -64,7 +64,7 @@ class _Watched(DynamicCache):  # type: ignore[misc]
         places: list[tuple[str | int, Any]] = [*options.items(), *enumerate(arguments)]
         argument = next(place for place, value in places if value is self)
         call = Call(arguments, options, PROBE_LENGTH)
-        self.asked.setdefault(module, (index, argument, {}, call))[2][name] = None
+        self.requested.setdefault(module, (index, argument, {}, call))[2][name] = None
 
 
 def _watch(raw: RawKeyModel) -> _Watched | None:
@@ -103,9 +103,9 @@ def find_recurrent(raw: RawKeyModel) -> tuple[RecurrentLayer, ...]:
     if cache is None:
         return ()
     layers, names = list[RecurrentLayer](), {module: name for name, module in raw.model.named_modules()}
-    for module, (index, argument, asked, call) in cache.asked.items():
+    for module, (index, argument, requested, call) in cache.requested.items():
         kept = cache.layers[index]
-        tensors = [getattr(kept, name.kind)[name.number] for name in asked]
+        tensors = [getattr(kept, name.kind)[name.number] for name in requested]
         shapes = tuple(StateShape(tuple(tensor.shape[1:]), tensor.dtype) for tensor in tensors)
         first = sum(len(layer.states) for layer in layers)
         layer = RecurrentLayer(
@@ -114,7 +114,7 @@ def find_recurrent(raw: RawKeyModel) -> tuple[RecurrentLayer, ...]:
             argument,
             index,
             kept.number_of_states,
-            tuple(asked),
+            tuple(requested),
             shapes,
             first,
             module.forward,

@@ -61,9 +61,9 @@ def not_read_here(kind: Any, param: str) -> InvalidRequest:
     )
 
 
-def without_token_ids(asked: bool) -> None:
+def without_token_ids(requested: bool) -> None:
     """InvalidRequest where a reply's token ids are asked for: replies of these shapes have no place for them."""
-    if asked:
+    if requested:
         raise InvalidRequest(
             "'return_token_ids' is not supported here: /v1/chat/completions and /v1/completions tell them, and this "
             "path with /render behind it the prompt's",
