@@ -247,8 +247,6 @@ def sampling_params(
             f"'min_tokens' is {fields.min_tokens}, more than the {max_tokens} tokens to generate at most (max_tokens)",
             param="min_tokens",
         )
-    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-        service.text.check_vocabulary(list(getattr(fields, name) or ()), name)
     defaults = service.sampling_defaults
     temperature = _or_default(fields.temperature, defaults.temperature)
     return SamplingParams(

@@ -194,6 +194,8 @@ def decode(raw: bytes) -> Any:
 def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
     """All that depends on the model's text side."""
     text.check_name(request.model)
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        text.check_vocabulary(list(getattr(request.sampling, name) or ()), name)
     given, cut = request.input, request.truncation is not None
     bad = bad_token_ids(text, request.sampling.bad_words)
     if not isinstance(given, Chat):
