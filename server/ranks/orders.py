@@ -36,7 +36,7 @@ CHUNK_FIELDS = 6
 
 def tell_step(ranks: Ranks, chunks: Sequence[Chunk]) -> None:
     """Tell the other ranks to compute these chunks, too."""
-    ranks.tell(encode_step(chunks))
+    ranks.tell(pack_step(chunks))
 
 
 def tell_copy(ranks: Ranks, slots: Ints) -> None:
@@ -48,7 +48,7 @@ def tell_end(ranks: Ranks) -> None:
     ranks.tell(np.empty(0, dtype=np.int64))
 
 
-def encode_step(chunks: Sequence[Chunk]) -> Ints:
+def pack_step(chunks: Sequence[Chunk]) -> Ints:
     specs: dict[RopeSpec, int] = {}
     rows: list[int] = []
     tokens: list[int] = []
@@ -67,8 +67,8 @@ def encode_step(chunks: Sequence[Chunk]) -> Ints:
     return np.concatenate([head, methods.ravel(), np.array(rows, np.int64), np.array(tokens, np.int64), *tables])
 
 
-def decode_step(message: Ints, resolve: Callable[[RopeSpec], ModelPositions]) -> list[Chunk]:
-    """The chunks that `encode_step` was given, with this rank's own positions."""
+def unpack_step(message: Ints, resolve: Callable[[RopeSpec], ModelPositions]) -> list[Chunk]:
+    """The chunks that `pack_step` was given, with this rank's own positions."""
     _, num_chunks, num_specs = message[:3].tolist()
     width = 1 + len(SPEC_FIELDS)
     methods, rows, rest = np.split(message[3:], np.cumsum([num_specs * width, num_chunks * CHUNK_FIELDS]))
@@ -105,7 +105,7 @@ def follow(engine: Engine) -> None:
         if message[0] == COPY:
             engine.copy(message[1:].reshape(2, -1).copy())
             continue
-        chunks = decode_step(message, engine.resolve_positions)
+        chunks = unpack_step(message, engine.resolve_positions)
         handed_on = any(chunk.pending_place is not None for chunk in chunks)
         own = [replace(chunk, pending_place=None) for chunk in chunks]  # rank 0 puts all tokens in, and hands them on
         engine.compute(own, None, handed_on=handed_on)

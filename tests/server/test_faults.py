@@ -23,8 +23,8 @@ import pytest
 import torch
 from prerope.server.api import generate
 from prerope.server.api.stream.generation import Transcript
-from prerope.server.engine.async_engine import AsyncEngine, _explained
-from prerope.server.errors import OutOfMemory
+from prerope.server.engine.async_engine import AsyncEngine
+from prerope.server.errors import OutOfMemory, explained
 from prerope.server.tokenizer import Tokenizer
 
 from tests.faults import Faults, Point
@@ -419,7 +419,7 @@ DEATHS: list[tuple[BaseException, str]] = [
     ],
 )
 def test_what_counts_as_memory_that_ran_out(error: BaseException, is_memory: bool) -> None:
-    assert isinstance(_explained(error), OutOfMemory) == is_memory
+    assert isinstance(explained(error), OutOfMemory) == is_memory
 
 
 @pytest.mark.parametrize(("error", "code"), DEATHS, ids=lambda value: type(value).__name__)

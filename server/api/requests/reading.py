@@ -1,6 +1,6 @@
 """From the bytes of a body to all that its endpoint needs: decoded, checked, lowered, rendered and tokenised.
 
-    bytes ─ decode ─ a body (`requests.schemas`, dialects) ─ lowered: GenerationRequest ─ prepare: token ids ─ Read
+    bytes ─ parsed ─ a body (`requests.schemas`, dialects) ─ lowered: GenerationRequest ─ prepare: token ids ─ Read
 
 All of this is work of the client's size, so it is plain functions that know no event loop. A small body is read where
 it came; a larger one is read by a worker, which sends back a `Read` without the text that the ids stand for. Imports
@@ -145,7 +145,7 @@ class Read(Generic[B]):
 
 def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
     """Raises InvalidRequest or ModelNotFound."""
-    value = decode(raw)
+    value = parsed(raw)
     try:
         body: Any = model.schema_of(value).model_validate(value)
     except ValidationError as error:
@@ -168,7 +168,7 @@ def read_body(model: type[B], raw: bytes, text: ModelText) -> Read[B]:
     return Read(body, request, prepared)
 
 
-def decode(raw: bytes) -> Any:
+def parsed(raw: bytes) -> Any:
     """JSON. What it cannot be is told by name, without a word of it."""
     try:
         value = json.loads(raw.decode("utf-8-sig") if raw else "null")

@@ -15,7 +15,7 @@ from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.sampling import device as device_sampler
 from prerope.server.engine.sequence import SamplingParams
 from prerope.server.engine.step import Arrival, Step
-from prerope.server.models import batch
+from prerope.server.models import model as model_module
 from prerope.server.models.model import Batch, Model
 from prerope.server.ranks.group import ALONE
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -151,7 +151,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Unread]:
             return torch.zeros(VOCABULARY, VOCABULARY, device="meta")[batch.input_ids[batch.logit_rows]]
 
     unread = Unread()
-    for module in (batch, device_sampler, step):
+    for module in (model_module, device_sampler, step):
         send = module.send
 
         def sending(*arguments: Any, send: Callable[..., torch.Tensor] = send) -> torch.Tensor:
