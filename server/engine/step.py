@@ -198,9 +198,9 @@ class Scheduled(NamedTuple):
         """The row of draft `number`, which came true, as if a step had been scheduled for it."""
         return self._replace(start=self.stop + number, num_new_tokens=1, num_logits=1, samples=True, drafts=())
 
-    def with_drafts(self, block_size: int) -> Chunk:
-        """The sequence's token and its drafts as one chunk."""
-        own, stop = self.chunk(block_size), self.stop + len(self.drafts)
+    def with_drafts(self, block_size: int, first: int) -> Chunk:
+        """The sequence's token and its drafts as one chunk, from packed row `first` on."""
+        own, stop = self.chunk(block_size, first), self.stop + len(self.drafts)
         return replace(
             own,
             count=own.count + len(self.drafts),
@@ -209,40 +209,43 @@ class Scheduled(NamedTuple):
             num_logits=1 + len(self.drafts),
         )
 
-    def one_by_one(self, block_size: int) -> list[Chunk]:
-        """The sequence's token and its drafts as single rows, as if each came alone."""
-        own = self.chunk(block_size)
+    def one_by_one(self, block_size: int, first: int) -> list[Chunk]:
+        """The sequence's token and its drafts as single rows, as if each came alone, from packed row `first` on."""
+        own = self.chunk(block_size, first)
         behind = [
             replace(
                 own,
+                first=first + own.count + number,
                 count=1,
                 token_ids=[draft],
-                start=place,
-                block_table=self._blocks(place + 1, block_size),
+                start=self.stop + number,
+                block_table=self._blocks(self.stop + number + 1, block_size),
                 num_logits=1,
                 pending_place=None,
                 state=None,
             )
-            for place, draft in enumerate(self.drafts, self.stop)
+            for number, draft in enumerate(self.drafts)
         ]
         return [own, *behind]
 
     def _blocks(self, stop: int, block_size: int) -> Tensor:
         return torch.from_numpy(self.block_table.head(-(-stop // block_size)))
 
-    def chunk(self, block_size: int) -> Chunk:
-        """The chunk that the model's forward is given, without drafts."""
+    def chunk(self, block_size: int, first: int = 0) -> Chunk:
+        """The chunk that the model's forward is given, without drafts; `first`: its packed row."""
         sequence, stop = self.sequence, self.start + self.num_new_tokens
         pending = sequence.num_pending > 0 and stop == len(sequence.token_ids)
-        return Chunk.of(
-            sequence.token_ids[self.start : stop],
+        return Chunk(
+            first,
+            self.num_new_tokens,
             self.start,
-            self.block_table.head(-(-stop // block_size)),
+            self._blocks(stop, block_size),
             sequence.positions,
-            self.num_logits,
-            sequence.pending_place if pending else None,
-            self.state,
             sequence.selects_from,
+            token_ids=sequence.token_ids[self.start : stop],
+            num_logits=self.num_logits,
+            pending_place=sequence.pending_place if pending else None,
+            state=self.state,
         )
 
 
@@ -282,11 +285,13 @@ def chunks_of(plan: list[Scheduled], block_size: int, *, single: bool) -> list[C
     once. The results are the same.
     """
     chunks: list[Chunk] = []
+    first = 0
     for one in plan:
         if not one.drafts:
-            chunks.append(one.chunk(block_size))
+            chunks.append(one.chunk(block_size, first))
         else:
-            chunks += one.one_by_one(block_size) if single else [one.with_drafts(block_size)]
+            chunks += one.one_by_one(block_size, first) if single else [one.with_drafts(block_size, first)]
+        first += one.num_rows
     return chunks
 
 

@@ -54,7 +54,7 @@ Ints = NDArray[np.int64]
 class Chunk(SequenceRows):
     """What a sequence contributes to a step: its rows, whose blocks are allocated, with their tokens.
 
-    `first` is known once the step is packed.
+    `first` may be left to `build_batch`.
 
     num_logits: how many of its last rows want logits.
     pending_place: where its last token is among those that the step before samples; None: it is in `token_ids`.
@@ -117,12 +117,13 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, 
     pending_rows, pending_places = array("q"), array("q")
     packed: list[Chunk] = []
     for chunk in chunks:
-        first, stop = len(ids), chunk.length
-        table = chunk.block_table[: -(-stop // block_size)]
-        packed.append(replace(chunk, first=first, block_table=table))
+        num_blocks = -(-chunk.length // block_size)
+        if chunk.first != len(ids) or len(chunk.block_table) != num_blocks:
+            chunk = replace(chunk, first=len(ids), block_table=chunk.block_table[:num_blocks])
+        packed.append(chunk)
         ids.extend(chunk.token_ids)
-        positions.extend(range(chunk.start, stop))
-        slots.extend(_slots(table, chunk.start, stop, block_size))
+        positions.extend(range(chunk.start, chunk.length))
+        slots.extend(_slots(chunk, block_size))
         logit_rows.extend(range(len(ids) - chunk.num_logits, len(ids)))
         if chunk.pending_place is not None:
             pending_rows.append(len(ids) - 1)
@@ -139,11 +140,11 @@ def build_batch(chunks: Sequence[Chunk], block_size: int, device: torch.device, 
     return Batch(input_ids, position_ids, rows, AttentionMetadata(packed, slot_mapping, block_size), states)
 
 
-def _slots(table: Tensor, start: int, stop: int, block_size: int) -> list[int]:
-    """Where K and V of positions `start` … `stop` − 1 go."""
-    blocks = table[start // block_size :].tolist()
+def _slots(chunk: Chunk, block_size: int) -> list[int]:
+    """Where K and V of its rows go."""
+    blocks = chunk.block_table[chunk.start // block_size :].tolist()
     slots = [slot for block in blocks for slot in range(block * block_size, (block + 1) * block_size)]
-    return slots[start % block_size :][: stop - start]
+    return slots[chunk.start % block_size :][: chunk.count]
 
 
 @dataclass(frozen=True, slots=True)

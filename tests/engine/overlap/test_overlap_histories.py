@@ -147,8 +147,8 @@ def test_histories_see_a_wrong_state(name: str, broken: Any, monkeypatch: pytest
         run_histories(overlap=True, recurrent=True)
 
 
-def as_decoded(one: Scheduled, block_size: int, chunk: Callable[..., Chunk] = Scheduled.chunk) -> Chunk:
-    return replace(chunk(one, block_size), pending_place=None)
+def as_decoded(one: Scheduled, block_size: int, first: int, chunk: Callable[..., Chunk] = Scheduled.chunk) -> Chunk:
+    return replace(chunk(one, block_size, first), pending_place=None)
 
 
 @pytest.mark.parametrize(
