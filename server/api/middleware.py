@@ -1,7 +1,7 @@
 """What happens to every HTTP request before and after its endpoint: an id, the host's name, limits, a log line.
 
     CORS → OtherPrefix → RequestContext (id, log, metric, last resort for errors) → HostCheck
-         → KeyCheck (`keys`, where keys are asked for) → HoldRequest (`holds`) → ClientTimeout
+         → KeyCheck (`keys`, where keys are asked for) → HoldRequest (`fairness`) → ClientTimeout
          → BodyLimit → FieldReport → HeadAsGet → routes
 
 Plain ASGI, so that streams pass through unbuffered.
