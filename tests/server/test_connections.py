@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from prerope.server.http import connection as doors
+from prerope.server.http import refusals
 from prerope.server.http.server import room_for
 from prerope.server.log import LINES_OF_A_KIND, WINDOW_S, KindLimit
 from structlog.testing import capture_logs
@@ -107,7 +108,7 @@ def test_where_all_carry_requests_one_more_is_told_so_at_once(url: str, serve_mo
             connection.sendall(raw({"prompt": "a", "max_tokens": 1}))
         until(lambda: len(running.service.engine._streams) == ROOM)
         began = time.monotonic()
-        for _ in range(3 * doors.MAX_LINGERING):  # past the number that may linger, too
+        for _ in range(3 * refusals.MAX_LINGERING):  # past the number that may linger, too
             refused = stack.enter_context(closing(connect(url)))
         response = httpx.get(f"{url}/health")
         assert time.monotonic() - began < 2
