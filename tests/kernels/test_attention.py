@@ -43,7 +43,7 @@ def test_groups_that_begin_inside_a_tile(group: int) -> None:
     assert difference(paged(rows, [positions] * 4, heads=4, kv_heads=1), AttentionOptions(0.25, "")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["rope", "self_extend", "xpos", "dual_chunk", "dynamic_ntk", "streaming"])
+@pytest.mark.parametrize("name", every(2, ["self_extend", "rope", "dual_chunk", "xpos", "dynamic_ntk", "streaming"]))
 def test_tiles_inside_those_of_the_tables(name: str) -> None:
     """As of the widest heads, where some rows' keys turn in groups, or fade: a tile is a part of one of the tables'."""
 

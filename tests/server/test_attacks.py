@@ -53,7 +53,7 @@ QUICK = {"many items": 1 / 64}
 
 
 @pytest.mark.parametrize("share", [None, pytest.param(1, marks=pytest.mark.slow)], ids=["quick", "whole"])
-@pytest.mark.parametrize("name", every(2, ATTACKS))
+@pytest.mark.parametrize("name", every(3, ATTACKS))
 def test_nobody_else_is_held_up(
     url: str, attack: Callable[[str, str, float], list[int]], name: str, share: float | None
 ) -> None:
