@@ -13,7 +13,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,26 @@ def codes(url: str) -> set[int]:
 
 def test_nginx_passes_a_draining_replica_by(nginx: str, replicas: list[str], serve_module: Any) -> None:
     assert codes_while_one_drains(nginx, serve_module.running(replicas[0]).service.engine) == {200}
+
+
+def test_nginx_sends_on_all_that_comes_once_replicas_are_back(
+    nginx: str, replicas: list[str], serve_module: Any
+) -> None:
+    """Streams that begin at once, the first of them not over yet, after every replica has said 503."""
+    engines = [serve_module.running(replica).service.engine for replica in replicas]
+    for engine in engines:
+        engine.state = EngineState.DRAINING
+    try:
+        assert codes(nginx) == {503}
+    finally:
+        for engine in engines:
+            engine.state = EngineState.READY
+    time.sleep(2.5)
+    body = BODY | {"model": "prerope", "max_tokens": 100, "ignore_eos": True, "stop": None}
+    with through(nginx) as http, ExitStack() as streams:
+        for number in range(8):
+            stream = http.stream("POST", "/v1/chat/completions", json=body, headers={"x-session-id": f"new-{number}"})
+            assert streams.enter_context(stream).status_code == 200
 
 
 class Names(socketserver.BaseRequestHandler):
