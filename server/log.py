@@ -134,6 +134,13 @@ def trace(error: BaseException) -> list[str]:
     return [*(trace(cause) if cause is not None else ()), *frames, type(error).__name__]
 
 
+def place_of(thread_id: int | None) -> list[str]:
+    """Where a running thread is, innermost last."""
+    frame = sys._current_frames().get(thread_id or 0)
+    stack = [] if frame is None else traceback.extract_stack(frame)[-TRACED_FRAMES:]
+    return [f"{one.filename}:{one.lineno} {one.name}" for one in stack]
+
+
 def _renderers(log_format: str) -> list[structlog.types.Processor]:
     """Exceptions are printed without local variables, which both libraries show by default: they may hold a prompt."""
     if log_format == "json":

@@ -17,6 +17,7 @@ from prerope.server.api.requests.reading import ModelText
 from prerope.server.byte_cache import ByteCache, CacheStats
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.errors import EngineUnavailable
+from prerope.server.log import place_of
 from prerope.server.metrics import EngineSnapshot, Metrics
 from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
 from prerope.server.ranks.processes import Followers
@@ -82,7 +83,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.served_names = self.settings.served_names or (checkpoint_name(self.settings.model_id),)
-        self.engine = AsyncEngine(self._load)
+        self.engine = AsyncEngine(self._load, self.settings.step_timeout_s, self._tell_of_step)
         self.metrics = Metrics(self.model_name, self._snapshot)
         self.workers = Workers(lambda: World(self.text), LANES)
         self.grammars = Grammars(lambda: self.tokenizer, self.workers)
@@ -103,6 +104,11 @@ class Service:
         if self.engine.state is not EngineState.READY:
             raise self.unavailable()
 
+    def require_alive(self) -> None:
+        """Raises EngineUnavailable where only a restart can help, as far as anybody can tell."""
+        if self.engine.state is EngineState.HUNG:
+            raise self.unavailable()
+
     def require_open(self) -> None:
         """Raises EngineUnavailable, saying why, unless routers are to send requests."""
         self.require_ready()
@@ -114,10 +120,23 @@ class Service:
         reasons = {
             EngineState.LOADING: f"The model is loading ({self.stage}); try again in a few seconds.",
             EngineState.READY: "The model is ready.",
+            EngineState.HUNG: f"A step of the engine has not ended for {self.engine.seconds_in_step:.0f} s "
+            "(STEP_TIMEOUT_S): requests are refused until it does; the log says which step it is.",
             EngineState.DRAINING: "The server is shutting down and takes no new requests.",
             EngineState.DEAD: "The engine has stopped; the server must be restarted.",
         }
         return EngineUnavailable(reasons[self.engine.state], code=str(self.engine.state))
+
+    def _tell_of_step(self, late: bool) -> None:
+        if not late:
+            log.warning("the step that did not end has ended: requests are taken again")
+            return
+        log.error(
+            "a step of the engine does not end: /health, /ready and /live are 503 (STEP_TIMEOUT_S)",
+            seconds=round(self.engine.seconds_in_step),
+            **self.engine.engine.under_way,
+            at=place_of(self.engine.thread_id),
+        )
 
     def report(self, stage: str) -> None:
         """One line of progress while loading. Called on the engine's thread."""
@@ -194,7 +213,7 @@ class Service:
 
     def _snapshot(self) -> EngineSnapshot:
         state = self.engine.state
-        alive = state in (EngineState.READY, EngineState.DRAINING)
+        alive = state in (EngineState.READY, EngineState.HUNG, EngineState.DRAINING)
         return EngineSnapshot(
             state=str(state),
             stats=self.engine.stats() if alive else None,

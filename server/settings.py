@@ -282,6 +282,14 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
         description="Seconds after which a request is aborted, and the longest `timeout_s` of a request; unset: never",
     )
+    step_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds after which a step of the engine that has not ended counts as hung: /health, /ready and "
+        "/live are 503 and requests are refused until it ends, and the log says which step it is. More than the "
+        "longest step takes, of MAX_BATCHED_TOKENS rows behind a long prompt",
+    )
     shutdown_timeout_s: float = Field(
         default=25.0,
         ge=0,

@@ -1,7 +1,7 @@
 """For probes, routers and scrapers.
 
-/live     200 while the process runs: for whoever restarts it
-/health   200 while requests are taken, 503 while loading, draining or dead: what routers and load balancers read
+/live     200 while the process runs and no step hangs (STEP_TIMEOUT_S), while it loads, too: for whoever restarts it
+/health   200 while requests are taken, 503 while loading, draining, hung or dead: what routers and balancers read
 /ready    the same, with the reason and the model's name
 /ping     as /health, by SageMaker's name for it
 """
@@ -25,18 +25,20 @@ def get_service(request: Request) -> Service:
 
 AnyService = Annotated[Service, Depends(get_service)]
 
-NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "loading, draining or dead"}}
+NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "loading, draining, hung or dead"}}
+HUNG: dict[int | str, dict[str, Any]] = {503: {"description": "a step does not end"}}
 
 
-@router.get("/live", summary="Does the process run")
-async def live() -> dict[str, str]:
-    """200 from the first second on, while the model loads too."""
+@router.get("/live", summary="Does the process run", responses=HUNG)
+async def live(service: AnyService) -> dict[str, str]:
+    """200 from the first second on, while the model loads too; 503 while a step of the engine hangs."""
+    service.require_alive()
     return {"status": "ok"}
 
 
 @router.get("/health", summary="Are requests taken", responses=NOT_READY)
 async def health(service: AnyService) -> dict[str, str]:
-    """200 while requests are taken; 503 while the model loads, while draining and once the engine is dead."""
+    """200 while requests are taken; 503 while the model loads, while draining, and where the engine hangs or died."""
     service.require_open()
     return {"status": "ok"}
 

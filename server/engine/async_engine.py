@@ -5,85 +5,34 @@
 The loop never waits for a step and the thread never touches a loop object but through `call_soon_threadsafe`. The
 thread loads the engine, then drains its inbox and steps while there is work, and sleeps on the inbox when there is
 none. When a step raises, the engine is DEAD: every open request fails, and a supervisor has to restart the process.
-Nothing here waits for ever: a reader that does not read is cut off, and a step that does not end is left to itself when
-the server shuts down.
+Nothing here waits for ever: a reader that does not read is cut off, and a step that does not end makes the engine HUNG
+for as long, and is left to itself when the server shuts down.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from types import TracebackType
 from typing import Any
 
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.limits import EngineStats, ModelInfo, check_room, retry_after_s
-from prerope.server.engine.outputs import TokenOutput
+from prerope.server.engine.outputs import OutputStream, TokenOutput
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.errors import (
-    ClientGone,
     EngineUnavailable,
     RequestError,
     engine_failure,
     explained,
 )
-
-MAX_UNREAD = 4096
-"""Outputs that wait for a reader who is slower than the engine; past that, the request is aborted."""
-
-
-class OutputStream(AsyncGenerator[TokenOutput, None]):
-    """The outputs of one request. Closing it early, started or not, aborts the request within a step."""
-
-    def __init__(self, abort: Callable[[], None]) -> None:
-        self._abort = abort
-        self._items: asyncio.Queue[TokenOutput | RequestError] = asyncio.Queue()
-        self._ended = False
-
-    def put(self, item: TokenOutput | RequestError) -> None:
-        """Hand an item over. A reader that lets more than `MAX_UNREAD` pile up gets an error after those."""
-        self._items.put_nowait(item)
-        if self._items.qsize() > MAX_UNREAD and isinstance(item, TokenOutput) and item.finish_reason is None:
-            self._items.put_nowait(
-                ClientGone(f"{MAX_UNREAD} outputs were not read: the reader is too slow", code="reader_too_slow")
-            )
-            self._abort()
-
-    async def asend(self, _value: None) -> TokenOutput:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            item = await self._items.get()
-        except asyncio.CancelledError:
-            self._close()
-            raise
-        if isinstance(item, RequestError):
-            self._ended = True
-            raise item
-        self._ended = item.finish_reason is not None
-        return item
-
-    async def athrow(
-        self, typ: Any, val: BaseException | object = None, _tb: TracebackType | None = None
-    ) -> TokenOutput:
-        self._close()
-        raise val if isinstance(val, BaseException) else typ
-
-    async def aclose(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if not self._ended:
-            self._ended = True
-            self._abort()
-
 
 STEP_GRACE_S = 2.0
 """Seconds past the drain's deadline that a running step gets to end; then the thread is given up."""
@@ -92,6 +41,7 @@ STEP_GRACE_S = 2.0
 class EngineState(StrEnum):
     LOADING = "loading"
     READY = "ready"
+    HUNG = "hung"
     DRAINING = "draining"
     DEAD = "dead"
 
@@ -120,7 +70,14 @@ class AsyncEngine:
         failure: why the engine is DEAD.
     """
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        step_timeout_s: float = math.inf,
+        tell_of_step: Callable[[bool], None] = lambda _: None,
+    ) -> None:
+        """step_timeout_s: after which a step that has not ended is a hung one; `tell_of_step` hears of it, and of its
+        end."""
         self._load = load
         self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
@@ -131,8 +88,29 @@ class AsyncEngine:
         self._loaded = asyncio.Event()
         self._stopped = asyncio.Event()
         self._left = False  # the thread hangs in a step; nobody waits for it
-        self.state = EngineState.LOADING
+        self._step_timeout_s, self._tell_of_step = step_timeout_s, tell_of_step
+        self._turn_began: float | None = None  # monotonic seconds; None while the thread waits for work
+        self._told_of_step = False
+        self._state = EngineState.LOADING
         self.failure: BaseException | None = None
+
+    @property
+    def state(self) -> EngineState:
+        return EngineState.HUNG if self._state is EngineState.READY and self._step_is_late else self._state
+
+    @property
+    def seconds_in_step(self) -> float:
+        """How long the step under way has taken."""
+        began = self._turn_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    @property
+    def _step_is_late(self) -> bool:
+        return self.seconds_in_step > self._step_timeout_s
+
+    @property
+    def thread_id(self) -> int | None:
+        return self._thread.ident
 
     # --- on the event loop ---
 
@@ -217,8 +195,8 @@ class AsyncEngine:
 
         A step that is not over `STEP_GRACE_S` later is not waited for: what is open fails, and the thread is left.
         """
-        if self.state in (EngineState.READY, EngineState.LOADING):
-            self.state = EngineState.DRAINING
+        if self._state in (EngineState.READY, EngineState.LOADING):
+            self._state = EngineState.DRAINING
         self._inbox.put(_Drain(time.monotonic() + timeout_s))
         if not self._thread.is_alive() or self._engine is None:
             return
@@ -247,9 +225,19 @@ class AsyncEngine:
     def _set_ready(self, engine: Engine) -> None:
         self._engine = engine
         self._stats = engine.stats()
-        if self.state is EngineState.LOADING:
-            self.state = EngineState.READY
+        if self._state is EngineState.LOADING:
+            self._state = EngineState.READY
         self._loaded.set()
+        self._look_at_step()
+
+    def _look_at_step(self) -> None:
+        """Now, and again in a while: nothing is ended because of a late step, and all is as before once it ends."""
+        if self._stopped.is_set():
+            return
+        if self._step_is_late != self._told_of_step:
+            self._told_of_step = not self._told_of_step
+            self._tell_of_step(self._told_of_step)
+        self._loop.call_later(min(1.0, max(0.1, self._step_timeout_s / 4)), self._look_at_step)
 
     def lose(self, failure: BaseException) -> None:
         """What a step needs is gone, so it may never end. Called on any thread."""
@@ -260,9 +248,9 @@ class AsyncEngine:
         self._die(failure)
 
     def _die(self, failure: BaseException) -> None:
-        if self.state is EngineState.DEAD or self._stopped.is_set():
+        if self._state is EngineState.DEAD or self._stopped.is_set():
             return
-        self.state = EngineState.DEAD
+        self._state = EngineState.DEAD
         self.failure = failure
         self._fail_streams(engine_failure(failure))
         self._loaded.set()
@@ -295,6 +283,7 @@ class AsyncEngine:
         deadline: float | None = None
         while True:
             commands = self._take(wait=not engine.has_work() and deadline is None)
+            self._turn_began = time.monotonic()
             taken: list[str] = []
             deliveries: list[_Delivery] = []
             for command in commands:
@@ -314,6 +303,8 @@ class AsyncEngine:
                 return
 
     def _take(self, *, wait: bool) -> list[_Command]:
+        if wait:
+            self._turn_began = None
         commands: list[_Command] = [self._inbox.get()] if wait else []
         while True:
             try:

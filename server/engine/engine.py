@@ -75,6 +75,7 @@ class Engine:
         self._no_graphs = "they are for a GPU, and captured when an engine is loaded"
         self.tiers: Tiers | None = None
         self._in_flight: Step | None = None
+        self._plan: list[Scheduled] = []
         self._state_bytes = size.state_bytes
         self.resolved: ByteCache[RopeSpec, ModelPositions] = ByteCache(MAX_RESOLVED_BYTES)
         self._counters = Counters()
@@ -141,6 +142,7 @@ class Engine:
         if self.tiers is not None:
             self.tiers.take_in(self.scheduler.waiting.values())
         before, plan = self._in_flight, self.scheduler.schedule()
+        self._plan = plan
         self._in_flight = self._launch(plan, before, began, cpu_began) if plan else None
         if before is not None:
             outputs += self._collect(before)
@@ -329,6 +331,21 @@ class Engine:
             last_step_s=counters.last_step_s,
             prefill_tokens_per_s=counters.prefill_tokens_per_s,
         )
+
+    @property
+    def under_way(self) -> dict[str, int]:
+        """The step that was scheduled last, in numbers for people. For any thread.
+
+        longest: how many tokens its longest sequence has by then.
+        """
+        plan = self._plan
+        return {
+            "step": self._counters.num_steps + 1,
+            "sequences": len(plan),
+            "rows": sum([one.num_rows for one in plan]),
+            "prompt_rows": sum([one.num_new_tokens for one in plan if one.num_new_tokens > 1]),
+            "longest": max([one.stop for one in plan], default=0),
+        }
 
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from prerope.rope.spec import RopeSpec
-from prerope.server.engine import async_engine
+from prerope.server.engine import async_engine, outputs
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason, TokenOutput
@@ -309,7 +309,7 @@ def test_the_loop_is_free_while_the_engine_steps(model: Model) -> None:
 
 def test_a_reader_that_does_not_read_is_cut_off(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it may still read is bounded, and ends with an error; its blocks are free and others go on."""
-    monkeypatch.setattr(async_engine, "MAX_UNREAD", 8)
+    monkeypatch.setattr(outputs, "MAX_UNREAD", 8)
 
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model)) as engine:

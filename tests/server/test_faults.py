@@ -26,6 +26,7 @@ from prerope.server.api.stream.generation import Transcript
 from prerope.server.engine.async_engine import AsyncEngine
 from prerope.server.errors import OutOfMemory, explained
 from prerope.server.tokenizer import Tokenizer
+from structlog.testing import capture_logs
 
 from tests.faults import Faults, Point
 from tests.server.test_cli import free_port, start, wait_for
@@ -197,6 +198,35 @@ def test_a_step_that_takes_long_blocks_nothing_but_tokens(
         assert time.monotonic() - began < 5.0
         faults.forward.release()
         assert tokens(reply.result()) == expected
+
+
+def test_probes_and_the_log_tell_of_a_step_that_does_not_end_and_of_its_end(serve: Any, tiny_checkpoint: Path) -> None:
+    """Nothing is ended because of it: a step may be long."""
+    url = serve(model_id=str(tiny_checkpoint), step_timeout_s=0.5)
+    faults = Faults(serve.running(url).service.engine.engine)
+    with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as pool, capture_logs() as lines:
+        time.sleep(0.7)  # an engine without work is not late
+        assert http.get("/health").status_code == http.get("/live").status_code == 200
+        faults.forward.hold()
+        reply = pool.submit(http.post, GENERATE, json=BODY | {"prompt": "Sesame"})
+        until(lambda: http.get("/health").status_code == 503)
+        assert [http.get(path).status_code for path in ("/ready", "/ping", "/live")] == [503] * 3
+        refused = http.post(GENERATE, json=BODY)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "hung")
+        assert "STEP_TIMEOUT_S" in refused.json()["error"]["message"]
+        assert "retry-after" in refused.headers
+        assert 'prerope:engine_ready{model_name="tiny-llama"} 0.0' in http.get("/metrics").text
+        until(lambda: any("does not end" in line["event"] for line in lines))
+        (said,) = [line for line in lines if "does not end" in line["event"]]
+        assert (said["log_level"], said["step"], said["sequences"]) == ("error", 1, 1)
+        assert said["rows"] == said["prompt_rows"] == said["longest"] > 0
+        assert any("faults.py" in place for place in said["at"]), "where the engine's thread is"
+        assert "Sesame" not in str(lines)
+        faults.forward.release()
+        assert reply.result().status_code == 200
+        until(lambda: http.get("/live").status_code == http.get("/health").status_code == 200)
+        assert tokens(http.post(GENERATE, json=BODY | {"prompt": "Sesame"})) == tokens(reply.result())
+        until(lambda: any("has ended" in line["event"] for line in lines))
 
 
 def test_a_cache_that_has_nothing_to_give_for_a_while(
