@@ -107,8 +107,13 @@ class TokenMatcher:
         if not self._failure:
             try:
                 mask = mask_aside(self._inner, self._tokenizer) if self._slow else self._inner.compute_bitmask()
-                self._slow = time.perf_counter() - began > QUICK_S
-                return mask if self._differing is None else self._differing.allowed(self._inner, mask)
+                took_s = time.perf_counter() - began
+                if self._differing is not None:  # Python's own, which waits for its lock besides
+                    began = time.thread_time()
+                    mask = self._differing.allowed(self._inner, mask)
+                    took_s += time.thread_time() - began
+                self._slow = took_s > QUICK_S
+                return mask
             except BaseException as error:
                 self._failure = failure_of(error)
         return b"\xff" * -(-self._tokenizer.vocab_size // 8)  # whatever is drawn: the reply ends there
@@ -173,8 +178,8 @@ class Prefix:
             new = self._tokenizer.greedy_tokenize(text[self._num_read :])
             self._num_read = len(text)
             return bool(self._inner.consume_tokens(new) and self._inner.is_accepting())
-        except BaseException:  # its panics are no `Exception`
-            self._given_up = True
+        except BaseException as error:
+            self._given_up = bool(failure_of(error))
             return False
 
 
@@ -213,7 +218,12 @@ def _executor() -> LLExecutor:
 
 
 def failure_of(error: BaseException) -> str:
-    """What llguidance raised, as a failure of one reply. Its panics are no `Exception`, and must not end the engine."""
+    """What llguidance raised, as a failure of one reply. Its panics are no `Exception`, and must not end the engine.
+
+    Raised again where it is no word of the library's but the end of a thread or of the program.
+    """
+    if isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
+        raise error
     return shorten(f"{type(error).__name__}: {error}")
 
 

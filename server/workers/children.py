@@ -197,7 +197,7 @@ class Zygote:
 
 
 def start_zygote(world: Callable[[], Any]) -> Zygote:
-    """A new zygote, which has `world()`. OSError where the system lets none begin."""
+    """A new zygote, which has `world()`. OSError where the system lets none begin, or it does not read in time."""
     ours, theirs = socket.socketpair()
     with theirs, contextlib.ExitStack() as failed:
         failed.callback(ours.close)
@@ -211,6 +211,7 @@ def start_zygote(world: Callable[[], Any]) -> Zygote:
         zygote = Zygote(process, ours)
         failed.callback(zygote.close)
         theirs.close()  # where it ends as it begins, sending fails
+        ours.settimeout(BEGIN_TIMEOUT_S)
         ours.sendall(pack(world()))
         failed.pop_all()
     return zygote

@@ -131,7 +131,7 @@ class Workers:
                     self._zygote = await asyncio.to_thread(start_zygote, self._world)
                 except OSError as error:  # no descriptor, process or memory left, or it ended as it began
                     log.error("the process that workers are forked from cannot be started", kind=type(error).__name__)
-                    raise no_room(error.strerror or type(error).__name__) from None
+                    raise no_room(error.strerror or str(error) or type(error).__name__) from None
                 self._zygote.listen(asyncio.get_running_loop())
             return self._zygote
 

@@ -42,6 +42,13 @@ class NoWorld:
 
 
 @dataclass(frozen=True)
+class LargeWorld(NoWorld):
+    """More than a socket keeps for who does not read."""
+
+    text: str = field(default_factory=lambda: "a" * 2**22)
+
+
+@dataclass(frozen=True)
 class Ended:
     """Ends its process: by a signal, or with a code (0 and up); the first time only, where `once` is a file to be."""
 
@@ -249,7 +256,8 @@ def test_a_zygote_that_is_slow_to_read_is_waited_for() -> None:
     with_workers(use)
 
 
-def test_a_zygote_that_never_answers_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("full", [False, True], ids=["asked", "that cannot be asked"])
+def test_a_zygote_that_never_answers_is_replaced(monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
     async def use(workers: Workers) -> None:
         assert await workers.run(Ended(0, "/"), "test") == "done"
         silent = workers._zygote
@@ -258,6 +266,9 @@ def test_a_zygote_that_never_answers_is_replaced(monkeypatch: pytest.MonkeyPatch
         await workers._forking  # the child in waiting could still answer
         silent.process.send_signal(signal.SIGSTOP)
         assert await workers.run(Ended(0, "/"), "test") == "done"
+        with contextlib.suppress(BlockingIOError):
+            while full:
+                silent.control.send(b"+" * 4096)
         with monkeypatch.context() as patch:
             patch.setattr(children, "BEGIN_TIMEOUT_S", 0.2)
             with pytest.raises(WorkerLost):
@@ -267,6 +278,28 @@ def test_a_zygote_that_never_answers_is_replaced(monkeypatch: pytest.MonkeyPatch
         assert workers._zygote is not silent
 
     with_workers(use)
+
+
+def test_a_zygote_that_does_not_read_its_world_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = list[subprocess.Popen[bytes]]()
+    popen = subprocess.Popen
+
+    def stopped(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        begun.append(popen(*args, **options))
+        begun[-1].send_signal(signal.SIGSTOP)
+        return begun[-1]
+
+    async def use(workers: Workers) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, "Popen", stopped)
+            patch.setattr(children, "BEGIN_TIMEOUT_S", 0.2)
+            with pytest.raises(EngineUnavailable, match="timed out"):
+                await workers.run(Ended(0, "/"), "test")
+        assert begun
+        assert all(one.returncode == -signal.SIGKILL for one in begun)
+        assert await workers.run(Ended(0, "/"), "test") == "done"
+
+    with_workers(use, LargeWorld)
 
 
 def test_where_no_process_can_begin_a_request_is_a_503_and_later_ones_are_served(

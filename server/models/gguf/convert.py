@@ -60,7 +60,7 @@ def convert(file: Path, folder: Path, report: Callable[[str], None]) -> None:
     if wrong := wrong_in(config.to_dict()):
         raise refused(header, f"it says, in a config's words, that {wrong}")
     folder.mkdir(parents=True, exist_ok=True)
-    with read_as(header, OF_MODEL):
+    with read_as(header, OF_MODEL, writes=True):
         if is_gguf_arch_supported(header.architecture):
             write_by_transformers(header, config, folder)
         else:

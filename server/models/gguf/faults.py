@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from prerope.server.errors import ConfigurationError, of_memory, of_system
 from prerope.server.models.config.faults import own_words
 from prerope.server.models.gguf.header import Header
+from prerope.server.models.json_files import unreadable
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +25,23 @@ def refused(header: Header, reason: str) -> ConfigurationError:
 
 
 @contextmanager
-def read_as(header: Header, fault: str) -> Iterator[None]:
-    """Inside, whatever code of others raises is a refusal, but what the system raised is an OSError.
+def read_as(header: Header, fault: str, *, writes: bool = False) -> Iterator[None]:
+    """Inside, whatever code of others raises is a refusal, and so is what the system says of reading the file.
 
-    fault: what is wrong with the file where something is refused, a clause.
+    fault: what is wrong with the file where something is refused, a clause. writes: something is written inside, too:
+    what the system raises there is an OSError.
     """
     try:
         yield
-    except (ConfigurationError, OSError):
+    except ConfigurationError:
         raise
     except Exception as error:  # readers of a format that grows raise whatever they meet
         if of_memory(error):
             raise
         if system := of_system(error):
-            raise system from error
+            if writes:
+                raise system from error
+            raise refused(header, unreadable(header.file.name, system)) from error
         log.debug("a GGUF file could not be read", exc_info=error)
         raise refused(header, f"{_reason(header, error, fault)}: {AGAIN}") from error
 

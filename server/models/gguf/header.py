@@ -19,6 +19,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.gguf.parts import MAGIC, parts_of
+from prerope.server.models.json_files import unreadable
 from prerope.server.models.stored import POINTER, cut_short
 
 VERSIONS = (2, 3)
@@ -111,6 +112,13 @@ def _check_counts(header: Header) -> None:
 
 
 def _read_file(file: Path) -> Header:
+    try:
+        return _read(file)
+    except OSError as error:
+        raise ConfigurationError(f"MODEL_ID={file} cannot be served: {unreadable(file.name, error)}.") from error
+
+
+def _read(file: Path) -> Header:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(len(POINTER))

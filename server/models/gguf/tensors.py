@@ -19,7 +19,7 @@ import torch
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checks.loaded import incomplete
 from prerope.server.models.folder import INDEX, WEIGHTS
-from prerope.server.models.gguf.faults import AGAIN, read_as, refused
+from prerope.server.models.gguf.faults import AGAIN, OF_MODEL, read_as, refused
 from prerope.server.models.gguf.header import Header, StoredTensor
 from prerope.server.models.gguf.parts import parts_of
 from prerope.server.models.stored import some
@@ -41,16 +41,17 @@ def write_by_transformers(header: Header, config: Any, folder: Path) -> None:
             f"{header.file.name}: split files of {header.architecture} models are not read in parts; join them once "
             "with llama.cpp's gguf-split --merge"
         )
-    model, info = AutoModelForCausalLM.from_pretrained(
-        header.file.parent,
-        gguf_file=header.file.name,
-        config=config,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    with read_as(header, OF_MODEL):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            header.file.parent,
+            gguf_file=header.file.name,
+            config=config,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     if wrong := incomplete(info):
         raise ConfigurationError(f"{header.file.name} cannot be served: {wrong}")
     model.save_pretrained(folder)
@@ -195,8 +196,14 @@ def _names_in(part: Path) -> list[str]:
 
 
 def dequantised(tensor: StoredTensor) -> Any:
-    """fp32 numbers, in torch's shape."""
-    raw = np.memmap(tensor.file, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.num_bytes,))
+    """fp32 numbers, in torch's shape. Read, not mapped: a page that cannot be read would end the process."""
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        raw = np.frombuffer(stream.read(tensor.num_bytes), dtype=np.uint8)
+    if len(raw) < tensor.num_bytes:
+        raise ConfigurationError(
+            f"{tensor.file.name} has become shorter while it was read: start again once it is whole"
+        )
     shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
     if tensor.kind == gguf.GGMLQuantizationType.BF16:
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)

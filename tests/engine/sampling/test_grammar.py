@@ -7,8 +7,11 @@ of some match.
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +25,7 @@ from prerope.server.engine.sampling.mask import allowed, constrain
 from prerope.server.engine.sequence import SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.models.model import Model
-from prerope.server.structured.matcher import CompiledGrammar, Prefix, TokenMatcher
+from prerope.server.structured.matcher import QUICK_S, CompiledGrammar, Prefix, TokenMatcher
 
 from tests.engine.sampling.test_sampler import sequence
 from tests.engine.tiny_models import VOCABULARY, assert_idle, greedy, prompt_of, request, run, tiny_engine, tokens_of
@@ -366,6 +369,47 @@ def test_a_panic_before_the_first_token_ends_its_request_alone(
     assert isinstance(failure, InvalidRequest)
     assert "_Panic: out of bounds" in failure.message
     assert_idle(engine)
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
+def test_what_ends_the_program_is_no_failure_of_a_reply(tables: LLTokenizer, end: type[BaseException]) -> None:
+    def ended(*_: object) -> LLMatcher:
+        raise end
+
+    grammar = compiled(tables, r"(ab)*")
+    with pytest.raises(end):
+        Prefix(ended, tables).complete("ab")
+    with pytest.raises(end):
+        TokenMatcher(ended, tables)
+    matcher = grammar.matcher()
+    matcher.ready.result()
+    monitor = cast("Any", matcher)
+    monitor._inner = SimpleNamespace(consume_token=ended)
+    with pytest.raises(end):
+        matcher.accept(1)
+
+
+def test_a_mask_is_slow_by_all_that_it_takes(tables: LLTokenizer) -> None:
+    """What differs is found under the interpreter's lock: one thread of those that do so is enough."""
+    computed_by: list[str] = []
+
+    class Slow:
+        def accept(self, token_id: int) -> None:
+            """What was drawn."""
+
+        def allowed(self, _: LLMatcher, mask: bytes) -> bytes:
+            computed_by.append(threading.current_thread().name)
+            until = time.thread_time() + 2 * QUICK_S
+            while time.thread_time() < until:
+                pass
+            return mask
+
+    matcher = TokenMatcher(compiled(tables, r"(ab)*")._copy, tables, cast("Any", Slow()))
+    for _ in range(2):
+        allowed = np.unpackbits(np.frombuffer(matcher.mask(), np.uint8), bitorder="little")
+        matcher.accept(int(allowed.argmax()))
+    matcher.ready.result()
+    assert [name.startswith("slow") for name in computed_by] == [False, True, True]
 
 
 @pytest.mark.parametrize("method", ["consume_tokens", "is_accepting"])

@@ -172,6 +172,32 @@ def test_a_conversion_that_fails_leaves_nothing_that_looks_whole(
     assert Path(resolve(gguf_file).source, "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("opened", [0, 1, 2, 9], ids=["at all", "its header", "its first tensor", "a later one"])
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_cache(
+    resolve: Callable[[object], Checkpoint],
+    gguf_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opened: int,
+    tmp_path: Path,
+) -> None:
+    """As of a disk with a bad sector, or a share that has gone."""
+    left, original = [opened], Path.open
+
+    def fails(path: Path, *args: Any, **kwargs: Any) -> Any:
+        left[0] -= path == gguf_file
+        if path == gguf_file and left[0] < 0:
+            raise OSError(5, "Input/output error")
+        return original(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", fails)
+        with pytest.raises(ConfigurationError, match=r"small-model\.gguf cannot be read: input/output error") as told:
+            resolve(gguf_file)
+    assert "CACHE_DIR" not in str(told.value)
+    assert not [path for path in (tmp_path / "cache").glob("*") if path.is_dir()]
+    assert Path(resolve(gguf_file).source, "model.safetensors").is_file()
+
+
 def test_what_a_killed_conversion_left_is_swept_away(resolve: Callable[[object], Checkpoint], gguf_file: Path) -> None:
     first = Path(resolve(gguf_file).source)
     partial = first.with_name(first.name + ".partial")
