@@ -51,7 +51,8 @@ class Pace:
     """How many rows of prompts a step takes while others stream: as many as go within the gap that streams may have.
 
     What a row takes grows with the prompt before it, and is known from the steps that ran last. A step that was too
-    long is followed by a shorter one: so the gap is met from the second step on, whatever stands in it besides.
+    long is followed by a shorter one: so the gap is met from the second step on, whatever stands in it besides. Before
+    any is known, a whole chunk is taken, or as few scored rows as ever.
 
     A row takes longer in few than in a whole chunk: behind 256 keys 1.4 times as long, behind 20,000 as long. So the
     two are known apart, and what a step takes for the others in it, and for having weights to read, is in neither.
@@ -83,8 +84,10 @@ class Pace:
 
     def most_rows(self, budget: int) -> int:
         """The number of prompt rows in a step beside streams; at most the budget."""
-        if self._gap_s is None or not self._whole_s:
+        if self._gap_s is None:
             return budget
+        if not self._whole_s:  # no prompt has been read since the start
+            return min(budget, WHOLE_ROWS)
         fitting = self._fitting(self._whole_s)
         if fitting >= budget:
             return budget
@@ -98,8 +101,10 @@ class Pace:
 
     def most_scored(self, budget: int) -> int:
         """The number of these rows whose prompt log-probabilities are computed."""
-        if self._gap_s is None or not self._whole_s:
+        if self._gap_s is None:
             return budget
+        if not self._whole_s:
+            return min(budget, LEAST_SCORED)
         return min(budget, max(LEAST_SCORED, int(min(SCORED_S, self._gap_s) / (self._few_s or self._whole_s))))
 
 

@@ -45,9 +45,9 @@ def yield_to_others(nice: int) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-ASIDE = 10
-"""How nice workers are, and threads whose work a client chooses, beside the engine's: eight of them together have less
-of a core than one of its threads."""
+ASIDE = 13
+"""How nice workers are, and threads whose work a client chooses, beside the engine's: eight of them together have half
+as much of a core as one of its threads. (At 10 they had nearly as much, and a stream's gap was three of its steps.)"""
 
 
 def step_aside() -> None:

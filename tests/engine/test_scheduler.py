@@ -311,8 +311,8 @@ def test_a_crowd_in_a_tiny_cache_ends(num_blocks: int) -> None:
 
 
 def test_chunks_beside_a_stream_are_sized_by_the_time_that_rows_take() -> None:
-    """Rows that cost ever more, as a prompt's do: every step but the first is within the gap, or a chunk of the least
-    size; without a stream, and without a gap, chunks are whole."""
+    """Rows that cost ever more, as a prompt's do: every step is within the gap, the first, of which nothing is known,
+    among them; without a stream, and without a gap, chunks are whole."""
     for gap_s, alone in ((0.5, False), (0.5, True), (None, False)):
         pace, sizes, seconds = Pace(gap_s), [], []
         scheduler = Scheduler(
@@ -332,8 +332,8 @@ def test_chunks_beside_a_stream_are_sized_by_the_time_that_rows_take() -> None:
         if alone or gap_s is None:
             assert set(sizes[:-1]) <= {511, 512}
             continue
-        assert max(seconds[1:]) <= 1.1 * gap_s
-        assert sizes[0] == 511
+        assert max(seconds) <= 1.1 * gap_s
+        assert sizes[0] == WHOLE_ROWS
         assert WHOLE_ROWS <= min(sizes[1:-1]) < sizes[1] < 512
         assert min(seconds[1:-1]) > 0.7 * gap_s, "no shorter than need be"
 
@@ -381,6 +381,12 @@ def test_a_row_behind_fewer_keys_ends_small_chunks() -> None:
     for _ in range(4):
         pace.add(LEAST_ROWS, 0.047 + 0.026, num_others=1)
     assert pace.most_rows(128) == WHOLE_ROWS
+
+
+def test_scored_rows_are_few_beside_a_stream_before_their_time_is_known() -> None:
+    pace = Pace(0.5)
+    assert (pace.most_rows(511), pace.most_scored(64)) == (WHOLE_ROWS, LEAST_SCORED)
+    assert (Pace(None).most_rows(511), Pace(None).most_scored(64)) == (511, 64)
 
 
 def test_scored_rows_are_few_beside_a_stream_where_they_take_long() -> None:
