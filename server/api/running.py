@@ -21,7 +21,7 @@ import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import structlog
@@ -43,7 +43,7 @@ from prerope.server.api.requests.structured import compiled
 from prerope.server.api.requests.task import ReadTask
 from prerope.server.api.stream.generation import Generation, while_connected
 from prerope.server.engine.async_engine import EngineState
-from prerope.server.engine.limits import check_documents
+from prerope.server.engine.limits import check_documents, check_sequences
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service
@@ -191,10 +191,14 @@ async def checked(service: Service, read: Read[Any]) -> list[tuple[TokenizedProm
 async def _checked(
     service: Service, request: GenerationRequest, prepared: Prepared
 ) -> list[tuple[TokenizedPrompt, SamplingParams]]:
+    prompts, choices = prepared.prompts, list[tuple[TokenizedPrompt, SamplingParams]]()
+    check_sequences(  # before they are made
+        service.engine.engine.config, len(prompts) * request.n, request.n * sum([len(one.ids) for one in prompts])
+    )
     grammar = None if prepared.constraint is None else await compiled(service, prepared.constraint)
-    choices = []
+    of_all = sampling_params(service, request, prepared, grammar)
     info, sampling = service.engine.info, request.sampling
-    for prompt in prepared.prompts:
+    for prompt in prompts:
         if prompt.documents and request.output.prompt_logprobs is not None:
             raise InvalidRequest(
                 "log-probabilities of the prompt are not there for documents that were read on their own: leave them "
@@ -204,9 +208,15 @@ async def _checked(
         max_tokens = service.text.max_tokens_that_fit(len(prompt.ids), sampling.max_tokens, sampling.default_max_tokens)
         if prompt.documents:
             check_documents(prompt.documents, len(prompt.ids), max_tokens, info)
-        bad = prepared.bad_token_ids
-        for index in range(request.n):
-            params = sampling_params(service, request, max_tokens, index=index, grammar=grammar, bad_token_ids=bad)
+        if of_all.min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"'min_tokens' is {of_all.min_tokens}, more than the {max_tokens} tokens to generate at most "
+                "(max_tokens)",
+                param="min_tokens",
+            )
+        for index in range(request.n):  # each draws from a seed of its own
+            seed = None if of_all.seed is None else (of_all.seed + index) % SEEDS
+            params = replace(of_all, max_tokens=max_tokens, seed=seed)
             if request.beams:
                 check_search(request.beams.width, prompt, params)
             choices.append((prompt, params))
@@ -232,25 +242,14 @@ def positions_of(service: Service, rope: RopeSpec | None) -> ModelPositions | No
 
 
 def sampling_params(
-    service: Service,
-    request: GenerationRequest,
-    max_tokens: int,
-    *,
-    index: int = 0,
-    grammar: CompiledGrammar | None = None,
-    bad_token_ids: tuple[tuple[int, ...], ...] = (),
+    service: Service, request: GenerationRequest, prepared: Prepared, grammar: CompiledGrammar | None
 ) -> SamplingParams:
-    """The engine's parameters of one choice; the choices of one request draw from seeds of their own."""
+    """The engine's parameters, as all choices of a request have them but for `max_tokens` and their seeds."""
     fields, output = request.sampling, request.output
-    if fields.min_tokens > max_tokens:
-        raise InvalidRequest(
-            f"'min_tokens' is {fields.min_tokens}, more than the {max_tokens} tokens to generate at most (max_tokens)",
-            param="min_tokens",
-        )
     defaults = service.sampling_defaults
     temperature = _or_default(fields.temperature, defaults.temperature)
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=0,
         min_tokens=fields.min_tokens,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
         top_p=max(_or_default(fields.top_p, defaults.top_p), LEAST_TOP_P),
@@ -261,10 +260,10 @@ def sampling_params(
         frequency_penalty=fields.frequency_penalty,
         logit_bias=fields.logit_bias,
         stop_token_ids=frozenset(fields.stop_token_ids),
-        allowed_token_ids=None if fields.allowed_token_ids is None else tuple(fields.allowed_token_ids),
-        bad_token_ids=bad_token_ids,
+        allowed_token_ids=prepared.allowed_token_ids,
+        bad_token_ids=prepared.bad_token_ids,
         ignore_eos=fields.ignore_eos,
-        seed=None if fields.seed in (None, NO_SEED) else (fields.seed + index) % SEEDS,
+        seed=None if fields.seed == NO_SEED else fields.seed,
         logprobs=output.logprobs,
         prompt_logprobs=output.prompt_logprobs,
         grammar=grammar,

@@ -16,7 +16,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -33,6 +33,9 @@ from prerope.server.errors import (
     engine_failure,
     explained,
 )
+
+TAKE_S = 0.002
+"""For what comes between two steps."""
 
 STEP_GRACE_S = 2.0
 """Seconds past the drain's deadline that a running step gets to end; then the thread is given up."""
@@ -282,11 +285,9 @@ class AsyncEngine:
     def _serve(self, engine: Engine) -> None:
         deadline: float | None = None
         while True:
-            commands = self._take(wait=not engine.has_work() and deadline is None)
-            self._turn_began = time.monotonic()
             taken: list[str] = []
             deliveries: list[_Delivery] = []
-            for command in commands:
+            for command in self._commands(wait=not engine.has_work() and deadline is None):
                 if isinstance(command, _Drain):
                     deadline = command.deadline
                 elif isinstance(command, _Abort):
@@ -302,15 +303,17 @@ class AsyncEngine:
             if deadline is not None and not engine.has_work():
                 return
 
-    def _take(self, *, wait: bool) -> list[_Command]:
+    def _commands(self, *, wait: bool) -> Iterator[_Command]:
+        """What has come; where it is much the rest comes after a step: one request may be a thousand sequences."""
         if wait:
             self._turn_began = None
-        commands: list[_Command] = [self._inbox.get()] if wait else []
-        while True:
+            yield self._inbox.get()
+        began = self._turn_began = time.monotonic()
+        while time.monotonic() - began < TAKE_S:
             try:
-                commands.append(self._inbox.get_nowait())
+                yield self._inbox.get_nowait()
             except queue.Empty:
-                return commands
+                return
 
 
 def _shut_down() -> EngineUnavailable:

@@ -169,12 +169,8 @@ def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: i
         )
 
 
-def check_room(config: EngineConfig, stats: EngineStats, num_prompt_tokens: int, num_sequences: int) -> None:
-    """Room for a request's sequences, whose prompts have `num_prompt_tokens` together, behind those that wait.
-
-    QueueFull where a limit is passed; InvalidRequest where it would be in an empty queue, too. (By its tokens a single
-    prompt never is: alone it may wait.)
-    """
+def check_sequences(config: EngineConfig, num_sequences: int, num_prompt_tokens: int) -> None:
+    """InvalidRequest where an empty queue has no room for a request (by its tokens: of several sequences)."""
     max_requests, max_tokens = config.max_queued_requests, config.max_queued_tokens
     if num_sequences > max_requests or (num_sequences > 1 and num_prompt_tokens > max_tokens):
         raise InvalidRequest(
@@ -183,6 +179,13 @@ def check_room(config: EngineConfig, stats: EngineStats, num_prompt_tokens: int,
             "(MAX_QUEUED_TOKENS); send smaller requests",
             code="too_many_sequences",
         )
+
+
+def check_room(config: EngineConfig, stats: EngineStats, num_prompt_tokens: int, num_sequences: int) -> None:
+    """QueueFull where a request's sequences, whose prompts have `num_prompt_tokens` together, have no room behind those
+    that wait; beside what `check_sequences` raises."""
+    check_sequences(config, num_sequences, num_prompt_tokens)
+    max_requests, max_tokens = config.max_queued_requests, config.max_queued_tokens
     if stats.num_waiting + num_sequences > max_requests:
         reason = f"{stats.num_waiting} requests are waiting and {num_sequences} more would pass "
         reason += f"MAX_QUEUED_REQUESTS, {max_requests}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass, field
@@ -63,7 +62,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop_token_ids: frozenset[int] = frozenset()
-    allowed_token_ids: tuple[int, ...] | None = None
+    allowed_token_ids: TokenIds[int] | None = None
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
@@ -127,7 +126,6 @@ class Sequence:
             a preemption.
         num_processed_tokens: prompt tokens of which that was so when a step was last collected.
         block_table: blocks of the cache, in order.
-        output_counts: how often each token was generated, for penalties.
         standing: what it asks of every draw, once one was made on the host.
         matcher: how far the output has come in its grammar, where it has one.
         deadline: the request's, or the deployment's where that comes first.
@@ -160,7 +158,6 @@ class Sequence:
     num_drafted: int = 0
     num_accepted: int = 0
     documents_found: dict[DocumentSpan, int] = field(default_factory=dict)
-    output_counts: Counter[int] = field(default_factory=Counter)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
     standing: Standing | None = None
@@ -298,7 +295,6 @@ class Sequence:
             self.num_pending -= 1
         else:
             self.token_ids.append(token_id)
-        self.output_counts[token_id] += 1
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from prerope.server.engine import async_engine, outputs
 from prerope.server.engine.async_engine import AsyncEngine, EngineState
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import FinishReason, TokenOutput
+from prerope.server.engine.sequence import EngineRequest
 from prerope.server.errors import (
     ClientGone,
     ConfigurationError,
@@ -97,6 +99,34 @@ def test_refusals_are_raised_by_the_call_itself(model: Model) -> None:
             assert len(await collect(engine.submit([request("0", prompt_of(5), greedy(2))])[0])) == 2
 
     go(scenario)
+
+
+def test_a_step_comes_between_what_comes_at_once(model: Model) -> None:
+    """One request may be a thousand sequences, and taking them in takes as long as ten steps."""
+    engine, happened = tiny_engine(model), list[str]()
+    add, step = engine.add, engine.step
+
+    def slow_add(request: EngineRequest) -> None:
+        happened.append("add")
+        time.sleep(async_engine.TAKE_S)
+        add(request)
+
+    def noted_step() -> list[tuple[str, TokenOutput]]:
+        happened.append("step")
+        return step()
+
+    engine.add, engine.step = slow_add, noted_step  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        async with served(lambda: engine) as served_engine:
+            streams = served_engine.submit([request(str(i), prompt_of(5), greedy(3)) for i in range(8)])
+            outputs = await asyncio.gather(*(collect(stream) for stream in streams))
+            assert [len(tokens_of(one)) for one in outputs] == [3] * 8
+            await until(lambda: idle(served_engine))
+
+    go(scenario)
+    assert happened.count("add") == 8
+    assert "add add add" not in " ".join(happened)
 
 
 def test_the_queue_counts_what_the_thread_has_not_seen_yet(model: Model) -> None:

@@ -5,6 +5,7 @@ Prefix, each document and the rest are tokenised apart, so a document's tokens d
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -58,10 +59,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """Token ids, and which of them are documents that are read on their own."""
+    """Token ids, and which of them are documents that are read on their own. A worker sends the ids packed."""
 
-    ids: list[int]
+    ids: Sequence[int]
     documents: tuple[DocumentSpan, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpacked, (array("i", self.ids).tobytes(), self.documents)
+
+
+def _unpacked(packed: bytes, documents: tuple[DocumentSpan, ...]) -> TokenizedPrompt:
+    return TokenizedPrompt(array("i", packed), documents)
 
 
 def _given(value: Any, param: str) -> Given:

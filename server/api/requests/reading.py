@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from prerope.server.tokenizer import Tokenizer
 
 B = TypeVar("B", bound=RequestBody)
+
+MAX_BAD_TOKENS = 4096
+"""Of all bad words together: at each draw as many may be compared, if a reply is made of them."""
 
 TOO_DEEP = f"The body is nested too deeply: at most {MAX_DEPTH} lists and objects may stand within each other."
 
@@ -114,12 +118,14 @@ class Prepared:
         tools: how a chat's reply may call tools.
         constraint: what the reply has to match.
         bad_token_ids: what may not be drawn one after another.
+        allowed_token_ids: each once; None: all are.
     """
 
     prompts: Sequence[TokenizedPrompt]
     tools: ToolUse | None = None
     constraint: GrammarText | None = None
     bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: array[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,11 +203,11 @@ def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
     for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         text.check_vocabulary(list(getattr(request.sampling, name) or ()), name)
     given, cut = request.input, request.truncation is not None
-    bad = bad_token_ids(text, request.sampling.bad_words)
+    bad, allowed = bad_token_ids(text, request.sampling.bad_words), allowed_token_ids(request)
     if not isinstance(given, Chat):
         read = [tokenized(text, prompt, to_be_cut=cut) for prompt in given]
         prompts = [TokenizedPrompt(truncated(text, one.ids, request), one.documents) for one in read]
-        return Prepared(prompts, None, request.constraint, bad)
+        return Prepared(prompts, None, request.constraint, bad, allowed)
     use = ToolUse.of(text.tokenizer, given)
     constraint = _constraint(request, use)
     tools = () if use is None else use.for_template
@@ -210,7 +216,7 @@ def prepare(text: ModelText, request: GenerationRequest) -> Prepared:
     else:
         read_chat = chat_prompt(text, given, tools=tools, to_be_cut=cut)
     prompt = TokenizedPrompt(truncated(text, read_chat.ids, request), read_chat.documents)
-    return Prepared([prompt], use, constraint, bad)
+    return Prepared([prompt], use, constraint, bad, allowed)
 
 
 def tokenized(text: ModelText, prompt: Prompt, *, to_be_cut: bool = False) -> TokenizedPrompt:
@@ -249,7 +255,7 @@ def _ids(
     return ids
 
 
-def truncated(text: ModelText, ids: list[int], request: GenerationRequest) -> list[int]:
+def truncated(text: ModelText, ids: Sequence[int], request: GenerationRequest) -> Sequence[int]:
     """A prompt cut as the request asks; −1 leaves room for what is to be generated."""
     truncation, sampling = request.truncation, request.sampling
     if truncation is None:
@@ -266,11 +272,24 @@ def truncated(text: ModelText, ids: list[int], request: GenerationRequest) -> li
     return ids[-num_tokens:] if truncation.side == "left" else ids[:num_tokens]
 
 
+def allowed_token_ids(request: GenerationRequest) -> array[int] | None:
+    """Each of those that may be drawn once: a body has room for millions."""
+    given = request.sampling.allowed_token_ids
+    return None if given is None else array("i", sorted(set(given)))
+
+
 def bad_token_ids(text: ModelText, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """The token ids of words at the beginning of a text and after a space: what may not be drawn one after another."""
     encode = text.tokenizer.encode
     spelled = (tuple(encode(space + word, add_special_tokens=False)) for word in words for space in ("", " "))
-    return tuple(dict.fromkeys(ids for ids in spelled if ids))
+    found = tuple(dict.fromkeys(ids for ids in spelled if ids))
+    if (total := sum(map(len, found))) > MAX_BAD_TOKENS:
+        raise InvalidRequest(
+            f"'bad_words' are {total} tokens together, at the beginning of a text and after a space; at most "
+            f"{MAX_BAD_TOKENS} can be watched for: give fewer or shorter ones",
+            param="bad_words",
+        )
+    return found
 
 
 def _constraint(request: GenerationRequest, use: ToolUse | None) -> GrammarText | None:

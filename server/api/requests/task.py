@@ -52,4 +52,5 @@ def _slim(read: Read[Any]) -> Read[Any]:
     left: Chat | tuple[()] = ()
     if isinstance(given, Chat):
         left = dataclasses.replace(given, messages=(), tools=(), documents=(), template_kwargs={})
-    return Read(body, dataclasses.replace(read.request, input=left, constraint=None), prepared)
+    sampling = dataclasses.replace(read.request.sampling, allowed_token_ids=None)
+    return Read(body, dataclasses.replace(read.request, input=left, constraint=None, sampling=sampling), prepared)

@@ -52,10 +52,9 @@ def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> No
         penalty = sampling.repetition_penalty
         penalised = torch.where(row < 0, row * penalty, row / penalty)
         row.copy_(torch.where(standing.seen(sequence.token_ids), penalised, row))
-    if sequence.output_counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        output = list(sequence.output_counts)
-        counts = torch.tensor(list(sequence.output_counts.values()), dtype=row.dtype, device=row.device)
-        row[output] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        written, counts = standing.counted(sequence.token_ids, sequence.num_prompt_tokens)
+        row[written] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     if sampling.allowed_token_ids is not None or sampling.bad_token_ids:
         ban(row, sequence, standing)
     if sequence.matcher is None and sequence.num_output_tokens < sampling.min_tokens:
@@ -65,20 +64,9 @@ def adjust(row: Tensor, sequence: Sequence, eos_token_ids: frozenset[int]) -> No
 def ban(row: Tensor, sequence: Sequence, standing: Standing) -> None:
     """Lower what is not allowed by more than any logit, in place on one row [V]: where a grammar or `min_tokens` leaves
     nothing else, it is drawn after all."""
-    sampling, output = sequence.sampling, sequence.token_ids[sequence.num_prompt_tokens :]
-    banned = [
-        bad[-1]
-        for bad in sampling.bad_token_ids
-        if bad[-1] < row.shape[0] and (len(bad) == 1 or _ends_with(output, bad[:-1]))
-    ]
-    row[banned] += BANNED
+    row[standing.banned(sequence.token_ids, sequence.num_prompt_tokens)] += BANNED
     if standing.forbidden is not None:
         row.copy_(torch.where(standing.forbidden, row + BANNED, row))
-
-
-def _ends_with(output: list[int], end: tuple[int, ...]) -> bool:
-    """Looks at more than one token only where that is the same."""
-    return output[-1:] == [end[-1]] and tuple(output[-len(end) :]) == end
 
 
 def draw(row: Tensor, sampling: SamplingParams, generator: torch.Generator | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections import Counter
 from typing import Any
 from unittest.mock import patch
 
@@ -135,6 +137,26 @@ def test_presence_and_frequency_are_over_the_output() -> None:
     torch.testing.assert_close(actual, expected)
     nothing_yet = adjusted(SamplingParams(max_tokens=9, presence_penalty=0.4, frequency_penalty=0.25), output=[])
     assert torch.equal(nothing_yet, random_logits(20))
+
+
+def test_penalties_and_bad_words_follow_a_reply_as_it_grows() -> None:
+    """What is kept from draw to draw is what would be found anew."""
+    bad = ((5,), (3, 4, 6), (6, 6, 1), (7, 2), (39, 99))
+    sampling = SamplingParams(max_tokens=99, presence_penalty=0.4, frequency_penalty=0.25, bad_token_ids=bad)
+    grown, drawn = sequence(sampling, PROMPT), random.Random(0)
+    for _ in range(200):
+        anew = sequence(sampling, PROMPT, grown.token_ids[len(PROMPT) :])
+        rows = random_logits(40), random_logits(40), random_logits(40)
+        adjust(rows[0], grown, EOS)
+        adjust(rows[1], anew, EOS)
+        assert torch.equal(rows[0], rows[1])
+        output = grown.token_ids[len(PROMPT) :]
+        for token, count in Counter(output).items():
+            rows[2][token] -= 0.4 + 0.25 * count
+        endings = [one for one in bad if one[-1] < 40 and tuple(output[len(output) + 1 - len(one) :]) == one[:-1]]
+        rows[2][[one[-1] for one in endings if len(output) >= len(one) - 1]] += BANNED
+        torch.testing.assert_close(rows[0], rows[2])
+        grown.append(drawn.choice([3, 4, 6, 6, 6, 7, 2, drawn.randrange(40)]))
 
 
 def test_bias_comes_before_the_repetition_penalty() -> None:
