@@ -15,7 +15,8 @@ from prerope.server.api.chat.trial import TemplateTrial, is_tame
 from prerope.server.api.fairness import BODIES, BodyRoom
 from prerope.server.api.requests.reading import ModelText
 from prerope.server.byte_cache import ByteCache, CacheStats
-from prerope.server.engine.async_engine import AsyncEngine, EngineState
+from prerope.server.engine.async_engine import AsyncEngine
+from prerope.server.engine.life import EngineState
 from prerope.server.errors import EngineUnavailable
 from prerope.server.log import place_of
 from prerope.server.metrics import EngineSnapshot, Metrics

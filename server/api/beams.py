@@ -21,7 +21,8 @@ from prerope.server.api.fairness import current_hold
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import GenerationRequest
 from prerope.server.api.stream.generation import Generation
-from prerope.server.engine.outputs import ALTERNATIVE, FinishReason, OutputStream, TokenLogprobs, TokenOutput
+from prerope.server.engine.async_engine import OutputStream
+from prerope.server.engine.outputs import ALTERNATIVE, FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import InvalidRequest
 from prerope.server.service import Service

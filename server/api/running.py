@@ -42,7 +42,7 @@ from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.requests.task import ReadTask
 from prerope.server.api.stream.generation import Generation, while_connected
-from prerope.server.engine.async_engine import EngineState
+from prerope.server.engine.life import EngineState
 from prerope.server.engine.limits import check_documents, check_sequences
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import InvalidRequest

@@ -16,44 +16,22 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
+from types import TracebackType
 from typing import Any
 
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.life import Drain, EngineLife, EngineState, shut_down
 from prerope.server.engine.limits import EngineStats, ModelInfo, check_room, retry_after_s
-from prerope.server.engine.outputs import OutputStream, TokenOutput
+from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import EngineRequest
-from prerope.server.errors import (
-    EngineUnavailable,
-    RequestError,
-    engine_failure,
-    explained,
-)
+from prerope.server.errors import ClientGone, EngineUnavailable, RequestError, explained
 
 TAKE_S = 0.002
 """For what comes between two steps."""
-
-STEP_GRACE_S = 2.0
-"""Seconds past the drain's deadline that a running step gets to end; then the thread is given up."""
-
-
-class EngineState(StrEnum):
-    LOADING = "loading"
-    READY = "ready"
-    HUNG = "hung"
-    DRAINING = "draining"
-    DEAD = "dead"
-
-
-@dataclass(frozen=True, slots=True)
-class _Drain:
-    """Finish what runs until `deadline` (monotonic seconds), then abort the rest and end the thread."""
-
-    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +39,61 @@ class _Abort:
     request_id: str
 
 
-_Command = EngineRequest | _Abort | _Drain
+MAX_UNREAD = 4096
+"""Outputs that wait for a reader who is slower than the engine; past that, the request is aborted."""
+
+
+class OutputStream(AsyncGenerator[TokenOutput, None]):
+    """The outputs of one request. Closing it early, started or not, aborts the request within a step."""
+
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self._abort = abort
+        self._items: asyncio.Queue[TokenOutput | RequestError] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, item: TokenOutput | RequestError) -> None:
+        """Hand an item over. A reader that lets more than `MAX_UNREAD` pile up gets an error after those."""
+        self._items.put_nowait(item)
+        if self._items.qsize() > MAX_UNREAD and isinstance(item, TokenOutput) and item.finish_reason is None:
+            self._items.put_nowait(
+                ClientGone(f"{MAX_UNREAD} outputs were not read: the reader is too slow", code="reader_too_slow")
+            )
+            self._abort()
+
+    async def asend(self, _value: None) -> TokenOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            item = await self._items.get()
+        except asyncio.CancelledError:
+            self._close()
+            raise
+        if isinstance(item, RequestError):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    async def athrow(
+        self, typ: Any, val: BaseException | object = None, _tb: TracebackType | None = None
+    ) -> TokenOutput:
+        self._close()
+        raise val if isinstance(val, BaseException) else typ
+
+    async def aclose(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._abort()
+
+
+_Command = EngineRequest | _Abort | Drain
 _Delivery = tuple[str, TokenOutput]
 
 
-class AsyncEngine:
+class AsyncEngine(EngineLife):
     """One engine, loaded and stepped by a thread of its own. All methods are called on the event loop.
 
     Attributes:
@@ -81,21 +109,13 @@ class AsyncEngine:
     ) -> None:
         """step_timeout_s: after which a step that has not ended is a hung one; `tell_of_step` hears of it, and of its
         end."""
+        super().__init__()
         self._load = load
-        self._engine: Engine | None = None
-        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._streams: dict[str, OutputStream] = {}
-        self._unseen: dict[str, int] = {}  # submitted, not yet in `_stats`: request id → prompt tokens
         self._stats: EngineStats | None = None
-        self._loaded = asyncio.Event()
-        self._stopped = asyncio.Event()
-        self._left = False  # the thread hangs in a step; nobody waits for it
         self._step_timeout_s, self._tell_of_step = step_timeout_s, tell_of_step
         self._turn_began: float | None = None  # monotonic seconds; None while the thread waits for work
         self._told_of_step = False
-        self._state = EngineState.LOADING
-        self.failure: BaseException | None = None
 
     @property
     def state(self) -> EngineState:
@@ -116,21 +136,6 @@ class AsyncEngine:
         return self._thread.ident
 
     # --- on the event loop ---
-
-    def start(self) -> None:
-        """Begin loading; within a running event loop."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
-
-    async def wait_until_loaded(self) -> None:
-        """Wait until the engine is READY; raises the reason where it will never be."""
-        await self._loaded.wait()
-        if self.failure is not None:
-            raise self.failure
-
-    async def wait_until_stopped(self) -> None:
-        """Wait until the thread has ended: drained, or dead."""
-        await self._stopped.wait()
 
     @property
     def engine(self) -> Engine:
@@ -193,26 +198,6 @@ class AsyncEngine:
         self._unseen.pop(request_id, None)  # the thread takes the abort right after the request: it never waits
         self._inbox.put(_Abort(request_id))
 
-    async def shutdown(self, timeout_s: float) -> None:
-        """Refuse new work, finish what runs, abort what is left after `timeout_s`, and end the thread.
-
-        A step that is not over `STEP_GRACE_S` later is not waited for: what is open fails, and the thread is left.
-        """
-        if self._state in (EngineState.READY, EngineState.LOADING):
-            self._state = EngineState.DRAINING
-        self._inbox.put(_Drain(time.monotonic() + timeout_s))
-        if not self._thread.is_alive() or self._engine is None:
-            return
-        try:
-            async with asyncio.timeout(timeout_s + STEP_GRACE_S):
-                await self._stopped.wait()
-        except TimeoutError:
-            self._fail_streams(_shut_down())
-            self._stopped.set()
-            self._left = True
-        if not self._left:
-            await asyncio.to_thread(self._thread.join)
-
     def _deliver(self, stats: EngineStats, taken: list[str], deliveries: list[_Delivery]) -> None:
         self._stats = stats
         for request_id in taken:
@@ -242,29 +227,6 @@ class AsyncEngine:
             self._tell_of_step(self._told_of_step)
         self._loop.call_later(min(1.0, max(0.1, self._step_timeout_s / 4)), self._look_at_step)
 
-    def lose(self, failure: BaseException) -> None:
-        """What a step needs is gone, so it may never end. Called on any thread."""
-        self._post(self._give_up, failure)
-
-    def _give_up(self, failure: BaseException) -> None:
-        self._left = True
-        self._die(failure)
-
-    def _die(self, failure: BaseException) -> None:
-        if self._state is EngineState.DEAD or self._stopped.is_set():
-            return
-        self._state = EngineState.DEAD
-        self.failure = failure
-        self._fail_streams(engine_failure(failure))
-        self._loaded.set()
-        self._stopped.set()
-
-    def _fail_streams(self, error: RequestError) -> None:
-        for stream in self._streams.values():
-            stream.put(error)
-        self._streams.clear()
-        self._unseen.clear()
-
     # --- on the engine thread ---
 
     def _run(self) -> None:
@@ -288,7 +250,7 @@ class AsyncEngine:
             taken: list[str] = []
             deliveries: list[_Delivery] = []
             for command in self._commands(wait=not engine.has_work() and deadline is None):
-                if isinstance(command, _Drain):
+                if isinstance(command, Drain):
                     deadline = command.deadline
                 elif isinstance(command, _Abort):
                     engine.abort(command.request_id)
@@ -296,7 +258,7 @@ class AsyncEngine:
                     taken.append(command.request_id)
                     engine.add(command)
             if deadline is not None and time.monotonic() >= deadline:
-                deliveries += engine.abort_all(_shut_down())
+                deliveries += engine.abort_all(shut_down())
             if engine.has_work():
                 deliveries += engine.step()
             self._post(self._deliver, engine.stats(), taken, deliveries)
@@ -314,7 +276,3 @@ class AsyncEngine:
                 yield self._inbox.get_nowait()
             except queue.Empty:
                 return
-
-
-def _shut_down() -> EngineUnavailable:
-    return EngineUnavailable("the server shut down before the reply was complete; send it again", code="draining")

@@ -15,7 +15,7 @@ from types import FrameType
 import structlog
 import uvicorn
 from fastapi import FastAPI
-from prerope.server.engine.async_engine import EngineState
+from prerope.server.engine.life import EngineState
 from prerope.server.errors import ConfigurationError, OutOfMemory, of_system, words_of
 from prerope.server.http.connection import Connection, Door
 from prerope.server.log import LEVELS, trace

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from prerope.rope.spec import RopeSpec
-from prerope.server.engine import async_engine, outputs
-from prerope.server.engine.async_engine import AsyncEngine, EngineState
+from prerope.server.engine import async_engine, life
+from prerope.server.engine.async_engine import AsyncEngine
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.life import EngineState
 from prerope.server.engine.outputs import FinishReason, TokenOutput
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.errors import (
@@ -339,7 +340,7 @@ def test_the_loop_is_free_while_the_engine_steps(model: Model) -> None:
 
 def test_a_reader_that_does_not_read_is_cut_off(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it may still read is bounded, and ends with an error; its blocks are free and others go on."""
-    monkeypatch.setattr(outputs, "MAX_UNREAD", 8)
+    monkeypatch.setattr(async_engine, "MAX_UNREAD", 8)
 
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model)) as engine:
@@ -357,7 +358,7 @@ def test_a_reader_that_does_not_read_is_cut_off(model: Model, monkeypatch: pytes
 
 
 def test_a_step_that_never_ends_is_left_at_shutdown(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(async_engine, "STEP_GRACE_S", 0.1)
+    monkeypatch.setattr(life, "STEP_GRACE_S", 0.1)
     released = threading.Event()
 
     async def scenario() -> None:

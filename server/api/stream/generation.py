@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from prerope.server.api.requests.internal import GenerationRequest
-from prerope.server.engine.outputs import FinishReason, OutputStream, Timings, TokenLogprobs, TokenOutput
+from prerope.server.engine.async_engine import OutputStream
+from prerope.server.engine.outputs import FinishReason, Timings, TokenLogprobs, TokenOutput
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.errors import ClientGone
 from prerope.server.metrics import Metrics

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 import torch
-from prerope.server.engine.async_engine import EngineState
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.life import EngineState
 from prerope.server.engine.outputs import FinishReason
 from prerope.server.engine.step import Arrival
 from prerope.server.errors import EngineFailure, OutOfMemory

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from prerope.server.engine.async_engine import EngineState
+from prerope.server.engine.life import EngineState
 
 from tests.server.test_cli import free_port, wait_for
 from tests.test_docker import router_files
