@@ -145,11 +145,11 @@ def test_litellm_keeps_a_conversation_and_passes_a_draining_replica_by(
 
 def codes_while_one_drains(url: str, engine: Any) -> set[int]:
     """Of chats of many conversations, while this replica says 503."""
-    engine.state = EngineState.DRAINING
+    engine._state = EngineState.DRAINING
     try:
         return codes(url)
     finally:
-        engine.state = EngineState.READY
+        engine._state = EngineState.READY
 
 
 def codes(url: str) -> set[int]:
@@ -172,12 +172,12 @@ def test_nginx_sends_on_all_that_comes_once_replicas_are_back(
     """Streams that begin at once, the first of them not over yet, after every replica has said 503."""
     engines = [serve_module.running(replica).service.engine for replica in replicas]
     for engine in engines:
-        engine.state = EngineState.DRAINING
+        engine._state = EngineState.DRAINING
     try:
         assert codes(nginx) == {503}
     finally:
         for engine in engines:
-            engine.state = EngineState.READY
+            engine._state = EngineState.READY
     time.sleep(2.5)
     body = BODY | {"model": "prerope", "max_tokens": 100, "ignore_eos": True, "stop": None}
     with through(nginx) as http, ExitStack() as streams:
