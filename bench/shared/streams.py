@@ -80,10 +80,11 @@ def read_completion(started: float, chunks: Sequence[tuple[float, bytes]]) -> Co
     """
     events: list[tuple[float, str, int | None]] = []  # arrival, text, tokens that the server says it carries
     usage: dict[str, Any] = {}
-    so_far = 0
+    so_far, told_at = 0, started
     for at, payload in split_events(chunks):
         if payload == b"[DONE]":
             continue
+        told_at = at
         body = decode_event(payload)
         usage = body.get("usage") or usage
         for choice in body.get("choices") or ([body] if "token_ids" in body else ()):
@@ -93,6 +94,7 @@ def read_completion(started: float, chunks: Sequence[tuple[float, bytes]]) -> Co
             events.append((at, text, said))
     if "completion_tokens" not in usage:
         raise StreamFailed("the stream ended without a usage: the number of tokens is not known")
+    events = events or [(told_at, "", None)]  # a stop string has taken all text away: its tokens are told of at the end
     counts = tokens_per_event([text for _, text, _ in events], [n for _, _, n in events], usage["completion_tokens"])
     times = tuple(at for (at, _, _), n in zip(events, counts, strict=True) for _ in range(n))
     if not times:

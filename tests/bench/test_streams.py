@@ -51,6 +51,11 @@ def test_one_token_an_event() -> None:
     assert completion.prompt_tokens == 5
 
 
+def test_tokens_whose_text_a_stop_string_has_taken_come_with_the_end() -> None:
+    end = {"id": "gen-1", "finish_reason": "stop", "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+    assert read_completion(0.0, [(1.0, b": keep-alive\n\n"), (3.0, sse(end, "[DONE]"))]).token_times == (3.0, 3.0)
+
+
 def test_token_ids_say_how_many_tokens_an_event_has() -> None:
     pieces = [(1.0, sse(chunk("ab", token_ids=[1, 2, 3]))), (2.0, sse(chunk("c", token_ids=[4]), usage(4)))]
     completion = read_completion(0.0, pieces)
