@@ -205,6 +205,7 @@ def resident_bytes() -> int:
 def on_a_deep_stack(function: Callable[[], T]) -> Future[T]:
     """`function()` on a thread of its own, which nobody waits for at exit."""
     result: Future[T] = Future()
+    result.set_running_or_notify_cancel()  # whoever waits for it may leave, and it cannot be stopped
 
     def run() -> None:
         try:

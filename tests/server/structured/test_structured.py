@@ -437,6 +437,30 @@ def test_what_a_worker_looked_at_is_not_looked_at_again(tokenizer: Tokenizer, mo
     assert looked == [grammar.text]
 
 
+def test_who_leaves_while_a_grammar_is_compiled_leaves_no_trace_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised, begun, go_on = list[Any](), threading.Event(), threading.Event()
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+
+    def compiled() -> threading.Thread:
+        begun.set()
+        assert go_on.wait(20)
+        return threading.current_thread()
+
+    async def leave() -> None:
+        result = compiling.on_a_deep_stack(compiled)
+        client = asyncio.ensure_future(asyncio.wrap_future(result))
+        await asyncio.to_thread(begun.wait, 20)
+        client.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client
+        go_on.set()
+        thread = await asyncio.to_thread(result.result, 20)
+        await asyncio.to_thread(thread.join, 20)
+
+    asyncio.run(leave())
+    assert raised == []
+
+
 def test_slow_masks_are_the_same_and_computed_by_a_thread_that_steps_aside(tokenizer: Tokenizer) -> None:
     """None of Python's, which would keep the interpreter's lock while it waits for a core."""
     tables = compiling.token_tables(tokenizer, "regex")
