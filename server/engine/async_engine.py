@@ -1,6 +1,6 @@
 """The engine on its own thread, for an event loop: requests go in through an inbox, outputs come back to the loop.
 
-    submit ─ inbox ─ engine thread: add, step ─ call_soon_threadsafe ─ OutputStream, one a request
+    submit ─ inbox ─ engine thread: add, abort, step ─ call_soon_threadsafe ─ OutputStream, one a request
 
 The loop never waits for a step and the thread never touches a loop object but through `call_soon_threadsafe`. The
 thread loads the engine, then drains its inbox and steps while there is work, and sleeps on the inbox when there is
@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -32,12 +32,6 @@ from prerope.server.errors import ClientGone, EngineUnavailable, RequestError, e
 
 TAKE_S = 0.002
 """For what comes between two steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request_id: str
-
 
 MAX_UNREAD = 4096
 """Outputs that wait for a reader who is slower than the engine; past that, the request is aborted."""
@@ -89,7 +83,7 @@ class OutputStream(AsyncGenerator[TokenOutput, None]):
             self._abort()
 
 
-_Command = EngineRequest | _Abort | Drain
+_Command = EngineRequest | Drain
 _Delivery = tuple[str, TokenOutput]
 
 
@@ -112,6 +106,7 @@ class AsyncEngine(EngineLife):
         super().__init__()
         self._load = load
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._aborts: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stats: EngineStats | None = None
         self._step_timeout_s, self._tell_of_step = step_timeout_s, tell_of_step
         self._turn_began: float | None = None  # monotonic seconds; None while the thread waits for work
@@ -195,8 +190,8 @@ class AsyncEngine(EngineLife):
 
     def _abort(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
-        self._unseen.pop(request_id, None)  # the thread takes the abort right after the request: it never waits
-        self._inbox.put(_Abort(request_id))
+        self._unseen.pop(request_id, None)  # without a stream the thread does not take it in
+        self._aborts.put(request_id)
 
     def _deliver(self, stats: EngineStats, taken: list[str], deliveries: list[_Delivery]) -> None:
         self._stats = stats
@@ -252,11 +247,11 @@ class AsyncEngine(EngineLife):
             for command in self._commands(wait=not engine.has_work() and deadline is None):
                 if isinstance(command, Drain):
                     deadline = command.deadline
-                elif isinstance(command, _Abort):
-                    engine.abort(command.request_id)
-                else:
+                elif command.request_id in self._streams:  # else it was aborted while it waited here
                     taken.append(command.request_id)
                     engine.add(command)
+            while not self._aborts.empty():  # after what was taken in, before the next step
+                engine.abort(self._aborts.get())
             if deadline is not None and time.monotonic() >= deadline:
                 deliveries += engine.abort_all(shut_down())
             if engine.has_work():

@@ -130,6 +130,49 @@ def test_a_step_comes_between_what_comes_at_once(model: Model) -> None:
     assert "add add add" not in " ".join(happened)
 
 
+def test_who_goes_does_not_wait_behind_what_is_taken_in(model: Model) -> None:
+    """A thousand sequences may stand in the inbox: what goes from there is not begun, and what runs ends at once."""
+    engine, happened, hold = tiny_engine(model), list[str](), threading.Event()
+    add, step, abort = engine.add, engine.step, engine.abort
+
+    def slow_add(request: EngineRequest) -> None:
+        happened.append(f"add {request.request_id}")
+        time.sleep(async_engine.TAKE_S)
+        add(request)
+
+    def held_step() -> list[tuple[str, TokenOutput]]:
+        happened.append("step")
+        hold.wait(TIMEOUT_S)
+        return step()
+
+    def noted_abort(request_id: str) -> TokenOutput | None:
+        found = abort(request_id)
+        if found is not None:
+            happened.append(f"abort {request_id}")
+        return found
+
+    engine.add, engine.step, engine.abort = slow_add, held_step, noted_abort  # type: ignore[method-assign]
+
+    async def scenario() -> None:
+        async with served(lambda: engine) as served_engine:
+            try:
+                (running,) = served_engine.submit([request("runs", prompt_of(5), greedy(99))])
+                await until(lambda: "step" in happened)
+                gone = served_engine.submit([request(f"gone {i}", prompt_of(5), greedy(3)) for i in range(20)])
+                left = served_engine.submit([request(f"left {i}", prompt_of(5), greedy(3)) for i in range(3)])
+                for stream in (*gone, running):
+                    await stream.aclose()
+                assert served_engine.stats().num_waiting == 3
+            finally:
+                hold.set()
+            assert [len(tokens_of(await collect(stream))) for stream in left] == [3] * 3
+            await until(lambda: idle(served_engine))
+
+    go(scenario)
+    assert not [what for what in happened if "gone" in what]
+    assert happened.index("abort runs") < happened.index("step", 2), "before the next step"
+
+
 def test_the_queue_counts_what_the_thread_has_not_seen_yet(model: Model) -> None:
     async def scenario() -> None:
         async with served(lambda: tiny_engine(model, max_queued_requests=3, max_queued_tokens=100)) as engine:
