@@ -72,7 +72,7 @@ def _turned(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(queries [parts, T, Hq, D], turned keys [T, Hkv, D], values [T, Hkv, Dv]) of a prompt."""
     from prerope.cache.kernels.triton import prefill as own
-    from prerope.cache.kernels.triton.launch import arguments, constants, launch
+    from prerope.cache.kernels.triton.launch import arguments, constants, launch, num_programs
 
     heads, kv_heads, dim = query.shape[1], keys.shape[2], keys.shape[3]
     (one,) = plan.passes
@@ -85,7 +85,8 @@ def _turned(
     scratch = torch.empty(one.scratch_rows, kv_heads, dim, dtype=keys.dtype, device=query.device)
     given = arguments(query, keys, values, plan, options, query)
     given |= {"turned_queries": turned, "scratch": scratch, "first_head": 0, "scratch_heads": kv_heads}
-    launch(own.turn_queries_kernel, (len(plan.tiles), plan.num_parts, kv_heads), given, fixed)
+    programs = num_programs(kv_heads, heads // kv_heads, chosen)
+    launch(own.turn_queries_kernel, (len(plan.tiles), plan.num_parts, programs), given, fixed)
     launch(own.turn_keys_kernel, (one.key_programs, kv_heads), given, fixed)
     return turned, scratch, values.index_select(0, plan.blocks[0]).flatten(0, 1)[: one.scratch_rows]
 

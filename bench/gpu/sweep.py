@@ -1,25 +1,31 @@
 """Which tile sizes, stages and order of the grid are fastest on this card? Candidates beside what is shipped.
 
     python -m bench.gpu.sweep --minutes 1.5        # on a card; --toy proves the program without one
+    python -m bench.gpu.sweep --keep               # and servers on this card take what was fastest
     ncu python -m bench.gpu.sweep --once           # both kernels as they are shipped, a few launches each
 
 A candidate counts only where its rows are those of the shipped configuration, within rounding. One that cannot be
-compiled for the card, or asks for more than it has, is told and left out.
+compiled for the card, or asks for more than it has, is told and left out. What is kept (`cache.cuda.tiles`) is of each
+kernel the candidate that was fastest over all cases, where it gained enough, for heads of the shape that was measured.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from prerope.cache.cuda.attention import cuda_attention
+from prerope.cache.cuda.tiles import Choice, keep
+from prerope.server.machine.places import default_cache_dir
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -31,10 +37,14 @@ from bench.shared import options
 from bench.shared.clock import Clock, copy_rate, matmul_rate, warm
 from bench.shared.machine import describe_machine
 from bench.shared.report import NOTHING, Report, Table
+from bench.shared.shapes import AttentionShape
 
 KERNELS = "prerope.cache.kernels.triton"
 SAME = 2e-2
 """Of a row's size: what another order of sums may change in bf16."""
+
+GAIN = 0.98
+"""Of the shipped one's time, over all cases: what is not below is noise, and not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +106,12 @@ def attended(step: Step) -> Tensor:
     return cuda_attention(step.query, step.keys, step.values, step.metadata, step.options)
 
 
+def measured_model(plan: Plan, toy: bool) -> tuple[str, AttentionShape]:
+    return next((name, model) for name, model in plan.models.items() if toy or name == "llama-3-8b")
+
+
 def cases(plan: Plan, toy: bool) -> Iterator[tuple[str, list[Candidate], Callable[[torch.device], Step]]]:
-    name, model = next((name, model) for name, model in plan.models.items() if toy or name == "llama-3-8b")
+    name, model = measured_model(plan, toy)
     decode = [(2, 96)] if toy else [(8, 32768), (1, 131072)]
     for batch, context in decode:
         for method in (RAW, "rope", "rerope"):
@@ -159,6 +173,31 @@ def products(clock: Clock, dtype: torch.dtype, toy: bool, left_out: dict[str, st
     return found
 
 
+def fastest(ms: dict[str, float], kernel: str, candidates: Sequence[Candidate]) -> Candidate | None:
+    """Over all cases of this kernel in which others than the shipped one were asked; None where that one is."""
+    names = [name.rsplit(": ", 1) for name in ms if name.startswith(kernel)]
+    asked = {case for case, name in names if any(name == one.name for one in candidates[1:])}
+    shares = {}
+    for one in candidates[1:]:
+        found = [ms.get(f"{case}: {one.name}", float("inf")) / ms[f"{case}: shipped"] for case in asked]
+        if one.instead is None and found:
+            shares[one.name] = statistics.geometric_mean(found) if max(found) < float("inf") else float("inf")
+    best = min(candidates[1:], key=lambda one: shares.get(one.name, float("inf")))
+    return best if shares.get(best.name, float("inf")) < GAIN else None
+
+
+def choices(ms: dict[str, float], plan: Plan, toy: bool) -> list[Choice]:
+    """What `cache.cuda.tiles` keeps of these times."""
+    _, model = measured_model(plan, toy)
+    shape = model.query_heads // model.kv_heads, model.head_dim, str(plan.dtype).removeprefix("torch.")
+    found = []
+    for kernel, candidates in (("decode", DECODE), ("prefill", PREFILL)):
+        if (best := fastest(ms, kernel, candidates)) is not None:
+            grid = best.constants.get("HEADS_FIRST"), best.constants.get("ITEMS")
+            found.append(Choice(kernel, *shape, best.tile, *grid))
+    return found
+
+
 def once(plan: Plan, toy: bool, device: torch.device) -> None:
     """A few launches of each kernel, for a profiler."""
     for case, _, made in cases(plan, toy):
@@ -185,6 +224,14 @@ def main(arguments: Sequence[str] | None) -> int:
     add = parser.add_argument
     add("--toy", action="store_true", help="toy sizes on the CPU, under Triton's interpreter")
     add("--minutes", type=float, default=1.5, help="no candidate begins after these")
+    add(
+        "--keep",
+        type=Path,
+        nargs="?",
+        const=default_cache_dir(),
+        metavar="CACHE_DIR",
+        help="write what was fastest there, the server's own folder where none is named",
+    )
     add("--once", action="store_true", help="launch each kernel a few times as it is shipped, and measure nothing")
     asked, console = parser.parse_args(arguments), options.console()
     if not asked.toy and not torch.cuda.is_available():
@@ -201,6 +248,11 @@ def main(arguments: Sequence[str] | None) -> int:
     found = sweep(plan, asked.toy, device, until, partial(console.print, markup=False))
     data = {"machine": describe_machine(device)} | found
     Report("sweep", tables(found), data).publish(asked.out, console)
+    if asked.keep is not None and found["ms"]:
+        best = choices(found["ms"], plan, asked.toy)
+        console.print(f"kept in {keep(asked.keep, data['machine']['device'], best)}", markup=False)
+        for one in best or ["what is shipped is as fast as any"]:
+            console.print(one if isinstance(one, str) else one.described, markup=False)
     return 0 if found["ms"] else 1
 
 

@@ -32,7 +32,7 @@ def cuda_attention(
     for single, config, attend in ((True, decode_config, decode), (False, prefill_config, prefill)):
         if any((sequence.count == 1) == single for sequence in metadata.sequences):
             chosen = config(group, head_dim, keys.dtype)
-            rows = 1 if single else chosen.block_m // group
+            rows = 1 if single else max(1, chosen.block_m // group)
             fine = decode_config(group, head_dim, keys.dtype, more=True).block_n if single else chosen.block_n
             tiles = chosen.block_n, fine
             key = PlanKey(single, rows, *tiles, kv_heads, head_dim, options.group, options.sliding_window)

@@ -8,7 +8,7 @@ by `cache.cuda.prefill` for the others, sent in one copy, and nothing here waits
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -91,9 +91,9 @@ class CudaPlan:
         blocks: [sequences, max_blocks] int32 block tables.
         grouped: some keys share positions.
         fades: some reading has a decay.
-        spans: [n, 10] int32, `kernels.prefill.SPAN_FIELDS` of the keys that a chunk's rows read turned.
+        spans: [n, 10] int32, `kernels.turns.SPAN_FIELDS` of the keys that a chunk's rows read turned.
         passes: of chunks: all tiles, in order, and each with the spans that it needs.
-        schedule: of decode; the kernel fills it at the step's first layer.
+        schedules: of decode, by how many items there are; the kernel fills one at the first layer that has as many.
     """
 
     tiles: Tensor
@@ -111,7 +111,7 @@ class CudaPlan:
     fades: bool
     spans: Tensor
     passes: Sequence[Pass] = ()
-    schedule: Tensor | None = None
+    schedules: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

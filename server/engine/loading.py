@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from prerope.cache.cuda.tiles import use_kept
 from prerope.cache.kernels.build import multiplies_pairs, multiply_pairs
 from prerope.rope.model import ModelPositions
 from prerope.server.config import EngineConfig
@@ -57,7 +59,7 @@ def load_engine(
             f"({config.max_batched_tokens}), since every running sequence takes a token of each step"
         )
     check_deployment(config, choose_device(config.device).type, ranks.size)
-    _prepare_kernels(config, report, ranks)
+    _prepare_kernels(config, choose_device(config.device, ranks), report, ranks)
     with in_words(checkpoint.name):
         model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
     check_recurrent(model, config)
@@ -101,7 +103,10 @@ def in_words(name: str) -> Iterator[None]:
         ) from error
 
 
-def _prepare_kernels(config: EngineConfig, report: Report, ranks: Ranks) -> None:
+def _prepare_kernels(config: EngineConfig, device: torch.device, report: Report, ranks: Ranks) -> None:
+    if device.type == "cuda":
+        for line in use_kept(config.cache_dir, torch.cuda.get_device_name(device)):
+            report(line)
     report(prepare(config.cache_dir))
     if (chosen := choose_arithmetic()) is not None:
         report(chosen)

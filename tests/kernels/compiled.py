@@ -55,15 +55,20 @@ SHAPES = [
     (64, 64, 71, HALF, TURNING[-1]),
     (80, 32, 1, HALF, {}),
     (128, 128, 1, HALF, {"slopes": True}),
-    (128, 128, 48, HALF, TURNING[-1]),
+    (128, 128, 71, HALF, TURNING[-1]),
+    (128, 128, 48, torch.float32, TURNING[-1]),
+    (256, 256, 48, HALF, TURNING[-1]),
     (128, 128, 4, torch.float16, {"softcap": 30.0, "sinks": True}),
     (192, 64, 1, HALF, {"interleaved": True, "value_dim": 128}),
     (256, 256, 2, HALF, {"softcap": 50.0, "sinks": True}),
     (256, 64, 1, torch.float16, {"interleaved": True}),
-    (512, 512, 8, HALF, {}),
+    (512, 128, 8, HALF, {}),
+    *((512, 512, 8, HALF, how) for how in TURNING),
+    *((512, 512, 8, torch.float32, how) for how in (TURNING[0], TURNING[-1])),
     *((dim, dim, 4, HALF, how) for dim, how in itertools.product(DIMS, TURNING)),
     *((dim, dim, 4, dtype, how | {"interleaved": dtype == HALF})
       for dim, dtype, how in itertools.product(DIMS, TYPES, (TURNING[0], TURNING[-1]))),
+    *((dim, dim, 4, torch.float32, how) for dim, how in itertools.product(DIMS, TURNING[1:3])),
 ]  # fmt: skip
 
 
@@ -79,7 +84,9 @@ def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, An
             more = any(asked.get(name, False) for name in ("grouped", "fades"))
             asked_more = {"more": more} if module is decode else {}
             config = module.config(group, dim, dtype, arch, **asked_more)
-            fixed = constants(query, keys.to(dtype), values, plan, plan, config, **asked_more)
+            fixed = constants(query, keys.to(dtype), values, plan, plan, config)
+            if module is decode:
+                fixed |= decode.products(dim, dtype, arch, more=more)
             fixed |= {"UNITS": decode.LEAST_UNITS, "SPANS": 8, "HEADS": 8 * group, "LEAST": decode.LEAST_TILES}
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"], "HEADS_FIRST": decode.HEADS_FIRST}
             warps = {splits.schedule_kernel: 4, splits.merge_kernel: 4, decode.decode_kernel: config.num_warps}

@@ -14,8 +14,12 @@ from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.cuda.attention import cuda_attention
 from prerope.cache.cuda.decode import plan_rows
 from prerope.cache.cuda.plan import NO_READ, PlanKey
-from prerope.cache.kernels.triton.decode import config, decode
+from prerope.cache.cuda.tiles import Choice, use
+from prerope.cache.kernels.triton import decode as decode_module
+from prerope.cache.kernels.triton import prefill as prefill_module
+from prerope.cache.kernels.triton.decode import config, decode, decode_kernel, grid
 from prerope.cache.kernels.triton.launch import Config
+from prerope.cache.kernels.triton.prefill import config as prefill_config
 
 from tests.cache.layouts import METHOD_NAMES, WINDOWED, method, one_group, rotary
 from tests.device import DEVICE
@@ -135,6 +139,23 @@ def test_head_dims(head_dim: int, dim: int, interleaved: bool) -> None:
     assert difference(step, AttentionOptions(head_dim**-0.5, "")) <= TOLERANCE
 
 
+@pytest.mark.parametrize("group", [16, 17, 40])
+def test_more_heads_than_a_tile(group: int) -> None:
+    """Several programs share a KV head, each with some of its query heads; scratch has room for one head alone."""
+    positions = [one_group(method(name, rotary(16, 16), window=32)) for name in ("rerope", "self_extend")]
+    step = paged([(100, 1), (40, 9)] * 2, positions * 2, heads=2 * group, kv_heads=2)
+    slopes, sinks = (torch.linspace(0.02, 0.7, 2 * group, device=DEVICE) for _ in range(2))
+    for module in (decode_module, prefill_module):
+        assert -(-group // module.config(group, 80, torch.float32).block_m) == -(-group // 16)
+    with (
+        patch.object(decode_module, "config", lambda *_, **__: Config(16, 32, 8, 2)),
+        patch.object(prefill_module, "config", lambda *_: Config(16, 32, 8, 2)),
+        patch("prerope.cache.kernels.triton.prefill.SCRATCH_BYTES", 100 * 16 * 4),
+    ):
+        for options in (AttentionOptions(0.25, ""), AttentionOptions(0.25, "", None, 2.0, sinks, slopes)):
+            assert difference(step, options) <= TOLERANCE
+
+
 @pytest.mark.parametrize(("head_dim", "dim", "value_dim"), [(192, 64, 128), (24, 16, 40)])
 def test_values_narrower_and_wider_than_keys(head_dim: int, dim: int, value_dim: int) -> None:
     """As in multi-head latent attention, and the other way."""
@@ -248,3 +269,31 @@ def test_tables_outlive_growth_and_forgetting() -> None:
     for rows in ([(300 + 256 * n, 1) for n in range(6)], [(2100 + 256 * n, 1) for n in range(12)], [(300, 1)]):
         step = paged(rows, positions, heads=1, kv_heads=1)
         assert difference(step, AttentionOptions(0.25, "", sliding_window=20)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["rerope", "self_extend"])
+def test_tiles_that_were_measured(name: str) -> None:
+    """Kernels are launched by them, for heads of the shape that was measured alone; what turns in groups is as fine."""
+    dtype = str(torch.float32).removeprefix("torch.")
+    positions = [one_group(method(name, rotary(16, 16), window=24))] * 4
+    step = paged([(300, 1), (63, 1), (95, 1), (90, 40)], positions, heads=4, kv_heads=1)
+    shipped = config(4, 16, torch.float32), prefill_config(4, 16, torch.float32)
+    chosen = [
+        Choice("decode", 4, 16, dtype, (16, 16, 4, 3), heads_first=False, items=9),
+        Choice("prefill", 4, 16, dtype, (64, 16, 4, 2)),
+    ]
+    use(chosen)
+    try:
+        assert config(4, 16, torch.float32) == Config(16, 16, 4, 3) != shipped[0]
+        assert prefill_config(4, 16, torch.float32) == Config(64, 16, 4, 2) != shipped[1]
+        assert config(4, 16, torch.float32, more=True).block_n <= 16
+        assert config(2, 16, torch.float32) == shipped[0]
+        assert config(4, 16, torch.float32, 90) == shipped[0], "what is compiled for a card that is not here"
+        assert grid(4, 16, torch.float32) == (9, False)
+        assert grid(2, 16, torch.float32) == (decode_module.ITEMS, True)
+        with patch.object(decode_module, "launch", wraps=decode_module.launch) as launched:
+            assert difference(step, AttentionOptions(0.25, "")) <= TOLERANCE
+        (_, most), *_ = [call.args[1] for call in launched.call_args_list if call.args[0] is decode_kernel]
+        assert most == 1, "KV heads come last"
+    finally:
+        use([])

@@ -45,8 +45,8 @@ class Config:
     num_stages: int
 
 
-def constants(query, keys, values, plan, options, config, *, more=False):
-    """All constants that kernels are compiled for; each takes those that it has parameters for. more: as in decode."""
+def constants(query, keys, values, plan, options, config):
+    """All constants that kernels are compiled for; each takes those that it has parameters for."""
     kv_heads, dim, value_dim = keys.shape[2], keys.shape[3], values.shape[3]
     dtype = torch.float32 if interpreted() else keys.dtype
     return {
@@ -70,10 +70,14 @@ def constants(query, keys, values, plan, options, config, *, more=False):
         "SINKS": options.sinks is not None,
         "SLOPES": options.slopes is not None,
         "DTYPE": DTYPES[dtype],
-        # Three tf32 products make an fp32 one, but take the registers of three; where none are left plain FMAs do.
-        "PRECISION": "tf32" if dtype != torch.float32 else "tf32x3" if dim <= 128 and not more else "ieee",
+        "PRECISION": "tf32x3" if dim <= 128 else "ieee",  # of fp32 products; see decode's
         "STAGES": config.num_stages,
     }
+
+
+def num_programs(kv_heads, group, config):
+    """Of a tile of rows, as `read.heads_of` counts them: one a KV head, or several where its heads are too many."""
+    return kv_heads * triton.cdiv(group, config.block_m)
 
 
 def launch(kernel, grid, arguments, constants, num_warps=4):

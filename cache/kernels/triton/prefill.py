@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from prerope.cache.attention.types import AttentionOptions
 from prerope.cache.cuda.plan import SCRATCH_BYTES, CudaPlan
-from prerope.cache.kernels.triton.launch import Config, arguments, constants, device_arch, launch, padded, upright
+from prerope.cache.cuda.tiles import choice
+from prerope.cache.kernels.triton.launch import Config, arguments, constants, device_arch, launch, num_programs, upright
 from prerope.cache.kernels.triton.read import (  # fmt: skip
     LOG2E,
     LOWEST,
@@ -25,20 +26,15 @@ from prerope.cache.kernels.triton.read import (  # fmt: skip
     RECORDS,
     VARIES,
     capped,
+    heads_of,
     load_dims,
-    load_turns,
     number_of_block,
-    pair_dims,
-    place_of_tile,
     read_instead,
-    rotate,
     slot_in,
     softmax_step,
 )
+from prerope.cache.kernels.triton.turns import key_warps, query_warps, turn_keys_kernel, turn_queries_kernel
 from torch import Tensor
-
-SPAN_FIELDS = ("sequence", "low", "stop", "slot", "period", "cycle_tiles", "group", "scratch", "origin", "program")
-SPAN_SIZE = tl.constexpr(len(SPAN_FIELDS))
 
 
 def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = None) -> Config:
@@ -48,116 +44,29 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     wgmma products; keys and values of two tiles are on their way. Tiles of 128 keys spill, and of 64 where products
     take both sides from registers.
     """
+    measured = choice("prefill", group, head_dim, dtype) if arch is None else None
+    if measured is not None and measured.tile is not None:
+        return Config(*measured.tile)
     if dtype == torch.float32:
-        return Config(block_m=max(32 if head_dim <= 64 else 16, padded(group)), block_n=32, num_warps=8, num_stages=2)
+        return Config(block_m=32 if head_dim <= 64 else 16, block_n=32, num_warps=8, num_stages=2)
     if head_dim <= 128:
         return Config(block_m=128, block_n=64 if upright(arch) or head_dim <= 64 else 32, num_warps=8, num_stages=3)
     few = head_dim > 256 or (device_arch() if arch is None else arch) // 10 == 10  # its products keep more in registers
-    return Config(block_m=max(32 if few else 64, padded(group)), block_n=32, num_warps=8, num_stages=2)
+    return Config(block_m=32 if few else 64, block_n=32, num_warps=8, num_stages=2)
 
 
-def query_warps(plan: CudaPlan) -> int:
-    """Of `turn_queries_kernel`: what fades takes more registers, as do interleaved pairs where Triton 3.7 compiles."""
-    return 8 if plan.fades or plan.interleaved or plan.rotary_dim > 256 else 4
-
-
-def key_warps(plan: CudaPlan) -> int:
-    """Of `turn_keys_kernel`."""
-    return 8 if plan.rotary_dim > 256 else 4
-
-
-@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
-def turn_queries_kernel(
-    tiles, reads, query, turned_queries, turns, decay, row_scale, query_stride, num_rows, num_parts, scale,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    DECAY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+@triton.jit
+def look_up(
+    tile, wanted, blocks, first_key, stop_key, gap_tile, gap,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, parts, KV heads). turned_queries: [parts, T, Hq, DIM], in base 2 where there is no soft-cap."""
-    record, part, kv_head = tiles + tl.program_id(0) * 5, tl.program_id(1), tl.program_id(2)
-    first_row, start, count, run = (
-        tl.load(record + 1), tl.load(record + 2), tl.load(record + 3), tl.load(record + 4),
-    )  # fmt: skip
-    read = reads + (run * num_parts + part) * READ_SIZE
-    if tl.load(read + 1) <= tl.load(read):  # no part of this run, so without turns
-        return
-    slot, turn, origin = tl.load(read + 4), tl.load(read + 5), tl.load(read + 10)
-    m = tl.arange(0, BLOCK_M)
-    row, head = m // GROUP, kv_head * GROUP + m % GROUP
-    packed = (first_row + row).to(tl.int64)
-    mask = (row < count)[:, None]
-    source = query + packed[:, None] * query_stride + head[:, None] * DIM
-    target = turned_queries + ((part * num_rows + packed) * (KV_HEADS * GROUP) + head)[:, None] * DIM
-    factor = tl.load(row_scale + packed, mask=row < count, other=0.0) * scale
-    if not SOFTCAP:
-        factor *= LOG2E
-    first_dims, second_dims, pair = pair_dims(ROTARY, HALF, INTERLEAVED)
-    pairs = pair < ROTARY // 2
-    both = mask & pairs[None, :]
-    first = tl.load(source + first_dims[None, :], mask=both, other=0.0).to(tl.float32) * factor[:, None]
-    second = tl.load(source + second_dims[None, :], mask=both, other=0.0).to(tl.float32) * factor[:, None]
-    cos, sin = load_turns(turns + (turn + start + row)[:, None] * ROTARY + pair[None, :], both, ROTARY)
-    if DECAY:
-        fade = tl.load(decay + tl.maximum(slot, 0) * (ROTARY // 2) + pair, mask=pairs, other=0.0)
-        fade = tl.exp((start + row - origin)[:, None] * fade[None, :])
-        cos, sin = cos * fade, sin * fade
-    first, second = rotate(first, second, cos, sin)
-    tl.store(target + first_dims[None, :], first.to(turned_queries.dtype.element_ty), mask=both)
-    tl.store(target + second_dims[None, :], second.to(turned_queries.dtype.element_ty), mask=both)
-    if REST > 0:
-        dims = ROTARY + tl.arange(0, REST)
-        rest_mask = mask & (dims < DIM)[None, :]
-        rest = tl.load(source + dims[None, :], mask=rest_mask, other=0.0).to(tl.float32) * factor[:, None]
-        tl.store(target + dims[None, :], rest.to(turned_queries.dtype.element_ty), mask=rest_mask)
-
-
-@triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
-def turn_keys_kernel(
-    spans, keys, scratch, base_turns, key_turns, decay, blocks,
-    num_spans, first_head, scratch_heads, table_rows, max_blocks,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    DECAY: tl.constexpr, BLOCK_N: tl.constexpr, SPANS: tl.constexpr,
-):  # fmt: skip
-    """Grid (key tiles of all spans, heads of this pass). scratch: [rows, scratch_heads, DIM]."""
-    program, head = tl.program_id(0), tl.program_id(1)
-    candidate = tl.arange(0, SPANS)
-    programs = tl.load(spans + candidate * SPAN_SIZE + 9, mask=candidate < num_spans, other=2**30)
-    span = spans + (tl.sum((programs <= program).to(tl.int32)) - 1) * SPAN_SIZE
-    sequence, low, stop, slot = tl.load(span), tl.load(span + 1), tl.load(span + 2), tl.load(span + 3)
-    period, cycle_tiles, group = tl.load(span + 4), tl.load(span + 5), tl.load(span + 6)
-    first_tile = low // period * cycle_tiles + low % period // BLOCK_N
-    base, tile_stop, phase = place_of_tile(first_tile + program - tl.load(span + 9), period, cycle_tiles, BLOCK_N)
+    """(keys, those that are read instead, their blocks where they are wanted) of a tile, past the gap from there on."""
     n = tl.arange(0, BLOCK_N)
-    j = base + n
-    inside = (j >= low) & (j < tl.minimum(tile_stop, stop))
-    block = tl.load(blocks + sequence * max_blocks + j // BLOCK_SIZE, mask=inside, other=0)
-    place = block.to(tl.int64) * BLOCK_SIZE + j % BLOCK_SIZE
-    source = keys + (place * KV_HEADS + first_head + head)[:, None] * DIM
-    target = scratch + ((j + tl.load(span + 7)).to(tl.int64) * scratch_heads + head)[:, None] * DIM
-    first_dims, second_dims, pair = pair_dims(ROTARY, HALF, INTERLEAVED)
-    pairs = pair < ROTARY // 2
-    both = inside[:, None] & pairs[None, :]
-    step = (phase * BLOCK_N + n) // group - phase * BLOCK_N // group
-    key_rows = key_turns + (slot * BLOCK_N + step)[:, None] * ROTARY + pair[None, :]
-    cos, sin = load_turns(key_rows, both, ROTARY)
-    base_cos, base_sin = load_turns(
-        base_turns + (slot.to(tl.int64) * table_rows + phase) * ROTARY + pair, pairs, ROTARY
-    )
-    cos, sin = rotate(cos, sin, base_cos[None, :], base_sin[None, :])
-    if DECAY:  # query and key both fade from the run's first row, so that neither overflows
-        fade = tl.load(decay + slot * (ROTARY // 2) + pair, mask=pairs, other=0.0)
-        fade = tl.exp((tl.load(span + 8) - j)[:, None] * fade[None, :])
-        cos, sin = cos * fade, sin * fade
-    first = tl.load(source + first_dims[None, :], mask=both, other=0.0).to(tl.float32)
-    second = tl.load(source + second_dims[None, :], mask=both, other=0.0).to(tl.float32)
-    first, second = rotate(first, second, cos, sin)
-    tl.store(target + first_dims[None, :], first.to(scratch.dtype.element_ty), mask=both)
-    tl.store(target + second_dims[None, :], second.to(scratch.dtype.element_ty), mask=both)
-    if REST > 0:
-        dims = ROTARY + tl.arange(0, REST)
-        rest_mask = inside[:, None] & (dims < DIM)[None, :]
-        tl.store(target + dims[None, :], tl.load(source + dims[None, :], mask=rest_mask), mask=rest_mask)
+    if MASKED:
+        tile += tl.where(tile < gap_tile, 0, gap)
+    j = tile * BLOCK_N + n
+    key = read_instead(j, first_key, stop_key) if MASKED else j
+    return j, key, tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & wanted, other=0)
 
 
 @triton.jit
@@ -173,16 +82,13 @@ def read_tiles(
 
     MASKED False: every row sees all keys of these tiles. Blocks are looked up a tile ahead, as in decode.
     """
-    n = tl.arange(0, BLOCK_N)
     dims, value_dims = tl.arange(0, DIMS), tl.arange(0, VALUES)
     # Each row's keys: `count` from `low` on.
     low = tl.maximum(first_key, position - d_max + 1)
     count = tl.maximum(tl.minimum(stop_key, position - d_min + 1) - low, 0).to(tl.uint32)
-    j = first_tile * BLOCK_N + n
-    if MASKED:
-        j += tl.where(first_tile < gap_tile, 0, gap * BLOCK_N)
-    key = read_instead(j, first_key, stop_key) if MASKED else j
-    block = tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & (num_tiles > 0), other=0)
+    j, key, block = look_up(
+        first_tile, num_tiles > 0, blocks, first_key, stop_key, gap_tile, gap, BLOCK_N, BLOCK_SIZE, MASKED
+    )
     for index in tl.range(0, num_tiles, num_stages=STAGES):
         slot = slot_in(block, key, BLOCK_SIZE)
         row = tl.where(turned, key + scratch_shift, slot)
@@ -199,13 +105,26 @@ def read_tiles(
             seen = (j[None, :] - low[:, None]).to(tl.uint32) < count[:, None]  # both edges in one comparison
             scores = tl.where(seen, scores, float("-inf"))
         acc, high, total = softmax_step(scores, value, acc, high, total, PRECISION)
-        tile = first_tile + index + 1
-        if MASKED:
-            tile += tl.where(tile < gap_tile, 0, gap)
-        j = tile * BLOCK_N + n
-        key = read_instead(j, first_key, stop_key) if MASKED else j
-        block = tl.load(blocks + number_of_block(key, BLOCK_SIZE), mask=(n >= 0) & (index + 1 < num_tiles), other=0)
+        tile, wanted = first_tile + index + 1, index + 1 < num_tiles
+        j, key, block = look_up(
+            tile, wanted, blocks, first_key, stop_key, gap_tile, gap, BLOCK_N, BLOCK_SIZE, MASKED
+        )  # fmt: skip
     return acc, high, total
+
+
+@triton.jit
+def tiles_of_part(read, start, last, BLOCK_N: tl.constexpr):
+    """Of a part that rows start … last read: (first key, one past the last, first tile, first tile that all rows see
+    in full, how many of those, how many others)."""
+    d_min, d_max = tl.load(read + 2), tl.load(read + 3)
+    first_key = tl.maximum(tl.load(read), start - d_max + 1)
+    stop_key = tl.minimum(tl.load(read + 1), last - d_min + 1)
+    first_tile, stop_tile = first_key // BLOCK_N, (stop_key + BLOCK_N - 1) // BLOCK_N
+    full_low, full_stop = tl.maximum(first_key, last - d_max + 1), tl.minimum(stop_key, start - d_min + 1)
+    gap_tile = (full_low + BLOCK_N - 1) // BLOCK_N
+    gap = tl.maximum(tl.maximum(full_stop, 0) // BLOCK_N - gap_tile, 0)
+    edges = tl.where(first_key < stop_key, stop_tile - first_tile - gap, 0)
+    return first_key, stop_key, first_tile, gap_tile, gap, edges
 
 
 @triton.jit(do_not_specialize=VARIES, do_not_specialize_on_alignment=RECORDS)
@@ -218,10 +137,10 @@ def prefill_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, heads of this pass). out: [T, Hq, VALUE_DIM]."""
-    record, kv_head = tiles + tl.program_id(0) * 5, first_head + tl.program_id(1)
+    pass_head, m = heads_of(tl.program_id(1), GROUP, BLOCK_M)
+    record, kv_head = tiles + tl.program_id(0) * 5, first_head + pass_head
     sequence, first_row, start = tl.load(record), tl.load(record + 1), tl.load(record + 2)
     last, run = start + tl.load(record + 3) - 1, tl.load(record + 4)
-    m = tl.arange(0, BLOCK_M)
     # Rows past the tile's last repeat it: they cost nothing more, and are not stored.
     position = tl.minimum(start + m // GROUP, last)
     head = kv_head * GROUP + m % GROUP
@@ -231,9 +150,7 @@ def prefill_kernel(
     values += kv_head * VALUE_DIM
     slope = softcap
     if SLOPES:
-        slope = tl.load(slopes + head)
-        if not SOFTCAP:
-            slope *= LOG2E
+        slope = tl.load(slopes + head) * (1.0 if SOFTCAP else LOG2E)
     acc = tl.zeros([BLOCK_M, VALUES], tl.float32)
     high = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -241,16 +158,10 @@ def prefill_kernel(
         read = reads + (run * num_parts + part) * READ_SIZE
         d_min, d_max = tl.load(read + 2), tl.load(read + 3)
         turned, scratch_shift = tl.load(read + 4) >= 0, tl.load(read + 9)
-        first_key = tl.maximum(tl.load(read), start - d_max + 1)
-        stop_key = tl.minimum(tl.load(read + 1), last - d_min + 1)
-        first_tile, stop_tile = first_key // BLOCK_N, (stop_key + BLOCK_N - 1) // BLOCK_N
-        full_low, full_stop = tl.maximum(first_key, last - d_max + 1), tl.minimum(stop_key, start - d_min + 1)
-        gap_tile = (full_low + BLOCK_N - 1) // BLOCK_N
-        gap = tl.maximum(tl.maximum(full_stop, 0) // BLOCK_N - gap_tile, 0)
-        edges = tl.where(first_key < stop_key, stop_tile - first_tile - gap, 0)
+        first_key, stop_key, first_tile, gap_tile, gap, edges = tiles_of_part(read, start, last, BLOCK_N)
         part_rows = turned_queries + part * num_rows.to(tl.int64) * (KV_HEADS * GROUP * DIM)
         query = tl.load(part_rows + own[:, None] * DIM + dims[None, :], mask=(dims < DIM)[None, :], other=0.0).to(DTYPE)
-        source = tl.where(turned, scratch + tl.program_id(1) * DIM, keys + kv_head * DIM)
+        source = tl.where(turned, scratch + pass_head * DIM, keys + kv_head * DIM)
         stride = tl.where(turned, scratch_heads, KV_HEADS) * DIM
         for masked in tl.static_range(2):
             acc, high, total = read_tiles(
@@ -278,13 +189,15 @@ def prefill(
     given = arguments(query, keys, values, plan, options, out) | {
         "turned_queries": torch.empty(plan.num_parts, len(query), heads, dim, dtype=keys.dtype, device=query.device),
     }
-    grid = len(plan.tiles), plan.num_parts, kv_heads
+    grid = len(plan.tiles), plan.num_parts, num_programs(kv_heads, heads // kv_heads, own)
     launch(turn_queries_kernel, grid, given, fixed, query_warps(plan))
     row_bytes = dim * keys.dtype.itemsize
-    heads_of = [max(1, min(kv_heads, SCRATCH_BYTES // (max(1, one.scratch_rows) * row_bytes))) for one in plan.passes]
-    size = max(max(1, one.scratch_rows) * count for one, count in zip(plan.passes, heads_of, strict=True))
+    head_counts = [
+        max(1, min(kv_heads, SCRATCH_BYTES // (max(1, one.scratch_rows) * row_bytes))) for one in plan.passes
+    ]
+    size = max(max(1, one.scratch_rows) * count for one, count in zip(plan.passes, head_counts, strict=True))
     given["scratch"] = torch.empty(size, dim, dtype=keys.dtype, device=query.device)
-    for one, pass_heads in zip(plan.passes, heads_of, strict=True):
+    for one, pass_heads in zip(plan.passes, head_counts, strict=True):
         num_spans, num_tiles = one.stop_span - one.first_span, one.stop_tile - one.first_tile
         fixed["SPANS"] = triton.next_power_of_2(num_spans + 1)
         given |= {
@@ -297,4 +210,4 @@ def prefill(
             given["first_head"], now = first_head, min(pass_heads, kv_heads - first_head)
             if one.key_programs:
                 launch(turn_keys_kernel, (one.key_programs, now), given, fixed, key_warps(plan))
-            launch(prefill_kernel, (num_tiles, now), given, fixed, own.num_warps)
+            launch(prefill_kernel, (num_tiles, grid[2] // kv_heads * now), given, fixed, own.num_warps)

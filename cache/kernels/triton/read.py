@@ -32,6 +32,13 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that a row that has seen no key yet m
 
 
 @triton.jit
+def heads_of(program, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(KV head, places among a tile's rows × query heads): a group of more heads than a tile has several programs."""
+    slices: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+    return program // slices, program % slices * BLOCK_M + tl.arange(0, BLOCK_M)
+
+
+@triton.jit
 def rotate(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
@@ -57,6 +64,31 @@ def load_dims(rows, dims, lane, COUNT: tl.constexpr, LANES: tl.constexpr):
     if COUNT == LANES:
         return tl.load(rows + dims[None, :])
     return tl.load(rows + dims[None, :], mask=(lane < COUNT)[None, :], other=0.0)
+
+
+@triton.jit
+def load_pairs(rows, mask, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """First and second dims of all pairs of rows, fp32."""
+    first, second, _pair = pair_dims(ROTARY, HALF, INTERLEAVED)
+    return (
+        tl.load(rows + first[None, :], mask=mask, other=0.0).to(tl.float32),
+        tl.load(rows + second[None, :], mask=mask, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit
+def store_pairs(rows, first, second, mask, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    first_dims, second_dims, _pair = pair_dims(ROTARY, HALF, INTERLEAVED)
+    tl.store(rows + first_dims[None, :], first.to(rows.dtype.element_ty), mask=mask)
+    tl.store(rows + second_dims[None, :], second.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def faded(cos, sin, steps, decay, pair, ROTARY: tl.constexpr):
+    """(cos, sin) of rows that have grown for so many steps each."""
+    rate = tl.load(decay + pair, mask=pair < ROTARY // 2, other=0.0)
+    grown = tl.exp(steps[:, None] * rate[None, :])
+    return cos * grown, sin * grown
 
 
 @triton.jit
