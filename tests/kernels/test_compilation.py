@@ -35,7 +35,9 @@ def test_no_kernel_spills(asked: str, tmp_path: Path) -> None:
     assert [kernel for kernel in found if kernel["shared"] > SHARED_MEMORY[arch]] == []
     for kernel in found:
         if kernel["kernel"] in ("decode_kernel", "prefill_kernel") and kernel["dtype"] != "torch.float32":
-            assert kernel["kinds"]["LDGSTS.E.BYPASS.128"] > 0, kernel  # keys and values come 16 bytes at a time, copied
+            # Keys and values come 16 bytes at a time, copied, but to the one tile that has no registers for copies.
+            few_registers = kernel["dim"] > 256 and kernel["more"] and arch == 80
+            assert few_registers or kernel["kinds"]["LDGSTS.E.BYPASS.128"] > 0, kernel
             narrow = kernel["dim"] <= 128 and kernel["heads"] <= 16
             assert arch != 90 or not narrow or ("HGMMA" in kernel["kinds"] and "HMMA" not in kernel["kinds"]), kernel
             # Copies are on their way while a tile is read. Of the widest prompts there is room for one tile more alone.

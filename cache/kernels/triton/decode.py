@@ -27,12 +27,12 @@ from prerope.cache.kernels.triton.launch import (
     Config,
     arguments,
     constants,
-    device_arch,
     interpreted,
     launch,
     num_programs,
     padded,
     upright,
+    values_shared,
 )
 from prerope.cache.kernels.triton.read import (
     LOG2E,
@@ -70,7 +70,8 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     if not half:
         shipped = Config(heads, block_n=32 if head_dim <= 64 and not more else 16, num_warps=8, num_stages=2)
     elif head_dim > 128 or heads > 16:
-        shipped = Config(heads, 16 if more or head_dim > 256 else 32, 8, 3)
+        none_ahead = head_dim > 256 and more and not values_shared(arch)
+        shipped = Config(heads, 16 if more or head_dim > 256 else 32, 8, 1 if none_ahead else 3)
     else:
         shipped = Config(heads, 64, 4 if head_dim <= 64 or (upright(arch) and not more) else 8, 3)
     measured = choice("decode", group, head_dim, dtype) if arch is None else None
@@ -81,18 +82,18 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
 
 
 def products(head_dim: int, dtype: torch.dtype, arch: int | None = None, *, more: bool = False) -> dict[str, object]:
-    """In what scores and weighted values are products, and how exact fp32 ones are.
+    """Of what scores and weighted values are products, and how fp32 ones are made.
 
-    Three tf32 products make an fp32 one, but take the registers of three; where none are left plain FMAs do. So it is,
-    too, with scores of more than 256 dims in 16 bits, and with their values where products take both sides from
-    registers: it is a third of the time that a tile's bytes take.
+    Three tf32 products make an fp32 one, but take the registers of three; where none are left plain FMAs do. So they do
+    for scores of more than 256 dims in 16 bits, which on sm_90 take half of the time that the tile's bytes take, and
+    where products take their values from registers for those, too.
     """
     found = {"SCORED": DTYPES[dtype], "DTYPE": DTYPES[dtype], "PRECISION": "tf32x3"}
     if head_dim > (256 if dtype != torch.float32 else 128) or more:
         found["PRECISION"] = "ieee"
     if head_dim > 256:
         found["SCORED"] = tl.float32
-        found["DTYPE"] = found["DTYPE"] if (device_arch() if arch is None else arch) // 10 in (9, 10) else tl.float32
+        found["DTYPE"] = DTYPES[dtype] if values_shared(arch) else tl.float32
     return found | dict.fromkeys(("SCORED", "DTYPE"), tl.float32) if interpreted() else found
 
 

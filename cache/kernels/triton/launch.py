@@ -35,6 +35,11 @@ def upright(arch):
     return (device_arch() if arch is None else arch) // 10 == 9
 
 
+def values_shared(arch):
+    """Whether a product with 64 values and more on its long side reads them from shared memory: sm_90 and sm_100."""
+    return (device_arch() if arch is None else arch) // 10 in (9, 10)
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """block_m: rows × query heads; block_n: keys. Chosen by a function, not by trying: a start must not wait for it."""

@@ -48,7 +48,7 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     if measured is not None and measured.tile is not None:
         return Config(*measured.tile)
     if dtype == torch.float32:
-        return Config(block_m=32 if head_dim <= 64 else 16, block_n=32, num_warps=8, num_stages=2)
+        return Config(32 if head_dim <= 64 else 16, 32 if head_dim <= 256 else 16, num_warps=8, num_stages=2)
     if head_dim <= 128:
         return Config(block_m=128, block_n=64 if upright(arch) or head_dim <= 64 else 32, num_warps=8, num_stages=3)
     few = head_dim > 256 or (device_arch() if arch is None else arch) // 10 == 10  # its products keep more in registers
