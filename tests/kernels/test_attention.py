@@ -139,21 +139,20 @@ def test_head_dims(head_dim: int, dim: int, interleaved: bool) -> None:
     assert difference(step, AttentionOptions(head_dim**-0.5, "")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("group", [16, 17, 40])
+@pytest.mark.parametrize("group", [17, 40])
 def test_more_heads_than_a_tile(group: int) -> None:
     """Several programs share a KV head, each with some of its query heads; scratch has room for one head alone."""
     positions = [one_group(method(name, rotary(16, 16), window=32)) for name in ("rerope", "self_extend")]
-    step = paged([(100, 1), (40, 9)] * 2, positions * 2, heads=2 * group, kv_heads=2)
+    step = paged([(50, 1), (34, 3)], positions, heads=2 * group, kv_heads=2)
     slopes, sinks = (torch.linspace(0.02, 0.7, 2 * group, device=DEVICE) for _ in range(2))
     for module in (decode_module, prefill_module):
         assert -(-group // module.config(group, 80, torch.float32).block_m) == -(-group // 16)
     with (
         patch.object(decode_module, "config", lambda *_, **__: Config(16, 32, 8, 2)),
         patch.object(prefill_module, "config", lambda *_: Config(16, 32, 8, 2)),
-        patch("prerope.cache.kernels.triton.prefill.SCRATCH_BYTES", 100 * 16 * 4),
+        patch("prerope.cache.kernels.triton.prefill.SCRATCH_BYTES", 40 * 16 * 4),
     ):
-        for options in (AttentionOptions(0.25, ""), AttentionOptions(0.25, "", None, 2.0, sinks, slopes)):
-            assert difference(step, options) <= TOLERANCE
+        assert difference(step, AttentionOptions(0.25, "", None, 2.0, sinks, slopes)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("head_dim", "dim", "value_dim"), [(192, 64, 128), (24, 16, 40)])
