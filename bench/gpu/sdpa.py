@@ -73,6 +73,7 @@ def _turned(
     """(queries [parts, T, Hq, D], turned keys [T, Hkv, D], values [T, Hkv, Dv]) of a prompt."""
     from prerope.cache.kernels.triton import prefill as own
     from prerope.cache.kernels.triton.launch import arguments, constants, launch, num_programs
+    from prerope.cache.kernels.triton.turns import turn_keys_kernel, turn_queries_kernel
 
     heads, kv_heads, dim = query.shape[1], keys.shape[2], keys.shape[3]
     (one,) = plan.passes
@@ -86,8 +87,8 @@ def _turned(
     given = arguments(query, keys, values, plan, options, query)
     given |= {"turned_queries": turned, "scratch": scratch, "first_head": 0, "scratch_heads": kv_heads}
     programs = num_programs(kv_heads, heads // kv_heads, chosen)
-    launch(own.turn_queries_kernel, (len(plan.tiles), plan.num_parts, programs), given, fixed)
-    launch(own.turn_keys_kernel, (one.key_programs, kv_heads), given, fixed)
+    launch(turn_queries_kernel, (len(plan.tiles), plan.num_parts, programs), given, fixed)
+    launch(turn_keys_kernel, (one.key_programs, kv_heads), given, fixed)
     return turned, scratch, values.index_select(0, plan.blocks[0]).flatten(0, 1)[: one.scratch_rows]
 
 

@@ -251,8 +251,8 @@ def main(arguments: Sequence[str] | None) -> int:
     if asked.keep is not None and found["ms"]:
         best = choices(found["ms"], plan, asked.toy)
         console.print(f"kept in {keep(asked.keep, data['machine']['device'], best)}", markup=False)
-        for one in best or ["what is shipped is as fast as any"]:
-            console.print(one if isinstance(one, str) else one.described, markup=False)
+        for line in [one.described for one in best] or ["what is shipped is as fast as any"]:
+            console.print(line, markup=False)
     return 0 if found["ms"] else 1
 
 

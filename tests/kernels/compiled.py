@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import triton
-from prerope.cache.kernels.triton import decode, prefill, splits, store
+from prerope.cache.kernels.triton import decode, prefill, splits, store, turns
 from prerope.cache.kernels.triton.launch import Config, constants
 from prerope.cache.kernels.triton.read import RECORDS
 from prerope.server.models.cuda import elementwise
@@ -91,8 +91,8 @@ def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, An
             fixed |= {"MERGED": decode.MERGED // fixed["VALUES"], "HEADS_FIRST": decode.HEADS_FIRST}
             warps = {splits.schedule_kernel: 4, splits.merge_kernel: 4, decode.decode_kernel: config.num_warps}
             if module is prefill:
-                warps = {prefill.turn_queries_kernel: prefill.query_warps(plan)}
-                warps[prefill.turn_keys_kernel] = prefill.key_warps(plan)
+                warps = {turns.turn_queries_kernel: turns.query_warps(plan)}
+                warps[turns.turn_keys_kernel] = turns.key_warps(plan)
                 warps[prefill.prefill_kernel] = config.num_warps
             for kernel, num_warps in warps.items():
                 yield kernel, replace(config, num_warps=num_warps), fixed, dtype
