@@ -192,9 +192,9 @@ async def _checked(
     service: Service, request: GenerationRequest, prepared: Prepared
 ) -> list[tuple[TokenizedPrompt, SamplingParams]]:
     prompts, choices = prepared.prompts, list[tuple[TokenizedPrompt, SamplingParams]]()
-    check_sequences(  # before they are made
-        service.engine.engine.config, len(prompts) * request.n, request.n * sum([len(one.ids) for one in prompts])
-    )
+    if (num_sequences := len(prompts) * request.n) > 1:  # before they are made; for a single one there is always room
+        num_tokens = request.n * sum([len(one.ids) for one in prompts])
+        check_sequences(service.engine.engine.config, num_sequences, num_tokens)
     grammar = None if prepared.constraint is None else await compiled(service, prepared.constraint)
     of_all = sampling_params(service, request, prepared, grammar)
     info, sampling = service.engine.info, request.sampling
