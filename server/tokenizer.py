@@ -219,19 +219,22 @@ class TextStream:
         skip_special_tokens: bool = True,
         shown_special_ids: frozenset[int] = frozenset(),
         may_stop: Callable[[str], bool] | None = None,
+        min_tokens: int = 0,
     ) -> None:
         """shown_special_ids: special tokens that are text all the same. may_stop: whether a stop string may end the
-        text before it, which is the argument."""
+        text before it, which is the argument. min_tokens: none ends within the text of that many."""
         self._tokenizer = tokenizer
         self._stop = tuple(text for text in stop if text)
         self._include_stop = include_stop
         self._skip = tokenizer.special_ids - shown_special_ids if skip_special_tokens else frozenset[int]()
         self._read_unseen = tokenizer.special_tokens_in(self._stop, self._skip)
         self._may_stop = may_stop
+        self._num_unsearched = min_tokens  # tokens to come in whose text no stop string ends
         self._released = ""  # kept for `may_stop` alone
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._previous: int | None = None
         self._held = ""
+        self._searched_from = 0  # no stop string ends in the first so many characters of `_held`
         self._unseen: list[tuple[int, int]] = []  # stretches of `_held` that are special tokens, not to be shown
         self.stopped = False
         self.stop_string: str | None = None
@@ -242,6 +245,7 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped:
                 break
+            self._num_unsearched -= 1
             if token_id not in self._skip:
                 released += self._release(self._text_of(token_id))
             elif token_id in self._read_unseen:
@@ -275,6 +279,8 @@ class TextStream:
         if unseen:
             self._unseen.append((len(self._held), len(self._held) + len(text)))
         self._held += text
+        if self._num_unsearched >= 0:
+            self._searched_from = len(self._held)
         if match := self._first_stop(self._held):
             start, end = match
             self.stop_string = self._held[start:end]
@@ -291,6 +297,7 @@ class TextStream:
         """Take the first `length` characters from what is held, and return what is to be seen of them."""
         seen = self._seen(length)
         self._held = self._held[length:]
+        self._searched_from = max(0, self._searched_from - length)
         if self._unseen:
             shifted = ((max(start - length, 0), end - length) for start, end in self._unseen)
             self._unseen = [(start, end) for start, end in shifted if end > 0]
@@ -308,7 +315,9 @@ class TextStream:
         """(start, end) of the stop string that ends first."""
         if self._may_stop is not None:
             return self._first_allowed_stop(buffer, self._may_stop)
-        found = [(start + len(stop), start) for stop in self._stop if (start := buffer.find(stop)) >= 0]
+        first = self._searched_from + 1  # where one may end
+        starts = [(stop, buffer.find(stop, max(0, first - len(stop)))) for stop in self._stop]
+        found = [(start + len(stop), start) for stop, start in starts if start >= 0]
         if not found:
             return None
         end, start = min(found)
@@ -318,7 +327,7 @@ class TextStream:
         """The same among the stop strings that may end the text before them."""
         pairs = ((stop, start) for stop in self._stop for start in range(len(buffer)))
         for end, start in sorted((start + len(stop), start) for stop, start in pairs if buffer.startswith(stop, start)):
-            if may_stop(self._released + self._seen(start)):
+            if end > self._searched_from and may_stop(self._released + self._seen(start)):
                 return start, end
         return None
 

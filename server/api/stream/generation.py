@@ -47,13 +47,14 @@ class Transcript:
         stop: Sequence[str] = (),
         shown_special_ids: frozenset[int] = frozenset(),
         may_stop: Callable[[str], bool] | None = None,
+        min_tokens: int = 0,
         *,
         include_stop: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
         """From the third on they are `TextStream`'s."""
         shown: dict[str, Any] = {"skip_special_tokens": skip_special_tokens, "shown_special_ids": shown_special_ids}
-        self._text = TextStream(tokenizer, stop, include_stop, may_stop=may_stop, **shown)
+        self._text = TextStream(tokenizer, stop, include_stop, may_stop=may_stop, min_tokens=min_tokens, **shown)
         # Without stop strings nothing can be cut, and the text itself tells where tokens start.
         self._uncut = TextStream(tokenizer, **shown) if stop else None
         self._num_uncut = 0
@@ -185,6 +186,7 @@ class Generation:
             stop,
             shown_special_ids,
             may_stop,
+            request.sampling.min_tokens,
             include_stop=output.include_stop,
             skip_special_tokens=output.skip_special_tokens,
         )

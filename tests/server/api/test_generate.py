@@ -155,6 +155,8 @@ def test_logit_bias_and_min_tokens(http: httpx.Client) -> None:
     assert set(generate(http, temperature=0, max_tokens=5, logit_bias={"77": 100})["token_ids"]) == {77}
     reply = generate(http, temperature=0, max_tokens=6, min_tokens=3, logit_bias={"77": 100}, stop_token_ids=[77])
     assert reply["usage"]["completion_tokens"] == 4, "the stop token is not sampled before min_tokens"
+    newline = {"logit_bias": {"198": 100}, "stop": ["\n"], "temperature": 0, "max_tokens": 6}
+    assert [generate(http, min_tokens=count, **newline)["text"] for count in (0, 1, 3)] == ["", "\n", "\n\n\n"]
 
 
 def test_seeds_reproduce_under_load(url: str) -> None:

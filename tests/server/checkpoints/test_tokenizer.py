@@ -113,9 +113,9 @@ def test_a_character_of_byte_tokens_comes_as_soon_as_it_is_complete() -> None:
     assert [stream.push([token_id]) for token_id in ids] == ["", "", "€", "", "é"]
 
 
-def naive_stop(text: str, stops: list[str]) -> str | None:
-    """The definition: character by character, the first end of any stop string; the longest of those."""
-    for end in range(1, len(text) + 1):
+def naive_stop(text: str, stops: list[str], after: int = 0) -> str | None:
+    """The definition: character by character, the first end of any stop string past `after`; the longest of those."""
+    for end in range(after + 1, len(text) + 1):
         found = [stop for stop in stops if stop and text[:end].endswith(stop)]
         if found:
             return text[: end - max(map(len, found))]
@@ -127,18 +127,21 @@ def naive_stop(text: str, stops: list[str]) -> str | None:
     text=st.text("ab é日", max_size=30),
     stops=st.lists(st.text("ab é日", min_size=1, max_size=4), min_size=1, max_size=3),
     size=st.integers(1, 6),
+    min_tokens=st.sampled_from([0, 0, 1, 2, 5]),
 )
 def test_stop_strings_cut_the_text_however_it_is_grouped(
-    smollm2_tokenizer: Tokenizer, text: str, stops: list[str], size: int
+    smollm2_tokenizer: Tokenizer, text: str, stops: list[str], size: int, min_tokens: int
 ) -> None:
+    """A stop string that ends within the text of the first `min_tokens` tokens is none."""
     ids = smollm2_tokenizer.encode(text)
-    stream = TextStream(smollm2_tokenizer, stop=stops)
+    stream = TextStream(smollm2_tokenizer, stop=stops, min_tokens=min_tokens)
     pieces = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
-    expected = naive_stop(text, stops)
+    begun = len(smollm2_tokenizer.decode(ids[:min_tokens]).rstrip("\ufffd"))
+    expected = naive_stop(text, stops, begun)
     result = "".join(pieces) + stream.finish()
     assert stream.stopped == (expected is not None)
     assert result == (text if expected is None else expected)
-    with_stop = streamed(smollm2_tokenizer, [ids], stop=stops, include_stop=True)
+    with_stop = streamed(smollm2_tokenizer, [ids], stop=stops, include_stop=True, min_tokens=min_tokens)
     if expected is not None:
         assert with_stop.startswith(expected)
         assert any(with_stop == expected + stop for stop in stops)
