@@ -37,7 +37,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: tokens to generate at most; 0 only together with `prompt_logprobs`.
-        min_tokens: end-of-sequence and stop ids are not sampled before this many tokens, and no stop string ends within.
+        min_tokens: end-of-sequence and stop ids are not sampled before so many tokens, and no stop string ends within.
         temperature, top_k: 0 is greedy; 0 keeps all.
         repetition_penalty: over prompt and output (CTRL, Keskar 2019); 1 is off.
         presence_penalty, frequency_penalty: over the output (OpenAI); 0 is off.
