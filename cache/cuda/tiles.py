@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,10 @@ def use(choices: Sequence[Choice]) -> None:
 
 def file_of(directory: Path, card: str) -> Path:
     """Where the choices of a card are kept, for the Triton that is installed."""
+    from prerope.cache.kernels.triton.launch import TRITON_VERSION
+
     name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    return directory / f"tiles-{name}-triton-{version('triton')}.json"
+    return directory / f"tiles-{name}-triton-{TRITON_VERSION}.json"
 
 
 def keep(directory: Path, card: str, choices: Sequence[Choice]) -> Path:

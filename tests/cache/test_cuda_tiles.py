@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
-from prerope.cache.cuda import tiles
 from prerope.cache.cuda.tiles import Choice, choice, file_of, keep, use, use_kept
+from prerope.cache.kernels.triton import launch
 from prerope.server.config import EngineConfig
 from prerope.server.engine.loading import _prepare_kernels
 from prerope.server.ranks.group import ALONE
@@ -45,8 +46,17 @@ def test_another_card_another_triton_and_no_folder_have_none(tmp_path: Path, mon
         use([DECODE])
         assert use_kept(directory, card) == []
         assert choice("decode", 4, 128, torch.bfloat16) is None
-    monkeypatch.setattr(tiles, "version", lambda _: "9.9.9")
+    monkeypatch.setattr(launch, "TRITON_VERSION", "9.9.9")
     assert use_kept(tmp_path, "NVIDIA H200") == []
+
+
+def test_triton_may_come_in_a_package_of_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(name: str) -> metadata.Distribution:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", without)
+    keep(tmp_path, "A card", [DECODE])
+    assert len(use_kept(tmp_path, "A card")) == 1
 
 
 @pytest.mark.parametrize(

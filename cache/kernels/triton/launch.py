@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_VERSION = triton.__version__  # its package has other names, too, as ROCm's
 LEAST = 16  # the smallest side of a product
 
 
