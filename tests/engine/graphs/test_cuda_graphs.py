@@ -103,7 +103,8 @@ def outputs(engine: Engine, lengths: tuple[int, ...], **options: Any) -> list[li
     return [tokens_of(found[str(n)]) for n in range(len(lengths))]
 
 
-@pytest.mark.parametrize("method", ["dynamic_leaky", pytest.param("rerope", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dynamic_leaky", "rerope"])
 def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
     """Rows on both sides of the trained length, one of them crossing it."""
     lengths = (5, TRAINED - 1, TRAINED + 6)
