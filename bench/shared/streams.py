@@ -80,13 +80,14 @@ def read_completion(started: float, chunks: Sequence[tuple[float, bytes]]) -> Co
     """
     events: list[tuple[float, str, int | None]] = []  # arrival, text, tokens that the server says it carries
     usage: dict[str, Any] = {}
-    so_far, told_at = 0, started
+    so_far, stopped_at = 0, None
     for at, payload in split_events(chunks):
         if payload == b"[DONE]":
             continue
-        told_at = at
         body = decode_event(payload)
         usage = body.get("usage") or usage
+        if any(one.get("finish_reason") == "stop" for one in (body, *body.get("choices", ()))):
+            stopped_at = at
         for choice in body.get("choices") or ([body] if "token_ids" in body else ()):
             said = _tokens_said(choice, body, so_far)
             so_far += said or 0
@@ -94,7 +95,8 @@ def read_completion(started: float, chunks: Sequence[tuple[float, bytes]]) -> Co
             events.append((at, text, said))
     if "completion_tokens" not in usage:
         raise StreamFailed("the stream ended without a usage: the number of tokens is not known")
-    events = events or [(told_at, "", None)]  # a stop string has taken all text away: its tokens are told of at the end
+    if not events and stopped_at is not None:  # a stop string has taken all text away, and is told of at the end
+        events = [(stopped_at, "", None)]
     counts = tokens_per_event([text for _, text, _ in events], [n for _, _, n in events], usage["completion_tokens"])
     times = tuple(at for (at, _, _), n in zip(events, counts, strict=True) for _ in range(n))
     if not times:

@@ -83,7 +83,7 @@ def test_a_want_of_memory_says_how_much_is_needed(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     wide = Checkpoint(checkpoint.source, "m")
-    monkeypatch.setattr(Checkpoint, "said", lambda _: SAID | {"vocab_size": 10**8, "dtype": "bfloat16"})
+    monkeypatch.setattr(Checkpoint, "config_values", lambda _: SAID | {"vocab_size": 10**8, "dtype": "bfloat16"})
     fails_with(monkeypatch, error)
     assert "its weights take 12.8 GB, more memory than there is" in refusal(wide)  # of 2 bytes, twice 32 a token
     assert "its weights take 25.6 GB, more memory than there is" in refusal(wide, "float32")
@@ -98,7 +98,7 @@ def test_an_error_while_the_cause_is_looked_for_hides_it_from_nobody(
 
     def fail(*_arguments: Any, **_options: Any) -> None:
         monkeypatch.setattr(weights, "sketch", gone)
-        monkeypatch.setattr(Checkpoint, "said", gone)
+        monkeypatch.setattr(Checkpoint, "config_values", gone)
         raise error
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", fail)

@@ -271,7 +271,7 @@ def test_a_stop_string_does_not_break_a_reply(client: OpenAI, stream: bool) -> N
     city(text(response_format=CITY_FORMAT, seed=3, max_tokens=ROOM))
     incomplete = text(seed=3, max_tokens=60, extra_body={"guided_regex": "x[ab]{2}(cd){20}"})
     assert re.fullmatch("x[ab]{2}(cd){20}", incomplete), "no text before a c is complete"
-    complete = text(seed=3, max_tokens=60, extra_body={"guided_regex": "x[ab]{2}((cd){20})?", "min_tokens": 9})
+    complete = text(seed=3, max_tokens=60, extra_body={"guided_regex": "x[ab]{2}((cd){20})?", "ignore_eos": True})
     assert re.fullmatch("x[ab]{2}", complete), "the text before the first c is"
 
 
