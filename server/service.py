@@ -102,13 +102,13 @@ class Service:
 
     def require_ready(self) -> None:
         """Raises EngineUnavailable, saying why, unless the engine takes requests."""
-        if self.engine.state is not EngineState.READY:
-            raise self.unavailable()
+        if (state := self.engine.state) is not EngineState.READY:
+            raise self.unavailable(state)
 
     def require_alive(self) -> None:
         """Raises EngineUnavailable where only a restart can help, as far as anybody can tell."""
-        if self.engine.state is EngineState.HUNG:
-            raise self.unavailable()
+        if (state := self.engine.state) is EngineState.HUNG:
+            raise self.unavailable(state)
 
     def require_open(self) -> None:
         """Raises EngineUnavailable, saying why, unless routers are to send requests."""
@@ -116,8 +116,8 @@ class Service:
         if self.leaving:
             raise EngineUnavailable("The server is about to shut down.", code=str(EngineState.DRAINING))
 
-    def unavailable(self) -> EngineUnavailable:
-        """Why requests are refused now."""
+    def unavailable(self, state: EngineState) -> EngineUnavailable:
+        """Why requests are refused in this state; a step may end, and change it, while that is asked."""
         reasons = {
             EngineState.LOADING: f"The model is loading ({self.stage}); try again in a few seconds.",
             EngineState.READY: "The model is ready.",
@@ -126,7 +126,7 @@ class Service:
             EngineState.DRAINING: "The server is shutting down and takes no new requests.",
             EngineState.DEAD: "The engine has stopped; the server must be restarted.",
         }
-        return EngineUnavailable(reasons[self.engine.state], code=str(self.engine.state))
+        return EngineUnavailable(reasons[state], code=str(state))
 
     def _tell_of_step(self, late: bool) -> None:
         if not late:
