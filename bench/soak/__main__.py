@@ -7,7 +7,7 @@ one after another, prompts of 8k and 16k tokens; streaming and not, to /generate
 clients that each follow a seeded random plan (`bench.soak.plan`); among it, bodies by which one client would hold up
 the others (`bench.soak.hostile`). The rules are in `bench.soak.verdicts`; the exit code is 1 where one did not hold.
 The time counts from the end of the warm-up, which writes to the whole cache once, fills the pool of threads and sends
-every kind of request.
+every kind of request. It is divided into cycles: at the end of each nothing more is begun until all has ended.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from bench.soak.plan import (
 from bench.soak.report import Soaked, report
 from bench.soak.watch import Sample, Watch
 
-LEAST_SECONDS = 25.0  # a sample a second into the windows of `verdicts.trend`
+LEAST_SECONDS = 25.0
 LEAST_LONGEST = max(ABORTED_TOKENS) + MANY_TOKENS
 SPARE_TOKENS, BLOCK_SIZE = 256, 16  # of MAX_MODEL_LEN beside the longest prompt; of the cache
 POOL_REQUESTS, POOL_CHARS, FILL_TOKENS = 48, 200_000, 1000
@@ -111,16 +111,23 @@ class Soak:
             prompt = self._library.ids(draw, FILL_TOKENS)
             await self._perform(Task("fill", GENERATE, {"prompt": prompt, "max_tokens": 1}))
 
-    async def traffic(self) -> None:
-        """All clients until the time is up, and until what they began has ended."""
-        asked, end = self.asked, time.monotonic() + self.asked.seconds
+    async def traffic(self) -> list[Sample]:
+        """All clients until the time is up, in cycles; the server at rest after each of them."""
+        asked, began = self.asked, time.monotonic()
         makers = [TaskMaker(self._library, self._bad, asked.seed, number) for number in range(asked.clients)]
         plans = [(maker.mixed(), CLIENT_PAUSE_S) for maker in makers]
         plans.append((long_tasks(self._library, asked.long_tokens, asked.seed), asked.long_pause))
-        await asyncio.gather(self._show(end), *(self._follow(*plan, number, end) for number, plan in enumerate(plans)))
+        pauses = [random.Random(f"{asked.seed}, pauses {number}") for number in range(len(plans))]
+        floors = []
+        for cycle in range(1, asked.cycles + 1):
+            end = began + asked.seconds * cycle / asked.cycles
+            clients = (self._follow(*plan, draw, end) for plan, draw in zip(plans, pauses, strict=True))
+            await asyncio.gather(self._show(began, end), *clients)
+            floors.append(await self.watch.settle())
+        return floors
 
-    async def _follow(self, tasks: Iterator[Task], pause: float, number: int, end: float) -> None:
-        draw = random.Random(f"{self.asked.seed}, pauses {number}")
+    async def _follow(self, tasks: Iterator[Task], pause: float, draw: random.Random, end: float) -> None:
+        """One client until a cycle's end, and until what it began has ended."""
         while True:
             await asyncio.sleep(min(draw.expovariate(1 / pause), max(0.0, end - time.monotonic())))
             if time.monotonic() >= end:
@@ -131,13 +138,13 @@ class Soak:
         self.started += task.num_clients
         await asyncio.gather(*(self.client.perform(task) for _ in range(task.num_clients)))
 
-    async def _show(self, end: float) -> None:
-        while (left := end - time.monotonic()) > 0:
+    async def _show(self, began: float, end: float) -> None:
+        while time.monotonic() < end:
             problems = sum(bool(outcome.problem) for outcome in self.client.outcomes)
             told = f"{len(self.client.outcomes)} requests, {problems} problems, {self.client.num_open} open"
-            self._say(told, completed=self.asked.seconds - left)
+            self._say(told, completed=time.monotonic() - began)
             await asyncio.sleep(1.0)
-        self._say("waiting for what was begun", completed=self.asked.seconds)
+        self._say("waiting for what was begun")
 
     def _say(self, text: str, completed: float | None = None) -> None:
         self.progress.update(self.progress.task_ids[0], description=text, completed=completed)
@@ -162,27 +169,28 @@ async def soak(asked: argparse.Namespace, progress: Progress) -> Soaked:
         before = await soaked.warm_up()
         num_before, begin = len(client.outcomes), watch.samples[-1].at
         async with watch.running():
-            await soaked.traffic()
+            floors = await soaked.traffic()
         end = watch.samples[-1].at
         after = await watch.settle(before.resources)
-    under_traffic = [sample for sample in watch.samples if begin < sample.at <= min(end, begin + asked.seconds)]
-    memory, line = verdicts.judge_memory(under_traffic, before, after)
+    memory, line = verdicts.judge_memory(floors, before)
     judged = [
         verdicts.judge_blocks(after),
         *verdicts.judge_resources(before, after),
         *verdicts.judge_replies(client.outcomes, after, soaked.started),
-        verdicts.judge_watch(watch.failures, len(under_traffic)),
+        verdicts.judge_streams(client.outcomes[num_before:]),
+        verdicts.judge_watch(watch.failures, sum(sample.at > begin for sample in watch.samples)),
         memory,
         verdicts.judge_log(log),
     ]
     warm_up, outcomes = client.outcomes[:num_before], client.outcomes[num_before:]
-    return Soaked(about, warm_up, outcomes, watch.samples, begin, end, judged, line)
+    return Soaked(about, warm_up, outcomes, watch.samples, begin, end, judged, floors, line)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("soak", __doc__, "soak")
     add = parser.add_argument
     add("--minutes", type=float, default=20.0, help="of traffic after the warm-up")
+    add("--cycles", type=options.count, default=12, help="of traffic, at whose ends memory is looked at")
     add("--model-id", metavar="MODEL", help="for the server that is started; without it the embedded model")
     add("--clients", type=options.count, default=5, help="beside the one that sends long prompts")
     add("--long-tokens", type=options.counts, default="8192,16384", metavar="N,N")
@@ -192,7 +200,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(arguments)
     asked.seconds = 60 * asked.minutes
     if asked.seconds < LEAST_SECONDS:
-        parser.error(f"--minutes {asked.minutes:g}: at least {LEAST_SECONDS:g} s are needed to fit a slope to")
+        parser.error(f"--minutes {asked.minutes:g}: at least {LEAST_SECONDS:g} s are needed to have every kind in them")
+    if asked.cycles < verdicts.LEAST_FLOORS:
+        parser.error(f"--cycles {asked.cycles}: at least {verdicts.LEAST_FLOORS} are needed to fit a slope to")
     if max(asked.long_tokens) < LEAST_LONGEST:
         parser.error(f"--long-tokens: the longest must have at least {LEAST_LONGEST} tokens, as aborted requests may")
     return asked

@@ -32,6 +32,7 @@ class Soaked:
     begin: float
     end: float
     verdicts: Sequence[Verdict]
+    floors: Sequence[Sample] = ()
     memory: Trend | None = None
 
     @property
@@ -87,8 +88,10 @@ def draw(soaked: Soaked, figure: Any) -> None:
     ats, gauges = [soaked.minutes(sample.at) for sample in soaked.samples], [s.gauges for s in soaked.samples]
     memory.plot(ats, [sample.rss / MEBIBYTE for sample in soaked.samples], linewidth=1)
     if (line := soaked.memory) is not None:
+        rests = [soaked.minutes(sample.at) for sample in soaked.floors]
+        memory.plot(rests, [sample.rss / MEBIBYTE for sample in soaked.floors], "o", color="C3", label="at rest")
         ends = [(line.mean + sign * line.slope * line.seconds / 2) / MEBIBYTE for sign in (-1, 1)]
-        memory.plot([0, line.seconds / 60], ends, color="C3", linestyle="--", label="least squares")
+        memory.plot([rests[0], rests[-1]], ends, color="C3", linestyle="--", label="least squares")
     memory.set(ylim=(0, None), title="resident memory of the server, MiB")
     for kind in (kind for kind in soaked.kinds if kind not in ("slow", "abort")):
         streams = [o for o in soaked.outcomes if o.kind == kind and o.ttft is not None and o.gaps]

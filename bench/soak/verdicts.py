@@ -1,10 +1,17 @@
 """What a soak holds: each rule as a verdict with what was found.
 
 **Memory.** The cache is zeros that take memory when they are first written to, so the warm-up writes to all of it, and
-only what follows is judged. The samples after the warm-up are averaged over 20 equal windows, since neighbouring
-seconds are alike; a least-squares line through the windows gives the slope and, by Student's t with 18 degrees of
-freedom, its 95 % interval. Memory is flat where the *upper* end of the interval, held for the whole time, adds less
-than 3 % to the mean; a rise that is not there but cannot be ruled out fails, too, and asks for a longer run.
+only what follows is judged. Traffic itself takes memory: a body of 16 MiB that waits for a worker is there until it is
+read, for minutes on a slow machine. So traffic comes in cycles, at whose ends nothing is under way, and memory is that
+of a server at rest after each: its floor, which a leak raises. A least-squares line through the floors gives the slope
+and its 95 % interval. Neighbouring floors may be alike, as an allocator keeps what one cycle took for the next: with
+residuals that follow one another by ρ, as they would in a process of order one, there are (1 − ρ) / (1 + ρ) times as
+many floors as were seen. Memory is flat where the interval contains zero or lies below one MiB an hour, and where its
+*upper* end, held for the whole time, adds less than 3 % to the mean: a rise that is not there but cannot be ruled out
+fails, too, and asks for a longer run.
+
+**Streams.** A gap is what a client sees, so on a machine that others use it is theirs as well: the bound is ten times
+STREAM_GAP_S.
 """
 
 from __future__ import annotations
@@ -19,11 +26,15 @@ import numpy as np
 from bench.soak.client import Outcome
 from bench.soak.watch import Sample
 
-NUM_WINDOWS = 20
-STUDENT_T = 2.1009  # 97.5 % of the distribution with NUM_WINDOWS − 2 degrees of freedom
+LEAST_FLOORS = 6
+MOST_ALIKE = 0.8
+"""ρ is taken for no more: so few floors could not tell."""
 MEMORY_SHARE = 0.03
-SHOWN = 5
 MEBIBYTE = 2**20
+LEAST_SLOPE = MEBIBYTE / 3600
+"""Bytes a second that are no growth."""
+ORDINARY, GAP_BOUND_S = ("short", "shared"), 5.0
+SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +48,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """A line through windows: slope and its 95 % interval, in units a second; mean of the values; seconds covered."""
+    """A line through floors: slope and its 95 % interval, in units a second; mean of the values; seconds covered."""
 
     slope: float
     low: float
@@ -47,38 +58,63 @@ class Trend:
 
 
 def trend(times: Sequence[float], values: Sequence[float]) -> Trend:
-    """Least squares through the means of NUM_WINDOWS equal windows of time.
+    """Least squares, its interval by Student's t and as wide as residuals that follow one another make it.
 
     Raises:
-        ValueError: a window has no sample; the run was too short.
+        ValueError: there are too few values.
     """
-    at, seconds = np.asarray(times) - min(times), max(times) - min(times)
-    places = np.minimum(NUM_WINDOWS - 1, (at / (seconds or 1.0) * NUM_WINDOWS).astype(int))
-    counts = np.bincount(places, minlength=NUM_WINDOWS)
-    if not counts.all():
-        told = f"{len(times)} samples over {seconds:.0f} s do not fill {NUM_WINDOWS} windows: soak for longer"
-        raise ValueError(told)
-    xs, ys = (np.bincount(places, weights, NUM_WINDOWS) / counts for weights in (at, values))
-    (slope, _), covariance = np.polyfit(xs - xs.mean(), ys, 1, cov=True)
-    half = STUDENT_T * np.sqrt(covariance[0, 0])
-    return Trend(float(slope), float(slope - half), float(slope + half), float(ys.mean()), seconds)
+    xs, ys, count = np.asarray(times, dtype=float), np.asarray(values, dtype=float), len(times)
+    if count < LEAST_FLOORS:
+        raise ValueError(f"{count} cycles of traffic are too few for a line, {LEAST_FLOORS} at least: soak for longer")
+    away = xs - xs.mean()
+    slope = float(away @ ys / (away @ away))
+    rest = ys - ys.mean() - slope * away
+    squares = float(rest @ rest)
+    alike = float(rest[1:] @ rest[:-1]) / squares if squares else 0.0
+    alike = min(max((alike + 2 / count) / (1 - 4 / count), 0.0), MOST_ALIKE)  # a line takes some of it away
+    error = np.sqrt(squares / (count - 2) / (away @ away) * (1 + alike) / (1 - alike))
+    half = float(students_t(count - 2) * error)
+    return Trend(slope, slope - half, slope + half, float(ys.mean()), float(xs[-1] - xs[0]))
 
 
-def judge_memory(samples: Sequence[Sample], before: Sample, after: Sample) -> tuple[Verdict, Trend | None]:
-    """Of the samples taken under traffic, after the warm-up; `before` and `after` it, idle, are told beside it."""
-    rule = f"resident memory flat: the slope's upper end adds less than {MEMORY_SHARE:.0%} over the run"
+def students_t(freedom: int) -> float:
+    """97.5 % of Student's distribution, by its expansion about the normal one's; to 1 % from four degrees on."""
+    z = 1.959964
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def judge_memory(floors: Sequence[Sample], before: Sample) -> tuple[Verdict, Trend | None]:
+    """Of the server at rest after each cycle of traffic; `before` it, after the warm-up, is told beside it."""
+    rule = (
+        "memory at rest is flat: the slope's interval contains zero or is below 1 MiB/h, "
+        f"and its upper end adds less than {MEMORY_SHARE:.0%} over the run"
+    )
     try:
-        line = trend([sample.at for sample in samples], [sample.rss for sample in samples])
+        line = trend([sample.at for sample in floors], [sample.rss for sample in floors])
     except ValueError as error:
         return Verdict(rule, False, str(error)), None
     slope, low, high = (60 * value / MEBIBYTE for value in (line.slope, line.low, line.high))
     added = line.high * line.seconds / line.mean
     finding = (
-        f"{line.mean / MEBIBYTE:,.0f} MiB; slope {slope:+.2f} MiB/min, 95 % interval {low:+.2f} to {high:+.2f}; "
-        f"its upper end adds {added:+.1%} over {line.seconds / 60:.1f} min; "
-        f"idle: {before.rss / MEBIBYTE:,.0f} MiB before and {after.rss / MEBIBYTE:,.0f} after"
+        f"{line.mean / MEBIBYTE:,.0f} MiB after each of {len(floors)} cycles; slope {slope:+.2f} MiB/min, 95 % "
+        f"interval {low:+.2f} to {high:+.2f}; its upper end adds {added:+.1%} over {line.seconds / 60:.1f} min; "
+        f"{before.rss / MEBIBYTE:,.0f} MiB before, then {', '.join(f'{one.rss / MEBIBYTE:,.0f}' for one in floors)}"
     )
-    return Verdict(rule, added < MEMORY_SHARE, finding), line
+    flat = line.low <= 0 or line.high < LEAST_SLOPE
+    return Verdict(rule, flat and added < MEMORY_SHARE, finding), line
+
+
+def judge_streams(outcomes: Sequence[Outcome]) -> Verdict:
+    """Gaps between the tokens of ordinary streams."""
+    gaps = [gap for outcome in outcomes if outcome.kind in ORDINARY for gap in outcome.gaps]
+    rule = f"no ordinary stream waits more than {GAP_BOUND_S:g} s for a token"
+    if not gaps:
+        return Verdict(rule, False, "no stream had two tokens")
+    half, most, worst = (float(value) for value in (*np.percentile(gaps, (50, 99)), max(gaps)))
+    finding = f"{len(gaps)} gaps: median {half:.2f} s, p99 {most:.2f} s, longest {worst:.2f} s"
+    return Verdict(rule, worst <= GAP_BOUND_S, finding)
 
 
 def judge_blocks(final: Sample) -> Verdict:
