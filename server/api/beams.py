@@ -13,6 +13,8 @@ sampler's filters, penalties and seed have no part in it.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,11 +26,13 @@ from prerope.server.api.stream.generation import Generation
 from prerope.server.engine.async_engine import OutputStream
 from prerope.server.engine.outputs import ALTERNATIVE, FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
-from prerope.server.errors import InvalidRequest
+from prerope.server.errors import InvalidRequest, QueueFull
 from prerope.server.service import Service
 
 MOST_TOKENS = 2**18
 """The most tokens of all beams and their prompt: each step submits every beam anew, which costs other requests time."""
+ROOM_PAUSE_S = 0.05
+"""Until a search that has begun looks again whether the queue has room for its next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,7 @@ class BeamSearch:
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=num_alternatives, ignore_eos=True)
         prompts = [(TokenizedPrompt([*prompt.ids, *beam.ids], prompt.documents), params) for beam in beams]
         asked = self.engine_requests(self.service, name, prompts, self.request, arrived=self.arrived)
-        streams = self.service.engine.submit(asked)
+        streams = await self._submitted(asked, begun=usage.known)
         try:
             outputs = await asyncio.gather(*map(_last, streams))
         finally:
@@ -142,6 +146,17 @@ class BeamSearch:
             told = output.logprobs[0].packed[:size]
             steps += [Step(beam.total + logprob, beam, i, logprob, told) for i, logprob in output.logprobs[0].top]
         return steps
+
+    async def _submitted(self, asked: list[EngineRequest], *, begun: bool) -> list[OutputStream]:
+        """In the queue. A search that has begun is one request, which was let in: it waits until others leave room."""
+        late = self.arrived + (self.request.timeout_s or math.inf)
+        while True:
+            try:
+                return self.service.engine.submit(asked)
+            except QueueFull:
+                if not begun or time.perf_counter() >= late:
+                    raise
+            await asyncio.sleep(ROOM_PAUSE_S)
 
     def _ended(self, prompt: TokenizedPrompt, beam: Beam, ends: frozenset[int], usage: _Usage, name: str) -> Generation:
         """A reply whose tokens have all come."""

@@ -190,9 +190,7 @@ async def _checked(
     service: Service, request: GenerationRequest, prepared: Prepared
 ) -> list[tuple[TokenizedPrompt, SamplingParams]]:
     prompts, choices = prepared.prompts, list[tuple[TokenizedPrompt, SamplingParams]]()
-    if (num_sequences := len(prompts) * request.n) > 1:  # before they are made; for a single one there is always room
-        num_tokens = request.n * sum([len(one.ids) for one in prompts])
-        check_sequences(service.engine.engine.config, num_sequences, num_tokens)
+    _check_sequences(service, request, [len(one.ids) for one in prompts])
     grammar = None if prepared.constraint is None else await compiled(service, prepared.constraint)
     of_all = sampling_params(service, request, prepared, grammar)
     info, sampling = service.engine.info, request.sampling
@@ -219,6 +217,17 @@ async def _checked(
                 check_search(request.beams.width, prompt, params)
             choices.append((prompt, params))
     return choices
+
+
+def _check_sequences(service: Service, request: GenerationRequest, lengths: Sequence[int]) -> None:
+    """Refuse, before they are made, more sequences than an empty queue takes. lengths: of the prompts.
+
+    A search has its beams there at once, however many replies it finds, and prompts are searched one after the other.
+    """
+    choices = 1 if request.beams else request.n
+    count = max(choices * len(lengths), request.beams.width if request.beams else 0)
+    if count > 1:  # for a single one there is always room
+        check_sequences(service.engine.engine.config, count, choices * sum(lengths))
 
 
 def new_id(prefix: str) -> str:

@@ -526,3 +526,36 @@ def test_beams_and_prompt_together_have_a_limit(url: str, monkeypatch: pytest.Mo
     assert httpx.post(f"{url}{COMPLETIONS}", json=asked | {"max_tokens": 4}, timeout=60).status_code == 200
     refused = httpx.post(f"{url}{COMPLETIONS}", json=asked | {"max_tokens": 5}, timeout=60)
     assert "2 beams of up to 17 tokens" in error_of(refused, 400)["message"]
+
+
+def test_a_search_is_as_many_sequences_as_it_has_beams(serve: Any, tiny_checkpoint: Path) -> None:
+    """Two prompts of three replies each: three at a time, where the queue takes four; five beams never have room."""
+    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_requests=4)
+    asked = {"prompt": ["a", "b"], "use_beam_search": True, "max_tokens": 3}
+    reply = httpx.post(f"{url}{COMPLETIONS}", json=asked | {"n": 3}, timeout=60)
+    assert [choice["index"] for choice in reply.json()["choices"]] == [*range(6)], reply.text
+    assert (
+        "5 sequences" in error_of(httpx.post(f"{url}{COMPLETIONS}", json=asked | {"n": 5}, timeout=60), 400)["message"]
+    )
+    prompts = ["a"] * 5
+    refused = httpx.post(f"{url}{COMPLETIONS}", json=asked | {"prompt": prompts, "n": 2}, timeout=60)
+    assert "5 sequences" in error_of(refused, 400)["message"], "nor do so many prompts"
+
+
+def test_a_search_that_has_begun_waits_until_others_leave_room(serve: Any, tiny_checkpoint: Path) -> None:
+    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_requests=2)
+    engine = serve.running(url).service.engine
+    faults = Faults(engine.engine)
+    faults.forward.hold()
+    beams = {"prompt": "a", "use_beam_search": True, "n": 2, "max_tokens": 3}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        search = partial(http.post, COMPLETIONS, json=beams)
+        others = [partial(http.post, GENERATE, json={"prompt": "b", "max_tokens": 2})] * 2
+        with in_background(search) as first:
+            assert faults.forward.entered.wait(20)
+            with in_background(*others) as rest:
+                until(lambda: len(engine._streams) == 3)
+                refused = http.post(COMPLETIONS, json=beams)
+                faults.forward.release()
+        assert error_of(refused, 429), "one that has not begun"
+        assert [reply.result().status_code for reply in (*first, *rest)] == [200] * 3
