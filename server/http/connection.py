@@ -27,6 +27,7 @@ from prerope.server.api.fairness import turn
 from prerope.server.api.middleware import ABORT, FILLER, TOO_MANY_CHUNKS
 from prerope.server.errors import HeaderTooLarge, VersionNotSupported
 from prerope.server.http.refusals import LINGER_S, linger, refuse, reply_to_unreadable
+from prerope.server.http.targets import in_origin_form
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -67,7 +68,8 @@ class CountingParser(h11.Connection):
                 raise h11.RemoteProtocolError("unknown version", error_status_hint=VersionNotSupported.status)
             if len(event.target) + sum(len(name) + len(value) for name, value in event.headers) > MAX_HEADER_BYTES:
                 raise h11.RemoteProtocolError("long header", error_status_hint=HeaderTooLarge.status)
-        elif isinstance(event, h11.Data):
+            return event if event.target.startswith(b"/") else in_origin_form(event)
+        if isinstance(event, h11.Data):
             self.num_chunks += event.chunk_start
             self.num_bytes += len(event.data)
         return event

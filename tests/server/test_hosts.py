@@ -6,9 +6,11 @@ import asyncio
 import base64
 import hashlib
 import re
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -56,6 +58,41 @@ def test_paths_with_control_characters_are_nobodys(http: httpx.Client, path: str
 @pytest.mark.parametrize("name", NAMES)
 def test_a_server_without_keys_is_known_by_local_names(http: httpx.Client, name: str, port: str) -> None:
     assert http.get("/v1/models", headers={"Host": name.upper() + port}).status_code == 200
+
+
+def status_of(url: str, target: str, host: str, version: str = "1.1") -> tuple[int, bytes]:
+    """Of a GET with this very target."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    with socket.create_connection((parts.hostname, parts.port or 80), timeout=20) as connection:
+        sent = f"GET {target} HTTP/{version}\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        connection.sendall(sent.encode())
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))
+    return int(reply.split()[1]), reply
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1:80", "[::1]:9"])
+def test_a_whole_address_is_a_target_too(url: str, name: str, version: str) -> None:
+    for target in (f"http://{name}/v1/models", f"HTTPS://{name}/v1/models?limit=1"):
+        status, reply = status_of(url, target, "localhost", version)
+        assert status == 200
+        assert b'"object"' in reply
+    assert status_of(url, f"http://{name}", "localhost", version)[0] == status_of(url, "/", "localhost", version)[0]
+    assert status_of(url, f"http://{name}/nowhere", "localhost", version)[0] == 404
+
+
+@pytest.mark.parametrize("name", FOREIGN[:-1])
+def test_and_its_host_counts_not_the_headers(url: str, name: str) -> None:
+    assert status_of(url, f"http://{name}/v1/models", "localhost")[0] == 421
+    assert status_of(url, "http://localhost/v1/models", name)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "target", ["ftp://localhost/", "http:///health", "http://a@localhost/health", "http:", "health"]
+)
+def test_targets_that_are_neither_are_nobodys(url: str, target: str) -> None:
+    assert status_of(url, target, "localhost")[0] in (400, 404)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/", "/health", "/metrics", "/nowhere"])
