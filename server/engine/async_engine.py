@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +32,9 @@ from prerope.server.errors import ClientGone, EngineUnavailable, RequestError, e
 
 TAKE_S = 0.002
 """For what comes between two steps."""
+
+STOOD_S = 0.5
+"""So late the event loop is where the process stood: a busy one is not."""
 
 MAX_UNREAD = 4096
 """Outputs that wait for a reader who is slower than the engine; past that, the request is aborted."""
@@ -83,6 +86,14 @@ class OutputStream(AsyncGenerator[TokenOutput, None]):
             self._abort()
 
 
+@dataclass(slots=True)
+class Turn:
+    """One turn of the thread: when it began, in monotonic seconds, and for how long this process has stood since."""
+
+    began: float
+    stood_s: float = 0.0
+
+
 _Command = EngineRequest | Drain
 _Delivery = tuple[str, TokenOutput]
 
@@ -109,7 +120,8 @@ class AsyncEngine(EngineLife):
         self._aborts: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stats: EngineStats | None = None
         self._step_timeout_s, self._tell_of_step = step_timeout_s, tell_of_step
-        self._turn_began: float | None = None  # monotonic seconds; None while the thread waits for work
+        self._turn: Turn | None = None  # None while the thread waits for work
+        self._next_look = math.inf  # monotonic seconds
         self._told_of_step = False
 
     @property
@@ -118,9 +130,14 @@ class AsyncEngine(EngineLife):
 
     @property
     def seconds_in_step(self) -> float:
-        """How long the step under way has taken."""
-        began = self._turn_began
-        return 0.0 if began is None else time.monotonic() - began
+        """How long the step under way has taken, without the time in which the whole process stood (SIGSTOP)."""
+        turn, now = self._turn, time.monotonic()
+        return 0.0 if turn is None else max(0.0, now - turn.began - turn.stood_s - self._stood_s(turn, now))
+
+    def _stood_s(self, turn: Turn, now: float) -> float:
+        """Since the loop was to look at the step; it looks whatever the thread does, unless the process stands."""
+        late_s = now - self._next_look
+        return late_s if late_s > STOOD_S and turn.began < self._next_look else 0.0
 
     @property
     def _step_is_late(self) -> bool:
@@ -217,10 +234,15 @@ class AsyncEngine(EngineLife):
         """Now, and again in a while: nothing is ended because of a late step, and all is as before once it ends."""
         if self._stopped.is_set():
             return
+        turn, now = self._turn, time.monotonic()
+        if turn is not None:
+            turn.stood_s += self._stood_s(turn, now)
+        period_s = min(1.0, max(0.1, self._step_timeout_s / 4))
+        self._next_look = now + period_s
         if self._step_is_late != self._told_of_step:
             self._told_of_step = not self._told_of_step
             self._tell_of_step(self._told_of_step)
-        self._loop.call_later(min(1.0, max(0.1, self._step_timeout_s / 4)), self._look_at_step)
+        self._loop.call_later(period_s, self._look_at_step)
 
     # --- on the engine thread ---
 
@@ -263,9 +285,10 @@ class AsyncEngine(EngineLife):
     def _commands(self, *, wait: bool) -> Iterator[_Command]:
         """What has come; where it is much the rest comes after a step: one request may be a thousand sequences."""
         if wait:
-            self._turn_began = None
+            self._turn = None
             yield self._inbox.get()
-        began = self._turn_began = time.monotonic()
+        began = time.monotonic()
+        self._turn = Turn(began)
         while time.monotonic() - began < TAKE_S:
             try:
                 yield self._inbox.get_nowait()

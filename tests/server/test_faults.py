@@ -229,6 +229,25 @@ def test_probes_and_the_log_tell_of_a_step_that_does_not_end_and_of_its_end(serv
         until(lambda: any("has ended" in line["event"] for line in lines))
 
 
+def test_a_process_that_stood_has_no_late_step_because_of_it(serve: Any, tiny_checkpoint: Path) -> None:
+    """Stopped and continued (SIGSTOP, SIGCONT), neither its event loop nor its engine's thread has had any time."""
+    url = serve(model_id=str(tiny_checkpoint), step_timeout_s=1.0)
+    engine = serve.running(url).service.engine
+    faults = Faults(engine.engine)
+    faults.forward.hold()
+    with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as pool, capture_logs() as lines:
+        reply = pool.submit(http.post, GENERATE, json=BODY)
+        assert faults.forward.entered.wait(20)
+        for _ in range(2):
+            engine._loop.call_soon_threadsafe(time.sleep, 2.0)
+            time.sleep(0.1)
+            assert http.get("/health").status_code == 200, "asked for while it stood, answered at once after it"
+        assert not [line for line in lines if "does not end" in line["event"]]
+        until(lambda: http.get("/health").status_code == 503)
+        faults.forward.release()
+        assert reply.result().status_code == 200
+
+
 def test_a_cache_that_has_nothing_to_give_for_a_while(
     http: httpx.Client, engine: AsyncEngine, faults: Faults, expected: list[int]
 ) -> None:
