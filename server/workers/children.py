@@ -19,6 +19,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prerope.server.workers.messages import EXIT, HEADER, Order, Outcome, Unborn, pack, pieces
@@ -30,6 +31,11 @@ READ_AGAIN_S = 0.01
 """Seconds until a zygote that has not read what was sent to it is looked at again."""
 EXIT_GRACE_S = 5.0
 """Seconds between the end of a child's socket and word of how it ended."""
+
+
+LOOK_S, STILL_LOOKS = 30.0, 2
+"""A child that has had no CPU time at so many looks, so many seconds apart, is lost. However busy the machine is, a
+child has some; and at the first look after the whole server stood, none had any."""
 
 
 class WorkerLost(Exception):
@@ -71,6 +77,26 @@ class Child:
         return pickle.loads(await self.reader.readexactly(size))
 
     async def ask(self, order: Order) -> Outcome:
+        """Let it run an order. WorkerLost where it stands still: stopped, say, so that no limit of CPU time ends it."""
+        asked, before, still = asyncio.ensure_future(self._exchange(order)), self._cpu_time(), 0
+        try:
+            while not (await asyncio.wait({asked}, timeout=LOOK_S))[0]:
+                now = self._cpu_time()
+                still, before = still + 1 if now == before else 0, now
+                if still == STILL_LOOKS:
+                    raise WorkerLost("a helper process stood still: send the request again")
+            return asked.result()
+        finally:
+            asked.cancel()
+
+    def _cpu_time(self) -> list[bytes]:
+        """As much as it has had of it, in the kernel's words; nothing where the kernel does not say."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13]
+        except OSError:
+            return []
+
+    async def _exchange(self, order: Order) -> Outcome:
         for piece in pieces(order):
             self.writer.write(piece)
             await self.writer.drain()

@@ -161,6 +161,21 @@ def test_a_task_whose_process_somebody_ends_is_begun_again_once(tmp_path: Any) -
     with_workers(use)
 
 
+def test_a_task_whose_process_stands_still_is_begun_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is stopped has no end, passes no limit, and closes nothing; one that works is not taken for it."""
+    monkeypatch.setattr(children, "LOOK_S", 1.0)
+
+    async def use(workers: Workers) -> None:
+        began = time.monotonic()
+        assert await workers.run(Ended(-signal.SIGSTOP, str(tmp_path / "stopped")), "test") == "done"
+        assert time.monotonic() - began >= children.LOOK_S * children.STILL_LOOKS
+        assert await workers.run(Ended(-signal.SIGSTOP, "/"), "test") == "done", "its place is free again"
+        with pytest.raises(InvalidRequest, match="CPU time"):
+            await workers.run(Busy(), "test")
+
+    with_workers(use)
+
+
 @pytest.mark.parametrize("task", [Ended(-signal.SIGABRT), Ended(-signal.SIGSEGV), Busy(), Large()], ids=str)
 def test_what_a_task_brings_on_itself_is_the_clients(task: Any) -> None:
     async def use(workers: Workers) -> None:
