@@ -1,7 +1,8 @@
 """Bodies that no document describes: what is valid, with something hostile in any of its places, to every dialect.
 
 Halves of surrogate pairs as values and as keys, names that Python or a template engine knows, deep and wide values,
-numbers of any size. Whatever is sent, the reply is no 5xx, and a refusal is an error with words.
+numbers of any size; and deep and wide ones in every field of the document that holds a list or an object. Whatever is
+sent, the reply is no 5xx, and a refusal is an error with words.
 """
 
 from __future__ import annotations
@@ -16,6 +17,15 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
+from prerope.server.api.dialects.requests.others import TgiRequest
+from prerope.server.api.dialects.requests.responses import ResponsesRequest
+from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
+from prerope.server.api.requests.body import RequestBody
+from prerope.server.api.requests.schemas import GenerateRequest, MapRequest
+from prerope.server.api.requests.tokenize import DetokenizeRequest, TokenizeRequest
+from pydantic import TypeAdapter
 
 from tests.fuzz.budget import budget
 
@@ -146,3 +156,108 @@ def test_variables_of_a_template(http: httpx.Client, variables: dict[str, Any]) 
     """Of any name and value: the template may use them, its engine and Python not."""
     body = {"messages": [USER], "max_tokens": 1, "chat_template_kwargs": variables}
     check(http.post("/v1/chat/completions", content=json.dumps(body).encode()))
+
+
+# --- every field that holds a list or an object -----------------------------------------------------------------------
+
+DEPTH = 4
+"""Of fields within fields; of what holds itself there is no end."""
+
+Place = tuple[str, ...]
+"""Names from a body's root on; a list is passed through by its first item, "[]"."""
+Schema = dict[str, Any]
+
+
+def choices_of(schema: Schema, root: Schema) -> Iterator[Schema]:
+    """The schemas that one stands for: its reference, or those of which it may be any."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+    parts = [part for word in ("anyOf", "oneOf", "allOf") for part in schema.get(word, ())]
+    yield from (one for part in parts for one in choices_of(part, root))
+    if not parts:
+        yield schema
+
+
+def holders(schema: Schema, root: Schema, place: Place = ()) -> Iterator[Place]:
+    """Where a body may hold a list or an object."""
+    for one in choices_of(schema, root):
+        if place and one.get("type") in ("array", "object", None):  # None: anything
+            yield place
+        if len(place) < DEPTH:
+            items = one.get("items")
+            yield from holders(items, root, (*place, "[]")) if items else ()
+            for name, of_field in one.get("properties", {}).items():
+                yield from holders(of_field, root, (*place, name))
+
+
+MODELS: dict[str, type[RequestBody]] = {
+    **dict.fromkeys(("/v1/completions", "/v1/completions/render"), CompletionRequest),
+    **dict.fromkeys(("/v1/chat/completions", "/v1/chat/completions/render"), ChatRequest),
+    **dict.fromkeys(("/v1/responses", "/v1/responses/render", "/v1/responses/input_tokens"), ResponsesRequest),
+    **dict.fromkeys(("/v1/messages", "/v1/messages/render"), MessagesRequest),
+    **dict.fromkeys(("/generate_stream", "/"), TgiRequest),
+    "/generate": GenerateRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/rope/map": MapRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/api/chat": OllamaChatRequest,
+    "/api/generate": OllamaGenerateRequest,
+    "/api/show": ShowRequest,
+}
+SCHEMAS = {path: TypeAdapter(model).json_schema() for path, model in MODELS.items()}
+FIELDS = [(path, place) for path, root in SCHEMAS.items() for place in dict.fromkeys(holders(root, root))]
+
+ITEMS = st.one_of(
+    LEAVES,
+    st.sampled_from([[], {}, [[]], USER, TOOL, CALL, {"type": "text", "text": "a"}, {"type": "function", "name": "f"}]),
+    st.dictionaries(st.sampled_from(("type", "role", "content", "text", "name", "function", "id")), LEAVES, max_size=3),
+)
+NESTS = (("[", "]"), ('{"a":', "}"), ('[{"content":', "}]"), ('{"properties":{"a":', "}}"))
+
+
+def nested(one: Any, nest: tuple[str, str], depth: int) -> str:
+    return nest[0] * depth + json.dumps(one) + nest[1] * depth
+
+
+DEEP_OR_WIDE = st.one_of(
+    st.builds(nested, ITEMS, st.sampled_from(NESTS), st.sampled_from([2, 60, 120, 900, 20_000])),
+    st.builds(lambda one, count: json.dumps([one] * count), ITEMS, st.sampled_from([2, 300, 20_000])),
+    st.builds(lambda one, count: json.dumps({f"k{i}": one for i in range(count)}), ITEMS, st.sampled_from([2, 20_000])),
+    st.builds(lambda one, width: json.dumps([[one] * width] * width), ITEMS, st.sampled_from([20, 150])),
+)
+"""As JSON: Python's own writer ends with the interpreter's stack."""
+MARK = "the place of a field's value"
+
+
+def put(body: dict[str, Any], place: Place, value: Any) -> None:
+    """Into this place of a body, whose lists and objects on the way there are made where there are none."""
+    here: Any = body
+    for name, following in zip(place, (*place[1:], None), strict=True):
+        key = 0 if name == "[]" else name
+        if isinstance(here, list) and not here:
+            here.append(None)
+        if following is None:
+            here[key] = value
+        elif not isinstance(
+            here[key] if isinstance(here, list) else here.get(key), list if following == "[]" else dict
+        ):
+            here[key] = [] if following == "[]" else {}
+        here = here[key]
+
+
+@given(st.sampled_from(FIELDS), DEEP_OR_WIDE, st.integers(0, 7))
+@budget(60)
+def test_deep_and_wide_fields(http: httpx.Client, field: tuple[str, Place], value: str, base: int) -> None:
+    path, place = field
+    bases = [body for at, body in BODIES if at == path] or [{}]
+    body = copy.deepcopy(bases[base % len(bases)])
+    put(body, place, MARK)
+    check(http.post(path, content=json.dumps(body).replace(json.dumps(MARK), value).encode()))
+
+
+def test_fields_are_of_every_endpoint_with_a_body() -> None:
+    assert {path for path, _ in FIELDS} == SCHEMAS.keys() >= {path for path, _ in BODIES}
+    for place in (("messages", "[]", "content"), ("tools",), ("stop",), ("logit_bias",)):
+        assert ("/v1/chat/completions", place) in FIELDS
+    assert ("/api/chat", ("options", "stop")) in FIELDS
