@@ -207,21 +207,22 @@ class Engine:
                 outputs += self._verify(one, token, step.verifications[one.sequence], filled)
         if self.tiers is not None:
             self.tiers.keep(filled)
-        seconds = self._end_step(step)
-        self.scheduler.pace.add(step.num_prefilled, seconds, step.num_rows - step.num_prefilled)
+        rows = step.rows
+        seconds = self._end_step(step, rows.num_prefilled)
+        self.scheduler.pace.add(rows, seconds)
         if self.scheduler.speculator is not None:
             own = seconds if step.cpu_began is None else time.thread_time() - step.cpu_began
-            self.scheduler.speculator.step_times.add(step.num_rows, own)
+            self.scheduler.speculator.step_times.add(rows.num_all, own)
         return outputs
 
-    def _end_step(self, step: Step) -> float:
+    def _end_step(self, step: Step, num_prefilled: int) -> float:
         """Count a step that is over; its seconds, which begin when the step before it ends, where steps overlap."""
         counters, now = self._counters, time.monotonic()
         seconds = now - max(step.began, counters.last_end)
         counters.num_steps += 1
         counters.last_step_s, counters.last_end = seconds, now
-        if step.num_prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
-            more = step.num_prefilled / seconds - counters.prefill_tokens_per_s
+        if num_prefilled >= 64 and seconds > 0:  # a rate that a few tokens would distort
+            more = num_prefilled / seconds - counters.prefill_tokens_per_s
             counters.prefill_tokens_per_s += more * (0.2 if counters.prefill_tokens_per_s else 1)
         return seconds
 

@@ -22,7 +22,7 @@ may come next is left out of the step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prerope.cache.blocks.documents import next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager
@@ -31,81 +31,117 @@ from prerope.server.engine.documents import Copy, DocumentReader, Documents
 from prerope.server.engine.selection import most_rows
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import Speculator
-from prerope.server.engine.step import Scheduled
+from prerope.server.engine.step import Rows, Scheduled
 
-WHOLE_ROWS = 128
-"""Shorter chunks read a prompt more slowly: each reads the weights, and packs the keys anew."""
-LEAST_ROWS = 16
-"""Where the gap leaves no room for a whole chunk. So few rows are computed as decode steps are, which read far keys
-without packing them: at 20,000 keys a row costs as much in 8 or 16 as in 128, and a quarter more in 32 or 64."""
-SCORED_S, LEAST_SCORED = 0.03, 8
-"""Of a step are for rows that are scored, as nobody waits for the first of them: a stream hardly notices."""
-COUNTED = 8
-"""Rows that a step must have of prompts for its time to be told of."""
-MULTIPLE = 32
-FORGOTTEN = 0.995
-"""What is left of a row's time in whole chunks after a step of fewer rows, so that one is tried again at last."""
+FEW, WHOLE, MULTIPLE = (8, 12, 16), 128, 32
+"""Rows of prompts in a step beside streams: few, which are computed as decode steps are, or a whole chunk and ever
+larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few are
+dear differs by machine, and by how many keys are before them."""
+ROOM = 0.9
+"""Of the gap, within which the least whole chunk must be over: else few rows are taken, or each would be late by chance
+or by its keys."""
+WORTH = 0.9
+"""A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
+SHORT_S, SHORT_STEPS = 0.1, 3
+"""None is made shorter than both, the latter in steps without prompts: nobody would see it."""
+LEAST_SCORED, SCORED_S = 4, 0.03
+"""Rows that are scored, as nobody waits for the first of them, are as many as go into `SHORT_STEPS`, or, where a step
+without prompts is not known, into so many seconds; but so many at least."""
+FORGOTTEN = 0.998
+"""What is left after each step of a row's time in sizes where it is longer: what was late by chance is tried again."""
 
 
 class Pace:
-    """How many rows of prompts a step takes while others stream: as many as go within the gap that streams may have.
+    """How many rows of prompts a step takes while others stream.
 
-    What a row takes grows with the prompt before it, and is known from the steps that ran last. A step that was too
-    long is followed by a shorter one: so the gap is met from the second step on, whatever stands in it besides. Before
-    any is known, a whole chunk is taken, or as few scored rows as ever.
+    A step is over within the gap that streams may have, and is as short as costs prompts a tenth of their rate:
 
-    A row takes longer in few than in a whole chunk: behind 256 keys 1.4 times as long, behind 20,000 as long. So the
-    two are known apart, and what a step takes for the others in it, and for having weights to read, is in neither.
-    While chunks are few rows, a row of a whole one is taken to change as theirs does, and never to take longer.
+        rows ÷ (seconds of a step without prompts + rows × seconds of a row)
+
+    What a row takes differs with the size of its step and with how many keys are before it, so it is known by both
+    (keys within a factor of two), from steps that ran. Where there was none, it is what it was behind fewer keys, else
+    what it is in a smaller step: so larger ones are tried, and then known. Before anything is, as few rows as ever are
+    taken.
     """
 
     def __init__(self, gap_s: float | None) -> None:
         """gap_s: seconds, or None for chunks of any length."""
         self._gap_s = gap_s
         self._others_s = 0.0  # of a step without rows of prompts
-        self._whole_s = 0.0  # of a row of a whole chunk
-        self._few_s = 0.0  # of a row of a smaller one, since the last whole one
+        self._row_s: dict[int, dict[int, float]] = {}  # of a row: keys' binary digits → least rows → seconds
+        self._scored_s = 0.0  # of a row that is scored
 
-    def add(self, num_prefilled: int, seconds: float, num_others: int = 0) -> None:
-        """A step with so many rows of prompts, and others, is over."""
-        if not num_prefilled:
+    def add(self, rows: Rows, seconds: float) -> None:
+        """A step of so many is over."""
+        if not rows.num_prefilled:
             self._others_s = _smoothed(self._others_s, seconds)
-        if num_prefilled < COUNTED:
             return
-        others_s = min(self._others_s, 0.9 * seconds) if num_others else 0.0
-        row_s = (seconds - others_s) / num_prefilled
-        if num_prefilled >= WHOLE_ROWS:
-            self._whole_s, self._few_s = max(row_s, _smoothed(self._whole_s, row_s)), 0.0
-            return
-        before, self._few_s = self._few_s, _smoothed(self._few_s, row_s)
-        change = self._few_s / before if before else 1.0
-        whole_s = min(self._whole_s * change or self._few_s, self._few_s)
-        self._whole_s = whole_s if self._fitting(whole_s) >= WHOLE_ROWS else whole_s * FORGOTTEN
+        others_s = min(self._others_s, 0.9 * seconds) if rows.num_all > rows.num_prefilled else 0.0
+        row_s = (seconds - others_s) / rows.num_prefilled
+        if rows.num_scored:
+            self._scored_s = _smoothed(self._scored_s, row_s)
+        elif size := size_of(rows.num_prefilled):
+            self._learn(
+                self._row_s.setdefault(rows.num_keys.bit_length(), dict(self._behind(rows.num_keys))), size, row_s
+            )
 
-    def most_rows(self, budget: int) -> int:
+    def _learn(self, here: dict[int, float], size: int, row_s: float) -> None:
+        """One step may be late by chance, so it counts as a quarter longer at most, and the next one tells more."""
+        before = here.get(size, row_s)
+        here[size] = now = min(max(row_s, _smoothed(before, row_s)), 1.25 * before)
+        for other, known_s in here.items():
+            if known_s > now:
+                here[other] = max(now, FORGOTTEN * known_s)
+
+    def _behind(self, num_keys: int) -> dict[int, float]:
+        """What a row takes behind so many keys, or the nearest number that is known: fewer, if any is."""
+        digits = num_keys.bit_length()
+        nearest = min(self._row_s, key=lambda known: (known > digits, abs(known - digits)), default=None)
+        return {} if nearest is None else self._row_s[nearest]
+
+    def most_rows(self, budget: int, num_keys: int = 0) -> int:
         """The number of prompt rows in a step beside streams; at most the budget."""
-        if self._gap_s is None:
+        if self._gap_s is None or budget <= FEW[0]:
             return budget
-        if not self._whole_s:  # no prompt has been read since the start
-            return min(budget, WHOLE_ROWS)
-        fitting = self._fitting(self._whole_s)
-        if fitting >= budget:
-            return budget
-        rows = int(fitting) // MULTIPLE * MULTIPLE
-        return min(budget, rows if rows >= WHOLE_ROWS else LEAST_ROWS)
+        if not self._row_s:  # no prompt has been read since the start
+            return FEW[0]
+        choices = list(self._choices(self._gap_s, budget, self._behind(num_keys)))
+        worth = WORTH * max(rate for _, _, rate in choices)
+        short_s = max(SHORT_S, SHORT_STEPS * self._others_s)
+        _, _, rows = min((max(short_s, took_s), -rate, rows) for rows, took_s, rate in choices if rate >= worth)
+        return rows
 
-    def _fitting(self, row_s: float) -> float:
-        """Rows of so many seconds that fit in the gap beside the others."""
-        gap_s = self._gap_s or 0.0
-        return (gap_s - min(self._others_s, gap_s / 2)) / row_s if row_s else float("inf")
+    def _choices(self, gap_s: float, budget: int, row_s: dict[int, float]) -> Iterator[tuple[int, float, float]]:
+        """(rows, seconds, rows a second) of the least step, and of those that are over within the gap."""
+        others_s, one_s = min(self._others_s, gap_s / 2), min(row_s.values())
+        for rows in FEW:
+            one_s = row_s.get(rows, one_s)
+            took_s = others_s + rows * one_s
+            if rows <= budget and (rows == FEW[0] or took_s <= gap_s):
+                yield rows, took_s, rows / took_s
+        rows, one_s = min(WHOLE, budget), row_s.get(WHOLE, one_s)
+        if others_s + rows * one_s > ROOM * gap_s:
+            return
+        while (took_s := others_s + rows * one_s) <= gap_s:
+            yield rows, took_s, rows / took_s
+            if rows == budget:
+                return
+            rows = min(budget, rows + max(MULTIPLE, rows // 4 // MULTIPLE * MULTIPLE))
 
     def most_scored(self, budget: int) -> int:
         """The number of these rows whose prompt log-probabilities are computed."""
         if self._gap_s is None:
             return budget
-        if not self._whole_s:
-            return min(budget, LEAST_SCORED)
-        return min(budget, max(LEAST_SCORED, int(min(SCORED_S, self._gap_s) / (self._few_s or self._whole_s))))
+        room_s = (SHORT_STEPS - 1) * self._others_s or SCORED_S
+        rows = int(min(room_s, self._gap_s) / self._scored_s) if self._scored_s else 0
+        return min(budget, max(LEAST_SCORED, rows))
+
+
+def size_of(rows: int) -> int | None:
+    """As which size a step of so many rows tells of its time; None where it tells nothing of any."""
+    if rows >= WHOLE:
+        return WHOLE
+    return next((size for size in reversed(FEW) if size <= rows < 2 * size), None)
 
 
 def _smoothed(before: float, now: float) -> float:
@@ -177,12 +213,17 @@ class Scheduler:
         if self.speculator is not None and plan:
             self._draft(self.speculator, plan, spare)
         left = self.max_batched_tokens - sum([one.num_rows for one in plan])
-        self._schedule_prefills(self.pace.most_rows(left) if plan else left, plan)
+        self._schedule_prefills(self.pace.most_rows(left, self._num_keys_of_prompts) if plan else left, plan)
         if self.cache.states is None:
             return plan
         steps = [(one.sequence.state, one.start, one.stop) for one in plan if one.sequence.state is not None]
         rows = self.cache.states.rows_of_step(steps, keep=self.cache.prefix_caching)
         return [one._replace(state=state) for one, state in zip(plan, rows, strict=True)]
+
+    @property
+    def _num_keys_of_prompts(self) -> int:
+        """Before the rows that are read of prompts, of the one that has most."""
+        return max([s.num_computed_tokens for s in self.running.values() if not s.decoding], default=0)
 
     def _draft(self, speculator: Speculator, plan: list[Scheduled], spare: int) -> None:
         """Give decode steps their drafts, in `spare` blocks and those that they have.
@@ -192,7 +233,7 @@ class Scheduler:
         left = self.max_batched_tokens - len(plan)
         to_read = sum([s.num_remaining_tokens for s in self.running.values() if not s.decoding])
         most = left // DRAFT_SHARE if to_read else left
-        num_others = self.pace.most_rows(min(to_read, left))
+        num_others = self.pace.most_rows(min(to_read, left), self._num_keys_of_prompts)
         drafts = speculator.plan([one.sequence for one in plan], num_others=num_others, most=most)
         for place, one in enumerate(plan):
             own = drafts.get(one.sequence)

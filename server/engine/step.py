@@ -11,7 +11,7 @@ steps in their order, so whoever gets a block next writes to it only after this 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Rows
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def needs_host(sequence: Sequence, *, on_device: bool) -> bool:
 
 
 def choose(
-    logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int], *, on_device: bool
+    logits: Tensor, sequences: Several[Sequence], eos_token_ids: frozenset[int], *, on_device: bool
 ) -> tuple[Tensor, dict[Sequence, TokenLogprobs]]:
     """(token ids [N] int64, log-probabilities asked for) of logits [N, V] fp32, one row a sequence; may be changed."""
     on_host, rest, greedy = [], [], True
@@ -85,7 +85,7 @@ def _sent(places: list[int], device: torch.device) -> Tensor:
 
 
 def _choose_on_host(
-    logits: Tensor, sequences: Rows[Sequence], eos_token_ids: frozenset[int]
+    logits: Tensor, sequences: Several[Sequence], eos_token_ids: frozenset[int]
 ) -> tuple[Tensor, dict[Sequence, TokenLogprobs]]:
     # Log-probabilities are of the raw logits: keep those rows, since sampling changes its own.
     raw = {
@@ -249,6 +249,15 @@ class Scheduled(NamedTuple):
         )
 
 
+class Rows(NamedTuple):
+    """How many rows a step has: all, those of prompts, of these the scored ones; and how many keys are before one's."""
+
+    num_all: int
+    num_prefilled: int = 0
+    num_scored: int = 0
+    num_keys: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What was launched at `began`, in seconds of `time.monotonic()`.
@@ -270,12 +279,15 @@ class Step:
     cpu_began: float | None
 
     @property
-    def num_rows(self) -> int:
-        return sum([one.num_rows for one in self.scheduled])
-
-    @property
-    def num_prefilled(self) -> int:
-        return sum([one.num_new_tokens for one in self.scheduled if one.num_new_tokens > 1])
+    def rows(self) -> Rows:
+        prompts = [one for one in self.scheduled if one.num_new_tokens > 1]
+        scored = [one.num_logits for one in prompts if one.sequence.request.sampling.prompt_logprobs is not None]
+        return Rows(
+            num_all=sum([one.num_rows for one in self.scheduled]),
+            num_prefilled=sum([one.num_new_tokens for one in prompts]),
+            num_scored=sum(scored),
+            num_keys=max([one.start for one in prompts], default=0),
+        )
 
 
 def chunks_of(plan: list[Scheduled], block_size: int, *, single: bool) -> list[Chunk]:

@@ -86,7 +86,7 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """uvicorn's signal handler. Not recorded as captured: the process ends by its exit code, not by the signal."""
         if self._draining is not None or self._loop is None:
-            self.should_exit = self.force_exit = True
+            os._exit(0)  # uvicorn's own haste would cancel the app's lifespan, which tells of that as an error
         else:
             self._loop.call_soon_threadsafe(self._begin_draining)
 

@@ -197,6 +197,19 @@ def test_a_signal_while_the_workers_begin_is_no_error(process: tuple[subprocess.
     assert "[error" not in err
 
 
+@pytest.mark.parametrize("pause_s", [0.05, *(pytest.param(pause_s, marks=pytest.mark.slow) for pause_s in (0.0, 0.2))])
+def test_nor_is_a_second_one_while_the_model_loads(process: tuple[subprocess.Popen[str], str], pause_s: float) -> None:
+    server, url = process
+    wait_for(f"{url}/live")
+    for _ in range(2):
+        server.send_signal(signal.SIGTERM)
+        time.sleep(pause_s)
+    _, err = server.communicate(timeout=30)
+    assert server.returncode == 0
+    assert "Traceback" not in err
+    assert "[error" not in err
+
+
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], str]) -> None:
     """Ctrl-C, this time: it begins the drain as SIGTERM does."""
@@ -209,5 +222,7 @@ def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], str]
         wait_for(f"{url}/ready", 503)
         began = time.monotonic()
         server.send_signal(signal.SIGINT)
-        server.communicate(timeout=30)
+        _, err = server.communicate(timeout=30)
     assert time.monotonic() - began < CLOSE_GRACE_S + 3
+    assert server.returncode == 0
+    assert "Traceback" not in err

@@ -543,11 +543,11 @@ def test_a_search_is_as_many_sequences_as_it_has_beams(serve: Any, tiny_checkpoi
 
 
 def test_a_search_that_has_begun_waits_until_others_leave_room(serve: Any, tiny_checkpoint: Path) -> None:
-    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_requests=2)
+    url = serve(model_id=str(tiny_checkpoint), max_num_seqs=1, max_queued_requests=3)
     engine = serve.running(url).service.engine
     faults = Faults(engine.engine)
     faults.forward.hold()
-    beams = {"prompt": "a", "use_beam_search": True, "n": 2, "max_tokens": 3}
+    beams = {"prompt": "a", "use_beam_search": True, "n": 3, "max_tokens": 3}
     with httpx.Client(base_url=url, timeout=60) as http:
         search = partial(http.post, COMPLETIONS, json=beams)
         others = [partial(http.post, GENERATE, json={"prompt": "b", "max_tokens": 2})] * 2
