@@ -10,6 +10,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELI
 
 import asyncio
 import copy
+import functools
 import pickle
 import socket
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from httpx._transports import default as transports
 from hypothesis import HealthCheck, settings
 from prerope.server.models import checkpoint as checkpoints
 from prerope.server.models.checkpoint import Checkpoint, resolve_checkpoint
@@ -28,6 +30,8 @@ from prerope.server.tokenizer import Tokenizer
 from prerope.server.workers import pool
 from prerope.server.workers.children import Zygote
 from prerope.server.workers.world import World
+
+from tests.byte_level import byte_level
 
 torch.set_num_threads(1)
 for name in Settings.model_fields:
@@ -51,11 +55,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 LONGEST = (
-    *("graphs/test_cuda_layers", "server/test_attacks", "models/test_model_types", "kernels/test_attention"),
-    *("cache/test_cpu_attention", "server/test_workers", "server/test_isolation", "fuzz/test_openapi"),
-    *("models/test_multimodal", "models/test_families", "graphs/test_cuda_graphs", "server/test_connections"),
-    *("fuzz/test_text_boundaries", "cache/test_prefill", "models/test_recurrent", "ranks/test_ranks"),
-    *("api/test_dialects", "clients/test_recipes", "models/test_older_attention", "kernels/test_compilation"),
+    *("server/test_attacks", "kernels/test_attention", "models/test_model_types", "api/test_tools"),
+    *("fuzz/test_openapi", "engine/test_invariance", "graphs/test_cuda_layers", "structured/test_structured"),
+    *("server/test_faults", "graphs/test_cuda_graphs", "server/test_cli", "server/test_isolation", "ranks/test_ranks"),
+    *("fleet/test_tensor_parallel", "server/test_connections", "kernels/test_compilation", "kernels/test_rows"),
+    *("models/test_multimodal", "models/test_families", "cache/test_cpu_attention", "clients/test_recipes"),
+    *("api/test_tolerance", "api/test_dialects", "checkpoints/test_smollm2", "models/test_config_options"),
 )
 
 
@@ -105,6 +110,12 @@ def tiny_checkpoint(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.fixture(scope="session")
+def byte_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for whole processes, with a tokenizer of bytes, so that they start in a moment."""
+    return byte_level(tmp_path_factory.mktemp("bytes") / "tiny-llama")
+
+
 def contents(folder: str | Path) -> tuple[tuple[str, int, int], ...] | None:
     """Names, sizes and times of a folder's files: what is read of it is the same while these are.
 
@@ -150,6 +161,14 @@ def what_was_read_is_known() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tokenizer, "load", staticmethod(loaded))
         patch.setattr(checkpoints, "check_folder", checked)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_are_read_once() -> Iterator[None]:
+    """No test speaks TLS, and each client of httpx would read all authorities anew: a twentieth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transports, "create_ssl_context", functools.cache(transports.create_ssl_context))
         yield
 
 

@@ -53,12 +53,17 @@ ALLOWED = {
 }
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(module, whether it is imported when this one is) of every import statement, those for types alone left out.
 
     Ours are named without the prefix `prerope.`.
     """
-    yield from _imports_in(ast.parse(path.read_text(encoding="utf-8")), top=True)
+    yield from _imports_in(parsed(path), top=True)
 
 
 def _imports_in(node: ast.AST, *, top: bool) -> Iterator[tuple[str, bool]]:
@@ -139,8 +144,7 @@ def test_kernels_of_triton_are_imported_only_when_dispatched_to() -> None:
 def test_only_settings_read_the_environment() -> None:
     for module, path in PATHS.items():
         if module not in ("server.machine.threads", "server.machine.places"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            names = {node.attr for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)}
             assert not names & {"environ", "getenv"}, f"{module} reads the environment"
 
 

@@ -20,6 +20,7 @@ from prerope.server.engine.sequence import EngineRequest
 from prerope.server.models.model import Model
 
 from tests.engine.tiny_models import assert_idle, greedy, prompt_of, request, tiny, tiny_engine, tokens_of
+from tests.tiers import every
 
 NEW, MAX_MODEL_LEN, LONGEST = 4, 2048, 300
 METHODS = [name for name in METHOD_NAMES if name not in ("longrope", "llama3", "proportional", "auto", "model")]
@@ -114,7 +115,7 @@ def stock() -> Any:
     return tiny("llama", max_position_embeddings=64)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every(2, METHODS))
 def test_random_histories_say_what_the_reference_says(stock: Any, model: Model, method: str) -> None:
     dice = random.Random(f"histories of {method}")
     spec = RopeSpec(method=method, train_length=64)

@@ -132,7 +132,7 @@ def test_documents_are_read_as_by_hand(stock: Any, model: Model, documents: list
 METHODS = [name for name in METHOD_NAMES if name not in ("longrope", "llama3", "proportional", "auto", "model")]
 
 
-@pytest.mark.parametrize("method", every(3, METHODS))
+@pytest.mark.parametrize("method", every(6, METHODS))
 def test_nothing_but_the_prompt_decides(model: Model, method: str) -> None:
     """Cold, warm, in small chunks, beside others and preempted, for any lengths: the same reply to the bit."""
     dice = random.Random(method)

@@ -22,7 +22,7 @@ from tests.engine.tiny_models import greedy, prompt_of, request, run, tiny, tiny
 from tests.tiers import every
 
 LENGTHS = [7 + 53 * n % 380 for n in range(24)]
-NEW = 16
+NEW = 8
 METHODS = ("dynamic_leaky", "rerope", "dual_chunk", "xpos", "yarn:factor=4:logn", "dynamic_ntk")
 Replies = dict[str, list[TokenLogprobs]]
 

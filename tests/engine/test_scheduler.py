@@ -1,4 +1,4 @@
-"""The scheduler and the cache's block tables alone, by script and by random history; see `scripted`."""
+"""The scheduler and the cache's block tables alone, by script; see `scripted`. Random histories are in tests/fuzz."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.server.engine.scheduler import FEW, LEAST_SCORED, WHOLE, Pace, Scheduler, share
 from prerope.server.engine.sequence import MAX_PRIORITY, PRIORITY_STEP_S, UNKNOWN, Sequence
@@ -253,57 +250,7 @@ def test_who_is_at_its_end_makes_room_first() -> None:
     script.check_integrity()
 
 
-# --- any history ------------------------------------------------------------------------------------------------------
-
-
-class History(RuleBasedStateMachine):
-    """add, step, abort and preempt in any order, over a cache so small that sequences preempt each other."""
-
-    @initialize(budget=st.integers(4, 40), max_num_seqs=st.integers(1, 4), num_blocks=st.integers(8, 20))
-    def begin(self, budget: int, max_num_seqs: int, num_blocks: int) -> None:
-        self.script = Script(num_blocks, budget=budget, max_num_seqs=max_num_seqs, block_size=4)
-        self.limit = num_blocks * 4
-
-    @rule(
-        common=st.integers(0, 20),
-        own=st.integers(1, 12),
-        family=st.integers(0, 2),
-        max_tokens=st.integers(1, 8),
-        priority=st.integers(-1, 1),
-    )
-    def add(self, common: int, own: int, family: int, max_tokens: int, priority: int) -> None:
-        prompt = [family] * common + unique(own)
-        room = max(1, min(len(prompt), self.limit - max_tokens))  # longer ones are refused before they get here
-        self.script.add(sequence(prompt[:room], max_tokens, priority=priority, block_size=4))
-
-    @rule()
-    def step(self) -> None:
-        self.script.step()
-
-    @precondition(lambda self: self.script.scheduler.has_work())
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        ids = [one.request_id for one in self.script.scheduler.sequences]
-        assert self.script.scheduler.remove(data.draw(st.sampled_from(ids))) is not None
-
-    @precondition(lambda self: self.script.scheduler.running)
-    @rule(data=st.data())
-    def preempt(self, data: st.DataObject) -> None:
-        ids = list(self.script.scheduler.running)
-        self.script.scheduler.preempt(self.script.scheduler.running[data.draw(st.sampled_from(ids))])
-
-    @invariant()
-    def integrity(self) -> None:
-        if hasattr(self, "script"):
-            self.script.check_integrity()
-
-    def teardown(self) -> None:
-        if hasattr(self, "script"):
-            self.script.finish()
-
-
-TestHistory = History.TestCase
-TestHistory.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+# --- a crowd, and the time that rows take -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_blocks", [8, 9, 15])

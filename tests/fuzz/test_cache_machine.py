@@ -220,7 +220,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = budget(150, stateful_step_count=40)
+TestCache.settings = budget(80, stateful_step_count=40)
 
 
 def test_the_model_tells_methods_apart() -> None:

@@ -60,7 +60,7 @@ def best(sequences: list[Sequence]) -> Sequence | None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests of one or several sequences come and go; every step is checked."""
+    """Requests of one or several sequences come, go and are preempted; every step is checked."""
 
     @initialize(budget=st.integers(3, 40), max_num_seqs=st.integers(1, 5), num_blocks=st.integers(5, 20))
     def begin(self, budget: int, max_num_seqs: int, num_blocks: int) -> None:
@@ -124,6 +124,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert one is not None
         assert one.block_table == []
         assert self.scheduler.remove(request_id) is None
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """In between, as if room had been needed."""
+        running = self.scheduler.running
+        self.scheduler.preempt(running[data.draw(st.sampled_from(list(running)))])
 
     def _check_plan(self, plan: list[Scheduled], decoding: list[Sequence]) -> None:
         running = self.scheduler.running
@@ -199,4 +206,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = budget(120, stateful_step_count=40)
+TestScheduler.settings = budget(80, stateful_step_count=40)

@@ -158,7 +158,7 @@ def drawn(grammar: CompiledGrammar, rng: random.Random) -> str | None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@budget(250)
+@budget(120)
 def test_a_schema_is_held_or_refused(seed: int) -> None:
     rng = random.Random(seed)
     schema = Writer(rng).document()

@@ -150,7 +150,7 @@ def draw_stops(data: st.DataObject, text: str) -> list[str]:
     return [stop for stop in stops if stop]
 
 
-@budget(200)
+@budget(150)
 @given(data=st.data(), kind=KINDS, skip=st.booleans())
 def test_any_tokens_in_any_groups(
     kinds: dict[str, tuple[Tokenizer, bool]], data: st.DataObject, kind: str, skip: bool
@@ -168,11 +168,11 @@ def test_any_tokens_in_any_groups(
     pieces.append(stream.finish())
     assert "".join(pieces) == whole
     assert tokenizer.decode(ids, skip_special_tokens=skip) == whole
-    if "\ufffd" not in whole:  # `tokenizers` itself drops or multiplies bytes that are not UTF-8
-        assert tokenizer._backend.decode(ids, skip_special_tokens=skip) == whole
+    if "\ufffd" not in whole or tokenizer.byte_level:  # where bytes that are not UTF-8 may be dropped or multiplied
+        assert tokenizer.hf.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False) == whole
 
 
-@budget(250)
+@budget(120)
 @given(data=st.data(), kind=KINDS, include=st.booleans())
 def test_stop_strings_across_tokens(
     kinds: dict[str, tuple[Tokenizer, bool]], data: st.DataObject, kind: str, include: bool
@@ -197,7 +197,7 @@ def test_stop_strings_across_tokens(
     assert stream.push(ids) == stream.finish() == "" or found is None
 
 
-@budget(200)
+@budget(100)
 @given(data=st.data(), kind=KINDS)
 def test_text_and_tokens_of_a_reply(kinds: dict[str, tuple[Tokenizer, bool]], data: st.DataObject, kind: str) -> None:
     tokenizer, strip = kinds[kind]
@@ -278,7 +278,7 @@ def streamed_reply(http: httpx.Client, path: str, body: dict[str, Any]) -> dict[
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-@budget(4)
+@budget(3)
 @given(data=st.data(), prompt=texts.filter(str.strip), seed=st.integers(0, 2**32))
 def test_streamed_replies_equal_whole_ones(
     http: httpx.Client, path: str, data: st.DataObject, prompt: str, seed: int

@@ -45,13 +45,11 @@ DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
 TURNING: tuple[dict[str, Any], ...] = ({}, {"grouped": True}, {"fades": True}, {"grouped": True, "fades": True})
 """How keys turn: of most methods, of Self-Extend, of xPos, and of a step that has rows of both."""
 
-FEW_SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
-    (128, 64, 16, HALF, {"interleaved": True, "grouped": True, "fades": True})
-]
+FEW_SHAPES: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [(64, 64, 3, HALF, {})]
 # (head dim, rotary dim, query heads of a KV head, dtype, what else is asked for)
 SHAPES = [
     *FEW_SHAPES,
-    (64, 64, 3, HALF, {}),
+    (128, 64, 16, HALF, {"interleaved": True, "grouped": True, "fades": True}),
     (64, 64, 71, HALF, TURNING[-1]),
     (80, 32, 1, HALF, {}),
     (128, 128, 1, HALF, {"slopes": True}),
@@ -97,7 +95,9 @@ def kernels(arch: int, *, few: bool) -> Iterator[tuple[Any, Config, dict[str, An
             for kernel, num_warps in warps.items():
                 yield kernel, replace(config, num_warps=num_warps), fixed, dtype
     yield store.store_kernel, Config(0, 0, 4, 3), {"KEY_SIZE": 192, "VALUE_SIZE": 192, "LANES": store.LANES}, HALF
-    for width, dtype in itertools.product((4096,) if few else (128, 576, 4096, 8192, 16384), (HALF, torch.float32)):
+    for width, dtype in itertools.product(
+        (4096,) if few else (128, 576, 4096, 8192, 16384), (HALF,) if few else (HALF, torch.float32)
+    ):
         rows, lanes, warps = elementwise.norm_config(width)
         for added, rounded in ((False, False), (True, False), (True, True)):
             fixed = {"WIDTH": width, "ROWS": rows, "LANES": lanes, "RESIDUAL": added}

@@ -29,8 +29,8 @@ def test_no_kernel_spills(asked: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) > (12 if few else 40)
-    assert {kernel["dim"] for kernel in found} >= ({128} if few else {64, 80, 96, 112, 128, 160, 192, 256, 512})
+    assert len(found) > (10 if few else 40)
+    assert {kernel["dim"] for kernel in found} >= ({64} if few else {64, 80, 96, 112, 128, 160, 192, 256, 512})
     assert [kernel for kernel in found if kernel["spilled"]] == []
     assert [kernel for kernel in found if kernel["shared"] > SHARED_MEMORY[arch]] == []
     for kernel in found:

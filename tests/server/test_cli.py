@@ -57,11 +57,11 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def process(tiny_checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(byte_checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of the tiny model, perhaps still loading, and its URL."""
     port = free_port()
     started = start(
-        *("--model-id", str(tiny_checkpoint), "--port", str(port)),
+        *("--model-id", str(byte_checkpoint), "--port", str(port)),
         *("--kv-cache-memory", "16MiB", "--max-model-len", "8192"),
     )
     yield started, f"http://127.0.0.1:{port}"
@@ -113,14 +113,18 @@ def test_markdown_prints_the_table() -> None:
     assert out.strip() == environment_table()
 
 
-def test_a_checkpoint_that_is_not_whole_stops_the_start_in_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Nothing of transformers' own report, and no traceback, stands around the line that says what to do."""
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "lacking"))
+def test_a_checkpoint_that_is_not_whole_stops_the_start_in_one_line(byte_checkpoint: Path, tmp_path: Path) -> None:
+    """The port answers while it loads; then nothing of transformers' own report, and no traceback, stands around the
+    line that says what to do."""
+    folder = Path(shutil.copytree(byte_checkpoint, tmp_path / "lacking"))
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    code, _, err = run("--model-id", str(folder), "--port", str(free_port()), "--log-level", "warning")
-    assert code == 1
+    port = free_port()
+    with start("--model-id", str(folder), "--port", str(port), "--log-level", "warning") as process:
+        wait_for(f"http://127.0.0.1:{port}/live")
+        _, err = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
     lines = [line for line in err.splitlines() if "prerope: " in line or "Traceback" in line or "REPORT" in line]
     assert lines == err.splitlines()[-1:]
     assert "lacks 1 weights that its config asks for: model.norm.weight" in lines[0]
@@ -155,7 +159,8 @@ def test_waiting_threads_soon_sleep_and_what_was_imported_is_not_looked_through_
         gc.unfreeze()
 
 
-def test_the_port_answers_while_the_model_loads_and_a_signal_then_ends_with_zero(
+@pytest.mark.slow
+def test_a_signal_while_the_model_loads_ends_with_zero(
     process: tuple[subprocess.Popen[str], str],
 ) -> None:
     server, url = process
@@ -185,6 +190,7 @@ def test_a_signal_lets_a_running_stream_finish_and_the_process_ends_with_zero(
     assert "Hello" not in err, "a prompt must not reach the log"
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_workers_begin_is_no_error(process: tuple[subprocess.Popen[str], str]) -> None:
     server, _ = process
     assert server.stderr is not None

@@ -33,7 +33,7 @@ from tests.server.test_cli import free_port, start, wait_for
 
 GENERATE = "/generate"
 BODY: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
-LONG_PROMPT = [10 + i % 1000 for i in range(450)]
+LONG_PROMPT = [10 + i % 200 for i in range(450)]
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -44,12 +44,12 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @pytest.fixture(scope="module")
-def url(serve_module: Any, tiny_checkpoint: Path) -> str:
+def url(serve_module: Any, byte_checkpoint: Path) -> str:
     """A server that lives through all faults that one can live through."""
     return str(
         serve_module(
-            model_id=str(tiny_checkpoint),
-            max_model_len=512,
+            model_id=str(byte_checkpoint),
+            max_model_len=4096,
             max_batched_tokens=64,
             max_num_seqs=4,
             client_timeout_s=1.5,
@@ -200,9 +200,9 @@ def test_a_step_that_takes_long_blocks_nothing_but_tokens(
         assert tokens(reply.result()) == expected
 
 
-def test_probes_and_the_log_tell_of_a_step_that_does_not_end_and_of_its_end(serve: Any, tiny_checkpoint: Path) -> None:
+def test_probes_and_the_log_tell_of_a_step_that_does_not_end_and_of_its_end(serve: Any, byte_checkpoint: Path) -> None:
     """Nothing is ended because of it: a step may be long."""
-    url = serve(model_id=str(tiny_checkpoint), step_timeout_s=0.5)
+    url = serve(model_id=str(byte_checkpoint), step_timeout_s=0.5)
     faults = Faults(serve.running(url).service.engine.engine)
     with httpx.Client(base_url=url, timeout=60) as http, ThreadPoolExecutor(1) as pool, capture_logs() as lines:
         time.sleep(0.7)  # an engine without work is not late
@@ -379,7 +379,9 @@ def test_a_client_that_leaves_when(
     if path == "/v1/completions":
         body["n"] = 2
     if phase == "queued":
-        with asking(url, BODY | {"n": 4, "max_tokens": 400}, "/v1/completions"):  # long enough on a slow machine
+        with asking(
+            url, BODY | {"n": 4, "max_tokens": 3000, "speculation": "off"}, "/v1/completions"
+        ):  # long enough on a slow machine
             until(lambda: engine.stats().num_running == 4)
             with asking(url, body, path):
                 until(lambda: PHASES[phase](before, engine.stats()))
@@ -472,9 +474,9 @@ def test_what_counts_as_memory_that_ran_out(error: BaseException, is_memory: boo
 
 
 @pytest.mark.parametrize(("error", "code"), DEATHS, ids=lambda value: type(value).__name__)
-def test_a_step_that_raises(serve: Any, tiny_checkpoint: Path, error: BaseException, code: str) -> None:
+def test_a_step_that_raises(serve: Any, byte_checkpoint: Path, error: BaseException, code: str) -> None:
     """Everybody is told, /ready and new requests say 503, and the process is to end with an error."""
-    url = serve(model_id=str(tiny_checkpoint), log_level="error")
+    url = serve(model_id=str(byte_checkpoint), log_level="error")
     running = serve.running(url)
     ending: list[BaseException] = []
     running.http._fail = ending.append  # the server stays, so that it can be asked
@@ -532,9 +534,9 @@ def process(checkpoint: Path, fault: str, **variables: str) -> Iterator[tuple[su
     [pytest.param("raise", "a fault of the test", "json", marks=pytest.mark.slow), ("exit", "SystemExit", "text")],
 )
 def test_a_dead_engine_ends_the_process_with_an_error(
-    tiny_checkpoint: Path, fault: str, said: str, log_format: str
+    byte_checkpoint: Path, fault: str, said: str, log_format: str
 ) -> None:
-    with process(tiny_checkpoint, fault, LOG_FORMAT=log_format) as (served, url):
+    with process(byte_checkpoint, fault, LOG_FORMAT=log_format) as (served, url):
         response = httpx.post(url + GENERATE, json=BODY | {"prompt": "Sesame"}, timeout=60)
         assert response.status_code == 500
         out, err = served.communicate(timeout=30)
@@ -547,9 +549,9 @@ def test_a_dead_engine_ends_the_process_with_an_error(
 
 
 @pytest.mark.slow
-def test_a_step_that_never_ends_does_not_keep_the_process(tiny_checkpoint: Path) -> None:
+def test_a_step_that_never_ends_does_not_keep_the_process(byte_checkpoint: Path) -> None:
     """The request that hangs in it gets an error once SHUTDOWN_TIMEOUT_S is over."""
-    with process(tiny_checkpoint, "hang", SHUTDOWN_TIMEOUT_S="1") as (served, url), ThreadPoolExecutor(1) as pool:
+    with process(byte_checkpoint, "hang", SHUTDOWN_TIMEOUT_S="1") as (served, url), ThreadPoolExecutor(1) as pool:
         reply = pool.submit(httpx.post, url + GENERATE, json=BODY, timeout=60)
         until(lambda: "generation_tokens_total" in httpx.get(f"{url}/metrics").text)
         time.sleep(0.5)
@@ -567,9 +569,9 @@ ENDLESS = {"prompt": "Hello", "max_tokens": 8000, "ignore_eos": True, "stream": 
 
 
 @pytest.mark.slow
-def test_what_outlasts_the_drain_ends_with_what_it_has(tiny_checkpoint: Path) -> None:
+def test_what_outlasts_the_drain_ends_with_what_it_has(byte_checkpoint: Path) -> None:
     with (
-        process(tiny_checkpoint, "quote", SHUTDOWN_TIMEOUT_S="1") as (served, url),
+        process(byte_checkpoint, "quote", SHUTDOWN_TIMEOUT_S="1") as (served, url),
         httpx.stream("POST", url + GENERATE, json=ENDLESS, timeout=60) as stream,
     ):
         lines = stream.iter_lines()

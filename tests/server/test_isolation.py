@@ -212,12 +212,12 @@ class Drive:
 
 
 @pytest.fixture(scope="module", params=["json", pytest.param("text", marks=pytest.mark.slow)])
-def drive(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> Drive:
+def drive(request: pytest.FixtureRequest, byte_checkpoint: Path) -> Drive:
     """All requests against a process whose tokenizer quotes some prompts in its errors, at LOG_LEVEL=debug."""
     port, seen = free_port(), Drive(Secrets([KEY]), log_format=request.param)
     url = f"http://127.0.0.1:{port}"
     with start(
-        *("quote", "--model-id", str(tiny_checkpoint), "--port", str(port), "--kv-cache-memory", "16MiB"),
+        *("quote", "--model-id", str(byte_checkpoint), "--port", str(port), "--kv-cache-memory", "16MiB"),
         *("--max-model-len", "512"),
         module="tests.faulty_server",
         API_KEY=KEY,
@@ -290,8 +290,8 @@ def test_nothing_that_was_sent_comes_back_in_an_error(drive: Drive) -> None:
         assert set(drive.secret.found_in(text)) <= drive.secret.named, text
 
 
-def test_no_error_shows_a_path_or_a_traceback(drive: Drive, tiny_checkpoint: Path) -> None:
-    paths = {str(ROOT), str(tiny_checkpoint.parent), sys.prefix, sysconfig.get_path("purelib"), str(Path.home()), ".py"}
+def test_no_error_shows_a_path_or_a_traceback(drive: Drive, byte_checkpoint: Path) -> None:
+    paths = {str(ROOT), str(byte_checkpoint.parent), sys.prefix, sysconfig.get_path("purelib"), str(Path.home()), ".py"}
     for text in drive.errors:
         for path in paths - {"/"}:
             assert path not in text, text

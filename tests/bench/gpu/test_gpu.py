@@ -196,7 +196,7 @@ def test_how_a_stage_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     # A child of the stage that keeps its output open is ended too; the one beside it goes on.
     hangs = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     kind = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('told what it had')"
-    group = [stage("cut", hangs, limit_s=1.0), stage("kind", kind, limit_s=15.0), stage("beside", "print('ran')")]
+    group = [stage("cut", hangs, limit_s=1.0), stage("kind", kind, limit_s=5.0), stage("beside", "print('ran')")]
     cut, told, beside = run_all(group, tmp_path)
     assert (cut.told, told.told, beside.last) == ("ended at its limit", "ended at its limit", "ran")
     assert told.last == "told what it had"

@@ -6,7 +6,7 @@ numbers, so whatever a step does not copy into the graph's tensors would be that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -48,16 +48,22 @@ BUCKETS = [1, 3]
 TRAINED = 32
 
 
-@pytest.fixture(autouse=True)
-def gpu_path(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def gpu_path(interpreter: None) -> Iterator[None]:
     """Attention and store as on a GPU, whatever the tensors are on."""
     del interpreter
-    monkeypatch.setattr("prerope.server.models.model.attention_on", lambda _: cuda_attention)
 
     def store(self: KVStorage, layer: int, key: Any, value: Any, slot_mapping: Any) -> None:
         cuda_store(key, value, self.keys[layer], self.values[layer], slot_mapping)
 
-    monkeypatch.setattr(KVStorage, "store", store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prerope.server.models.model.attention_on", lambda _: cuda_attention)
+        patch.setattr(KVStorage, "store", store)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RecordedGraph, "num_replays", 0)
 
 
@@ -95,6 +101,13 @@ def with_graphs(engine: Engine, capture: Any = None) -> Engine:
     return engine
 
 
+@pytest.fixture(scope="module")
+def captured(gpu_path: None) -> Engine:
+    """With its graphs, for tests that leave it idle."""
+    del gpu_path
+    return with_graphs(served(method="dynamic_leaky"))
+
+
 def outputs(engine: Engine, lengths: tuple[int, ...], **options: Any) -> list[list[int]]:
     """Prompts of these lengths; how many tokens each gets differs, so that steps of all sizes come."""
     wanted = [request(str(n), prompt_of(length, n), greedy(2 + n), **options) for n, length in enumerate(lengths)]
@@ -119,9 +132,9 @@ def test_replayed_steps_give_what_the_steps_give(method: str) -> None:
     assert len(engine.graphs._graphs) == captured, "the start has captured all that this deployment needs"
 
 
-def test_logits_of_a_graph_are_those_of_the_step() -> None:
+def test_logits_of_a_graph_are_those_of_the_step(captured: Engine) -> None:
     """Of every step of three sequences, on either side of the trained length."""
-    engine, differences = with_graphs(served(method="dynamic_leaky")), []
+    engine, differences = captured, list[float]()
     replayed = DecodeGraphs.logits
 
     def compared(self: DecodeGraphs, batch: Any) -> Any:
@@ -161,11 +174,11 @@ def refusing(_run: Callable[[], Tensor]) -> Replay:
 
 
 def test_a_start_that_cannot_capture_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    engine, expected = with_graphs(served(), refusing), outputs(served(), (5, 20))
+    engine, expected = with_graphs(served(), refusing), outputs(served(), (5,))
     why = "RuntimeError: called a synchronizing CUDA operation"
     assert f"warning: decode steps run without CUDA graphs, and slower: {why};" in capsys.readouterr().out
     assert engine.stats().graphs == GraphStats(why_none=why)
-    assert outputs(engine, (5, 20)) == expected
+    assert outputs(engine, (5,)) == expected
 
     def out_of_memory(_run: Callable[[], Tensor]) -> Replay:
         raise torch.OutOfMemoryError("none left")
@@ -229,9 +242,9 @@ def test_a_request_with_a_method_of_its_own() -> None:
     assert captured > len(BUCKETS)
 
 
-def test_what_no_graph_is_for() -> None:
+def test_what_no_graph_is_for(captured: Engine) -> None:
     """A chunk beside decodes, and one row of a prompt that is not sampled from."""
-    engine = with_graphs(served())
+    engine = captured
     replays = RecordedGraph.num_replays
     engine.add(request("0", prompt_of(TRAINED + 1), greedy(1)))
     engine.step()
@@ -242,6 +255,7 @@ def test_what_no_graph_is_for() -> None:
     assert RecordedGraph.num_replays == replays + 1
     engine.step()
     assert RecordedGraph.num_replays == replays + 2
+    assert_idle(engine)
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ from tests.tiers import every
 
 __all__ = ["interpreter"]  # a fixture, of every test here
 
-LENGTHS = (5, 30)
-NUM_TOKENS = 5
+LENGTHS = (5, 26)
+NUM_TOKENS = 3
 STACKED = ("llama", "qwen2", "qwen3", "smollm3")
 OTHERS = ("gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "mixtral", "gpt_oss")
 
@@ -53,7 +53,7 @@ def transformers_greedy(transformers_model: Any, prompts: list[list[int]]) -> li
     return found
 
 
-@pytest.mark.parametrize("family", every(3, [*STACKED, *OTHERS]))
+@pytest.mark.parametrize("family", every(4, [*STACKED, *OTHERS]))
 def test_greedy_equals_generate(family: str) -> None:
     """The probe holds both ways to transformers' logits: layer by layer, and the stack."""
     transformers_model = biased(two_layers(family))
@@ -66,7 +66,7 @@ def test_greedy_equals_generate(family: str) -> None:
     assert generate(engine, prompts, greedy(NUM_TOKENS)) == expected
 
 
-@pytest.mark.parametrize("family", STACKED)
+@pytest.mark.parametrize("family", every(2, STACKED))
 def test_the_stack_is_what_layers_give_one_by_one(family: str) -> None:
     """In fp16, where another place of rounding would show, with K and V that were stored."""
     ours = on_cuda(biased(two_layers(family, sharpness=1.0)).half())
@@ -185,13 +185,13 @@ def test_a_model_whose_window_is_off_has_a_stack() -> None:
     assert on_cuda(two_layers("mistral", sliding_window=None)).stack is not None
 
 
-@pytest.mark.parametrize("scaled", ["embedding_multiplier", "logits_scaling", "residual_multiplier"])
-def test_models_with_more_around_or_between_have_no_stack(scaled: str) -> None:
+def test_models_with_more_around_or_between_have_no_stack() -> None:
     """Granite with all its multipliers at 1 is Llama."""
     names = ("embedding_multiplier", "logits_scaling", "residual_multiplier")
     plain = dict.fromkeys(names, 1.0) | {"attention_multiplier": 0.25}
     assert on_cuda(tiny("granite", num_hidden_layers=1, **plain)).stack is not None
-    assert on_cuda(tiny("granite", num_hidden_layers=1, **plain | {scaled: 2.0})).stack is None
+    for scaled in names:
+        assert on_cuda(tiny("granite", num_hidden_layers=1, **plain | {scaled: 2.0})).stack is None, scaled
 
 
 @pytest.mark.parametrize("family", every(2, ["qwen2", "qwen3"]))

@@ -22,7 +22,7 @@ NEW = {"new_decoder_architecture": True, "num_kv_heads": 2}
 @pytest.mark.parametrize(
     ("model_type", "config"),
     every(
-        2,
+        3,
         [
             ("bloom", {"n_head": 6, "hidden_size": 96}),  # slopes of a number of heads that is no power of two
             ("mpt", {"n_heads": 6, "d_model": 96, "attn_config": {"clip_qkv": 0.5}}),

@@ -59,8 +59,9 @@ def random_logits(size: int, seed: int = 0, spread: float = 1.5) -> Tensor:
 def frequencies(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """How often each token is drawn when the uniform number runs evenly through [0, 1): its probability, to 1/GRID."""
     counts = torch.zeros(logits.shape[0], dtype=torch.float64)
-    for point in (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID:
-        with patch("prerope.server.engine.sampling.host.torch.rand", return_value=point):
+    with patch("prerope.server.engine.sampling.host.torch.rand") as rand:
+        for point in (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID:
+            rand.return_value = point
             counts[draw(logits, sampling, None)] += 1
     return counts / GRID
 

@@ -102,7 +102,7 @@ def test_anthropic_stream_blocks_and_system(claude: anthropic.Anthropic, http: h
 def test_a_reply_of_anthropics_shape_has_content_when_its_call_is_cut(claude: anthropic.Anthropic) -> None:
     tools: Any = [{"name": "weather", "description": "of a city", "input_schema": WEATHER}]
     asked: Any = {"tools": tools, "tool_choice": {"type": "tool", "name": "weather"}, "extra_body": GREEDY}
-    for max_tokens in range(8, 80, 6):
+    for max_tokens in range(8, 80, 12):
         reply = claude.messages.create(model=MODEL, max_tokens=max_tokens, messages=ASKED, **asked)
         assert reply.content, f"clients read content[0]; cut at {max_tokens}"
 
@@ -670,10 +670,10 @@ def test_every_door_asks_for_the_key(url: str) -> None:
     assert httpx.get(url).status_code == 200
 
 
-def test_thoughts_in_every_dialect(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_thoughts_in_every_dialect(serve: Any, byte_checkpoint: Path, tmp_path: Path) -> None:
     """The template begins thoughts, and the random model never ends them: all of a reply is thought."""
     folder = tmp_path / MODEL
-    shutil.copytree(tiny_checkpoint, folder)
+    shutil.copytree(byte_checkpoint, folder)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n"
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     url = serve(model_id=str(folder), max_model_len=256)

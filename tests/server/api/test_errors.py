@@ -193,18 +193,20 @@ def test_over_long_text_is_refused_by_its_characters(http: httpx.Client) -> None
     assert response.elapsed.total_seconds() < 2
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [(COMPLETIONS, {"prompt": "a"}), (CHAT, USER), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})],
-)
-def test_another_model(serve: Any, tiny_checkpoint: Path, path: str, body: dict[str, Any]) -> None:
+def test_another_model(serve: Any, tiny_checkpoint: Path) -> None:
     """Once names are given; without any the only model takes all names."""
     url = serve(model_id=str(tiny_checkpoint), served_model_name="one, two", max_model_len=64)
-    response = httpx.post(url + path, json={**body, "model": "gpt-7"})
-    error = refusal(response, 404, "not_found_error")
-    assert error["param"] == "model"
-    assert error["code"] == "model_not_found"
-    assert "gpt-7" in error["message"]
+    bodies: dict[str, dict[str, Any]] = {
+        COMPLETIONS: {"prompt": "a"},
+        CHAT: USER,
+        "/tokenize": {"prompt": "a"},
+        "/detokenize": {"tokens": [1]},
+    }
+    for path, body in bodies.items():
+        response = httpx.post(url + path, json={**body, "model": "gpt-7"})
+        error = refusal(response, 404, "not_found_error")
+        assert (error["param"], error["code"]) == ("model", "model_not_found"), path
+        assert "gpt-7" in error["message"]
 
 
 def test_an_unknown_path_has_the_same_shape(http: httpx.Client) -> None:

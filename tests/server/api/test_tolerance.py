@@ -525,9 +525,9 @@ def test_tools_may_be_narrowed_and_chosen_by_others_words() -> None:
 
 def test_all_tokens_that_fit(http: httpx.Client) -> None:
     for path, body in (
-        (CHAT, {"messages": USER["messages"]}),
-        (COMPLETIONS, {"prompt": "hi"}),
-        ("/generate", {"prompt": "hi"}),
+        (CHAT, {"messages": [{"role": "user", "content": "hi " * 180}]}),
+        (COMPLETIONS, {"prompt": "hi " * 200}),
+        ("/generate", {"prompt": "hi " * 200}),
     ):
         reply = answered(http.post(path, json={**body, "max_tokens": -1, "ignore_eos": True, "temperature": 0}))
         used = reply["usage"]
@@ -642,11 +642,11 @@ def test_a_snapshot_of_the_hub_has_the_models_name(tmp_path: Path) -> None:
     assert checkpoint_name(str(folder)) == "org/some-model"
 
 
-def test_the_checkpoints_sampling_defaults(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_checkpoints_sampling_defaults(serve: Any, byte_checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "tiny-llama"
-    shutil.copytree(tiny_checkpoint, folder)
+    shutil.copytree(byte_checkpoint, folder)
     path = folder / "generation_config.json"
     recommended = {"temperature": 0.5, "top_k": 1, "top_p": 0.9, "do_sample": True, "min_p": 7}
     path.write_text(json.dumps(json.loads(path.read_text()) | recommended))

@@ -505,10 +505,10 @@ def test_a_conversation_with_calls(client: OpenAI, url: str) -> None:
 
 
 def test_tags_are_read_where_calls_are_free_and_held_as_json_where_they_are_not(
-    serve: Any, tiny_checkpoint: Path, tmp_path: Path
+    serve: Any, byte_checkpoint: Path, tmp_path: Path
 ) -> None:
     """No schema can hold values without quotes, so a required call is Hermes'; the template writes what was called."""
-    folder = with_template(tiny_checkpoint, tmp_path / MODEL, TAGS_TEMPLATE)
+    folder = with_template(byte_checkpoint, tmp_path / MODEL, TAGS_TEMPLATE)
     tokenizer = Tokenizer.load(Checkpoint(str(folder), MODEL))
     body = ChatRequest.model_validate({"messages": MESSAGES, "tools": TOOLS}).lowered().input
     assert isinstance(body, Chat)
@@ -582,10 +582,10 @@ def test_items_of_a_tool_that_cannot_be_held_to_differ(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("template", every(2, [MISTRAL_TEMPLATE, NAMED_TEMPLATE]), ids=["list", "named"])
-def test_marks_that_are_special_tokens(serve: Any, tiny_checkpoint: Path, tmp_path: Path, template: str) -> None:
+def test_marks_that_are_special_tokens(serve: Any, byte_checkpoint: Path, tmp_path: Path, template: str) -> None:
     """Mistral's marks are tokens that text leaves out: the grammar asks for them by id, and the reader sees them."""
     renamed = {"repo_name": "[TOOL_CALLS]", "file_sep": "[ARGS]"}
-    folder = with_template(tiny_checkpoint, tmp_path / MODEL, template, **renamed)
+    folder = with_template(byte_checkpoint, tmp_path / MODEL, template, **renamed)
     tokenizer = Tokenizer.load(Checkpoint(str(folder), MODEL))
     mark = tokenizer.special_id("[TOOL_CALLS]")
     assert mark is not None
@@ -673,34 +673,34 @@ def test_bad_tools(url: str, body: dict[str, Any], param: str, words: list[str])
         assert word in error["message"], error["message"]
 
 
-def test_templates_without_tools(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", every(2, [None, UNREAD_TEMPLATE]), ids=["embedded", "unread"])
+def test_templates_without_tools(serve: Any, tiny_checkpoint: Path, tmp_path: Path, template: str | None) -> None:
     """The embedded model's, and one whose calls are written in a way that is not read here: tools are told in words."""
-    folder = with_template(tiny_checkpoint, tmp_path / MODEL, UNREAD_TEMPLATE)
-    for path in (tiny_checkpoint, folder):
-        url = serve(model_id=str(path), max_model_len=2048)
-        with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            options: dict[str, Any] = {"model": path.name, "tools": TOOLS, "max_tokens": 200}
-            must: dict[str, Any] = {"messages": MESSAGES, "tool_choice": "required", "seed": 1, "temperature": 2}
-            reply = client.chat.completions.create(n=4, **must, **options)
-            for choice in reply.choices:  # agents take one call for an answer, and two for a mistake
-                assert (choice.finish_reason, len(checked(choice.message))) == ("tool_calls", 1)
-            several = client.chat.completions.create(n=4, parallel_tool_calls=True, **must, **options)
-            assert any(len(choice.message.tool_calls or []) > 1 for choice in several.choices)
-            message = reply.choices[0].message
-            assert message.tool_calls is not None
-            answers: list[Any] = [
-                {"role": "tool", "tool_call_id": call.id, "content": "21 °C"} for call in message.tool_calls
-            ]
-            history: list[Any] = [*MESSAGES, message, *answers]
-            assert client.chat.completions.create(messages=history, **options | {"max_tokens": 4}).choices
-            sent = [*MESSAGES, message.model_dump(exclude_none=True), *answers]
-            body = {"messages": sent, "tools": TOOLS}
-            ids = httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
-            text = httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
-            assert '"name": "get_weather", "description": "Does get_weather."' in text
-            assert f'<tool_call>\n{{"name": "{message.tool_calls[0].function.name}", "arguments": ' in text
-            assert "<tool_response>\n21 °C\n</tool_response>" in text
-            assert "21 °C" in httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+    path = tiny_checkpoint if template is None else with_template(tiny_checkpoint, tmp_path / MODEL, template)
+    url = serve(model_id=str(path), max_model_len=2048)
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        options: dict[str, Any] = {"model": path.name, "tools": TOOLS, "max_tokens": 200}
+        must: dict[str, Any] = {"messages": MESSAGES, "tool_choice": "required", "seed": 1, "temperature": 2}
+        reply = client.chat.completions.create(n=4, **must, **options)
+        for choice in reply.choices:  # agents take one call for an answer, and two for a mistake
+            assert (choice.finish_reason, len(checked(choice.message))) == ("tool_calls", 1)
+        several = client.chat.completions.create(n=4, parallel_tool_calls=True, **must, **options)
+        assert any(len(choice.message.tool_calls or []) > 1 for choice in several.choices)
+        message = reply.choices[0].message
+        assert message.tool_calls is not None
+        answers: list[Any] = [
+            {"role": "tool", "tool_call_id": call.id, "content": "21 °C"} for call in message.tool_calls
+        ]
+        history: list[Any] = [*MESSAGES, message, *answers]
+        assert client.chat.completions.create(messages=history, **options | {"max_tokens": 4}).choices
+        sent = [*MESSAGES, message.model_dump(exclude_none=True), *answers]
+        body = {"messages": sent, "tools": TOOLS}
+        ids = httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
+        text = httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
+        assert '"name": "get_weather", "description": "Does get_weather."' in text
+        assert f'<tool_call>\n{{"name": "{message.tool_calls[0].function.name}", "arguments": ' in text
+        assert "<tool_response>\n21 °C\n</tool_response>" in text
+        assert "21 °C" in httpx.post(f"{url}/detokenize", json={"tokens": ids}).json()["prompt"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -750,10 +750,10 @@ def test_thoughts_are_told_apart(text: str, thinking: bool, thought: str, answer
         assert (reply.reasoning, reply.text) == (thought, answer)
 
 
-def test_thoughts_reach_the_client(serve: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_thoughts_reach_the_client(serve: Any, byte_checkpoint: Path, tmp_path: Path) -> None:
     """A template that begins thoughts, as DeepSeek's does."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: <think>\n"
-    folder = with_template(tiny_checkpoint, tmp_path / MODEL, template)
+    folder = with_template(byte_checkpoint, tmp_path / MODEL, template)
     url = serve(model_id=str(folder), max_model_len=256)
     body: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 20, "guided_choice": ["Hm.</think>Warm."]}
 

@@ -24,9 +24,9 @@ def rewrite(folder: Path, name: str, **values: Any) -> None:
 
 
 @pytest.fixture
-def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+def folder(byte_checkpoint: Path, tmp_path: Path) -> Path:
     """A ChatML fine-tune whose configs still name a base model's end, which is no token of its chat format."""
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "chatml"))
+    folder = Path(shutil.copytree(byte_checkpoint, tmp_path / "chatml"))
     rewrite(folder, "config.json", eos_token_id=7)
     rewrite(folder, "generation_config.json", eos_token_id=[8, 9])
     rewrite(folder, "tokenizer_config.json", eos_token="<|endoftext|>")
@@ -47,8 +47,8 @@ def test_a_reply_ends_at_its_chat_format_s_end_of_turn(folder: Path, serve: Serv
     assert (reply["finish_reason"], reply["token_ids"]) == ("stop", [END_OF_TURN])
 
 
-def test_the_end_of_a_gpt_oss_message_is_no_end_of_the_reply(tiny_checkpoint: Path) -> None:
-    checkpoint = Checkpoint(str(tiny_checkpoint), "tiny")
+def test_the_end_of_a_gpt_oss_message_is_no_end_of_the_reply(byte_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(str(byte_checkpoint), "tiny")
     hf = Tokenizer.load(checkpoint).hf
     hf.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     phi = end_tokens(checkpoint, hf)

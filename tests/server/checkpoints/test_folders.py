@@ -29,6 +29,7 @@ from prerope.server.sampling_defaults import SamplingDefaults, sampling_defaults
 from prerope.server.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
 
+from tests.byte_level import byte_level
 from tests.engine.models.model_types import tiny_of_type
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -37,37 +38,9 @@ Damage = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of two layers with a byte-level tokenizer: small enough to be loaded a hundred times."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """Small enough to be loaded a hundred times."""
     folder = tmp_path_factory.mktemp("whole") / "model"
-    pieces = ["<|endoftext|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Backend(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|endoftext|>", extra_special_tokens=["<|im_end|>"]
-    )
-    config = LlamaConfig(
-        vocab_size=len(pieces),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        dtype="float32",
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).float().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return byte_level(folder, chat_template=None, special=("<|im_end|>",), max_position_embeddings=64)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from prerope.server.models.checkpoint import Checkpoint
 
 from tests.conftest import Servers
 from tests.engine.models.model_table import as_people_run_it
@@ -23,10 +22,10 @@ PROMPT = "The state of a sequence is kept where a block ends, and " * 4
 
 
 @pytest.fixture(scope="module")
-def url(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory, serve_module: Servers) -> str:
+def url(byte_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, serve_module: Servers) -> str:
     from transformers import AutoTokenizer
 
-    folder, tokenizer = tmp_path_factory.mktemp("hybrid"), AutoTokenizer.from_pretrained(smollm2.source)
+    folder, tokenizer = tmp_path_factory.mktemp("hybrid"), AutoTokenizer.from_pretrained(byte_checkpoint)
     tiny_of_type("lfm2", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return serve_module(model_id=str(folder), max_num_seqs=4)
@@ -66,14 +65,14 @@ def test_documents_are_refused_by_name(url: str) -> None:
     every(3, [("jamba", {"max_position_embeddings": 512}), ("falcon", {"alibi": True}), ("deepseek_v2", {})]),
 )
 def test_greedy_equals_generate(
-    model_type: str, config: dict[str, Any], smollm2: Checkpoint, tmp_path: Path, serve: Servers
+    model_type: str, config: dict[str, Any], byte_checkpoint: Path, tmp_path: Path, serve: Servers
 ) -> None:
     """Past the trained length (Jamba's config ends its positions there), in small chunks, then over a warm cache."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.source)
+    tokenizer = AutoTokenizer.from_pretrained(byte_checkpoint)
     model = tiny_of_type(model_type, vocab_size=len(tokenizer), **config)
-    ids = tokenizer(PROMPT + PROMPT, return_tensors="pt").input_ids
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     assert ids.shape[1] > 64 * 3 // 2
     with as_people_run_it(model, 512):
         expected = model.generate(
@@ -83,6 +82,6 @@ def test_greedy_equals_generate(
     tokenizer.save_pretrained(tmp_path)
     url = serve(model_id=str(tmp_path), max_num_seqs=4, max_batched_tokens=48, max_model_len=512, rope_method="model")
     for choices in (1, 2):
-        body = {"prompt": PROMPT + PROMPT, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "n": choices}
+        body = {"prompt": PROMPT, "max_tokens": 16, "temperature": 0, "ignore_eos": True, "n": choices}
         reply = httpx.post(f"{url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60).json()
         assert [choice["token_ids"] for choice in reply["choices"]] == [expected] * choices

@@ -16,7 +16,7 @@ from tests.server.fleet.test_tensor_parallel import started
 PROMPTS = {
     "sentence": "The capital of France is",
     "code": "def fibonacci(n):\n    ",
-    "several chunks": "A list of planets and what is known of each. " * 30,
+    "several chunks": "A list of planets and what is known of each. " * 15,
 }
 NUM_TOKENS = 12
 

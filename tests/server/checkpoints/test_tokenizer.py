@@ -1,4 +1,4 @@
-"""Streamed text equals whole text: multi-byte characters, byte tokens, stop strings. Chat templates and refusals."""
+"""Streamed text equals whole text: byte tokens, stop strings (any tokens: tests/fuzz). Chat templates and refusals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from prerope.server.tokenizer import TextStream, Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
-
-HARD_TEXT = "naïve 👩‍👩‍👧‍👦 e\u0301\u0323 पाठ 日本語 ₿ \u200b\ufffd 𝔘𝔫𝔦 12345\n\n1\t é"
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +46,7 @@ def streamed(tokenizer: Tokenizer, groups: list[list[int]], **options: Any) -> s
     return "".join([*(stream.push(group) for group in groups), stream.finish()])
 
 
-@st.composite
-def grouped_ids(draw: st.DrawFn, vocab_size: int) -> list[list[int]]:
-    return draw(st.lists(st.lists(st.integers(0, vocab_size + 5), max_size=4), max_size=12))
-
-
-@settings(deadline=None, max_examples=300)
-@given(data=st.data(), skip=st.booleans())
-def test_any_tokens_stream_to_the_whole_text(smollm2_tokenizer: Tokenizer, data: st.DataObject, skip: bool) -> None:
-    tokenizer = smollm2_tokenizer
-    hard = tokenizer.encode(HARD_TEXT)
-    ids = st.one_of(st.integers(0, tokenizer.vocab_size - 1), st.sampled_from(hard), st.integers(0, 300))
-    groups = data.draw(st.lists(st.lists(ids, max_size=4), max_size=12))
-    flat = [token_id for group in groups for token_id in group]
-    whole = tokenizer._hf.decode(flat, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-    assert streamed(tokenizer, groups, skip_special_tokens=skip) == whole
-    assert tokenizer.decode(flat, skip_special_tokens=skip) == whole
-
-
-@settings(deadline=None, max_examples=400)
-@given(groups=grouped_ids(LLAMA_STYLE[True][0].vocab_size), strip=st.booleans(), skip=st.booleans())
-def test_byte_fallback_streams_to_the_whole_text(groups: list[list[int]], strip: bool, skip: bool) -> None:
-    tokenizer, hf = LLAMA_STYLE[strip]
-    flat = [token_id for group in groups for token_id in group]
-    whole = tokenizer.decode(flat, skip_special_tokens=skip)
-    assert streamed(tokenizer, groups, skip_special_tokens=skip) == whole
-    theirs = hf.decode(flat, skip_special_tokens=skip)
-    if "\ufffd" not in theirs:  # they drop a whole run of bytes for one that is wrong
-        assert whole == theirs
-
-
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(text=st.text(max_size=40), strip=st.booleans(), size=st.integers(1, 5))
 def test_byte_fallback_text_survives_the_round_trip(text: str, strip: bool, size: int) -> None:
     tokenizer, hf = LLAMA_STYLE[strip]
@@ -87,7 +55,7 @@ def test_byte_fallback_text_survives_the_round_trip(text: str, strip: bool, size
     assert streamed(tokenizer, groups, skip_special_tokens=False) == hf.decode(ids, skip_special_tokens=False)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(text=st.text(max_size=60))
 def test_text_survives_the_round_trip(smollm2_tokenizer: Tokenizer, text: str) -> None:
     every_byte = {smollm2_tokenizer.token_bytes(token_id) for token_id in range(300)}
@@ -122,7 +90,7 @@ def naive_stop(text: str, stops: list[str], after: int = 0) -> str | None:
     return None
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=250)
 @given(
     text=st.text("ab é日", max_size=30),
     stops=st.lists(st.text("ab é日", min_size=1, max_size=4), min_size=1, max_size=3),

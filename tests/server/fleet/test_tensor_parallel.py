@@ -49,16 +49,16 @@ def followers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_checkpoint: Path) -> Iterator[Started]:
-    process, url = started(tiny_checkpoint)
+def shared(byte_checkpoint: Path) -> Iterator[Started]:
+    process, url = started(byte_checkpoint)
     yield process, url
     process.kill()
     process.communicate()
 
 
 @pytest.fixture(scope="module")
-def alone(serve_module: Any, tiny_checkpoint: Path) -> str:
-    url: str = serve_module(model_id=str(tiny_checkpoint))
+def alone(serve_module: Any, byte_checkpoint: Path) -> str:
+    url: str = serve_module(model_id=str(byte_checkpoint))
     return url
 
 
@@ -132,8 +132,8 @@ def test_a_rank_that_dies_ends_all_with_an_error_for_every_client(shared: Starte
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_leaves_no_rank_behind(tiny_checkpoint: Path) -> None:
-    process, _ = started(tiny_checkpoint)
+def test_a_server_that_is_killed_leaves_no_rank_behind(byte_checkpoint: Path) -> None:
+    process, _ = started(byte_checkpoint)
     followers = followers_of(process)
     process.kill()
     process.communicate()
