@@ -38,8 +38,8 @@ FEW, WHOLE, MULTIPLE = (8, 12, 16), 128, 32
 larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few are
 dear differs by machine, and by how many keys are before them."""
 ROOM = 0.9
-"""Of the gap, within which the least whole chunk must be over: else few rows are taken, or each would be late by chance
-or by its keys."""
+"""Of the gap, within which the least whole chunk must be over, or few rows are taken: each would be late by chance. Of
+`SHORT_STEPS`, what scored rows are sized for."""
 WORTH = 0.9
 """A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
 SHORT_S, SHORT_STEPS = 0.1, 3
@@ -79,16 +79,14 @@ class Pace:
         others_s = min(self._others_s, 0.9 * seconds) if rows.num_all > rows.num_prefilled else 0.0
         row_s = (seconds - others_s) / rows.num_prefilled
         if rows.num_scored:
-            self._scored_s = _smoothed(self._scored_s, row_s)
+            self._scored_s = _careful(self._scored_s, row_s)
         elif size := size_of(rows.num_prefilled):
             self._learn(
                 self._row_s.setdefault(rows.num_keys.bit_length(), dict(self._behind(rows.num_keys))), size, row_s
             )
 
     def _learn(self, here: dict[int, float], size: int, row_s: float) -> None:
-        """One step may be late by chance, so it counts as a quarter longer at most, and the next one tells more."""
-        before = here.get(size, row_s)
-        here[size] = now = min(max(row_s, _smoothed(before, row_s)), 1.25 * before)
+        here[size] = now = _careful(here.get(size, 0.0), row_s)
         for other, known_s in here.items():
             if known_s > now:
                 here[other] = max(now, FORGOTTEN * known_s)
@@ -132,7 +130,7 @@ class Pace:
         """The number of these rows whose prompt log-probabilities are computed."""
         if self._gap_s is None:
             return budget
-        room_s = (SHORT_STEPS - 1) * self._others_s or SCORED_S
+        room_s = ROOM * SHORT_STEPS * self._others_s - self._others_s or SCORED_S
         rows = int(min(room_s, self._gap_s) / self._scored_s) if self._scored_s else 0
         return min(budget, max(LEAST_SCORED, rows))
 
@@ -146,6 +144,11 @@ def size_of(rows: int) -> int | None:
 
 def _smoothed(before: float, now: float) -> float:
     return (before + now) / 2 if before else now
+
+
+def _careful(before: float, now: float) -> float:
+    """Smoothed, but what is longer counts at once: up to a quarter, as one step may be late by chance."""
+    return min(max(now, _smoothed(before, now)), 1.25 * before) if before else now
 
 
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave

@@ -282,12 +282,8 @@ class Step:
     def rows(self) -> Rows:
         prompts = [one for one in self.scheduled if one.num_new_tokens > 1]
         scored = [one.num_logits for one in prompts if one.sequence.request.sampling.prompt_logprobs is not None]
-        return Rows(
-            num_all=sum([one.num_rows for one in self.scheduled]),
-            num_prefilled=sum([one.num_new_tokens for one in prompts]),
-            num_scored=sum(scored),
-            num_keys=max([one.start for one in prompts], default=0),
-        )
+        num_all, num_read = sum([one.num_rows for one in self.scheduled]), sum([one.num_new_tokens for one in prompts])
+        return Rows(num_all, num_read, sum(scored), max([one.start for one in prompts], default=0))
 
 
 def chunks_of(plan: list[Scheduled], block_size: int, *, single: bool) -> list[Chunk]:

@@ -414,7 +414,7 @@ def test_short_prompts_without_end_do_not_make_rows_cheap() -> None:
 
 def test_scored_rows_are_few_beside_a_stream() -> None:
     """As many as go into three ordinary steps: behind 20,000 keys 64 rows took two thirds of a second."""
-    for row_s, most in ((0.05, LEAST_SCORED), (0.0049, 6), (0.00099, 30), (0.00001, 64)):
+    for row_s, most in ((0.05, LEAST_SCORED), (0.0042, 6), (0.00084, 30), (0.00001, 64)):
         pace = known_stream()
         assert pace.most_scored(64) == LEAST_SCORED, "nothing is known at first"
         scheduler = Scheduler(
