@@ -105,9 +105,8 @@ def _choose_on_host(
 class Verification:
     """The tokens behind the drafts of one sequence, one after the other, as far as they are asked for.
 
-    Each is what a step of its own would have chosen: by the history that it has by then, and with the number that comes
-    next from its generator. Where a choice takes no more than logits, all are made at once, and what was drawn for rows
-    that nobody asked for is given back.
+    Each is what a step of its own would have chosen: by the history that it has by then, and with its generator's next
+    number. Where a choice takes no more than logits, all are made at once; what was drawn in vain is given back.
     """
 
     def __init__(
