@@ -1,7 +1,8 @@
 """Compiles every shipped configuration for a GPU that need not be there, and prints what each takes, a JSON line each.
 
     python -m tests.kernels.compiled 80 90
-    python -m tests.kernels.compiled few 90     # one shape of heads and one width
+    python -m tests.kernels.compiled few 90               # one shape of heads and one width
+    python -m tests.kernels.compiled 90 decode_kernel     # one kernel; -decode_kernel: all but that one
 
 A process of its own: kernels are compiled or interpreted, as was decided when Triton was imported.
 """
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,8 @@ ALIGNED |= {"outer_stride", "inner_stride", "residual_stride", "row_stride"}
 
 HALF = torch.bfloat16
 DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+INTERLEAVED = (64, 128)
+"""Dims of heads whose neighbours are pairs, where all dims turn (Cohere's, ERNIE's); of others a part turns."""
 TURNING: tuple[dict[str, Any], ...] = ({}, {"grouped": True}, {"fades": True}, {"grouped": True, "fades": True})
 """How keys turn: of most methods, of Self-Extend, of xPos, and of a step that has rows of both."""
 
@@ -52,6 +55,7 @@ SHAPES = [
     (128, 64, 16, HALF, {"interleaved": True, "grouped": True, "fades": True}),
     (64, 64, 71, HALF, TURNING[-1]),
     (80, 32, 1, HALF, {}),
+    (80, 64, 1, HALF, {"interleaved": True}),
     (128, 128, 1, HALF, {"slopes": True}),
     (128, 128, 71, HALF, TURNING[-1]),
     (128, 128, 48, torch.float32, TURNING[-1]),
@@ -64,8 +68,10 @@ SHAPES = [
     *((512, 512, 8, HALF, how) for how in TURNING),
     *((512, 512, 8, torch.float32, how) for how in (TURNING[0], TURNING[-1])),
     *((dim, dim, 4, HALF, how) for dim, how in itertools.product(DIMS, TURNING)),
-    *((dim, dim, 4, dtype, how | {"interleaved": dtype == HALF})
-      for dim, dtype, how in itertools.product(DIMS, TYPES, (TURNING[0], TURNING[-1]))),
+    *((dim, dim, 4, HALF, how | {"interleaved": True})
+      for dim, how in itertools.product(INTERLEAVED, (TURNING[0], TURNING[-1]))),
+    *((dim, dim, 4, dtype, how)
+      for dim, dtype, how in itertools.product(DIMS, (torch.float16, torch.float32), (TURNING[0], TURNING[-1]))),
     *((dim, dim, 4, torch.float32, how) for dim, how in itertools.product(DIMS, TURNING[1:3])),
 ]  # fmt: skip
 
@@ -149,7 +155,7 @@ def named(arch: int, kernel: Any, config: Config, fixed: dict[str, Any], dtype: 
         "heads": own.get("GROUP"),
         "more": bool(own.get("GROUPED") or own.get("DECAY")),
         "mixed": bool(own.get("GROUPED") and own.get("DECAY")),
-        "config": str(config),
+        "warps": config.num_warps,
         "fixed": str(own),
     }
 
@@ -163,16 +169,24 @@ def told(name: str) -> str:
     return json.dumps(json.loads(name) | compiled(kernel, config, fixed, dtype, arch))
 
 
-def main(archs: list[int], *, few: bool) -> None:
+def main(archs: list[int], names: Collection[str], without: Collection[str], *, few: bool) -> None:
+    """names: of kernels, all where there are none."""
     for arch in archs:
         for kernel, config, fixed, dtype in kernels(arch, few=few):
-            case = arch, kernel, config, fixed, dtype
-            CASES.setdefault(json.dumps(named(*case)), case)
+            case, name = (arch, kernel, config, fixed, dtype), kernel.__name__
+            if name not in without and (not names or name in names):
+                CASES.setdefault(json.dumps(named(*case)), case)
     with multiprocessing.get_context("fork").Pool() as pool:
         for line in pool.imap(told, CASES):
             print(line, flush=True)
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main([int(arch) for arch in given if arch != "few"], few="few" in given)
+    words = {word for word in sys.argv[1:] if not word.isdigit()}
+    left_out = {word for word in words if word.startswith("-")}
+    main(
+        [int(word) for word in sys.argv[1:] if word.isdigit()],
+        words - left_out - {"few"},
+        {word.removeprefix("-") for word in left_out},
+        few="few" in words,
+    )

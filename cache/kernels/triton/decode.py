@@ -66,9 +66,12 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     the cache and 4 × 669 turned, so 670 of the 2,260 cycles that its bytes take.
     """
     half = dtype != torch.float32
-    heads = min(padded(group), 16 if not half or head_dim > 128 else 64 if head_dim > 64 else 128)
+    most = 128 if head_dim <= 64 else 32 if more else 64
+    heads = min(padded(group), most if half and head_dim <= 128 else 16)
     if not half:
-        shipped = Config(heads, block_n=32 if head_dim <= 64 and not more else 16, num_warps=8, num_stages=2)
+        # Of narrow heads that turn in groups ptxas spills some at two stages, to have room for a second program.
+        stages = 3 if more and head_dim <= 128 else 2
+        shipped = Config(heads, 32 if head_dim <= 64 and not more else 16, num_warps=8, num_stages=stages)
     elif head_dim > 128 or heads > 16:
         none_ahead = head_dim > 256 and more and not values_shared(arch)
         shipped = Config(heads, 16 if more or head_dim > 256 else 32, 8, 1 if none_ahead else 3)

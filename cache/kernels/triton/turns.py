@@ -26,8 +26,8 @@ SPAN_SIZE = tl.constexpr(len(SPAN_FIELDS))
 
 
 def query_warps(plan: CudaPlan) -> int:
-    """Of `turn_queries_kernel`: what fades takes more registers, as do interleaved pairs where Triton 3.7 compiles."""
-    return 8 if plan.fades or plan.interleaved or plan.rotary_dim > 256 else 4
+    """Of `turn_queries_kernel`. A tile of more than 64 dims, of what fades and of interleaved pairs takes registers."""
+    return 8 if plan.fades or plan.interleaved or plan.rotary_dim > 64 else 4
 
 
 def key_warps(plan: CudaPlan) -> int:
