@@ -69,8 +69,8 @@ def config(group: int, head_dim: int, dtype: torch.dtype, arch: int | None = Non
     most = 128 if head_dim <= 64 else 32 if more else 64
     heads = min(padded(group), most if half and head_dim <= 128 else 16)
     if not half:
-        # Of narrow heads that turn in groups ptxas spills some at two stages, to have room for a second program.
-        stages = 3 if more and head_dim <= 128 else 2
+        # Of narrow heads whose products are FMAs ptxas spills some at two stages, to have room for a second program.
+        stages = 3 if head_dim <= 128 and (more or head_dim > 64) else 2
         shipped = Config(heads, 32 if head_dim <= 64 and not more else 16, num_warps=8, num_stages=stages)
     elif head_dim > 128 or heads > 16:
         none_ahead = head_dim > 256 and more and not values_shared(arch)
@@ -92,7 +92,7 @@ def products(head_dim: int, dtype: torch.dtype, arch: int | None = None, *, more
     where products take their values from registers for those, too.
     """
     found = {"SCORED": DTYPES[dtype], "DTYPE": DTYPES[dtype], "PRECISION": "tf32x3"}
-    if head_dim > (256 if dtype != torch.float32 else 128) or more:
+    if head_dim > (256 if dtype != torch.float32 else 64) or more:
         found["PRECISION"] = "ieee"
     if head_dim > 256:
         found["SCORED"] = tl.float32

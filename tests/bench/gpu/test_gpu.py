@@ -252,7 +252,9 @@ def test_parts_end_in_their_time(part: str, tmp_path: Path) -> None:
     assert {one.name for one in tested} == {"A": set(), "B": told, "tests": every}[part]
     for one in tested:
         assert one.variables["DEVICE"] == "cuda"
-        assert "--continue-on-collection-errors" in one.command, "a file that wants what is not there costs itself alone"
+        assert "--continue-on-collection-errors" in one.command, (
+            "a file that wants what is not there costs itself alone"
+        )
         assert all((ROOT / word).exists() for word in one.command if word.startswith("tests/"))
         # In the interpreter alone are they slow: two engines in a process are among them.
         assert one.name != "graphs" or one.command[one.command.index("-m", 3) + 1] == ""
