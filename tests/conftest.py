@@ -11,6 +11,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELI
 import asyncio
 import copy
 import functools
+import gc
 import pickle
 import socket
 import threading
@@ -62,6 +63,16 @@ LONGEST = (
     *("models/test_multimodal", "models/test_families", "cache/test_cpu_attention", "clients/test_recipes"),
     *("api/test_tolerance", "api/test_dialects", "checkpoints/test_smollm2", "models/test_config_options"),
 )
+
+
+def pytest_sessionstart() -> None:
+    """What is imported and collected stays, and is not to be looked through for garbage again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -149,6 +149,7 @@ def test_waiting_threads_soon_sleep_and_what_was_imported_is_not_looked_through_
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+    gc.unfreeze()  # as it is before anything was imported
     try:
         with socket.socket() as listener, pytest.raises(Reached):
             entry._serve(Settings(), listener)
@@ -156,7 +157,7 @@ def test_waiting_threads_soon_sleep_and_what_was_imported_is_not_looked_through_
         assert gc.isenabled()
         assert gc.get_freeze_count() > 100_000
     finally:
-        gc.unfreeze()
+        gc.freeze()  # as it was
 
 
 @pytest.mark.slow
