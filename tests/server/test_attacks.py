@@ -49,8 +49,7 @@ def attack() -> Iterator[Callable[[str, str, float], list[int]]]:
 
 
 QUICK = {"many items": 1 / 64, "slow masks": 1 / 32, "digits": 1 / 32}
-"""What of a body is sent where it is quick, which each still holds the loop or a step for longer than may be; of all
-others an eighth."""
+"""What of a body is sent where it is quick, of slow masks one request as it is; of all others an eighth."""
 
 
 OTHERS = [name for name in ATTACKS if name != "explosive grammars"]
