@@ -17,14 +17,22 @@
 #include "linear.h"
 #include "vectors.h"
 
-#define OUTPUTS 16 /* sums that are folded together: of R rows and OUTPUTS/R weight rows */
+#define OUTPUTS 16 /* sums that are folded together, of R rows and OUTPUTS/R weight rows: a multiple of LANES */
 #define BLOCK 16   /* weight rows of a unit of work of few rows */
 #define BESIDE 4   /* of them are streamed side by side: 16, and 1, were slower */
 #define STEP (2 * LANES) /* members of a row that lanes take at once: two vectors of floats, or one of pairs */
 #define FEW_REGISTERS (REGISTERS <= 16)
 #define AHEAD 8192 /* bytes before its use that a weight is asked for */
-#define PANEL 32 /* weight rows of a unit of work of many rows */
-#define TILE 4   /* rows that run over a panel together */
+#define TILE 4 /* rows of many that run over a panel together */
+#if REGISTERS <= 16
+#define PANEL 24 /* weight rows of a unit of work of many rows */
+#define TILE_SUMS 24
+#define UNROLLED _Pragma("GCC unroll 1") /* a sum or weight in every register but one: unrolled, some would be in memory */
+#else
+#define PANEL 32
+#define TILE_SUMS OUTPUTS
+#define UNROLLED _Pragma("GCC unroll 4")
+#endif
 #define LEAST_ROWS 64 /* of many rows, a unit of work */
 int omp_get_thread_num(void);
 
@@ -70,30 +78,30 @@ INLINE vfloat weights_at(const char *at, const int second, const int kind) {
     }
 }
 
-/* Lanes' sums of outputs n, n + 1, … of rows row, row + 1, …: [R, OUTPUTS/R]. n < 0: there are none yet. */
+/* Lanes' sums of outputs n, n + 1, … of rows row, row + 1, …: [R, C]. n < 0: there are none yet. */
 typedef struct {
-    vfloat lanes[OUTPUTS];
+    vfloat lanes[TILE_SUMS];
     int64_t row, n;
 } Sums;
 
-/* C members, again for each of the OUTPUTS/C rows. */
-INLINE void for_each_row(const float *from, float *to, const int C) {
-    for (int r = 0; r < OUTPUTS / C; r++) memcpy(to + r * C, from, sizeof(float) * C);
+/* C members, again for each of R rows. */
+INLINE void for_each_row(const float *from, float *to, const int R, const int C) {
+    for (int r = 0; r < R; r++) memcpy(to + r * C, from, sizeof(float) * C);
 }
 
 /* The sums folded, to where they belong. */
-INLINE void put(const Linear *linear, const Part *part, Sums *of, const int R, const int kind) {
-    const int C = OUTPUTS / R, dtype = dtype_of(kind), size = dtype == FP32 ? 4 : 2;
-    float scales[OUTPUTS], biases[OUTPUTS], wide[OUTPUTS];
-    uint16_t halves[OUTPUTS];
-    if (part->scales) for_each_row(part->scales + of->n, scales, C);
+INLINE void put(const Linear *linear, const Part *part, Sums *of, const int R, const int C, const int kind) {
+    const int dtype = dtype_of(kind), size = dtype == FP32 ? 4 : 2;
+    float scales[TILE_SUMS], biases[TILE_SUMS], wide[TILE_SUMS];
+    uint16_t halves[TILE_SUMS];
+    if (part->scales) for_each_row(part->scales + of->n, scales, R, C);
     if (part->bias) {
-        float bias[OUTPUTS];
+        float bias[TILE_SUMS];
         for (int c = 0; c < C; c++) bias[c] = load1(part->bias, of->n + c, dtype);
-        for_each_row(bias, biases, C);
+        for_each_row(bias, biases, R, C);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < OUTPUTS; i += LANES) {
+    for (int i = 0; i < R * C; i += LANES) {
         vfloat sums = fold_all(of->lanes + i, 0);
         if (part->scales) sums *= *(vfloat *)(scales + i);
         if (part->bias) sums += *(vfloat *)(biases + i);
@@ -105,23 +113,36 @@ INLINE void put(const Linear *linear, const Part *part, Sums *of, const int R, c
         memcpy((char *)part->out + ((of->row + r) * part->features + of->n) * size, from + r * C * size, size * C);
 }
 
-/* Sums [R, beside] go on over a vector of the rows and weights, one of those that STEP members from k on are. */
+/* A vector of a row as the weights' lanes want it, the first or second of those that STEP members from k on are. */
+INLINE vfloat row_at(const char *x, int64_t k, const int second, const int pairs) {
+    return *(const vfloat *)(x + k * (pairs ? 2 : 4) + second * 4 * LANES);
+}
+
+INLINE vfloat add(vfloat sum, vfloat weights, vfloat row, const int pairs) {
+    return pairs ? dot_pairs(sum, (vuint)weights, (vuint)row) : vfma(weights, row, sum);
+}
+
+/* Sums [R, beside] go on over a vector of the rows and weights. With few registers the weights are held and rows come one
+ * at a time, else the other way round. */
 INLINE void add_vector(const char *const *x, const char *weight, int64_t stride, int64_t k, const int second, vfloat *sum,
                        const int R, const int beside, const int kind) {
     const int pairs = in_pairs(kind);
-    vfloat row[8];
+    vfloat here[8];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-        row[r] = *(const vfloat *)(x[r] + k * (pairs ? 2 : 4) + second * 4 * LANES);
-        if (beside > 1) row[r] = held(row[r]);
+    for (int i = 0; i < (FEW_REGISTERS ? beside : R); i++) {
+        here[i] = FEW_REGISTERS ? weights_at(weight + i * stride + k * weight_size(kind), second, kind)
+                                : row_at(x[i], k, second, pairs);
+        if (FEW_REGISTERS || beside > 1) here[i] = held(here[i]);
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < beside; c++) {
-        vfloat weights = held(weights_at(weight + c * stride + k * weight_size(kind), second, kind));
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            vfloat *here = sum + r * beside + c;
-            *here = pairs ? dot_pairs(*here, (vuint)weights, (vuint)row[r]) : vfma(weights, row[r], *here);
+    for (int i = 0; i < (FEW_REGISTERS ? R : beside); i++) {
+        vfloat next = FEW_REGISTERS ? row_at(x[i], k, second, pairs)
+                                    : weights_at(weight + i * stride + k * weight_size(kind), second, kind);
+        if (!FEW_REGISTERS || beside > 1) next = held(next);
+#pragma GCC unroll 8
+        for (int j = 0; j < (FEW_REGISTERS ? beside : R); j++) {
+            if (FEW_REGISTERS) sum[i * beside + j] = add(sum[i * beside + j], here[j], next, pairs);
+            else sum[j * beside + i] = add(sum[j * beside + i], next, here[j], pairs);
         }
     }
 }
@@ -132,47 +153,49 @@ INLINE void add_dots(const char *const *x, const char *weight, int64_t stride, i
     for (int64_t k = from; k < to; k += 32) {
 #pragma GCC unroll 4
         for (int c = 0; c < beside && stream; c++)
-            __builtin_prefetch(weight + c * stride + k * weight_size(kind) + ahead, 0, 2);
-#pragma GCC unroll 4
-        for (int at = 0; at < 32; at += STEP) {
+            __builtin_prefetch(weight + (k * beside + c * 32) * weight_size(kind) + ahead, 0, 2);
+        UNROLLED
+        for (int at = 0; at < 32; at += kind == FULL ? LANES : STEP) {
             add_vector(x, weight, stride, k + at, 0, sum, R, beside, kind);
-            if (!in_pairs(kind)) add_vector(x, weight, stride, k + at, 1, sum, R, beside, kind);
+            if (kind == WIDENED || kind == BYTES) add_vector(x, weight, stride, k + at, 1, sum, R, beside, kind);
         }
     }
 }
 
-/* How many weight rows run side by side: as many sums as leave registers for what is multiplied. */
-INLINE int num_beside(const int R) { return least(least(OUTPUTS / R, BESIDE), REGISTERS / 2 / R); }
+/* How many of C weight rows run side by side: as many sums as leave registers for what is multiplied. */
+INLINE int num_beside(const int R, const int C) {
+    return C % 3 == 0 ? 3 : least(least(C, BESIDE), REGISTERS / 2 / R);
+}
 
-/* Lanes' sums of R rows and num_beside(R) weight rows, over all members, to lanes [R, OUTPUTS/R]. */
+/* Lanes' sums of R rows and num_beside(R, C) weight rows, over all members, to lanes [R, C]. */
 INLINE void sum_all(const char *const *x, const char *weight, int64_t stride, int64_t in, int64_t ahead, vfloat *lanes,
-                    const int R, const int kind, const int stream) {
-    const int beside = num_beside(R);
+                    const int R, const int C, const int kind, const int stream) {
+    const int beside = num_beside(R, C);
     vfloat sum[OUTPUTS] = {};
     add_dots(x, weight, stride, 0, in, sum, R, beside, kind, stream, ahead);
 #pragma GCC unroll 16
-    for (int i = 0; i < R * beside; i++) lanes[i / beside * (OUTPUTS / R) + i % beside] = sum[i];
+    for (int i = 0; i < R * beside; i++) lanes[i / beside * C + i % beside] = sum[i];
 }
 
 /* With few registers compilers only keep sums in them in a function of their own. */
 typedef void SumAll(const char *const *x, const char *weight, int64_t stride, int64_t in, int64_t ahead, vfloat *lanes);
 #define APART static __attribute__((noinline))
-#define SUM_ALL(name, R, kind, stream) \
+#define SUM_ALL(name, R, C, kind, stream) \
     APART void name(const char *const *x, const char *weight, int64_t stride, int64_t in, int64_t ahead, vfloat *lanes) { \
-        sum_all(x, weight, stride, in, ahead, lanes, R, kind, stream); \
+        sum_all(x, weight, stride, in, ahead, lanes, R, C, kind, stream); \
     }
 
-/* R rows of x, as `linear_ready` leaves them, against the OUTPUTS/R weight rows from `weight` on. Where weights stream from
+/* R rows of x, as `linear_ready` leaves them, against the C weight rows from `weight` on. Where weights stream from
  * memory, what lies `ahead` bytes behind each is asked for. What the call before this one left in `sums` is put first, or, if
  * there are registers for it, amid these products: folding waits for itself, and they do not wait for it. `of`: the kind of
  * the linear layer. apart: `sum_all` with few registers; not called with many. */
 INLINE void dots(const Linear *linear, const Part *part, const char *const *x, const char *weight, int64_t stride, int64_t row,
-                 int64_t n, const int R, const int kind, const int of, const int stream, int64_t ahead, SumAll *apart,
-                 Sums *sums) {
-    const int C = OUTPUTS / R, beside = num_beside(R);
+                 int64_t n, const int R, const int C, const int kind, const int of, const int stream, int64_t ahead,
+                 SumAll *apart, Sums *sums) {
+    const int beside = num_beside(R, C);
     int64_t in = linear->in, middle = in / 64 * 32;
     if (FEW_REGISTERS) {
-        if (sums->n >= 0) put(linear, part, sums, R, of);
+        if (sums->n >= 0) put(linear, part, sums, R, C, of);
         for (int begin = 0; begin < C; begin += beside) apart(x, weight + begin * stride, stride, in, ahead, sums->lanes + begin);
     }
 #pragma GCC unroll 16
@@ -182,7 +205,7 @@ INLINE void dots(const Linear *linear, const Part *part, const char *const *x, c
 #pragma GCC unroll 16
         for (int i = 0; i < R * beside; i++) sum[i] = (vfloat){};
         add_dots(x, at, stride, 0, middle, sum, R, beside, kind, stream, ahead);
-        if (begin == 0 && sums->n >= 0) put(linear, part, sums, R, of);
+        if (begin == 0 && sums->n >= 0) put(linear, part, sums, R, C, of);
         add_dots(x, at, stride, middle, in, sum, R, beside, kind, stream, ahead);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
@@ -211,14 +234,14 @@ INLINE void block_of(const Linear *linear, const Part *part, int64_t first, cons
             int64_t ahead = AHEAD, share = (n - first) * most_rows / BLOCK;
             if (most_rows > R) ahead = share >= row && share < row + R ? BLOCK * stride : 0;
             const char *weight = (const char *)part->weight + n * stride;
-            dots(linear, part, rows, weight, stride, row, n, R, kind, kind, 1, ahead, apart, &sums);
+            dots(linear, part, rows, weight, stride, row, n, R, OUTPUTS / R, kind, kind, 1, ahead, apart, &sums);
         }
     }
-    put(linear, part, &sums, R, kind);
+    put(linear, part, &sums, R, OUTPUTS / R, kind);
 }
 
 #define BLOCK_OF(kind) \
-    SUM_ALL(sum1_##kind, 1, kind, 1) SUM_ALL(sum2_##kind, 2, kind, 1) SUM_ALL(sum4_##kind, 4, kind, 1) \
+    SUM_ALL(sum1_##kind, 1, 16, kind, 1) SUM_ALL(sum2_##kind, 2, 8, kind, 1) SUM_ALL(sum4_##kind, 4, 4, kind, 1) \
     APART void block_of_##kind(const Linear *linear, const Part *part, int64_t first, const char *x) { \
         int64_t rows = linear->rows; \
         if (rows == 1) block_of(linear, part, first, x, 1, kind, sum1_##kind); \
@@ -295,23 +318,24 @@ static void pack(const Linear *linear, const Part *part, int64_t first, int64_t 
     }
 }
 
-/* Rows [begin, end) of x against a panel of `count` ≥ 4 weight rows, as `kind` finds them there: FULL or DOTS. */
+/* Rows [begin, end) of x against a panel of `count` ≥ 6 weight rows, as `kind` finds them there: FULL or DOTS. */
 INLINE void tiles(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, const char *x,
                   int64_t begin, int64_t end, const int kind, const int of, SumAll *apart) {
+    const int C = TILE_SUMS / TILE;
     int64_t stride = linear->in * panel_size(kind);
     Sums sums = {.n = -1};
     for (int64_t row = begin; row < end; row += TILE) {
         const char *rows[TILE];
         rows_at(linear, x, row, rows, TILE, kind);
-        for (int64_t n = 0; n < count; n += OUTPUTS / TILE) {
-            int64_t at = least(n, count - OUTPUTS / TILE);
-            dots(linear, part, rows, panel + at * stride, stride, row, first + at, TILE, kind, of, 0, 0, apart, &sums);
+        for (int64_t n = 0; n < count; n += C) {
+            int64_t at = least(n, count - C);
+            dots(linear, part, rows, panel + at * stride, stride, row, first + at, TILE, C, kind, of, 0, 0, apart, &sums);
         }
     }
-    put(linear, part, &sums, TILE, of);
+    put(linear, part, &sums, TILE, C, of);
 }
-SUM_ALL(sum_tile_FULL, TILE, FULL, 0)
-SUM_ALL(sum_tile_DOTS, TILE, DOTS, 0)
+SUM_ALL(sum_tile_FULL, TILE, TILE_SUMS / TILE, FULL, 0)
+SUM_ALL(sum_tile_DOTS, TILE, TILE_SUMS / TILE, DOTS, 0)
 #define TILES(name, kind, of) \
     APART void name(const Linear *linear, const Part *part, int64_t first, int64_t count, const char *panel, \
                     const char *x, int64_t begin, int64_t end) { \
