@@ -24,14 +24,15 @@
 #define FEW_REGISTERS (REGISTERS <= 16)
 #define AHEAD 8192 /* bytes before its use that a weight is asked for */
 #define TILE 4 /* rows of many that run over a panel together */
-#if REGISTERS <= 16
+#define HOLD_WEIGHTS (LANES == 8)
+#if LANES == 8
 #define PANEL 24 /* weight rows of a unit of work of many rows */
 #define TILE_SUMS 24
-#define UNROLLED _Pragma("GCC unroll 1") /* a sum or weight in every register but one: unrolled, some would be in memory */
+#define UNROLLED _Pragma("GCC unroll 1") /* all registers are taken: unrolled, some sums would be in memory */
 #else
 #define PANEL 32
 #define TILE_SUMS OUTPUTS
-#define UNROLLED _Pragma("GCC unroll 4")
+#define UNROLLED _Pragma("GCC unroll 8")
 #endif
 #define LEAST_ROWS 64 /* of many rows, a unit of work */
 int omp_get_thread_num(void);
@@ -122,26 +123,26 @@ INLINE vfloat add(vfloat sum, vfloat weights, vfloat row, const int pairs) {
     return pairs ? dot_pairs(sum, (vuint)weights, (vuint)row) : vfma(weights, row, sum);
 }
 
-/* Sums [R, beside] go on over a vector of the rows and weights. With few registers the weights are held and rows come one
- * at a time, else the other way round. */
+/* Sums [R, beside] go on over a vector of the rows and weights. Either the weights are held and rows come one at a
+ * time, or the other way round. */
 INLINE void add_vector(const char *const *x, const char *weight, int64_t stride, int64_t k, const int second, vfloat *sum,
                        const int R, const int beside, const int kind) {
     const int pairs = in_pairs(kind);
     vfloat here[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < (FEW_REGISTERS ? beside : R); i++) {
-        here[i] = FEW_REGISTERS ? weights_at(weight + i * stride + k * weight_size(kind), second, kind)
+    for (int i = 0; i < (HOLD_WEIGHTS ? beside : R); i++) {
+        here[i] = HOLD_WEIGHTS ? weights_at(weight + i * stride + k * weight_size(kind), second, kind)
                                 : row_at(x[i], k, second, pairs);
-        if (FEW_REGISTERS || beside > 1) here[i] = held(here[i]);
+        if (HOLD_WEIGHTS || beside > 1) here[i] = held(here[i]);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < (FEW_REGISTERS ? R : beside); i++) {
-        vfloat next = FEW_REGISTERS ? row_at(x[i], k, second, pairs)
+    for (int i = 0; i < (HOLD_WEIGHTS ? R : beside); i++) {
+        vfloat next = HOLD_WEIGHTS ? row_at(x[i], k, second, pairs)
                                     : weights_at(weight + i * stride + k * weight_size(kind), second, kind);
-        if (!FEW_REGISTERS || beside > 1) next = held(next);
+        if (!HOLD_WEIGHTS || beside > 1) next = held(next);
 #pragma GCC unroll 8
-        for (int j = 0; j < (FEW_REGISTERS ? beside : R); j++) {
-            if (FEW_REGISTERS) sum[i * beside + j] = add(sum[i * beside + j], here[j], next, pairs);
+        for (int j = 0; j < (HOLD_WEIGHTS ? beside : R); j++) {
+            if (HOLD_WEIGHTS) sum[i * beside + j] = add(sum[i * beside + j], here[j], next, pairs);
             else sum[j * beside + i] = add(sum[j * beside + i], next, here[j], pairs);
         }
     }
