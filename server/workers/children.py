@@ -82,7 +82,7 @@ class Child:
         try:
             while not (await asyncio.wait({asked}, timeout=LOOK_S))[0]:
                 now = self._cpu_time()
-                still, before = still + 1 if now == before else 0, now
+                still, before = still + 1 if now and now == before else 0, now
                 if still == STILL_LOOKS:
                     raise WorkerLost("a helper process stood still: send the request again")
             return asked.result()

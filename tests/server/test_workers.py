@@ -97,6 +97,17 @@ def test_a_task_whose_process_stands_still_is_begun_again_once(tmp_path: Path, m
     with_workers(use)
 
 
+def test_where_the_kernel_tells_no_times_nobody_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "LOOK_S", 0.1)
+    monkeypatch.setattr(children.Child, "_cpu_time", lambda _: [])
+
+    async def use(workers: Workers) -> None:
+        with pytest.raises(InvalidRequest, match="CPU time"):
+            await workers.run(Busy(), "test")
+
+    with_workers(use)
+
+
 @pytest.mark.parametrize("task", [Ended(-signal.SIGABRT), Ended(-signal.SIGSEGV), Busy(), Large()], ids=str)
 def test_what_a_task_brings_on_itself_is_the_clients(task: Any) -> None:
     async def use(workers: Workers) -> None:
