@@ -49,6 +49,9 @@ LEAST_SCORED, SCORED_S = 4, 0.03
 without prompts is not known, into so many seconds; but so many at least."""
 FORGOTTEN = 0.998
 """What is left after each step of a row's time in sizes where it is longer: what was late by chance is tried again."""
+ANEW, HOPED = 0.95, 2 / 3
+"""In a whole chunk a row takes less than in few, so its time there would stay however late one was by chance. So each
+prompt that is read in few rows behind as many keys leaves such a part of it, and no less than so much of theirs."""
 
 
 class Pace:
@@ -69,6 +72,8 @@ class Pace:
         self._gap_s = gap_s
         self._others_s = 0.0  # of a step without rows of prompts
         self._row_s: dict[int, dict[int, float]] = {}  # of a row: keys' binary digits → least rows → seconds
+        self._last_s: dict[tuple[int, int], float] = {}  # (keys' digits, size) → of a row in the last such step
+        self._digits = -1  # of the keys in the last step with a size
         self._scored_s = 0.0  # of a row that is scored
 
     def add(self, rows: Rows, seconds: float) -> None:
@@ -81,9 +86,15 @@ class Pace:
         if rows.num_scored:
             self._scored_s = _careful(self._scored_s, row_s)
         elif size := size_of(rows.num_prefilled):
-            self._learn(
-                self._row_s.setdefault(rows.num_keys.bit_length(), dict(self._behind(rows.num_keys))), size, row_s
-            )
+            digits = rows.num_keys.bit_length()
+            again = digits in self._row_s and digits != self._digits
+            here = self._row_s.setdefault(digits, dict(self._behind(rows.num_keys)))
+            before_s = self._last_s.get((digits, size), row_s)
+            self._last_s[digits, size] = row_s
+            self._learn(here, size, min(before_s, row_s))  # one that is longer than its neighbours was late by chance
+            if again and size != WHOLE and WHOLE in here:
+                here[WHOLE] = min(here[WHOLE], max(ANEW * here[WHOLE], HOPED * here[size]))
+            self._digits = digits
 
     def _learn(self, here: dict[int, float], size: int, row_s: float) -> None:
         here[size] = now = _careful(here.get(size, 0.0), row_s)

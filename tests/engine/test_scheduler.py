@@ -402,6 +402,23 @@ def test_a_step_that_is_late_by_chance_makes_later_ones_short_for_a_while(at: in
     assert {rows for rows, _ in steps[-30:-1]} == {rows for rows, _ in usual[-30:-1]}
 
 
+@pytest.mark.parametrize("late", [range(3, 4000, 40), range(10, 15)], ids=["each fortieth", "five at once"])
+def test_whole_chunks_are_found_again_after_late_ones(late: range) -> None:
+    """128 rows are four fifths of the gap, and few would read half as fast: one late step changes nothing, and after
+    several in a row the prompts that follow try again."""
+    numbers = itertools.count()
+
+    def seconds(rows: int, _: int) -> float:
+        return (0.02 + rows * (0.003 if rows >= WHOLE else 0.0045)) * (2 if next(numbers) in late else 1)
+
+    pace, taken = known_stream(0.5, 0.02), list[list[int]]()
+    pace.add(Rows(512, 512), 512 * 0.003)
+    for _ in range(12):
+        taken.append([rows for rows, _ in beside_stream(pace, 4000, seconds)[:-1]])
+    assert min(taken[-1]) >= WHOLE
+    assert len(late) == 5 or min(map(min, taken)) >= WHOLE
+
+
 def test_short_prompts_without_end_do_not_make_rows_cheap() -> None:
     pace = Pace(0.5)
     pace.add(Rows(1), 0.01)
