@@ -69,8 +69,9 @@ def test_greedy_equals_generate(model_type: str, config: dict[str, Any], longest
     assert generate(engine, prompts[3:], greedy(NUM_TOKENS)) == expected[3:]
     assert engine.stats().prefix_hit_tokens == 32
     tight = tiny_engine(
-        model, max_model_len=length, max_batched_tokens=64, num_blocks=-(-longest // 16) + 4, speculation="off"
-    )
+        model, max_model_len=length, max_batched_tokens=64, num_blocks=-(-longest // 16) + 4, speculation="off",
+        stream_gap_s=None,
+    )  # fmt: skip
     assert generate(tight, prompts, greedy(NUM_TOKENS)) == expected
     assert tight.scheduler.num_preemptions > 0
     for one in (engine, tight):

@@ -37,7 +37,7 @@ def test_greedy_equals_generate(family: str) -> None:
     expected = transformers_greedy(transformers_model, prompts)
     model = Model(transformers_model)
     assert probe(model) <= TOLERANCE[torch.float32] / 5
-    tight = {"max_batched_tokens": 64, "num_blocks": 12}
+    tight = {"max_batched_tokens": 64, "num_blocks": 12, "stream_gap_s": None}
     for config in ({"max_batched_tokens": 37, "overlap": True}, tight, {"num_states": 2}):
         engine = tiny_engine(model, max_num_seqs=8, **config)  # type: ignore[arg-type]
         assert generate(engine, prompts, greedy(NUM_TOKENS)) == expected, config

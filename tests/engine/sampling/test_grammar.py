@@ -230,7 +230,7 @@ def alone(model: Model, tables: LLTokenizer) -> dict[str, list[int]]:
     [
         ({"max_num_seqs": 16}, False),
         ({"max_num_seqs": 10, "max_batched_tokens": 10}, False),
-        ({"max_num_seqs": 10, "max_batched_tokens": 40, "num_blocks": 40, "block_size": 4}, True),
+        ({"max_num_seqs": 10, "max_batched_tokens": 40, "num_blocks": 40, "block_size": 4, "stream_gap_s": None}, True),
     ],
     ids=["at once", "chunked", "preempted"],
 )

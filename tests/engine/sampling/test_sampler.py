@@ -273,7 +273,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch() -> None:
     prompt = prompt_of(20)
     alone = generate(tiny_engine(model), [prompt], sampled(5))[0]
     others = [request(f"other {i}", prompt_of(10 + i, seed=i), sampled(None if i % 2 else i)) for i in range(6)]
-    engine = tiny_engine(model, max_batched_tokens=20, max_num_seqs=8, num_blocks=8)
+    engine = tiny_engine(model, max_batched_tokens=20, max_num_seqs=8, num_blocks=8, stream_gap_s=None)
     outputs = run(engine, [*others[:3], request("it", prompt, sampled(5)), *others[3:]])
     assert tokens_of(outputs["it"]) == alone
     assert engine.scheduler.num_preemptions > 0, "a preempted sequence keeps its place in its random stream"
