@@ -42,6 +42,7 @@ from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.requests.task import ReadTask
 from prerope.server.api.stream.generation import Generation, while_connected
+from prerope.server.engine.life import EngineState
 from prerope.server.engine.limits import check_documents, check_sequences
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import InvalidRequest
@@ -66,7 +67,8 @@ DIGITS = b"0123456789"
 async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread
     """The service of an endpoint that needs the model: EngineUnavailable, saying why, unless requests are taken."""
     service: Service = request.app.state.service
-    service.require_ready()
+    if (state := service.engine.state) is not EngineState.READY:
+        raise service.unavailable(state)
     return service
 
 
