@@ -43,6 +43,9 @@ class AngleMap:
         group: tokens that share a position.
         cap: the largest position; None has none.
         offset: [D/2] fp64 radians; None is zero.
+        groups: [D/2] int64, powers of two: each pair has a group of its own, p ↦ ⌊p/groups⌋·θ + offset, and there is no
+            period, group, shift or cap. A tile of keys then begins with a group or lies inside one, so all tiles of
+            as many keys as a power of two turn alike.
     """
 
     theta: Tensor
@@ -51,6 +54,7 @@ class AngleMap:
     shift: int = 0
     cap: int | None = None
     offset: Tensor | None = None
+    groups: Tensor | None = None
 
     def angles(self, positions: Tensor) -> Tensor:
         """[T] integer positions → [T, D/2] fp64."""
@@ -59,13 +63,13 @@ class AngleMap:
         positions = positions // self.group + self.shift
         if self.cap is not None:
             positions = positions.clamp(max=self.cap)
-        angles = positions.to(torch.float64)[:, None] * self.theta
+        angles = self.turned(positions)
         return angles if self.offset is None else angles + self.offset
 
-    @property
-    def cycle(self) -> int:
-        """Positions this far apart (or a multiple of it) have the same place in their group and period."""
-        return math.lcm(self.period or 1, self.group)
+    def turned(self, places: Tensor) -> Tensor:
+        """[…] places within the map, as integers → […, D/2] fp64: the angles from place 0 on."""
+        places = places[..., None]
+        return (places if self.groups is None else places // self.groups).to(torch.float64) * self.theta
 
     @property
     def unrotated(self) -> bool:
@@ -75,8 +79,9 @@ class AngleMap:
     def digest(self) -> bytes:
         h = hashlib.blake2b(repr((self.period, self.group, self.shift, self.cap)).encode(), digest_size=16)
         h.update(self.theta.numpy().tobytes())
-        if self.offset is not None:
-            h.update(self.offset.numpy().tobytes())
+        for tensor in (self.offset, self.groups):
+            if tensor is not None:
+                h.update(tensor.numpy().tobytes())
         return h.digest()
 
 

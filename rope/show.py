@@ -100,7 +100,7 @@ def _frequencies(method: PositionMethod, row: int) -> list[tuple[str, Tensor]]:
     """Labelled θ of the row's parts, each vector once; a part that does not turn keys has none."""
     found: list[tuple[str, Tensor]] = []
     for number, part in enumerate(method.reading_of(row).parts):
-        theta = part.key.theta / part.key.group
+        theta = part.key.theta / (part.key.group if part.key.groups is None else part.key.groups)
         if not part.key.unrotated and not any(torch.equal(theta, other) for _, other in found):
             found.append((f"row {row}" + (", far" if number else ""), theta))
     return found

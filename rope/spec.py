@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ METHOD_NAMES: tuple[str, ...] = (
     "leaky_rerope",
     "dynamic_leaky",
     "self_extend",
+    "dpe",
     "dual_chunk",
     "string",
     "streaming",
@@ -50,6 +52,7 @@ class RopeSpec:
         logn: scale row i's query by max(1, ln(i+1) / ln L).
         select: far tokens that a row of a reply reads, chosen by its query; None reads all.
         train_length: L, in tokens; None takes the model config's.
+        groups: tokens that share a far position, of each of as many equal shares of the pairs, the fastest first (DPE).
     """
 
     method: str = "auto"
@@ -61,6 +64,7 @@ class RopeSpec:
     select: int | None = None
     logn: bool = False
     train_length: int | None = None
+    groups: tuple[int, ...] | None = None
 
     @classmethod
     def parse(cls, text: str) -> RopeSpec:
@@ -81,8 +85,22 @@ class RopeSpec:
                 raise ValueError(f"{parameter!r} in {text!r}: a method takes {allowed} and logn") from None
         return replace(cls(method=name), **fields)
 
+    def written(self) -> dict[str, str]:
+        """The numbers that are given, as `parse` reads them."""
+        given = {name: getattr(self, name) for name in PARAMETERS}
+        return {
+            name: "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            for name, value in given.items()
+            if value is not None
+        }
 
-PARAMETERS: dict[str, type[int] | type[float]] = {
+
+def parse_groups(text: str) -> tuple[int, ...]:
+    """Numbers between hyphens, as in 2-8-32."""
+    return tuple(int(number) for number in text.split("-"))
+
+
+PARAMETERS: dict[str, Callable[[str], Any]] = {
     "factor": float,
     "window": int,
     "leak": float,
@@ -90,5 +108,6 @@ PARAMETERS: dict[str, type[int] | type[float]] = {
     "sinks": int,
     "select": int,
     "train_length": int,
+    "groups": parse_groups,
 }
-"""Fields of a `RopeSpec` that take a number."""
+"""Fields of a `RopeSpec` that take a number or several."""

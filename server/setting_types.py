@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prerope.rope.spec import ALIASES, METHOD_NAMES
+from prerope.rope.spec import ALIASES, METHOD_NAMES, parse_groups
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import NoDecode
 
 
 def _lower(value: object) -> object:
@@ -62,8 +63,13 @@ def _key_file(value: Path) -> Path:
     return value
 
 
+def _groups(value: object) -> object:
+    return parse_groups(value) if isinstance(value, str) else value
+
+
 Device = Annotated[str, BeforeValidator(_lower), AfterValidator(_device)]
 Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method), Field(examples=[*METHOD_NAMES, *ALIASES])]
+Groups = Annotated[tuple[int, ...] | None, NoDecode, BeforeValidator(_groups)]
 ApiKeys = Annotated[SecretStr, AfterValidator(_keys)]
 Folder = Annotated[Path, AfterValidator(_expanded)]
 KeyFile = Annotated[Path, AfterValidator(_expanded), AfterValidator(_key_file)]

@@ -176,6 +176,12 @@ class Settings(BaseSettings):
         description="self_extend: tokens that share a far position; jagged_rerope: tokens that are near or far "
         "together",
     )
+    rope_groups: types.Groups = Field(
+        default=None,
+        description="dpe: tokens that share a far position, of each of as many equal shares of the pairs of dims, the "
+        "fastest first, as in 2-8-2-8-32-32-32-4; unset: one for all",
+        json_schema_extra={"allowed": "powers of two between hyphens"},
+    )
     rope_sinks: int | None = Field(
         default=None, ge=0, description="streaming: tokens at the beginning of a prompt that every row reads"
     )

@@ -53,6 +53,7 @@ FULL = Plan(
         "jagged_rerope",
         "leaky_rerope",
         "self_extend",
+        "dpe",
         "dual_chunk",
         "string",
         "streaming",

@@ -14,7 +14,8 @@ factor at the shorter lengths too. A method may bring its parameters: `rerope:wi
 
     python -m bench.quality --calibrate --text mine.txt --lengths 16384 --documents 4
 
-searches for the method and window that read a text best, and prints the settings.
+searches for the method and window that read a text best, and prints the settings. With `--groups 8` it finds DPE's
+groups for eighths of the pairs first, and asks that method, too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +43,7 @@ from bench import BenchError
 from bench.quality.calibration import Calibration, calibrate, num_readings
 from bench.quality.report import REFERENCE, Losses, Quality, report
 from bench.shared import options
+from bench.shared.effective import best_groups, common_group, variants
 from bench.shared.kept import Kept, key_of
 from bench.shared.machine import describe_machine
 from bench.shared.options import environment, label, method_list
@@ -146,7 +149,10 @@ def search(subject: Subject, asked: argparse.Namespace) -> Calibration:
     reader, length = Reader(subject, asked.last), asked.lengths[-1]
     numbers = range(len(subject.documents))
     searched, held_out = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
-    total = num_readings(len(searched), len(held_out)) * length
+    trained = subject.engine.info.train_length
+    common = common_group(length, trained)
+    tried = variants(asked.groups, common) if asked.groups else []
+    total = (num_readings(len(searched), len(held_out)) + (len(tried) + 1) * len(searched)) * length
     with tqdm(total=total, unit=" tokens", unit_scale=True, smoothing=0.05) as bar:
 
         def loss(spec: RopeSpec, number: int) -> float:
@@ -154,7 +160,11 @@ def search(subject: Subject, asked: argparse.Namespace) -> Calibration:
             token_ids = context(subject.documents[number], length, subject.beginning)
             return reader.losses(token_ids, spec, [length], bar.update)[0]
 
-        return calibrate(loss, searched, held_out, subject.engine.info.train_length)
+        def score(spec: RopeSpec) -> float:
+            return -statistics.fmean(loss(spec, number) for number in searched)
+
+        found = [best_groups(asked.groups, common, cache(score))] if asked.groups else []
+        return calibrate(loss, searched, held_out, trained, found)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -169,6 +179,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--last", type=options.count, default=1024, help="tokens before each length whose loss counts")
     add("--calibrate", action="store_true", help="search for the best method on half of the documents, at the longest "
         "length, and print its settings")  # fmt: skip
+    add("--groups", type=options.count, default=0, metavar="N", help="with --calibrate: find dpe's groups "
+        "first, for so many equal shares of the pairs of dims")  # fmt: skip
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--weight-quantization", choices=get_args(Quantization), default="none")
     add("--device", default="auto")
@@ -178,6 +190,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--last {asked.last}: must be below the shortest length, {asked.lengths[0]}")
     if asked.calibrate and asked.documents < 2:
         parser.error(f"--documents {asked.documents}: must be at least 2, some to search on and some to hold out")
+    if asked.groups and not asked.calibrate:
+        parser.error("--groups: goes with --calibrate")
     if missing := [path.name for path in asked.text or () if not path.is_file()]:
         parser.error(f"--text: no such file: {', '.join(missing)}")
     return asked

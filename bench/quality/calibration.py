@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prerope.rope.registry import METHODS
+from prerope.rope.methods import method_table
 from prerope.rope.spec import RopeSpec
 
 from bench.shared.options import label
@@ -68,15 +68,17 @@ class Calibration:
         )
 
 
-def calibrate(loss: Loss, searched: Sequence[int], held_out: Sequence[int], train_length: int) -> Calibration:
-    """Search on some documents, by number, and report on others. train_length: L, in tokens."""
+def calibrate(
+    loss: Loss, searched: Sequence[int], held_out: Sequence[int], train_length: int, more: Sequence[RopeSpec] = ()
+) -> Calibration:
+    """Search on some documents, by number, and report on others. train_length: L, in tokens; more: tried beside."""
 
     def trial(spec: RopeSpec, documents: Sequence[int] = searched) -> Trial:
         return Trial(spec, tuple(loss(spec, number) for number in documents))
 
-    trials: list[Trial] = []
+    trials = [trial(spec) for spec in more]
     for step in (_families, _windows, _logn):
-        best = min(trials, key=lambda tried: tried.mean).spec if trials else RopeSpec()
+        best = min(trials, key=lambda tried: tried.mean, default=Trial(RopeSpec(), ())).spec
         known = [tried.spec for tried in trials]
         trials += [trial(spec) for spec in step(best, train_length) if spec not in known]
     best = min(trials, key=lambda tried: tried.mean).spec
@@ -93,7 +95,7 @@ def _families(_best: RopeSpec, _train_length: int) -> Iterator[RopeSpec]:
 
 
 def _windows(best: RopeSpec, train_length: int) -> Iterator[RopeSpec]:
-    if METHODS[best.method].windowed:
+    if any(entry.name == best.method and entry.windowed for entry in method_table()):
         for share in WINDOWS:
             window = int(share * train_length)
             yield dataclasses.replace(best, window=None if share == 1 / 4 else window)  # a quarter is the default

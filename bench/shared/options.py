@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prerope.rope.spec import PARAMETERS, RopeSpec
+from prerope.rope.spec import RopeSpec
 from rich.console import Console
 
 from bench import OUTPUT_FOLDER, BenchError
@@ -86,14 +86,14 @@ def method_list(text: str) -> list[Method]:
 
 def label(spec: RopeSpec) -> str:
     """As `RopeSpec.parse` reads it."""
-    given = [f"{name}={value}" for name in PARAMETERS if (value := getattr(spec, name)) is not None]
+    given = [f"{name}={value}" for name, value in spec.written().items()]
     return ":".join([spec.method, *given, *(["logn"] if spec.logn else [])])
 
 
 def environment(spec: RopeSpec) -> list[str]:
     """The lines to set for a server that reads so."""
     lines = [f"ROPE_METHOD={spec.method}"]
-    lines += [f"ROPE_{name.upper()}={value}" for name in PARAMETERS if (value := getattr(spec, name)) is not None]
+    lines += [f"ROPE_{name.upper()}={value}" for name, value in spec.written().items()]
     return [*lines, "ROPE_LOGN=true"] if spec.logn else lines
 
 

@@ -14,7 +14,8 @@ a server that reads otherwise than before wants a folder or a --name of its own.
 
     python -m bench.tasks --calibrate --methods rerope,self_extend,dual_chunk --lengths 16384 --seeds 4
 
-says which method does most, as `bench.quality --calibrate` says which has the lowest loss.
+says which method does most, as `bench.quality --calibrate` says which has the lowest loss. With `--groups 8` it finds
+DPE's groups for eighths of the pairs first, and asks that method, too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import BenchError
 from bench.shared import options
+from bench.shared.effective import best_groups, common_group, variants
 from bench.shared.kept import Kept, key_of
 from bench.shared.machine import describe_machine
 from bench.shared.options import Method, environment, method_list
@@ -125,6 +127,23 @@ def scored(method: str, prompt: Prompt, reply: str) -> Scored:
     return Scored(method, prompt.family, prompt.length, prompt.seed, question.depth, sheet, question.score(reply))
 
 
+async def found_groups(asked: argparse.Namespace, server: Server, progress: Progress) -> Method:
+    """dpe with the groups that do most on the seeds that are searched, at the longest length."""
+    train_length = asked.train_length or await served_length(server)
+    common = common_group(asked.lengths[-1], train_length)
+    tried = [Method(options.label(spec), spec) for spec in variants(asked.groups, common)]
+    own = {"methods": tried, "seeds": asked.seeds // 2, "lengths": asked.lengths[-1:]}
+    scores, _ = await measure(argparse.Namespace(**vars(asked) | own), server, progress)
+
+    def score(spec: RopeSpec) -> float:
+        found = scores.at(options.label(spec), asked.lengths[-1])
+        assert found is not None, "every method was asked"
+        return found.value
+
+    spec = best_groups(asked.groups, common, score)
+    return Method(options.label(spec), spec)
+
+
 async def served_length(server: Server) -> int:
     """The trained length, as this project's /v1/models has it."""
     reply = await server.client.get(f"{server.url}/models", headers=server.headers)
@@ -142,6 +161,8 @@ async def run(asked: argparse.Namespace, progress: Progress) -> tuple[Scores, st
             await stack.enter_async_context(launched(server, asked.launch, asked.out / "server.log"))
         await server.ready(READY_TIMEOUT_S)
         await server.connect()
+        if asked.groups:
+            asked.methods = [*asked.methods, await found_groups(asked, server, progress)]
         return await measure(asked, server, progress)
 
 
@@ -183,6 +204,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--shots", type=int, default=1, help="few-shot examples before each prompt")
     add("--calibrate", action="store_true", help="choose a method on half of the seeds, judge it on the others, and "
         "print its settings")  # fmt: skip
+    add("--groups", type=options.count, default=0, metavar="N", help="with --calibrate: find dpe's groups "
+        "first, for so many equal shares of the pairs of dims")  # fmt: skip
     add("--train-length", type=options.count, help="of the model; without it as this project's server says")
     add("--tokenizer", metavar="FOLDER", help="a model folder to count with; without it the server's /tokenize")
     add("--timeout", type=float, default=3600.0, help="seconds that a reply may take")
@@ -190,6 +213,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     asked.lengths = sorted(set(asked.lengths))
     if asked.calibrate and asked.seeds < 2:
         parser.error(f"--seeds {asked.seeds}: must be at least 2, some to choose on and some to hold out")
+    if asked.groups and not asked.calibrate:
+        parser.error("--groups: goes with --calibrate")
     if asked.calibrate and all(method.spec != AUTO for method in asked.methods):
         asked.methods = [Method("auto", AUTO), *asked.methods]
     return asked

@@ -36,7 +36,7 @@ class _KernelMap(ctypes.Structure):
     """`AngleMap` of kernels/c/attend.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("theta", "offset")),
+        *((name, ctypes.c_void_p) for name in ("theta", "offset", "groups")),
         *((name, ctypes.c_int64) for name in ("period", "group", "shift", "cap")),
     ]
 
@@ -89,7 +89,7 @@ class KeyTurns:
         bases = torch.arange(self.num_tiles) * TILE
         angles = self._angles.angles(bases).numpy()
         of_tile, steps = _alike(self._angles, bases.numpy())
-        tables = _cos_sin(steps[:, :, None] * self._angles.theta.numpy())
+        tables = _cos_sin(self._angles.turned(torch.from_numpy(steps)).numpy())
         self._held = [_cos_sin(-angles).astype(np.float32), of_tile.astype(np.int32)]
         if self._decay is None:
             self._held.append(tables.astype(np.float32))
@@ -162,9 +162,9 @@ class KernelReading:
 
 
 def _kernel_map(angles: AngleMap) -> _KernelMap:
-    theta, offset = (None if tensor is None else tensor.data_ptr() for tensor in (angles.theta, angles.offset))
+    tensors = (None if tensor is None else tensor.data_ptr() for tensor in (angles.theta, angles.offset, angles.groups))
     cap = UNBOUNDED if angles.cap is None else angles.cap
-    return _KernelMap(theta, offset, angles.period or 0, angles.group, angles.shift, cap)
+    return _KernelMap(*tensors, angles.period or 0, angles.group, angles.shift, cap)
 
 
 _turns: WeakValueDictionary[Hashable, KeyTurns] = WeakValueDictionary()
@@ -173,7 +173,7 @@ _turns: WeakValueDictionary[Hashable, KeyTurns] = WeakValueDictionary()
 
 def _turns_of(angles: AngleMap, decay: Tensor | None) -> KeyTurns:
     unrotated = angles.unrotated
-    key = None if unrotated else (id(angles.theta), angles.period, angles.group, id(decay))
+    key = None if unrotated else (id(angles.theta), angles.period, angles.group, id(angles.groups), id(decay))
     found = _turns.get(key)
     if found is None:
         found = _turns[key] = KeyTurns(None if unrotated else angles, decay)

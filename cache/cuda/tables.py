@@ -127,17 +127,16 @@ class KeyTables:
         own = on_device(angles, self._device)
         tiles = min(self._rows, -(-(angles.period or LONGEST) // self._tile))
         bases = torch.arange(tiles, device=self._device) * self._tile
-        steps = torch.arange(self._tile, device=self._device, dtype=torch.float64)
+        steps = torch.arange(self._tile, device=self._device)
         self.base_turns[slot, :tiles] = cos_sin(own.angles(bases))
-        self.key_turns[slot] = cos_sin(steps[:, None] * own.theta)
+        self.key_turns[slot] = cos_sin(own.turned(steps))
         self.decay[slot] = 0.0 if decay is None else send(decay.float(), self._device)
 
 
 class QueryAngles:
-    """Frequencies and offsets of query maps, [slots, D/2] fp64: a step's few rows are turned anew."""
+    """Query maps, [slots, 3, D/2] fp64: θ, offsets, and 1/groups. A step's few rows are turned anew."""
 
-    theta: Tensor
-    offset: Tensor
+    maps: Tensor
 
     def __init__(self, pairs: int, device: torch.device) -> None:
         self._pairs, self._device = pairs, device
@@ -155,22 +154,24 @@ class QueryAngles:
 
     def turns(self, places: Tensor, slots: Tensor, factors: Tensor) -> Tensor:
         """[N] positions within the maps, slots and factors fp32 → [N, 2, D/2] fp32."""
-        angles = places[:, None].double() * self.theta[slots] + self.offset[slots]
+        theta, offset, share = self.maps[slots].unbind(1)
+        angles = (places[:, None] * share).floor_() * theta + offset
         return cos_sin(angles) * factors[:, None, None]
 
     @torch.inference_mode(False)
     def _allocate(self, capacity: int) -> None:
-        self.theta = torch.zeros(capacity, self._pairs, dtype=torch.float64, device=self._device)
-        self.offset = torch.zeros_like(self.theta)
+        self.maps = torch.zeros(capacity, 3, self._pairs, dtype=torch.float64, device=self._device)
 
     def _fill(self, slot: int, angles: AngleMap) -> None:
-        self.theta[slot] = send(angles.theta, self._device)
-        self.offset[slot] = 0.0 if angles.offset is None else send(angles.offset, self._device)
+        theta = angles.theta
+        offset = torch.zeros_like(theta) if angles.offset is None else angles.offset
+        share = torch.ones_like(theta) if angles.groups is None else 1 / angles.groups.double()  # exact: powers of two
+        self.maps[slot] = send(torch.stack([theta, offset, share]), self._device)
 
 
 def on_device(angles: AngleMap, device: torch.device) -> AngleMap:
-    offset = None if angles.offset is None else send(angles.offset, device)
-    return replace(angles, theta=send(angles.theta, device), offset=offset)
+    offset, groups = (None if tensor is None else send(tensor, device) for tensor in (angles.offset, angles.groups))
+    return replace(angles, theta=send(angles.theta, device), offset=offset, groups=groups)
 
 
 def cos_sin(angles: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def cos_sin(angles: Tensor) -> Tensor:
 
 
 def places_of(angles: AngleMap, positions: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Positions within the map: the numbers that it multiplies θ by."""
+    """Positions within the map: the numbers that it multiplies θ by, once each pair's groups are counted."""
     if angles.period is not None:
         positions = positions % angles.period
     positions = positions // angles.group + angles.shift

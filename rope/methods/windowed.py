@@ -9,11 +9,20 @@ import math
 from collections.abc import Callable
 
 import torch
-from prerope.rope.reading import AngleMap, MethodError, Part, Reading, Rule, bucketed, everywhere, plain_reading
-from prerope.rope.registry import Target, method, own_rule
-from torch import Tensor
+from prerope.rope.methods.parts import (
+    constant,
+    fitting_group,
+    group_of,
+    groups_of,
+    leaky_reading,
+    own_reading,
+    two_parts,
+    window_of,
+    window_warning,
+)
+from prerope.rope.reading import AngleMap, MethodError, Part, Reading, Rule, bucketed, everywhere
+from prerope.rope.registry import Target, method
 
-MAX_GROUP = 65536
 JAGGED_BLOCK = 128
 STREAMING_SINKS = 4
 STRING_LOCAL = 128
@@ -27,9 +36,9 @@ STRING_LOCAL = 128
 )
 def _rerope(t: Target) -> Rule:
     """min(d, w): far keys are read raw."""
-    own, window = _own_reading(t), _window(t)
-    reading = _leaky_reading(own, window, torch.zeros_like(own.theta))
-    return Rule({"window": window}, lambda _run: reading, warning=_warning(window, t))
+    own, window = own_reading(t), window_of(t)
+    reading = leaky_reading(own, window, torch.zeros_like(own.theta))
+    return Rule({"window": window}, lambda _run: reading, warning=window_warning(window, t))
 
 
 @method(
@@ -40,14 +49,14 @@ def _rerope(t: Target) -> Rule:
 )
 def _jagged_rerope(t: Target) -> Rule:
     """ReRoPE whose far part ends on a block edge: j < B·⌊(i−w+1)/B⌋. Rows come in runs of B that share the edge."""
-    own, window = _own_reading(t), _window(t)
-    block = _group(t, lambda: min(JAGGED_BLOCK, t.train_length - window))
+    own, window = own_reading(t), window_of(t)
+    block = group_of(t, lambda: min(JAGGED_BLOCK, t.train_length - window))
     if window + block > t.train_length:
         raise MethodError(
             f"group (ROPE_GROUP) is {block}: jagged_rerope reads up to window + group tokens at their exact distance, "
             f"so it must be at most {t.train_length - window}, the trained length less the window (ROPE_WINDOW)"
         )
-    near, far_query, unrotated = AngleMap(own.theta), _constant(own, offset=window), _constant(own)
+    near, far_query, unrotated = AngleMap(own.theta), constant(own, offset=window), constant(own)
 
     def reading(run_end: int) -> Reading:
         edge = run_end - window + 1 - block
@@ -57,7 +66,7 @@ def _jagged_rerope(t: Target) -> Rule:
     def run_end(position: int) -> int:
         return max(1, (position - window + 1) // block + 1) * block + window - 1
 
-    return Rule({"window": window, "group": block}, reading, run_end, _warning(window, t))
+    return Rule({"window": window, "group": block}, reading, run_end, window_warning(window, t))
 
 
 @method(
@@ -68,12 +77,12 @@ def _jagged_rerope(t: Target) -> Rule:
 )
 def _leaky_rerope(t: Target) -> Rule:
     """w + (d−w)/k past the window."""
-    own, window = _own_reading(t), _window(t)
+    own, window = own_reading(t), window_of(t)
     leak = 16.0 if t.spec.leak is None else t.spec.leak
     if not leak >= 1:
         raise MethodError(f"leak (ROPE_LEAK) is {leak}: it must be at least 1, the tokens that share a far position")
-    reading = _leaky_reading(own, window, own.theta / leak)
-    return Rule({"window": window, "leak": leak}, lambda _run: reading, warning=_warning(window, t))
+    reading = leaky_reading(own, window, own.theta / leak)
+    return Rule({"window": window, "leak": leak}, lambda _run: reading, warning=window_warning(window, t))
 
 
 @method(
@@ -84,14 +93,14 @@ def _leaky_rerope(t: Target) -> Rule:
 )
 def _dynamic_leaky(t: Target) -> Rule:
     """Leaky ReRoPE with k = max(1, (n−w)/(L−w)): each row's farthest key sits exactly at L."""
-    own, window, trained = _own_reading(t), _window(t), t.train_length
+    own, window, trained = own_reading(t), window_of(t), t.train_length
 
     def reading(n: int) -> Reading:
         leak = max(1.0, (n - window) / (trained - window))
         # Inside the trained length it is rope, and costs what rope costs.
-        return own if leak == 1.0 else _leaky_reading(own, window, own.theta / leak)
+        return own if leak == 1.0 else leaky_reading(own, window, own.theta / leak)
 
-    return Rule({"window": window}, reading, bucketed(trained), _warning(window, t))
+    return Rule({"window": window}, reading, bucketed(trained), window_warning(window, t))
 
 
 @method(
@@ -102,12 +111,30 @@ def _dynamic_leaky(t: Target) -> Rule:
 )
 def _self_extend(t: Target) -> Rule:
     """⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋ past the window: LongLM's grouped attention."""
-    own, window = _own_reading(t), _window(t)
-    group = _group(t, lambda: _fitting_group(window, t))
+    own, window = own_reading(t), window_of(t)
+    group = group_of(t, lambda: fitting_group(window, t))
     far_query = AngleMap(own.theta, group=group, shift=window - window // group)
-    reading = _two_parts(own, window, far_query, AngleMap(own.theta, group=group))
+    reading = two_parts(own, window, far_query, AngleMap(own.theta, group=group))
     parameters = {"window": window, "group": group}
-    return Rule(parameters, lambda _run: own if group == 1 else reading, warning=_warning(window, t))
+    return Rule(parameters, lambda _run: own if group == 1 else reading, warning=window_warning(window, t))
+
+
+@method(
+    "dpe",
+    source="Lu 2025, arXiv 2504.18857 (DPE)",
+    use="Groups that a calibration has found for this model. Without any it is Self-Extend by a power of two.",
+    takes=("window", "groups"),
+)
+def _dpe(t: Target) -> Rule:
+    """⌊i/G⌋ + w − ⌊w/G⌋ and ⌊j/G⌋ past the window, with a group G for each share of the pairs; 1 keeps the distance."""
+    own, window = own_reading(t), window_of(t)
+    pairs = len(own.theta)
+    groups = groups_of(t, window, pairs)
+    of_pair = torch.tensor([groups[pair * len(groups) // pairs] for pair in range(pairs)])
+    far_query = AngleMap(own.theta, offset=(window - window // of_pair) * own.theta, groups=of_pair)
+    reading = two_parts(own, window, far_query, AngleMap(own.theta, groups=of_pair))
+    parameters = {"window": window, "groups": list(groups)}
+    return Rule(parameters, lambda _run: own if set(groups) == {1} else reading, warning=window_warning(window, t))
 
 
 @method(
@@ -118,21 +145,21 @@ def _self_extend(t: Target) -> Rule:
 )
 def _dual_chunk(t: Target) -> Rule:
     """Chunks of s = L − w. Keys at j mod s; queries at i mod s, min(i mod s + s, L−1), L−1 for own, last, older."""
-    own, window = _own_reading(t), _window(t)
+    own, window = own_reading(t), window_of(t)
     size, last = t.train_length - window, t.train_length - 1
     parts = _chunks(own, size, last)
 
     def reading(run_end: int) -> Reading:
         return Reading(parts(run_end), own.attention_factor)
 
-    return Rule({"window": window, "chunk": size}, reading, lambda i: size * (i // size + 1), _warning(window, t))
+    return Rule({"window": window, "chunk": size}, reading, lambda i: size * (i // size + 1), window_warning(window, t))
 
 
 def tuned_dual_chunk(t: Target) -> Rule:
     """Dual-chunk attention with the config's own sizes: chunks of s = chunk_size − local_size, no position past
     chunk_size, and past the original length n, log-scaled attention: q·max(1, 0.1·ln(n/L) + 1)."""
     config = t.rotary.dual_chunk or {}
-    own, last = _own_reading(t), int(config["chunk_size"])
+    own, last = own_reading(t), int(config["chunk_size"])
     window = int(config["local_size"])
     if not 0 < window < last:
         raise MethodError(f"dual_chunk_attention_config has chunk_size {last} and local_size {window}: it must be less")
@@ -175,10 +202,10 @@ def _chunks(own: Reading, size: int, last: int) -> Callable[[int], tuple[Part, .
 )
 def _string(t: Target) -> Rule:
     """d − w + b past the window w = L/3, b = 128 or half of w: the largest distances go unused."""
-    own, shift = _own_reading(t), _window(t, t.train_length // 3)
+    own, shift = own_reading(t), window_of(t, t.train_length // 3)
     local = min(STRING_LOCAL, shift // 2)
-    reading = _two_parts(own, shift, AngleMap(own.theta, shift=local - shift), own.parts[0].key)
-    return Rule({"window": shift, "local": local}, lambda _run: reading, warning=_warning(shift, t))
+    reading = two_parts(own, shift, AngleMap(own.theta, shift=local - shift), own.parts[0].key)
+    return Rule({"window": shift, "local": local}, lambda _run: reading, warning=window_warning(shift, t))
 
 
 @method(
@@ -189,7 +216,7 @@ def _string(t: Target) -> Rule:
 )
 def _streaming(t: Target) -> Rule:
     """The last w keys at their exact distance, the first S as if right before them; none between is read."""
-    own = _own_reading(t)
+    own = own_reading(t)
     sinks = STREAMING_SINKS if t.spec.sinks is None else t.spec.sinks
     if not 0 <= sinks < t.train_length:
         raise MethodError(f"sinks (ROPE_SINKS) is {sinks}: it must be between 0 and {t.train_length - 1}")
@@ -207,75 +234,4 @@ def _streaming(t: Target) -> Rule:
         {"window": window, "sinks": sinks},
         lambda run: own if run == full else reading,
         lambda i: full if i < full else everywhere(i),
-    )
-
-
-# --- parts and parameters ---------------------------------------------------------------------------------------------
-
-
-def _leaky_reading(own: Reading, window: int, theta_far: Tensor) -> Reading:
-    """Far queries at (i−w)·θ_far + w·θ, which meets the near part at d = w, far keys at j·θ_far."""
-    far_query = AngleMap(theta_far, offset=window * own.theta - window * theta_far)
-    return _two_parts(own, window, far_query, AngleMap(theta_far))
-
-
-def _two_parts(own: Reading, window: int, far_query: AngleMap, far_key: AngleMap) -> Reading:
-    near = own.parts[0].key  # the same object in every run, so that its tables are made once
-    return Reading((Part(near, near, d_max=window), Part(far_query, far_key, d_min=window)), own.attention_factor)
-
-
-def _constant(own: Reading, offset: int = 0) -> AngleMap:
-    """One angle for all positions: that of position `offset`."""
-    return AngleMap(torch.zeros_like(own.theta), offset=offset * own.theta if offset else None)
-
-
-def _own_reading(t: Target) -> Reading:
-    """The model's own frequencies, as its config has them."""
-    own = own_rule(t.rotary, t.train_length)
-    if own.run_end is not everywhere:
-        raise MethodError(
-            f"{t.spec.method} cannot be laid over the model's own {t.rotary.rope_type} frequencies, which depend on "
-            "the length; use ROPE_METHOD=model, or a frequency method such as yarn"
-        )
-    reading = own.reading(t.train_length)
-    return plain_reading(reading.theta, reading.attention_factor)
-
-
-def _window(t: Target, default: int | None = None) -> int:
-    """The window that was asked for, else the default, else a quarter of the trained length."""
-    given = t.spec.window if default is None or t.spec.window is not None else default
-    window = t.train_length // 4 if given is None else given
-    if not 0 < window < t.train_length:
-        raise MethodError(
-            f"window (ROPE_WINDOW) is {window}: it must be between 1 and {t.train_length - 1}, one less than the "
-            f"trained length; {t.train_length // 4} to {t.train_length // 2} reads best"
-        )
-    return window
-
-
-def _warning(window: int, t: Target) -> str | None:
-    if window <= t.train_length // 2:
-        return None
-    return (
-        f"window (ROPE_WINDOW) {window} is more than half the trained length {t.train_length}: large distances are "
-        f"seen too rarely in training; {t.train_length // 4} to {t.train_length // 2} is best"
-    )
-
-
-def _group(t: Target, default: Callable[[], int]) -> int:
-    group = default() if t.spec.group is None else t.spec.group
-    if group < 1:
-        raise MethodError(f"group (ROPE_GROUP) is {group}: it must be at least 1, the tokens that share a position")
-    return group
-
-
-def _fitting_group(window: int, t: Target) -> int:
-    """The smallest G that keeps every far distance of the target length inside L."""
-    last, trained = int(t.scale * t.train_length) - 1, t.train_length
-    for group in range(1, MAX_GROUP + 1):
-        if last // group + window - window // group < trained:
-            return group
-    raise MethodError(
-        f"self_extend: no group up to {MAX_GROUP} brings {last + 1} tokens inside the trained length {trained} past a "
-        f"window (ROPE_WINDOW) of {window}; use a smaller window or factor (ROPE_FACTOR)"
     )

@@ -2,8 +2,9 @@
 
 An order is whole numbers, nothing of a client's but its token ids:
 
-    step    STEP, chunks, methods; of each method its fields; of each chunk start, tokens, blocks, logits, method and,
-            where its last token is still on the device, its place there (else −1); then all tokens, then all blocks
+    step    STEP, chunks, methods, numbers a method; of each method its fields; of each chunk start, tokens, blocks,
+            logits, method and, where its last token is still on the device, its place there (else −1); then all
+            tokens, then all blocks
     copy    COPY, then the slots to copy from and, as many, those to copy to
     end     nothing
 
@@ -13,6 +14,7 @@ and of the model.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields, replace
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 STEP, COPY = 1, 2
 NAMES = (*METHOD_NAMES, *ALIASES)
-SPEC_FIELDS = [field.name for field in fields(RopeSpec)][1:]  # the method's name goes as its place in NAMES
+SPEC_FIELDS = [field.name for field in fields(RopeSpec)][1:-1]
+"""Those of one number. The name goes before them, as its place in NAMES; groups, of which there may be many, last."""
 CHUNK_FIELDS = 6
 
 
@@ -62,16 +65,16 @@ def pack_step(chunks: Sequence[Chunk]) -> Ints:
         rows += (chunk.start, len(chunk.token_ids), len(table), chunk.num_logits, place, pending)
         tokens += chunk.token_ids
         tables.append(table)
-    head = np.array([STEP, len(chunks), len(specs)], dtype=np.int64)
-    methods = np.array([_numbers(spec) for spec in specs], dtype=np.float64).view(np.int64)
+    numbers = list(itertools.zip_longest(*map(_numbers, specs), fillvalue=math.nan))
+    head = np.array([STEP, len(chunks), len(specs), len(numbers)], dtype=np.int64)
+    methods = np.array(numbers, dtype=np.float64).T.copy().view(np.int64)
     return np.concatenate([head, methods.ravel(), np.array(rows, np.int64), np.array(tokens, np.int64), *tables])
 
 
 def unpack_step(message: Ints, resolve: Callable[[RopeSpec], ModelPositions]) -> list[Chunk]:
     """The chunks that `pack_step` was given, with this rank's own positions."""
-    _, num_chunks, num_specs = message[:3].tolist()
-    width = 1 + len(SPEC_FIELDS)
-    methods, rows, rest = np.split(message[3:], np.cumsum([num_specs * width, num_chunks * CHUNK_FIELDS]))
+    _, num_chunks, num_specs, width = message[:4].tolist()
+    methods, rows, rest = np.split(message[4:], np.cumsum([num_specs * width, num_chunks * CHUNK_FIELDS]))
     fields_of_methods = methods.copy().view(np.float64).reshape(num_specs, width).tolist()
     positions = [resolve(_spec(numbers)) for numbers in fields_of_methods]
     rows = rows.reshape(num_chunks, CHUNK_FIELDS)
@@ -84,13 +87,16 @@ def unpack_step(message: Ints, resolve: Callable[[RopeSpec], ModelPositions]) ->
 
 
 def _numbers(spec: RopeSpec) -> list[float]:
-    name, *parameters = astuple(spec)
-    return [NAMES.index(name), *(math.nan if value is None else float(value) for value in parameters)]
+    name, *parameters, groups = astuple(spec)
+    numbers = [math.nan if value is None else float(value) for value in parameters]
+    return [NAMES.index(name), *numbers, *map(float, groups or ())]
 
 
 def _spec(numbers: list[float]) -> RopeSpec:
-    given = {name: value for name, value in zip(SPEC_FIELDS, numbers[1:], strict=True) if not math.isnan(value)}
+    one_each, groups = numbers[1 : 1 + len(SPEC_FIELDS)], numbers[1 + len(SPEC_FIELDS) :]
+    given = {name: value for name, value in zip(SPEC_FIELDS, one_each, strict=True) if not math.isnan(value)}
     whole: dict[str, Any] = {name: _KINDS[name](value) for name, value in given.items()}
+    whole["groups"] = tuple(int(group) for group in groups if not math.isnan(group)) or None
     return RopeSpec(method=NAMES[int(numbers[0])], **whole)
 
 

@@ -19,7 +19,7 @@ from bench import BenchError
 from bench.shared.kept import Kept
 from bench.shared.options import method_list
 from bench.shared.servers import Server
-from bench.tasks.__main__ import Asker, measure, parse_arguments, scored
+from bench.tasks.__main__ import Asker, found_groups, measure, parse_arguments, scored
 from bench.tasks.families import FAMILIES, Prompt, prompts
 from bench.tasks.scores import Mean, Scored, Scores, choose, mean, report
 from bench.tasks.sheets import NoRoom, Question, planted
@@ -281,6 +281,31 @@ def test_a_run_asks_each_question_once_by_each_method_and_resumes(
         wrong, _ = asyncio.run(measure(asked(tmp_path), served(lambda _: ["none"], seen), progress))
         assert str(wrong.at("as served", 600)) == "0 ± 0"
         assert "rope" not in seen[-1]
+
+
+def test_groups_are_found_by_what_each_share_does_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half of the pairs is read best by groups of 4, the second by 16; a server that says so."""
+    monkeypatch.setattr("bench.tasks.__main__.server_counter", lambda _server: count)
+    asked_for: list[list[int]] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        asked_for.append(body["rope"]["groups"])
+        right = body["rope"]["groups"] in ([4, 1], [1, 16])
+        text = " ".join(find_passkey(body["prompt"])) if right else "none"
+        return httpx.Response(200, json={"choices": [{"text": text}]})
+
+    server = Server("mock", "http://mock/v1", httpx.AsyncClient(transport=httpx.MockTransport(handle)), "tiny")
+    few = ("--tasks", "passkey", "--train-length", "2000", "--calibrate", "--groups", "2")
+    arguments = asked(tmp_path, *few)
+    with Progress(disable=True) as progress:
+        found = asyncio.run(found_groups(arguments, server, progress))
+    assert found.spec == RopeSpec(method="dpe", groups=(4, 16))
+    assert RopeSpec.parse(found.label) == found.spec
+    assert {tuple(groups) for groups in asked_for} == {(1, 1), (2, 1), (4, 1), (16, 1), (1, 2), (1, 4), (1, 16)}
+    assert len(asked_for) == 7 * 2, "of two seeds the first, at two depths, at the longest length alone"
+    with pytest.raises(SystemExit):
+        parse_arguments(["--groups", "8"])
 
 
 def test_a_refusal_is_told_with_what_the_server_said(tmp_path: Path) -> None:

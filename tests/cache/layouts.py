@@ -16,6 +16,8 @@ from torch import Tensor
 
 TRAINED = 64
 WINDOWED = [name for name, entry in METHODS.items() if entry.windowed]
+DPE_GROUPS = (2, 1, 16, 128)
+"""Of quarters of the pairs: within a tile of keys, none, and longer than one."""
 METHOD_NAMES = [name for name in METHODS if name != "proportional"]
 
 
@@ -30,7 +32,13 @@ def rotary(head_dim: int, dim: int, *, interleaved: bool = False) -> Rotary:
 
 
 def method(
-    name: str, embedding: Rotary, *, window: int | None = None, group: int | None = None, logn: bool = False
+    name: str,
+    embedding: Rotary,
+    *,
+    window: int | None = None,
+    group: int | None = None,
+    groups: tuple[int, ...] = DPE_GROUPS,
+    logn: bool = False,
 ) -> PositionMethod:
     spec = RopeSpec(
         method=name,
@@ -38,6 +46,7 @@ def method(
         leak=3.0 if name == "leaky_rerope" else None,
         sinks=1 if name == "streaming" else None,
         group=group,
+        groups=groups[: embedding.dim // 2] if name == "dpe" else None,
         factor=4.0 if "factor" in METHODS[name].takes else None,
         logn=logn,
     )

@@ -66,6 +66,17 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, *, window: int, group: in
     return weighted(torch.where(i[:, None] - j < window, near, far), value)
 
 
+def by_dimension(query: Tensor, key: Tensor, value: Tensor, *, window: int, scales: Tensor) -> Tensor:
+    """DPE (Lu 2025, as its authors code it): Self-Extend's far positions, floored by a scale for each pair, [D/2]."""
+    dim = query.shape[-1]
+    theta = 10000.0 ** (-2 * torch.arange(dim // 2, dtype=torch.float64) / dim)
+    i, j = torch.arange(len(query)), torch.arange(len(key))
+    near = product(*(rotated(x, p, dim, interleaved=False) for x, p in ((query, i), (key, j))))
+    far_i, far_j = i[:, None] // scales + window - window // scales, j[:, None] // scales
+    far = product(*(turned(x, p.double() * theta, interleaved=False) for x, p in ((query, far_i), (key, far_j))))
+    return weighted(torch.where(i[:, None] - j < window, near, far), value)
+
+
 def string(query: Tensor, key: Tensor, value: Tensor, *, shift: int, local: int) -> Tensor:
     """STRING (An 2024, alg. 1): a diagonal of `shift` true distances, and below it distances that begin at `local`."""
     dim = query.shape[-1]

@@ -95,11 +95,11 @@ def test_angles_stay_while_a_step_needs_them() -> None:
     seven, one = tables.find(maps[2:9], step), tables.find(maps[9:10], step)
     assert tables.version == version, "eight fit"
     assert len({*seven.values(), *one.values()}) == 8
-    held, before = seven[maps[2]], tables.theta
+    held, before = seven[maps[2]], tables.maps
     more = tables.find(maps[10:12], step)
     assert tables.version > version, "ten do not fit: new tensors"
-    assert float(before[held]) == float(maps[2].theta), "which what is planned already does not see"
-    assert float(tables.theta[more[maps[11]]]) == float(maps[11].theta)
+    assert float(before[held, 0]) == float(maps[2].theta), "which what is planned already does not see"
+    assert float(tables.maps[more[maps[11]], 0]) == float(maps[11].theta)
     found = tables.find(maps[:20], object())
     places, slots = torch.full((20,), 7), torch.tensor([found[one] for one in maps[:20]])
     expected = cos_sin(torch.stack([7 * one.theta for one in maps[:20]]))

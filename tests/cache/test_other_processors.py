@@ -131,7 +131,7 @@ def attended(processor: Processor, step: Any, plan: DecodePlan, options: Attenti
         processor.give(reading.kernel, reading._parts, pointers=True)
         for turns, part in zip(reading.turns, reading.reading.parts, strict=True):
             processor.give(turns.kernel, pointers=True)
-            processor.give(*turns._held, part.query.theta, part.query.offset)
+            processor.give(*turns._held, part.query.theta, part.query.offset, part.query.groups)
         processor.give(reading.reading.decay)
     width = step.keys.shape[2] * step.keys.shape[3]
     processor.call(BOUNDS, step.keys, bounds, blocks, len(blocks), step.keys.shape[1], width, DTYPES[step.keys.dtype])
@@ -142,7 +142,7 @@ def attended(processor: Processor, step: Any, plan: DecodePlan, options: Attenti
 
 
 @pytest.mark.parametrize(("dtype", "dots"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 1)], ids=str)
-@pytest.mark.parametrize("name", ["rope", "rerope", "dual_chunk", "xpos"])
+@pytest.mark.parametrize("name", ["rope", "rerope", "dpe", "dual_chunk", "xpos"])
 def test_attention(processor: Processor, name: str, dtype: torch.dtype, dots: bool) -> None:
     """To the reference's result, and of a run of rows to the bits of each of them alone."""
     options = AttentionOptions(0.25, "")

@@ -75,7 +75,7 @@ def test_values_narrower_and_wider_than_keys() -> None:
         assert difference(Paged(step.query, step.keys, values, step.metadata), AttentionOptions(0.25, "")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["rope", "rerope", "dynamic_leaky", "dual_chunk", "string", "streaming"])
+@pytest.mark.parametrize("name", ["rope", "rerope", "dynamic_leaky", "dpe", "dual_chunk", "string", "streaming"])
 def test_contexts_of_several_spans(name: str) -> None:
     """More keys than are packed at once, and sinks, soft-cap and sliding window over all of them."""
     positions = one_group(method(name, rotary(64, 64), window=32))

@@ -48,6 +48,18 @@ def test_naive_grouped_definition(group: int, window: int, length: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 65, 300])
 @pytest.mark.parametrize("window", [1, 16, 33])
+@pytest.mark.parametrize("groups", [(2,), (1, 32), (4, 1, 128, 8), (2, 8, 2, 8, 32, 32, 32, 4)])
+def test_naive_dpe_definition(groups: tuple[int, ...], window: int, length: int) -> None:
+    """The last are those of Llama 3 8B as published, of one pair each here."""
+    step = one_sequence("dpe", length, window=window, groups=groups)
+    query, key, value = (x.double() for x in contiguous(step, 0))
+    scales = torch.tensor(groups).repeat_interleave(8 // len(groups))
+    expected = naive.by_dimension(query, key, value, window=window, scales=scales)
+    assert (reference(step, AttentionOptions(SCALE, "")) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 65, 300])
+@pytest.mark.parametrize("window", [1, 16, 33])
 def test_naive_string_definition(window: int, length: int) -> None:
     step = one_sequence("string", length, window=window)
     query, key, value = (x.double() for x in contiguous(step, 0))

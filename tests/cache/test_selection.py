@@ -74,7 +74,9 @@ def test_a_unit_with_the_key_that_a_query_looks_for_is_read() -> None:
 
 
 @pytest.mark.usefixtures("decode_kernel")
-@pytest.mark.parametrize("name", ["rope", "dynamic_leaky", "rerope", "self_extend", "dual_chunk", "streaming", "xpos"])
+@pytest.mark.parametrize(
+    "name", ["rope", "dynamic_leaky", "rerope", "self_extend", "dpe", "dual_chunk", "streaming", "xpos"]
+)
 @pytest.mark.parametrize("block_size", [8, 16, 64])
 def test_the_kernel_finds_what_the_specification_finds(name: str, block_size: int) -> None:
     """Single rows, drafts, a chunk that begins in the prompt, rows that read all, and prompts beside them."""

@@ -35,7 +35,10 @@ GROUP = 13 if DEVICE == "cpu" else 8
 
 SPECS = {
     f"{name}{'+logn' if logn else ''}": RopeSpec(
-        method=name, window=WINDOW if "window" in METHODS[name].takes else None, logn=logn
+        method=name,
+        window=WINDOW if "window" in METHODS[name].takes else None,
+        groups=(2, 1, 16, 128) if name == "dpe" else None,
+        logn=logn,
     )
     for name in METHODS
     if name != "proportional"
@@ -278,7 +281,7 @@ def test_blocks_are_shared_with_rope(name: str, first: str, model: Model, varian
     outputs = run_all(engine, {"two": pair["two"]}, 200)
     if SPECS[name].method == "rope":
         shared = TRAINED if SPECS[name].logn else 192
-    elif SPECS[name].method in ("rerope", "leaky_rerope", "self_extend", "dual_chunk", "string", "streaming"):
+    elif SPECS[name].method in ("rerope", "leaky_rerope", "self_extend", "dpe", "dual_chunk", "string", "streaming"):
         shared = WINDOW  # dual_chunk: its first chunk, of L − w; streaming: w and four sinks, in whole blocks
     elif SPECS[name].method == "jagged_rerope":
         shared = TRAINED - BLOCK  # w and a block of 32, less one

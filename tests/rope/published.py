@@ -108,6 +108,13 @@ def far_position(method: str, distance: int, *, w: int, L: int, n: int, k: float
     return (distance - w) / k + w
 
 
+def dpe_position(pair: int, pairs: int, i: int, j: int, *, w: int, scales: list[int]) -> int:
+    """The far distance that one pair sees under DPE's scale factors, each of an equal share of the pairs."""
+    ends = [pairs * (number + 1) / len(scales) for number in range(len(scales))]
+    s = next(scale for scale, end in zip(scales, ends, strict=True) if pair < end)
+    return i // s - j // s + w - w // s
+
+
 def row_length(i: int, L: int, bucket: int = 256) -> int:
     """n(i) = L for i + 1 ≤ L, else bucket·⌈(i + 1)/bucket⌉."""
     return L if i + 1 <= L else bucket * math.ceil((i + 1) / bucket)

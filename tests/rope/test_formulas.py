@@ -114,6 +114,20 @@ def test_self_extend_reads_far_keys_in_groups(window: int, group: int) -> None:
             )
 
 
+@pytest.mark.parametrize("window", [1, 256, 300, 1023])
+@pytest.mark.parametrize("groups", [(2,), (1, 32), (2, 8, 2, 8, 32, 32, 32, 4), (1, 65536, 2, 64, 16), (128, 1) * 16])
+def test_dpe_reads_far_keys_in_groups_of_each_pairs_own(groups: tuple[int, ...], window: int) -> None:
+    reading = resolve(RopeSpec(method="dpe", window=window, groups=groups), trained(64, 1e4, 1024)).reading(1024)
+    assert (reading.parts[0].d_max, reading.parts[1].d_min) == (window, window)
+    theta = published.rope(64, 1e4)
+    for i in (window, 1023, 4095, 20_001, FAR_POSITION):
+        query = reading.parts[1].query.angles(torch.tensor([i]))[0].numpy()
+        for j in {0, 1, i - window, (i - window) // 2}:
+            key = reading.parts[1].key.angles(torch.tensor([j]))[0].numpy()
+            seen = [published.dpe_position(m, 32, i, j, w=window, scales=list(groups)) for m in range(32)]
+            np.testing.assert_allclose(query - key, np.array(seen) * theta, rtol=1e-11, atol=1e-9)
+
+
 def test_rerope_reads_far_keys_with_no_rotation_at_all() -> None:
     assert resolve(RopeSpec(method="rerope"), trained()).reading(1024).parts[1].key.unrotated
     for name in ("leaky_rerope", "dynamic_leaky"):

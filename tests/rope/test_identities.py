@@ -68,9 +68,21 @@ def test_leaky_with_leak_one_is_rope() -> None:
 
 def test_self_extend_with_groups_of_one_is_rope() -> None:
     assert method("self_extend", group=1, window=100).digest() == method("rope").digest()
+    assert method("dpe", groups=(1, 1), window=100).digest() == method("rope").digest()
 
 
-@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "jagged_rerope", "self_extend", "streaming"])
+@pytest.mark.parametrize("groups", [(8,), (8, 8, 8), (8,) * 32])
+def test_dpe_with_one_group_for_all_pairs_is_self_extend(groups: tuple[int, ...]) -> None:
+    grouped, extended = method("dpe", groups=groups, window=100), method("self_extend", group=8, window=100)
+    positions = torch.tensor([0, 7, 8, 100, 5001])
+    for part, other in zip(grouped.reading_of(0).parts, extended.reading_of(0).parts, strict=True):
+        np.testing.assert_allclose(part.query.angles(positions), other.query.angles(positions), rtol=1e-14)
+        np.testing.assert_allclose(part.key.angles(positions), other.key.angles(positions), rtol=1e-14)
+    unasked = method("dpe", window=100)
+    assert unasked.parameters["groups"] == [8], "six would fit four times L, and eight is the next power of two"
+
+
+@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "jagged_rerope", "self_extend", "dpe", "streaming"])
 def test_nothing_is_far_before_the_window_ends(name: str) -> None:
     """Rows up to the window read as rope does: a window at least the length is rope."""
     windowed, plain = method(name, window=800), method("rope")

@@ -41,7 +41,7 @@ def test_the_names_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize("name", [entry.name for entry in method_table() if entry.name != "proportional"])
 def test_parameters_are_json_and_name_every_given_field(name: str) -> None:
-    given = {"factor": 6.0, "window": 9, "leak": 3.0, "group": 5, "sinks": 2}
+    given = {"factor": 6.0, "window": 9, "leak": 3.0, "group": 5, "groups": [8, 2, 4], "sinks": 2}
     takes = {field: given[field] for field in METHODS[name].takes}
     method = resolve(RopeSpec(method=name, **takes), longrope_trained() if name == "longrope" else trained())
     parameters = json.loads(json.dumps(method.parameters))
@@ -111,6 +111,13 @@ def test_an_unknown_rope_type_is_refused_by_name() -> None:
         (RopeSpec(method="streaming", window=0), r"ROPE_WINDOW\) is 0"),
         (RopeSpec(method="streaming", sinks=1024), r"ROPE_SINKS\) is 1024.*between 0 and 1023"),
         (RopeSpec(method="jagged_rerope", window=1000, group=25), r"ROPE_GROUP\) is 25.*at most 24"),
+        (RopeSpec(method="dpe", groups=(2, 6)), r"ROPE_GROUPS\) have 6.*power of two, 1 to 65536"),
+        (RopeSpec(method="dpe", groups=(0,)), r"ROPE_GROUPS\) have 0"),
+        (RopeSpec(method="dpe", groups=(-2,)), r"ROPE_GROUPS\) have -2"),
+        (RopeSpec(method="dpe", groups=(2**17,)), r"ROPE_GROUPS\) have 131072"),
+        (RopeSpec(method="dpe", groups=(2,) * 33), r"ROPE_GROUPS\) are 33.*1 to 32"),
+        (RopeSpec(method="dpe", groups=()), r"ROPE_GROUPS\) are 0.*1 to 32"),
+        (RopeSpec(method="dpe", window=1023, factor=1e6), r"dpe: no group up to 65536"),
         (RopeSpec(method="jagged_rerope", group=0), r"ROPE_GROUP\) is 0.*at least 1"),
     ],
 )
@@ -166,6 +173,10 @@ DISTINCT: dict[str, PositionMethod] = {
     "leaky 256 9": method("leaky_rerope", window=256, leak=9.0),
     "self_extend 256 4": method("self_extend", window=256, group=4),
     "self_extend 256 5": method("self_extend", window=256, group=5),
+    "dpe 256 4": method("dpe", window=256, groups=(4,)),
+    "dpe 256 4 8": method("dpe", window=256, groups=(4, 8)),
+    "dpe 256 8 4": method("dpe", window=256, groups=(8, 4)),
+    "dpe 300 4 8": method("dpe", window=300, groups=(4, 8)),
     "xpos": method("xpos"),
     "ntk_by_parts": method("ntk_by_parts", factor=4.0),
     "jagged 256 32": method("jagged_rerope", window=256, group=32),
@@ -190,6 +201,7 @@ EQUAL = [
     (method("linear", factor=4.0), method("pi", factor=4.0)),
     (method("leaky_rerope"), method("leaky")),
     (method("dynamic_leaky"), method("auto")),
+    (method("dpe", groups=(4, 8)), method("dpe", groups=(4, 4, 8, 8))),  # the same groups for the same pairs
     (method("rerope"), method("rerope", window=256)),  # the default, written out
 ]
 
@@ -221,6 +233,7 @@ def positions(resolved: PositionMethod) -> ModelPositions:
         (RopeSpec(method="rerope", window=200), 200),
         (RopeSpec(method="leaky_rerope", window=200), 200),
         (RopeSpec(method="self_extend", window=200, group=4), 200),
+        (RopeSpec(method="dpe", window=200, groups=(4, 1)), 200),
         (RopeSpec(method="jagged_rerope", window=200, group=16), 215),
         (RopeSpec(method="dual_chunk", window=200), 824),
         (RopeSpec(method="streaming", window=200, sinks=4), 204),

@@ -167,6 +167,7 @@ def test_a_prompt_without_a_template_is_its_words(url: str) -> None:
 
 def test_a_method_is_written_as_elsewhere() -> None:
     assert rope_field("streaming:sinks=0:logn") == {"method": "streaming", "sinks": 0, "logn": True}
+    assert rope_field("dpe:groups=2-8:window=9") == {"method": "dpe", "groups": (2, 8), "window": 9}
 
 
 def test_the_module_and_the_completion_start_quickly() -> None:

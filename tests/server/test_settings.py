@@ -54,6 +54,17 @@ def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.max_model_len, settings.rope_method, settings.model_id) == (None, "auto", None)
 
 
+@pytest.mark.parametrize(("given", "groups"), [("8", (8,)), ("2-4-64", (2, 4, 64)), ("", None)])
+def test_groups_of_several_shares(given: str, groups: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROPE_GROUPS", given)
+    assert load_settings([]).rope_spec().groups == groups
+    monkeypatch.delenv("ROPE_GROUPS")
+    assert load_settings([f"--rope-groups={given}"]).rope_spec().groups == groups
+    for wrong in ("2,4", "2--4", "-2", "[2,4]", "two"):
+        with pytest.raises(ConfigurationError, match=r"ROPE_GROUPS=.*powers of two between hyphens"):
+            load_settings([f"--rope-groups={wrong}"])
+
+
 @pytest.mark.parametrize(
     ("given", "num_bytes"), [("4GiB", 4 * 2**30), ("4GB", 4 * 10**9), ("4 gib", 4 * 2**30), ("5000000", 5_000_000)]
 )

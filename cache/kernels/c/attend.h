@@ -40,6 +40,7 @@ typedef struct {
 /* p ↦ min(⌊(p mod period)/group⌋ + shift, cap)·θ + offset, as rope.reading.AngleMap; period 0: does not wrap. */
 typedef struct {
     const double *theta, *offset; /* [rotary_dim/2]; theta null: nothing turns; offset null: 0 */
+    const int64_t *groups; /* [rotary_dim/2], of each pair, or null */
     int64_t period, group, shift, cap;
 } AngleMap;
 

@@ -45,7 +45,8 @@ void prerope_query_turns(const Reading *reading, int64_t part, int64_t start, in
     for (int64_t i = start; i < start + count; i++, to += 2 * half) {
         int64_t position = least((map->period ? i % map->period : i) / map->group + map->shift, map->cap);
         for (int64_t m = 0; m < half; m++) {
-            double angle = position * map->theta[m] + (map->offset ? map->offset[m] : 0.0), factor = reading->factor;
+            int64_t place = map->groups ? position / map->groups[m] : position;
+            double angle = place * map->theta[m] + (map->offset ? map->offset[m] : 0.0), factor = reading->factor;
             if (reading->decay) factor *= exp(reading->decay[m] * (i % KEYS)); /* from the row's own tile on */
             to[m] = cos(angle) * factor;
             to[half + m] = sin(angle) * factor;

@@ -92,6 +92,10 @@ def prompts_of(value: Any, param: str) -> list[str | list[int]]:
     return [read(prompt, f"{param}[{index}]") for index, prompt in enumerate(value)]
 
 
+MAX_GROUPS = 256
+"""Pairs of dims of a head, at most: more groups than pairs are refused where the model is known."""
+
+
 class RopeFields(RequestBody):
     """The position method of one request, where ROPE_PER_REQUEST allows it to choose."""
 
@@ -104,6 +108,7 @@ class RopeFields(RequestBody):
     window: int | None = Field(None, ge=1, le=INT32_MAX)
     leak: float | None = Field(None, ge=1, le=65536)
     group: int | None = Field(None, ge=1, le=65536)
+    groups: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(None, min_length=1, max_length=MAX_GROUPS)
     sinks: int | None = Field(None, ge=0, le=65536)
     select: int | None = Field(None, ge=1, le=INT32_MAX)
     logn: bool = False
@@ -125,6 +130,7 @@ class RopeFields(RequestBody):
             window=self.window,
             leak=self.leak,
             group=self.group,
+            groups=None if self.groups is None else tuple(self.groups),
             sinks=self.sinks,
             select=self.select,
             logn=self.logn,

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 from prerope.cache.kernels.build import library_path
+from prerope.rope.model import resolve_model
+from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.errors import ConfigurationError
-from prerope.server.models.model import Model
+from prerope.server.models.model import Chunk, Model
+from prerope.server.ranks.orders import pack_step, unpack_step
 
 from tests.engine.ranks.ranked import shared_engine
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine
@@ -95,6 +98,18 @@ def test_greedy_equals_one_rank(pair: Pair, family: str) -> None:
     assert_idle(shared)
     shared.close()
     assert pair.said() == "done"
+
+
+def test_methods_reach_the_other_ranks_as_they_were_asked_for() -> None:
+    """Of one step, with any numbers of groups."""
+    texts = ["auto", "dpe:groups=2-1-64", "dpe:window=9", "rerope:window=7:logn", "leaky:leak=2.5", "dpe:groups=8"]
+    specs = [RopeSpec.parse(text) for text in texts]
+    model = Model(tiny("llama"))
+    chunks = [Chunk.of([n, n + 1], n, [n], resolve_model(spec, model.rotaries, 512), 1) for n, spec in enumerate(specs)]
+    told = unpack_step(pack_step(chunks), lambda spec: resolve_model(spec, model.rotaries, 512))
+    assert [chunk.positions.spec for chunk in told] == specs
+    assert [chunk.positions.digest for chunk in told] == [chunk.positions.digest for chunk in chunks]
+    assert [(list(chunk.token_ids), chunk.start) for chunk in told] == [([n, n + 1], n) for n in range(len(specs))]
 
 
 class Counted:

@@ -50,6 +50,33 @@ def test_the_map_is_the_formula(http: httpx.Client, length: int) -> None:
             assert drawn["farthest"] <= 256, "auto sees nothing farther than training did"
 
 
+def test_groups_of_a_request(http: httpx.Client) -> None:
+    """The slowest pair's is the last; what the model's pairs cannot have is refused, and what no model's can."""
+    rope = {"method": "dpe", "window": 40, "groups": [1, 2, 64]}
+    drawn = http.post("/rope/map", json={"length": 1000, "rope": rope}).json()
+    assert drawn["rope"]["groups"] == [1, 2, 64]
+    for i, row in zip(drawn["positions"], drawn["rows"], strict=True):
+        keys = drawn["positions"][: len(row)]
+        assert row == pytest.approx([i - j if i - j < 40 else i // 64 - j // 64 + 40 for j in keys], abs=0.06)
+    reply = http.post("/generate", json={"prompt": "Hello " * 90, "max_tokens": 2, "rope": rope})
+    assert reply.json()["rope"] == drawn["rope"]
+    for wrong, said in (
+        ([3], "ROPE_GROUPS) have 3"),
+        ([2] * 129, "ROPE_GROUPS) are 129"),
+        ([], "groups"),
+        ([0], "groups"),
+        ([2] * 257, "groups"),
+        ([2.5], "groups"),
+        ("2-4", "groups"),
+        ([[2]], "groups"),
+        ([2**40], "groups"),
+        ([True], "groups"),
+    ):
+        refused = http.post("/generate", json={"prompt": "Hello", "max_tokens": 1, "rope": rope | {"groups": wrong}})
+        assert refused.status_code == 400, wrong
+        assert said in refused.json()["error"]["message"]
+
+
 def test_a_method_that_the_model_does_not_take_has_no_map(http: httpx.Client) -> None:
     refused = http.post("/rope/map", json={"length": 100, "rope": {"method": "longrope"}})
     assert refused.status_code == 400

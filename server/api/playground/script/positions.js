@@ -7,6 +7,7 @@ import { $, debounced, el, number } from "./dom.js";
 const PARAMETERS = [
   { name: "factor", label: "Factor", min: 1, step: "any" }, { name: "window", label: "Window", min: 1, step: 1 },
   { name: "leak", label: "Leak", min: 1, step: "any" }, { name: "group", label: "Group", min: 1, step: 1 },
+  { name: "groups", label: "Groups" },
   { name: "sinks", label: "Sinks", min: 0, step: 1 }, { name: "train_length", label: "Trained length", min: 2, step: 1 },
 ];
 const COLOURS = [[68, 1, 84], [71, 44, 122], [59, 81, 139], [44, 113, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99], [170, 220, 50], [253, 231, 37]];
@@ -21,8 +22,11 @@ export async function drawPositions(onChange) {
   select.replaceChildren(new Option(`the server's (${known.default.method})`, ""), ...known.methods.map(({ name }) => new Option(name, name)));
   select.addEventListener("change", () => { rope.method = select.value || undefined; showParameters(); onChange(); redraw(); });
   $("parameters").replaceChildren(...PARAMETERS.map(field => {
-    const input = el("input", { id: `rope-${field.name}`, type: "number", min: field.min, step: field.step, inputMode: "decimal" });
-    input.addEventListener("input", () => { rope[field.name] = input.value === "" ? undefined : Number(input.value); onChange(); redraw(); });
+    const several = field.min === undefined; // numbers between hyphens
+    const input = several ? el("input", { id: `rope-${field.name}`, type: "text" })
+      : el("input", { id: `rope-${field.name}`, type: "number", min: field.min, step: field.step, inputMode: "decimal" });
+    const given = () => several ? input.value.split("-").map(Number) : Number(input.value);
+    input.addEventListener("input", () => { rope[field.name] = input.value === "" ? undefined : given(); onChange(); redraw(); });
     return el("label", { id: `label-rope-${field.name}` }, field.label, input);
   }));
   const logn = el("input", { id: "rope-logn", type: "checkbox" });
@@ -38,11 +42,13 @@ export async function drawPositions(onChange) {
 export function showPositions(given) {
   rope = given;
   $("method").value = rope.method ?? "";
-  for (const { name } of PARAMETERS) $(`rope-${name}`).value = rope[name] ?? "";
+  for (const { name } of PARAMETERS) $(`rope-${name}`).value = written(rope[name]) ?? "";
   $("rope-logn").checked = Boolean(rope.logn);
   showParameters();
   redraw();
 }
+
+const written = value => Array.isArray(value) ? value.join("-") : value;
 
 function showParameters() {
   const method = known.methods.find(({ name }) => name === rope.method);
@@ -50,7 +56,7 @@ function showParameters() {
     const taken = Boolean(method) && (name === "logn" || method.takes.includes(name));
     $(`label-rope-${name}`).hidden = !taken;
     if (!taken) delete rope[name]; // a request refuses nothing of it, but it would say what is not so
-    else if (name !== "logn") $(`rope-${name}`).placeholder = String(method.parameters[name] ?? "auto");
+    else if (name !== "logn") $(`rope-${name}`).placeholder = String(written(method.parameters[name]) ?? "auto");
   }
   $("method-note").textContent = method ? method.summary : "As the server is set, for all its requests.";
 }
@@ -106,7 +112,7 @@ function paint() {
 function describe() {
   if (!map) return;
   const { method, train_length: _, ...parameters } = map.rope, end = map.positions.at(-1);
-  const resolved = Object.entries(parameters).filter(([, value]) => value !== null && typeof value !== "object").map(([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(6)) : value}`);
+  const resolved = Object.entries(parameters).map(([name, value]) => [name, written(value)]).filter(([, value]) => value !== null && typeof value !== "object").map(([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(6)) : value}`);
   const told = map.farthest > map.train_length ? `beyond the ${number(map.train_length)} that training showed` : `within the ${number(map.train_length)} of training`;
   const text = `${[method, ...resolved].join(", ")}. Token ${number(end)} sees its farthest key at a distance of ${number(map.farthest)}, ${told}.`;
   $("map-note").textContent = map.warning ? `${text} ${map.warning}` : text;
