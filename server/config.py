@@ -1,12 +1,15 @@
-"""What the engine needs to know of a deployment. Values only; the settings that fill it live in `server.settings`."""
+"""What the engine needs to know of a deployment: values only. They are filled from `server.settings`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from prerope.rope.spec import RopeSpec
+
+if TYPE_CHECKING:
+    from prerope.server.settings import Settings
 
 Quantization = Literal["none", "int8"]
 Speculation = Literal["auto", "off"]
@@ -73,6 +76,24 @@ class EngineConfig:
     cuda_graphs: bool = True
     speculation: Speculation = "auto"
     overlap: bool | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> EngineConfig:
+        """What the engine needs of all settings."""
+        shared = {one.name for one in fields(cls)} & type(settings).model_fields.keys()
+        by_device = frozenset(
+            name for name in ("max_num_seqs", "max_batched_tokens") if getattr(settings, name) is None
+        )
+        own = {name: getattr(settings, name) for name in shared - by_device}
+        return cls(
+            by_device=by_device,
+            rope=settings.rope_spec(),
+            block_size=settings.kv_block_size,
+            tier_dir=settings.cache_tier_dir,
+            tier_bytes=settings.cache_tier_size,
+            tier_memory=settings.cache_tier_memory,
+            **own,
+        )
 
     def on(self, device_type: str) -> EngineConfig:
         """With what nobody set as the device would have it, and one limit beside the other as it must be."""

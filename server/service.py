@@ -15,6 +15,7 @@ from prerope.server.api.chat.trial import TemplateTrial, is_tame
 from prerope.server.api.fairness import BODIES, BodyRoom
 from prerope.server.api.requests.reading import ModelText
 from prerope.server.byte_cache import ByteCache, CacheStats
+from prerope.server.config import EngineConfig
 from prerope.server.engine.async_engine import AsyncEngine
 from prerope.server.engine.life import EngineState
 from prerope.server.errors import EngineUnavailable
@@ -166,9 +167,9 @@ class Service:
         from prerope.server.tokenizer import Tokenizer
 
         route_transformers_log()
-        settings = self.settings
+        settings, config = self.settings, EngineConfig.of(self.settings)
         if size > 1:
-            check_ranks(settings.engine_config(), size)
+            check_ranks(config, size)
         checkpoint = resolve_checkpoint(settings.model_id, settings.revision, self.report, cache_dir=settings.cache_dir)
         ranks = self._join(checkpoint)
         self.report(f"Loading the tokenizer of {checkpoint.name}")
@@ -181,7 +182,7 @@ class Service:
                     EMBEDDED if settings.model_id is None else sampling_defaults(checkpoint, self.report)
                 )
             prepare_tables(tokenizer)  # here too
-        engine = load_engine(checkpoint, settings.engine_config(), self.report, tokenizer.eos_token_ids, ranks)
+        engine = load_engine(checkpoint, config, self.report, tokenizer.eos_token_ids, ranks)
         self.tokenizer, self.reads_inline = tokenizer, is_tame(tokenizer)
         self.text = ModelText(
             tokenizer=tokenizer,

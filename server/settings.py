@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
 from prerope.server import setting_types as types
 from prerope.server.machine.places import default_cache_dir
 from pydantic import ByteSize, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
-
-if TYPE_CHECKING:
-    from prerope.server.config import EngineConfig
 
 MEBIBYTE = 2**20
 
@@ -345,20 +341,3 @@ class Settings(BaseSettings):
     def rope_spec(self) -> RopeSpec:
         """The deployment's position method, unresolved."""
         return RopeSpec(**{field.name: getattr(self, f"rope_{field.name}") for field in fields(RopeSpec)})
-
-    def engine_config(self) -> EngineConfig:
-        """What the engine needs of all this."""
-        from prerope.server.config import EngineConfig  # here, so that reading settings imports nothing of the engine
-
-        shared = {field.name for field in fields(EngineConfig)} & type(self).model_fields.keys()
-        by_device = frozenset(name for name in ("max_num_seqs", "max_batched_tokens") if getattr(self, name) is None)
-        own = {name: getattr(self, name) for name in shared - by_device}
-        return EngineConfig(
-            by_device=by_device,
-            rope=self.rope_spec(),
-            block_size=self.kv_block_size,
-            tier_dir=self.cache_tier_dir,
-            tier_bytes=self.cache_tier_size,
-            tier_memory=self.cache_tier_memory,
-            **own,
-        )

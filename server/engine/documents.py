@@ -9,13 +9,15 @@ one reader at a time, for the document that its own rows have reached.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from prerope.cache.blocks.documents import DocumentSpan, largest_reading
+from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager, PrefixHasher
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import SamplingParams, Sequence
+from prerope.server.engine.step import Scheduled
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -81,9 +83,45 @@ class Copy(NamedTuple):
 class Documents:
     """Readers of the documents of running sequences, and the copies that are to be made of what they have read."""
 
-    def __init__(self, cache: KVCacheManager) -> None:
-        self._cache = cache
+    def __init__(
+        self,
+        cache: KVCacheManager,
+        schedule_rows: Callable[[Sequence, int, int, int, list[Scheduled]], int],
+        grow: Callable[[Sequence, int, list[Scheduled]], bool],
+    ) -> None:
+        """schedule_rows, grow: the scheduler's."""
+        self._cache, self._schedule_rows, self._grow = cache, schedule_rows, grow
         self.copies: list[Copy] = []
+
+    def schedule(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> None:
+        """Schedule up to `num_tokens` rows of a prompt; documents that it comes to are copied, or read first."""
+        position, documents, first = sequence.num_computed_tokens, sequence.request.documents, None
+        while num_tokens > 0 and position < sequence.num_tokens:
+            document = span_at(documents, position)
+            if document is None:
+                first = position if first is None else first
+                stop = min(position + num_tokens, sequence.num_tokens)
+                stop = min(stop, next_copied(documents, position, stop))
+                stop = self._schedule_rows(sequence, position, stop, first, plan)
+                if stop == position:
+                    return
+                num_tokens, position = num_tokens - (stop - position), stop
+                continue
+            reader = self.open(sequence, document, position)
+            if reader.num_processed_tokens < reader.num_tokens:
+                # The rows that a reader builds on, above all the prefix, may be computed in this very step: it waits.
+                if first is None:
+                    start = reader.num_computed_tokens
+                    self._schedule_rows(reader, start, min(start + num_tokens, reader.num_tokens), start, plan)
+                else:
+                    self.close(sequence)
+                return
+            if not self._grow(sequence, document.stop, plan):
+                return
+            self.copy(reader, position)
+            position = document.stop
+            if first is None:
+                sequence.num_computed_tokens = position
 
     def open(self, sequence: Sequence, document: DocumentSpan, position: int) -> DocumentReader:
         """The reader of a document that is wanted from `position` on; it begins with what the cache has."""

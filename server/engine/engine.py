@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from prerope.cache.blocks.documents import filled_from, next_copied
-from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.storage import KVStorage
 from prerope.cache.tier import TierStats
 from prerope.cache.transfer import send
@@ -34,10 +33,9 @@ from prerope.server.engine.limits import Counters, EngineStats, GraphStats, mode
 from prerope.server.engine.memory.sizing import CacheSize
 from prerope.server.engine.outputs import FinishReason, TokenLogprobs, TokenOutput
 from prerope.server.engine.sampling.mask import advance, wait_for_masks
-from prerope.server.engine.scheduler import Pace, Scheduler
+from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.selection import check_request
 from prerope.server.engine.sequence import EngineRequest, Sequence
-from prerope.server.engine.speculation import Speculator
 from prerope.server.engine.step import Scheduled, Step, Verification, chunks_of, finish_launch
 from prerope.server.engine.tiers import Tiers
 from prerope.server.errors import InvalidRequest, RequestError
@@ -64,7 +62,8 @@ class Engine:
             size.num_states,
             bounded=config.rope.select is not None,
         )
-        self.scheduler = _scheduler(model, config, size)
+        # A recurrent state that has read a wrong draft cannot be taken back, so such models do not speculate.
+        self.scheduler = Scheduler.of(config, size, speculates=config.speculation != "off" and not model.states)
         self.info = model_info(model, config, positions, size)
         on_gpu = model.device.type == "cuda"
         self._overlap = on_gpu if config.overlap is None else config.overlap
@@ -209,10 +208,8 @@ class Engine:
             self.tiers.keep(filled)
         rows = step.rows
         seconds = self._end_step(step, rows.num_prefilled)
-        self.scheduler.pace.add(rows, seconds)
-        if self.scheduler.speculator is not None:
-            own = seconds if step.cpu_began is None else time.thread_time() - step.cpu_began
-            self.scheduler.speculator.step_times.add(rows.num_all, own)
+        own_s = seconds if step.cpu_began is None else time.thread_time() - step.cpu_began
+        self.scheduler.learn(rows, seconds, own_s)
         return outputs
 
     def _end_step(self, step: Step, num_prefilled: int) -> float:
@@ -351,17 +348,3 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that blocks, tables and sequences agree."""
         self.scheduler.check_integrity()
-
-
-def _scheduler(model: Model, config: EngineConfig, size: CacheSize) -> Scheduler:
-    # A recurrent state that has read a wrong draft cannot be taken back, so such models do not speculate.
-    speculates = config.speculation != "off" and not model.states
-    return Scheduler(
-        KVCacheManager(
-            size.num_blocks, config.block_size, prefix_caching=config.prefix_caching, num_states=size.num_states
-        ),
-        max_num_seqs=config.max_num_seqs,
-        max_batched_tokens=config.max_batched_tokens,
-        speculator=Speculator(max_num_seqs=config.max_num_seqs) if speculates else None,
-        pace=Pace(config.stream_gap_s),
-    )

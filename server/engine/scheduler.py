@@ -3,7 +3,7 @@
 One token budget a step, shared by decode steps (one token each, always first) and prefill chunks. What is left after
 the decodes goes to prefills, shortest remainder first, so that a short prompt is not stuck behind a 100k-token one;
 the oldest prefill keeps a quarter of the budget whatever else arrives, so that it is not starved either. Beside decode
-steps the budget is no more than what keeps the gaps of their streams short (`Pace`).
+steps the budget is no more than what keeps the gaps of their streams short (`server.engine.pace`).
 
     budget 512:  │ 3 decodes │ oldest prefill ≥ 127 │ shortest prefill … next shortest … │ rest to the oldest │
 
@@ -22,31 +22,27 @@ may come next is left out of the step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from prerope.cache.blocks.documents import next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.engine.documents import Copy, DocumentReader, Documents
+from prerope.server.engine.pace import FEW, WHOLE, Pace
 from prerope.server.engine.selection import most_rows
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import Speculator
 from prerope.server.engine.step import Rows, Scheduled
 
-FEW, WHOLE, MULTIPLE = (8, 12, 16), 128, 32
-"""Rows of prompts in a step beside streams: few, which are computed as decode steps are, or a whole chunk and ever
-larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few are
-dear differs by machine, and by how many keys are before them."""
-ROOM = 0.9
-"""Of the gap, within which the least whole chunk must be over, or few rows are taken: each would be late by chance. Of
-`SHORT_STEPS`, what scored rows are sized for."""
-WORTH = 0.9
-"""A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
-SHORT_S, SHORT_STEPS = 0.1, 3
-"""None is made shorter than both, the latter in steps without prompts: nobody would see it."""
-LEAST_SCORED, SCORED_S = 4, 0.03
-"""Rows that are scored, as nobody waits for the first of them, are as many as go into `SHORT_STEPS`, or, where a step
-without prompts is not known, into so many seconds; but so many at least."""
+if TYPE_CHECKING:
+    from prerope.server.config import EngineConfig
+    from prerope.server.engine.memory.sizing import CacheSize
+
+OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
+DRAFT_SHARE = 8  # drafts take at most 1/8 of that where there is something to prefill
+SCORED_ROW = 8
+"""What a row costs whose token's log-probability is asked for, in rows that are only read: its logits are ranked."""
+
 FORGOTTEN = 0.998
 """What is left after each step of a row's time in sizes where it is longer: what was late by chance is tried again."""
 ANEW, HOPED = 0.95, 2 / 3
@@ -54,41 +50,36 @@ ANEW, HOPED = 0.95, 2 / 3
 prompt that is read in few rows behind as many keys leaves such a part of it, and no less than so much of theirs."""
 
 
-class Pace:
-    """How many rows of prompts a step takes while others stream.
+class RowTimes:
+    """How long a row of a prompt takes, learned from the steps that ran; `Pace` chooses by it.
 
-    A step is over within the gap that streams may have, and is as short as costs prompts a tenth of their rate:
+    It differs with the size of its step and with how many keys are before it, so it is known by both (keys within a
+    factor of two). Where no step was, it is what it was behind fewer keys.
 
-        rows ÷ (seconds of a step without prompts + rows × seconds of a row)
-
-    What a row takes differs with the size of its step and with how many keys are before it, so it is known by both
-    (keys within a factor of two), from steps that ran. Where there was none, it is what it was behind fewer keys, else
-    what it is in a smaller step: so larger ones are tried, and then known. Before anything is, as few rows as ever are
-    taken.
+    Attributes:
+        others_s, scored_s: seconds of a step without rows of prompts, and of a row that is scored.
     """
 
-    def __init__(self, gap_s: float | None) -> None:
-        """gap_s: seconds, or None for chunks of any length."""
-        self._gap_s = gap_s
-        self._others_s = 0.0  # of a step without rows of prompts
+    def __init__(self) -> None:
+        self.others_s = 0.0
+        self.scored_s = 0.0
         self._row_s: dict[int, dict[int, float]] = {}  # of a row: keys' binary digits → least rows → seconds
         self._last_s: dict[tuple[int, int], float] = {}  # (keys' digits, size) → of a row in the last such step
         self._digits = -1  # of the keys in the last step with a size
-        self._scored_s = 0.0  # of a row that is scored
 
     def add(self, rows: Rows, seconds: float) -> None:
         """A step of so many is over."""
         if not rows.num_prefilled:
-            self._others_s = _smoothed(self._others_s, seconds)
+            self.others_s = _smoothed(self.others_s, seconds)
             return
-        others_s = min(self._others_s, 0.9 * seconds) if rows.num_all > rows.num_prefilled else 0.0
+        others_s = min(self.others_s, 0.9 * seconds) if rows.num_all > rows.num_prefilled else 0.0
         row_s = (seconds - others_s) / rows.num_prefilled
         if rows.num_scored:
-            self._scored_s = _careful(self._scored_s, row_s)
+            self.scored_s = _careful(self.scored_s, row_s)
         elif size := size_of(rows.num_prefilled):
             digits = rows.num_keys.bit_length()
             again = digits in self._row_s and digits != self._digits
-            here = self._row_s.setdefault(digits, dict(self._behind(rows.num_keys)))
+            here = self._row_s.setdefault(digits, dict(self.behind(rows.num_keys)))
             before_s = self._last_s.get((digits, size), row_s)
             self._last_s[digits, size] = row_s
             self._learn(here, size, min(before_s, row_s))  # one that is longer than its neighbours was late by chance
@@ -102,48 +93,11 @@ class Pace:
             if known_s > now:
                 here[other] = max(now, FORGOTTEN * known_s)
 
-    def _behind(self, num_keys: int) -> dict[int, float]:
+    def behind(self, num_keys: int) -> dict[int, float]:
         """What a row takes behind so many keys, or the nearest number that is known: fewer, if any is."""
         digits = num_keys.bit_length()
         nearest = min(self._row_s, key=lambda known: (known > digits, abs(known - digits)), default=None)
         return {} if nearest is None else self._row_s[nearest]
-
-    def most_rows(self, budget: int, num_keys: int = 0) -> int:
-        """The number of prompt rows in a step beside streams; at most the budget."""
-        if self._gap_s is None or budget <= FEW[0]:
-            return budget
-        if not self._row_s:  # no prompt has been read since the start
-            return FEW[0]
-        choices = list(self._choices(self._gap_s, budget, self._behind(num_keys)))
-        worth = WORTH * max(rate for _, _, rate in choices)
-        short_s = max(SHORT_S, SHORT_STEPS * self._others_s)
-        _, _, rows = min((max(short_s, took_s), -rate, rows) for rows, took_s, rate in choices if rate >= worth)
-        return rows
-
-    def _choices(self, gap_s: float, budget: int, row_s: dict[int, float]) -> Iterator[tuple[int, float, float]]:
-        """(rows, seconds, rows a second) of the least step, and of those that are over within the gap."""
-        others_s, one_s = min(self._others_s, gap_s / 2), min(row_s.values())
-        for rows in FEW:
-            one_s = row_s.get(rows, one_s)
-            took_s = others_s + rows * one_s
-            if rows <= budget and (rows == FEW[0] or took_s <= gap_s):
-                yield rows, took_s, rows / took_s
-        rows, one_s = min(WHOLE, budget), row_s.get(WHOLE, one_s)
-        if others_s + rows * one_s > ROOM * gap_s:
-            return
-        while (took_s := others_s + rows * one_s) <= gap_s:
-            yield rows, took_s, rows / took_s
-            if rows == budget:
-                return
-            rows = min(budget, rows + max(MULTIPLE, rows // 4 // MULTIPLE * MULTIPLE))
-
-    def most_scored(self, budget: int) -> int:
-        """The number of these rows whose prompt log-probabilities are computed."""
-        if self._gap_s is None:
-            return budget
-        room_s = ROOM * SHORT_STEPS * self._others_s - self._others_s or SCORED_S
-        rows = int(min(room_s, self._gap_s) / self._scored_s) if self._scored_s else 0
-        return min(budget, max(LEAST_SCORED, rows))
 
 
 def size_of(rows: int) -> int | None:
@@ -162,12 +116,6 @@ def _careful(before: float, now: float) -> float:
     return min(max(now, _smoothed(before, now)), 1.25 * before) if before else now
 
 
-OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
-DRAFT_SHARE = 8  # drafts take at most 1/8 of that where there is something to prefill
-SCORED_ROW = 8
-"""What a row costs whose token's log-probability is asked for, in rows that are only read: its logits are ranked."""
-
-
 class Scheduler:
     """Owns the waiting and running sequences and the cache's block tables."""
 
@@ -178,18 +126,34 @@ class Scheduler:
         max_num_seqs: int,
         max_batched_tokens: int,
         speculator: Speculator | None = None,
-        pace: Pace | None = None,
+        stream_gap_s: float | None = None,
     ) -> None:
+        """stream_gap_s: seconds that `Pace` is for; None: chunks of any length."""
         assert max_batched_tokens >= 1
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.speculator = speculator
-        self.pace = pace or Pace(None)
+        self.row_times = RowTimes()
+        self.pace = Pace(stream_gap_s, self.row_times)
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
         self.num_preemptions = 0
-        self._documents = Documents(cache)
+        self._documents = Documents(cache, self._schedule_rows, self._grow)
+
+    @classmethod
+    def of(cls, config: EngineConfig, size: CacheSize, *, speculates: bool) -> Scheduler:
+        """One for a deployment, over a cache of this size."""
+        cache = KVCacheManager(
+            size.num_blocks, config.block_size, prefix_caching=config.prefix_caching, num_states=size.num_states
+        )
+        return cls(
+            cache,
+            max_num_seqs=config.max_num_seqs,
+            max_batched_tokens=config.max_batched_tokens,
+            speculator=Speculator(max_num_seqs=config.max_num_seqs) if speculates else None,
+            stream_gap_s=config.stream_gap_s,
+        )
 
     @property
     def sequences(self) -> Iterable[Sequence]:
@@ -224,30 +188,26 @@ class Scheduler:
             if sequence.request_id in self.running and self._grow(sequence, sequence.num_tokens, plan):
                 plan.append(Scheduled.of(sequence, 1, sequence.num_computed_tokens))
         spare = self._admit()
+        prompts = [sequence for sequence in self.running.values() if not sequence.decoding]
+        num_keys = max([sequence.num_computed_tokens for sequence in prompts], default=0)
         if self.speculator is not None and plan:
-            self._draft(self.speculator, plan, spare)
-        left = self.max_batched_tokens - sum([one.num_rows for one in plan])
-        self._schedule_prefills(self.pace.most_rows(left, self._num_keys_of_prompts) if plan else left, plan)
+            to_read = sum([sequence.num_remaining_tokens for sequence in prompts])
+            self._draft(self.speculator, plan, spare, to_read, num_keys)
+        self._schedule_prefills(prompts, num_keys, plan)
         if self.cache.states is None:
             return plan
         steps = [(one.sequence.state, one.start, one.stop) for one in plan if one.sequence.state is not None]
         rows = self.cache.states.rows_of_step(steps, keep=self.cache.prefix_caching)
         return [one._replace(state=state) for one, state in zip(plan, rows, strict=True)]
 
-    @property
-    def _num_keys_of_prompts(self) -> int:
-        """Before the rows that are read of prompts, of the one that has most."""
-        return max([s.num_computed_tokens for s in self.running.values() if not s.decoding], default=0)
-
-    def _draft(self, speculator: Speculator, plan: list[Scheduled], spare: int) -> None:
+    def _draft(self, speculator: Speculator, plan: list[Scheduled], spare: int, to_read: int, num_keys: int) -> None:
         """Give decode steps their drafts, in `spare` blocks and those that they have.
 
-        One whose last token is still under way gets them once it is known.
+        One whose last token is still under way gets them once it is known. to_read: rows of prompts that are left.
         """
         left = self.max_batched_tokens - len(plan)
-        to_read = sum([s.num_remaining_tokens for s in self.running.values() if not s.decoding])
         most = left // DRAFT_SHARE if to_read else left
-        num_others = self.pace.most_rows(min(to_read, left), self._num_keys_of_prompts)
+        num_others = self.pace.most_rows(min(to_read, left), num_keys) if to_read else 0
         drafts = speculator.plan([one.sequence for one in plan], num_others=num_others, most=most)
         for place, one in enumerate(plan):
             own = drafts.get(one.sequence)
@@ -262,11 +222,20 @@ class Scheduler:
                 spare -= len(one.block_table) - held
                 plan[place] = one._replace(drafts=tuple(own))
 
-    def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
-        if budget <= 0:
+    def learn(self, rows: Rows, seconds: float, own_s: float) -> None:
+        """A step of so many rows is over. own_s: in CPU time, where that is what a step takes."""
+        self.row_times.add(rows, seconds)
+        if self.speculator is not None:
+            self.speculator.step_times.add(rows.num_all, own_s)
+
+    def _schedule_prefills(self, prompts: list[Sequence], num_keys: int, plan: list[Scheduled]) -> None:
+        """num_keys: before the next rows of the prompt that has most."""
+        prefills = sorted([one for one in prompts if not one.waits_for_mask], key=lambda s: s.rank)
+        budget = self.max_batched_tokens - sum([one.num_rows for one in plan])
+        if prefills and plan:
+            budget = self.pace.most_rows(budget, num_keys)
+        if budget <= 0 or not prefills:
             return
-        prefills = sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank)
-        prefills = [sequence for sequence in prefills if not sequence.waits_for_mask]
         most = max(1, self.max_batched_tokens // SCORED_ROW)
         to_score = self.pace.most_scored(most) if plan else most
         for sequence, num_tokens in share(prefills, budget):
@@ -276,52 +245,30 @@ class Scheduler:
                 unscored = max(0, sequence.first_scored_row - sequence.num_computed_tokens)
                 num_tokens = min(num_tokens, unscored + to_score)
                 to_score -= max(0, num_tokens - unscored)
-            self._schedule_prefill(sequence, num_tokens, plan)
+            if sequence.request.documents:
+                self._documents.schedule(sequence, num_tokens, plan)
+            else:
+                start = sequence.num_computed_tokens
+                self._schedule_rows(sequence, start, min(start + num_tokens, sequence.num_tokens), start, plan)
 
-    def _schedule_prefill(self, sequence: Sequence, num_tokens: int, plan: list[Scheduled]) -> None:
-        """Schedule up to `num_tokens` rows of a prompt; documents that it comes to are copied, or read first."""
-        position, documents, first = sequence.num_computed_tokens, sequence.request.documents, None
-        while num_tokens > 0 and position < sequence.num_tokens:
-            document = span_at(documents, position) if documents else None
-            if document is None:
-                stop = min(position + num_tokens, sequence.num_tokens)
-                if documents:
-                    stop = min(stop, next_copied(documents, position, stop))
-                first = position if first is None else first
-                if sequence.selects_from < UNBOUNDED:
-                    stop = min(stop, max(sequence.selects_from, first + most_rows(self.cache.block_size)))
-                if stop <= position or not self._grow(sequence, stop, plan):
-                    return
-                plan.append(Scheduled.of(sequence, stop - position, position))
-                num_tokens, position = num_tokens - (stop - position), stop
-                continue
-            reader = self._documents.open(sequence, document, position)
-            if reader.num_processed_tokens < reader.num_tokens:
-                # The rows that a reader builds on, above all the prefix, may be computed in this very step: it waits.
-                if first is None:
-                    self._schedule_reader(reader, num_tokens, plan)
-                else:
-                    self._documents.close(sequence)
-                return
-            if not self._grow(sequence, document.stop, plan):
-                return
-            self._documents.copy(reader, position)
-            position = document.stop
-            if first is None:
-                sequence.num_computed_tokens = position
+    def _schedule_rows(self, sequence: Sequence, start: int, stop: int, first: int, plan: list[Scheduled]) -> int:
+        """Schedule rows `start` … `stop` − 1 of a prompt; one past the last for which there was room.
 
-    def _schedule_reader(self, reader: DocumentReader, num_tokens: int, plan: list[Scheduled]) -> None:
-        start = reader.num_computed_tokens
-        count = min(num_tokens, reader.num_remaining_tokens)
-        if count and self._grow(reader, start + count, plan):
-            plan.append(Scheduled.of(reader, count, start))
+        first: of its rows in this step.
+        """
+        if sequence.selects_from < UNBOUNDED:
+            stop = min(stop, max(sequence.selects_from, first + most_rows(self.cache.block_size)))
+        if stop <= start or not self._grow(sequence, stop, plan):
+            return start
+        plan.append(Scheduled.of(sequence, stop - start, start))
+        return stop
 
     def _admit(self) -> int:
         """Move waiting sequences into `running`, best rank first, until one does not fit: none overtakes it.
 
         Returns the blocks that nobody runs or waits for.
         """
-        spare = self._spare_blocks()
+        spare = self.cache.pool.num_free - sum(self._blocks_to_finish(s) for s in self.running.values())
         for sequence in sorted(self.waiting.values(), key=lambda s: s.rank):
             if len(self.running) >= self.max_num_seqs:
                 break
@@ -342,10 +289,6 @@ class Scheduler:
             del self.waiting[sequence.request_id]
             self.running[sequence.request_id] = sequence
         return max(0, spare)
-
-    def _spare_blocks(self) -> int:
-        """Free blocks beside those that the running sequences are still to get."""
-        return self.cache.pool.num_free - sum(self._blocks_to_finish(s) for s in self.running.values())
 
     def _blocks_to_finish(self, sequence: Sequence) -> int:
         """Blocks that a running sequence is still to get for the tokens that are known."""

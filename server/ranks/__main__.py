@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from prerope.server.config import EngineConfig
 from prerope.server.errors import PreRopeError
 from prerope.server.machine.threads import let_waiting_threads_sleep
 from prerope.server.settings import Settings
@@ -42,7 +43,7 @@ def main() -> NoReturn:
     route_transformers_log()
     try:
         ranks = Ranks.join(Path(order["folder"]), rank, size, on_gpus=order["on_gpus"])
-        config = Settings(**order["settings"]).engine_config()
+        config = EngineConfig.of(Settings(**order["settings"]))
         follow(load_engine(Checkpoint(**order["checkpoint"]), config, ranks=ranks))
     except Exception as error:
         time.sleep(REPORT_AFTER_S)

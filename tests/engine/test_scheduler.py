@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.server.engine.scheduler import FEW, LEAST_SCORED, WHOLE, Pace, Scheduler, share
+from prerope.server.engine.pace import FEW, LEAST_SCORED, WHOLE, Pace
+from prerope.server.engine.scheduler import RowTimes, Scheduler, share
 from prerope.server.engine.sequence import MAX_PRIORITY, PRIORITY_STEP_S, UNKNOWN, Sequence
 from prerope.server.engine.step import Rows, Scheduled
 
@@ -284,14 +285,14 @@ def beside_stream(
     while keys < num_tokens:
         rows = min(pace.most_rows(511, keys), num_tokens - keys)
         steps.append((rows, seconds(rows, keys)))
-        pace.add(Rows(rows + 1, rows, 0, keys), steps[-1][1])
+        pace.times.add(Rows(rows + 1, rows, 0, keys), steps[-1][1])
         keys += rows
     return steps
 
 
 def known_stream(gap_s: float | None = 0.5, ordinary_s: float = ORDINARY_S) -> Pace:
-    pace = Pace(gap_s)
-    pace.add(Rows(1), ordinary_s)
+    pace = Pace(gap_s, RowTimes())
+    pace.times.add(Rows(1), ordinary_s)
     return pace
 
 
@@ -334,17 +335,15 @@ def test_short_steps_are_as_large_as_they_may_be() -> None:
     """As on a GPU: nobody sees 30 ms."""
     steps = beside_stream(known_stream(), 50_000, lambda rows, _: 0.01 + 0.00004 * rows)
     assert {rows for rows, _ in steps[10:-1]} == {511}
-    assert Pace(None).most_rows(511) == known_stream(None).most_rows(511) == 511
+    assert Pace(None, RowTimes()).most_rows(511) == known_stream(None).most_rows(511) == 511
 
 
 @pytest.mark.parametrize("gap_s", [0.5, 1.0])
 def test_the_scheduler_keeps_the_gap_from_the_first_step_on(gap_s: float) -> None:
     """Rows that cost ever more, as a prompt's do; without a stream chunks are whole."""
     for alone in (False, True):
-        pace, sizes, seconds = known_stream(gap_s), list[int](), list[float]()
-        scheduler = Scheduler(
-            KVCacheManager(2000, BLOCK, prefix_caching=False), max_num_seqs=4, max_batched_tokens=512, pace=pace
-        )
+        sizes, seconds = list[int](), list[float]()
+        scheduler = beside_streams(gap_s)
         if not alone:
             scheduler.add(sequence(unique(3), 500))
             drive(scheduler)
@@ -354,7 +353,7 @@ def test_the_scheduler_keeps_the_gap_from_the_first_step_on(gap_s: float) -> Non
             rows = sum(one.num_new_tokens for one in plan if one.num_new_tokens > 1)
             keys = max(one.start for one in plan if one.num_new_tokens > 1)
             seconds.append(0.02 + rows * (0.0005 + 0.001 * keys / 12_000))
-            pace.add(Rows(rows + len(plan) - 1, rows, 0, keys), seconds[-1])
+            scheduler.row_times.add(Rows(rows + len(plan) - 1, rows, 0, keys), seconds[-1])
             sizes.append(rows)
         if alone:
             assert set(sizes[:-1]) <= {511, 512}
@@ -368,13 +367,13 @@ def test_the_scheduler_keeps_the_gap_from_the_first_step_on(gap_s: float) -> Non
 
 def test_a_gap_that_cannot_be_met_starves_nobody() -> None:
     pace = known_stream()
-    pace.add(Rows(512, 512), 60.0)
+    pace.times.add(Rows(512, 512), 60.0)
     assert pace.most_rows(500) == FEW[0]
     assert pace.most_rows(6) == 6
-    pace.add(Rows(FEW[0] - 1, FEW[0] - 1), 0.001)
+    pace.times.add(Rows(FEW[0] - 1, FEW[0] - 1), 0.001)
     assert pace.most_rows(500) == FEW[0], "so few rows tell nothing"
     for _ in range(8):
-        pace.add(Rows(512, 512), 0.5)
+        pace.times.add(Rows(512, 512), 0.5)
     assert pace.most_rows(500) >= WHOLE, "one that was late is forgotten"
 
 
@@ -382,7 +381,7 @@ def test_a_gap_that_cannot_be_met_starves_nobody() -> None:
 def test_what_others_take_is_not_taken_for_the_rows(first: int) -> None:
     """A step costs 30 ms for its weights and others, and 1 ms a row."""
     pace = known_stream(0.5, 0.03)
-    pace.add(Rows(first + 1, first), 0.03 + 0.001 * first)
+    pace.times.add(Rows(first + 1, first), 0.03 + 0.001 * first)
     rows = pace.most_rows(500)
     assert 0.03 + 0.001 * rows <= 0.5
     assert rows / (0.03 + 0.001 * rows) >= 0.88 * 470 / 0.5
@@ -412,7 +411,7 @@ def test_whole_chunks_are_found_again_after_late_ones(late: range) -> None:
         return (0.02 + rows * (0.003 if rows >= WHOLE else 0.0045)) * (2 if next(numbers) in late else 1)
 
     pace, taken = known_stream(0.5, 0.02), list[list[int]]()
-    pace.add(Rows(512, 512), 512 * 0.003)
+    pace.times.add(Rows(512, 512), 512 * 0.003)
     for _ in range(12):
         taken.append([rows for rows, _ in beside_stream(pace, 4000, seconds)[:-1]])
     assert min(taken[-1]) >= WHOLE
@@ -420,32 +419,37 @@ def test_whole_chunks_are_found_again_after_late_ones(late: range) -> None:
 
 
 def test_short_prompts_without_end_do_not_make_rows_cheap() -> None:
-    pace = Pace(0.5)
-    pace.add(Rows(1), 0.01)
-    pace.add(Rows(1028, 1024), 0.01 + 1024 * 0.0004)
+    pace = known_stream(0.5, 0.01)
+    pace.times.add(Rows(1028, 1024), 0.01 + 1024 * 0.0004)
     known = pace.most_rows(8192)
     for _ in range(2_000):
-        pace.add(Rows(44, 40), 0.01 + 40 * 0.0006)
+        pace.times.add(Rows(44, 40), 0.01 + 40 * 0.0006)
     assert pace.most_rows(8192) == known
 
 
 def test_scored_rows_are_few_beside_a_stream() -> None:
     """As many as go into three ordinary steps: behind 20,000 keys 64 rows took two thirds of a second."""
     for row_s, most in ((0.05, LEAST_SCORED), (0.0042, 6), (0.00084, 30), (0.00001, 64)):
-        pace = known_stream()
-        assert pace.most_scored(64) == LEAST_SCORED, "nothing is known at first"
-        scheduler = Scheduler(
-            KVCacheManager(2000, BLOCK, prefix_caching=False), max_num_seqs=4, max_batched_tokens=512, pace=pace
-        )
+        scheduler = beside_streams()
+        assert scheduler.pace.most_scored(64) == LEAST_SCORED, "nothing is known at first"
         scheduler.add(sequence(unique(3), 500))
         drive(scheduler)
         scored = sequence(unique(300), prompt_logprobs=1)
         scheduler.add(scored)
         assert [one.num_new_tokens for one in drive(scheduler) if one.sequence is scored] == [LEAST_SCORED]
-        pace.add(Rows(LEAST_SCORED + 1, LEAST_SCORED, LEAST_SCORED), ORDINARY_S + LEAST_SCORED * row_s)
-        pace.add(Rows(513, 512), 0.5)
+        times = scheduler.row_times
+        times.add(Rows(LEAST_SCORED + 1, LEAST_SCORED, LEAST_SCORED), ORDINARY_S + LEAST_SCORED * row_s)
+        times.add(Rows(513, 512), 0.5)
         assert [one.num_new_tokens for one in drive(scheduler) if one.sequence is scored] == [most]
-    assert Pace(None).most_scored(64) == 64
+    assert Pace(None, RowTimes()).most_scored(64) == 64
+
+
+def beside_streams(gap_s: float = 0.5) -> Scheduler:
+    """One that knows what an ordinary step takes."""
+    cache = KVCacheManager(2000, BLOCK, prefix_caching=False)
+    scheduler = Scheduler(cache, max_num_seqs=4, max_batched_tokens=512, stream_gap_s=gap_s)
+    scheduler.row_times.add(Rows(1), ORDINARY_S)
+    return scheduler
 
 
 def drive(scheduler: Scheduler) -> list[Scheduled]:

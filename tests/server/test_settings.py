@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from prerope.server.config import EngineConfig
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import allowed_text, environment_table, load_settings
 from prerope.server.machine import places
@@ -80,7 +81,7 @@ def test_switches(flags: list[str], value: bool) -> None:
 def test_names_are_taken_in_any_case() -> None:
     settings = load_settings(["--rope-method", "YaRN", "--log-level", "INFO", "--device", "CUDA:1"])
     assert (settings.rope_method, settings.log_level, settings.device) == ("yarn", "info", "cuda:1")
-    assert load_settings(["--weight-quantization", "INT8"]).engine_config().weight_quantization == "int8"
+    assert EngineConfig.of(load_settings(["--weight-quantization", "INT8"])).weight_quantization == "int8"
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_every_setting_of_the_engine_reaches_it() -> None:
         "cache_tier_size": 2**22,
         "cache_tier_memory": 2**23,
     }
-    config = Settings(**values).engine_config()  # type: ignore[arg-type]
+    config = EngineConfig.of(Settings(**values))  # type: ignore[arg-type]
     assert config.block_size == values.pop("kv_block_size")
     assert config.tier_dir == values.pop("cache_tier_dir")
     assert (config.tier_bytes, config.tier_memory) == (values.pop("cache_tier_size"), values.pop("cache_tier_memory"))
@@ -181,7 +182,7 @@ def test_limits_of_a_step_that_nobody_set_are_the_devices() -> None:
     """One that was set bounds the other: each sequence takes a token of a step."""
 
     def limits(device: str, **values: int) -> tuple[int, int]:
-        config = Settings(**values).engine_config().on(device)  # type: ignore[arg-type]
+        config = EngineConfig.of(Settings(**values)).on(device)  # type: ignore[arg-type]
         return config.max_num_seqs, config.max_batched_tokens
 
     assert (limits("cpu"), limits("cuda"), limits("xpu")) == ((64, 512), (256, 2048), (64, 512))
@@ -193,7 +194,8 @@ def test_limits_of_a_step_that_nobody_set_are_the_devices() -> None:
 def test_every_rope_variable_reaches_the_spec() -> None:
     values = {"method": "leaky_rerope", "factor": 4.0, "window": 64, "leak": 8.0, "group": 2, "logn": True}
     values["train_length"] = 128
-    spec = Settings(**{f"rope_{name}": value for name, value in values.items()}).engine_config().rope  # type: ignore[arg-type]
+    settings = Settings(**{f"rope_{name}": value for name, value in values.items()})  # type: ignore[arg-type]
+    spec = EngineConfig.of(settings).rope
     assert {name: getattr(spec, name) for name in values} == values
 
 

@@ -1,0 +1,85 @@
+"""How many rows of prompts a step takes beside streams, so that the gaps between their tokens stay short.
+
+A chunk of a prompt makes the step longer that gives all streams their next token. How much longer differs by machine,
+by the size of the step and by how many keys are before its rows: the scheduler learns it from steps that ran
+(`RowTimes`), and asks here how many rows the next step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prerope.server.engine.scheduler import RowTimes
+
+FEW, WHOLE, MULTIPLE = (8, 12, 16), 128, 32
+"""Rows of prompts in a step beside streams: few, which are computed as decode steps are, or a whole chunk and ever
+larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few are
+dear differs by machine, and by how many keys are before them."""
+ROOM = 0.9
+"""Of the gap, within which the least whole chunk must be over, or few rows are taken: each would be late by chance. Of
+`SHORT_STEPS`, what scored rows are sized for."""
+WORTH = 0.9
+"""A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
+SHORT_S, SHORT_STEPS = 0.1, 3
+"""None is made shorter than both, the latter in steps without prompts: nobody would see it."""
+LEAST_SCORED, SCORED_S = 4, 0.03
+"""Rows that are scored, as nobody waits for the first of them, are as many as go into `SHORT_STEPS`, or, where a step
+without prompts is not known, into so many seconds; but so many at least."""
+
+
+class Pace:
+    """How many rows of prompts a step takes while others stream.
+
+    A step is over within the gap that streams may have, and is as short as costs prompts a tenth of their rate:
+
+        rows ÷ (seconds of a step without prompts + rows × seconds of a row)
+
+    A row of a size that is not known is taken for what it is in a smaller step: so larger ones are tried, and then
+    known. Before anything is, as few rows as ever are taken.
+    """
+
+    def __init__(self, gap_s: float | None, times: RowTimes) -> None:
+        """gap_s: seconds, or None for chunks of any length."""
+        self._gap_s = gap_s
+        self.times = times
+
+    def most_rows(self, budget: int, num_keys: int = 0) -> int:
+        """The number of prompt rows in a step beside streams; at most the budget."""
+        if self._gap_s is None or budget <= FEW[0]:
+            return budget
+        row_s = self.times.behind(num_keys)
+        if not row_s:  # no prompt has been read since the start
+            return FEW[0]
+        choices = list(self._choices(self._gap_s, budget, row_s))
+        worth = WORTH * max(rate for _, _, rate in choices)
+        short_s = max(SHORT_S, SHORT_STEPS * self.times.others_s)
+        _, _, rows = min((max(short_s, took_s), -rate, rows) for rows, took_s, rate in choices if rate >= worth)
+        return rows
+
+    def _choices(self, gap_s: float, budget: int, row_s: dict[int, float]) -> Iterator[tuple[int, float, float]]:
+        """(rows, seconds, rows a second) of the least step, and of those that are over within the gap."""
+        others_s, one_s = min(self.times.others_s, gap_s / 2), min(row_s.values())
+        for rows in FEW:
+            one_s = row_s.get(rows, one_s)
+            took_s = others_s + rows * one_s
+            if rows <= budget and (rows == FEW[0] or took_s <= gap_s):
+                yield rows, took_s, rows / took_s
+        rows, one_s = min(WHOLE, budget), row_s.get(WHOLE, one_s)
+        if others_s + rows * one_s > ROOM * gap_s:
+            return
+        while (took_s := others_s + rows * one_s) <= gap_s:
+            yield rows, took_s, rows / took_s
+            if rows == budget:
+                return
+            rows = min(budget, rows + max(MULTIPLE, rows // 4 // MULTIPLE * MULTIPLE))
+
+    def most_scored(self, budget: int) -> int:
+        """The number of these rows whose prompt log-probabilities are computed."""
+        if self._gap_s is None:
+            return budget
+        others_s, scored_s = self.times.others_s, self.times.scored_s
+        room_s = ROOM * SHORT_STEPS * others_s - others_s or SCORED_S
+        rows = int(min(room_s, self._gap_s) / scored_s) if scored_s else 0
+        return min(budget, max(LEAST_SCORED, rows))
