@@ -20,13 +20,12 @@ class FifoScheduler(Scheduler):
     """What a chunked-prefill scheduler does that orders prompts by arrival alone: the oldest gets the whole budget, and
     the next what is left once it is done. Decodes first, as in the product."""
 
-    def _schedule_prefills(self, budget: int, plan: list[Scheduled]) -> None:
-        if budget <= 0:
-            return
-        for one in sorted((s for s in self.running.values() if not s.decoding), key=lambda s: s.rank):
+    def _schedule_prefills(self, prompts: list[Sequence], _num_keys: int, plan: list[Scheduled]) -> None:
+        budget = self.max_batched_tokens - sum(one.num_rows for one in plan)
+        for one in sorted(prompts, key=lambda s: s.rank):
             num_tokens = min(one.num_remaining_tokens, budget)
             known = one.num_computed_tokens
-            if num_tokens and one.request_id in self.running and self._grow(one, known + num_tokens, plan):
+            if num_tokens > 0 and one.request_id in self.running and self._grow(one, known + num_tokens, plan):
                 plan.append(Scheduled.of(one, num_tokens, known))
                 budget -= num_tokens
 
