@@ -10,13 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from prerope.cache import huge_pages
 from prerope.cache.cpu.bounds import KeyBounds
 from prerope.cache.kernels.build import kernels, library
 from torch import Tensor
-
-CACHE_LINE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +117,10 @@ class KVStorage:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, not empty: no path may ever read a NaN from a slot that was never written.
-
-    On the CPU through numpy, whose zeros take no memory until they are written to: a start need not touch gigabytes.
-    """
+    """Zeros, not empty: no path may ever read a NaN from a slot that was never written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(size + CACHE_LINE, dtype=np.uint8)
-    start = -memory.ctypes.data % CACHE_LINE
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(shape)
+    return huge_pages.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype, *, bounded: bool = False) -> int:

@@ -30,6 +30,7 @@ from prerope.server.models.attention.interface import AttentionCall
 from prerope.server.models.checks.inspection import inspect_layers
 from prerope.server.models.cpu import products as cpu_kernels
 from prerope.server.models.cpu import stack as cpu_stack
+from prerope.server.models.cpu.settle import settle
 from prerope.server.models.cuda import products as cuda_kernels
 from prerope.server.models.cuda import stack as cuda_stack
 from prerope.server.models.layers import Stack, layers_of, plain_layers
@@ -279,6 +280,8 @@ def load_model(
         torch.cuda.set_device(model.device)  # of this thread: where events, graphs and their streams are made
     if quantization != "none":
         report(quantize(model))
+    if chosen_device.type == "cpu":
+        settle(model)
     report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
     return Model(model, ranks=ranks)
 
