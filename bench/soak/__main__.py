@@ -179,7 +179,7 @@ async def soak(asked: argparse.Namespace, progress: Progress) -> Soaked:
         *verdicts.judge_replies(client.outcomes, after, soaked.started),
         verdicts.judge_streams(client.outcomes[num_before:]),
         verdicts.judge_watch(watch.failures, sum(sample.at > begin for sample in watch.samples)),
-        memory,
+        *memory,
         verdicts.judge_log(log),
     ]
     warm_up, outcomes = client.outcomes[:num_before], client.outcomes[num_before:]

@@ -191,26 +191,45 @@ def test_students_distribution() -> None:
 def test_a_leak_is_found_and_what_is_none_is_not(growth: float, alike: float, found: tuple[int, int]) -> None:
     """Of an hour, in MiB a minute, beside what an allocator keeps of one cycle and not of another; in 40 soaks."""
     soaks = (memory(growth, alike=alike, seed=seed) for seed in range(40))
-    assert found[0] <= sum(not judge_memory(floors, floors[0])[0].held for floors in soaks) <= found[1]
+    judged = [judge_memory(floors, floors[0])[0] for floors in soaks]
+    assert found[0] <= sum(not (flat.held and sure.held) for flat, sure in judged) <= found[1]
 
 
 @pytest.mark.parametrize(
-    ("growth", "noise", "held"), [(-3, 0.5, True), (0.01, 0.0, True), (0.1, 0.5, False), (0, 400, False)]
+    ("growth", "noise", "held"),
+    [
+        (-3, 0.5, (True, True)),
+        (0.01, 0.0, (True, True)),
+        (0.02, 0.0, (False, True)),
+        (0.1, 0.5, (False, True)),
+        (2, 0.5, (False, False)),
+        (0, 400, (True, False)),
+    ],
 )
-def test_memory_is_flat_or_not(growth: float, noise: float, held: bool) -> None:
-    """0.01 MiB a minute are less than one an hour. With noise of 400 MiB nothing can be said, and that does not hold
-    either."""
+def test_memory_is_flat_and_a_rise_ruled_out(growth: float, noise: float, held: tuple[bool, bool]) -> None:
+    """0.01 MiB a minute are less than one an hour, 0.02 more. With noise of 400 MiB a slope may be anything, zero too,
+    so the second rule does not hold."""
     floors = memory(growth, noise=noise)
-    verdict, line = judge_memory(floors, floors[0])
-    assert verdict.held == held, verdict.finding
+    verdicts, line = judge_memory(floors, floors[0])
+    assert tuple(verdict.held for verdict in verdicts) == held, verdicts
+    assert ("soak for longer" in verdicts[1].finding) == (held == (True, False))
     assert line is not None
+
+
+def test_an_hour_at_two_levels_is_flat_and_asks_for_more() -> None:
+    """Floors of a soak of 2026-11-28, in MiB, twelve in 57 minutes."""
+    floors = [1593, 1593, 1610, 1610, 1610, 1594, 1594, 1594, 1594, 1610, 1610, 1610]
+    times = np.linspace(0, 56.8 * 60, len(floors))
+    soaked = [Sample(float(at), IDLE, floor * MEBIBYTE, HELD) for at, floor in zip(times, floors, strict=True)]
+    (flat, sure), _ = judge_memory(soaked, soaked[0])
+    assert (flat.held, sure.held) == (True, False)
 
 
 def test_too_few_cycles_say_so() -> None:
     floors = memory(0)[:5]
-    verdict, line = judge_memory(floors, floors[0])
-    assert (verdict.held, line) == (False, None)
-    assert "soak for longer" in verdict.finding
+    verdicts, line = judge_memory(floors, floors[0])
+    assert ([verdict.held for verdict in verdicts], line) == ([False, False], None)
+    assert "soak for longer" in verdicts[0].finding
 
 
 class Server:
