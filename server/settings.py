@@ -88,7 +88,8 @@ class Settings(BaseSettings):
         ge=1,
         le=1_000_000,
         description="Connections at once, or what `ulimit -n` leaves room for. One more takes the place of the one "
-        "that has been idle longest, and gets a 503 where all carry requests",
+        "that has waited for its client longest (idle, or with a body half sent or a reply unread), and gets a 503 "
+        "where all wait for the server",
     )
     keep_alive_s: int = Field(
         default=75,

@@ -14,7 +14,7 @@ import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 from prerope.server.api.errors import error_response, internal_error
@@ -50,6 +50,9 @@ TOO_MANY_CHUNKS = "too_many_chunks"
 """In the scope's state, once the body has come in more chunks than are taken (`server.http.connection`)."""
 
 SSE_COMMENT = b": \n\n"
+
+PIECE_BYTES = 64 * 2**10
+"""Of a reply, sent at once: what its client does not read is kept for each connection."""
 
 MIN_BODY_RATE = 16 * 2**10
 """Bytes a second that a body must come with on average, after CLIENT_TIMEOUT_S of grace."""
@@ -182,8 +185,11 @@ class ClientTimeout:
 
         async def send_in_time(message: Message) -> None:
             try:
-                async with asyncio.timeout(self.seconds):
-                    await send(message)
+                for number, piece in enumerate(_pieces(message)):
+                    if number:
+                        await asyncio.sleep(0)  # others' turn, and the server notes a client that is gone
+                    async with asyncio.timeout(self.seconds):
+                        await send(piece)
             except TimeoutError:
                 log.info("client dropped: it read nothing", seconds=self.seconds)
                 await _abort(scope)
@@ -192,6 +198,15 @@ class ClientTimeout:
                 ) from None
 
         await self.app(scope, receive_in_time, send_in_time)
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    """A part of a reply, in as many as it takes for the server to see between two whether they are read."""
+    body = message.get("body", b"")
+    last = max(0, len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+    for start in range(0, last, PIECE_BYTES):
+        yield {**message, "body": body[start : start + PIECE_BYTES], "more_body": True}
+    yield {**message, "body": body[last:]} if last else message
 
 
 def _body_timeout(seconds: float, *, silent: bool) -> BodyTimeout:

@@ -5,7 +5,8 @@
               └─ refused with a 503, where all others carry requests
 
 There is room for a number of connections below the limit of file descriptors. Where it is used up, a new one takes the
-place of the one that has been idle longest, so that whoever opens many and sends nothing pushes out his own.
+place of one that waits for its client: of the one that has been idle longest, or else of the one whose body has been on
+its way, or whose reply unread, for longest. So whoever opens many and leaves them there pushes out his own.
 
 What comes is given to the parser in order, chunked bodies in slices that take turns with those of others. What a body
 costs to parse grows with its chunks, not its bytes: a client may send a byte in each. Chunks are counted, and a body of
@@ -158,34 +159,37 @@ class Door:
         self.room = room
         self.lingering: set[asyncio.Protocol] = set()
         self._open: set[Connection] = set()
-        self._idle: dict[Connection, None] = {}  # the one that is so longest first
+        self._idle: dict[Connection, None] = {}  # the one that is so longest first, as below
+        self._halted: dict[Connection, None] = {}  # within a request, of which the client is to send or to read more
 
     def __len__(self) -> int:
         return len(self._open)
 
     def let_in(self, connection: Connection) -> bool:
-        """Whether there is room, or somebody idle to make it."""
+        """Whether there is room, or somebody to make it who waits for his client."""
         if len(self._open) >= self.room:
-            if not self._idle:
+            longest = next(iter(self._idle or self._halted), None)
+            if longest is None:
                 return False
-            longest = next(iter(self._idle))
             self.leave(longest)
             longest.transport.abort()
-            log.warning("MAX_CONNECTIONS reached: the connection that was idle longest is closed", room=self.room)
+            log.warning("MAX_CONNECTIONS reached: the one that waited for its client longest is closed", room=self.room)
         self._open.add(connection)
         self._idle[connection] = None
         return True
 
-    def mark(self, connection: Connection, *, idle: bool) -> None:
-        """Whether it carries no request now."""
-        if not idle:
-            self._idle.pop(connection, None)
-        elif connection in self._open:
-            self._idle.setdefault(connection)
+    def mark(self, connection: Connection, *, idle: bool = False, halted: bool = False) -> None:
+        """What it is now: without a request, or in one that waits for its client; neither where it waits for us."""
+        for waiting, is_one in ((self._idle, idle), (self._halted, halted)):
+            if not is_one:
+                waiting.pop(connection, None)
+            elif connection in self._open:
+                waiting.setdefault(connection)
 
     def leave(self, connection: Connection) -> None:
         self._open.discard(connection)
         self._idle.pop(connection, None)
+        self._halted.pop(connection, None)
 
 
 class Connection(H11Protocol):
@@ -292,9 +296,23 @@ class Connection(H11Protocol):
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._tell_door()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._tell_door()
+
+    def _tell_door(self) -> None:
+        if self._answering:
+            self.door.mark(self, halted=self.cycle.more_body or self.flow.write_paused)
+        else:
+            self.door.mark(self, idle=True)
+
     def _note_state(self, *, expecting: bool) -> None:
-        """Idle or not; and where a header is expected, or begun, until when. (uvicorn's timer is for silence.)"""
-        self.door.mark(self, idle=not self._answering)
+        """Whom it waits for; and where a header is expected, or begun, until when. (uvicorn's timer is for silence.)"""
+        self._tell_door()
         if self._answering and self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None

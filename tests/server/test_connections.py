@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from prerope.server.api.middleware import PIECE_BYTES
 from prerope.server.http import connection as doors
 from prerope.server.http import refusals
 from prerope.server.http.server import room_for
@@ -30,7 +31,12 @@ from tests.server.test_cli import ENVIRONMENT, ROOT, free_port, wait_for
 ROOM, TIMEOUT_S, HEADER_S = 12, 1.0, 0.6
 HALF_HEADER = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nX-More: "
 TOKENIZE = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HALF_BODY = TOKENIZE + b'Content-Length: 9000000\r\n\r\n{"prompt":'
+HALF_CHUNK = TOKENIZE + b'Transfer-Encoding: chunked\r\n\r\na\r\n{"prompt":\r\n'
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+BUNDLE, NUM_UNREAD = "/docs/swagger-ui-bundle.js", 10
+UNREAD = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % BUNDLE.encode() * NUM_UNREAD
+"""Of 1.4 MB each: more than the kernel takes."""
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +90,12 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 # --- how many ---------------------------------------------------------------------------------------------------------
 
 
-def test_idle_connections_keep_nobody_out(url: str) -> None:
+@pytest.mark.parametrize("sent", [b"", HALF_HEADER, HALF_BODY, HALF_CHUNK])
+def test_connections_that_wait_for_their_clients_keep_nobody_out(url: str, sent: bytes) -> None:
     """Five times as many as there is room for: each new one takes the place of the oldest, and /health is as ever."""
     with ExitStack() as stack:
         for _ in range(5 * ROOM):
-            stack.enter_context(closing(connect(url))).send(HALF_HEADER)
+            stack.enter_context(closing(connect(url))).send(sent)
         http = stack.enter_context(httpx.Client())
         for _ in range(10):
             began = time.monotonic()
@@ -120,6 +127,24 @@ def test_where_all_carry_requests_one_more_is_told_so_at_once(url: str, serve_mo
         for connection in busy:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
     until(lambda: httpx.get(f"{url}/health").status_code == 200)
+
+
+def test_what_clients_do_not_read_is_not_kept_for_each(url: str, serve_module: Any) -> None:
+    """What the kernel does not take is 64 KiB at a time, and replies are whole for whoever reads them late. Until then
+    the connection is one that waits for its client."""
+    door = serve_module.running(url).http.door
+    until(lambda: not len(door))
+    with closing(connect(url)) as connection:
+        connection.sendall(UNREAD + HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        until(lambda: len(door._halted) == 1)
+        (there,) = door._halted
+        assert there.transport.get_write_buffer_size() < 2 * PIECE_BYTES + 2**16
+        received = bytearray()
+        while more := connection.recv(2**20):
+            received += more
+    *replies, _health = received.split(b"HTTP/1.1 200 OK\r\n")[1:]
+    assert len(replies) == NUM_UNREAD
+    assert {reply.partition(b"\r\n\r\n")[2] for reply in map(bytes, replies)} == {httpx.get(url + BUNDLE).content}
 
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
