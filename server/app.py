@@ -37,7 +37,9 @@ EXPOSED_HEADERS = ["x-request-id", "retry-after", "x-ignored-fields"]
 def create_app(settings: Settings) -> FastAPI:
     """The whole server but for its socket. Importing and calling this loads no model; the lifespan does."""
     service = Service(settings)
-    app = FastAPI(title="PreRoPE", version=version(), lifespan=_lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="PreRoPE", version=version(), lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
     app.state.service = service
     for module in (generate, openai, rendering, tokenize, positions, health, pages, reference):
         app.include_router(module.router)
@@ -49,7 +51,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(HeadAsGet)
     app.add_middleware(FieldReport, strict=settings.strict_fields)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s)
+    app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s, rest=service.bodies.rest)
     app.add_middleware(HoldRequest, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
     keys, metrics_keys = _keys(settings)
     if keys.asks or metrics_keys.asks:

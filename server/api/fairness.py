@@ -152,7 +152,7 @@ class HoldRequest:
 
 LITTLE_BYTES = 64 * 2**10
 BYTES_A_SECOND = 256 * 2**20
-"""Of all larger bodies together: taking in so many is some 0.4 s of work for the event loop."""
+"""Of all larger bodies and replies together: so many are some 0.4 s of work for the event loop."""
 BODIES = 16
 """How many bodies of the largest allowed size there is room for."""
 
@@ -184,7 +184,7 @@ class BodyRoom:
                     pieces.append(piece)
                     self._grow(body, len(piece))
                     if body.num_bytes > LITTLE_BYTES:
-                        await self._rest(len(piece))
+                        await self.rest(len(piece))
             except ClientDisconnect:
                 raise ClientGone("the client closed the connection before its request was complete") from None
             self._arriving.pop(body, None)
@@ -195,8 +195,9 @@ class BodyRoom:
             self._arriving.pop(body, None)
             self.num_bytes -= body.num_bytes
 
-    async def _rest(self, num_bytes: int) -> None:
-        """Let the event loop, which has a core while bodies come, leave it to the engine for as long: one at a time."""
+    async def rest(self, num_bytes: int) -> None:
+        """Let the event loop, which has a core while bytes come or go, leave it to the engine for as long: one at a
+        time, whosever they are."""
         async with self._resting:
             await asyncio.sleep(num_bytes / BYTES_A_SECOND)
 

@@ -14,7 +14,7 @@ import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import structlog
 from prerope.server.api.errors import error_response, internal_error
@@ -155,12 +155,18 @@ def _template(scope: Scope) -> str:
     return template if prefix == scope["path"] else prefix + template
 
 
+async def _others_turn(_num_bytes: int) -> None:
+    await asyncio.sleep(0)
+
+
 class ClientTimeout:
     """Cuts a client that lets the server wait: that sends its body too slowly, or reads no more of its reply."""
 
-    def __init__(self, app: ASGIApp, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, seconds: float, rest: Callable[[int], Awaitable[None]] = _others_turn) -> None:
+        """rest: called between two pieces of a reply, with the bytes of one, for others to have their turn."""
         self.app = app
         self.seconds = seconds
+        self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -186,8 +192,8 @@ class ClientTimeout:
         async def send_in_time(message: Message) -> None:
             try:
                 for number, piece in enumerate(_pieces(message)):
-                    if number:
-                        await asyncio.sleep(0)  # others' turn, and the server notes a client that is gone
+                    if number:  # the server notes a client that is gone, too
+                        await self._rest(PIECE_BYTES)
                     async with asyncio.timeout(self.seconds):
                         await send(piece)
             except TimeoutError:
