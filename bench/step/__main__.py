@@ -36,6 +36,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--method", default="auto", help="position method")
     add("--context", type=int, default=128, help="prompt tokens before a decode step")
     add("--chunk", type=int, default=512, help="rows of the prefill chunk; 0 leaves it out")
+    add("--held", type=int, default=0, help="sequences beside them whose replies match an expression with slow masks")
     add = parser.add_argument_group("beside the floor").add_argument
     add("--shape", choices=list(MODELS), help="random weights of this shape, in bfloat16 unless --dtype says otherwise")
     add("--methods", nargs="+", default=["rope", "rerope", "dynamic_leaky"], help="compared with the first")

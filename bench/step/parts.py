@@ -12,9 +12,11 @@ The engine runs as it is served; calls are timed from outside, by wrapping them 
     sampling    from logits to tokens
     scheduling  what is left of the step: the plan, the batch as tensors, outputs
 
-Medians over --steps steps of a whole step's time and of each part. With one thread on a CPU, time is the thread's CPU
-time, which a busy neighbour lengthens less than wall time; on a GPU the device is waited for at each border, so the sum
-of the parts is more than a step that is left alone.
+Medians over --steps steps of a whole step's time and of each part, and the slowest whole step. Beside them there may be
+sequences (--held) whose replies match an expression of 60,000 letters, each mask of which takes milliseconds: they are
+made on other threads, and a step is not to be longer for it than by the rows that have theirs. With one thread on a
+CPU, time is the thread's CPU time, which a busy neighbour lengthens less than wall time, and in which waiting does not
+show; on a GPU the device is waited for at each border, so the sum of the parts is more than a step that is left alone.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ from prerope.server.engine.step import choose
 from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.cpu.products import GatedProducts, Products, RMSNorm
+from prerope.server.structured.compile import Cost, compile_here
+from prerope.server.structured.matcher import CompiledGrammar
+from prerope.server.structured.text import GrammarText
+from prerope.server.tokenizer import Tokenizer
 from rich.console import Console
 from torch import nn
 
@@ -45,8 +51,10 @@ from bench.shared.machine import describe_machine
 from bench.shared.report import Report, Table
 
 PARTS = ("stack", "linears", "norms", "attention", "store", "lm_head", "layers", "sampling", "scheduling")
-TOLD = ("dtype", "device", "rows", "steps", "threads", "weights", "method", "context", "chunk")
+WHOLE = ("step", "slowest")
+TOLD = ("dtype", "device", "rows", "steps", "threads", "weights", "method", "context", "chunk", "held")
 WARM_STEPS = 3
+SLOW_MASKS = GrammarText("regex", 60_000 * "a", "regex")
 Times = dict[str, float]
 
 
@@ -129,11 +137,18 @@ def add(engine: Engine, row: int, prompt_tokens: int, max_tokens: int) -> None:
     engine.add(EngineRequest(f"row {row}", prompt.tolist(), sampling, speculation=False))
 
 
+def hold(engine: Engine, count: int, grammar: CompiledGrammar) -> None:
+    """So many sequences whose replies match a grammar, and never end: their masks are made beside the others' steps."""
+    for number in range(count):
+        sampling = SamplingParams(max_tokens=engine.info.max_model_len - 1, temperature=0.0, grammar=grammar)
+        engine.add(EngineRequest(f"held {number}", [number], sampling, speculation=False))
+
+
 def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterator[None]:
     """Yields before each decode step of `rows` sequences, past the first few."""
     for row in range(rows):
         add(engine, row, context, WARM_STEPS + steps + rows + 8)
-    while any(not sequence.decoding for sequence in engine.scheduler.sequences):
+    while any(not one.decoding and one.request_id.startswith("row") for one in engine.scheduler.sequences):
         engine.step()
     for step in range(WARM_STEPS + steps):
         if step >= WARM_STEPS:
@@ -168,7 +183,11 @@ def measure(engine: Engine, steps: Iterator[None], threads: int) -> dict[str, fl
             engine.step()
             wholes.append(stopwatch.now() - began)
     found = {part: statistics.median(taken.get(part, 0.0) for taken in parts) for part in PARTS}
-    return {"step": 1e3 * statistics.median(wholes)} | {part: 1e3 * seconds for part, seconds in found.items()}
+    return {
+        "step": 1e3 * statistics.median(wholes),
+        "slowest": 1e3 * max(wholes),
+        **{part: 1e3 * seconds for part, seconds in found.items()},
+    }
 
 
 def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
@@ -177,13 +196,17 @@ def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine
         device=asked.device,
         weight_quantization=asked.weights,
         rope=RopeSpec(method=asked.method),
-        max_num_seqs=max(asked.rows),
+        max_num_seqs=max(asked.rows) + asked.held,
         max_batched_tokens=max(512, asked.chunk, *asked.rows),
         kv_cache_memory=2**29,
         prefix_caching=False,
         cache_dir=default_cache_dir(),
     )
-    return load_engine(resolve_checkpoint(asked.model, None, say), config, say)
+    checkpoint = resolve_checkpoint(asked.model, None, say)
+    engine = load_engine(checkpoint, config, say)
+    if asked.held:
+        hold(engine, asked.held, compile_here(SLOW_MASKS, Tokenizer.load(checkpoint), Cost(0, 0.0)))
+    return engine
 
 
 def run(asked: argparse.Namespace, console: Console) -> int:
@@ -199,7 +222,7 @@ def run(asked: argparse.Namespace, console: Console) -> int:
     weights = "" if asked.weights == "none" else f" with {asked.weights} weights"
     threads = f"{asked.threads} thread{'s'[: asked.threads != 1]}"
     note = f"One step, ms, {threads}, {engine.info.dtype}{weights} on {engine.info.device}."
-    rows_shown = [[part, *(f"{times[part]:.2f}" for times in found.values())] for part in ("step", *PARTS)]
+    rows_shown = [[part, *(f"{times[part]:.2f}" for times in found.values())] for part in WHOLE + PARTS]
     data = {"machine": describe_machine(), "options": {name: getattr(asked, name) for name in TOLD}, "ms": found}
     Report("step", [Table(["part", *found], rows_shown, [note])], data).publish(asked.out, console)
     return 0

@@ -32,13 +32,14 @@ def test_parts_are_told_and_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
     if "loaded" not in prepare(None):
         pytest.skip("needs the C kernels: without them there is no stack")
     asked: list[Any] = ["--model", tiny_checkpoint, "--rows", 1, 3, "--context", 20, "--chunk", 40, "--steps", 4]
-    asked += ["--threads", "1", "--dtype", "bfloat16", "--device", "cpu", "--out", tmp_path]
+    asked += ["--threads", "1", "--dtype", "bfloat16", "--device", "cpu", "--held", 2, "--out", tmp_path]
     assert step.main([*map(str, asked)]) == 0
     found = json.loads((tmp_path / "step.json").read_text())
     assert list(found["ms"]) == ["decode, 1 row", "decode, 3 rows", "prefill, 40 rows"]
     for name, times in found["ms"].items():
         idle = {"stack"} if name.startswith("prefill") else {"linears", "attention", "store"}
-        assert set(times) == {"step", *step_parts.PARTS}
+        assert set(times) == {*step_parts.WHOLE, *step_parts.PARTS}
+        assert times["slowest"] >= times["step"] > 0
         assert {part for part, milliseconds in times.items() if milliseconds == 0} == idle
     assert str(tmp_path) not in json.dumps(found)
 
