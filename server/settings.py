@@ -213,7 +213,7 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Seconds that a running stream may wait for its next token while prompts are read: their chunks "
-        "are sized for it, not below 8 tokens, and shorter where that costs a prompt a tenth of its rate at most",
+        "are sized for it, down to a token where need be, and shorter where that costs a prompt a tenth of its rate",
     )
     kv_block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in a cache block")
     kv_cache_memory: ByteSize | None = Field(

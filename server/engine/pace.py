@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from prerope.server.engine.scheduler import RowTimes
 
-FEW, WHOLE, MULTIPLE = (8, 12, 16), 128, 32
+FEW, WHOLE, MULTIPLE = (1, 2, 4, 8, 12, 16), 128, 32
 """Rows of prompts in a step beside streams: few, which are computed as decode steps are, or a whole chunk and ever
 larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few are
-dear differs by machine, and by how many keys are before them."""
+dear differs by machine, and by how many keys are before them. Fewer than eight read prompts at a fraction of the rate:
+they are for gaps into which no eight go."""
+FIRST = 8
+"""Before any time is known."""
 ROOM = 0.9
 """Of the gap, within which the least whole chunk must be over, or few rows are taken: each would be late by chance. Of
 `SHORT_STEPS`, what scored rows are sized for."""
@@ -37,7 +40,7 @@ class Pace:
         rows ÷ (seconds of a step without prompts + rows × seconds of a row)
 
     A row of a size that is not known is taken for what it is in a smaller step: so larger ones are tried, and then
-    known. Before anything is, as few rows as ever are taken.
+    known. Before anything is, `FIRST` are taken.
     """
 
     def __init__(self, gap_s: float | None, times: RowTimes) -> None:
@@ -51,7 +54,7 @@ class Pace:
             return budget
         row_s = self.times.behind(num_keys)
         if not row_s:  # no prompt has been read since the start
-            return FEW[0]
+            return min(budget, FIRST)
         choices = list(self._choices(self._gap_s, budget, row_s))
         worth = WORTH * max(rate for _, _, rate in choices)
         short_s = max(SHORT_S, SHORT_STEPS * self.times.others_s)
@@ -64,7 +67,7 @@ class Pace:
         for rows in FEW:
             one_s = row_s.get(rows, one_s)
             took_s = others_s + rows * one_s
-            if rows <= budget and (rows == FEW[0] or took_s <= gap_s):
+            if rows == FEW[0] or (rows <= budget and took_s <= gap_s):
                 yield rows, took_s, rows / took_s
         rows, one_s = min(WHOLE, budget), row_s.get(WHOLE, one_s)
         if others_s + rows * one_s > ROOM * gap_s:

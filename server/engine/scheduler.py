@@ -45,6 +45,8 @@ SCORED_ROW = 8
 
 FORGOTTEN = 0.998
 """What is left after each step of a row's time in sizes where it is longer: what was late by chance is tried again."""
+LATE = 2
+"""In a larger step no row takes so many times as long as in a smaller one but by chance."""
 ANEW, HOPED = 0.95, 2 / 3
 """In a whole chunk a row takes less than in few, so its time there would stay however late one was by chance. So each
 prompt that is read in few rows behind as many keys leaves such a part of it, and no less than so much of theirs."""
@@ -91,7 +93,8 @@ class RowTimes:
         here[size] = now = _careful(here.get(size, 0.0), row_s)
         for other, known_s in here.items():
             if known_s > now:
-                here[other] = max(now, FORGOTTEN * known_s)
+                late = other > size and known_s > LATE * now
+                here[other] = max(now, (ANEW if late else FORGOTTEN) * known_s)
 
     def behind(self, num_keys: int) -> dict[int, float]:
         """What a row takes behind so many keys, or the nearest number that is known: fewer, if any is."""
