@@ -61,7 +61,6 @@ class Service:
         sampling_defaults: how tokens are chosen where a request does not say; known once the model is loaded.
         conversations: of Responses that may be gone on with, by tenant and the response's id.
         tokenizer, text: the model's; there once the engine is ready.
-        stage: what loading does now, for people who ask /ready.
         leaving: routers are to send nobody any more, though whoever comes is served.
         reads_inline: little bodies are read on the event loop, where the chat template may be run there.
     """
@@ -77,7 +76,6 @@ class Service:
     tokenizer: Tokenizer = field(init=False)
     text: ModelText = field(init=False)
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    stage: str = "starting"
     followers: Followers | None = None
     leaving: bool = False
     reads_inline: bool = False
@@ -101,33 +99,11 @@ class Service:
     def seconds_up(self) -> float:
         return time.monotonic() - self._started
 
-    def require_ready(self) -> None:
-        """Raises EngineUnavailable, saying why, unless the engine takes requests."""
-        if (state := self.engine.state) is not EngineState.READY:
-            raise self.unavailable(state)
-
-    def require_alive(self) -> None:
-        """Raises EngineUnavailable where only a restart can help, as far as anybody can tell."""
-        if (state := self.engine.state) is EngineState.HUNG:
-            raise self.unavailable(state)
-
     def require_open(self) -> None:
         """Raises EngineUnavailable, saying why, unless routers are to send requests."""
-        self.require_ready()
+        self.engine.require_ready()
         if self.leaving:
             raise EngineUnavailable("The server is about to shut down.", code=str(EngineState.DRAINING))
-
-    def unavailable(self, state: EngineState) -> EngineUnavailable:
-        """Why requests are refused in this state; a step may end, and change it, while that is asked."""
-        reasons = {
-            EngineState.LOADING: f"The model is loading ({self.stage}); try again in a few seconds.",
-            EngineState.READY: "The model is ready.",
-            EngineState.HUNG: f"A step of the engine has not ended for {self.engine.seconds_in_step:.0f} s "
-            "(STEP_TIMEOUT_S): requests are refused until it does; the log says which step it is.",
-            EngineState.DRAINING: "The server is shutting down and takes no new requests.",
-            EngineState.DEAD: "The engine has stopped; the server must be restarted.",
-        }
-        return EngineUnavailable(reasons[state], code=str(state))
 
     def _tell_of_step(self, late: bool) -> None:
         if not late:
@@ -142,7 +118,7 @@ class Service:
 
     def report(self, stage: str) -> None:
         """One line of progress while loading. Called on the engine's thread."""
-        self.stage = stage
+        self.engine.stage = stage
         log.info(stage, seconds=round(self.seconds_up, 1))
 
     async def start_workers(self) -> None:

@@ -273,7 +273,7 @@ class RunningServer:
         while self.service.engine.state != "ready":
             if self.http.failure is not None:
                 raise self.http.failure
-            assert time.monotonic() < deadline, f"still {self.service.stage} after {START_TIMEOUT_S} s"
+            assert time.monotonic() < deadline, f"still {self.service.engine.stage} after {START_TIMEOUT_S} s"
             time.sleep(0.01)
 
     def stop(self) -> None:

@@ -32,7 +32,7 @@ HUNG: dict[int | str, dict[str, Any]] = {503: {"description": "a step does not e
 @router.get("/live", summary="Does the process run", responses=HUNG)
 async def live(service: AnyService) -> dict[str, str]:
     """200 from the first second on, while the model loads too; 503 while a step of the engine hangs."""
-    service.require_alive()
+    service.engine.require_alive()
     return {"status": "ok"}
 
 

@@ -42,7 +42,6 @@ from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.requests.structured import compiled
 from prerope.server.api.requests.task import ReadTask
 from prerope.server.api.stream.generation import Generation, while_connected
-from prerope.server.engine.life import EngineState
 from prerope.server.engine.limits import check_documents, check_sequences
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.errors import InvalidRequest
@@ -67,8 +66,7 @@ DIGITS = b"0123456789"
 async def ready_service(request: Request) -> Service:  # async: FastAPI sends plain functions to a thread
     """The service of an endpoint that needs the model: EngineUnavailable, saying why, unless requests are taken."""
     service: Service = request.app.state.service
-    if (state := service.engine.state) is not EngineState.READY:
-        raise service.unavailable(state)
+    service.engine.require_ready()
     return service
 
 
@@ -108,8 +106,7 @@ def body_of(
 async def _read_by_worker(model: type[B], raw: bytes, request: Request, service: Service) -> Read[B]:
     lane = SMALL_BODY if len(raw) <= SMALL_BYTES else LARGE_BODY
     report = current_report()
-    task = ReadTask(model, raw, report.strict)
-    work = service.workers.run(task, lane.name, line=current_hold().line)
+    work = service.workers.run(ReadTask(model, raw, report.strict), lane.name, line=current_hold().line)
     result: Read[B] = await while_connected(request, work)
     for name in result.ignored:
         report.ignore(name)

@@ -128,6 +128,27 @@ class AsyncEngine(EngineLife):
     def state(self) -> EngineState:
         return EngineState.HUNG if self._state is EngineState.READY and self._step_is_late else self._state
 
+    def require_ready(self) -> None:
+        """Raises EngineUnavailable, saying why, unless requests are taken."""
+        if (state := self.state) is not EngineState.READY:
+            raise self._unavailable(state)
+
+    def require_alive(self) -> None:
+        """Raises EngineUnavailable where only a restart can help, as far as anybody can tell."""
+        if (state := self.state) is EngineState.HUNG:
+            raise self._unavailable(state)
+
+    def _unavailable(self, state: EngineState) -> EngineUnavailable:
+        """Why requests are refused in this state; a step may end, and change it, while that is asked."""
+        reasons = {
+            EngineState.LOADING: f"The model is loading ({self.stage}); try again in a few seconds.",
+            EngineState.HUNG: f"A step of the engine has not ended for {self.seconds_in_step:.0f} s "
+            "(STEP_TIMEOUT_S): requests are refused until it does; the log says which step it is.",
+            EngineState.DRAINING: "The server is shutting down and takes no new requests.",
+            EngineState.DEAD: "The engine has stopped; the server must be restarted.",
+        }
+        return EngineUnavailable(reasons[state], code=str(state))
+
     @property
     def seconds_in_step(self) -> float:
         """How long the step under way has taken, without the time in which the whole process stood (SIGSTOP)."""

@@ -41,6 +41,7 @@ class EngineLife:
 
     Attributes:
         failure: why the engine is DEAD.
+        stage: what loading does now, for people.
     """
 
     _thread: threading.Thread
@@ -55,6 +56,7 @@ class EngineLife:
         self._left = False  # the thread hangs in a step; nobody waits for it
         self._state = EngineState.LOADING
         self.failure: BaseException | None = None
+        self.stage = "starting"
 
     def start(self) -> None:
         """Begin loading; within a running event loop."""

@@ -73,7 +73,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raises where the engine takes no requests: Ray then starts another replica in this one's place."""
-        self._service.require_ready()
+        self._service.engine.require_ready()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `scaling.QueuedTokens`."""

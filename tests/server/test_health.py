@@ -112,7 +112,7 @@ def test_when_the_engine_dies_requests_fail_and_the_process_ends_for_its_supervi
     eventually(lambda: running.http.failure is not None)
     assert "out of memory" in str(running.http.failure)
     with pytest.raises(app_service.EngineUnavailable, match="stopped"):
-        running.service.require_ready()
+        running.service.engine.require_ready()
     eventually(lambda: not running._thread.is_alive())
 
 
