@@ -13,7 +13,7 @@ from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.end_tokens import describe, end_tokens
 from prerope.server.tokenizer import Tokenizer
 
-from tests.conftest import Servers
+from tests.servers import Servers
 
 END_OF_TEXT, START, END_OF_TURN = 0, 1, 2
 

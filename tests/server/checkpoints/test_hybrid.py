@@ -13,9 +13,9 @@ import httpx
 import pytest
 import torch
 
-from tests.conftest import Servers
 from tests.engine.models.model_table import as_people_run_it
 from tests.engine.models.model_types import tiny_of_type
+from tests.servers import Servers
 from tests.tiers import every
 
 PROMPT = "The state of a sequence is kept where a block ends, and " * 4

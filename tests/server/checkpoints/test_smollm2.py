@@ -10,8 +10,8 @@ import torch
 from prerope.server.models.checkpoint import Checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.conftest import Servers
 from tests.server.fleet.test_tensor_parallel import started
+from tests.servers import Servers
 
 PROMPTS = {
     "sentence": "The capital of France is",
