@@ -6,6 +6,8 @@ time; `python -m bench.soak.attacks` makes the same attacks on the embedded mode
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from bench.soak import attacks
 from bench.soak.attacks import ATTACKS, Bystander
 from bench.soak.hostile import HUGE_GRAMMAR, PRIMES, meeting
-from tests.server.test_cli import free_port, start, wait_for
+from tests.server.test_cli import LONG, free_port, start, wait_for
 from tests.tiers import every
 
 WORST_HEALTH_S = 1.0
@@ -24,22 +26,26 @@ WORST_GAP_S = 2.0
 
 
 @pytest.fixture(scope="module")
-def url(tiny_checkpoint: Path) -> Iterator[str]:
+def server(tiny_checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process of its own, and its URL."""
     port = free_port()
     process = start(
         *("--model-id", str(tiny_checkpoint), "--port", str(port), "--log-level", "error", "--rope-method", "rope"),
-        *("--kv-cache-memory", "64MiB", "--max-model-len", "32768", "--shutdown-timeout-s", "1"),
+        *("--kv-cache-memory", "64MiB", "--max-model-len", "32768"),
     )
     url = f"http://127.0.0.1:{port}"
     try:
         wait_for(f"{url}/ready")
         httpx.post(f"{url}/generate", json={"prompt": "a", "max_tokens": 1, "regex": "a"}, timeout=60)
-        yield url
-        process.terminate()
-        assert process.wait(10) == 0, "the attacks keep the process from its end"
+        yield process, url
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def url(server: tuple[subprocess.Popen[str], str]) -> str:
+    return server[1]
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +90,23 @@ def test_a_refused_grammar_is_remembered_and_an_abandoned_one_is_killed(url: str
         assert (
             http.post("/generate", json={"prompt": "Hi", "regex": "ab", "max_tokens": 4}, timeout=3).status_code == 200
         )
+
+
+def test_then_a_signal_lets_a_running_stream_finish_and_the_process_ends_with_zero(
+    server: tuple[subprocess.Popen[str], str],
+) -> None:
+    """The last test here: the process ends."""
+    process, url = server
+    with httpx.stream("POST", f"{url}/generate", json=LONG, timeout=60) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        wait_for(f"{url}/ready", 503)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in rest[-2]
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert f"curl {url}/generate" in out
+    assert "Hello" not in err, "a prompt must not reach the log"

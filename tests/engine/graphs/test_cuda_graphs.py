@@ -6,6 +6,7 @@ numbers, so whatever a step does not copy into the graph's tensors would be that
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,14 +68,19 @@ def no_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RecordedGraph, "num_replays", 0)
 
 
-def served(family: str = "llama", method: str = "model") -> Engine:
+@functools.cache
+def model_of(family: str) -> Model:
+    """One for all engines here: what is found out about it takes seconds under the interpreter."""
     shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     if family != "llama":
         shape |= {"layer_types": ["sliding_attention", "full_attention"]}
-    model = Model(tiny(family, max_position_embeddings=TRAINED, **shape), BACKENDS["cuda"])
+    return Model(tiny(family, max_position_embeddings=TRAINED, **shape), BACKENDS["cuda"])
+
+
+def served(family: str = "llama", method: str = "model") -> Engine:
     spec = RopeSpec(method=method, window=8 if "leaky" in method or method == "rerope" else None)
     limits = {"max_model_len": 128, "num_blocks": 40, "max_num_seqs": 3, "max_batched_tokens": TRAINED}
-    return tiny_engine(model, spec, **limits, overlap=False)
+    return tiny_engine(model_of(family), spec, **limits, overlap=False)
 
 
 class CountedGraphs(Capture):
