@@ -65,8 +65,23 @@ def interpreter() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def no_overflow(_semantic: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+    """Sums, differences and products of integers fit into their type. Triton's own check asks for as much in some
+    thirty operations of its language, and forgets it where nobody debugs."""
+    one, other = lhs.handle.data, rhs.handle.data
+    if one.dtype.itemsize < 8:
+        exact = NUMPY[operation.__name__](one.astype(np.int64), other.astype(np.int64))
+        assert (exact == exact.astype(one.dtype)).all(), f"overflow in {operation.__name__}"
+
+
+NUMPY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
 def hasten(patch: pytest.MonkeyPatch) -> None:
-    """The interpreter, with addresses checked."""
+    """The interpreter, with addresses checked, and integers."""
+    from triton import language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterBuilder
 
     device_function, patched = InterpretedFunction.__call__, set[str]()
@@ -78,6 +93,24 @@ def hasten(patch: pytest.MonkeyPatch) -> None:
             return self.rewrite()(*arguments, **named)
         patched.add(module)
         return device_function(self, *arguments, **named)
+
+    find_dtype, dtypes = interpreter._get_np_dtype, dict[str, Any]()
+
+    def np_dtype(asked: Any) -> Any:
+        """It makes a table of all of them at every call."""
+        scalar = asked.element_ty if isinstance(asked, tl.block_type) else asked
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = find_dtype(scalar)
+        return dtypes[scalar.name]
+
+    blocks = dict[tuple[Any, ...], Any]()
+
+    def block(element: Any, shape: Any) -> Any:
+        """Types are made as often as tensors, of which a kernel has a dozen."""
+        key = element.name, *shape
+        if key not in blocks:
+            blocks[key] = tl.block_type(element, shape)
+        return blocks[key]
 
     bounds = Bounds()
     host_arguments = GridExecutor._init_args_hst
@@ -96,6 +129,10 @@ def hasten(patch: pytest.MonkeyPatch) -> None:
         bounds.check(pointers, mask)
         return store(self, pointers, value, mask, *others)
 
+    patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", no_overflow)
+    patch.setattr(interpreter, "_get_np_dtype", np_dtype)
+    patch.setattr(tl.block_type, "with_element_ty", lambda self, element: block(element, self.shape))
+    patch.setattr(InterpreterBuilder, "get_block_ty", lambda _, element, shape: block(element, shape))
     patch.setattr(InterpretedFunction, "__call__", call)
     patch.setattr(GridExecutor, "_init_args_hst", launched)
     patch.setattr(InterpreterBuilder, "create_masked_load", checked_load)
