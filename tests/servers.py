@@ -37,6 +37,8 @@ settings.register_profile("anywhere", deadline=None, suppress_health_check=[Heal
 settings.load_profile("anywhere")
 
 START_TIMEOUT_S = 120
+MOST_IDLE = 6
+"""Zygotes that wait for the next server of their world, which differs by MAX_MODEL_LEN. One takes seconds to begin."""
 STOP_TIMEOUT_S = 60
 
 
@@ -170,7 +172,7 @@ def zygotes_are_used_again() -> Iterator[None]:
         zygote.standby.clear()
         zygote._turn_away()
         idle[key] = zygote
-        if len(idle) > 2:
+        if len(idle) > MOST_IDLE:
             end(idle.pop(next(iter(idle))))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -99,7 +99,9 @@ def ordinary_prompt(share: float) -> list[Post]:
 
 
 def slow_masks(share: float) -> list[Post]:
-    return [(GENERATE, {"prompt": "Hi", "regex": "a" * 60_000, "max_tokens": 4, "temperature": 0})] * int(share * 32)
+    """Each mask is slow; of a part of a request there is one."""
+    body = {"prompt": "Hi", "regex": "a" * 60_000, "max_tokens": 1 if share < 1 / 32 else 4, "temperature": 0}
+    return [(GENERATE, body)] * max(1, int(share * 32))
 
 
 HOSTILE: dict[str, Callable[[float], list[Post]]] = {
