@@ -53,7 +53,7 @@ class Pace:
         if self._gap_s is None or budget <= FEW[0]:
             return budget
         row_s = self.times.behind(num_keys)
-        if not row_s:  # no prompt has been read since the start
+        if not row_s or not self.times.others_s:  # no prompt has been read since the start, or no step without one
             return min(budget, FIRST)
         choices = list(self._choices(self._gap_s, budget, row_s))
         worth = WORTH * max(rate for _, _, rate in choices)

@@ -329,22 +329,20 @@ class Connection(H11Protocol):
         """Whether to stay open: for a client that has sent its request whole, and does not turn out to be gone."""
         if not self._answering or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
             return False
-        filler = self._filler()
-        if filler is None:
-            return False
+        if not self.cycle.response_started and self.scope["http_version"] != "1.1":
+            return False  # older clients know no interim replies
         self.cycle.keep_alive = False
-        self.transport.write(filler)
+        self.transport.write(self._filler())
         self._close_if_gone()
         return True
 
-    def _filler(self) -> bytes | None:
-        """What means nothing here, and what a client that is gone answers with a reset. None: there is no such."""
-        if self.cycle.response_started:
-            filler = self.scope["state"].get(FILLER)
-            return None if filler is None else self.conn.send(h11.Data(data=filler))
-        if self.scope["http_version"] != "1.1":  # older clients know no interim replies
-            return None
-        return self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+    def _filler(self) -> bytes:
+        """What means nothing here, and what a client that is gone answers with a reset; empty where the reply's next
+        piece does as well."""
+        if not self.cycle.response_started:
+            return self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")) or b""
+        filler = self.scope["state"].get(FILLER)
+        return b"" if filler is None else self.conn.send(h11.Data(data=filler)) or b""
 
     def _close_if_gone(self) -> None:
         if not self._answering or self.transport.is_closing():

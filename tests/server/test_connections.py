@@ -343,6 +343,26 @@ def test_a_client_that_has_closed_its_side_gets_its_reply(url: str, serve_module
         assert len(json.loads(final.partition(b"\r\n\r\n")[2])["token_ids"]) == 30
 
 
+LARGE = {
+    "a file": b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a document": b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "within"])
+@pytest.mark.parametrize("asked", LARGE.values(), ids=LARGE)
+def test_a_large_reply_comes_whole_where_the_client_closes_its_side(url: str, asked: bytes, late: bool) -> None:
+    with closing(connect(url)) as connection:
+        connection.sendall(asked)
+        beginning = connection.recv(500) if late else b""
+        connection.shutdown(socket.SHUT_WR)
+        reply = beginning + connection.makefile("rb").read()
+    head, _, body = reply.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    assert length is not None
+    assert len(body) == int(length[1]) > 2 * PIECE_BYTES
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_a_client_that_is_gone_is_not_taken_for_one(url: str, serve_module: Any, version: str, stream: bool) -> None:

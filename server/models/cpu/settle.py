@@ -20,12 +20,16 @@ EDGE = 64
 def settle(model: nn.Module, least_bytes: int = LEAST_BYTES) -> bool:
     """Copy a model's weights to huge pages, and let go of where they were. Whether they were copied.
 
-    They stay where free memory, which a mapped file does not count against, would be halved by the copy.
+    They stay where free memory, which a mapped file does not count against, would be halved by the copy, or where there
+    are no addresses for it.
     """
     size = sum(map(_room, (tensor for _, _, tensor in _weights(model))))
     if size < least_bytes or size > free_memory().amount / 2:
         return False
-    memory, start = huge_pages.zeros(size), 0
+    try:
+        memory, start = huge_pages.zeros(size), 0
+    except MemoryError:  # addresses are limited, too
+        return False
     for owner, name, tensor in _weights(model):
         copy = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         setattr(owner, name, copy.copy_(tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -86,6 +87,11 @@ def test_weights_stay_where_a_copy_would_take_half_of_what_is_free(free: int, mo
     place = model.lm_head.weight.data_ptr()
     assert not settle(model, least_bytes=0)
     assert model.lm_head.weight.data_ptr() == place
+
+
+def test_weights_stay_where_there_are_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages.mmap, "mmap", Mock(side_effect=OSError(12, "Cannot allocate memory")))
+    assert not settle(tiny("llama"), least_bytes=0)
 
 
 def test_small_models_stay() -> None:
