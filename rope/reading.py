@@ -56,6 +56,9 @@ class AngleMap:
     offset: Tensor | None = None
     groups: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        assert self.groups is None or (self.period, self.group, self.shift, self.cap) == (None, 1, 0, None)
+
     def angles(self, positions: Tensor) -> Tensor:
         """[T] integer positions → [T, D/2] fp64."""
         if self.period is not None:

@@ -52,7 +52,7 @@ TOO_MANY_CHUNKS = "too_many_chunks"
 SSE_COMMENT = b": \n\n"
 
 PIECE_BYTES = 64 * 2**10
-"""Of a reply, sent at once: what its client does not read is kept for each connection."""
+"""Of a reply, sent at once: so that of one which its client does not read no more than a piece is kept."""
 
 MIN_BODY_RATE = 16 * 2**10
 """Bytes a second that a body must come with on average, after CLIENT_TIMEOUT_S of grace."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 STEP, COPY = 1, 2
 NAMES = (*METHOD_NAMES, *ALIASES)
-SPEC_FIELDS = [field.name for field in fields(RopeSpec)][1:-1]
+SPEC_FIELDS = [field.name for field in fields(RopeSpec) if field.name not in ("method", "groups")]
 """Those of one number. The name goes before them, as its place in NAMES; groups, of which there may be many, last."""
 CHUNK_FIELDS = 6
 
