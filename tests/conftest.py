@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+gc.disable()  # what is imported and collected stays, and is not to be looked through again and again
+
 from tests.device import DEVICE  # before torch: it decides what torch and Triton see
 
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
@@ -39,11 +41,6 @@ LONGEST = (
     *("models/test_multimodal", "models/test_families", "cache/test_cpu_attention", "clients/test_recipes"),
     *("api/test_tolerance", "api/test_dialects", "checkpoints/test_smollm2", "models/test_config_options"),
 )
-
-
-def pytest_sessionstart() -> None:
-    """What is imported and collected stays, and is not to be looked through for garbage again and again."""
-    gc.disable()
 
 
 def pytest_collection_finish() -> None:

@@ -27,6 +27,7 @@ from prerope.server.workers.children import Zygote
 from prerope.server.workers.world import World
 
 from tests.byte_level import byte_level
+from tests.zygotes import Ancestor
 
 torch.set_num_threads(1)
 for name in Settings.model_fields:
@@ -148,6 +149,7 @@ def certificates_are_read_once() -> Iterator[None]:
 def zygotes_are_used_again() -> Iterator[None]:
     """A server's zygote is the next one's, where its world is the same: what tasks do, they do in children of it."""
     start, end = pool.start_zygote, Zygote.close
+    ancestor = Ancestor() if hasattr(os, "pidfd_open") else None
     worlds: dict[int, bytes] = {}  # process id → what it has
     idle: dict[bytes, Zygote] = {}
 
@@ -158,7 +160,7 @@ def zygotes_are_used_again() -> Iterator[None]:
         known = idle.pop(key, None)
         if known is not None and known.process.poll() is None:
             return Zygote(known.process, known.control)
-        zygote = start(lambda: made)
+        zygote = ancestor.start(made) if ancestor else start(lambda: made)
         worlds[zygote.process.pid] = key
         return zygote
 
@@ -181,6 +183,8 @@ def zygotes_are_used_again() -> Iterator[None]:
         yield
     for zygote in idle.values():
         end(zygote)
+    if ancestor:
+        ancestor.close()
 
 
 class Servers:
