@@ -41,6 +41,9 @@ FLOATS = {"turns", "base_turns", "key_turns", "decay", "row_scale", "slopes", "p
 ALIGNED = (CACHES | FLOATS | INTS) - set(RECORDS) | {"query_stride", "key_stride", "value_stride"}
 ALIGNED |= {"outer_stride", "inner_stride", "residual_stride", "row_stride"}
 
+READ = (decode.decode_kernel, prefill.prefill_kernel)
+"""Whose instructions are counted: to disassemble a kernel takes as long as to compile a small one."""
+
 HALF = torch.bfloat16
 DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
 INTERLEAVED = (64, 128)
@@ -127,22 +130,23 @@ def compiled(kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dt
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        told, code = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
+        told = dumped(file.name, "-res-usage")
+        code = dumped(file.name, "-sass") if kernel in READ else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
     assert found, told
     registers, stack, local = map(int, found.groups())
-    kinds = Counter(re.findall(r"\b(HGMMA|HMMA|LDGSTS(?:\.\w+)*|LDG(?:\.\w+)*)", code))
     return {
         "registers": registers,
         "spilled": stack + local,
         "shared": binary.metadata.shared,
-        "kinds": kinds,
+        "kinds": Counter(re.findall(r"\b(HGMMA|HMMA|LDGSTS(?:\.\w+)*|LDG(?:\.\w+)*)", code)),
         # Copies that a loop leaves on their way when it waits for the oldest: none, and it waits for each in turn.
         "ahead": max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", binary.asm["ptx"])), default=0),
     }
+
+
+def dumped(cubin: str, option: str) -> str:
+    return subprocess.run([CUOBJDUMP, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def named(arch: int, kernel: Any, config: Config, fixed: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
