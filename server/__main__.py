@@ -8,7 +8,6 @@ SHUTDOWN_TIMEOUT_S has passed; 1 if the model cannot be served or the engine die
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import socket
@@ -21,7 +20,9 @@ from prerope.server.errors import ConfigurationError
 from prerope.server.flags import MODULE, load_settings
 from prerope.server.log import configure_logging
 from prerope.server.machine.allowance import cores
+from prerope.server.machine.imports import importing
 from prerope.server.machine.threads import let_waiting_threads_sleep, limit_threads, switch_soon
+from prerope.server.ranks.processes import Followers
 from prerope.server.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -50,14 +51,15 @@ def _serve(settings: Settings, listener: socket.socket) -> int:
     bound = cores()
     threads = limit_threads(max(1, int(bound.amount) // settings.tensor_parallel_size))
     log.info("threads", computing=threads, cores=round(bound.amount, 2), taken_from=bound.source)
-    gc.disable()  # importing makes half a million objects that stay: looking through them takes a sixth of the start
-    from prerope.server.app import create_app
-    from prerope.server.http.server import DrainingServer
+    size = settings.tensor_parallel_size
+    followers = Followers(size) if size > 1 else None  # they import while this process does
+    with importing():
+        from prerope.server.app import create_app
+        from prerope.server.http.server import DrainingServer
 
-    gc.freeze()  # nor is a request to wait while they are looked through
-    gc.enable()
     app = create_app(settings)
     service = app.state.service
+    service.followers = followers
     url = _url(settings.host, listener.getsockname()[1])
     server = DrainingServer(service, app, url, once_ready=service.start_workers)
     asyncio.run(server.run_until_done(listener))

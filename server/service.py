@@ -63,6 +63,7 @@ class Service:
         tokenizer, text: the model's; there once the engine is ready.
         leaving: routers are to send nobody any more, though whoever comes is served.
         reads_inline: little bodies are read on the event loop, where the chat template may be run there.
+        followers: the other ranks, where there are any; begun here, unless whoever starts the server has begun them.
     """
 
     settings: Settings
@@ -134,7 +135,8 @@ class Service:
         """Runs on the engine's thread."""
         size = self.settings.tensor_parallel_size
         if size > 1:
-            self.followers = Followers(size, self.engine.lose)
+            self.followers = self.followers or Followers(size)
+            self.followers.watch(self.engine.lose)
         from prerope.server.engine.limits import check_ranks
         from prerope.server.engine.loading import in_words, load_engine
         from prerope.server.log import route_transformers_log
@@ -178,9 +180,9 @@ class Service:
             return ALONE
         settings, on_gpus = self.settings, choose_device(self.settings.device).type == "cuda"
         known = settings.model_dump(mode="json", exclude=SECRETS, exclude_none=True)
-        self.followers.begin({"settings": known, "checkpoint": asdict(checkpoint), "on_gpus": on_gpus})
+        folder = self.followers.begin({"settings": known, "checkpoint": asdict(checkpoint), "on_gpus": on_gpus})
         self.report(f"waiting for {settings.tensor_parallel_size - 1} other ranks")
-        ranks = Ranks.join(self.followers.folder, 0, settings.tensor_parallel_size, on_gpus=on_gpus)
+        ranks = Ranks.join(folder, 0, settings.tensor_parallel_size, on_gpus=on_gpus)
         ranks.lost = self.followers.loss
         return ranks
 

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-gc.disable()  # what is imported and collected stays, and is not to be looked through again and again
-
 from tests.device import DEVICE  # before torch: it decides what torch and Triton see
 
+gc.disable()  # what is imported and collected stays, and is not to be looked through for garbage again and again
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 

@@ -12,8 +12,11 @@ import time
 from typing import Any
 
 from prerope.server import __main__ as entry
-from prerope.server.engine.engine import Engine
-from prerope.server.tokenizer import Tokenizer
+from prerope.server.machine.imports import importing
+
+with importing():
+    from prerope.server.engine.engine import Engine
+    from prerope.server.tokenizer import Tokenizer
 
 ERRORS = {"raise": RuntimeError("a fault of the test"), "exit": SystemExit(7)}
 QUOTED = "QUOTE-THIS"

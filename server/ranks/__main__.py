@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from prerope.server.config import EngineConfig
 from prerope.server.errors import PreRopeError
+from prerope.server.machine.imports import importing
 from prerope.server.machine.threads import let_waiting_threads_sleep
 from prerope.server.settings import Settings
 
@@ -29,11 +30,12 @@ def main() -> NoReturn:
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.SIG_IGN)  # the server drains first
     let_waiting_threads_sleep()
-    from prerope.server.engine.loading import load_engine  # and torch: seconds in which a signal is not to end it
-    from prerope.server.log import route_transformers_log
-    from prerope.server.models.checkpoint import Checkpoint
-    from prerope.server.ranks.group import Ranks
-    from prerope.server.ranks.orders import follow
+    with importing():  # and torch: seconds in which a signal is not to end it
+        from prerope.server.engine.loading import load_engine
+        from prerope.server.log import route_transformers_log
+        from prerope.server.models.checkpoint import Checkpoint
+        from prerope.server.ranks.group import Ranks
+        from prerope.server.ranks.orders import follow
 
     order = json.loads(sys.stdin.buffer.readline() or b"null")
     if order is None:

@@ -29,28 +29,34 @@ END_S = 5.0
 class Followers:
     """Ranks 1 … `size` − 1. They import what takes long at once, and begin when they are told what to load."""
 
-    def __init__(self, size: int, on_loss: Callable[[RankLost], None]) -> None:
-        self._size, self._on_loss = size, on_loss
-        self.folder = Path(tempfile.mkdtemp(prefix="prerope-ranks-"))  # nobody else's: it has mode 0700
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._folder: Path | None = None
         self._ending, self._seen = False, threading.Event()
         self._lost: RankLost | None = None
         command = [sys.executable, "-m", "prerope.server.ranks"]
         self.processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(1, size)
         ]
-        for rank, process in enumerate(self.processes, start=1):
-            threading.Thread(target=self._watch, args=(rank, process), name=f"rank-{rank}", daemon=True).start()
 
-    def begin(self, what: dict[str, Any]) -> None:
-        """Tell the followers what to load."""
+    def watch(self, on_loss: Callable[[RankLost], None]) -> None:
+        """Call this once one of them has ended, now or later, without having been told to."""
         for rank, process in enumerate(self.processes, start=1):
-            order = what | {"rank": rank, "size": self._size, "folder": str(self.folder)}
+            arguments = rank, process, on_loss
+            threading.Thread(target=self._watch, args=arguments, name=f"rank-{rank}", daemon=True).start()
+
+    def begin(self, what: dict[str, Any]) -> Path:
+        """Tell the followers what to load. Returns the folder where they are met."""
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="prerope-ranks-"))  # nobody else's: it has mode 0700
+        for rank, process in enumerate(self.processes, start=1):
+            order = what | {"rank": rank, "size": self._size, "folder": str(folder)}
             assert process.stdin is not None
             try:
                 process.stdin.write(json.dumps(order).encode() + b"\n")
                 process.stdin.flush()
             except BrokenPipeError as error:
                 raise self.loss(error) from error
+        return folder
 
     def loss(self, error: BaseException) -> BaseException:
         """The error that explains why a collective failed: which rank has ended."""
@@ -71,9 +77,10 @@ class Followers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+    def _watch(self, rank: int, process: subprocess.Popen[bytes], on_loss: Callable[[RankLost], None]) -> None:
         code = process.wait()
         if self._ending or code == 0 or self._lost is not None:  # 0: they were told to
             return
@@ -83,4 +90,4 @@ class Followers:
             f"{self._size} processes needs them all, so the server ends; start it again"
         )
         self._seen.set()
-        self._on_loss(self._lost)
+        on_loss(self._lost)

@@ -36,6 +36,7 @@ PR_SET_PDEATHSIG = 1
 def main(control_fd: int) -> NoReturn:
     """Serve the control socket until its other end is closed."""
     sys.modules["torch"] = None  # type: ignore[assignment]  # transformers goes without; nothing here needs it
+    gc.disable()  # here and in children, each of which does one task
     control = socket.socket(fileno=control_fd)
     wake, woken = os.pipe()
     os.set_blocking(woken, False)
@@ -48,7 +49,6 @@ def main(control_fd: int) -> NoReturn:
         yield_to_others(ASIDE)  # and its children from their birth, which takes a core for a while, too
         gc.collect()
         gc.freeze()  # children share these pages until they write to them
-        gc.disable()
         while True:
             ready, _, _ = select.select([control.fileno(), wake], [], [])
             if wake in ready:

@@ -11,17 +11,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from prerope.server.engine.engine import Engine
-from prerope.server.errors import ConfigurationError
-from prerope.server.models.checks.probe import probe
-from prerope.server.models.cpu.build import prepare
-from prerope.server.models.model import Model
-from prerope.server.models.shares import share_out
-from prerope.server.ranks.group import Ranks
-from prerope.server.ranks.orders import follow
+from prerope.server.machine.imports import importing
 
-from tests.engine.tiny_models import tiny, tiny_engine
+with importing():
+    import torch
+    from prerope.server.engine.engine import Engine
+    from prerope.server.errors import ConfigurationError
+    from prerope.server.models.checks.probe import probe
+    from prerope.server.models.cpu.build import prepare
+    from prerope.server.models.model import Model
+    from prerope.server.models.shares import share_out
+    from prerope.server.ranks.group import Ranks
+    from prerope.server.ranks.orders import follow
+
+    from tests.engine.tiny_models import tiny, tiny_engine
 
 
 def shared_engine(order: dict[str, Any], rank: int) -> Engine:
