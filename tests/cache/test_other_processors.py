@@ -227,7 +227,8 @@ def test_pairs_are_multiplied_where_the_processor_can(processor: Processor, requ
 def test_vectors_stay_in_registers(compiler: str, arch: str, source: Path) -> None:
     """A compiler takes a vector wider than a register apart, on the stack: results are right, and slow.
 
-    Vectors of 16 floats were stored there 1.8 to 4.6 times a product, on x86 without AVX-512.
+    Vectors of 16 floats were stored there 1.8 to 4.6 times a product, on x86 without AVX-512. What folds finished sums
+    stores, too, however few products a loop is written with.
     """
     if shutil.which(compiler) is None or (compiler == "gcc" and platform.machine() != "x86_64"):
         pytest.skip(f"no {compiler} for {arch}")
@@ -238,4 +239,4 @@ def test_vectors_stay_in_registers(compiler: str, arch: str, source: Path) -> No
     product, stored = r"\s+(vfmadd|v?mulps|fmla)", r"\s+(v?mov\w+\s+%[xyz]mm\d+, -?\d*\(%r[sb]p|st[pr]\s+q.*\[sp)"
     products, stores = (sum(re.match(pattern, line) is not None for line in code) for pattern in (product, stored))
     assert products > 300
-    assert stores < products
+    assert stores < 1.2 * products

@@ -13,6 +13,9 @@
 
 #define OUTPUTS 16 /* sums that are folded together, of R rows and OUTPUTS/R weight rows: a multiple of LANES */
 #define BESIDE 4   /* of them are streamed side by side: 16, and 1, were slower */
+/* Where bf16 is widened to vectors of eight, 2 are, and the 2 that follow are asked for: the processor's own prefetching
+ * then joins in, as it does not when weights are asked for from further on. fp32 and int8 were slower so. */
+#define BY_TWOS(kind) (LANES == 8 && (kind) == WIDENED)
 #define STEP (2 * LANES) /* members of a row that lanes take at once: two vectors of floats, or one of pairs */
 #define FEW_REGISTERS (REGISTERS <= 16)
 #define AHEAD 8192 /* bytes before its use that a weight is asked for */
@@ -139,14 +142,14 @@ INLINE void add_dots(const char *const *x, const char *weight, int64_t stride, i
 }
 
 /* How many of C weight rows run side by side: as many sums as leave registers for what is multiplied. */
-INLINE int num_beside(const int R, const int C) {
-    return C % 3 == 0 ? 3 : least(least(C, BESIDE), REGISTERS / 2 / R);
+INLINE int num_beside(const int R, const int C, const int kind) {
+    return C % 3 == 0 ? 3 : least(least(C, BY_TWOS(kind) ? 2 : BESIDE), REGISTERS / 2 / R);
 }
 
-/* Lanes' sums of R rows and num_beside(R, C) weight rows, over all members, to lanes [R, C]. */
+/* Lanes' sums of R rows and num_beside(R, C, kind) weight rows, over all members, to lanes [R, C]. */
 INLINE void sum_all(const char *const *x, const char *weight, int64_t stride, int64_t in, int64_t ahead, vfloat *lanes,
                     const int R, const int C, const int kind, const int stream) {
-    const int beside = num_beside(R, C);
+    const int beside = num_beside(R, C, kind);
     vfloat sum[OUTPUTS] = {};
     add_dots(x, weight, stride, 0, in, sum, R, beside, kind, stream, ahead);
 #pragma GCC unroll 16
@@ -168,7 +171,7 @@ typedef void SumAll(const char *const *x, const char *weight, int64_t stride, in
 INLINE void dots(const Linear *linear, const Part *part, const char *const *x, const char *weight, int64_t stride, int64_t row,
                  int64_t n, const int R, const int C, const int kind, const int of, const int stream, int64_t ahead,
                  SumAll *apart, Sums *sums) {
-    const int beside = num_beside(R, C);
+    const int beside = num_beside(R, C, kind);
     int64_t in = linear->in, middle = in / 64 * 32;
     if (FEW_REGISTERS) {
         if (sums->n >= 0) put(linear, part, sums, R, C, of);

@@ -38,7 +38,7 @@ INLINE void block_of(const Linear *linear, const Part *part, int64_t first, cons
         rows_at(linear, x, row, rows, R, kind);
         for (int64_t n = first; n < first + BLOCK; n += OUTPUTS / R) {
             /* Rows that come in several tiles share out the asking for the next block. */
-            int64_t ahead = AHEAD, share = (n - first) * most_rows / BLOCK;
+            int64_t ahead = BY_TWOS(kind) ? 2 * stride : AHEAD, share = (n - first) * most_rows / BLOCK;
             if (most_rows > R) ahead = share >= row && share < row + R ? BLOCK * stride : 0;
             const char *weight = (const char *)part->weight + n * stride;
             dots(linear, part, rows, weight, stride, row, n, R, OUTPUTS / R, kind, kind, 1, ahead, apart, &sums);
