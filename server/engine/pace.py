@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from prerope.server.engine.scheduler import RowTimes
 
 FEW, WHOLE, MULTIPLE = (1, 2, 4, 8, 12, 16, 32), 128, 32
-"""Rows of prompts in a step beside streams: few, most of which are computed as decode steps are, or a whole chunk and ever
-larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few are
-dear differs by machine, and by how many keys are before them. Fewer than eight read prompts at a fraction of the rate:
-they are for gaps into which no eight go; 32 are for processors that are bound by arithmetic, where they cost hardly more
-than a whole chunk that is too long."""
+"""Rows of prompts in a step beside streams: few, most of which are computed as decode steps are, or a whole chunk and
+ever larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few
+are dear differs by machine, and by how many keys are before them. Fewer than eight read prompts at a fraction of the
+rate: they are for gaps into which no eight go; 32 are for processors that are bound by arithmetic, where they cost
+hardly more than a whole chunk that is too long."""
 FIRST = 8
 """Before any time is known."""
 ROOM = 0.9
