@@ -336,7 +336,7 @@ TWO_CORES = {
     2048: {1: 15, 5: 37, 9: 47, 13: 65, 17: 77, 33: 136, 65: 235, 129: 443, 513: 1583},
     8192: {1: 21, 5: 68, 9: 90, 13: 123, 17: 154, 33: 267, 65: 495, 129: 943, 513: 3459},
 }
-"""As `TIMES`, of two cores that are bound by arithmetic, the stream's row counted: their products and attention apart."""
+"""As `TIMES`, of two cores that are bound by arithmetic, the stream's row counted: products and attention summed."""
 
 
 def test_a_long_prompt_keeps_three_quarters_of_its_rate_where_whole_chunks_are_late() -> None:
