@@ -12,7 +12,9 @@ of the document itself saw the first reading of those tokens, rows behind it see
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 
@@ -33,28 +35,38 @@ class DocumentSpan(NamedTuple):
         return min(max(num_tokens - self.start, 0), self.stop - self.start)
 
 
+STOP, COPIED = attrgetter("stop"), attrgetter("copied")
+"""Both grow from span to span, so where a position stands among them is found by halves: a request may have a thousand
+documents, and these functions are asked in every step, `layout` for every block."""
+
+
 def span_at(spans: Sequence[DocumentSpan], position: int) -> DocumentSpan | None:
     """The document whose copied tokens include this position."""
-    return next((span for span in spans if span.copied <= position < span.stop), None)
+    place = bisect_right(spans, position, key=STOP)
+    return spans[place] if place < len(spans) and spans[place].copied <= position else None
 
 
 def next_copied(spans: Sequence[DocumentSpan], position: int, num_tokens: int) -> int:
     """The first copied token from `position` on; `num_tokens` where there is none."""
-    return min((span.copied for span in spans if position <= span.copied < span.stop), default=num_tokens)
+    places = range(bisect_left(spans, position, key=COPIED), len(spans))
+    return next((spans[place].copied for place in places if spans[place].copied < spans[place].stop), num_tokens)
 
 
-def largest_reading(spans: Sequence[DocumentSpan], position: int) -> int:
-    """Tokens of the longest prompt, prefix and one document, that is to be read from `position` on; 0: none is."""
-    lengths = (span.stop - span.start for span in spans if span.copied < span.stop and span.stop > position)
-    longest = max(lengths, default=0)
-    return longest and spans[0].start + longest
+def longest_readings(spans: Sequence[DocumentSpan]) -> list[int]:
+    """Of each document, and of their end, tokens of the longest prompt, prefix and one document, that is to be read
+    from it on; 0: none is."""
+    longest = [0]
+    for span in reversed(spans):
+        reading = spans[0].start + span.stop - span.start if span.copied < span.stop else 0
+        longest.append(max(longest[-1], reading))
+    return longest[::-1]
 
 
 def filled_from(spans: Sequence[DocumentSpan], position: int) -> int:
     """Where the copied tokens begin that end right before `position`; `position` where none do."""
-    for span in reversed(spans):
-        if span.stop == position and span.copied < span.stop:
-            position = span.copied
+    place = bisect_left(spans, position, key=STOP)
+    while 0 <= place < len(spans) and spans[place].stop == position and spans[place].copied < position:
+        position, place = spans[place].copied, place - 1
     return position
 
 
@@ -63,7 +75,8 @@ def layout(spans: Sequence[DocumentSpan], first: int, stop: int) -> bytes:
 
     Empty where all of them attend to everything before them.
     """
-    inside = [span for span in spans if span.copied < min(span.stop, stop) and span.stop > first]
+    some = spans[bisect_right(spans, first, key=STOP) : bisect_left(spans, stop, key=COPIED)]
+    inside = [span for span in some if span.copied < span.stop]
     if not inside:
         return b""
     return repr((spans[0].start, [(span.start, span.copied, min(span.stop, stop)) for span in inside])).encode()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -153,6 +153,12 @@ class PrefixHasher:
             self.hashes.append(h.digest())
         return self.hashes
 
+    def each(self, token_ids: Sequence[int], num_blocks: int) -> Iterator[bytes]:
+        """The hashes of its first full blocks, each made when it is asked for: a prompt may have thousands, and who
+        looks them up often needs the first alone."""
+        for index in range(num_blocks):
+            yield self.extend(token_ids, (index + 1) * self._block_size)[index]
+
     def tail(self, token_ids: Sequence[int]) -> bytes | None:
         """The hash of a last block that `token_ids` fill in part and nobody will fill up; None: it is full."""
         full = len(self.extend(token_ids))
@@ -273,7 +279,7 @@ class KVCacheManager:
             return []
         blocks = []
         usable = sequence.num_reusable_tokens // self.block_size
-        for block_hash in sequence.hasher.extend(sequence.token_ids)[:usable]:
+        for block_hash in sequence.hasher.each(sequence.token_ids, usable):
             block = self.pool.find(block_hash)
             if block is None:
                 break

@@ -9,15 +9,22 @@ one reader at a time, for the document that its own rows have reached.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from prerope.cache.blocks.documents import DocumentSpan, largest_reading, next_copied, span_at
+import numpy as np
+from numpy.typing import NDArray
+from prerope.cache.blocks.documents import STOP, DocumentSpan, next_copied, span_at
 from prerope.cache.blocks.manager import KVCacheManager, PrefixHasher
 from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import SamplingParams, Sequence
 from prerope.server.engine.step import Scheduled
+
+COPIED = 64
+"""Tokens that are copied in less than the time in which a row is read. So many take a row of a step's budget, and so
+does each document: a prompt may have a thousand, all known, or one as long as the cache."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -29,7 +36,8 @@ class DocumentReader(Sequence):
 
     @classmethod
     def of(cls, parent: Sequence, document: DocumentSpan, block_size: int) -> DocumentReader:
-        ids = parent.token_ids[: parent.request.documents[0].start] + parent.token_ids[document.start : document.stop]
+        prefix = parent.request.documents[0].start
+        ids = parent.token_ids[:prefix] + parent.token_ids[document.start : document.stop]
         request = replace(
             parent.request,
             request_id=f"{parent.request_id} document {document.start}",
@@ -37,10 +45,12 @@ class DocumentReader(Sequence):
             sampling=SamplingParams(max_tokens=0),
             documents=(),
         )
+        hasher = PrefixHasher(block_size, parent.positions, request.cache_salt)
+        hasher.hashes = parent.hasher.hashes[: min(prefix, parent.selects_from) // block_size]
         return cls(
             request=request,
             positions=parent.positions,
-            hasher=PrefixHasher(block_size, parent.positions, request.cache_salt),
+            hasher=hasher,
             generator=None,
             token_ids=ids,
             num_prompt_tokens=len(ids),
@@ -79,6 +89,11 @@ class Copy(NamedTuple):
     source: list[int]
     target: list[int]
 
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """[2, n]"""
+        return np.asarray([self.source, self.target], dtype=np.int64)
+
 
 class Documents:
     """Readers of the documents of running sequences, and the copies that are to be made of what they have read."""
@@ -116,10 +131,15 @@ class Documents:
                 else:
                     self.close(sequence)
                 return
-            if not self._grow(sequence, document.stop, plan):
+            stop = min(document.stop, position + COPIED * num_tokens)
+            num_tokens -= -(-(stop - position) // COPIED)
+            if first is not None and num_tokens == 0:  # behind rows of this step it counts only with more rows
+                self.close(sequence)
                 return
-            self.copy(reader, position)
-            position = document.stop
+            if not self._grow(sequence, stop, plan):
+                return
+            self.copy(reader, position, stop)
+            position = stop
             if first is None:
                 sequence.num_computed_tokens = position
 
@@ -133,12 +153,13 @@ class Documents:
         assert isinstance(sequence.reader, DocumentReader)
         return sequence.reader
 
-    def copy(self, reader: DocumentReader, position: int) -> None:
-        """From `position` of the parent to the document's end; the reader's work is done then."""
-        parent, stop = reader.parent, reader.document.stop
+    def copy(self, reader: DocumentReader, position: int, stop: int) -> None:
+        """From `position` of the parent to `stop`; at the document's end the reader's work is done."""
+        parent = reader.parent
         source = self._cache.slots(reader, reader.row_of(position), reader.row_of(stop))
         self.copies.append(Copy(parent, source, self._cache.slots(parent, position, stop)))
-        self.close(parent)
+        if stop == reader.document.stop:
+            self.close(parent)
 
     def close(self, sequence: Sequence) -> None:
         """End its reader, if it has one."""
@@ -154,5 +175,6 @@ class Documents:
     def blocks_to_read(self, sequence: Sequence) -> int:
         """Blocks that its readers, one at a time, are still to get beside its own."""
         held = 0 if sequence.reader is None else len(sequence.reader.block_table)
-        largest = largest_reading(sequence.request.documents, sequence.num_computed_tokens)
+        place = bisect_right(sequence.request.documents, sequence.num_computed_tokens, key=STOP)
+        largest = sequence.longest_readings[place]
         return max(0, self._cache.blocks_for(largest) - held)

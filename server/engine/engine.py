@@ -142,6 +142,8 @@ class Engine:
             self.tiers.take_in(self.scheduler.waiting.values())
         before, plan = self._in_flight, self.scheduler.schedule()
         self._plan = plan
+        for copy in self.scheduler.take_copies():  # also where there are no rows
+            self._copy(copy.slots)
         self._in_flight = self._launch(plan, before, began, cpu_began) if plan else None
         if before is not None:
             outputs += self._collect(before)
@@ -162,12 +164,13 @@ class Engine:
         return sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
 
     @torch.inference_mode()
+    def _copy(self, slots: NDArray[np.int64]) -> None:
+        if not self._alone:
+            tell_copy(self.ranks, slots)
+        self.copy(slots)
+
+    @torch.inference_mode()
     def _launch(self, plan: list[Scheduled], before: Step | None, began: float, cpu_began: float | None) -> Step:
-        for copy in self.scheduler.take_copies():
-            slots = np.asarray([copy.source, copy.target], dtype=np.int64)
-            if not self._alone:
-                tell_copy(self.ranks, slots)
-            self.copy(slots)
         logits = self._forward(plan, None if before is None else before.arrival.tokens)
         on_device, ends = self._sample_on_device, self.info.eos_token_ids
         return finish_launch(plan, logits, ends, on_device=on_device, began=began, cpu_began=cpu_began)

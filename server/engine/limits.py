@@ -12,7 +12,7 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prerope.cache.blocks.documents import DocumentSpan, largest_reading
+from prerope.cache.blocks.documents import DocumentSpan, longest_readings
 from prerope.server.errors import TOO_LONG, ConfigurationError, DeadlineExceeded, InvalidRequest, QueueFull
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def check_documents(spans: Several[DocumentSpan], num_tokens: int, max_tokens: i
 
     Or where a model's recurrent layers have all that stands before a token in one state, which cannot be copied there.
     """
-    reading = largest_reading(spans, 0)
+    reading = longest_readings(spans)[0]
     if reading and info.recurrent:
         raise InvalidRequest(
             "'documents' cannot be read on their own by this model: its recurrent layers keep one state of all that "

@@ -57,7 +57,8 @@ class TokenOutput:
         num_prompt_tokens, num_cached_tokens, num_processed_tokens: the prompt, how much of it came from the
             prefix cache, and how much is computed so far (cached included).
         finish_reason: set on the last event.
-        document_cached_tokens: of each document that is read on its own, how many of its tokens were in the cache.
+        document_cached_tokens: of each document that is read on its own, how many of its tokens were in the cache; with
+            every event that has tokens or ends the request.
         num_drafted_tokens, num_accepted_tokens: of the output until now; see `server.engine.speculation`.
         timings: until now, with every event that has tokens or ends the request: its reader may end it there.
         failure: on the last event of a request that failed alone; its caller gets the error.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from prerope.cache.attention.selection import selects_from
-from prerope.cache.blocks.documents import DocumentSpan
+from prerope.cache.blocks.documents import DocumentSpan, longest_readings
 from prerope.cache.blocks.manager import BlockTable, PrefixHasher
 from prerope.cache.blocks.states import SequenceState
 from prerope.cache.tier import Fetch
@@ -135,6 +135,7 @@ class Sequence:
         drafter: says what may come next, once it decodes.
         num_drafted, num_accepted: tokens that were drafted, and those of them that came true.
         documents_found: of each document that was copied, how many of its tokens were in the cache at the first try.
+        longest_readings: see `cache.blocks.documents`. cached_of_documents: what outputs tell.
     """
 
     request: EngineRequest
@@ -158,6 +159,8 @@ class Sequence:
     num_drafted: int = 0
     num_accepted: int = 0
     documents_found: dict[DocumentSpan, int] = field(default_factory=dict)
+    longest_readings: list[int] = field(default_factory=list)
+    cached_of_documents: tuple[int, ...] = ()
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     prompt_logprobs_sent: bool = False
     standing: Standing | None = None
@@ -183,6 +186,7 @@ class Sequence:
             num_prompt_tokens=len(ids),
             matcher=None if sampling.grammar is None else sampling.grammar.matcher(),
             deadline=min(request.deadline, math.inf if timeout is None else time.monotonic() + timeout),
+            longest_readings=longest_readings(request.documents),
         )
 
     @property
@@ -331,13 +335,17 @@ class Sequence:
             finish_reason=finish_reason,
             num_drafted_tokens=self.num_drafted,
             num_accepted_tokens=self.num_accepted,
-            document_cached_tokens=tuple(
-                document.within(self.num_cached_tokens) + self.documents_found.get(document, 0)
-                for document in self.request.documents
-            ),
+            document_cached_tokens=self._cached_of_documents() if token_ids or finish_reason else (),
             timings=self._timings() if token_ids or finish_reason else None,
             failure=failure,
         )
+
+    def _cached_of_documents(self) -> tuple[int, ...]:
+        """Of each, its tokens that were in the cache: once a token was sampled that is known, and stays."""
+        spans, cached, found = self.request.documents, self.num_cached_tokens, self.documents_found
+        if len(self.cached_of_documents) < len(spans):
+            self.cached_of_documents = tuple(span.within(cached) + found.get(span, 0) for span in spans)
+        return self.cached_of_documents
 
     def _timings(self) -> Timings:
         now = time.monotonic()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
@@ -31,7 +32,8 @@ GRAM = 3
 MAX_PLACES, MAX_COMMON = 8, 32
 """Places that are compared, and tokens that are compared of each."""
 _PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
-_CHUNK = 2**18  # tokens that are hashed at once
+PIECE = 2**13
+"""Tokens of a prompt that are taken in before a step, in a millisecond or two: it may have a million."""
 _NOWHERE = -1
 
 
@@ -53,18 +55,28 @@ class History:
         self._bits = 10
         self._newest = array("i")
         self._num_known = 0
+        self._reading: Iterator[None] | None = None
 
-    def read(self, num_known: int) -> None:
-        """Take in the tokens up to number `num_known` without following: a prompt."""
-        self._index(num_known)
+    def read(self, num_known: int) -> bool:
+        """Take in tokens without following: a prompt, of `num_known` at the first call. Some of them; whether it is
+        done: until then nothing is expected to come next."""
+        self._reading = self._reading or self._pieces(num_known)
+        for _ in self._reading:
+            self.place, self.common = None, 0
+            return False
+        self._reading = None
         self._look_up()
+        return True
 
     def follow(self, token: int) -> bool | None:
         """Take in the next token of the list; whether it is the one that was expected, None where none was."""
-        hit = None if self.place is None else self.token_ids[self.place] == token
+        place, common = self.place, self.common
+        hit = None if place is None else self.token_ids[place] == token
         self._add(self._num_known + 1)
-        if hit and self.place is not None:
-            self.place, self.common = self.place + 1, self.common + 1
+        if self.reads:
+            return hit
+        if hit and place is not None:
+            self.place, self.common = place + 1, common + 1
         else:
             self._look_up()
         return hit
@@ -73,6 +85,11 @@ class History:
     def num_known(self) -> int:
         """Tokens that were taken in."""
         return self._num_known
+
+    @property
+    def reads(self) -> bool:
+        """Whether `read` is to be called before anything is followed: at first, and where there was no more room."""
+        return self._reading is not None or not self._num_known
 
     def expected(self, count: int) -> list[int]:
         """The next `count` tokens as they stand at `place`; where the list ends, they go on as they began."""
@@ -104,7 +121,7 @@ class History:
     def _add(self, end: int) -> None:
         """Enter the place after the first `end` tokens."""
         if end >= len(self._newest):
-            self._index(end)
+            self.read(end)
             return
         ids, before = self.token_ids, _NOWHERE
         if end >= GRAM:
@@ -115,25 +132,27 @@ class History:
         self._before.append(before)
         self._num_known = end
 
-    def _index(self, num_known: int) -> None:
-        """All places anew, with room for as many again."""
-        self._bits = max(10, num_known.bit_length())
+    def _pieces(self, num_known: int) -> Iterator[None]:
+        """Enter all places anew, with room for as many again: the last of several pieces is followed by the end."""
+        bits = max(10, num_known.bit_length())
         before = np.full(num_known + 1, _NOWHERE, dtype=np.int32)
-        newest = np.full(2**self._bits, _NOWHERE, dtype=np.int32)
-        ids = np.array(self.token_ids[:num_known], dtype=np.uint32)
-        for begin in range(GRAM, num_known + 1, _CHUNK):
-            ends = np.arange(begin, min(begin + _CHUNK, num_known + 1))
+        newest = np.full(2**bits, _NOWHERE, dtype=np.int32)
+        for begin in range(GRAM, num_known + 1, PIECE):
+            if begin > GRAM:
+                yield
+            stop = min(begin + PIECE, num_known + 1)
+            ids, ends = np.array(self.token_ids[begin - GRAM : stop - 1], dtype=np.uint32), np.arange(begin, stop)
             mixed = np.zeros(len(ends), dtype=np.uint32)
             for n, prime in enumerate(_PRIMES):
-                mixed += ids[ends - GRAM + n] * np.uint32(prime)
-            chains = mixed >> np.uint32(32 - self._bits)
+                mixed += ids[n : n + len(ends)] * np.uint32(prime)
+            chains = mixed >> np.uint32(32 - bits)
             order = np.argsort(chains, kind="stable")
             same = chains[order][1:] == chains[order][:-1]
             before[ends] = newest[chains]
             before[ends[order[1:][same]]] = ends[order[:-1][same]]
             newest[chains] = ends  # of equal chains the last one stays
         self._before, self._newest = array("i", before.tobytes()), array("i", newest.tobytes())
-        self._num_known = num_known
+        self._bits, self._num_known = bits, num_known
 
 
 MAX_DRAFTS = 31
@@ -198,11 +217,10 @@ class Drafter:
     def follow(self, num_known: int) -> None:
         """Take in the sequence's tokens up to number `num_known`, counting which of them were expected."""
         history = self.history
-        if not history.num_known:
-            history.read(num_known)
+        if history.reads and not history.read(num_known):
             return
-        for place in range(history.num_known, num_known):
-            common = history.common
+        while history.num_known < num_known and not history.reads:
+            common, place = history.common, history.num_known
             hit = history.follow(history.token_ids[place])
             if hit is not None:
                 self.acceptance.count(common, hit=hit)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from importlib import metadata
-from itertools import dropwhile
+from itertools import dropwhile, takewhile
 
 import torch
 from prerope.cache.blocks.manager import KVCacheManager
@@ -38,17 +38,17 @@ class Tiers:
 
     def ask(self, sequence: Sequence) -> None:
         """Begin to fetch what the tiers have of a new sequence; it is admitted when that has come."""
-        chains = [list(dropwhile(self._in_cache, chain)) for chain in self._chains(sequence)]
-        chains = [chain for chain in chains if chain and self.tier.holds(chain[0])]
+        missing = (dropwhile(self._in_cache, chain) for chain in self._chains(sequence))
+        chains = [found for chain in missing if (found := list(takewhile(self.tier.holds, chain)))]
         if chains:
             sequence.fetch = self.tier.fetch(chains)
 
     def _in_cache(self, block_hash: bytes) -> bool:
         return self._cache.pool.find(block_hash) is not None
 
-    def _chains(self, sequence: Sequence) -> Iterable[list[bytes]]:
+    def _chains(self, sequence: Sequence) -> Iterable[Iterable[bytes]]:
         usable = sequence.num_reusable_tokens // self._cache.block_size
-        yield sequence.hasher.extend(sequence.token_ids)[:usable]
+        yield sequence.hasher.each(sequence.token_ids, usable)
         for document in sequence.request.documents:
             if document.copied < document.stop:
                 reader = DocumentReader.of(sequence, document, self._cache.block_size)

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from prerope.cache.blocks.documents import DocumentSpan, filled_from, layout, next_copied, span_at
+from hypothesis import given
+from hypothesis import strategies as st
+from prerope.cache.blocks.documents import DocumentSpan, filled_from, layout, longest_readings, next_copied, span_at
 from prerope.rope.spec import METHOD_NAMES, RopeSpec
+from prerope.server.engine.documents import COPIED
 from prerope.server.engine.engine import Engine
+from prerope.server.engine.outputs import TokenOutput
 from prerope.server.engine.sequence import EngineRequest
 from prerope.server.engine.tiers import Tiers, open_tier
 from prerope.server.models.model import Model
@@ -232,6 +236,57 @@ def test_spans() -> None:
     assert filled_from(spans_of([4, 4], reread=0, prefix=4), 12) == 4
     assert layout(spans, 0, 9) == b""
     assert layout(spans, 8, 16) != layout(spans_of([9, 4, 20], reread=5, prefix=4), 8, 16)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9), st.sampled_from([0, 1, 3, 20])), min_size=1),
+    place=st.floats(-0.1, 1.2),
+    size=st.integers(1, 16),
+)
+def test_places_among_spans(shapes: list[tuple[int, int, int]], place: float, size: int) -> None:
+    """By their definitions: all spans are looked at."""
+    spans: list[DocumentSpan] = []
+    for gap, length, reread in shapes:
+        start = gap + (spans[-1].stop if spans else 0)
+        spans.append(DocumentSpan(start, start + length, reread))
+    position = int(place * spans[-1].stop)
+    within = [span for span in spans if span.copied <= position < span.stop]
+    assert span_at(spans, position) == (within[0] if within else None)
+    copied = [span.copied for span in spans if position <= span.copied < span.stop]
+    assert next_copied(spans, position, 500) == min(copied, default=500)
+    readings = [span.stop - span.start for span in spans if span.copied < span.stop > position]
+    rest = longest_readings(spans)[sum(span.stop <= position for span in spans)]
+    assert rest == max([spans[0].start + length for length in readings], default=0)
+    stop = position + size
+    inside = [span for span in spans if span.copied < min(span.stop, stop) and span.stop > position]
+    told = (spans[0].start, [(span.start, span.copied, min(span.stop, stop)) for span in inside])
+    assert layout(spans, position, stop) == (repr(told).encode() if inside else b"")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_step_copies_no_more_than_it_has_time_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch, *, alone: bool
+) -> None:
+    """A thousand documents that were all known were looked up and copied in one step of two seconds."""
+    short, long = [prompt_of(17, seed=n) for n in range(30)], prompt_of(1200, seed=30)
+    options: dict[str, Any] = {"num_blocks": 400, "max_model_len": 2400, "max_batched_tokens": 8, "stream_gap_s": None}
+    engine, order = tiny_engine(model, **options), [*short[::-1], long]
+    run(engine, [asked("first", [*short, long])])
+    expected = reply(tiny_engine(model, **options), asked("cold", order))
+    if not alone:
+        engine.add(request("stream", prompt_of(5), greedy(300)))
+        engine.step()
+    engine.add(asked("again", order))
+    outputs, copied, copy = list[TokenOutput](), list[int](), engine.copy
+    monkeypatch.setattr(engine, "copy", lambda slots: (copied.append(slots.shape[1]), copy(slots)))
+    while not outputs or outputs[-1].finish_reason is None:
+        outputs += [output for name, output in engine.step() if name == "again"]
+        assert sum(-(-count // COPIED) for count in copied) <= 8
+        copied.clear()
+        engine.check_integrity()
+    assert tokens_of(outputs) == expected[0]
+    assert [entry.logprob for output in outputs for entry in output.logprobs or ()] == expected[1]
+    assert outputs[-1].document_cached_tokens == (*[13] * 30, 1196)
 
 
 def with_tier(model: Model, folder: Path, **options: Any) -> Engine:

@@ -20,6 +20,7 @@ from prerope.cache.blocks.manager import KVCacheManager
 from prerope.cache.kernels.build import library
 from prerope.rope.spec import RopeSpec
 from prerope.server.engine import scheduler as scheduler_module
+from prerope.server.engine import speculation
 from prerope.server.engine import step as step_module
 from prerope.server.engine.sampling import mask as mask_module
 from prerope.server.engine.sequence import SamplingParams, Sequence
@@ -28,6 +29,9 @@ from prerope.server.engine.speculation import (
     KINDS,
     MAX_COMMON,
     MAX_DRAFTS,
+    PIECE,
+    Acceptance,
+    Drafter,
     History,
     Speculator,
     StepTimes,
@@ -201,6 +205,26 @@ def test_a_long_history_is_found_again() -> None:
         assert history.place == 1300
         assert history.common >= MAX_COMMON
         assert history.expected(5) == past[1300:1305]
+
+
+@pytest.mark.parametrize("prompt", [PIECE, PIECE + GRAM - 1, PIECE + GRAM, 20_000, 32_767])
+def test_a_long_prompt_is_read_over_several_steps(prompt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is expected until it is, or while there is no more room; then all is as if it had been read at once."""
+    past = [(n * n * 7919) % 5003 for n in range(5000)]
+    tokens = (7 * past)[: prompt + 40]
+    drafter, at_once = Drafter(tokens, Acceptance()), History(tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr(speculation, "PIECE", len(tokens))
+        assert at_once.read(prompt)
+        for token in tokens[prompt:]:
+            at_once.follow(token)
+    for known in (*range(prompt, len(tokens)), *[len(tokens)] * 5):
+        drafter.follow(known)
+        assert drafter.history.place is None or not drafter.history.reads
+        if known == prompt:
+            assert drafter.history.reads == (prompt >= GRAM + PIECE)
+    assert (drafter.history.place, drafter.history.num_known) == (at_once.place, len(tokens))
+    assert drafter.history.place is not None
 
 
 def test_expected_tokens_go_round() -> None:
