@@ -28,9 +28,9 @@ WORTH = 0.9
 """A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
 SHORT_S, SHORT_STEPS = 0.1, 3
 """None is made shorter than both, the latter in steps without prompts: nobody would see it."""
-LEAST_SCORED, SCORED_S = 4, 0.03
+FIRST_SCORED, SCORED_S = 4, 0.03
 """Rows that are scored, as nobody waits for the first of them, are as many as go into `SHORT_STEPS`, or, where a step
-without prompts is not known, into so many seconds; but so many at least."""
+without prompts is not known, into so many seconds; and so many before their time is known."""
 
 
 class Pace:
@@ -80,10 +80,10 @@ class Pace:
             rows = min(budget, rows + max(MULTIPLE, rows // 4 // MULTIPLE * MULTIPLE))
 
     def most_scored(self, budget: int) -> int:
-        """The number of these rows whose prompt log-probabilities are computed."""
+        """The number of prompt rows whose log-probabilities are computed in a step beside streams; at most the
+        budget."""
         if self._gap_s is None:
             return budget
         others_s, scored_s = self.times.others_s, self.times.scored_s
-        room_s = ROOM * SHORT_STEPS * others_s - others_s or SCORED_S
-        rows = int(min(room_s, self._gap_s) / scored_s) if scored_s else 0
-        return min(budget, max(LEAST_SCORED, rows))
+        room_s = min(ROOM * SHORT_STEPS * others_s, self._gap_s) - others_s if others_s else SCORED_S
+        return min(budget, max(1, int(room_s / scored_s)) if scored_s else FIRST_SCORED)

@@ -46,7 +46,8 @@ SCORED_ROW = 8
 FORGOTTEN = 0.998
 """What is left after each step of a row's time in sizes where it is longer: what was late by chance is tried again."""
 LATE = 2
-"""In a larger step no row takes so many times as long as in a smaller one but by chance."""
+"""In a larger step no row takes so many times as long as in a smaller one but by chance: the first of all may be twenty
+times as long."""
 ANEW, HOPED = 0.95, 2 / 3
 """In a whole chunk a row takes less than in few, so its time there would stay however late one was by chance. So each
 prompt that is read in few rows behind as many keys leaves such a part of it, and no less than so much of theirs."""
@@ -67,6 +68,7 @@ class RowTimes:
         self.scored_s = 0.0
         self._row_s: dict[int, dict[int, float]] = {}  # of a row: keys' binary digits → least rows → seconds
         self._last_s: dict[tuple[int, int], float] = {}  # (keys' digits, size) → of a row in the last such step
+        self._sure: set[tuple[int, int]] = set()  # of which there was more than one
         self._digits = -1  # of the keys in the last step with a size
 
     def add(self, rows: Rows, seconds: float) -> None:
@@ -82,19 +84,23 @@ class RowTimes:
             digits = rows.num_keys.bit_length()
             again = digits in self._row_s and digits != self._digits
             here = self._row_s.setdefault(digits, dict(self.behind(rows.num_keys)))
+            if (digits, size) in self._last_s:
+                self._sure.add((digits, size))
             before_s = self._last_s.get((digits, size), row_s)
             self._last_s[digits, size] = row_s
-            self._learn(here, size, min(before_s, row_s))  # one that is longer than its neighbours was late by chance
+            self._learn(digits, size, min(before_s, row_s))  # one that is longer than its neighbours was late by chance
             if again and size != WHOLE and WHOLE in here:
                 here[WHOLE] = min(here[WHOLE], max(ANEW * here[WHOLE], HOPED * here[size]))
             self._digits = digits
 
-    def _learn(self, here: dict[int, float], size: int, row_s: float) -> None:
+    def _learn(self, digits: int, size: int, row_s: float) -> None:
+        here = self._row_s[digits]
         here[size] = now = _careful(here.get(size, 0.0), row_s)
         for other, known_s in here.items():
-            if known_s > now:
-                late = other > size and known_s > LATE * now
-                here[other] = max(now, (ANEW if late else FORGOTTEN) * known_s)
+            if other > size and known_s > LATE * now:
+                here[other] = ANEW * known_s if (digits, other) in self._sure else LATE * now
+            elif known_s > now:
+                here[other] = max(now, FORGOTTEN * known_s)
 
     def behind(self, num_keys: int) -> dict[int, float]:
         """What a row takes behind so many keys, or the nearest number that is known: fewer, if any is."""
@@ -234,13 +240,15 @@ class Scheduler:
     def _schedule_prefills(self, prompts: list[Sequence], num_keys: int, plan: list[Scheduled]) -> None:
         """num_keys: before the next rows of the prompt that has most."""
         prefills = sorted([one for one in prompts if not one.waits_for_mask], key=lambda s: s.rank)
-        budget = self.max_batched_tokens - sum([one.num_rows for one in plan])
-        if prefills and plan:
-            budget = self.pace.most_rows(budget, num_keys)
-        if budget <= 0 or not prefills:
+        left = self.max_batched_tokens - sum([one.num_rows for one in plan])
+        if left <= 0 or not prefills:
             return
-        most = max(1, self.max_batched_tokens // SCORED_ROW)
-        to_score = self.pace.most_scored(most) if plan else most
+        budget = self.pace.most_rows(left, num_keys) if plan else left
+        to_score = max(1, self.max_batched_tokens // SCORED_ROW)
+        if plan:
+            to_score = self.pace.most_scored(min(to_score, left))
+            if any(one.sampling.prompt_logprobs is not None for one in prefills):
+                budget = max(budget, to_score)  # of rows that are not scored perhaps nothing is known
         for sequence, num_tokens in share(prefills, budget):
             if sequence.request_id not in self.running:
                 continue
