@@ -11,7 +11,6 @@ of several runs the best counts.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,8 +22,9 @@ from prerope.server.models.cpu.build import prepare
 from bench import BenchError
 from bench.kernels.cases import make_step, prefill_flops
 from bench.shared import options
+from bench.shared.clock import clock_of, seconds_of
 from bench.shared.machine import describe_machine
-from bench.shared.report import Report, Table
+from bench.shared.report import Report, Table, counted
 from bench.shared.shapes import SHAPES
 
 BLOCK_SIZE = 16
@@ -32,13 +32,10 @@ LEAST_SECONDS, LEAST_RUNS = 1.0, 3
 
 
 def best_seconds(call: Callable[[], object], threads: int) -> float:
-    clock = time.thread_time if threads == 1 else time.perf_counter
     call()  # plans, and pages touched for the first time
     taken: list[float] = []
     while len(taken) < LEAST_RUNS or sum(taken) < LEAST_SECONDS:
-        start = clock()
-        call()
-        taken.append(clock() - start)
+        taken.append(seconds_of(call, clock_of(threads)))
     return min(taken)
 
 
@@ -66,7 +63,7 @@ def main(arguments: Sequence[str] | None) -> int:
         found.append({"shape": name, "method": method, "chunk": chunk, "context": context, "kernel": speed})
         rows.append([name, method, f"{chunk:,}", f"{context:,}", f"{speed:.0f}"])
         console.print(f"{name} {method} {chunk} rows of {context}: {speed:.0f} GFLOP/s")
-    note = f"Prefill attention, {asked.threads} thread{'s'[: asked.threads != 1]}."
+    note = f"Prefill attention, {counted(asked.threads, 'thread')}."
     table = Table(["shape", "method", "rows", "context", "GFLOP/s"], rows, [note], left=(0, 1))
     data = {"machine": describe_machine(), "threads": asked.threads, "speeds": found}
     Report("attention", [table], data).publish(asked.out, console)

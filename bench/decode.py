@@ -17,35 +17,31 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
 from prerope.cache.attention.selection import selects_from
-from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions
 from prerope.rope.spec import RopeSpec
-from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.loading import load_engine
-from prerope.server.errors import PreRopeError
-from prerope.server.machine.places import default_cache_dir
-from prerope.server.models.checkpoint import checkpoint_name, resolve_checkpoint
+from prerope.server.models.checkpoint import checkpoint_name
 from prerope.server.models.model import Chunk, build_batch
 from tqdm import tqdm
 
-from bench import BenchError
 from bench.shared import options
+from bench.shared.clock import over, seconds_of
+from bench.shared.engines import fill, model_options, opened
 from bench.shared.machine import describe_machine
 from bench.shared.options import method_list
-from bench.shared.report import NOTHING, Report, Table, context_axis
+from bench.shared.report import NOTHING, Report, Table, context_axis, counted
 
 DEFAULT_METHODS = "rope,rerope,yarn,dynamic_leaky"
 DEFAULT_CONTEXTS = "1024,2048,4096,8192,16384,32768"
-Rounds = dict[tuple[str, int], list[float]]  # (method, context) → ms a step, a value a round
+Rounds = Mapping[tuple[str, int], list[float]]  # (method, context) → ms a step, a value a round
 CACHE_SHARE = 0.8  # of free memory: refused beyond, not swapped
 
 
@@ -70,20 +66,11 @@ class Decoding:
         self._tokens = self._engine.model.forward(batch, self._engine.storage).argmax(-1).tolist()
 
     def seconds(self, positions: ModelPositions, context: int, steps: int) -> float:
-        """Median of `steps` steps that end at `context`, after one that is not counted."""
-        taken = []
-        for length in range(context - steps, context + 1):
-            began = time.perf_counter()
-            self.step(positions, length)  # the tokens have arrived when it ends, on a GPU too
-            taken.append(time.perf_counter() - began)
+        """Median of `steps` steps that end at `context`, after one that is not counted. A step ends when its tokens
+        have arrived, on a GPU too."""
+        lengths = range(context - steps, context + 1)
+        taken = [seconds_of(partial(self.step, positions, length)) for length in lengths]
         return statistics.median(taken[1:])
-
-
-def fill(storage: KVStorage, seed: int = 0) -> None:
-    """Random keys and values in every slot."""
-    generator = torch.Generator(storage.keys[0].device).manual_seed(seed)
-    for tensor in (*storage.keys, *storage.values):
-        tensor.normal_(generator=generator)
 
 
 def cells(
@@ -101,7 +88,7 @@ def measure(engine: Engine, asked: argparse.Namespace) -> Rounds:
     """ms a step by (method, context), a value a round."""
     positions = {method.label: engine.resolve_positions(method.spec) for method in asked.methods}
     decoding = Decoding(engine, asked.rows)
-    fill(engine.storage)
+    fill(engine)
     for method in positions:  # pages touched and scratch made, for the longest step
         decoding.step(positions[method], asked.contexts[-1])
     found: Rounds = {(method, context): [] for method in positions for context in asked.contexts}
@@ -114,26 +101,19 @@ def measure(engine: Engine, asked: argparse.Namespace) -> Rounds:
 
 
 def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
-    """As it is served, with room for all rows at the longest context and no more, and for bounds where any choose."""
-    select = max((method.spec.select or 0 for method in asked.methods), default=0)
-    config = EngineConfig(
-        rope=RopeSpec(select=select or None),
-        dtype=asked.dtype,
-        device=asked.device,
+    """With room for all rows at the longest context and no more, and for bounds where any choose. Of memory there is
+    a bound only, since the engine takes what max_num_seqs sequences need; on a GPU it is the engine's own."""
+    on_gpu = asked.device.startswith("cuda") or (asked.device == "auto" and torch.cuda.is_available())
+    engine, _ = opened(
+        asked,
+        say,
+        rope=RopeSpec(select=max((method.spec.select or 0 for method in asked.methods), default=0) or None),
         max_model_len=asked.contexts[-1],
         max_num_seqs=asked.rows,
         max_batched_tokens=max(512, asked.rows),
-        kv_cache_memory=_memory_for_cache(asked.device),
-        prefix_caching=False,
-        cache_dir=default_cache_dir(),
+        kv_cache_memory=None if on_gpu else int(psutil.virtual_memory().available * CACHE_SHARE),
     )
-    return load_engine(resolve_checkpoint(asked.model, None, say), config, say)
-
-
-def _memory_for_cache(device: str) -> int | None:
-    """A bound only: the engine takes what max_num_seqs sequences need. None: the engine's own choice, on a GPU."""
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return None if on_gpu else int(psutil.virtual_memory().available * CACHE_SHARE)
+    return engine
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -144,10 +124,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=options.count, default=1, help="sequences that decode side by side")
     add("--rounds", type=options.count, default=20, help="figures are medians of these")
     add("--steps", type=options.count, default=5, help="of a cell in a round")
-    add("--threads", type=options.count, default=torch.get_num_threads())
-    add("--model", metavar="MODEL", help="local folder, hub id or .gguf; without it the embedded model")
-    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    add("--device", default="auto")
+    model_options(parser)
     asked = parser.parse_args(arguments)
     asked.contexts = sorted(set(asked.contexts))
     if asked.contexts[0] <= asked.steps:
@@ -161,7 +138,7 @@ class Decoded:
 
     methods: Sequence[str]
     contexts: Sequence[int]
-    rounds: Mapping[tuple[str, int], Sequence[float]]
+    rounds: Rounds
     about: Mapping[str, Any]
 
     @property
@@ -173,22 +150,21 @@ class Decoded:
         return statistics.median(self.rounds[method, context])
 
     def ratio(self, method: str, context: int) -> float:
-        """To the reference: the median of the rounds' ratios, for what slows a round slows both."""
-        pairs = zip(self.rounds[method, context], self.rounds[self.reference, context], strict=True)
-        return statistics.median(ours / theirs for ours, theirs in pairs)
+        return over(self.rounds[method, context], self.rounds[self.reference, context])
 
     def slope(self, method: str) -> float:
         """µs a step for 1000 more tokens of context: least squares through the medians."""
         return slope(self.contexts, [self.milliseconds(method, context) for context in self.contexts])
 
     def slope_differences(self, method: str) -> list[float]:
-        """The method's slope less the reference's, of each round."""
+        """The method's slope less the reference's, of each round: the slope of the differences."""
+        found = []
+        for ours, theirs in zip(self._by_round(method), self._by_round(self.reference), strict=True):
+            found.append(slope(self.contexts, [one - other for one, other in zip(ours, theirs, strict=True)]))
+        return found
 
-        def slopes(name: str) -> list[float]:
-            by_round = zip(*(self.rounds[name, context] for context in self.contexts), strict=True)
-            return [slope(self.contexts, values) for values in by_round]
-
-        return [ours - theirs for ours, theirs in zip(slopes(method), slopes(self.reference), strict=True)]
+    def _by_round(self, method: str) -> Iterator[tuple[float, ...]]:
+        return zip(*(self.rounds[method, context] for context in self.contexts), strict=True)
 
     def row(self, method: str) -> list[str]:
         times = [f"{self.milliseconds(method, n):.2f}" for n in self.contexts]
@@ -199,12 +175,11 @@ class Decoded:
         return [method, *times, f"{self.slope(method):.0f}", *compared]
 
     def notes(self) -> list[str]:
-        about, rows = self.about, self.about["rows"]
-        each = "one sequence" if rows == 1 else f"{rows} sequences"
+        about = self.about
         return [
             f"{about['model']}, {about['dtype']}, trained on {about['train_length']:,} tokens: ms of a decode step of "
-            f"{each} (forward and argmax, no scheduler), medians of {about['rounds']} interleaved rounds of "
-            f"{about['steps']} steps, {about['threads']} thread{'s'[: about['threads'] != 1]}, {about['date']} on "
+            f"{counted(about['rows'], 'sequence')} (forward and argmax, no scheduler), medians of {about['rounds']} "
+            f"interleaved rounds of {about['steps']} steps, {counted(about['threads'], 'thread')}, {about['date']} on "
             f"{about['cpu']}.",
             f"Slope: µs a step for 1000 more tokens of context, least squares through the medians. × is the ratio to "
             f"{self.reference} and Δ slope the difference from its slope: medians over the rounds.",
@@ -244,28 +219,21 @@ def draw(found: Decoded, figure: Any) -> None:
         line = [found.milliseconds(method, context) for context in found.contexts]
         panel.plot(found.contexts, line, marker="o", markersize=4, label=f"{method}, {found.slope(method):.0f} µs")
     context_axis(panel, found.contexts)
-    rows = found.about["rows"]
-    title = f"{found.about['model']}, {rows} sequence{'s'[: rows != 1]}"
+    title = f"{found.about['model']}, {counted(found.about['rows'], 'sequence')}"
     panel.set(ylim=(0, None), ylabel="ms a decode step", title=title)
     panel.legend(title="slope per 1000 tokens")
 
 
 def main(arguments: Sequence[str] | None) -> int:
     asked, console = parse_arguments(arguments), options.console()
-    torch.set_num_threads(asked.threads)
     about = describe_machine()
-    try:
-        engine = open_engine(asked, console.print)
-        rounds = measure(engine, asked)
-    except PreRopeError as error:
-        raise BenchError(str(error)) from None
+    engine = open_engine(asked, console.print)
     token_bytes = sum(layer.shape.token_bytes(engine.storage.keys[0].dtype) for layer in engine.model.layers)
     about |= {"model": checkpoint_name(asked.model), "dtype": engine.info.dtype, "device": engine.info.device}
     about |= {name: getattr(asked, name) for name in ("rows", "rounds", "steps", "threads")}
     about |= {"train_length": engine.info.train_length, "cache_bytes_per_token": token_bytes}
-    report(Decoded([method.label for method in asked.methods], asked.contexts, rounds, about)).publish(
-        asked.out, console
-    )
+    found = Decoded([method.label for method in asked.methods], asked.contexts, measure(engine, asked), about)
+    report(found).publish(asked.out, console)
     return 0
 
 

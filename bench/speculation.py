@@ -16,22 +16,19 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from prerope.server.api.chat.template import render_chat
-from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.loading import load_engine
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
-from prerope.server.machine.places import default_cache_dir
-from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.tokenizer import Tokenizer
 
 from bench import BenchError
 from bench.shared import options
+from bench.shared.clock import clock_of
+from bench.shared.engines import model_options, opened
 from bench.shared.machine import describe_machine
 from bench.shared.report import Report, Table
 from bench.shared.text import Library
@@ -81,7 +78,7 @@ def run(engine: Engine, streams: Streams, runs: Runs, *, speculation: bool) -> l
         engine.add(EngineRequest(name, prompt, sampling, speculation=speculation))
     while not all(tokens.values()):
         take(engine, tokens)
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock_of(torch.get_num_threads())
     had, before, began = sum(map(len, tokens.values())), engine.stats(), clock()
     while engine.has_work():
         take(engine, tokens)
@@ -115,9 +112,7 @@ def compare(engine: Engine, tokenizer: Tokenizer, asked: argparse.Namespace) -> 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("speculation", __doc__)
     add = parser.add_argument
-    add("--model", help="a folder or a hub id; the embedded model when left out")
-    add("--dtype", default="auto")
-    add("--threads", type=options.count, default=torch.get_num_threads())
+    model_options(parser)
     add("--streams", nargs="+", type=options.count, default=[1, 8])
     add("--passage", type=options.count, default=300, help="tokens that are copied from")
     add("--tokens", type=options.count, default=128, help="tokens generated a stream")
@@ -128,10 +123,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None) -> int:
     asked, console = parse_arguments(arguments), options.console()
-    torch.set_num_threads(asked.threads)
-    checkpoint = resolve_checkpoint(asked.model, None, console.print)
-    config = EngineConfig(dtype=asked.dtype, prefix_caching=False, kv_cache_memory=2**29, cache_dir=default_cache_dir())
-    engine = load_engine(checkpoint, config, console.print)
+    engine, checkpoint = opened(asked, console.print, kv_cache_memory=2**29)
     rows = []
     for row in compare(engine, Tokenizer.load(checkpoint), asked):
         console.print("  ".join(row))

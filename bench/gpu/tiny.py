@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.sequence import EngineRequest, SamplingParams
 
 from bench.shared import options
+from bench.shared.engines import add
 from bench.shared.machine import describe_machine
 from bench.shared.report import Report, Table
 from bench.shared.shapes import MODELS
@@ -44,9 +44,7 @@ def drawn(method: str, toy: bool, say: Callable[[str], None]) -> Engine:
 
 def start(engine: Engine, prompts: Sequence[int], max_tokens: int = 12) -> None:
     for number, length in enumerate(prompts):
-        drawn = torch.randint(0, engine.info.vocab_size - 2, (length,), generator=torch.Generator().manual_seed(number))
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        engine.add(EngineRequest(str(number), drawn.tolist(), sampling, cache_salt=str(number)))
+        add(engine, str(number), length, max_tokens, seed=number, cache_salt=str(number), speculation=True)
 
 
 def finish(engines: Sequence[Engine]) -> list[dict[str, list[int]]]:

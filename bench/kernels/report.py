@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.kernels.cases import RAW, Plan
 from bench.kernels.rows import LIMIT
-from bench.shared.report import NOTHING, Report, Table, Target, target_table
+from bench.shared.report import NOTHING, Report, Table, Target, target_data, target_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def report(found: Found, name: str = "kernels") -> Report:
         "rates": found.rates,
         "rates_at_end": found.rates_at_end,
         "errors over a torch run's": found.errors,
-        "targets": [asdict(target) | {"verdict": target.verdict} for target in targets],
+        "targets": target_data(targets),
         "results": [asdict(result) for result in found.results],
         "left_out": found.left_out,
         "silent_peers": found.silent,

@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from prerope.rope.methods import method_table
 from prerope.rope.spec import RopeSpec
 
-from bench.shared.options import label
-from bench.shared.report import Table
+from bench.shared.choice import AUTO, Choice
 
 FAMILIES = ("dynamic_leaky", "rerope", "yarn", "dynamic_yarn", "dynamic_ntk", "dual_chunk")
 """Methods that read past the trained length without fine-tuning, `auto`'s own first."""
@@ -28,61 +26,22 @@ Loss = Callable[[RopeSpec, int], float]
 """Nats a token of one document, by its number, read by a method."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One method on the documents that the search looks at; losses in nats a token, a document each."""
-
-    spec: RopeSpec
-    losses: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.losses)
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What was tried, and what the best of it and `auto` lose on the documents that were held out."""
-
-    trials: list[Trial]
-    held_out: Trial
-    auto: Trial
-
-    @property
-    def gain(self) -> float:
-        """Nats a token below `auto` on held-out documents."""
-        return self.auto.mean - self.held_out.mean
-
-    @property
-    def recommended(self) -> RopeSpec:
-        return self.held_out.spec if self.gain > 0 else self.auto.spec
-
-    def table(self) -> Table:
-        by_loss = sorted(self.trials, key=lambda trial: trial.mean)
-        held_out = [f"{self.held_out.mean:.4f}", *[""] * (len(by_loss) - 1)]
-        rows = [[label(t.spec), f"{t.mean:.4f}", held] for t, held in zip(by_loss, held_out, strict=True)]
-        verdict = "recommended" if self.gain > 0 else "not recommended: auto is as good"
-        note = f"on held-out documents the best is {self.gain:+.4f} nats a token better than auto: {verdict}"
-        return Table(
-            ["method", "loss, searched", "loss, held out"], [*rows, ["auto", "", f"{self.auto.mean:.4f}"]], [note]
-        )
-
-
 def calibrate(
     loss: Loss, searched: Sequence[int], held_out: Sequence[int], train_length: int, more: Sequence[RopeSpec] = ()
-) -> Calibration:
+) -> Choice:
     """Search on some documents, by number, and report on others. train_length: L, in tokens; more: tried beside."""
 
-    def trial(spec: RopeSpec, documents: Sequence[int] = searched) -> Trial:
-        return Trial(spec, tuple(loss(spec, number) for number in documents))
+    def mean(spec: RopeSpec, documents: Sequence[int] = searched) -> float:
+        return statistics.fmean(loss(spec, number) for number in documents)
 
-    trials = [trial(spec) for spec in more]
+    tried = {spec: mean(spec) for spec in more}
     for step in (_families, _windows, _logn):
-        best = min(trials, key=lambda tried: tried.mean, default=Trial(RopeSpec(), ())).spec
-        known = [tried.spec for tried in trials]
-        trials += [trial(spec) for spec in step(best, train_length) if spec not in known]
-    best = min(trials, key=lambda tried: tried.mean).spec
-    return Calibration(trials, trial(best, held_out), trial(RopeSpec(method="auto"), held_out))
+        best = min(tried, key=tried.__getitem__, default=RopeSpec())
+        tried |= {spec: mean(spec) for spec in step(best, train_length) if spec not in tried}
+    order = sorted(tried, key=tried.__getitem__)
+    ours, auto = mean(order[0], held_out), mean(AUTO, held_out)
+    shown = [(spec, f"{tried[spec]:.4f}") for spec in order]
+    return Choice(shown, f"{ours:.4f}", f"{auto:.4f}", auto - ours, f"{auto - ours:+.4f} nats a token")
 
 
 def num_readings(num_searched: int, num_held_out: int) -> int:

@@ -8,52 +8,30 @@ fixed; cases are the same for every variant.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import math
-import random
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from prerope.rope.spec import RopeSpec
-from prerope.server.config import EngineConfig
-from prerope.server.engine.loading import load_engine
 from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.tokenizer import Tokenizer
-from tqdm import tqdm
 
-from bench import BenchError
-from bench.reuse.quality import (
-    FULL,
-    LOSS,
-    LOSS_APART,
-    NONE,
-    NUM_DOCUMENTS,
-    TASKS,
-    Case,
-    Measured,
-    loss_cases,
-    texts,
-    variants,
-)
+from bench.reuse.quality import FULL, NONE, TASKS, Figures, Measured, cases, quality
 from bench.reuse.times import COLD, Asked, time_to_first_token
 from bench.shared import options
-from bench.shared.kept import Kept, key_of
+from bench.shared.engines import model_options, opened
+from bench.shared.kept import Kept
 from bench.shared.report import NOTHING, Report, Table
-from bench.shared.text import file_text
-
-Figures = dict[str, dict[str, list[float]]]
-"""Variant → measure → one figure a case."""
 
 
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("reuse", __doc__, "reuse")
     add = parser.add_argument
-    add("--model", help="folder, hub id or .gguf file; unset: the embedded model")
+    model_options(parser)
     add("--rereads", type=counts_from_zero, default=[0, 8, 16, 32, 64], help="tokens read again")
     add("--cases", type=options.count, default=20, help="of each task; a quarter of them for the loss of each text")
     add("--documents", type=options.count, default=6, help="in a prompt")
@@ -61,23 +39,20 @@ def main(arguments: Sequence[str] | None) -> int:
     add("--tokens-after", type=options.count, default=400, help="of a piece of text, whose loss is measured")
     add("--text", type=Path, nargs="+", help="files of text for the loss; unset: three that Python carries")
     add("--only", choices=["loss", "tasks"], help="leave the other out")
-    add("--dtype", default="auto", help="as DTYPE of the server")
     add("--kept", type=Path, help="file of figures that were measured before, and goes on growing")
     add("--times", action="store_true", help="measure the time to the first token instead")
     asked, console = parser.parse_args(arguments), options.console()
-    checkpoint = resolve_checkpoint(asked.model, None, console.print)
-    tokenizer = Tokenizer.load(checkpoint)
     if asked.times:
+        tokenizer = Tokenizer.load(resolve_checkpoint(asked.model, None, console.print))
         shape = (asked.documents, asked.length, asked.rereads)
         found = asyncio.run(time_to_first_token(asked.model, tokenizer, *shape))
         data = {name: asdict(one) for name, one in found.items()}
         table = times_table(found, asked.documents, asked.length)
         report = Report("reuse-times", [table], data, lambda figure: draw_times(figure, found))
     else:
-        engine = load_engine(checkpoint, EngineConfig(rope=RopeSpec(method="auto"), dtype=asked.dtype), console.print)
-        tests = cases(tokenizer, asked)
-        kept = None if asked.kept is None else Kept(asked.kept)
-        figures = quality(Measured(engine, tokenizer, checkpoint.source), asked.rereads, tests, kept)
+        engine, checkpoint = opened(asked, console.print, rope=RopeSpec(method="auto"), prefix_caching=True)
+        measured = Measured(engine, Tokenizer.load(checkpoint), checkpoint.source)
+        figures = quality(measured, asked.rereads, cases(measured.tokenizer, asked), Kept(asked.kept))
         report = Report("reuse", [quality_table(figures, asked)], figures, lambda figure: draw(figure, figures))
     report.publish(asked.out, console)
     return 0
@@ -85,45 +60,6 @@ def main(arguments: Sequence[str] | None) -> int:
 
 def counts_from_zero(text: str) -> list[int]:
     return [0 if part == "0" else options.counts(part)[0] for part in text.split(",")]
-
-
-def quality(
-    measured: Measured, rereads: Sequence[int], tests: Sequence[tuple[str, Case]], kept: Kept | None
-) -> Figures:
-    """One figure a case, of every variant; what is kept is not measured again."""
-    figures = {name: defaultdict[str, list[float]](list) for name in (*variants(rereads), NONE)}
-    for measure, case in tqdm(tests, unit="case"):
-        asked = {**variants(rereads), **({NONE: None} if case.answer is None else {})}
-        for name, reread in asked.items():
-            given = replace(case, documents=[]) if name == NONE else case
-            key = key_of(measured.about, measure, name, asdict(given))
-            known = kept.get(key) if kept is not None else None
-            figure = known["figure"] if known else measured.figure(given, reread)
-            if kept is not None and known is None:
-                kept.add(key, {"measure": measure, "variant": name, "figure": figure})
-            figures[name][measure].append(figure)
-    return {name: dict(found) for name, found in figures.items()}
-
-
-def cases(tokenizer: Tokenizer, asked: argparse.Namespace) -> list[tuple[str, Case]]:
-    """Of all measures in turn, so that a run that was ended has some of each."""
-    tests: dict[str, list[Case]] = {}
-    if asked.only != "loss":
-        if asked.documents not in NUM_DOCUMENTS:
-            raise BenchError(
-                f"tasks take {', '.join(map(str, NUM_DOCUMENTS))} documents, and --documents is {asked.documents}"
-            )
-        for name, make in TASKS.items():
-            made = (make(tokenizer, random.Random(seed), asked.documents, asked.length) for seed in range(asked.cases))
-            tests[name] = list(made)
-    if asked.only != "tasks":
-        given = texts() if asked.text is None else map(file_text, asked.text)
-        shape = (max(2, asked.cases // 4), asked.documents, asked.length, asked.tokens_after)
-        for name, text in given:
-            tests[LOSS.format(name)] = list(loss_cases(tokenizer, text, *shape))
-            tests[LOSS_APART.format(name)] = list(loss_cases(tokenizer, text, *shape, apart=True))
-    placed = [(place / len(group), name, case) for name, group in tests.items() for place, case in enumerate(group)]
-    return [(name, case) for _, name, case in sorted(placed, key=lambda one: one[0])]
 
 
 def quality_table(figures: Figures, given: Any) -> Table:

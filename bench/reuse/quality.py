@@ -8,11 +8,12 @@ greedy reply must begin with the right sentence.
 
 from __future__ import annotations
 
+import argparse
 import random
-import statistics
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prerope.cache.blocks.documents import DocumentSpan
@@ -20,10 +21,15 @@ from prerope.server.api.requests.documents import DEFAULT_PREFIX
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.tokenizer import Tokenizer
+from tqdm import tqdm
 
 from bench import BenchError
+from bench.shared.engines import mean_loss, outputs, prompt_logprobs
+from bench.shared.kept import Kept, key_of
 from bench.shared.text import default_texts, docstring_text, file_text
 
+Figures = dict[str, dict[str, list[float]]]
+"""Variant → measure → one figure a case."""
 FULL = "full attention"
 NONE = "no documents"
 LOSS, LOSS_APART = "loss on {}", "loss on {}, documents from elsewhere"
@@ -72,31 +78,17 @@ class Measured:
         self.prefix = tokenizer.encode(DEFAULT_PREFIX)
         self.about = [model, engine.info.dtype, self.prefix]
 
-    def loss(self, case: Case, reread: int | None) -> float:
-        ids, spans = prompt_of(self.prefix if case.prefix is None else case.prefix, case, reread)
-        start = len(ids) - len(case.rest) + 1
-        sampling = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=start)
-        (output,) = self._run(ids, spans, sampling)
-        scored = output.prompt_logprobs or ()
-        return -statistics.fmean(entry.logprob for entry in scored[start:] if entry is not None)
-
     def figure(self, case: Case, reread: int | None) -> float:
-        return self.loss(case, reread) if case.answer is None else self.is_right(case, reread)
-
-    def is_right(self, case: Case, reread: int | None) -> float:
-        assert case.answer is not None
+        """The loss, or whether the reply is right."""
         ids, spans = prompt_of(self.prefix if case.prefix is None else case.prefix, case, reread)
-        count = len(self.tokenizer.encode(case.answer)) + 3
-        outputs = self._run(ids, spans, SamplingParams(max_tokens=count, temperature=0.0))
-        text = self.tokenizer.decode([token for output in outputs for token in output.token_ids])
-        return float(text.strip().startswith(case.answer))
-
-    def _run(self, ids: list[int], spans: tuple[DocumentSpan, ...], sampling: SamplingParams) -> list:  # type: ignore[type-arg]
+        if case.answer is None:
+            num_scored = len(case.rest) - 1
+            logprobs = prompt_logprobs(self.engine, ids, len(ids) - num_scored, documents=spans)
+            return mean_loss(logprobs, len(ids), num_scored)
+        sampling = SamplingParams(max_tokens=len(self.tokenizer.encode(case.answer)) + 3, temperature=0.0)
         self.engine.add(EngineRequest("case", ids, sampling, documents=spans))
-        outputs = []
-        while self.engine.has_work():
-            outputs += [output for _, output in self.engine.step()]
-        return [output for output in outputs if output.token_ids or output.finish_reason]
+        reply = [token for _, output in outputs(self.engine) for token in output.token_ids]
+        return float(self.tokenizer.decode(reply).strip().startswith(case.answer))
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -208,3 +200,36 @@ TASKS: dict[str, Callable[[Tokenizer, random.Random, int, int], Case]] = {
     "a value by way of another document": chain_case,
     "what documents say, counted": count_case,
 }
+
+
+def quality(measured: Measured, rereads: Sequence[int], tests: Sequence[tuple[str, Case]], kept: Kept) -> Figures:
+    """One figure a case, of every variant; what is kept is not measured again."""
+    figures = {name: defaultdict[str, list[float]](list) for name in (*variants(rereads), NONE)}
+    for measure, case in tqdm(tests, unit="case"):
+        asked = {**variants(rereads), **({NONE: None} if case.answer is None else {})}
+        for name, reread in asked.items():
+            given = replace(case, documents=[]) if name == NONE else case
+            key, about = key_of(measured.about, measure, name, asdict(given)), {"measure": measure, "variant": name}
+            found = kept.get(key) or kept.add(key, about | {"figure": measured.figure(given, reread)})
+            figures[name][measure].append(found["figure"])
+    return {name: dict(found) for name, found in figures.items()}
+
+
+def cases(tokenizer: Tokenizer, asked: argparse.Namespace) -> list[tuple[str, Case]]:
+    """Of all measures in turn, so that a run that was ended has some of each."""
+    tests: dict[str, list[Case]] = {}
+    if asked.only != "loss":
+        if asked.documents not in NUM_DOCUMENTS:
+            numbers = ", ".join(map(str, NUM_DOCUMENTS))
+            raise BenchError(f"tasks take {numbers} documents, and --documents is {asked.documents}")
+        for name, make in TASKS.items():
+            made = (make(tokenizer, random.Random(seed), asked.documents, asked.length) for seed in range(asked.cases))
+            tests[name] = list(made)
+    if asked.only != "tasks":
+        given = texts() if asked.text is None else map(file_text, asked.text)
+        shape = (max(2, asked.cases // 4), asked.documents, asked.length, asked.tokens_after)
+        for name, text in given:
+            tests[LOSS.format(name)] = list(loss_cases(tokenizer, text, *shape))
+            tests[LOSS_APART.format(name)] = list(loss_cases(tokenizer, text, *shape, apart=True))
+    placed = [(place / len(group), name, case) for name, group in tests.items() for place, case in enumerate(group)]
+    return [(name, case) for _, name, case in sorted(placed, key=lambda one: one[0])]

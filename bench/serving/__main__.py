@@ -3,11 +3,10 @@
     python -m bench.serving --url ours=http://127.0.0.1:8000/v1 --url peer=http://127.0.0.1:8001/v1
 
 Every round measures every point (prompt length × streams at once) at one server after the other, with the same
-prompts, so that a machine that slows down slows them all. By default all servers are alive throughout and only one
-has requests at a time: fair as long as an idle server takes no CPU. What others use of the machine during a run, an
-idle server among them, is measured and told. `--launch NAME=COMMAND` starts a server from here; with `--alone` each is
-started for its turn and stopped after it, so that nothing else holds memory or cores: the fairest on a small machine,
-and the slowest.
+prompts, so that a machine that slows down slows them all. Only one has requests at a time: fair as long as an idle
+server takes no CPU. What others use of the machine during a run, an idle server among them, is measured and told.
+`--launch NAME=COMMAND` starts a server from here; with `--alone` each is started for its turn and stopped after it, so
+that nothing else holds memory or cores: the fairest on a small machine, and the slowest.
 
 Prompts are English, of exactly the wanted number of tokens, and each begins differently: prefix caches stay cold.
 Every request asks for the same number of tokens and to ignore the end of sequence, in the server's own dialect.
@@ -18,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -47,24 +45,17 @@ class Measurement:
     _writer: PromptWriter | None = None
     _prompts: dict[tuple[int, Point], list[str]] = field(default_factory=dict)
 
-    async def interleaved(self) -> None:
-        """All servers alive; each round goes through the points, and through the servers at each."""
-        async with AsyncExitStack() as stack:
-            for server in self.servers:
-                await stack.enter_async_context(self._alive(server))
+    async def take(self) -> None:
+        """Each round goes through the servers, and through the points at each."""
+        async with AsyncExitStack() as throughout:
             for number in range(self.asked.rounds):
-                turn = number % len(self.servers)  # whoever goes first meets the machine as the pause left it
-                for point in self.asked.points:
-                    for server in [*self.servers[turn:], *self.servers[:turn]]:
-                        await self._measure(server, number, point)
-
-    async def alone(self) -> None:
-        """One server alive at a time; each round starts each server once and takes all points."""
-        for number in range(self.asked.rounds):
-            for server in self.servers:
-                async with self._alive(server):
-                    for point in self.asked.points:
-                        await self._measure(server, number, point)
+                for server in self.servers:
+                    async with AsyncExitStack() as turn:
+                        if self.asked.alone or number == 0:
+                            stack = turn if self.asked.alone else throughout
+                            await stack.enter_async_context(self._alive(server))
+                        for point in self.asked.points:
+                            await self._measure(server, number, point)
 
     @contextlib.asynccontextmanager
     async def _alive(self, server: Server) -> AsyncIterator[None]:
@@ -72,11 +63,10 @@ class Measurement:
         asked, command = self.asked, dict(self.asked.launch).get(server.name)
         self.progress.update(self.progress.task_ids[0], description=f"starting {server.name}")
         async with AsyncExitStack() as stack:
-            if command is None:
-                await server.ready(asked.ready_timeout)
-            else:
+            if command is not None:
                 log = asked.out / f"{server.name}.log"
                 await stack.enter_async_context(launched(server, command, log, asked.ready_timeout))
+            await server.ready(asked.ready_timeout)
             await server.connect()
             if self._writer is None:
                 count = local_counter(asked.tokenizer) if asked.tokenizer else server_counter(server)
@@ -104,13 +94,12 @@ class Measurement:
 
 async def measure(asked: argparse.Namespace, progress: Progress) -> Served:
     async with http_client(timeout=asked.timeout) as client:
-        models, keys = dict(asked.model), dict(asked.api_key)
-        servers = [Server(name, url.rstrip("/"), client, models.get(name), keys.get(name)) for name, url in asked.url]
+        servers = [Server(name, url.rstrip("/"), client) for name, url in asked.url]
         told = ("rounds", "alone", "output_tokens", "seed")
         about = describe_machine() | {name: getattr(asked, name) for name in told}
         progress.add_task("starting", total=asked.rounds * len(asked.points) * len(servers))
         measurement = Measurement(servers, asked, progress)
-        await (measurement.alone() if asked.alone else measurement.interleaved())
+        await measurement.take()
         about["dialects"] = {server.name: server.dialect for server in servers}
         return Served([server.name for server in servers], asked.points, dict(measurement.runs), about)
 
@@ -126,13 +115,10 @@ def points(text: str) -> list[Point]:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("serving", __doc__)
     add = parser.add_argument
-    several = functools.partial(add, type=options.named, action="append", default=[])
     add("--url", type=options.named, action="append", required=True, metavar="NAME=URL",
         help="a server, up to and including /v1; the first is compared with every other")  # fmt: skip
-    several("--launch", metavar="NAME=COMMAND", help="start that server from here")
+    add("--launch", type=options.named, action="append", default=[], metavar="NAME=COMMAND", help="start it from here")
     add("--alone", action="store_true", help="one server alive at a time (every server needs --launch)")
-    several("--model", metavar="NAME=MODEL", help="without it as /v1/models says")
-    several("--api-key", metavar="NAME=KEY")
     add("--points", type=points, metavar="NxM,NxM", default="128x1,128x8,2048x1,2048x8,7000x1,7000x8",
         help="tokens of a prompt x streams at once")  # fmt: skip
     add("--output-tokens", type=options.count, default=64, help="tokens generated a request")
@@ -142,14 +128,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=900.0, help="seconds a stream may be silent")
     add("--ready-timeout", type=float, default=300.0, help="seconds a server may take to start")
     asked = parser.parse_args(arguments)
-    names = [name for name, _ in asked.url]
+    names, launched_here = [name for name, _ in asked.url], dict(asked.launch)
     if len(set(names)) < len(names):
         parser.error(f"--url: the names must differ, not {', '.join(names)}")
-    for flag in ("launch", "model", "api_key"):
-        for name, _ in getattr(asked, flag):
-            if name not in names:
-                parser.error(f"--{flag.replace('_', '-')} {name}: no --url has that name; only {', '.join(names)}")
-    if asked.alone and (missing := [name for name in names if name not in dict(asked.launch)]):
+    if unknown := launched_here.keys() - set(names):
+        parser.error(f"--launch {', '.join(unknown)}: no --url has that name; only {', '.join(names)}")
+    if asked.alone and (missing := [name for name in names if name not in launched_here]):
         parser.error(f"--alone needs a --launch for every server; there is none for {', '.join(missing)}")
     return asked
 

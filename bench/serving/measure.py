@@ -8,7 +8,8 @@ import random
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -97,7 +98,6 @@ def speedup(name: str, ours: Figures, peer: Figures) -> float:
     return above[name] / below[name] if below[name] else math.inf
 
 
-GUESSES = 8  # by the tokens a word, of the number of words of a prompt
 FILLER = " a"  # one token in every common vocabulary: closes the gap that a word of several tokens leaves
 
 
@@ -119,25 +119,11 @@ class PromptWriter:
         def text(num_words: int) -> str:
             return " ".join([label, *around[:num_words]])
 
-        if self._count(text(0)) > num_tokens:
+        too_many = bisect_right(range(num_tokens), num_tokens, key=lambda num_words: self._count(text(num_words)))
+        if not too_many:
             raise BenchError(f"a prompt of {num_tokens} tokens is too short: its label alone takes more")
-        words = self._most_words(text, num_tokens)
-        prompt = text(words)
+        prompt = text(too_many - 1)
         prompt += FILLER * (num_tokens - self._count(prompt))
         if (found := self._count(prompt)) != num_tokens:
             raise BenchError(f"no prompt of {num_tokens} tokens found: the nearest has {found}")
         return prompt
-
-    def _most_words(self, text: Callable[[int], str], num_tokens: int) -> int:
-        """The most whose text fits, each guess by the tokens a word of the last: counts of a long text are slow. Where
-        some words take many more tokens than others, such guesses creep, and the rest is halved."""
-        fits, too_many, guess, num_guessed = 0, num_tokens + 1, num_tokens * 3 // 4, 0
-        while too_many - fits > 1:
-            num_guessed += 1
-            if num_guessed > GUESSES:
-                guess = (fits + too_many) // 2
-            guess = min(max(guess, fits + 1), too_many - 1)
-            found = self._count(text(guess))
-            fits, too_many = (guess, too_many) if found <= num_tokens else (fits, guess)
-            guess += (num_tokens - found) * guess // found
-        return fits

@@ -1,10 +1,10 @@
-"""How calls are timed on one device, and the two rates that set its limits: of copies and of matrix products."""
+"""How calls are timed and times compared, and the two rates that set a device's limits: of copies and of products."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,6 +12,22 @@ REPEATS = 15
 FLUSHED_BYTES = 256 * 2**20  # more than any L2 cache holds
 COPIED_BYTES = 2**30
 MATRIX = 8192
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """Of one thread its CPU time, which a busy neighbour does not lengthen as it does wall time."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    began = clock()
+    call()
+    return clock() - began
+
+
+def over(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the rounds' ratios, for what slows a round slows both; NaN where none has both."""
+    return statistics.median([one / other for one, other in zip(ours, theirs, strict=False)] or [float("nan")])
 
 
 class Clock:
@@ -26,9 +42,7 @@ class Clock:
         """The median of one call, captured in a CUDA graph and replayed with the L2 cache flushed before."""
         call()  # compiles, and plans the step
         if not self._on_gpu:
-            begin = time.perf_counter()
-            call()
-            return time.perf_counter() - begin
+            return seconds_of(call)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -13,17 +13,18 @@ from typing import Any
 
 
 class Kept:
-    """The lines of one file, those among them that other runs append meanwhile."""
+    """The lines of one file, those among them that other runs append meanwhile. Without a file, of this run alone."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    def __init__(self, path: Path | None = None) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
         self._path, self._num_read = path, 0
-        self._known: dict[str, dict[str, Any]] = {}
+        self._known: dict[str, Mapping[str, Any]] = {}
 
-    def get(self, key: str) -> dict[str, Any] | None:
+    def get(self, key: str) -> Mapping[str, Any] | None:
         """What any run has written by now."""
-        if key not in self._known:
+        if key not in self._known and self._path is not None:
             with self._path.open("rb") as file:
                 file.seek(self._num_read)
                 for line in file:
@@ -34,10 +35,14 @@ class Kept:
                     self._known[entry["key"]] = entry
         return self._known.get(key)
 
-    def add(self, key: str, entry: Mapping[str, Any]) -> None:
+    def add(self, key: str, entry: Mapping[str, Any]) -> Mapping[str, Any]:
         """One write of one line: other runs append too."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **entry}) + "\n")
+        if self._path is None:
+            self._known[key] = entry
+        else:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **entry}) + "\n")
+        return entry
 
 
 def key_of(*parts: Any) -> str:

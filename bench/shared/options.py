@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prerope.rope.spec import RopeSpec
+from prerope.server.errors import PreRopeError
 from rich.console import Console
 
 from bench import OUTPUT_FOLDER, BenchError
@@ -106,7 +107,7 @@ def run(question: str, main: Callable[[Sequence[str] | None], int]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main(None))
-    except BenchError as error:
+    except (BenchError, PreRopeError) as error:
         sys.exit(f"bench.{question}: {error}")
     except KeyboardInterrupt:
         print(f"bench.{question}: interrupted", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,15 @@ class Target:
         wanted = ("≥ " if self.at_least else "≤ ") + self.form.format(self.limit)
         found = NOTHING if self.worst is None else self.form.format(self.found[self.worst])
         return [self.name, wanted, found, self.worst or NOTHING, self.verdict]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number:,} {noun}{'s'[: number != 1]}"
+
+
+def target_data(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    return [asdict(target) | {"verdict": target.verdict} for target in targets]
 
 
 def target_table(targets: Sequence[Target]) -> Table:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.shared import options
+from bench.shared.engines import model_options
 from bench.shared.shapes import MODELS
 
 TOY: dict[str, Any] = {"rows": [1, 2], "contexts": [48, 96], "prompt": 96, "budget": 48, "steps": 3, "rounds": 1}
@@ -25,13 +26,10 @@ TOY["methods"] = ["rope", "rerope"]
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser("step", __doc__)
     add = parser.add_argument
-    add("--dtype", default="auto")
-    add("--device", default="auto")
+    model_options(parser)
     add("--rows", nargs="+", type=options.count, default=[1, 8], help="sequences in a decode step")
     add("--steps", type=options.count, default=40, help="decode steps; a tenth of that are prefill chunks")
-    add("--threads", type=options.count, default=torch.get_num_threads())
     add = parser.add_argument_group("by parts").add_argument
-    add("--model", help="a folder or a hub id; the embedded model when left out")
     add("--weights", choices=["none", "int8"], default="none", help="WEIGHT_QUANTIZATION")
     add("--method", default="auto", help="position method")
     add("--context", type=int, default=128, help="prompt tokens before a decode step")
@@ -40,13 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("beside the floor").add_argument
     add("--shape", choices=list(MODELS), help="random weights of this shape, in bfloat16 unless --dtype says otherwise")
     add("--methods", nargs="+", default=["rope", "rerope", "dynamic_leaky"], help="compared with the first")
-    add(
-        "--contexts",
-        nargs="+",
-        type=options.count,
-        default=[32768, 131072],
-        help="tokens in the cache before a decode step",
-    )
+    add("--contexts", nargs="+", type=options.count, default=[32768, 131072], help="tokens in the cache before a step")
     add("--prompt", type=int, default=32768, help="tokens of the prompt that is prefilled; 0 leaves it out")
     add("--budget", type=options.count, default=2048, help="MAX_BATCHED_TOKENS")
     add("--rounds", type=options.count, default=3, help="each measures every case once")

@@ -18,6 +18,7 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -28,12 +29,12 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.loading import load_engine
-from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.models.model import choose_device
 from rich.console import Console
 
-from bench.shared.clock import Clock, copy_rate
+from bench.shared.clock import Clock, copy_rate, seconds_of
+from bench.shared.engines import add, fill, outputs
 from bench.shared.machine import describe_machine
 from bench.shared.shapes import MODELS, ModelShape
 from bench.step.report import Found, report
@@ -54,9 +55,8 @@ class Floor:
         fill(engine)
 
     def fits(self, rows: int, context: int) -> bool:
-        return (
-            rows * -(-longest(context, self._steps, rows) // BLOCK_SIZE) <= self.engine.scheduler.cache.pool.num_blocks
-        )
+        blocks = rows * -(-longest(context, self._steps, rows) // BLOCK_SIZE)
+        return blocks <= self.engine.scheduler.cache.pool.num_blocks
 
     def decode(self, method: str, rows: int, context: int) -> float:
         """Median seconds of a step of `rows` sequences with `context` tokens each."""
@@ -64,29 +64,25 @@ class Floor:
         names = [self._add(method, context, most, known=True) for _ in range(rows)]
         while any(not sequence.decoding for sequence in engine.scheduler.sequences):
             engine.step()
-        taken = [_seconds(engine.step) for _ in range(WARM_STEPS + self._steps)]
+        taken = [seconds_of(engine.step) for _ in range(WARM_STEPS + self._steps)]
         for name in names:
             engine.abort(name)
-        while engine.has_work():  # the step that is under way
-            engine.step()
+        self._finish()  # the step that is under way
         return statistics.median(taken[WARM_STEPS:])
 
     def prefill(self, method: str, tokens: int) -> float:
         """Tokens a second, from the first chunk to the first token."""
         self._add(method, tokens, 1, known=False)
-        began = time.perf_counter()
-        while self.engine.has_work():
-            self.engine.step()
-        return tokens / (time.perf_counter() - began)
+        return tokens / seconds_of(self._finish)
+
+    def _finish(self) -> None:
+        deque(outputs(self.engine), maxlen=0)
 
     def _add(self, method: str, tokens: int, max_tokens: int, *, known: bool) -> str:
-        """Queue a prompt of random tokens that no other shares; known: it is in the cache but for its last block."""
+        """Queue a prompt that no other shares a block with; known: it is in the cache but for its last block."""
         number = next(self._numbers)
-        generator = torch.Generator().manual_seed(number)
-        prompt = torch.randint(0, self.engine.info.vocab_size, (tokens,), generator=generator).tolist()
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        positions, name = self._positions[method], f"request {number}"
-        self.engine.add(EngineRequest(name, prompt, sampling, positions, cache_salt=name, speculation=False))
+        name = f"request {number}"
+        add(self.engine, name, tokens, max_tokens, number, positions=self._positions[method], cache_salt=name)
         if known:
             pretend(self.engine, name)
         return name
@@ -110,21 +106,9 @@ def scatter(engine: Engine) -> None:
     pool.release([blocks[place] for place in order])
 
 
-def fill(engine: Engine) -> None:
-    """Random keys and values in every slot."""
-    for tensor in (*engine.storage.keys, *engine.storage.values):
-        tensor.normal_()
-
-
 def longest(context: int, steps: int, rows: int) -> int:
     """Tokens of a sequence at its last step: rows may begin to decode one after the other."""
     return context + WARM_STEPS + steps + rows + 8
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def open_engine(shape: ModelShape, asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
@@ -189,7 +173,6 @@ def run(asked: argparse.Namespace, console: Console) -> int:
     """Measure, print tables and targets, leave step.json and step.md in --out. 1: the engine failed."""
     until = time.monotonic() + 60 * asked.minutes
     shape, device = MODELS[asked.shape], choose_device(asked.device)
-
     say = partial(console.print, markup=False)
     copied = copy_rate(Clock(device))  # before the engine takes the memory
     if device.type == "cuda":

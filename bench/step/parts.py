@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,13 +31,9 @@ from unittest.mock import patch
 
 import torch
 from prerope.rope.spec import RopeSpec
-from prerope.server.config import EngineConfig
 from prerope.server.engine.engine import Engine
-from prerope.server.engine.loading import load_engine
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
 from prerope.server.engine.step import choose
-from prerope.server.machine.places import default_cache_dir
-from prerope.server.models.checkpoint import resolve_checkpoint
 from prerope.server.models.cpu.products import GatedProducts, Products, RMSNorm
 from prerope.server.structured.compile import Cost, compile_here
 from prerope.server.structured.matcher import CompiledGrammar
@@ -47,8 +42,10 @@ from prerope.server.tokenizer import Tokenizer
 from rich.console import Console
 from torch import nn
 
+from bench.shared.clock import clock_of
+from bench.shared.engines import add, opened
 from bench.shared.machine import describe_machine
-from bench.shared.report import Report, Table
+from bench.shared.report import Report, Table, counted
 
 PARTS = ("stack", "linears", "norms", "attention", "store", "lm_head", "layers", "sampling", "scheduling")
 WHOLE = ("step", "slowest")
@@ -63,7 +60,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, threads: int) -> None:
         self._device = device
-        self._clock = time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
+        self._clock = clock_of(threads if device.type == "cpu" else 0)
         self._inside, self._parts = [0.0], [""]
         self.taken: Times = defaultdict(float)
 
@@ -130,13 +127,6 @@ def watched(engine: Engine, stopwatch: Stopwatch) -> Iterator[None]:
         yield
 
 
-def add(engine: Engine, row: int, prompt_tokens: int, max_tokens: int) -> None:
-    """A greedy request of random tokens."""
-    prompt = torch.randint(0, engine.info.vocab_size, (prompt_tokens,), generator=torch.Generator().manual_seed(row))
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-    engine.add(EngineRequest(f"row {row}", prompt.tolist(), sampling, speculation=False))
-
-
 def hold(engine: Engine, count: int, grammar: CompiledGrammar) -> None:
     """So many sequences whose replies match a grammar, and never end: their masks are made beside the others' steps."""
     for number in range(count):
@@ -147,7 +137,7 @@ def hold(engine: Engine, count: int, grammar: CompiledGrammar) -> None:
 def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterator[None]:
     """Yields before each decode step of `rows` sequences, past the first few."""
     for row in range(rows):
-        add(engine, row, context, WARM_STEPS + steps + rows + 8)
+        add(engine, f"row {row}", context, WARM_STEPS + steps + rows + 8, seed=row)
     while any(not one.decoding and one.request_id.startswith("row") for one in engine.scheduler.sequences):
         engine.step()
     for step in range(WARM_STEPS + steps):
@@ -162,7 +152,7 @@ def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterato
 def chunk_steps(engine: Engine, rows: int, steps: int) -> Iterator[None]:
     """Yields before each step of one prompt of `rows` tokens, past the first."""
     for step in range(1 + steps):
-        add(engine, step, rows, 1)
+        add(engine, f"row {step}", rows, 1, seed=step)
         if step == 0:
             engine.step()
         else:
@@ -182,28 +172,21 @@ def measure(engine: Engine, steps: Iterator[None], threads: int) -> dict[str, fl
             began = stopwatch.now()
             engine.step()
             wholes.append(stopwatch.now() - began)
-    found = {part: statistics.median(taken.get(part, 0.0) for taken in parts) for part in PARTS}
-    return {
-        "step": 1e3 * statistics.median(wholes),
-        "slowest": 1e3 * max(wholes),
-        **{part: 1e3 * seconds for part, seconds in found.items()},
-    }
+    found = {"step": statistics.median(wholes), "slowest": max(wholes)}
+    found |= {part: statistics.median(taken.get(part, 0.0) for taken in parts) for part in PARTS}
+    return {part: 1e3 * seconds for part, seconds in found.items()}
 
 
 def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine:
-    config = EngineConfig(
-        dtype=asked.dtype,
-        device=asked.device,
+    engine, checkpoint = opened(
+        asked,
+        say,
         weight_quantization=asked.weights,
         rope=RopeSpec(method=asked.method),
         max_num_seqs=max(asked.rows) + asked.held,
         max_batched_tokens=max(512, asked.chunk, *asked.rows),
         kv_cache_memory=2**29,
-        prefix_caching=False,
-        cache_dir=default_cache_dir(),
     )
-    checkpoint = resolve_checkpoint(asked.model, None, say)
-    engine = load_engine(checkpoint, config, say)
     if asked.held:
         hold(engine, asked.held, compile_here(SLOW_MASKS, Tokenizer.load(checkpoint), Cost(0, 0.0)))
     return engine
@@ -215,13 +198,13 @@ def run(asked: argparse.Namespace, console: Console) -> int:
     found = {}
     for rows in asked.rows:
         steps = decode_steps(engine, rows, asked.context, asked.steps)
-        found[f"decode, {rows} row{'s'[: rows != 1]}"] = measure(engine, steps, asked.threads)
+        found[f"decode, {counted(rows, 'row')}"] = measure(engine, steps, asked.threads)
     if asked.chunk:
         steps = chunk_steps(engine, asked.chunk, max(4, asked.steps // 10))
-        found[f"prefill, {asked.chunk} rows"] = measure(engine, steps, asked.threads)
+        found[f"prefill, {counted(asked.chunk, 'row')}"] = measure(engine, steps, asked.threads)
     weights = "" if asked.weights == "none" else f" with {asked.weights} weights"
-    threads = f"{asked.threads} thread{'s'[: asked.threads != 1]}"
-    note = f"One step, ms, {threads}, {engine.info.dtype}{weights} on {engine.info.device}."
+    device = f"{engine.info.dtype}{weights} on {engine.info.device}"
+    note = f"One step, ms, {counted(asked.threads, 'thread')}, {device}."
     rows_shown = [[part, *(f"{times[part]:.2f}" for times in found.values())] for part in WHOLE + PARTS]
     data = {"machine": describe_machine(), "options": {name: getattr(asked, name) for name in TOLD}, "ms": found}
     Report("step", [Table(["part", *found], rows_shown, [note])], data).publish(asked.out, console)

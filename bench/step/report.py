@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from bench.shared.report import NOTHING, Report, Table, Target, target_table
+from bench.shared.clock import over
+from bench.shared.report import NOTHING, Report, Table, Target, target_data, target_table
 
 Cell = tuple[str, int, int]  # method, rows, context
 
@@ -41,13 +42,11 @@ class Found:
         return statistics.median(self.decode[cell]) / self.floor(*cell[1:])
 
     def over_first(self, cell: Cell) -> float:
-        """Time over the first method's: the median of the rounds that measured both."""
-        pairs = zip(self.decode[cell], self.decode.get((self.methods[0], *cell[1:]), ()), strict=False)
-        return statistics.median([ours / theirs for ours, theirs in pairs] or [float("nan")])
+        """Time over the first method's."""
+        return over(self.decode[cell], self.decode.get((self.methods[0], *cell[1:]), ()))
 
     def prefill_over_first(self, method: str) -> float:
-        pairs = zip(self.prefill[method], self.prefill.get(self.methods[0], ()), strict=False)
-        return statistics.median([theirs / ours for ours, theirs in pairs] or [float("nan")])
+        return over(self.prefill.get(self.methods[0], ()), self.prefill[method])
 
     def targets(self) -> list[Target]:
         batches = sorted({rows for _, rows, _ in self.decode} | {1, 8})
@@ -98,24 +97,17 @@ class Found:
 def report(found: Found) -> Report:
     headings = ["step", "method", "ms", "floor ms", "× floor", "tokens/s", f"× {found.methods[0]}"]
     targets = found.targets()
-    decode = [
-        {
-            "method": cell[0],
-            "rows": cell[1],
-            "context": cell[2],
-            "seconds": taken,
-            "floor_seconds": found.floor(*cell[1:]),
-            "over_floor": found.over_floor(cell),
-        }
-        for cell, taken in found.decode.items()
-    ]
+    decode = []
+    for cell, taken in found.decode.items():
+        told = dict(zip(("method", "rows", "context"), cell, strict=True)) | {"seconds": taken}
+        decode.append(told | {"floor_seconds": found.floor(*cell[1:]), "over_floor": found.over_floor(cell)})
     data = {
         "machine": dict(found.about),
         "weight_bytes": found.weight_bytes,
         "token_bytes": found.token_bytes,
         "decode": decode,
         "prefill_tokens_per_s": found.prefill,
-        "targets": [asdict(target) | {"verdict": target.verdict} for target in targets],
+        "targets": target_data(targets),
         "left_out": found.left_out,
         "failures": found.failures,
     }

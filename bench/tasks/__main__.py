@@ -35,13 +35,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import BenchError
 from bench.shared import options
-from bench.shared.effective import best_groups, common_group, variants
+from bench.shared.choice import AUTO, best_groups, calibration_options, check_calibration, common_group, variants
 from bench.shared.kept import Kept, key_of
 from bench.shared.machine import describe_machine
-from bench.shared.options import Method, environment, method_list
+from bench.shared.options import Method, method_list
 from bench.shared.servers import READY_TIMEOUT_S, Counter, Server, http_client, launched, local_counter, server_counter
 from bench.tasks.families import ENDS_WITHOUT_EXAMPLE, FAMILIES, Prompt, prompts
-from bench.tasks.scores import AUTO, Scored, Scores, choose, report
+from bench.tasks.scores import Scored, Scores, choose, report
 from bench.tasks.sheets import REPLY_ENDS, NoRoom
 
 AS_SERVED = "as served"
@@ -194,27 +194,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--launch", metavar="COMMAND", help="start the server from here")
     add("--model", help="without it as /v1/models says")
     add("--api-key")
-    add(
-        "--methods", type=method_list, metavar="A,B", default=[], help="position methods; without, as the server is set"
-    )
+    add("--methods", type=method_list, metavar="A,B", default=[], help="without, as the server is set")
     add("--tasks", type=family_list, default="all", metavar="A,B", help=f"all, or some of {', '.join(FAMILIES)}")
     add("--lengths", type=options.counts, default="2048,4096,8192,16384", metavar="N,N", help="tokens with the reply")
     add("--depths", type=depth_list, default="5", metavar="N or A,B", help="of facts: evenly spread, or which")
     add("--seeds", type=options.count, default=3)
     add("--shots", type=int, default=1, help="few-shot examples before each prompt")
-    add("--calibrate", action="store_true", help="choose a method on half of the seeds, judge it on the others, and "
-        "print its settings")  # fmt: skip
-    add("--groups", type=options.count, default=0, metavar="N", help="with --calibrate: find dpe's groups "
-        "first, for so many equal shares of the pairs of dims")  # fmt: skip
+    calibration_options(parser, "seeds")
     add("--train-length", type=options.count, help="of the model; without it as this project's server says")
     add("--tokenizer", metavar="FOLDER", help="a model folder to count with; without it the server's /tokenize")
     add("--timeout", type=float, default=3600.0, help="seconds that a reply may take")
     asked = parser.parse_args(arguments)
     asked.lengths = sorted(set(asked.lengths))
-    if asked.calibrate and asked.seeds < 2:
-        parser.error(f"--seeds {asked.seeds}: must be at least 2, some to choose on and some to hold out")
-    if asked.groups and not asked.calibrate:
-        parser.error("--groups: goes with --calibrate")
+    check_calibration(parser, asked, "seeds")
     if asked.calibrate and all(method.spec != AUTO for method in asked.methods):
         asked.methods = [Method("auto", AUTO), *asked.methods]
     return asked
@@ -226,9 +218,7 @@ def main(arguments: Sequence[str] | None) -> int:
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         scores, model = asyncio.run(run(asked, progress))
     if asked.calibrate:
-        choice = choose(scores, asked.methods, asked.seeds)
-        choice.table().show(console)
-        console.print("\n".join(environment(choice.recommended)))
+        choose(scores, asked.methods, asked.seeds).show("score", console)
     depths = ", ".join(f"{depth:.2f}" for depth in asked.depths)
     about = describe_machine() | {"model": model, "seeds": asked.seeds, "depths": depths, "shots": asked.shots}
     report(scores, about).publish(asked.out, console)

@@ -1,6 +1,6 @@
 """Scores of replies, their means with standard errors, the effective length of a method, and tables of these.
 
-Which method does the most tasks is chosen on half of the seeds and reported on the others, which it never chose by.
+Which method does the most tasks is chosen on half of the seeds and reported on the others.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 
 from prerope.rope.spec import RopeSpec
 
-from bench.shared.options import Method, label
+from bench.shared.choice import AUTO, Choice
+from bench.shared.options import Method
 from bench.shared.report import NOTHING, Report, Table
 from bench.tasks.families import ENDS_WITHOUT_EXAMPLE
-
-AUTO = RopeSpec(method="auto")
 
 EFFECTIVE = 0.85
 """A length counts as read while the score there is at least this share of that at a quarter of the trained length."""
@@ -175,42 +174,18 @@ def draw(scores: Scores, about: Mapping[str, Any], figure: Any) -> None:
     figure.colorbar(image, ax=panels, shrink=0.8)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Scores of each method on the seeds that were searched, and of the best and `auto` on those held out."""
-
-    searched: list[tuple[Method, Mean]]
-    best: Method
-    held_out: Mean
-    auto: Mean
-
-    @property
-    def recommended(self) -> RopeSpec:
-        """The best, where it is ahead of `auto` by more than a standard error on what it was not chosen on."""
-        error = self.held_out.error or 0.0
-        return self.best.spec if self.held_out.value - self.auto.value > error else AUTO
-
-    def table(self) -> Table:
-        rows = [[method.label, str(found), ""] for method, found in self.searched]
-        rows.sort(key=lambda row: row[0] != self.best.label)
-        rows[0][2] = str(self.held_out)
-        rows.append([label(AUTO), "", str(self.auto)])
-        verdict = "recommended" if self.recommended != AUTO else "not recommended: auto is as good"
-        gain = 100 * (self.held_out.value - self.auto.value)
-        note = f"on held-out seeds {self.best.label} is {gain:+.0f} points from auto: {verdict}"
-        return Table(["method", "score, searched seeds", "score, held-out seeds"], rows, [note])
-
-
 def choose(scores: Scores, methods: Sequence[Method], num_seeds: int) -> Choice:
     """`auto` is one of the methods; the first half of the seeds is searched. A tie goes to `auto`."""
 
-    def mean(method: str, seeds: range) -> Mean:
-        found = scores.mean(lambda one: one.method == method and one.seed in seeds)
-        assert found is not None, "every method was asked with every seed"
-        return found
+    def found(spec: RopeSpec, seeds: range) -> Mean:
+        mean = scores.mean(lambda one: one.method == labels[spec] and one.seed in seeds)
+        assert mean is not None, "every method was asked with every seed"
+        return mean
 
-    halves = range(num_seeds // 2), range(num_seeds // 2, num_seeds)
-    searched = [(method, mean(method.label, halves[0])) for method in methods]
-    best, _ = max(searched, key=lambda pair: (pair[1].value, pair[0].spec == AUTO))
-    (auto,) = (method for method in methods if method.spec == AUTO)
-    return Choice(searched, best, mean(best.label, halves[1]), mean(auto.label, halves[1]))
+    labels = {method.spec: method.label for method in methods}
+    searched, held_out = range(num_seeds // 2), range(num_seeds // 2, num_seeds)
+    tried = [(spec, found(spec, searched)) for spec in labels]
+    tried.sort(key=lambda pair: (-pair[1].value, pair[0] != AUTO))
+    ours, auto = found(tried[0][0], held_out), found(AUTO, held_out)
+    gain, shown = ours.value - auto.value, [(spec, str(mean)) for spec, mean in tried]
+    return Choice(shown, str(ours), str(auto), gain, f"{100 * gain:+.0f} points", ours.error or 0.0)

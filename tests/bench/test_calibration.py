@@ -5,7 +5,7 @@ from __future__ import annotations
 from prerope.rope.spec import RopeSpec
 
 from bench.quality.calibration import FAMILIES, calibrate, num_readings
-from bench.shared.effective import best_groups, common_group, tried_groups, variants
+from bench.shared.choice import best_groups, common_group, tried_groups, variants
 from bench.shared.options import environment, label
 
 LENGTH = 8192
@@ -64,8 +64,8 @@ def test_methods_that_are_tried_beside_the_search_may_win_it() -> None:
 
 def test_what_is_worse_on_held_out_documents_is_not_recommended() -> None:
     found = calibrate(Reader(held_out_penalty=3.0), [0, 1], [2, 3], LENGTH)
-    assert min(found.trials, key=lambda trial: trial.mean).spec == RopeSpec(method="rerope", window=3072)
+    assert found.tried[0][0] == RopeSpec(method="rerope", window=3072)
     assert found.gain < 0
     assert found.recommended == RopeSpec(method="auto")
     assert environment(found.recommended) == ["ROPE_METHOD=auto"]
-    assert "not recommended" in found.table().notes[0]
+    assert "not recommended" in found.table("loss").notes[0]

@@ -17,6 +17,7 @@ from prerope.server.models.checkpoint import Checkpoint
 
 from bench import decode
 from bench.decode import Decoded, slope
+from bench.shared.engines import fill
 
 ABOUT = {"rows": 1, "rounds": 3, "steps": 5, "threads": 1, "model": "m", "dtype": "float32", "train_length": 8}
 ABOUT |= {"date": "today", "cpu": "one", "cache_bytes_per_token": 1000}
@@ -55,7 +56,7 @@ def test_rows_share_no_block_and_reach_the_longest_context(engine: Engine) -> No
 
 
 def test_every_slot_is_filled(engine: Engine) -> None:
-    decode.fill(engine.storage)
+    fill(engine)
     for tensor in (*engine.storage.keys, *engine.storage.values):
         assert (tensor != 0).any(-1).all()
         assert tensor.float().std().item() == pytest.approx(1, abs=0.1)

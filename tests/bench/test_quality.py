@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from prerope.server.engine.outputs import TokenLogprobs
 
-from bench.quality.__main__ import mean_loss, parse_arguments
+from bench.quality.__main__ import parse_arguments
 from bench.quality.report import REFERENCE, Quality, report
+from bench.shared.engines import mean_loss
 from bench.shared.kept import Kept, key_of
 from bench.shared.options import method_list
 from bench.shared.text import (

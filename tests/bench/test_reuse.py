@@ -14,8 +14,20 @@ from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.tokenizer import Tokenizer
 
 from bench import BenchError
-from bench.reuse.__main__ import cases, quality, quality_table
-from bench.reuse.quality import FULL, LOSS, NONE, NUM_DOCUMENTS, TASKS, Case, Measured, loss_cases, prompt_of
+from bench.reuse.__main__ import quality_table
+from bench.reuse.quality import (
+    FULL,
+    LOSS,
+    NONE,
+    NUM_DOCUMENTS,
+    TASKS,
+    Case,
+    Measured,
+    cases,
+    loss_cases,
+    prompt_of,
+    quality,
+)
 from bench.shared.kept import Kept
 
 

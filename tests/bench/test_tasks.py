@@ -220,7 +220,7 @@ def test_a_method_is_chosen_on_some_seeds_and_recommended_by_others(
     ]
     choice = choose(Scores(["auto", "rerope"], ["f"], [10], 40, replies), methods, 4)
     assert choice.recommended.method == recommended
-    assert len(choice.table().rows) == 3
+    assert len(choice.table("score").rows) == 3
     assert parse_arguments(["--calibrate", "--methods", "rerope"]).methods == methods
 
 
