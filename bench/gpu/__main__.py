@@ -41,20 +41,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from bench import BenchError
 from bench.gpu.figures import results, save
 from bench.gpu.running import Ending, run_all
 from bench.gpu.stages import FAILED, PARTS, Stage, stages
 from bench.shared import options
+from bench.shared.machine import card
 
 
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("gpu", __doc__, "gpu")
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, in this order; all when left out")
-    add("--toy", action="store_true", help="toy sizes on the CPU, kernels under Triton's interpreter, no tests")
+    options.toy(parser)
     add("--only", nargs="+", metavar="STAGE", help="of the parts, these stages alone")
     add("--beside", type=Path, help="results.json of an earlier run, whose figures are shown beside these")
     asked = parser.parse_args(arguments)
@@ -64,8 +63,7 @@ def main(arguments: Sequence[str] | None) -> int:
     asked.out = asked.out.absolute()
     if importlib.util.find_spec("triton") is None:
         raise BenchError("Triton is not installed; pip install -e '.[test,bench]' brings all")
-    if not asked.toy and not torch.cuda.is_available():
-        raise BenchError("torch sees no CUDA device; --toy needs none")
+    card(asked.toy)
     if asked.beside is not None and not asked.beside.is_file():
         raise BenchError(f"--beside {asked.beside}: there is no such file")
     asked.out.mkdir(parents=True, exist_ok=True)

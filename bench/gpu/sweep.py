@@ -29,14 +29,13 @@ from prerope.server.machine.places import default_cache_dir
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench import BenchError
 from bench.gpu.sdpa import sdpa_prefill, two_parts
 from bench.kernels.cases import FULL, RAW, TOY, Plan, Step, make_step
 from bench.kernels.rows import row_errors
 from bench.shared import options
 from bench.shared.clock import Clock, copy_rate, matmul_rate, warm
-from bench.shared.machine import describe_machine
-from bench.shared.report import NOTHING, Report, Table
+from bench.shared.machine import card, describe_machine
+from bench.shared.report import NOTHING, Report, Table, told
 from bench.shared.shapes import AttentionShape
 
 KERNELS = "prerope.cache.kernels.triton"
@@ -148,7 +147,7 @@ def sweep(plan: Plan, toy: bool, device: torch.device, until: float, say: Callab
                     found[name] = 1e3 * clock.seconds(partial(attended, step))
                 say(f"{name}: {found[name]:.3f} ms")
             except Exception as error:  # one that this card does not take
-                left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                left_out[name] = told(error)
                 say(f"{name}: left out, {left_out[name]}")
     if time.monotonic() < until:
         found |= products(clock, plan.dtype, toy, left_out)
@@ -222,7 +221,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("gpu.sweep", __doc__, "gpu")
     add = parser.add_argument
-    add("--toy", action="store_true", help="toy sizes on the CPU, under Triton's interpreter")
+    options.toy(parser)
     add("--minutes", type=float, default=1.5, help="no candidate begins after these")
     add(
         "--keep",
@@ -234,12 +233,10 @@ def main(arguments: Sequence[str] | None) -> int:
     )
     add("--once", action="store_true", help="launch each kernel a few times as it is shipped, and measure nothing")
     asked, console = parser.parse_args(arguments), options.console()
-    if not asked.toy and not torch.cuda.is_available():
-        raise BenchError("torch sees no CUDA device; --toy needs none")
     if asked.toy:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is at the first launch
     torch.manual_seed(0)
-    device, plan = torch.device("cpu" if asked.toy else "cuda"), TOY if asked.toy else FULL
+    device, plan = card(asked.toy), TOY if asked.toy else FULL
     if asked.once:
         once(plan, asked.toy, device)
         return 0

@@ -21,7 +21,7 @@ from prerope.server.engine.engine import Engine
 
 from bench.shared import options
 from bench.shared.engines import add
-from bench.shared.machine import describe_machine
+from bench.shared.machine import card, describe_machine
 from bench.shared.report import Report, Table
 from bench.shared.shapes import MODELS
 from bench.step.floor import open_engine
@@ -112,14 +112,14 @@ def judge(toy: bool, say: Callable[[str], None], found: dict[str, str], wrong: l
 
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("gpu.tiny", __doc__, "gpu")
-    parser.add_argument("--toy", action="store_true", help="a smaller model on the CPU, without graphs")
+    options.toy(parser)
     asked, console = parser.parse_args(arguments), options.console()
-    found, wrong = dict[str, str](), list[str]()
+    device, found, wrong = card(asked.toy), dict[str, str](), list[str]()
     try:
         judge(asked.toy, partial(console.print, markup=False), found, wrong)
     except KeyboardInterrupt:
         wrong.append("the time was up; the rest was not asked")
-    about = describe_machine(torch.device("cpu" if asked.toy else "cuda"))
+    about = describe_machine(device)
     table = Table(["asked", "found"], list(found.items()), [f"wrong: {one}" for one in wrong], left=(0, 1))
     Report("tiny", [table], {"machine": about, "found": found, "failures": wrong}).publish(asked.out, console)
     return 1 if wrong else 0

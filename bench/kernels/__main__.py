@@ -31,14 +31,14 @@ from prerope.cache.attention.reference import reference_attention
 from prerope.cache.cuda.attention import cuda_attention, cuda_store
 from torch import Tensor
 
-from bench import BenchError
 from bench.kernels.cases import FULL, RAW, TOY, Plan, Step, decode_steps, low_precision, make_step, prefill_flops
 from bench.kernels.peers import peers
 from bench.kernels.report import Found, Result, report
 from bench.kernels.rows import SHARPNESS, judge, poisoned
 from bench.shared import options
 from bench.shared.clock import Clock, copy_rate, matmul_rate, warm
-from bench.shared.machine import describe_machine
+from bench.shared.machine import card, describe_machine
+from bench.shared.report import told
 
 CHECK, JUDGED, METHOD, OTHER = range(4)
 KINDS = {"checks": {CHECK}, "judged": {JUDGED}, "methods": {METHOD}, "all": {CHECK, JUDGED, METHOD, OTHER}}
@@ -73,7 +73,7 @@ class Bench:
                     torch.cuda.empty_cache()
                 call()
             except Exception as error:  # a case that fails must not stop the others
-                self.found.failures[case] = _told(error)
+                self.found.failures[case] = told(error)
                 self.say(f"{case}: {self.found.failures[case]}")
                 if not isinstance(error, ArithmeticError):
                     traceback.print_exc()
@@ -139,7 +139,7 @@ class Bench:
             try:
                 found[peer] = self.clock.seconds(make(step))
             except Exception as error:
-                self.found.silent[f"{peer}, {kernel} {name} {len(rows)} x {sum(rows[0])}"] = _told(error)
+                self.found.silent[f"{peer}, {kernel} {name} {len(rows)} x {sum(rows[0])}"] = told(error)
         return found
 
     def _store(self, name: str) -> None:
@@ -157,14 +157,10 @@ def _attended(step: Step) -> Tensor:
     return cuda_attention(step.query, step.keys, step.values, step.metadata, step.options)
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("kernels", __doc__)
     add = parser.add_argument
-    add("--toy", action="store_true", help="toy sizes on the CPU, under Triton's interpreter")
+    options.toy(parser)
     add("--minutes", type=float, default=7.5, help="no case begins after these")
     add("--only", choices=list(KINDS), default="all", help="no other cases")
     add("--checks", nargs="+", choices=[*FULL.checked, *TOY.checked], help="no other lengths of rows are checked")
@@ -173,12 +169,9 @@ def main(arguments: Sequence[str] | None) -> int:
     asked, console = parser.parse_args(arguments), options.console()
     if asked.toy:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is at the first launch
-    elif not torch.cuda.is_available():
-        raise BenchError("torch sees no CUDA device; --toy needs none")
     torch.manual_seed(0)
     until = time.monotonic() + 60 * asked.minutes
-    device = torch.device("cpu" if asked.toy else "cuda")
-    plan = TOY if asked.toy else FULL
+    device, plan = card(asked.toy), TOY if asked.toy else FULL
     if asked.checks:
         plan = replace(plan, checked={name: rows for name, rows in plan.checked.items() if name in asked.checks})
     if asked.models and not asked.toy:

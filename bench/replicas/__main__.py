@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from bench.replicas.fleet import Behind, Fleet, OnRay
 from bench.replicas.trials import affinity, grow, kill, rolling, throughput
 from bench.shared import options
 
-QUESTIONS = ("throughput", "affinity", "kill", "rolling", "grow")
+QUESTIONS: dict[str, Callable[[Fleet, Namespace], Awaitable[str]]] = {
+    "throughput": lambda fleet, asked: throughput(fleet, asked.streams, asked.tokens),
+    "affinity": lambda fleet, _: affinity(fleet, 20, 5),
+    "kill": lambda fleet, asked: kill(fleet, 32, asked.tokens * 8),
+    "rolling": lambda fleet, _: rolling(fleet),
+    "grow": lambda fleet, _: grow(fleet),
+}
 
 
 async def measure(asked: Namespace) -> None:
@@ -29,16 +35,9 @@ async def measure(asked: Namespace) -> None:
         fleet = Behind(asked.size, asked.threads, asked.program, asked.out, kind=asked.behind, policy=asked.policy)
     try:
         await fleet.start()
-        said = f"{asked.size} × {asked.threads} threads, {asked.behind}"
         for question in asked.ask:
-            found = {
-                "throughput": lambda: throughput(fleet, asked.streams, asked.tokens),
-                "affinity": lambda: affinity(fleet, 20, 5),
-                "kill": lambda: kill(fleet, 32, asked.tokens * 8),
-                "rolling": lambda: rolling(fleet),
-                "grow": lambda: grow(fleet),
-            }[question]()
-            print(f"{said}: {question}: {await found}", flush=True)
+            found = await QUESTIONS[question](fleet, asked)
+            print(f"{asked.size} × {asked.threads} threads, {asked.behind}: {question}: {found}", flush=True)
     finally:
         fleet.stop()
 
@@ -46,24 +45,15 @@ async def measure(asked: Namespace) -> None:
 def main(arguments: Sequence[str] | None) -> int:
     parser = options.parser("replicas", __doc__, "replicas")
     add = parser.add_argument
-    add(
-        "--behind",
-        choices=("none", "nginx", "vllm-router", "litellm", "ray"),
-        default="none",
-        help="what stands before them",
-    )
+    routers = ("none", "nginx", "vllm-router", "litellm", "ray")
+    add("--behind", choices=routers, default="none", help="what stands before them")
     add("--policy", default="cache_aware", help="of vllm-router")
     add("--program", default="", help="its executable; of ray, that of `serve`")
     add("--size", type=options.count, default=1, help="replicas")
     add("--threads", type=options.count, default=1, help="of each")
     add("--streams", type=options.count, default=16, help="at once, of throughput")
-    add(
-        "--tokens",
-        type=options.count,
-        default=32,
-        help="of each of these; of those under which one is killed 8 × as many",
-    )
-    add("--ask", nargs="+", choices=QUESTIONS, default=list(QUESTIONS[:-1]), help="in this order")
+    add("--tokens", type=options.count, default=32, help="of each of these; 8 × as many where a replica is killed")
+    add("--ask", nargs="+", choices=list(QUESTIONS), default=list(QUESTIONS)[:-1], help="in this order")
     asyncio.run(measure(parser.parse_args(arguments)))
     return 0
 

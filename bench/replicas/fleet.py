@@ -14,37 +14,46 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
-from bench import BenchError
 from bench.shared.machine import free_port
+from bench.shared.servers import end, http_client, start, until
 
 ROOT = Path(__file__).parents[2]
 READY_S, NOTICE_S = 180.0, 3
 KEY = f"sk-{secrets.token_hex(16)}"
 """LiteLLM's proxy does not start without one; the others ask for none."""
-SAMPLE = re.compile(r"^(\S+?)\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
 async def answers(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
     """Wait until GET url is 200."""
-    async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
-        for _ in range(int(READY_S * 4)):
-            if process is not None and process.poll() is not None:
-                raise BenchError(f"what was to answer at {url} ended with status {process.returncode}")
+    async with http_client(timeout=5) as client:
+
+        async def answered() -> bool:
             try:
-                if (await client.get(url)).is_success:
-                    return
+                return (await client.get(url)).is_success
             except httpx.HTTPError:
-                pass
-            await asyncio.sleep(0.25)
-    raise BenchError(f"{url} does not answer after {READY_S:g} s")
+                return False
+
+        await until(answered, url, READY_S, process)
+
+
+async def scraped(url: str, names: Sequence[str], label: str = "") -> dict[str, float]:
+    """/metrics: value of a label → the sum of its samples of these names; 0 where it has none."""
+    async with http_client(timeout=READY_S) as client:
+        text = (await client.get(f"{url}/metrics")).text
+    found = Counter[str]()
+    for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
+        if label in ("", *sample.labels):
+            found[sample.labels.get(label, "")] += sample.value if sample.name in names else 0
+    return dict(found)
 
 
 @dataclass(slots=True)
@@ -85,29 +94,13 @@ class Fleet:
         return await self.measured("vllm:num_requests_running", "vllm:num_requests_waiting")
 
     def run(self, command: Sequence[str], name: str, **variables: str) -> subprocess.Popen[bytes]:
-        """Its output goes to a file."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(ROOT)} | variables
-        with (self.out / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        self._processes.append(process)
-        return process
+        own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(ROOT)}
+        self._processes.append(start(command, self.out / f"{name}.log", **(own | variables)))
+        return self._processes[-1]
 
     def stop(self) -> None:
-        """All that was started, and what they started."""
-        running = [process for process in self._processes if process.poll() is None]
-        family = [one for process in running for one in psutil.Process(process.pid).children(recursive=True)]
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        for process in running:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        for one in psutil.wait_procs(family, timeout=10)[1]:
-            one.kill()
+        for process in self._processes:
+            end(process, signal.SIGINT)
 
 
 @dataclass(slots=True)
@@ -123,9 +116,7 @@ class Behind(Fleet):
         self._ports = [self.port] if self.kind == "none" else [free_port() for _ in range(self.size)]
         for number in range(self.size):
             self._replicas.append(self._replica(number))
-            await answers(
-                self._health(number), self._replicas[number]
-            )  # one after the other: each is checked by trials
+            await answers(self._health(number), self._replicas[number])  # then the next: each is checked by trials
         if self.kind != "none":
             probe = "health/liveliness" if self.kind == "litellm" else "health"
             variables = {"LITELLM_MASTER_KEY": KEY, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # nothing is fetched
@@ -176,12 +167,7 @@ class Behind(Fleet):
             await asyncio.sleep(NOTICE_S)  # until the router has seen it
 
     async def measured(self, *names: str) -> dict[str, float]:
-        found = {}
-        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
-            for port in self._ports:
-                text = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
-                found[str(port)] = sum(float(value) for name, _, value in SAMPLE.findall(text) if name in names)
-        return found
+        return {str(port): (await scraped(f"http://127.0.0.1:{port}", names))[""] for port in self._ports}
 
 
 @dataclass(slots=True)
@@ -232,17 +218,11 @@ class OnRay(Fleet):
 
     async def _until(self, met: Callable[[set[str]], bool]) -> None:
         """Until Ray has such replicas."""
-        deadline = time.monotonic() + READY_S
-        while not met(set(await self.finished())):
-            if time.monotonic() > deadline:
-                raise BenchError(f"Ray has not the replicas it should have after {READY_S:g} s")
-            await asyncio.sleep(0.5)
+
+        async def has_them() -> bool:
+            return met(set(await self.finished()))
+
+        await until(has_them, "what Ray has of replicas", READY_S)
 
     async def measured(self, *names: str) -> dict[str, float]:
-        async with httpx.AsyncClient(timeout=READY_S, trust_env=False) as client:
-            text = (await client.get(f"{self.url}/metrics")).text
-        found: dict[str, float] = dict.fromkeys(re.findall(r'replica="([^"]*)"', text), 0)
-        for name, labels, value in SAMPLE.findall(text):
-            if name in names:
-                found[re.findall(r'replica="([^"]*)"', labels)[0]] += float(value)
-        return found
+        return await scraped(self.url, names, "replica")

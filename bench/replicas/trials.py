@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from bench.replicas.fleet import KEY, Fleet
+from bench.shared.servers import http_client
 
 MODEL, MOST_S = "prerope", 90.0
 TEXT = re.compile(r'"content": ?"[^"]')
@@ -72,8 +73,7 @@ class Asked:
 
 def client() -> httpx.AsyncClient:
     """For a whole trial: to make one takes as long as a short request."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    return httpx.AsyncClient(timeout=120, limits=limits, trust_env=False, headers={"authorization": f"Bearer {KEY}"})
+    return http_client(timeout=120, headers={"authorization": f"Bearer {KEY}"})
 
 
 async def throughput(fleet: Fleet, streams: int, num_tokens: int) -> str:
@@ -134,6 +134,11 @@ class Load:
     @property
     def failed(self) -> list[Asked]:
         return [one for one in self.asked if not one.whole]
+
+    @property
+    def told(self) -> str:
+        ways = _ways(self.failed)
+        return f"{len(self.asked) - len(self.failed)} of {len(self.asked)} requests answered {ways}"
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._lane()) for _ in range(self.lanes)]
@@ -200,7 +205,7 @@ async def rolling(fleet: Fleet) -> str:
     await fleet.restart_each()
     await asyncio.sleep(2)
     await load.stop()
-    return f"{len(load.asked) - len(load.failed)} of {len(load.asked)} requests answered {_ways(load.failed)}"
+    return load.told
 
 
 async def grow(fleet: Fleet) -> str:
@@ -214,8 +219,7 @@ async def grow(fleet: Fleet) -> str:
     down = await _size(fleet, lambda count: count == 1)
     return (
         f"{fleet.size} replicas after {up:.0f} s, which had finished {shares} when the load ended; one again after "
-        f"{down:.0f} s more; "
-        f"{len(load.asked) - len(load.failed)} of {len(load.asked)} requests answered {_ways(load.failed)}"
+        f"{down:.0f} s more; {load.told}"
     )
 
 

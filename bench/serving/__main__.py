@@ -63,10 +63,11 @@ class Measurement:
         asked, command = self.asked, dict(self.asked.launch).get(server.name)
         self.progress.update(self.progress.task_ids[0], description=f"starting {server.name}")
         async with AsyncExitStack() as stack:
-            if command is not None:
+            if command is None:
+                await server.ready(asked.ready_timeout)
+            else:
                 log = asked.out / f"{server.name}.log"
                 await stack.enter_async_context(launched(server, command, log, asked.ready_timeout))
-            await server.ready(asked.ready_timeout)
             await server.connect()
             if self._writer is None:
                 count = local_counter(asked.tokenizer) if asked.tokenizer else server_counter(server)

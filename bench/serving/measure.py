@@ -25,8 +25,6 @@ Figures = dict[str, float]
 """By name: medians over the streams of `ttft` and `time_per_token`; `gap_p50` and `gap_p99` over all tokens;
 `output_rate` and `total_rate`, generated and all tokens a second."""
 
-TIMES = ("ttft", "time_per_token", "gap_p50", "gap_p99")  # smaller is better; of rates larger is
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Point:
@@ -58,7 +56,7 @@ async def run_point(server: Server, prompts: Sequence[str], num_tokens: int) -> 
     """All prompts at once, one stream each. A stream that fails is reported, and the others still count."""
     processes = listeners(server.url)
     meter, started = OthersMeter(processes), time.perf_counter()
-    results = await asyncio.gather(*(server.complete(prompt, num_tokens) for prompt in prompts), return_exceptions=True)
+    results = await asyncio.gather(*(server.stream(prompt, num_tokens) for prompt in prompts), return_exceptions=True)
     wall_s = time.perf_counter() - started
     others = meter.cores() if processes else 0.0
     for result in results:
@@ -93,8 +91,8 @@ def summarise(runs: Sequence[Run]) -> Figures | None:
 
 
 def speedup(name: str, ours: Figures, peer: Figures) -> float:
-    """How many times as fast as the peer, above 1 where ours is the better, whether `name` is a time or a rate."""
-    above, below = (peer, ours) if name in TIMES else (ours, peer)
+    """How many times as fast as the peer, above 1 where ours is the better, whether `name` is a rate or a time."""
+    above, below = (ours, peer) if name.endswith("rate") else (peer, ours)
     return above[name] / below[name] if below[name] else math.inf
 
 

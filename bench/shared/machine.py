@@ -9,12 +9,15 @@ import platform
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 import torch
+
+from bench import BenchError
 
 DISTURBED_CORES = 0.2
 """More than this in use by others, and a run counts as disturbed: threads of a server wait for one another."""
@@ -35,6 +38,13 @@ def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
         names = installed.keys() & {"torch", "triton", "transformers"}
         about |= {name: importlib.metadata.version(name) for name in names}
     return about
+
+
+def card(toy: bool) -> torch.device:
+    """The GPU; at toy size the CPU, which proves a program and measures nothing."""
+    if not toy and not torch.cuda.is_available():
+        raise BenchError("torch sees no CUDA device; --toy needs none")
+    return torch.device("cpu" if toy else "cuda")
 
 
 def free_port() -> int:
@@ -65,7 +75,7 @@ class OthersMeter:
         times = psutil.cpu_times()
         guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user and nice already
         busy = sum(times) - guests - times.idle - getattr(times, "iowait", 0.0)
-        return float(busy) - sum(_cpu_seconds(member) for member in {m for p in self._watched for m in _tree(p)})
+        return float(busy) - cpu_seconds(*self._watched)
 
 
 def listeners(url: str) -> list[psutil.Process]:
@@ -81,22 +91,12 @@ def listeners(url: str) -> list[psutil.Process]:
     return [psutil.Process(pid) for pid in sorted(found) if psutil.pid_exists(pid)]
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """Of a process, its children, and those of them that have ended."""
-    times = [process.cpu_times(), *(one.cpu_times() for one in process.children(recursive=True))]
-    return float(sum(one.user + one.system + one.children_user + one.children_system for one in times))
-
-
-def _tree(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0  # it ended: what it used counts as others'
-    return float(times.user + times.system)
+def cpu_seconds(*processes: psutil.Process) -> float:
+    """Of processes, their children, and those of them that have ended; nothing of one that has ended itself."""
+    found = dict[psutil.Process, float]()
+    for process in processes:
+        with suppress(psutil.Error):
+            for one in (process, *process.children(recursive=True)):
+                times = one.cpu_times()
+                found[one] = times.user + times.system + times.children_user + times.children_system
+    return sum(found.values())

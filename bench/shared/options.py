@@ -19,15 +19,20 @@ from bench import OUTPUT_FOLDER, BenchError
 WIDTH = 160  # of tables that go to a file or a pipe; a terminal says its own
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The module's docstring as it is written, and every default."""
 
 
 def parser(question: str, description: str | None, folder: str = "") -> argparse.ArgumentParser:
     """With --out, the folder of what it leaves: bench/out, or `folder` in it."""
-    made = argparse.ArgumentParser(f"python -m bench.{question}", description=description, formatter_class=_Help)
+    made = argparse.ArgumentParser(f"python -m bench.{question}", description=description, formatter_class=Help)
     made.add_argument("--out", type=Path, default=OUTPUT_FOLDER / folder, help="folder of the files that it leaves")
     return made
+
+
+def toy(parser: argparse.ArgumentParser) -> None:
+    """See `machine.card`."""
+    parser.add_argument("--toy", action="store_true", help="toy sizes on the CPU, kernels under Triton's interpreter")
 
 
 def at_least(least: float) -> Callable[[str], float]:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
+from rich.markdown import Markdown
 
 NOTHING = "–"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.titlelocation": "left"}
@@ -35,14 +34,7 @@ class Table:
         return "\n\n".join(["\n".join(lines), *filter(None, self.notes)]) + "\n"
 
     def show(self, console: Console) -> None:
-        table = RichTable(header_style="bold")
-        for i, heading in enumerate(self.headings):
-            table.add_column(heading, justify="left" if i in self.left else "right", no_wrap=not i)
-        for row in self.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-        for note in filter(None, self.notes):
-            console.print(note, markup=False)
+        console.print(Markdown(self.markdown()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +98,11 @@ class Target:
         return [self.name, wanted, found, self.worst or NOTHING, self.verdict]
 
 
+def told(error: BaseException) -> str:
+    """In a cell or a note."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def counted(number: int, noun: str) -> str:
     """`1 thread`, `2 threads`."""
     return f"{number:,} {noun}{'s'[: number != 1]}"
@@ -122,12 +119,8 @@ def target_table(targets: Sequence[Target]) -> Table:
 
 
 def plain_log_axis(panel: Any) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
+    """A logarithmic y axis with plain numbers."""
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter("{x:g}")
 
 

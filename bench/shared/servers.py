@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,24 +77,25 @@ class Server:
         if self.api_key:
             self.headers["Authorization"] = f"Bearer {self.api_key}"
         failure = "no answer"
-        for model in [self.model] if self.model else [*await self._served_models(), None]:
+        for model in [self.model] if self.model else [*(one["id"] for one in await self.models()), None]:
             for dialect in DIALECTS:
                 self.model, self.dialect = model, dialect
                 try:
-                    await self.complete("The first words of the book were", 4)
+                    await self.stream("The first words of the book were", 4)
                     return
                 except (StreamFailed, httpx.HTTPError) as error:
                     failure = f"{type(error).__name__}: {error}"
         raise BenchError(f"{self.name} at {self.url}: {failure}")
 
-    async def _served_models(self) -> list[str]:
+    async def models(self) -> list[dict[str, Any]]:
+        """What /v1/models says; nothing of a server that has no such route, or answers 500 without a hub cache."""
         try:
             reply = await self.client.get(f"{self.url}/models", headers=self.headers)
-            return [entry["id"] for entry in reply.json()["data"]] if reply.is_success else []
+            return list(reply.json()["data"]) if reply.is_success else []
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
-            return []  # transformers serve answers 500 without a hub cache, and needs no name
+            return []
 
-    async def complete(self, prompt: str | Sequence[int], num_tokens: int) -> Completion:
+    async def stream(self, prompt: str | Sequence[int], num_tokens: int) -> Completion:
         """Stream `num_tokens` greedy tokens after `prompt`.
 
         Raises:
@@ -112,6 +113,17 @@ class Server:
                 chunks.append((time.perf_counter(), chunk))
         return read_completion(started, chunks)
 
+    async def choice(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The first choice of a completion that is not streamed. Raises BenchError with what the server says."""
+        body = {**body, "model": self.model} if self.model else body
+        try:
+            answer = await self.client.post(f"{self.url}/completions", json=body, headers=self.headers)
+        except httpx.HTTPError as error:
+            raise BenchError(f"{self.name} at {self.url}: {type(error).__name__}: {error}") from None
+        if answer.is_error:
+            raise BenchError(f"{self.name}: HTTP {answer.status_code}: {answer.text[:300]}")
+        return dict(answer.json()["choices"][0])
+
     async def is_ready(self) -> bool:
         """Whether the server is up and its model loaded: by the first of its health routes that exists."""
         for path in ("/ready", "/health", "/v1/models"):
@@ -124,14 +136,42 @@ class Server:
         return False
 
     async def ready(self, timeout_s: float, process: subprocess.Popen[bytes] | None = None) -> None:
-        """Wait until it is. Raises BenchError where its process ends, or time is up."""
-        deadline = time.monotonic() + timeout_s
-        while not await self.is_ready():
-            if process is not None and process.poll() is not None:
-                raise BenchError(f"{self.name} ended with status {process.returncode}")
-            if time.monotonic() > deadline:
-                raise BenchError(f"{self.name}: nothing ready at {self.url} after {timeout_s:g} s")
-            await asyncio.sleep(POLL_S)
+        await until(self.is_ready, f"{self.name} at {self.url}", timeout_s, process)
+
+
+async def until(
+    met: Callable[[], Awaitable[bool]], what: str, timeout_s: float, process: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Wait until it is so. Raises BenchError where the process ends before, or time is up."""
+    deadline = time.monotonic() + timeout_s
+    while not await met():
+        if process is not None and process.poll() is not None:
+            raise BenchError(f"{what} ended with status {process.returncode}")
+        if time.monotonic() > deadline:
+            raise BenchError(f"{what}: not ready after {timeout_s:g} s")
+        await asyncio.sleep(POLL_S)
+
+
+def start(command: Sequence[str], log: Path, mode: str = "ab", **variables: str) -> subprocess.Popen[bytes]:
+    """In a process group of its own; its output goes to `log`, behind what is there unless `mode` says otherwise."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open(mode) as output:
+        return subprocess.Popen(
+            command, env=os.environ | variables, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def end(process: subprocess.Popen[bytes], kindly: signal.Signals = signal.SIGTERM) -> None:
+    """A process and all that it has started, in other groups, too: kindly, then at once."""
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    for number in (kindly, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    for one in psutil.wait_procs(family, timeout=10)[1]:
+        one.kill()
 
 
 @contextlib.asynccontextmanager
@@ -146,12 +186,7 @@ async def launched(
     """
     if await server.is_ready():
         raise BenchError(f"{server.name}: something answers at {server.url} already: stop it, or drop --launch")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(  # noqa: ASYNC220  starting takes milliseconds, and nothing else runs yet
-            shlex.split(command), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+    process = start(shlex.split(command), log, mode="wb")
     try:
         try:
             await server.ready(timeout_s, process)
@@ -159,12 +194,7 @@ async def launched(
             raise BenchError("\n".join([str(error), *tail(log)])) from None
         yield process
     finally:
-        # The whole group, kindly, then at once: a launcher's children may outlive it.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
+        await asyncio.to_thread(end, process)
 
 
 def tail(log: Path, lines: int = 15) -> list[str]:

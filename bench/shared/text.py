@@ -40,12 +40,16 @@ def default_texts() -> Iterator[tuple[str, str]]:
     yield DOCSTRINGS, docstring_text(Path(sysconfig.get_path("stdlib")))
 
 
-def reference_text() -> str:
-    """All topics in alphabetical order, each paragraph once."""
+def paragraphs() -> list[str]:
+    """Of all topics in alphabetical order."""
     from pydoc_data.topics import topics
 
-    paragraphs = (paragraph.strip("\n") for name in sorted(topics) for paragraph in topics[name].split("\n\n"))
-    first_of = {" ".join(paragraph.split()): paragraph for paragraph in reversed(list(paragraphs))}
+    return [paragraph for name in sorted(topics) for paragraph in topics[name].split("\n\n")]
+
+
+def reference_text() -> str:
+    """Each paragraph once, where it comes last."""
+    first_of = {" ".join(paragraph.split()): paragraph.strip("\n") for paragraph in reversed(paragraphs())}
     return "\n\n".join(reversed([paragraph for key, paragraph in first_of.items() if key]))
 
 
@@ -101,10 +105,7 @@ def ending_at(token_ids: Sequence[int], stop: int, num_tokens: int, beginning: S
 
 def reference_words() -> list[str]:
     """Words of the reference, in a fixed order; tables and code listings are left out, they are not prose."""
-    from pydoc_data.topics import topics
-
-    paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
-    return [word for p in paragraphs if is_prose(p) for word in p.split()]
+    return [word for paragraph in filter(is_prose, paragraphs()) for word in paragraph.split()]
 
 
 def is_prose(paragraph: str) -> bool:

@@ -6,8 +6,8 @@ starts the server and sends it short prompts, shared prefixes, aborts at random 
 one after another, prompts of 8k and 16k tokens; streaming and not, to /generate and to OpenAI's routes, by several
 clients that each follow a seeded random plan (`bench.soak.plan`); among it, bodies by which one client would hold up
 the others (`bench.soak.hostile`). The rules are in `bench.soak.verdicts`; the exit code is 1 where one did not hold.
-The time counts from the end of the warm-up, which writes to the whole cache once, fills the pool of threads and sends
-every kind of request. It is divided into cycles: at the end of each nothing more is begun until all has ended.
+The time counts from the end of the warm-up, which writes to the whole cache once, starts all workers and sends every
+kind of request. It is divided into cycles: at the end of each nothing more is begun until all has ended.
 """
 
 from __future__ import annotations
@@ -81,19 +81,18 @@ class Soak:
 
     async def warm_up(self) -> Sample:
         """Everything once, the whole cache written to; the server idle after that."""
-        self._say("warm-up")
         draw = random.Random(f"{self.asked.seed}, warm-up")
         maker = TaskMaker(self._library, self._bad, self.asked.seed, 0)
         long = [long_task(self._library, draw, n) for n in sorted(self.asked.long_tokens, reverse=True)]
         kinds = map(maker.task, ("short", "shared", "abort", "slow", "crowd"))
         for task in (*long, *self._bad, *hostile_tasks(), *kinds):
             await self._perform(task)
-        await self._fill_thread_pool()
+        await self._fill_workers()
         await self._fill_cache(draw)
         return await self.watch.settle()
 
-    async def _fill_thread_pool(self) -> None:
-        """Long texts are tokenised on threads that start as they are needed, up to a limit, and then stay."""
+    async def _fill_workers(self) -> None:
+        """Long texts are tokenised by workers that start as they are needed, up to a limit, and then stay."""
         body = {"prompt": "word " * (min(POOL_CHARS, 4 * self.max_model_len) // 5)}
         async with http_client(self.client.root) as http:
             posts = (http.post("/tokenize", json=body, headers=self._headers) for _ in range(POOL_REQUESTS))
@@ -102,12 +101,10 @@ class Soak:
 
     async def _fill_cache(self, draw: random.Random) -> None:
         """Prompts that share nothing until every block has been used, at most twice as many as it takes."""
-        gauges = (await self.watch.look()).gauges
-        for _ in range(2 * gauges.blocks * BLOCK_SIZE // FILL_TOKENS + 1):
-            gauges = (await self.watch.look()).gauges
-            if gauges.cached_blocks >= 0.99 * gauges.blocks:
+        blocks = (await self.watch.look()).gauges.blocks
+        for _ in range(2 * blocks * BLOCK_SIZE // FILL_TOKENS + 1):
+            if (await self.watch.look()).gauges.cached_blocks >= 0.99 * blocks:
                 return
-            self._say(f"warm-up: cache {gauges.cached_blocks / gauges.blocks:.0%} written to")
             prompt = self._library.ids(draw, FILL_TOKENS)
             await self._perform(Task("fill", GENERATE, {"prompt": prompt, "max_tokens": 1}))
 
@@ -122,8 +119,9 @@ class Soak:
         for cycle in range(1, asked.cycles + 1):
             end = began + asked.seconds * cycle / asked.cycles
             clients = (self._follow(*plan, draw, end) for plan, draw in zip(plans, pauses, strict=True))
-            await asyncio.gather(self._show(began, end), *clients)
+            await asyncio.gather(*clients)
             floors.append(await self.watch.settle())
+            self.progress.update(self.progress.task_ids[0], completed=time.monotonic() - began)
         return floors
 
     async def _follow(self, tasks: Iterator[Task], pause: float, draw: random.Random, end: float) -> None:
@@ -137,26 +135,17 @@ class Soak:
     async def _perform(self, task: Task) -> None:
         self.started += task.num_clients
         await asyncio.gather(*(self.client.perform(task) for _ in range(task.num_clients)))
-
-    async def _show(self, began: float, end: float) -> None:
-        while time.monotonic() < end:
-            problems = sum(bool(outcome.problem) for outcome in self.client.outcomes)
-            told = f"{len(self.client.outcomes)} requests, {problems} problems, {self.client.num_open} open"
-            self._say(told, completed=time.monotonic() - began)
-            await asyncio.sleep(1.0)
-        self._say("waiting for what was begun")
-
-    def _say(self, text: str, completed: float | None = None) -> None:
-        self.progress.update(self.progress.task_ids[0], description=text, completed=completed)
+        problems = sum(bool(outcome.problem) for outcome in self.client.outcomes)
+        told = f"{len(self.client.outcomes)} requests, {problems} problems, {self.client.num_open} open"
+        self.progress.update(self.progress.task_ids[0], description=told)
 
 
 def flags(asked: argparse.Namespace, key: str) -> list[str]:
     """Of the server: a short queue and a small cache, so that both are full now and then."""
     settings = {"api-key": key, "max-model-len": max(asked.long_tokens) + SPARE_TOKENS, "max-num-seqs": 16}
     settings |= {"kv-cache-memory": asked.kv_cache_memory, "kv-block-size": BLOCK_SIZE, "max-queued-requests": 64}
-    settings |= {"log-level": "warning", "log-format": "json"} | (
-        {"model-id": asked.model_id} if asked.model_id else {}
-    )
+    settings |= {"log-level": "warning", "log-format": "json"}
+    settings |= {"model-id": asked.model_id} if asked.model_id else {}
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
@@ -172,17 +161,17 @@ async def soak(asked: argparse.Namespace, progress: Progress) -> Soaked:
             floors = await soaked.traffic()
         end = watch.samples[-1].at
         after = await watch.settle(before.resources)
+    warm_up, outcomes = client.outcomes[:num_before], client.outcomes[num_before:]
     memory, line = verdicts.judge_memory(floors, before)
     judged = [
         verdicts.judge_blocks(after),
         *verdicts.judge_resources(before, after),
         *verdicts.judge_replies(client.outcomes, after, soaked.started),
-        verdicts.judge_streams(client.outcomes[num_before:]),
+        verdicts.judge_streams(outcomes),
         verdicts.judge_watch(watch.failures, sum(sample.at > begin for sample in watch.samples)),
         *memory,
         verdicts.judge_log(log),
     ]
-    warm_up, outcomes = client.outcomes[:num_before], client.outcomes[num_before:]
     return Soaked(about, warm_up, outcomes, watch.samples, begin, end, judged, floors, line)
 
 

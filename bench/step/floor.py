@@ -36,6 +36,7 @@ from rich.console import Console
 from bench.shared.clock import Clock, copy_rate, seconds_of
 from bench.shared.engines import add, fill, outputs
 from bench.shared.machine import describe_machine
+from bench.shared.report import told
 from bench.shared.shapes import MODELS, ModelShape
 from bench.step.report import Found, report
 
@@ -192,7 +193,7 @@ def run(asked: argparse.Namespace, console: Console) -> int:
             say(measure(floor, found, cell, until))
             report(found).save(asked.out)
     except Exception as error:  # what was measured before is told all the same
-        found.failures["engine"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        found.failures["engine"] = told(error)
         say(f"failed: {found.failures['engine']}")
         report(found).save(asked.out)
     report(found).publish(asked.out, console)

@@ -29,7 +29,6 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import httpx
 from prerope.rope.spec import RopeSpec
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -68,35 +67,20 @@ class Asker:
 
     async def ask(self, prompt: Prompt, label: str, spec: RopeSpec | None) -> str:
         """Raises BenchError with what the server says, where it refuses."""
-        body = self.body(prompt, spec)
-        key = key_of(self.server.name, label, body)
-        if (found := self.kept.get(key)) is not None:
-            return str(found["text"])
-        text = await self._post(body)
-        about = {"server": self.server.name, "method": label, "family": prompt.family, "length": prompt.length}
-        about |= {"seed": prompt.seed, "depth": prompt.question.depth, "answers": prompt.question.answers}
-        self.kept.add(key, {"text": text, **about})
-        return text
+        server, body = self.server, self.body(prompt, spec)
+        key = key_of(server.name, label, {**body, "model": server.model} if server.model else body)
+        if (found := self.kept.get(key)) is None:
+            about = {"server": server.name, "method": label, "family": prompt.family, "length": prompt.length}
+            about |= {"seed": prompt.seed, "depth": prompt.question.depth, "answers": prompt.question.answers}
+            found = self.kept.add(key, {"text": str((await server.choice(body))["text"]), **about})
+        return str(found["text"])
 
     def body(self, prompt: Prompt, spec: RopeSpec | None) -> dict[str, Any]:
         wanted = REPLY_TOKENS if len(prompt.question.answers) == 1 else MOST_REPLY_TOKENS
         body: dict[str, Any] = {"prompt": prompt.text, "max_tokens": wanted, "temperature": 0, "stop": [*REPLY_ENDS]}
-        body |= {"model": self.server.model} if self.server.model else {}
         if spec is not None:
-            body["rope"] = {
-                name: value for name, value in asdict(spec).items() if value is not None and value is not False
-            }
+            body["rope"] = {name: value for name, value in asdict(spec).items() if value not in (None, False)}
         return body
-
-    async def _post(self, body: dict[str, Any]) -> str:
-        server = self.server
-        try:
-            answer = await server.client.post(f"{server.url}/completions", json=body, headers=server.headers)
-        except httpx.HTTPError as error:
-            raise BenchError(f"{server.name} at {server.url}: {type(error).__name__}: {error}") from None
-        if answer.is_error:
-            raise BenchError(f"{server.name}: HTTP {answer.status_code}: {answer.text[:300]}")
-        return str(answer.json()["choices"][0]["text"])
 
 
 async def measure(asked: argparse.Namespace, server: Server, progress: Progress) -> tuple[Scores, str]:
@@ -146,8 +130,7 @@ async def found_groups(asked: argparse.Namespace, server: Server, progress: Prog
 
 async def served_length(server: Server) -> int:
     """The trained length, as this project's /v1/models has it."""
-    reply = await server.client.get(f"{server.url}/models", headers=server.headers)
-    for entry in reply.json().get("data", []) if reply.is_success else []:
+    for entry in await server.models():
         if entry["id"] == server.model and entry.get("train_length"):
             return int(entry["train_length"])
     raise BenchError(f"{server.name} does not say how long a text its model was trained on: give --train-length")

@@ -7,7 +7,7 @@ import itertools
 import random
 import re
 
-from bench.shared.text import is_prose
+from bench.shared.text import is_prose, paragraphs
 
 _ADJECTIVES = (
     "amber ancient bitter brave bright bronze calm clever cold crimson curious dusty eager early empty gentle golden "
@@ -70,8 +70,6 @@ def prose(draw: random.Random, number: int) -> list[str]:
 
 @functools.cache
 def _sentences() -> list[str]:
-    from pydoc_data.topics import topics
-
-    paragraphs = [" ".join(p.split()) for name in sorted(topics) for p in topics[name].split("\n\n") if is_prose(p)]
-    found = dict.fromkeys(s for paragraph in paragraphs for s in re.split(r"(?<=[.!?]) ", paragraph))
+    whole = (" ".join(paragraph.split()) for paragraph in filter(is_prose, paragraphs()))
+    found = dict.fromkeys(sentence for paragraph in whole for sentence in re.split(r"(?<=[.!?]) ", paragraph))
     return [sentence for sentence in found if 30 <= len(sentence) <= 300 and sentence.endswith(".")]

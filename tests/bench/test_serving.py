@@ -259,6 +259,6 @@ def test_one_server_alive_at_a_time_only_the_first_counts_tokens(monkeypatch: py
     servers = [Server(name, url, client, None, None) for name, url in asked.url]
     with Progress(disable=True) as progress:
         progress.add_task("starting")
-        asyncio.run(Measurement(servers, asked, progress).alone())
+        asyncio.run(Measurement(servers, asked, progress).take())
     assert sent["a"] == sent["b"]
     assert [len(prompts) for prompts in sent["a"]] == [1, 2, 1, 2] * 2
