@@ -13,10 +13,9 @@ from prerope.server.api import generate, health, pages, positions, reference
 from prerope.server.api import tokens as tokenize
 from prerope.server.api.dialects import anthropic, kept_responses, ollama, others, rendering, responses
 from prerope.server.api.errors import install_error_handlers
-from prerope.server.api.fairness import Allowance, HoldRequest
+from prerope.server.api.fairness import Allowance, BodyLimit, HoldRequest
 from prerope.server.api.keys import KeyCheck, KeyRing
 from prerope.server.api.middleware import (
-    BodyLimit,
     ClientTimeout,
     FieldReport,
     HeadAsGet,

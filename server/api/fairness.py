@@ -7,9 +7,10 @@
 A *hold* is what one request has until its reply has ended. Whatever way it ends, also before its stream is first read,
 nothing that it started outlives it.
 
-Bodies that are being read have so many bytes of room together, however many connections there are. Where there is none
-left, the body that has been arriving longest makes it, so that whoever begins many and ends none pushes out his own;
-where all are whole, a new one is refused. Little ones need no room: there are not more of them than connections.
+A body has a largest size (`BodyLimit`). All that are being read have so many bytes of room together, however many
+connections there are. Where there is none left, the body that has been arriving longest makes it, so that whoever
+begins many and ends none pushes out his own; where all are whole, a new one is refused. Little ones need no room: there
+are not more of them than connections.
 
 Work of a client's size that stays on the event loop is done in *slices*, one a turn, whoever it is for:
 
@@ -40,9 +41,10 @@ from weakref import WeakKeyDictionary
 import structlog
 from fastapi import Request
 from prerope.server.api.middleware import ABORT
-from prerope.server.errors import BodiesFull, ClientGone, InvalidRequest, KeyBusy
+from prerope.server.errors import BodiesFull, BodyTooLarge, ClientGone, InvalidRequest, KeyBusy
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = structlog.get_logger(__name__)
 
@@ -148,6 +150,51 @@ class HoldRequest:
         finally:
             _current.reset(token)
             await hold.end()
+
+
+TOO_MANY_CHUNKS = "too_many_chunks"
+"""In the scope's state, once the body has come in more chunks than are taken (`server.http.connection`)."""
+
+
+class BodyLimit:
+    """Refuses bodies over the limit, by their declared length at once and by their true length while they come."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal():
+            self._check(int(declared))
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if scope.get("state", {}).get(TOO_MANY_CHUNKS):
+                raise InvalidRequest(
+                    f"The body comes in too many chunks for its size ({num_bytes} bytes so far): send larger ones, or "
+                    "the body whole, with Content-Length.",
+                    code="too_many_chunks",
+                )
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                self._check(num_bytes)
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _check(self, num_bytes: int) -> None:
+        if num_bytes > self.max_bytes:
+            raise BodyTooLarge(
+                f"The body has {num_bytes} bytes or more; at most {self.max_bytes} are accepted "
+                "(MAX_BODY_BYTES raises it).",
+                code="body_too_large",
+            )
 
 
 LITTLE_BYTES = 64 * 2**10

@@ -2,7 +2,7 @@
 
     CORS → OtherPrefix → RequestContext (id, log, metric, last resort for errors) → HostCheck
          → KeyCheck (`keys`, where keys are asked for) → HoldRequest (`fairness`) → ClientTimeout
-         → BodyLimit → FieldReport → HeadAsGet → routes
+         → BodyLimit (`fairness`) → FieldReport → HeadAsGet → routes
 
 Plain ASGI, so that streams pass through unbuffered.
 """
@@ -20,7 +20,8 @@ import structlog
 from prerope.server.api.errors import error_response, internal_error
 from prerope.server.api.keys import PROBES
 from prerope.server.api.requests.body import HEADER, reporting
-from prerope.server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest, RequestError, WrongHost
+from prerope.server.api.requests.wording import MAX_SHOWN
+from prerope.server.errors import BodyTimeout, ClientGone, RequestError, WrongHost
 from prerope.server.log import trace
 from prerope.server.metrics import METHODS, OTHER_METHOD, Metrics
 from starlette.datastructures import Headers, MutableHeaders
@@ -45,9 +46,6 @@ ABORT = "abort_connection"
 
 FILLER = "filler"
 """In the scope's state: bytes that mean nothing between two pieces of this reply (`server.http.connection`)."""
-
-TOO_MANY_CHUNKS = "too_many_chunks"
-"""In the scope's state, once the body has come in more chunks than are taken (`server.http.connection`)."""
 
 SSE_COMMENT = b": \n\n"
 
@@ -230,47 +228,6 @@ async def _abort(scope: Scope) -> None:
         await asyncio.sleep(0)  # the server notes the loss in its next turn, before the app returns to it
 
 
-class BodyLimit:
-    """Refuses bodies over the limit, by their declared length at once and by their true length while they come."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal():
-            self._check(int(declared))
-        num_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if scope.get("state", {}).get(TOO_MANY_CHUNKS):
-                raise InvalidRequest(
-                    f"The body comes in too many chunks for its size ({num_bytes} bytes so far): send larger ones, or "
-                    "the body whole, with Content-Length.",
-                    code="too_many_chunks",
-                )
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                self._check(num_bytes)
-            return message
-
-        await self.app(scope, counted, send)
-
-    def _check(self, num_bytes: int) -> None:
-        if num_bytes > self.max_bytes:
-            raise BodyTooLarge(
-                f"The body has {num_bytes} bytes or more; at most {self.max_bytes} are accepted "
-                "(MAX_BODY_BYTES raises it).",
-                code="body_too_large",
-            )
-
-
 class FieldReport:
     """Names fields of a request that were left out in a header of its reply, and in the log."""
 
@@ -318,7 +275,6 @@ LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa")
 """Of names that are reserved for local use."""
 
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^:\[\]]*)(:\d*)?", re.IGNORECASE)
-MAX_SHOWN = 64
 
 
 class HostCheck:

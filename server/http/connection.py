@@ -11,9 +11,6 @@ its way, or whose reply unread, for longest. So whoever opens many and leaves th
 What comes is given to the parser in order, chunked bodies in slices that take turns with those of others. What a body
 costs to parse grows with its chunks, not its bytes: a client may send a byte in each. Chunks are counted, and a body of
 too many is refused.
-
-A client that has closed its side may be gone or may still read ("half-closed", as of `nc -N`); TCP does not tell until
-something is sent. So something is sent that means nothing, and the kernel is asked what came of it.
 """
 
 from __future__ import annotations
@@ -24,9 +21,10 @@ from collections.abc import Callable
 
 import h11
 import structlog
-from prerope.server.api.fairness import turn
-from prerope.server.api.middleware import ABORT, FILLER, TOO_MANY_CHUNKS
+from prerope.server.api.fairness import TOO_MANY_CHUNKS, turn
+from prerope.server.api.middleware import ABORT
 from prerope.server.errors import HeaderTooLarge, VersionNotSupported
+from prerope.server.http.half_closed import stays_open
 from prerope.server.http.refusals import LINGER_S, linger, refuse, reply_to_unreadable
 from prerope.server.http.targets import in_origin_form
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -34,7 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 log = structlog.get_logger(__name__)
 
-PIECE_BYTES = 1024
+SLICE_BYTES = 1024
 """What is parsed between two looks at the clock: two hundred chunks at most."""
 
 FREE_CHUNKS, BYTES_A_CHUNK = 4096, 256
@@ -113,7 +111,7 @@ class Feed:
 
     def give(self, data: bytes, *, sliced: bool) -> None:
         """sliced: what is in it may take long."""
-        if self._task is None and not (sliced and len(data) > PIECE_BYTES):
+        if self._task is None and not (sliced and len(data) > SLICE_BYTES):
             self._take(data)
             return
         self._left += data
@@ -129,9 +127,9 @@ class Feed:
             while self._left:
                 async with turn() as in_time:
                     while self._left and in_time():
-                        piece = bytes(self._left[:PIECE_BYTES])
-                        del self._left[:PIECE_BYTES]
-                        self._take(piece)
+                        data = bytes(self._left[:SLICE_BYTES])
+                        del self._left[:SLICE_BYTES]
+                        self._take(data)
         except Exception as error:
             log.error("connection failed", kind=type(error).__name__)
             self._abort()
@@ -146,10 +144,6 @@ HEADER_TIMEOUT_S = 10.0
 PIPELINE_REST_S = 0.005
 """Between a reply and the next request of a client that had sent it before: thousands, one after the other, would leave
 the event loop no moment without work, and it would take a core from the engine's threads."""
-
-TCP_CLOSE_WAIT = 8
-"""Of Linux's tcp_info: the client has closed its side, and nothing says that it does not read."""
-GONE_CHECK_S = 0.25
 
 
 class Door:
@@ -205,7 +199,7 @@ class Connection(H11Protocol):
 
     _header_timer: asyncio.TimerHandle | None = None
     _rest_timer: asyncio.TimerHandle | None = None
-    _gone_timer: asyncio.TimerHandle | None = None
+    gone_timer: asyncio.TimerHandle | None = None
 
     @classmethod
     def behind(cls, door: Door) -> type[Connection]:
@@ -266,7 +260,7 @@ class Connection(H11Protocol):
 
     def _end_request(self) -> None:
         """To the app, the client of a request whose body cannot be read is gone: it has its reply."""
-        if self._answering:
+        if self.answering:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
 
@@ -287,13 +281,14 @@ class Connection(H11Protocol):
         self.door.leave(self)
         self.door.lingering.discard(self)
         self._feed.close()
-        for timer in (self._header_timer, self._rest_timer, self._gone_timer):
+        for timer in (self._header_timer, self._rest_timer, self.gone_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     @property
-    def _answering(self) -> bool:
+    def answering(self) -> bool:
+        """Whether a request is under way."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def pause_writing(self) -> None:
@@ -305,7 +300,7 @@ class Connection(H11Protocol):
         self._tell_door()
 
     def _tell_door(self) -> None:
-        if self._answering:
+        if self.answering:
             self.door.mark(self, halted=self.cycle.more_body or self.flow.write_paused)
         else:
             self.door.mark(self, idle=True)
@@ -313,45 +308,18 @@ class Connection(H11Protocol):
     def _note_state(self, *, expecting: bool) -> None:
         """Whom it waits for; and where a header is expected, or begun, until when. (uvicorn's timer is for silence.)"""
         self._tell_door()
-        if self._answering and self._header_timer is not None:
+        if self.answering and self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
-        elif not self._answering and expecting and self._header_timer is None:
+        elif not self.answering and expecting and self._header_timer is None:
             self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._header_is_late)
 
     def _header_is_late(self) -> None:
         log.debug("connection closed: no whole request came", seconds=HEADER_TIMEOUT_S)
         self.transport.abort()
 
-    # --- half-closed connections ---
-
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether to stay open: for a client that has sent its request whole, and does not turn out to be gone."""
-        if not self._answering or self.cycle.more_body or not hasattr(socket, "TCP_INFO"):
-            return False
-        if not self.cycle.response_started and self.scope["http_version"] != "1.1":
-            return False  # older clients know no interim replies
-        self.cycle.keep_alive = False
-        self.transport.write(self._filler())
-        self._close_if_gone()
-        return True
-
-    def _filler(self) -> bytes:
-        """What means nothing here, and what a client that is gone answers with a reset; empty where the reply's next
-        piece does as well."""
-        if not self.cycle.response_started:
-            return self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")) or b""
-        filler = self.scope["state"].get(FILLER)
-        return b"" if filler is None else self.conn.send(h11.Data(data=filler)) or b""
-
-    def _close_if_gone(self) -> None:
-        if not self._answering or self.transport.is_closing():
-            return
-        connection: socket.socket = self.transport.get_extra_info("socket")
-        if connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_CLOSE_WAIT:
-            self.transport.abort()
-        else:
-            self._gone_timer = self.loop.call_later(GONE_CHECK_S, self._close_if_gone)
+        return stays_open(self)
 
 
 def _send_at_once(transport: asyncio.Transport) -> None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 from prerope.server.api.errors import error_response
-from prerope.server.api.fairness import BODIES, BodyRoom
+from prerope.server.api.fairness import BODIES, BodyLimit, BodyRoom
 from prerope.server.api.keys import METRICS_PATH
-from prerope.server.api.middleware import BodyLimit, ClientTimeout
+from prerope.server.api.middleware import ClientTimeout
 from prerope.server.errors import ClientGone, EngineUnavailable, RequestError
 from prerope.server.log import configure_logging
 from prerope.server.ray_app.call import Call
