@@ -37,6 +37,9 @@ METHOD_NAMES: tuple[str, ...] = (
 
 ALIASES: dict[str, str] = {"offset": "rope", "pi": "linear", "leaky": "leaky_rerope", "dca": "dual_chunk"}
 
+MAX_GROUP = 65_536
+"""Tokens that may share a far position."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:

@@ -10,9 +10,8 @@ from collections.abc import Callable
 import torch
 from prerope.rope.reading import AngleMap, MethodError, Part, Reading, everywhere, plain_reading
 from prerope.rope.registry import Target, own_rule
+from prerope.rope.spec import MAX_GROUP
 from torch import Tensor
-
-MAX_GROUP = 65536
 
 
 def leaky_reading(own: Reading, window: int, theta_far: Tensor) -> Reading:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from prerope.rope.spec import ALIASES, METHOD_NAMES, RopeSpec
+from prerope.rope.spec import ALIASES, MAX_GROUP, METHOD_NAMES, RopeSpec
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text, token_ids, unicode_text
 from prerope.server.api.requests.documents import DocumentFields
 from prerope.server.api.requests.fields import IDS_SCHEMA, AllowedTokenIds, BadWords, LogitBias, Stop, StopTokenIds
@@ -107,8 +107,8 @@ class RopeFields(RequestBody):
     factor: float | None = Field(None, ge=1, le=65536)
     window: int | None = Field(None, ge=1, le=INT32_MAX)
     leak: float | None = Field(None, ge=1, le=65536)
-    group: int | None = Field(None, ge=1, le=65536)
-    groups: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(None, min_length=1, max_length=MAX_GROUPS)
+    group: int | None = Field(None, ge=1, le=MAX_GROUP)
+    groups: list[Annotated[int, Field(ge=1, le=MAX_GROUP)]] | None = Field(None, min_length=1, max_length=MAX_GROUPS)
     sinks: int | None = Field(None, ge=0, le=65536)
     select: int | None = Field(None, ge=1, le=INT32_MAX)
     logn: bool = False
