@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from bench.shared.servers import Server, http_client
 WORDS = ("river", "stone", "light", "city", "winter", "garden", "paper", "road", "music", "quiet", "green", "door")
 NEIGHBOURS, HEAD_START_S = 7, 0.05
 Reply = tuple[list[str], list[float]]
-Ask = Callable[[str], Awaitable[Reply]]
+Ask = Callable[[str], Coroutine[Any, Any, Reply]]
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ async def scraped(url: str, names: Sequence[str], label: str = "") -> dict[str, 
     """/metrics: value of a label → the sum of its samples of these names; 0 where it has none."""
     async with http_client(timeout=READY_S) as client:
         text = (await client.get(f"{url}/metrics")).text
-    found = Counter[str]()
+    found = defaultdict[str, float](float)
     for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
         if label in ("", *sample.labels):
             found[sample.labels.get(label, "")] += sample.value if sample.name in names else 0

@@ -1,4 +1,4 @@
-"""How many rows of prompts a step takes beside streams, so that the gaps between their tokens stay short.
+"""How many rows of prompts a step takes beside streams, so that the gaps between their tokens stay short; and of which.
 
 A chunk of a prompt makes the step longer that gives all streams their next token. How much longer differs by machine,
 by the size of the step and by how many keys are before its rows: the scheduler learns it from steps that ran
@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from prerope.server.engine.scheduler import RowTimes
+    from prerope.server.engine.sequence import Sequence
+
+OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
 
 FEW, WHOLE, MULTIPLE = (1, 2, 4, 8, 12, 16, 32), 128, 32
 """Rows of prompts in a step beside streams: few, most of which are computed as decode steps are, or a whole chunk and
@@ -87,3 +90,19 @@ class Pace:
         others_s, scored_s = self.times.others_s, self.times.scored_s
         room_s = min(ROOM * SHORT_STEPS * others_s, self._gap_s) - others_s if others_s else SCORED_S
         return min(budget, max(1, int(room_s / scored_s)) if scored_s else FIRST_SCORED)
+
+
+def share(prefills: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+    """Split `budget` tokens over prefills given in rank order: [(sequence, tokens)], only those that get any."""
+    if not prefills:
+        return []
+    oldest = prefills[0]
+    grants = dict.fromkeys(prefills, 0)
+    grants[oldest] = min(oldest.num_remaining_tokens, max(1, budget // OLDEST_SHARE))
+    left = budget - grants[oldest]
+    by_need = sorted(prefills, key=lambda s: (s.priority, s.num_remaining_tokens, s.rank))
+    for sequence in by_need:
+        more = min(sequence.num_remaining_tokens - grants[sequence], left)
+        grants[sequence] += more
+        left -= more
+    return [(sequence, tokens) for sequence, tokens in grants.items() if tokens > 0]

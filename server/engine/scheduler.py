@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.engine.documents import Copy, DocumentReader, Documents
-from prerope.server.engine.pace import FEW, WHOLE, Pace
+from prerope.server.engine.pace import FEW, WHOLE, Pace, share
 from prerope.server.engine.selection import most_rows
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import Speculator
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from prerope.server.config import EngineConfig
     from prerope.server.engine.memory.sizing import CacheSize
 
-OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
-DRAFT_SHARE = 8  # drafts take at most 1/8 of that where there is something to prefill
+DRAFT_SHARE = 8  # drafts take at most 1/8 of what the decodes leave where there is something to prefill
 SCORED_ROW = 8
 """What a row costs whose token's log-probability is asked for, in rows that are only read: its logits are ranked."""
 
@@ -249,7 +248,9 @@ class Scheduler:
             to_score = self.pace.most_scored(min(to_score, left))
             if any(one.sampling.prompt_logprobs is not None for one in prefills):
                 budget = max(budget, to_score)  # of rows that are not scored perhaps nothing is known
-        for sequence, num_tokens in share(prefills, budget):
+        first, *others = prefills
+        grants = share(prefills, budget) if others else [(first, min(first.num_remaining_tokens, budget))]
+        for sequence, num_tokens in grants:
             if sequence.request_id not in self.running:
                 continue
             if sequence.request.sampling.prompt_logprobs is not None:
@@ -343,19 +344,3 @@ class Scheduler:
         """Assert that blocks and the block tables of all sequences agree."""
         readers = [s.reader for s in self.sequences if s.reader is not None]
         self.cache.check_integrity([*self.sequences, *readers])
-
-
-def share(prefills: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
-    """Split `budget` tokens over prefills given in rank order: [(sequence, tokens)], only those that get any."""
-    if not prefills:
-        return []
-    oldest = prefills[0]
-    grants = dict.fromkeys(prefills, 0)
-    grants[oldest] = min(oldest.num_remaining_tokens, max(1, budget // OLDEST_SHARE))
-    left = budget - grants[oldest]
-    by_need = sorted(prefills, key=lambda s: (s.priority, s.num_remaining_tokens, s.rank))
-    for sequence in by_need:
-        more = min(sequence.num_remaining_tokens - grants[sequence], left)
-        grants[sequence] += more
-        left -= more
-    return [(sequence, tokens) for sequence, tokens in grants.items() if tokens > 0]

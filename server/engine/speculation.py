@@ -41,7 +41,7 @@ class History:
     """Follows a list of tokens that only grows; about 12 bytes a token beside the list.
 
     Attributes:
-        token_ids: the list.
+        token_ids: the list. num_known: of its tokens, those that were taken in.
         place: where in it the tokens stand that may come next; None: nowhere.
         common: how many tokens before that place are those at the end; counted no further than `MAX_COMMON` when it is
             looked up, and on from there while it comes true.
@@ -54,7 +54,7 @@ class History:
         self._before = array("i")  # of each place, the one before it in its chain
         self._bits = 10
         self._newest = array("i")
-        self._num_known = 0
+        self.num_known = 0
         self._reading: Iterator[None] | None = None
 
     def read(self, num_known: int) -> bool:
@@ -72,7 +72,7 @@ class History:
         """Take in the next token of the list; whether it is the one that was expected, None where none was."""
         place, common = self.place, self.common
         hit = None if place is None else self.token_ids[place] == token
-        self._add(self._num_known + 1)
+        self._add(self.num_known + 1)
         if self.reads:
             return hit
         if hit and place is not None:
@@ -82,20 +82,15 @@ class History:
         return hit
 
     @property
-    def num_known(self) -> int:
-        """Tokens that were taken in."""
-        return self._num_known
-
-    @property
     def reads(self) -> bool:
         """Whether `read` is to be called before anything is followed: at first, and where there was no more room."""
-        return self._reading is not None or not self._num_known
+        return self._reading is not None or not self.num_known
 
     def expected(self, count: int) -> list[int]:
         """The next `count` tokens as they stand at `place`; where the list ends, they go on as they began."""
         if self.place is None:
             return []
-        found = list(self.token_ids[self.place : min(self.place + count, self._num_known)])
+        found = list(self.token_ids[self.place : min(self.place + count, self.num_known)])
         period = len(found)
         while len(found) < count:
             found.append(found[len(found) - period])
@@ -104,7 +99,7 @@ class History:
     def _look_up(self) -> None:
         """The place with most in common, and of equals the newest; not the end itself."""
         self.place, self.common = None, 0
-        end, ids = self._num_known, self.token_ids
+        end, ids = self.num_known, self.token_ids
         place = self._before[end] if end >= GRAM else _NOWHERE
         for _ in range(MAX_PLACES):
             if place < 0:
@@ -130,7 +125,7 @@ class History:
             chain = mixed >> (32 - self._bits)
             before, self._newest[chain] = self._newest[chain], end
         self._before.append(before)
-        self._num_known = end
+        self.num_known = end
 
     def _pieces(self, num_known: int) -> Iterator[None]:
         """Enter all places anew, with room for as many again: the last of several pieces is followed by the end."""
@@ -152,7 +147,7 @@ class History:
             before[ends[order[1:][same]]] = ends[order[:-1][same]]
             newest[chains] = ends  # of equal chains the last one stays
         self._before, self._newest = array("i", before.tobytes()), array("i", newest.tobytes())
-        self._bits, self._num_known = bits, num_known
+        self._bits, self.num_known = bits, num_known
 
 
 MAX_DRAFTS = 31

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.server.engine.scheduler import OLDEST_SHARE, Scheduler
+from prerope.server.engine.pace import OLDEST_SHARE
+from prerope.server.engine.scheduler import Scheduler
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.step import Scheduled
 

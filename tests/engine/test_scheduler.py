@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from prerope.cache.blocks.manager import KVCacheManager
-from prerope.server.engine.pace import FEW, FIRST, FIRST_SCORED, WHOLE, Pace
-from prerope.server.engine.scheduler import RowTimes, Scheduler, share
+from prerope.server.engine.pace import FEW, FIRST, FIRST_SCORED, WHOLE, Pace, share
+from prerope.server.engine.scheduler import RowTimes, Scheduler
 from prerope.server.engine.sequence import MAX_PRIORITY, PRIORITY_STEP_S, UNKNOWN, Sequence
 from prerope.server.engine.step import Rows, Scheduled
 
@@ -336,7 +336,7 @@ TWO_CORES = {
     2048: {1: 15, 5: 37, 9: 47, 13: 65, 17: 77, 33: 136, 65: 235, 129: 443, 513: 1583},
     8192: {1: 21, 5: 68, 9: 90, 13: 123, 17: 154, 33: 267, 65: 495, 129: 943, 513: 3459},
 }
-"""As `TIMES`, of two cores that are bound by arithmetic, the stream's row counted: their products and attention apart."""
+"""As `TIMES`, of two cores bound by arithmetic, the stream's row counted: their products and attention apart."""
 
 
 def test_a_long_prompt_keeps_three_quarters_of_its_rate_where_whole_chunks_are_late() -> None:
