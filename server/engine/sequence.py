@@ -186,7 +186,7 @@ class Sequence:
             num_prompt_tokens=len(ids),
             matcher=None if sampling.grammar is None else sampling.grammar.matcher(),
             deadline=min(request.deadline, math.inf if timeout is None else time.monotonic() + timeout),
-            longest_readings=longest_readings(request.documents),
+            longest_readings=longest_readings(request.documents) if request.documents else [],
         )
 
     @property

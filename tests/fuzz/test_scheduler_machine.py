@@ -13,7 +13,7 @@ import zlib
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prerope.cache.blocks.manager import KVCacheManager, PrefixHasher
-from prerope.server.engine.scheduler import OLDEST_SHARE
+from prerope.server.engine.pace import OLDEST_SHARE
 from prerope.server.engine.sequence import EngineRequest, SamplingParams, Sequence
 from prerope.server.engine.step import Scheduled
 
