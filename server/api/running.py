@@ -40,7 +40,7 @@ from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.reading import Prepared, Read, read_body
 from prerope.server.api.requests.schemas import GenerateRequest
 from prerope.server.api.requests.structured import compiled
-from prerope.server.api.requests.task import ReadTask
+from prerope.server.api.requests.task import Pieces, ReadTask
 from prerope.server.api.stream.generation import Generation, while_connected
 from prerope.server.engine.limits import check_documents, check_sequences
 from prerope.server.engine.sequence import EngineRequest, SamplingParams
@@ -77,19 +77,20 @@ SMALL_BYTES = 256 * 2**10
 
 
 def body_of(
-    model: type[B], completed: Callable[[Service, bytes], bytes] = lambda _, raw: raw
+    model: type[B], completed: Callable[[Service, bytes], Pieces] = lambda _, raw: (raw,)
 ) -> Callable[[Request, ReadyService], Awaitable[Read[B]]]:
     """A dependency: the request's body as a `model`, and what follows from it. Raises what `read_body` raises.
 
-    completed: adds to a body what the server knows of it.
+    completed: adds to a body what the server knows of it, which may be much more: it is put together where it is read.
     """
 
     async def read(request: Request, service: ReadyService) -> Read[B]:
         async with service.bodies.body(request) as came:
             _check_kind(request)
-            raw = completed(service, came)
-            if not _is_little(raw) or not (service.reads_inline or issubclass(model, OF_TEXT)):
-                return await _read_by_worker(model, raw, request, service)
+            pieces = completed(service, came)
+            raw = _little(pieces) if service.reads_inline or issubclass(model, OF_TEXT) else None
+            if raw is None:
+                return await _read_by_worker(model, pieces, request, service)
             async with turn():
                 try:
                     return cut_off(lambda: read_body(model, raw, service.text))
@@ -98,28 +99,28 @@ def body_of(
                     log.warning(
                         "a little body took long or much memory to read, so all are read by workers from now on"
                     )
-            return await _read_by_worker(model, raw, request, service)
+            return await _read_by_worker(model, pieces, request, service)
 
     return read
 
 
-async def _read_by_worker(model: type[B], raw: bytes, request: Request, service: Service) -> Read[B]:
-    lane = SMALL_BODY if len(raw) <= SMALL_BYTES else LARGE_BODY
+async def _read_by_worker(model: type[B], pieces: Pieces, request: Request, service: Service) -> Read[B]:
+    lane = SMALL_BODY if sum(map(len, pieces)) <= SMALL_BYTES else LARGE_BODY
     report = current_report()
-    work = service.workers.run(ReadTask(model, raw, report.strict), lane.name, line=current_hold().line)
+    work = service.workers.run(ReadTask(model, pieces, report.strict), lane.name, line=current_hold().line)
     result: Read[B] = await while_connected(request, work)
     for name in result.ignored:
         report.ignore(name)
     return result
 
 
-def _is_little(raw: bytes) -> bool:
-    """Whether reading it takes no longer than to ask a worker."""
-    return (
-        len(raw) <= INLINE_BYTES
-        and raw.count(b'"') // 2 + raw.count(b"{") <= INLINE_ITEMS
-        and len(raw) - len(raw.translate(None, DIGITS)) <= INLINE_DIGITS
-    )
+def _little(pieces: Pieces) -> bytes | None:
+    """The body, where reading it takes no longer than to ask a worker."""
+    if sum(map(len, pieces)) > INLINE_BYTES:
+        return None
+    raw = b"".join(pieces)
+    few_items = raw.count(b'"') // 2 + raw.count(b"{") <= INLINE_ITEMS
+    return raw if few_items and len(raw) - len(raw.translate(None, DIGITS)) <= INLINE_DIGITS else None
 
 
 def _check_kind(request: Request) -> None:

@@ -76,7 +76,7 @@ class Unborn:
     reason: str
 
 
-def as_it_lies(data: bytes) -> pickle.PickleBuffer:
+def as_it_lies(data: bytes | memoryview) -> pickle.PickleBuffer:
     """Wraps bytes in a task's `__reduce__`, so that they are sent as a buffer of their own, without a copy."""
     return pickle.PickleBuffer(data)
 

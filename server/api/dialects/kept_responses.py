@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from prerope.server.api.dialects.requests.items import Page
 from prerope.server.api.fairness import current_hold
+from prerope.server.api.requests.task import Pieces
 from prerope.server.api.running import SMALL_BYTES, ReadyService
 from prerope.server.api.stream.generation import while_connected
 from prerope.server.api.stream.printing import printed
@@ -32,16 +33,21 @@ ENTRY_BYTES = 512
 _PREVIOUS = re.compile(rb'"previous_response_id"\s*:\s*"(resp-[0-9a-f]{32})"')
 
 
-def with_history(service: Service, raw: bytes) -> bytes:
-    """A body with the items that its `previous_response_id` stands for beside it, so that whoever reads it has both."""
+def with_history(service: Service, raw: bytes) -> Pieces:
+    """A body with the items that its `previous_response_id` stands for beside it, so that whoever reads it has both.
+
+    They are where they are kept: each of a thousand bodies that wait to be read would have a copy of megabytes.
+    """
     named = raw.find(b'"previous_response_id"')  # an expression takes ten times as long over a large body
     found = None if named < 0 else _PREVIOUS.search(raw, named)
     if found is None or not raw.rstrip().endswith(b"}"):
-        return raw
+        return (raw,)
     kept = service.conversations.get((current_hold().tenant, found[1].decode()))
     if kept is None:
-        return raw
-    return raw.rstrip()[:-1] + b',"_history":{"id":"' + found[1] + b'","items":' + _joined(kept) + b"}}"
+        return (raw,)
+    between = b"," if len(kept.given) > len(b"[]") else b""
+    items = (memoryview(kept.given)[:-1], between, memoryview(kept.output)[1:])
+    return (raw.rstrip()[:-1], b',"_history":{"id":"', found[1], b'","items":', *items, b"}}")
 
 
 async def keep(service: Service, tenant: str, line: str, given: str, response: Mapping[str, Any]) -> None:
@@ -52,11 +58,6 @@ async def keep(service: Service, tenant: str, line: str, given: str, response: M
     if len(kept.given) + len(output) <= MAX_KEPT_ITEMS_BYTES:
         size = len(kept.given) + len(output) + len(head) + ENTRY_BYTES
         service.conversations.put((tenant, response["id"]), kept, size, line)
-
-
-def _joined(kept: Kept) -> bytes:
-    """All items of a conversation."""
-    return kept.given[:-1] + (b"," if len(kept.given) > len(b"[]") else b"") + kept.output[1:]
 
 
 def _kept(service: Service, response_id: str) -> Kept:

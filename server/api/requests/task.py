@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,9 @@ from prerope.server.api.requests.body import RequestBody, reporting
 from prerope.server.api.requests.internal import Chat
 from prerope.server.api.requests.reading import ModelText, Read, read_body
 from prerope.server.workers.messages import as_it_lies
+
+Pieces = Sequence[bytes | memoryview]
+"""A body, from its beginning to its end."""
 
 
 class HasText(Protocol):
@@ -25,15 +29,15 @@ class ReadTask:
     """A task for a worker. strict: of `current_report`, which a worker has none of."""
 
     model: type[RequestBody]
-    raw: bytes
+    pieces: Pieces
     strict: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ReadTask, (self.model, as_it_lies(self.raw), self.strict)
+        return ReadTask, (self.model, [as_it_lies(piece) for piece in self.pieces], self.strict)
 
     def run(self, world: HasText) -> Read[Any]:
         with reporting(strict=self.strict) as report:
-            read = _slim(read_body(self.model, self.raw, world.text))
+            read = _slim(read_body(self.model, b"".join(self.pieces), world.text))
         return dataclasses.replace(read, ignored=tuple(report.names))
 
 

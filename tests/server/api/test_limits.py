@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,13 +19,17 @@ from typing import Any, cast
 import httpx
 import pytest
 from prerope.server.api import keys as auth_keys
+from prerope.server.api.dialects.kept_responses import with_history
+from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.fairness import Allowance, Hold
 from prerope.server.api.keys import KeyRing
 from prerope.server.api.requests.reading import ModelText
+from prerope.server.api.requests.task import ReadTask
 from prerope.server.config import EngineConfig
 from prerope.server.engine.limits import check_room, retry_after_s
 from prerope.server.errors import ConfigurationError, InvalidRequest, KeyBusy, QueueFull
 from prerope.server.flags import load_settings
+from prerope.server.service import Kept
 from prerope.server.tokenizer import Tokenizer
 
 from tests.faults import Faults
@@ -216,6 +221,23 @@ def test_lengths_that_fit_and_that_do_not() -> None:
         with pytest.raises(InvalidRequest, match=rf"{prompt} tokens .* 256 tokens.* MAX_MODEL_LEN") as refusal:
             LIMITS.max_tokens_that_fit(prompt, asked, None)
         assert (refusal.value.param, refusal.value.code) == (param, "context_length_exceeded")
+
+
+def test_a_conversation_is_not_copied_for_each_body_that_goes_on_with_it() -> None:
+    """A body of a hundred bytes was one of eight megabytes while it waited for a worker, and a thousand may wait."""
+    items = [{"role": "user", "content": "x" * 100}] * 10_000
+    kept = Kept(json.dumps(items).encode(), b'[{"type":"message"}]', b"{}")
+    service: Any = SimpleNamespace(conversations={("", f"resp-{0:032x}"): kept})
+    body = b'{"input":"And?","previous_response_id":"resp-%032x"} ' % 0
+    waiting = [with_history(service, body) for _ in range(100)]
+    assert sum(len(piece) for pieces in waiting for piece in pieces if isinstance(piece, bytes)) < 100 * 1000
+    task, expected = ReadTask(ResponsesRequest, waiting[0], strict=False), [*items, {"type": "message"}]
+    buffers: list[pickle.PickleBuffer] = []
+    sent = pickle.loads(pickle.dumps(task, protocol=5, buffer_callback=buffers.append), buffers=buffers)
+    for pieces in (*waiting[:2], sent.pieces):
+        assert json.loads(b"".join(pieces))["_history"] == {"id": f"resp-{0:032x}", "items": expected}
+    empty: Any = SimpleNamespace(conversations={("", f"resp-{0:032x}"): Kept(b"[]", b"[1]", b"{}")})
+    assert json.loads(b"".join(with_history(empty, body)))["_history"]["items"] == [1]
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------

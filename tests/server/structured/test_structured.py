@@ -414,7 +414,7 @@ def test_what_nests_deep_is_read_by_a_worker_or_refused(tokenizer: Tokenizer) ->
     async def main() -> None:
         workers = Workers(lambda: World(text), LANES)
         try:
-            read = await workers.run(ReadTask(ChatRequest, body(120, "response_format", schema), False), "small body")
+            read = await workers.run(ReadTask(ChatRequest, [body(120, "response_format", schema)], False), "small body")
         finally:
             workers.close()
         assert "[" * 120 in read.prepared.constraint.text
