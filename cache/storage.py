@@ -68,6 +68,12 @@ class KVStorage:
             shapes = [KeyBounds.shape_of(keys.shape) for keys in self.keys]
             self.bounds = KeyBounds(self.keys, [_zeros(shape, dtype, device) for shape in shapes])
         self.states = [_zeros((num_states, *state.shape), state.dtype, device) for state in states]
+        self._ahead = huge_pages.Ahead([*self.keys, *self.values] if device.type == "cpu" else [])
+
+    def expect(self, num_blocks: int) -> int:
+        """The first so many blocks are used, or about to be: their memory is to be there by then. With how many it is
+        to be told again."""
+        return self._ahead.reach(num_blocks)
 
     def store(self, layer: int, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Write key [T, Hkv, D] and value [T, Hkv, Dv] of packed rows to their slots [T]."""

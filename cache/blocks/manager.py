@@ -33,6 +33,9 @@ class BlockPool:
     A block is *held* (reference count > 0) or *free*. A free block may be *cached*: its content is known by hash and
     can be taken up again until the block is allocated for something else. Free blocks are reused least recently freed
     first. Knows neither tensors nor sequences. All operations are O(1) a block.
+
+    Attributes:
+        num_touched: blocks up to the last that was ever allocated.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -42,6 +45,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be reused comes first
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
+        self.num_touched = 0
 
     @property
     def num_free(self) -> int:
@@ -60,6 +64,7 @@ class BlockPool:
         for block in blocks:
             self._forget(block)
             self._ref_counts[block] = 1
+        self.num_touched = max(self.num_touched, max(blocks, default=-1) + 1)
         return blocks
 
     def find(self, block_hash: bytes) -> int | None:

@@ -78,6 +78,7 @@ class Engine:
         self._state_bytes = size.state_bytes
         self.resolved: ByteCache[RopeSpec, ModelPositions] = ByteCache(MAX_RESOLVED_BYTES)
         self._counters = Counters()
+        self._told_at = 0  # so many blocks in use are told to the storage
 
     def take_graphs(self, graphs: DecodeGraphs | str) -> None:
         """Decode steps are replayed from now on, or, where it is a reason, are not."""
@@ -171,6 +172,8 @@ class Engine:
 
     @torch.inference_mode()
     def _launch(self, plan: list[Scheduled], before: Step | None, began: float, cpu_began: float | None) -> Step:
+        if (num_touched := self.scheduler.cache.pool.num_touched) >= self._told_at:
+            self._told_at = self.storage.expect(num_touched)
         logits = self._forward(plan, None if before is None else before.arrival.tokens)
         on_device, ends = self._sample_on_device, self.info.eos_token_ids
         return finish_launch(plan, logits, ends, on_device=on_device, began=began, cpu_began=cpu_began)

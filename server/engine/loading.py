@@ -72,6 +72,7 @@ def load_engine(
     positions = resolve(model, config.rope, size.max_model_len, ConfigurationError)
     _describe(positions, size, config, report)
     engine = Engine(model, config, positions, size)
+    engine.storage.expect(0)
     if config.prefix_caching and (config.tier_dir is not None or config.tier_memory):
         tier = open_tier(model, config, engine.storage, report)
         engine.tiers = Tiers(tier, engine.storage, engine.scheduler.cache)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import platform
+import struct
+import threading
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,6 +13,7 @@ import psutil
 import pytest
 import torch
 from prerope.cache import huge_pages
+from prerope.cache.storage import KVStorage, LayerShape
 from prerope.server.machine.allowance import Bound
 from prerope.server.models.cpu import settle as settling
 from prerope.server.models.cpu.settle import settle
@@ -48,6 +53,53 @@ def test_memory_is_zeros_on_a_page_and_taken_when_it_is_written_to() -> None:
     memory[5] = 7
     assert memory[:4096].sum() == 7
     assert huge_pages.zeros(0).shape == (0,)
+
+
+def resident(tensor: torch.Tensor) -> list[bool]:
+    """Of each of its pages of 4 KiB, whether the system has given it."""
+    size = mmap.PAGESIZE
+    first, num_pages = tensor.data_ptr() // size, -(-tensor.nbytes // size)
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        pages.seek(8 * first)
+        return [entry >> 63 == 1 for (entry,) in struct.iter_unpack("Q", pages.read(8 * num_pages))]
+
+
+def wait_until_asked() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "pages ahead":
+            thread.join(60)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, platform.release().split(".")[:2])) < (5, 14), reason="a kernel without MADV_POPULATE_WRITE"
+)
+def test_the_cache_is_there_before_it_is_written_to() -> None:
+    """What is in use, and half a page of 2 MiB more, of each tensor; nothing of what lies far behind it."""
+    storage = KVStorage([LayerShape(1, 128, 64)], 1500, 16, torch.float32, torch.device("cpu"))
+    tensors, page = [*storage.keys, *storage.values], huge_pages.PAGE_BYTES // mmap.PAGESIZE
+    for used in (0, 200, 201, 700):
+        for tensor in tensors:
+            tensor[:used].fill_(used)
+        storage.expect(used)
+        wait_until_asked()
+        for tensor in tensors:
+            there, needed = resident(tensor), used * tensor[0].nbytes // mmap.PAGESIZE
+            assert all(there[: needed + page // 2])
+            assert not any(there[needed + 3 * page :])
+            assert bool((tensor[:used] == used).all())
+            assert not tensor[used : used + 20].any()
+
+
+def test_asking_ahead_changes_nothing_that_is_written_meanwhile() -> None:
+    storage = KVStorage([LayerShape(1, 128, 64)], 1500, 16, torch.float32, torch.device("cpu"))
+    for used in range(0, 1500, 50):
+        storage.expect(used)
+        for tensor in (*storage.keys, *storage.values):
+            tensor[used : used + 50].fill_(used + 1)
+    wait_until_asked()
+    expected = torch.arange(0, 1500, 50).repeat_interleave(50) + 1
+    for tensor in (*storage.keys, *storage.values):
+        assert torch.equal(tensor.flatten(1)[:, [0, -1]], expected[:, None].expand(-1, 2).float())
 
 
 def test_what_has_no_room_for_its_addresses_is_want_of_memory() -> None:
