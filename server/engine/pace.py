@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 OLDEST_SHARE = 4  # the oldest prefill keeps 1/4 of what the decodes leave
 
+GROUP = 4
+"""Rows that pass over the weights together, where rows are few: those of a step that fill no group cost as much as if
+they did. So with the rows beside them, of streams and drafts, those of prompts fill groups."""
 FEW, WHOLE, MULTIPLE = (1, 2, 4, 8, 12, 16, 32), 128, 32
 """Rows of prompts in a step beside streams: few, most of which are computed as decode steps are, or a whole chunk and
 ever larger multiples. Between them a row takes longer: each chunk reads the weights, and packs the keys anew. Which few
@@ -31,9 +34,9 @@ WORTH = 0.9
 """A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
 SHORT_S, SHORT_STEPS = 0.1, 3
 """None is made shorter than both, the latter in steps without prompts: nobody would see it."""
-FIRST_SCORED, SCORED_S = 4, 0.03
-"""Rows that are scored, as nobody waits for the first of them, are as many as go into `SHORT_STEPS`, or, where a step
-without prompts is not known, into so many seconds; and so many before their time is known."""
+FIRST_SCORED = 4
+"""Rows that are scored before their time is known. Then, as nobody waits for the first of them, they are as many as go
+into `SHORT_STEPS`, and at most the others' gap."""
 
 
 class Pace:
@@ -43,8 +46,8 @@ class Pace:
 
         rows ÷ (seconds of a step without prompts + rows × seconds of a row)
 
-    A row of a size that is not known is taken for what it is in a smaller step: so larger ones are tried, and then
-    known. Before anything is, `FIRST` are taken.
+    A row of a size that is not known is taken for what it is in a smaller step: so larger ones are tried, in a short
+    gap one after the other, and then known. Before anything is, `FIRST` are taken.
     """
 
     def __init__(self, gap_s: float | None, times: RowTimes) -> None:
@@ -52,27 +55,34 @@ class Pace:
         self._gap_s = gap_s
         self.times = times
 
-    def most_rows(self, budget: int, num_keys: int = 0) -> int:
-        """The number of prompt rows in a step beside streams; at most the budget."""
+    def most_rows(self, budget: int, num_keys: int = 0, num_beside: int = 0) -> int:
+        """The number of prompt rows in a step beside streams, which have `num_beside`; at most the budget."""
         if self._gap_s is None or budget <= FEW[0]:
             return budget
-        row_s = self.times.behind(num_keys)
+        row_s, begun = self.times.plain.behind(num_keys), num_beside % GROUP
         if not row_s or not self.times.others_s:  # no prompt has been read since the start, or no step without one
-            return min(budget, FIRST)
-        choices = list(self._choices(self._gap_s, budget, row_s))
+            return min(budget, FIRST - begun)
+        choices = list(self._choices(self._gap_s, budget, row_s, begun))
         worth = WORTH * max(rate for _, _, rate in choices)
         short_s = max(SHORT_S, SHORT_STEPS * self.times.others_s)
         _, _, rows = min((max(short_s, took_s), -rate, rows) for rows, took_s, rate in choices if rate >= worth)
         return rows
 
-    def _choices(self, gap_s: float, budget: int, row_s: dict[int, float]) -> Iterator[tuple[int, float, float]]:
-        """(rows, seconds, rows a second) of the least step, and of those that are over within the gap."""
+    def _choices(
+        self, gap_s: float, budget: int, row_s: dict[int, float], begun: int
+    ) -> Iterator[tuple[int, float, float]]:
+        """(rows, seconds, rows a second) of the least step, and of those that are over within the gap.
+
+        begun: rows beside them of a group that is not full.
+        """
         others_s, one_s = min(self.times.others_s, gap_s / 2), min(row_s.values())
-        for rows in FEW:
-            one_s = row_s.get(rows, one_s)
+        for size in FEW:
+            rows, one_s = size - begun * (size >= GROUP), row_s.get(size, one_s)
             took_s = others_s + rows * one_s
-            if rows == FEW[0] or (rows <= budget and took_s <= gap_s):
+            if size == FEW[0] or (rows <= budget and took_s <= gap_s):
                 yield rows, took_s, rows / took_s
+            if size > max(row_s) and gap_s <= max(SHORT_S, SHORT_STEPS * others_s):
+                return
         rows, one_s = min(WHOLE, budget), row_s.get(WHOLE, one_s)
         if others_s + rows * one_s > ROOM * gap_s:
             return
@@ -82,14 +92,15 @@ class Pace:
                 return
             rows = min(budget, rows + max(MULTIPLE, rows // 4 // MULTIPLE * MULTIPLE))
 
-    def most_scored(self, budget: int) -> int:
-        """The number of prompt rows whose log-probabilities are computed in a step beside streams; at most the
-        budget."""
+    def most_scored(self, budget: int, num_keys: int = 0, num_beside: int = 0) -> int:
+        """The number of prompt rows whose log-probabilities are computed in a step beside streams, likewise."""
         if self._gap_s is None:
             return budget
-        others_s, scored_s = self.times.others_s, self.times.scored_s
-        room_s = min(ROOM * SHORT_STEPS * others_s, self._gap_s) - others_s if others_s else SCORED_S
-        return min(budget, max(1, int(room_s / scored_s)) if scored_s else FIRST_SCORED)
+        others_s, row_s, begun = self.times.others_s, self.times.scored.behind(num_keys), num_beside % GROUP
+        if not row_s or not others_s:
+            return min(budget, FIRST_SCORED - begun)
+        choices = self._choices(min(ROOM * SHORT_STEPS * others_s, self._gap_s), budget, row_s, begun)
+        return max((rate, rows) for rows, _, rate in choices)[1]
 
 
 def share(prefills: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:

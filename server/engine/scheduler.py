@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from prerope.cache.blocks.manager import KVCacheManager
 from prerope.rope.reading import UNBOUNDED
 from prerope.server.engine.documents import Copy, DocumentReader, Documents
-from prerope.server.engine.pace import FEW, WHOLE, Pace, share
+from prerope.server.engine.pace import FEW, GROUP, WHOLE, Pace, share
 from prerope.server.engine.selection import most_rows
 from prerope.server.engine.sequence import Sequence
 from prerope.server.engine.speculation import Speculator
@@ -53,22 +53,16 @@ prompt that is read in few rows behind as many keys leaves such a part of it, an
 
 
 class RowTimes:
-    """How long a row of a prompt takes, learned from the steps that ran; `Pace` chooses by it.
-
-    It differs with the size of its step and with how many keys are before it, so it is known by both (keys within a
-    factor of two). Where no step was, it is what it was behind fewer keys.
+    """How long rows of prompts take, learned from the steps that ran; `Pace` chooses by it.
 
     Attributes:
-        others_s, scored_s: seconds of a step without rows of prompts, and of a row that is scored.
+        others_s: seconds of a step without rows of prompts.
+        plain, scored: rows that are only read, and those whose tokens' log-probabilities are asked for.
     """
 
     def __init__(self) -> None:
         self.others_s = 0.0
-        self.scored_s = 0.0
-        self._row_s: dict[int, dict[int, float]] = {}  # of a row: keys' binary digits → least rows → seconds
-        self._last_s: dict[tuple[int, int], float] = {}  # (keys' digits, size) → of a row in the last such step
-        self._sure: set[tuple[int, int]] = set()  # of which there was more than one
-        self._digits = -1  # of the keys in the last step with a size
+        self.plain, self.scored = RowTable(), RowTable()
 
     def add(self, rows: Rows, seconds: float) -> None:
         """A step of so many is over."""
@@ -76,21 +70,36 @@ class RowTimes:
             self.others_s = _smoothed(self.others_s, seconds)
             return
         others_s = min(self.others_s, 0.9 * seconds) if rows.num_all > rows.num_prefilled else 0.0
-        row_s = (seconds - others_s) / rows.num_prefilled
-        if rows.num_scored:
-            self.scored_s = _careful(self.scored_s, row_s)
-        elif size := size_of(rows.num_prefilled):
-            digits = rows.num_keys.bit_length()
-            again = digits in self._row_s and digits != self._digits
-            here = self._row_s.setdefault(digits, dict(self.behind(rows.num_keys)))
-            if (digits, size) in self._last_s:
-                self._sure.add((digits, size))
-            before_s = self._last_s.get((digits, size), row_s)
-            self._last_s[digits, size] = row_s
-            self._learn(digits, size, min(before_s, row_s))  # one that is longer than its neighbours was late by chance
-            if again and size != WHOLE and WHOLE in here:
-                here[WHOLE] = min(here[WHOLE], max(ANEW * here[WHOLE], HOPED * here[size]))
-            self._digits = digits
+        if size := size_of(rows.num_prefilled, rows.num_all - rows.num_prefilled):
+            table = self.scored if rows.num_scored else self.plain
+            table.add(size, rows.num_keys, (seconds - others_s) / rows.num_prefilled)
+
+
+class RowTable:
+    """Seconds of a row of one kind: they differ with the size of its step and with how many keys are before it.
+
+    So they are known by both (keys within a factor of two). Where no step was, it is what it was behind fewer keys.
+    """
+
+    def __init__(self) -> None:
+        self._row_s: dict[int, dict[int, float]] = {}  # keys' binary digits → least rows → seconds
+        self._last_s: dict[tuple[int, int], float] = {}  # (keys' digits, size) → of a row in the last such step
+        self._sure: set[tuple[int, int]] = set()  # of which there was more than one
+        self._digits = -1  # of the keys in the last step
+
+    def add(self, size: int, num_keys: int, row_s: float) -> None:
+        """What a row took in a step of this size."""
+        digits = num_keys.bit_length()
+        again = digits in self._row_s and digits != self._digits
+        here = self._row_s.setdefault(digits, dict(self.behind(num_keys)))
+        if (digits, size) in self._last_s:
+            self._sure.add((digits, size))
+        before_s = self._last_s.get((digits, size), row_s)
+        self._last_s[digits, size] = row_s
+        self._learn(digits, size, min(before_s, row_s))  # one that is longer than its neighbours was late by chance
+        if again and size != WHOLE and WHOLE in here:
+            here[WHOLE] = min(here[WHOLE], max(ANEW * here[WHOLE], HOPED * here[size]))
+        self._digits = digits
 
     def _learn(self, digits: int, size: int, row_s: float) -> None:
         here = self._row_s[digits]
@@ -102,17 +111,19 @@ class RowTimes:
                 here[other] = max(now, FORGOTTEN * known_s)
 
     def behind(self, num_keys: int) -> dict[int, float]:
-        """What a row takes behind so many keys, or the nearest number that is known: fewer, if any is."""
+        """By size what a row takes behind so many keys, or the nearest number that is known: fewer, if any is."""
         digits = num_keys.bit_length()
         nearest = min(self._row_s, key=lambda known: (known > digits, abs(known - digits)), default=None)
         return {} if nearest is None else self._row_s[nearest]
 
 
-def size_of(rows: int) -> int | None:
+def size_of(rows: int, num_beside: int) -> int | None:
     """As which size a step of so many rows tells of its time; None where it tells nothing of any."""
     if rows >= WHOLE:
         return WHOLE
-    return next((size for size in reversed(FEW) if size <= rows < 2 * size), None)
+    filled = rows + num_beside % GROUP  # in groups, beside which there are full ones
+    count = filled if filled >= GROUP else rows
+    return next((size for size in reversed(FEW) if size <= count < 2 * size), None)
 
 
 def _smoothed(before: float, now: float) -> float:
@@ -215,7 +226,7 @@ class Scheduler:
         """
         left = self.max_batched_tokens - len(plan)
         most = left // DRAFT_SHARE if to_read else left
-        num_others = self.pace.most_rows(min(to_read, left), num_keys) if to_read else 0
+        num_others = self.pace.most_rows(min(to_read, left), num_keys, len(plan)) if to_read else 0
         drafts = speculator.plan([one.sequence for one in plan], num_others=num_others, most=most)
         for place, one in enumerate(plan):
             own = drafts.get(one.sequence)
@@ -239,13 +250,14 @@ class Scheduler:
     def _schedule_prefills(self, prompts: list[Sequence], num_keys: int, plan: list[Scheduled]) -> None:
         """num_keys: before the next rows of the prompt that has most."""
         prefills = sorted([one for one in prompts if not one.waits_for_mask], key=lambda s: s.rank)
-        left = self.max_batched_tokens - sum([one.num_rows for one in plan])
+        num_beside = sum([one.num_rows for one in plan])
+        left = self.max_batched_tokens - num_beside
         if left <= 0 or not prefills:
             return
-        budget = self.pace.most_rows(left, num_keys) if plan else left
+        budget = self.pace.most_rows(left, num_keys, num_beside) if plan else left
         to_score = max(1, self.max_batched_tokens // SCORED_ROW)
         if plan:
-            to_score = self.pace.most_scored(min(to_score, left))
+            to_score = self.pace.most_scored(min(to_score, left), num_keys, num_beside)
             if any(one.sampling.prompt_logprobs is not None for one in prefills):
                 budget = max(budget, to_score)  # of rows that are not scored perhaps nothing is known
         first, *others = prefills
