@@ -25,6 +25,7 @@ from prerope.server.api.middleware import (
 )
 from prerope.server.api.openai import completions as openai
 from prerope.server.api.openapi.document import install_document
+from prerope.server.api.replies import Replies
 from prerope.server.errors import ConfigurationError
 from prerope.server.service import Service
 from prerope.server.settings import Settings
@@ -50,7 +51,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(HeadAsGet)
     app.add_middleware(FieldReport, strict=settings.strict_fields)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s, rest=service.bodies.rest)
+    in_pieces = Replies(service.bodies.rest).in_pieces
+    app.add_middleware(ClientTimeout, seconds=settings.client_timeout_s, in_pieces=in_pieces)
     app.add_middleware(HoldRequest, allowance=Allowance(settings.max_seqs_per_key, service.engine.retry_after_s))
     keys, metrics_keys = _keys(settings)
     if keys.asks or metrics_keys.asks:

@@ -14,7 +14,8 @@ import ipaddress
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 
 import structlog
 from prerope.server.api.errors import error_response, internal_error
@@ -153,18 +154,14 @@ def _template(scope: Scope) -> str:
     return template if prefix == scope["path"] else prefix + template
 
 
-async def _others_turn(_num_bytes: int) -> None:
-    await asyncio.sleep(0)
-
-
 class ClientTimeout:
     """Cuts a client that lets the server wait: that sends its body too slowly, or reads no more of its reply."""
 
-    def __init__(self, app: ASGIApp, seconds: float, rest: Callable[[int], Awaitable[None]] = _others_turn) -> None:
-        """rest: called between two pieces of a reply, with the bytes of one, for others to have their turn."""
+    def __init__(self, app: ASGIApp, seconds: float, in_pieces: Callable[[Message, Scope], AsyncGenerator[Message]]):
+        """in_pieces: a message of more than `PIECE_BYTES` in several (`replies.Replies`)."""
         self.app = app
         self.seconds = seconds
-        self._rest = rest
+        self._in_pieces = in_pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -189,28 +186,22 @@ class ClientTimeout:
 
         async def send_in_time(message: Message) -> None:
             try:
-                for number, piece in enumerate(_pieces(message)):
-                    if number:  # the server notes a client that is gone, too
-                        await self._rest(PIECE_BYTES)
+                if len(message.get("body", b"")) <= PIECE_BYTES:
                     async with asyncio.timeout(self.seconds):
-                        await send(piece)
+                        return await send(message)
+                async with aclosing(self._in_pieces(message, scope)) as pieces:
+                    async for piece in pieces:
+                        async with asyncio.timeout(self.seconds):
+                            await send(piece)
             except TimeoutError:
                 log.info("client dropped: it read nothing", seconds=self.seconds)
-                await _abort(scope)
+                drop(scope)
+                await asyncio.sleep(0)  # the server notes the loss in its next turn, before the app returns to it
                 raise ClientGone(
                     f"the client read nothing for {self.seconds:g} s (CLIENT_TIMEOUT_S)", code="client_stalled"
                 ) from None
 
         await self.app(scope, receive_in_time, send_in_time)
-
-
-def _pieces(message: Message) -> Iterator[Message]:
-    """A part of a reply, in as many as it takes for the server to see between two whether they are read."""
-    body = message.get("body", b"")
-    last = max(0, len(body) - 1) // PIECE_BYTES * PIECE_BYTES
-    for start in range(0, last, PIECE_BYTES):
-        yield {**message, "body": body[start : start + PIECE_BYTES], "more_body": True}
-    yield {**message, "body": body[last:]} if last else message
 
 
 def _body_timeout(seconds: float, *, silent: bool) -> BodyTimeout:
@@ -220,12 +211,9 @@ def _body_timeout(seconds: float, *, silent: bool) -> BodyTimeout:
     return BodyTimeout(f"{what} (CLIENT_TIMEOUT_S); send it again.", code="body_timeout")
 
 
-async def _abort(scope: Scope) -> None:
-    """Drop the connection: to close it would wait for a client that does not read."""
-    abort = scope.get("state", {}).get(ABORT)
-    if abort is not None:
-        abort()
-        await asyncio.sleep(0)  # the server notes the loss in its next turn, before the app returns to it
+def drop(scope: Scope) -> None:
+    """Drop the connection of a request: to close it would wait for a client that does not read."""
+    scope.get("state", {}).get(ABORT, lambda: None)()
 
 
 class FieldReport:

@@ -17,6 +17,7 @@ from prerope.server.api.errors import error_response
 from prerope.server.api.fairness import BODIES, BodyLimit, BodyRoom
 from prerope.server.api.keys import METRICS_PATH
 from prerope.server.api.middleware import ClientTimeout
+from prerope.server.api.replies import Replies
 from prerope.server.errors import ClientGone, EngineUnavailable, RequestError
 from prerope.server.log import configure_logging
 from prerope.server.ray_app.call import Call
@@ -60,7 +61,8 @@ class PassOn:
         self._replicas = replicas
         self._routing = asyncio.Lock()
         self._bodies = BodyRoom(BODIES * settings.max_body_bytes)
-        self._in_time = ClientTimeout(BodyLimit(self._pass_on, settings.max_body_bytes), settings.client_timeout_s)
+        limited, in_pieces = BodyLimit(self._pass_on, settings.max_body_bytes), Replies(self._bodies.rest).in_pieces
+        self._in_time = ClientTimeout(limited, settings.client_timeout_s, in_pieces)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,11 +24,13 @@ from prerope.server.api.dialects.kept_responses import with_history
 from prerope.server.api.dialects.requests.responses import ResponsesRequest
 from prerope.server.api.fairness import Allowance, Hold
 from prerope.server.api.keys import KeyRing
+from prerope.server.api.middleware import ABORT
+from prerope.server.api.replies import Replies
 from prerope.server.api.requests.reading import ModelText
 from prerope.server.api.requests.task import ReadTask
 from prerope.server.config import EngineConfig
 from prerope.server.engine.limits import check_room, retry_after_s
-from prerope.server.errors import ConfigurationError, InvalidRequest, KeyBusy, QueueFull
+from prerope.server.errors import ClientGone, ConfigurationError, InvalidRequest, KeyBusy, QueueFull
 from prerope.server.flags import load_settings
 from prerope.server.service import Kept
 from prerope.server.tokenizer import Tokenizer
@@ -238,6 +241,39 @@ def test_a_conversation_is_not_copied_for_each_body_that_goes_on_with_it() -> No
         assert json.loads(b"".join(pieces))["_history"] == {"id": f"resp-{0:032x}", "items": expected}
     empty: Any = SimpleNamespace(conversations={("", f"resp-{0:032x}"): Kept(b"[]", b"[1]", b"{}")})
     assert json.loads(b"".join(with_history(empty, body)))["_history"]["items"] == [1]
+
+
+def test_large_replies_that_nobody_reads_make_room_for_later_ones() -> None:
+    """Two megabytes of digits ask for twenty of tokens; a client that reads a byte now and then kept each of them."""
+
+    async def rest(_: int) -> None:
+        await asyncio.sleep(0)
+
+    async def run() -> None:
+        replies, dropped = Replies(rest, max_bytes=1_000_000), list[int]()
+
+        def reply(number: int, size: int) -> AsyncGenerator[Any]:
+            scope = {"state": {ABORT: lambda: dropped.append(number)}}
+            return replies.in_pieces({"type": "http.response.body", "body": bytes([number]) * size}, scope)
+
+        slow = [reply(number, 400_000) for number in range(2)]
+        for one in slow:
+            await anext(one)
+        sent = [piece async for piece in reply(2, 700_000)]
+        assert b"".join(piece["body"] for piece in sent) == b"\2" * 700_000
+        assert [piece["more_body"] for piece in sent] == [True] * (len(sent) - 1) + [False]
+        assert dropped == [0, 1], "the one that was on its way longest first, and no more than make room"
+        for one in slow:
+            with pytest.raises(ClientGone):
+                await anext(one)
+        assert sum([len(piece["body"]) async for piece in reply(3, 3_000_000)]) == 3_000_000, "one has room, alone"
+        left = reply(4, 100_000)
+        await anext(left)
+        await left.aclose()
+        assert replies.num_bytes == 0
+        assert len(dropped) == 2
+
+    asyncio.run(run())
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
