@@ -26,6 +26,7 @@ from prerope.server.log import LINES_OF_A_KIND, WINDOW_S, KindLimit
 from structlog.testing import capture_logs
 
 from tests.faults import Faults
+from tests.logged import logged
 from tests.server.test_cli import ENVIRONMENT, ROOT, free_port, wait_for
 
 ROOM, TIMEOUT_S, HEADER_S = 12, 1.0, 0.6
@@ -187,12 +188,10 @@ def test_what_is_no_request_is_told_why(url: str, sent: bytes, status: int, said
 
 
 @pytest.mark.parametrize("path", ["/health", "/tokenize", "/nowhere"])
-def test_a_body_that_cannot_be_read_is_no_error_of_the_server(
-    url: str, caplog: pytest.LogCaptureFixture, path: str
-) -> None:
+def test_a_body_that_cannot_be_read_is_no_error_of_the_server(url: str, path: str) -> None:
     """Its request was handed on before, and is answered by nobody else."""
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with capture_logs() as lines, closing(connect(url)) as connection:
+    with capture_logs() as lines, logged() as records, closing(connect(url)) as connection:
         connection.sendall(head.encode() + b"2\r\n{}zz\r\n")
         answer = b""
         while more := connection.recv(65536):
@@ -202,7 +201,7 @@ def test_a_body_that_cannot_be_read_is_no_error_of_the_server(
     assert answer.startswith(b"HTTP/1.1 400")
     assert answer.count(b"\r\n\r\n") == 1
     assert not [line for line in lines if line["log_level"] == "error"]
-    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record.getMessage() for record in records if record.levelno >= logging.ERROR]
 
 
 def test_small_pieces_do_not_wait_for_an_acknowledgement(url: str, serve_module: Any) -> None:

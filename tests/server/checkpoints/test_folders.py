@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.byte_level import byte_level
 from tests.engine.models.model_types import tiny_of_type
+from tests.logged import logged
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 Damage = Callable[[Path], None]
@@ -619,14 +620,11 @@ def test_a_damaged_folder_is_refused_in_one_true_sentence(folder: Path, damage: 
     ],
 )
 @pytest.mark.parametrize("level", [logging.WARNING, logging.ERROR])
-def test_an_expert_that_is_missing_is_told(
-    tmp_path: Path, lost: str, said: str, level: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_expert_that_is_missing_is_told(tmp_path: Path, lost: str, said: str, level: int) -> None:
     """With LOG_LEVEL=error, too, where transformers' own report is not logged."""
-    caplog.set_level(level, "transformers")
     tiny_of_type("qwen3_moe").save_pretrained(tmp_path)
     without(f"layers.0.mlp{lost}")(tmp_path)
-    with pytest.raises(ConfigurationError, match=re.escape(said)) as caught:
+    with logged("transformers", level), pytest.raises(ConfigurationError, match=re.escape(said)) as caught:
         load_model(Checkpoint(str(tmp_path), "m"), "auto", "cpu", lambda _: None)
     assert "\n" not in str(caught.value)
 
@@ -644,10 +642,10 @@ def test_no_family_s_own_defaults_are_refused() -> None:
             assert (family, wrong_in(config.to_dict())) == (family, None)
 
 
-def test_a_whole_folder_is_read_without_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "transformers")
-    load(folder)
-    assert [record.getMessage() for record in caplog.records] == []
+def test_a_whole_folder_is_read_without_a_warning(folder: Path) -> None:
+    with logged() as records, logged("transformers") as of_transformers:
+        load(folder)
+    assert [record.getMessage() for record in (*records, *of_transformers)] == []
 
 
 def test_a_whole_folder_is_served_in_one_file_or_in_parts(folder: Path) -> None:
