@@ -6,7 +6,9 @@ without, and its workers begin some seconds earlier.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 from pathlib import Path
 
@@ -40,6 +42,20 @@ LONGEST = (
     *("models/test_multimodal", "models/test_families", "cache/test_cpu_attention", "clients/test_recipes"),
     *("api/test_tolerance", "api/test_dialects", "checkpoints/test_smollm2", "models/test_config_options"),
 )
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Where several processes collect all tests, each begins to read them elsewhere: what is not compiled yet, one
+    compiles for all."""
+    here = Path(__file__).parent
+    if [Path(name).resolve() for name in session.config.args] != [here]:
+        return
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    files = sorted(here.rglob("test_*.py"))
+    for file in files[len(files) * number // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) :] if number else ():
+        if not pytest_ignore_collect(file, session.config):
+            with contextlib.suppress(Exception, pytest.skip.Exception):  # what is wrong, collection tells
+                importlib.import_module(".".join(file.relative_to(here.parent).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:

@@ -137,6 +137,32 @@ def what_was_read_is_known() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def probe_once() -> None:
+    """Where a model of the same files, parts and types has passed, the next server of this process probes it no more.
+
+    For servers, whose tests are about something else; nothing of what a probe finds is left out where a model is loaded
+    by itself, or by a process of its own.
+    """
+    from prerope.cache.kernels.build import multiplies_pairs
+    from prerope.server.engine import loading
+    from prerope.server.models.model import Model
+
+    probe, passed = loading.probe, dict[object, float]()
+
+    def probed(model: Model, *types: Any) -> float:
+        whole = model.raw.model
+        parts = frozenset(type(part) for part in whole.modules())
+        key = contents(whole.name_or_path), parts, model.dtype, *types, multiplies_pairs()
+        if key[0] is None:
+            return probe(model, *types)
+        if key not in passed:
+            passed[key] = probe(model, *types)
+        return passed[key]
+
+    loading.probe = probed
+
+
 @pytest.fixture(scope="session", autouse=True)
 def certificates_are_read_once() -> Iterator[None]:
     """No test speaks TLS, and each client of httpx would read all authorities anew: a twentieth of a second."""
@@ -222,6 +248,7 @@ class RunningServer:
         from prerope.server.app import create_app
         from prerope.server.http.server import DrainingServer
 
+        probe_once()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.app = create_app(settings)
