@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from tests.device import DEVICE  # before torch: it decides what torch and Triton see
 
 gc.disable()  # what is imported and collected stays, and is not to be looked through for garbage again and again
+logging.disable(logging.WARNING)  # nor is what libraries warn of as they are imported among the dots
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 
@@ -61,6 +63,7 @@ def pytest_collection(session: pytest.Session) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+    logging.disable(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
