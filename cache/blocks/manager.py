@@ -33,9 +33,6 @@ class BlockPool:
     A block is *held* (reference count > 0) or *free*. A free block may be *cached*: its content is known by hash and
     can be taken up again until the block is allocated for something else. Free blocks are reused least recently freed
     first. Knows neither tensors nor sequences. All operations are O(1) a block.
-
-    Attributes:
-        num_touched: blocks up to the last that was ever allocated.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -45,7 +42,7 @@ class BlockPool:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to be reused comes first
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self.num_touched = 0
+        self.num_touched = 0  # blocks up to the last that was ever allocated
 
     @property
     def num_free(self) -> int:
@@ -159,8 +156,7 @@ class PrefixHasher:
         return self.hashes
 
     def each(self, token_ids: Sequence[int], num_blocks: int) -> Iterator[bytes]:
-        """The hashes of its first full blocks, each made when it is asked for: a prompt may have thousands, and who
-        looks them up often needs the first alone."""
+        """The hashes of its first full blocks, each made when it is asked for: often the first alone is."""
         for index in range(num_blocks):
             yield self.extend(token_ids, (index + 1) * self._block_size)[index]
 

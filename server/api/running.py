@@ -119,8 +119,8 @@ def _little(pieces: Pieces) -> bytes | None:
     if sum(map(len, pieces)) > INLINE_BYTES:
         return None
     raw = b"".join(pieces)
-    few_items = raw.count(b'"') // 2 + raw.count(b"{") <= INLINE_ITEMS
-    return raw if few_items and len(raw) - len(raw.translate(None, DIGITS)) <= INLINE_DIGITS else None
+    num_items, num_digits = raw.count(b'"') // 2 + raw.count(b"{"), len(raw) - len(raw.translate(None, DIGITS))
+    return raw if num_items <= INLINE_ITEMS and num_digits <= INLINE_DIGITS else None
 
 
 def _check_kind(request: Request) -> None:

@@ -144,7 +144,9 @@ class Engine:
         before, plan = self._in_flight, self.scheduler.schedule()
         self._plan = plan
         for copy in self.scheduler.take_copies():  # also where there are no rows
-            self._copy(copy.slots)
+            if not self._alone:
+                tell_copy(self.ranks, copy.slots)
+            self.copy(copy.slots)
         self._in_flight = self._launch(plan, before, began, cpu_began) if plan else None
         if before is not None:
             outputs += self._collect(before)
@@ -163,12 +165,6 @@ class Engine:
         self.scheduler.remove(sequence.request_id)
         failure = None if sequence.num_generated_tokens else reason
         return sequence.output(finish_reason=FinishReason.ABORT, failure=failure)
-
-    @torch.inference_mode()
-    def _copy(self, slots: NDArray[np.int64]) -> None:
-        if not self._alone:
-            tell_copy(self.ranks, slots)
-        self.copy(slots)
 
     @torch.inference_mode()
     def _launch(self, plan: list[Scheduled], before: Step | None, began: float, cpu_began: float | None) -> Step:
@@ -196,6 +192,7 @@ class Engine:
         logits = None if self.graphs is None else self.graphs.logits(batch)
         return self.model.forward(batch, self.storage) if logits is None else logits
 
+    @torch.inference_mode()
     def copy(self, slots: NDArray[np.int64]) -> None:
         """K and V of all layers from slots [0] to slots [1]."""
         self.storage.copy(*send(slots, self.model.device))

@@ -45,24 +45,18 @@ SCORED_ROW = 8
 FORGOTTEN = 0.998
 """What is left after each step of a row's time in sizes where it is longer: what was late by chance is tried again."""
 LATE = 2
-"""In a larger step no row takes so many times as long as in a smaller one but by chance: the first of all may be twenty
-times as long."""
+"""In a larger step no row takes so many times as long as in a smaller one but by chance, as the first of all may."""
 ANEW, HOPED = 0.95, 2 / 3
 """In a whole chunk a row takes less than in few, so its time there would stay however late one was by chance. So each
 prompt that is read in few rows behind as many keys leaves such a part of it, and no less than so much of theirs."""
 
 
 class RowTimes:
-    """How long rows of prompts take, learned from the steps that ran; `Pace` chooses by it.
-
-    Attributes:
-        others_s: seconds of a step without rows of prompts.
-        plain, scored: rows that are only read, and those whose tokens' log-probabilities are asked for.
-    """
+    """How long rows of prompts take, learned from the steps that ran; `Pace` chooses by it."""
 
     def __init__(self) -> None:
-        self.others_s = 0.0
-        self.plain, self.scored = RowTable(), RowTable()
+        self.others_s = 0.0  # of a step without rows of prompts
+        self.plain, self.scored = RowTable(), RowTable()  # rows that are only read, and those that are scored, too
 
     def add(self, rows: Rows, seconds: float) -> None:
         """A step of so many is over."""

@@ -279,9 +279,7 @@ class Step:
 
     @property
     def rows(self) -> Rows:
-        prompts = [
-            one for one in self.scheduled if one.num_new_tokens > 1 or one.start < one.sequence.num_prompt_tokens
-        ]
+        prompts = [s for s in self.scheduled if s.num_new_tokens > 1 or s.start < s.sequence.num_prompt_tokens]
         scored = [one.num_logits for one in prompts if one.sequence.request.sampling.prompt_logprobs is not None]
         num_all, num_read = sum([one.num_rows for one in self.scheduled]), sum([one.num_new_tokens for one in prompts])
         return Rows(num_all, num_read, sum(scored), max([one.start for one in prompts], default=0))
