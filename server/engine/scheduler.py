@@ -248,7 +248,7 @@ class Scheduler:
         left = self.max_batched_tokens - num_beside
         if left <= 0 or not prefills:
             return
-        budget = self.pace.most_rows(left, num_keys, num_beside) if plan else left
+        budget = to_read = self.pace.most_rows(left, num_keys, num_beside) if plan else left
         to_score = max(1, self.max_batched_tokens // SCORED_ROW)
         if plan:
             to_score = self.pace.most_scored(min(to_score, left), num_keys, num_beside)
@@ -263,6 +263,9 @@ class Scheduler:
                 unscored = max(0, sequence.first_scored_row - sequence.num_computed_tokens)
                 num_tokens = min(num_tokens, unscored + to_score)
                 to_score -= max(0, num_tokens - unscored)
+            else:  # far keys may be before them, which are not before those that are scored
+                num_tokens = min(num_tokens, to_read)
+                to_read -= num_tokens
             if sequence.request.documents:
                 self._documents.schedule(sequence, num_tokens, plan)
             else:

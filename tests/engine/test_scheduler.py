@@ -500,6 +500,24 @@ def test_short_prompts_without_end_do_not_make_rows_cheap() -> None:
     assert pace.most_rows(8192) == known
 
 
+def test_rows_behind_far_keys_are_no_more_because_others_are_scored() -> None:
+    """A long prompt got what those that are scored behind few keys left: 38 rows of 50 ms each."""
+    scheduler, far = beside_streams(gap_s=0.1), sequence(unique(4000))
+    scheduler.add(sequence(unique(3), 500))
+    drive(scheduler)
+    for _ in range(20):
+        scheduler.learn(Rows(17, 16, 16, 0), ORDINARY_S + 16 * 0.0005, 0)
+    scheduler.add(far)
+    for _ in range(20):
+        plan = drive(scheduler)
+        rows = sum(one.num_new_tokens for one in plan if one.sequence is far)
+        scheduler.learn(Rows(rows + 1, rows, 0, far.num_computed_tokens), ORDINARY_S + rows * 0.05, 0)
+    for _ in range(3):
+        scheduler.add(sequence(unique(20), prompt_logprobs=1))
+        plan = drive(scheduler)
+        assert sum(one.num_new_tokens for one in plan if one.sequence is far) <= rows
+
+
 def test_scored_rows_are_few_beside_a_stream() -> None:
     """As many as go into three ordinary steps: behind 20,000 keys 64 rows took two thirds of a second."""
     for row_s, most in ((0.05, 1), (0.012, 2), (0.0042, 3), (0.0036, 7), (0.00084, 7), (0.00001, 7)):
