@@ -64,17 +64,22 @@ class Ahead:
         if num_rows + self._stride > self._wanted < self._num_rows and not self._under_way:
             self._wanted = min(num_rows + 2 * self._stride, self._num_rows)
             self._under_way = True
-            threading.Thread(target=self._ask, name="pages ahead", daemon=True).start()
+            try:
+                threading.Thread(target=self._ask, name="pages ahead", daemon=True).start()
+            except RuntimeError:  # no more threads: whoever writes to these pages waits for them
+                self._under_way = False
         return sys.maxsize if self._wanted >= self._num_rows else max(num_rows, self._wanted - self._stride) + 1
 
     def _ask(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # of a system where threads have no such priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-        for place, tensor in enumerate(self._tensors):
-            stop = min(self._wanted * tensor[0].nbytes + AHEAD_BYTES, tensor.nbytes)
-            while self._asked[place] < stop:
-                self._asked[place] = _populated(tensor, self._asked[place])
-        self._under_way = False
+        try:
+            for place, tensor in enumerate(self._tensors):
+                stop = min(self._wanted * tensor[0].nbytes + AHEAD_BYTES, tensor.nbytes)
+                while self._asked[place] < stop:
+                    self._asked[place] = _populated(tensor, self._asked[place])
+        finally:
+            self._under_way = False
 
 
 def _populated(tensor: Tensor, start: int) -> int:

@@ -143,7 +143,8 @@ class Engine:
             self.tiers.take_in(self.scheduler.waiting.values())
         before, plan = self._in_flight, self.scheduler.schedule()
         self._plan = plan
-        for copy in self.scheduler.take_copies():  # also where there are no rows
+        copies = self.scheduler.take_copies()  # also where there are no rows
+        for copy in copies:
             if not self._alone:
                 tell_copy(self.ranks, copy.slots)
             self.copy(copy.slots)
@@ -153,7 +154,8 @@ class Engine:
         if self._in_flight is not None and not (self._overlap and self._in_flight.may_stay):
             now, self._in_flight = self._in_flight, None
             outputs += self._collect(now)
-        if self.tiers is not None and not plan and before is None and self.scheduler.has_work():
+        idle = not plan and not copies and before is None and self.scheduler.has_work()
+        if self.tiers is not None and idle:
             self.tiers.wait()
         return outputs
 

@@ -13,7 +13,9 @@ def importing() -> Iterator[None]:
     it. Nor is a request to wait while they are looked through."""
     enabled = gc.isenabled()
     gc.disable()
-    yield
-    gc.freeze()
-    if enabled:
-        gc.enable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()

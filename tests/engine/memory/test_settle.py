@@ -90,6 +90,21 @@ def test_the_cache_is_there_before_it_is_written_to() -> None:
             assert not tensor[used : used + 20].any()
 
 
+def test_where_no_thread_can_begin_steps_go_on_and_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a limit of processes: an error was the engine's death."""
+    tried = list[threading.Thread]()
+
+    def start(thread: threading.Thread) -> None:
+        tried.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    storage = KVStorage([LayerShape(1, 128, 64)], 1500, 16, torch.float32, torch.device("cpu"))
+    for used in (0, 700):
+        storage.expect(used)
+    assert len(tried) == 2
+
+
 def test_asking_ahead_changes_nothing_that_is_written_meanwhile() -> None:
     storage = KVStorage([LayerShape(1, 128, 64)], 1500, 16, torch.float32, torch.device("cpu"))
     for used in range(0, 1500, 50):
