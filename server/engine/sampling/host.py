@@ -113,7 +113,8 @@ def _candidates(scaled: Tensor, sampling: SamplingParams) -> tuple[Tensor | None
 
 def logprobs(rows: Tensor, token_ids: Rows[int], num_top: int) -> list[TokenLogprobs]:
     """The log-probability of one token a row under logits [N, V] fp32, with the `num_top` best alternatives."""
-    log_normaliser = rows.logsumexp(-1, keepdim=True)
+    # torch's threads share out one row's sum, and of several rows each has its own: so one is summed as two are.
+    log_normaliser = rows.expand(max(2, len(rows)), -1).logsumexp(-1, keepdim=True)[: len(rows)]
     chosen = rows.gather(-1, torch.tensor(token_ids, device=rows.device)[:, None]) - log_normaliser
     if num_top == 0:
         return [TokenLogprobs(t, lp) for t, lp in zip(token_ids, chosen[:, 0].tolist(), strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import Counter
@@ -262,6 +263,21 @@ def test_logprobs_are_log_softmax(num_top: int) -> None:
 
 
 # --- through the engine -----------------------------------------------------------------------------------------------
+
+
+def test_logprobs_of_a_row_are_the_same_to_the_bit_with_any_threads_and_neighbours() -> None:
+    """Of one row of 50,000 torch's threads each sum a part: two in 64 differed in their last bit."""
+    rows, token_ids = 3 * torch.randn(64, 50_000, generator=torch.Generator().manual_seed(0)), list(range(64))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count, number in itertools.product((1, 2, 5), (1, 3, 64)):
+            torch.set_num_threads(count)
+            parts = [slice(first, first + number) for first in range(0, 64, number)]
+            found.append([one for part in parts for one in logprobs(rows[part], token_ids[part], 2)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(one == found[0] for one in found)
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch() -> None:
