@@ -141,8 +141,9 @@ def what_was_read_is_known() -> Iterator[None]:
 def probe_once() -> None:
     """Where a model of the same files, parts and types has passed, the next server of this process probes it no more.
 
-    For servers, whose tests are about something else; nothing of what a probe finds is left out where a model is loaded
-    by itself, or by a process of its own.
+    For servers, whose tests are about something else. It lasts as long as the process: what a later test in it loads by
+    itself is probed no more either, if the same has passed; a model of other files, parts or types is, and all are in
+    processes of their own.
     """
     from prerope.cache.kernels.build import multiplies_pairs
     from prerope.server.engine import loading
