@@ -187,13 +187,18 @@ class BlockTier:
             self.stats.num_bytes -= size
 
     def _look_around(self, folder: Path) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every file that is there; what others have written is known from then on."""
-        files = []
+        """(last use, bytes, path) of every file that is there; what others have written is known from then on.
+
+        A file of the future, of a clock that was ahead, would outlast all that is used meanwhile: it was used now.
+        """
+        files, now = [], time.time()
         for path in folder.glob("*/*.safetensors"):
             with contextlib.suppress(OSError, ValueError):
                 status = path.stat()
-                files.append((status.st_mtime, status.st_size, path))
+                files.append((min(status.st_mtime, now), status.st_size, path))
                 self._known.add(bytes.fromhex(path.stem))
+                if status.st_mtime > now:
+                    os.utime(path, (now, now))
         self.stats.num_bytes = sum(size for _, size, _ in files)
         return files
 

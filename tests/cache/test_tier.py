@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -126,6 +127,20 @@ def test_the_oldest_go_when_the_folder_is_full(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in files_of(tmp_path)) <= 8 * SIZE
     assert not tier.holds(name(0))
     assert tier.holds(name(19))
+
+
+def test_files_of_a_clock_that_was_ahead_do_not_outlast_those_in_use(tmp_path: Path) -> None:
+    ahead = opened(tmp_path, folder_limit=8 * SIZE)
+    fill(ahead, *range(6))
+    ahead.close()
+    for path in files_of(tmp_path):
+        os.utime(path, (time.time() + 10**6,) * 2)
+    tier = opened(tmp_path, folder_limit=8 * SIZE)
+    for seed in range(100, 112):
+        fill(tier, seed)
+    tier.close()
+    assert not any(tier.holds(name(seed)) for seed in range(6))
+    assert all(tier.holds(name(seed)) for seed in (109, 110, 111))
 
 
 def test_a_full_disk_stops_writing_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
