@@ -7,6 +7,7 @@ import logging
 import re
 import resource
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -30,8 +31,8 @@ from tests.logged import logged
 from tests.server.test_cli import ENVIRONMENT, ROOT, free_port, wait_for
 
 ROOM, TIMEOUT_S, HEADER_S = 12, 1.0, 0.6
-SOON_S, NEVER_S = 15.0, 60.0
-"""What comes at once or after its time, on cores that others have too; and what would come only after this does not."""
+NEVER_S = 60.0
+"""Longer than any test here waits."""
 HALF_HEADER = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nX-More: "
 TOKENIZE = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HALF_BODY = TOKENIZE + b'Content-Length: 9000000\r\n\r\n{"prompt":'
@@ -77,7 +78,7 @@ def seconds_until_closed(connection: socket.socket, trickle: bytes | None = None
     began = time.monotonic()
     connection.settimeout(every_s)
     try:
-        while time.monotonic() - began < NEVER_S:
+        while time.monotonic() - began < 20:
             try:
                 if not connection.recv(65536):
                     break
@@ -103,14 +104,19 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def test_connections_that_wait_for_their_clients_keep_nobody_out(
     patient: str, sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five times as many as there is room for: each new one takes the oldest's place, long before its time is up."""
+    """Five times as many as there is room for: each new one takes the oldest's place, long before its time is up, and
+    /health is as ever. Its median is looked at, as a machine may stand still during one answer."""
     monkeypatch.setattr(doors, "HEADER_TIMEOUT_S", NEVER_S)
+    took = []
     with ExitStack() as stack:
         for _ in range(5 * ROOM):
             stack.enter_context(closing(connect(patient))).send(sent)
-        http = stack.enter_context(httpx.Client(timeout=SOON_S))
+        http = stack.enter_context(httpx.Client())
         for _ in range(10):
+            began = time.monotonic()
             assert http.get(f"{patient}/health", headers={"Connection": "close"}).status_code == 200
+            took.append(time.monotonic() - began)
+    assert statistics.median(took) < 0.25
 
 
 def test_where_all_carry_requests_one_more_is_told_so_at_once(url: str, serve_module: Any) -> None:
@@ -124,13 +130,15 @@ def test_where_all_carry_requests_one_more_is_told_so_at_once(url: str, serve_mo
         for connection in busy:
             connection.sendall(raw({"prompt": "a", "max_tokens": 1}))
         until(lambda: len(running.service.engine._streams) == ROOM)
+        began = time.monotonic()
         for _ in range(3 * refusals.MAX_LINGERING):  # past the number that may linger, too
             refused = stack.enter_context(closing(connect(url)))
-        response = httpx.get(f"{url}/health", timeout=SOON_S)
+        response = httpx.get(f"{url}/health")
+        assert time.monotonic() - began < 2
         assert response.status_code == 503
         assert "MAX_CONNECTIONS" in response.json()["error"]["message"]
         assert response.headers["retry-after"] == "1"
-        assert seconds_until_closed(refused) < SOON_S
+        assert seconds_until_closed(refused) < 2
         faults.forward.release()
         for connection in busy:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
@@ -286,7 +294,7 @@ def test_a_header_has_its_time(url: str, sent: bytes) -> None:
     """Whatever trickles in: the time counts from its beginning."""
     with closing(connect(url)) as connection:
         connection.sendall(sent)
-        assert HEADER_S - 0.1 < seconds_until_closed(connection, b"x") < SOON_S
+        assert HEADER_S - 0.1 < seconds_until_closed(connection, b"x") < HEADER_S + 2
 
 
 def test_a_kept_connection_may_be_silent_for_longer(url: str) -> None:
@@ -307,15 +315,15 @@ def test_a_body_that_trickles_has_an_end(url: str) -> None:
         began = time.monotonic()
         connection.settimeout(0.1)
         reply = b""
-        while not reply.endswith(b"}") and time.monotonic() - began < NEVER_S:  # head and body may come one by one
+        while not reply.endswith(b"}") and time.monotonic() - began < 20:  # head and body may come one by one
             try:
                 reply += connection.recv(4096)
             except TimeoutError:
                 connection.send(b" ")
         assert reply.startswith(b"HTTP/1.1 408")
         assert b"bytes a second" in reply
-        assert TIMEOUT_S - 0.1 < time.monotonic() - began < SOON_S
-        assert seconds_until_closed(connection, b" ") < SOON_S
+        assert TIMEOUT_S - 0.1 < time.monotonic() - began < TIMEOUT_S + 2
+        assert seconds_until_closed(connection, b" ") < HEADER_S + 2
 
 
 def test_a_body_that_nobody_wants_is_not_waited_for_either(url: str) -> None:
@@ -323,7 +331,7 @@ def test_a_body_that_nobody_wants_is_not_waited_for_either(url: str) -> None:
     with closing(connect(url)) as connection:
         connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 404")
-        assert seconds_until_closed(connection, b" ") < SOON_S
+        assert seconds_until_closed(connection, b" ") < HEADER_S + 2
 
 
 # --- half-closed ------------------------------------------------------------------------------------------------------
