@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.checkpoint import Checkpoint, checkpoint_name, resolve_checkpoint
+from prerope.server.models.folder import INDEX, WEIGHTS
 from prerope.server.models.gguf import convert
 from prerope.server.tokenizer import Tokenizer
+from safetensors import safe_open
 
 PIECES = ["<|endoftext|>", "<|im_end|>", "Ċ", "ĊĊ", "1", "2", "a", "Ġ"]
 MERGES = ["Ċ Ċ"]
@@ -108,8 +110,15 @@ def test_the_embedded_default_is_an_ordinary_checkpoint(smollm2: Checkpoint) -> 
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"], config["max_position_embeddings"]) == ("llama", 30, 8192)
     assert "quantization_config" not in config
-    for name in ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         assert (folder / name).is_file(), name
+    held = {part.name: set(safe_open(part, "pt").keys()) for part in folder.glob("*.safetensors")}
+    if (index := folder / INDEX).is_file():  # of a quarter GiB each
+        named = json.loads(index.read_text())["weight_map"]
+        assert held == {part: {name for name in named if named[name] == part} for part in set(named.values())}
+    else:
+        assert set(held) == {WEIGHTS}
+    assert len(set().union(*held.values())) == 2 + 9 * config["num_hidden_layers"]  # embedding, last norm
 
 
 def test_the_second_resolution_reads_the_copy(smollm2: Checkpoint) -> None:
