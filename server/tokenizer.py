@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.end_tokens import end_tokens
-from prerope.server.models.tokenizer_files import beyond_the_model, processor_template, why_unread
+from prerope.server.models.tokenizer_files import beyond_the_model, limit_words, processor_template, why_unread
 
 if TYPE_CHECKING:
     from prerope.server.models.checkpoint import Checkpoint
@@ -87,6 +87,7 @@ class Tokenizer:
             hf.chat_template = processor_template(Path(checkpoint.source))
         if isinstance(hf.chat_template, str):
             hf.chat_template = hf.chat_template.removeprefix("\ufeff")  # which an editor put there, and no prompt has
+        limit_words(hf)
         return cls(hf, end_tokens(checkpoint, hf))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,6 +181,28 @@ def test_work_per_token_does_not_grow(smollm2_tokenizer: Tokenizer) -> None:
     seconds(ids[:100])
     first, last = seconds(ids[:4000]), seconds(ids[-4000:])
     assert last < 3 * first + 0.05
+
+
+MEMORY_OF_WORDS = """
+import ctypes, random, string, sys
+import psutil
+from prerope.server.models.checkpoint import Checkpoint
+from prerope.server.tokenizer import Tokenizer
+
+tokenizer, rng = Tokenizer.load(Checkpoint(sys.argv[1], "model")), random.Random(0)
+ctypes.CDLL(None).malloc_trim(0)  # what loading has freed: words could lie there
+begun = psutil.Process().memory_info().rss
+for _ in range(400):
+    tokenizer.encode(" ".join("".join(rng.choices(string.ascii_letters, k=253)) for _ in range(15)))
+print((psutil.Process().memory_info().rss - begun) / 2**20)
+"""
+
+
+def test_words_that_clients_make_up_are_kept_up_to_few_megabytes(tiny_checkpoint: Path) -> None:
+    """Of 6,000 the library keeps 50 MiB by itself. In a process of its own, where no test before has left room."""
+    command = [sys.executable, "-c", MEMORY_OF_WORDS, str(tiny_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) < 25
 
 
 def test_digits_are_split_as_in_training(smollm2_tokenizer: Tokenizer) -> None:
