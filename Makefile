@@ -2,6 +2,7 @@
 #
 #   make serve   serve the embedded model on http://127.0.0.1:8000      (ARGS="--port 9000 --max-model-len 16384")
 #   make test    run the tests                                          (ARGS="tests/server -k stream")
+#   make test-ci   what CI runs beside them: more cases of a kind, whole processes that come and go
 #   make test-slow   the rest: a soak, GPU stages at toy size, whole processes, more cases of a kind
 #   make test-page   the page in a headless Chromium (Debian: chromium)
 #   make test-clients   clients of others, each in an environment of its own in .clients (node and npm for those of JavaScript)
@@ -38,7 +39,7 @@ endif
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help serve test test-slow test-page test-clients check bench gpu soak docs lock clean
+.PHONY: help serve test test-ci test-slow test-page test-clients check bench gpu soak docs lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -46,11 +47,16 @@ help:
 serve: $(VENV)/.serve
 	@exec $(BIN)/python -m prerope.server $(ARGS)
 
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.develop
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m 'not slow' $(ARGS)
+	$(TESTS) --no-loadscope-reorder -m 'not slow and not ci' $(ARGS)
+
+test-ci: $(VENV)/.develop
+	$(TESTS) --no-loadscope-reorder -m 'ci and not slow' $(ARGS)
 
 test-slow: $(VENV)/.develop
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m slow $(ARGS)
+	$(TESTS) -m slow $(ARGS)
 
 test-page: $(VENV)/.browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/page $(ARGS)

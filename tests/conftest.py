@@ -11,6 +11,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,15 @@ def pytest_report_header() -> str:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """A file of slow tests alone is not even read where they are left out: its cases may be dear to make."""
-    return True if collection_path.stem.endswith("_slow") and config.option.markexpr == "not slow" else None
+    """A file without a test of the tier that is asked for is not even imported: its cases may be dear to make."""
+    asked, of_tests = config.option.markexpr, collection_path.match("test_*.py")
+    if asked == "ci and not slow" and of_tests and not OF_CI.search(collection_path.read_text(encoding="utf-8")):
+        return True
+    return True if collection_path.stem.endswith("_slow") and "not slow" in asked else None
+
+
+OF_CI = re.compile(r"mark\.ci\b|\bquick=")
+"""What marks a test as one of `make test-ci`: see tests/tiers.py."""
 
 
 LONGEST = (

@@ -150,7 +150,7 @@ def _on_the_card(
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "5", "--dist", "loadfile"]
     stage = Stage(
         name,
-        [*command, "--no-loadscope-reorder", "--continue-on-collection-errors", *paths],
+        [*command, "--no-loadscope-reorder", "--continue-on-collection-errors", "-m", "not slow", *paths],
         limit_s,
         {"DEVICE": "cuda", "OMP_NUM_THREADS": "1"},
         modules=modules,

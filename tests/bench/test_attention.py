@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from prerope.cache.kernels.build import library
+from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.cpu.build import prepare
 
 from bench import attention
@@ -19,7 +20,7 @@ def test_work_is_counted_by_visible_pairs() -> None:
 
 
 def test_speeds_are_told_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(tmp_path)
+    prepare(default_cache_dir())
     if library() is None:
         pytest.skip("no C compiler")
     monkeypatch.setattr(attention, "LEAST_SECONDS", 0.0)

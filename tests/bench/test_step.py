@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from prerope.server.config import EngineConfig
+from prerope.server.machine.places import default_cache_dir
 from prerope.server.models.cpu.build import prepare
 
 import bench.step.__main__ as step
@@ -29,7 +30,7 @@ def test_what_is_inside_a_part_is_not_its_own(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_parts_are_told_and_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    if "loaded" not in prepare(None):
+    if "loaded" not in prepare(default_cache_dir()):
         pytest.skip("needs the C kernels: without them there is no stack")
     asked: list[Any] = ["--model", tiny_checkpoint, "--rows", 1, 3, "--context", 20, "--chunk", 40, "--steps", 4]
     asked += ["--threads", "1", "--dtype", "bfloat16", "--device", "cpu", "--held", 2, "--out", tmp_path]

@@ -90,7 +90,7 @@ def test_contexts_of_several_spans(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *every(3, ((name, torch.bfloat16) for name in METHOD_NAMES)),
+        *every(3, ((name, torch.bfloat16) for name in METHOD_NAMES), quick=4),
         # What a kernel does with a type is nothing of a method's: a row of each shape of maps is enough.
         *itertools.product(["rope", "dynamic_leaky", "dual_chunk", "xpos"], [torch.float32, torch.float16]),
     ],

@@ -115,7 +115,7 @@ def stock() -> Any:
     return tiny("llama", max_position_embeddings=64)
 
 
-@pytest.mark.parametrize("method", every(2, METHODS))
+@pytest.mark.parametrize("method", every(2, METHODS, quick=4))
 def test_random_histories_say_what_the_reference_says(stock: Any, model: Model, method: str) -> None:
     dice = random.Random(f"histories of {method}")
     spec = RopeSpec(method=method, train_length=64)

@@ -136,7 +136,7 @@ def test_documents_are_read_as_by_hand(stock: Any, model: Model, documents: list
 METHODS = [name for name in METHOD_NAMES if name not in ("longrope", "llama3", "proportional", "auto", "model")]
 
 
-@pytest.mark.parametrize("method", every(6, METHODS))
+@pytest.mark.parametrize("method", every(6, METHODS, quick=2))
 def test_nothing_but_the_prompt_decides(model: Model, method: str) -> None:
     """Cold, warm, in small chunks, beside others and preempted, for any lengths: the same reply to the bit."""
     dice = random.Random(method)
@@ -263,7 +263,7 @@ def test_places_among_spans(shapes: list[tuple[int, int, int]], place: float, si
     assert layout(spans, position, stop) == (repr(told).encode() if inside else b"")
 
 
-@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("alone", every(1, [True, False], quick=1))
 def test_a_step_copies_no_more_than_it_has_time_for(
     model: Model, monkeypatch: pytest.MonkeyPatch, *, alone: bool
 ) -> None:

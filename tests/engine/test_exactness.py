@@ -33,7 +33,7 @@ def needs_kernels(decode_kernel: str) -> None:
         pytest.skip(decode_kernel)
 
 
-@pytest.fixture(params=every(2, ["bfloat16", "bfloat16 widened", "float32"]))
+@pytest.fixture(params=every(2, ["bfloat16", "bfloat16 widened", "float32"], quick=1))
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Model:
     name, _, widened = request.param.partition(" ")
     if widened and multiplies_pairs():

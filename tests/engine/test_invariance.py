@@ -127,7 +127,7 @@ def one_shot(model: Model, variants: dict[str, ModelPositions]) -> Mapping[str, 
     return OneShot()
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("chunk", every(1, [7, 64, 1], quick=2))
 def test_chunks(chunk: int, model: Model, some: dict[str, ModelPositions], one_shot: Mapping[str, Tensor]) -> None:
     found = by_chunks(model, some, chunk)
     off = {name: float((logits - one_shot[name]).abs().max()) for name, logits in found.items()}
@@ -268,6 +268,7 @@ def test_a_prefix_cache_hit(model: Model, some: dict[str, ModelPositions]) -> No
             for first in ("rope", "self")
             if spec.method != "longrope" and (first == "rope" or not spec.logn)
         ],
+        quick=8,
     ),
 )
 def test_blocks_are_shared_with_rope(name: str, first: str, model: Model, variants: dict[str, ModelPositions]) -> None:

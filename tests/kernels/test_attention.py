@@ -31,7 +31,7 @@ DECODED = [(position, 1) for position in (0, 31, 32, 33, 64, 257)]
 CHUNKS = [(25, 15), (250, 12)]
 
 
-@pytest.mark.parametrize("name", every(6, METHOD_NAMES))
+@pytest.mark.parametrize("name", every(6, METHOD_NAMES, quick=2))
 def test_every_method(name: str) -> None:
     """Decoded rows and chunks side by side; dynamic methods' last chunk lies in two runs."""
     positions = one_group(method(name, rotary(16, 16), window=32, logn=True))
@@ -47,7 +47,9 @@ def test_groups_that_begin_inside_a_tile(group: int) -> None:
     assert difference(paged(rows, [positions] * 4, heads=4, kv_heads=1), AttentionOptions(0.25, "")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", every(3, ["self_extend", "rope", "dual_chunk", "dynamic_ntk", "xpos", "streaming"]))
+@pytest.mark.parametrize(
+    "name", every(3, ["self_extend", "rope", "dual_chunk", "dynamic_ntk", "xpos", "streaming"], quick=1)
+)
 def test_tiles_inside_those_of_the_tables(name: str) -> None:
     """As of the widest heads, where some rows' keys turn in groups, or fade: a tile is a part of one of the tables'."""
 

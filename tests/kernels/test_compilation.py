@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiers import every
+
 ROOT = Path(__file__).parent.parent.parent
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # most that a program may take
 ALONE = ("decode_kernel", "prefill_kernel", "turn_queries_kernel", "turn_keys_kernel")
@@ -19,7 +21,7 @@ SLICES = [f"{arch} {names}" for arch in SHARED_MEMORY for names in (*ALONE, " ".
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton's assembler runs on Linux only")
-@pytest.mark.parametrize("asked", ["few 90", *(pytest.param(one, marks=pytest.mark.slow) for one in SLICES)])
+@pytest.mark.parametrize("asked", every(1 + len(SLICES), ["few 90", *SLICES], quick=0))
 def test_no_kernel_spills(asked: str, tmp_path: Path) -> None:
     """Some for an H100; all of them, for each architecture, are slow."""
     few, turned = asked.startswith("few"), any(asked.endswith(f" {name}") for name in ALONE)

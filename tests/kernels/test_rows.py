@@ -178,7 +178,7 @@ def test_rows_of_heads_of_128_dims(method: str) -> None:
     assert all(verdict.right for verdict in verdicts), verdicts
 
 
-@pytest.mark.parametrize("name", [None, *PLANTED])
+@pytest.mark.parametrize("name", every(1, [None, *PLANTED], quick=2))
 def test_faults_in_what_kernels_are_given_are_seen(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded rows and a chunk, window 16, through the kernels; None: as it should be."""
     torch.manual_seed(1)

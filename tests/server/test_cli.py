@@ -25,6 +25,8 @@ from prerope.server.machine.threads import SPIN_COUNT
 from prerope.server.settings import Settings
 from safetensors.torch import load_file, save_file
 
+from tests.tiers import every
+
 ROOT = Path(__file__).parent.parent.parent
 INHERITED = ("PATH", "CUDA_VISIBLE_DEVICES")
 ENVIRONMENT = {name: os.environ[name] for name in INHERITED if name in os.environ}
@@ -113,6 +115,7 @@ def test_markdown_prints_the_table() -> None:
     assert out.strip() == environment_table()
 
 
+@pytest.mark.ci
 def test_a_checkpoint_that_is_not_whole_stops_the_start_in_one_line(byte_checkpoint: Path, tmp_path: Path) -> None:
     """The port answers while it loads; then nothing of transformers' own report, and no traceback, stands around the
     line that says what to do."""
@@ -184,7 +187,7 @@ def test_a_signal_while_the_workers_begin_is_no_error(process: tuple[subprocess.
     assert "[error" not in err
 
 
-@pytest.mark.parametrize("pause_s", [0.05, *(pytest.param(pause_s, marks=pytest.mark.slow) for pause_s in (0.0, 0.2))])
+@pytest.mark.parametrize("pause_s", every(3, [0.05, 0.0, 0.2], quick=0))
 def test_nor_is_a_second_one_while_the_model_loads(process: tuple[subprocess.Popen[str], str], pause_s: float) -> None:
     server, url = process
     wait_for(f"{url}/live")

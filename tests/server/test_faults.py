@@ -30,6 +30,7 @@ from structlog.testing import capture_logs
 
 from tests.faults import Faults, Point
 from tests.server.test_cli import free_port, start, wait_for
+from tests.tiers import every
 
 GENERATE = "/generate"
 BODY: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
@@ -260,6 +261,7 @@ def test_a_cache_that_has_nothing_to_give_for_a_while(
     assert engine.stats().num_preemptions > before
 
 
+@pytest.mark.ci
 def test_more_work_than_the_cache_holds(serve: Any, tiny_checkpoint: Path) -> None:
     """A cache of 2048 tokens, six requests of 440 each, and all their words are those they have alone."""
     url = serve(
@@ -531,7 +533,7 @@ def process(checkpoint: Path, fault: str, **variables: str) -> Iterator[tuple[su
 
 @pytest.mark.parametrize(
     ("fault", "said", "log_format"),
-    [pytest.param("raise", "a fault of the test", "json", marks=pytest.mark.slow), ("exit", "SystemExit", "text")],
+    every(2, [("exit", "SystemExit", "text"), ("raise", "a fault of the test", "json")], quick=0),
 )
 def test_a_dead_engine_ends_the_process_with_an_error(
     byte_checkpoint: Path, fault: str, said: str, log_format: str

@@ -23,6 +23,7 @@ from prerope.server.byte_cache import IDLE_S, ByteCache
 from tests.faulty_server import QUOTED
 from tests.server.api.test_errors import BAD_VALUES
 from tests.server.test_cli import ROOT, free_port, start, wait_for
+from tests.tiers import every
 
 GENERATE, COMPLETIONS, CHAT = "/generate", "/v1/completions", "/v1/chat/completions"
 PROMPT = list(range(100, 180))
@@ -211,7 +212,7 @@ class Drive:
     log_format: str = "text"
 
 
-@pytest.fixture(scope="module", params=["json", pytest.param("text", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=every(2, ["json", "text"], quick=0))
 def drive(request: pytest.FixtureRequest, byte_checkpoint: Path) -> Drive:
     """All requests against a process whose tokenizer quotes some prompts in its errors, at LOG_LEVEL=debug."""
     port, seen = free_port(), Drive(Secrets([KEY]), log_format=request.param)

@@ -53,7 +53,7 @@ def transformers_greedy(transformers_model: Any, prompts: list[list[int]]) -> li
     return found
 
 
-@pytest.mark.parametrize("family", every(4, [*STACKED, *OTHERS]))
+@pytest.mark.parametrize("family", every(4, [*STACKED, *OTHERS], quick=2))
 def test_greedy_equals_generate(family: str) -> None:
     """The probe holds both ways to transformers' logits: layer by layer, and the stack."""
     transformers_model = biased(two_layers(family))
@@ -122,7 +122,7 @@ def num_bytes(transformers_model: Any) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize("family", every(1, ["llama", "qwen2", "gemma3_text"], quick=1))
 def test_merged_weights_are_the_only_ones(family: str) -> None:
     """Parameters lie in the merged tensors, whose bytes are theirs; transformers' own forward gives what it gave."""
     transformers_model = biased(two_layers(family))

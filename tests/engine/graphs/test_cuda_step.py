@@ -171,7 +171,7 @@ def built(family: str) -> Model:
     return Model(two_layers(family), BACKENDS["cuda"])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", every(1, ["llama", "qwen3", "qwen2", "smollm3"], quick=2))
 def test_a_step_of_the_stack(family: str, request: pytest.FixtureRequest) -> None:
     model = built(family)
     launched = request.getfixturevalue("launched")(model)
@@ -184,7 +184,8 @@ def test_a_step_of_the_stack(family: str, request: pytest.FixtureRequest) -> Non
 
 
 @pytest.mark.parametrize(
-    "family", every(2, ["llama", "gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "gpt_neox", "glm", "cohere"])
+    "family",
+    every(2, ["llama", "gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "gpt_neox", "glm", "cohere"], quick=2),
 )
 def test_a_step_layer_by_layer(family: str, request: pytest.FixtureRequest) -> None:
     model = built(family)

@@ -91,7 +91,7 @@ NO_LONGER = [
 ]
 
 
-@pytest.mark.parametrize(("model_type", "config"), every(4, QUICK))
+@pytest.mark.parametrize(("model_type", "config"), every(4, QUICK, quick=1))
 def test_served_equal_to_transformers(model_type: str, config: dict[str, Any]) -> None:
     assert examine(model_type, **config) == Verdict("served")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.engine.models.model_table import row_errors, stock_logits
 from tests.engine.tiny_models import FAMILIES, prompt_of, tiny
+from tests.tiers import every
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_stock_ends_even_when_it_is_left_by_an_error() -> None:
     assert probe(model) < 1e-4
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", every(1, sorted(FAMILIES), quick=4))
 def test_another_model_of_the_same_class_is_untouched(family: str) -> None:
     served, other = tiny(family), tiny(family, seed=1)
     cls = type(served)

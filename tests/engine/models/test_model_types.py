@@ -22,7 +22,7 @@ def check(model_type: str) -> None:
     assert found == expected, f"run: python -m tests.engine.models.model_table {model_type}"
 
 
-@pytest.mark.parametrize("model_type", every(4, SAMPLE))
+@pytest.mark.parametrize("model_type", every(4, SAMPLE, quick=2))
 def test_one_of_each_kind(model_type: str) -> None:
     check(model_type)
 

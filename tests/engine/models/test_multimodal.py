@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForMu
 from tests.engine.models.model_table import logits, row_errors, stock_logits
 from tests.engine.models.model_types import tiny_config
 from tests.engine.tiny_models import SHAPE, generate, greedy, prompt_of, randomize, tiny_engine
+from tests.tiers import every
 
 TEXT = SHAPE | {"num_hidden_layers": 2}
 EYE = {
@@ -72,7 +73,7 @@ def load(folder: Path) -> tuple[Model, list[str]]:
     return model, lines
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
+@pytest.mark.parametrize("family", every(1, [family for family in FAMILIES if family != "paligemma"], quick=4))
 def test_the_text_model_is_served_and_equals_the_whole(family: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path / family)
     prompt = prompt_of(20)
@@ -133,7 +134,7 @@ def test_an_eye_that_needs_a_package_is_not_made(tmp_path: Path) -> None:
     assert row_errors(logits(model, prompt, 7), expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_omni", "qwen3_omni_moe"])
+@pytest.mark.parametrize("family", every(1, ["qwen2_5_omni", "qwen3_omni_moe"], quick=1))
 def test_of_a_model_that_speaks_what_thinks_is_served(family: str, tmp_path: Path) -> None:
     config = tiny_config(family, enable_audio_output=False)
     with torch.random.fork_rng():

@@ -83,7 +83,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair.close()
 
 
-@pytest.mark.parametrize("family", every(4, SHARED))
+@pytest.mark.parametrize("family", every(4, SHARED, quick=1))
 def test_greedy_equals_one_rank(pair: Pair, family: str) -> None:
     """Whose prompts are read in one piece; the ranks' in chunks, beside decodes, then again (prefix hits)."""
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
