@@ -8,6 +8,7 @@ import functools
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from httpx._transports import default as transports
 from hypothesis import HealthCheck, settings
@@ -25,6 +27,7 @@ from prerope.server.tokenizer import Tokenizer
 from prerope.server.workers import pool
 from prerope.server.workers.children import Zygote
 from prerope.server.workers.world import World
+from structlog.typing import EventDict
 
 from tests.byte_level import byte_level
 from tests.zygotes import Ancestor
@@ -162,6 +165,22 @@ def probe_once() -> None:
         return passed[key]
 
     loading.probe = probed
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_log_has_what_went_wrong() -> None:
+    """A server of this process logs no request among the dots, and nothing where a command's output is read.
+
+    By a processor, which `capture_logs` puts aside: it has all lines.
+    """
+
+    def wrong(_logger: object, method: str, event: EventDict) -> EventDict:
+        if method in ("debug", "info"):
+            raise structlog.DropEvent
+        return event
+
+    processors = [wrong, *structlog.get_config()["processors"]]
+    structlog.configure(processors=processors, logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
 
 
 @pytest.fixture(scope="session", autouse=True)

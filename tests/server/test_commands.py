@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import structlog
 from prerope.rope.spec import METHOD_NAMES
 from prerope.server import version
 from prerope.server.cli import app as commands
@@ -22,14 +20,6 @@ from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parent.parent.parent
 FIXED = ("--temperature", "0", "--max-tokens", "8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def log_elsewhere() -> Iterator[None]:
-    """The server runs in this process: its log is not to be in what the commands write."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")
