@@ -59,23 +59,24 @@ class Pace:
         """The number of prompt rows in a step beside streams, which have `num_beside`; at most the budget."""
         if self._gap_s is None or budget <= FEW[0]:
             return budget
-        row_s, begun = self.times.plain.behind(num_keys), num_beside % GROUP
-        if not row_s or not self.times.others_s:  # no prompt has been read since the start, or no step without one
+        others_s, row_s = self.times.plain.others_s, self.times.plain.behind(num_keys)
+        begun = num_beside % GROUP
+        if not row_s or not others_s:  # no prompt has been read since the start, or no step without one
             return min(budget, FIRST - begun)
-        choices = list(self._choices(self._gap_s, budget, row_s, begun))
+        choices = list(self._choices(self._gap_s, budget, others_s, row_s, begun))
         worth = WORTH * max(rate for _, _, rate in choices)
-        short_s = max(SHORT_S, SHORT_STEPS * self.times.others_s)
+        short_s = max(SHORT_S, SHORT_STEPS * others_s)
         _, _, rows = min((max(short_s, took_s), -rate, rows) for rows, took_s, rate in choices if rate >= worth)
         return rows
 
     def _choices(
-        self, gap_s: float, budget: int, row_s: dict[int, float], begun: int
+        self, gap_s: float, budget: int, others_s: float, row_s: dict[int, float], begun: int
     ) -> Iterator[tuple[int, float, float]]:
         """(rows, seconds, rows a second) of the least step, and of those that are over within the gap.
 
         begun: rows beside them of a group that is not full.
         """
-        others_s, one_s = min(self.times.others_s, gap_s / 2), min(row_s.values())
+        others_s, one_s = min(others_s, gap_s / 2), min(row_s.values())
         for size in FEW:
             rows, one_s = size - begun * (size >= GROUP), row_s.get(size, one_s)
             took_s = others_s + rows * one_s
@@ -96,10 +97,11 @@ class Pace:
         """The number of prompt rows whose log-probabilities are computed in a step beside streams, likewise."""
         if self._gap_s is None:
             return budget
-        others_s, row_s, begun = self.times.others_s, self.times.scored.behind(num_keys), num_beside % GROUP
+        others_s, row_s = self.times.scored.others_s, self.times.scored.behind(num_keys)
+        begun = num_beside % GROUP
         if not row_s or not others_s:
             return min(budget, FIRST_SCORED - begun)
-        choices = self._choices(min(ROOM * SHORT_STEPS * others_s, self._gap_s), budget, row_s, begun)
+        choices = self._choices(min(ROOM * SHORT_STEPS * others_s, self._gap_s), budget, others_s, row_s, begun)
         return max((rate, rows) for rows, _, rate in choices)[1]
 
 

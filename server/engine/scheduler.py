@@ -22,6 +22,7 @@ may come next is left out of the step.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,8 @@ DRAFT_SHARE = 8  # drafts take at most 1/8 of what the decodes leave where there
 SCORED_ROW = 8
 """What a row costs whose token's log-probability is asked for, in rows that are only read: its logits are ranked."""
 
+RECENT = 32
+"""Steps of which a quarter are not late: a dozen in a row are, while a worker reads the prompt that comes next."""
 FORGOTTEN = 0.998
 """What is left after each step of a row's time in sizes where it is longer: what was late by chance is tried again."""
 LATE = 2
@@ -52,21 +55,26 @@ prompt that is read in few rows behind as many keys leaves such a part of it, an
 
 
 class RowTimes:
-    """How long rows of prompts take, learned from the steps that ran; `Pace` chooses by it."""
+    """How long rows of prompts take, learned from the steps that ran; `Pace` chooses by it.
+
+    Rows that are only read are sized for a time that somebody waits, scored ones for so many ordinary steps: of these
+    CPU time counts, where that is what a step takes, as other processes make all steps longer for a while.
+    """
 
     def __init__(self) -> None:
-        self.others_s = 0.0  # of a step without rows of prompts
         self.plain, self.scored = RowTable(), RowTable()  # rows that are only read, and those that are scored, too
 
-    def add(self, rows: Rows, seconds: float) -> None:
-        """A step of so many is over."""
+    def add(self, rows: Rows, seconds: float, own_s: float | None = None) -> None:
+        """A step of so many is over. own_s: its CPU time, where that is not the same."""
+        own_s = seconds if own_s is None else own_s
         if not rows.num_prefilled:
-            self.others_s = _smoothed(self.others_s, seconds)
+            self.plain.add_others(seconds)
+            self.scored.add_others(own_s)
             return
-        others_s = min(self.others_s, 0.9 * seconds) if rows.num_all > rows.num_prefilled else 0.0
+        table, took_s = (self.scored, own_s) if rows.num_scored else (self.plain, seconds)
+        others_s = min(table.others_s, 0.9 * took_s) if rows.num_all > rows.num_prefilled else 0.0
         if size := size_of(rows.num_prefilled, rows.num_all - rows.num_prefilled):
-            table = self.scored if rows.num_scored else self.plain
-            table.add(size, rows.num_keys, (seconds - others_s) / rows.num_prefilled)
+            table.add(size, rows.num_keys, (took_s - others_s) / rows.num_prefilled)
 
 
 class RowTable:
@@ -76,10 +84,17 @@ class RowTable:
     """
 
     def __init__(self) -> None:
+        self.others_s = 0.0  # of a step without rows of prompts, if it is not late
+        self._others = deque[float](maxlen=RECENT)
         self._row_s: dict[int, dict[int, float]] = {}  # keys' binary digits → least rows → seconds
         self._last_s: dict[tuple[int, int], float] = {}  # (keys' digits, size) → of a row in the last such step
         self._sure: set[tuple[int, int]] = set()  # of which there was more than one
         self._digits = -1  # of the keys in the last step
+
+    def add_others(self, seconds: float) -> None:
+        """A step without rows of prompts took so long."""
+        self._others.append(seconds)
+        self.others_s = sorted(self._others)[len(self._others) // 4]
 
     def add(self, size: int, num_keys: int, row_s: float) -> None:
         """What a row took in a step of this size."""
@@ -120,13 +135,9 @@ def size_of(rows: int, num_beside: int) -> int | None:
     return next((size for size in reversed(FEW) if size <= count < 2 * size), None)
 
 
-def _smoothed(before: float, now: float) -> float:
-    return (before + now) / 2 if before else now
-
-
 def _careful(before: float, now: float) -> float:
     """Smoothed, but what is longer counts at once: up to a quarter, as one step may be late by chance."""
-    return min(max(now, _smoothed(before, now)), 1.25 * before) if before else now
+    return min(max(now, (before + now) / 2), 1.25 * before) if before else now
 
 
 class Scheduler:
@@ -237,7 +248,7 @@ class Scheduler:
 
     def learn(self, rows: Rows, seconds: float, own_s: float) -> None:
         """A step of so many rows is over. own_s: in CPU time, where that is what a step takes."""
-        self.row_times.add(rows, seconds)
+        self.row_times.add(rows, seconds, own_s)
         if self.speculator is not None:
             self.speculator.step_times.add(rows.num_all, own_s)
 
