@@ -8,7 +8,8 @@ and its 95 % interval. Neighbouring floors may be alike, as an allocator keeps w
 residuals that follow one another by ρ, as they would in a process of order one, there are (1 − ρ) / (1 + ρ) times as
 many floors as were seen. Memory is flat where the interval contains zero or lies below one MiB an hour. Of floors that
 scatter widely any slope is flat by that, so there is a second rule: the interval's *upper* end, held for all of it,
-adds less than 3 % to the mean. Where that is not so, a rise was not seen but is not ruled out: soak for longer.
+adds less than 3 % to the mean. Where that is not so, a rise was not seen but is not ruled out: soak for longer. Beside
+it stands the slope of memory less what /metrics counts in caches: what is left once their filling is taken off.
 
 **Streams.** A gap is what a client sees, so on a machine that others use it is theirs as well: the bound is ten times
 STREAM_GAP_S.
@@ -90,14 +91,16 @@ def judge_memory(floors: Sequence[Sample], before: Sample) -> tuple[list[Verdict
     flat = "memory at rest is flat: the slope's interval contains zero or is below 1 MiB/h"
     sure = f"a rise is ruled out: the interval's upper end adds less than {MEMORY_SHARE:.0%} over the run"
     try:
-        line = trend([sample.at for sample in floors], [sample.rss for sample in floors])
+        line, own = (
+            trend([one.at for one in floors], values)
+            for values in ([one.rss for one in floors], [one.uncounted for one in floors])
+        )
     except ValueError as error:
         return [Verdict(rule, False, str(error)) for rule in (flat, sure)], None
-    slope, low, high = (60 * value / MEBIBYTE for value in (line.slope, line.low, line.high))
     added = line.high * line.seconds / line.mean
     finding = (
-        f"{line.mean / MEBIBYTE:,.0f} MiB after each of {len(floors)} cycles; slope {slope:+.2f} MiB/min, 95 % "
-        f"interval {low:+.2f} to {high:+.2f}; "
+        f"{line.mean / MEBIBYTE:,.0f} MiB after each of {len(floors)} cycles; slope {_slope(line)}; less what caches "
+        f"count {_slope(own)}; "
         f"{before.rss / MEBIBYTE:,.0f} MiB before, then {', '.join(f'{one.rss / MEBIBYTE:,.0f}' for one in floors)}"
     )
     is_flat, is_sure = line.low <= 0 or line.high < LEAST_SLOPE, added < MEMORY_SHARE
@@ -105,6 +108,11 @@ def judge_memory(floors: Sequence[Sample], before: Sample) -> tuple[list[Verdict
     if is_flat and not is_sure:
         told += ": soak for longer to tell"
     return [Verdict(flat, is_flat, finding), Verdict(sure, is_sure, told)], line
+
+
+def _slope(line: Trend) -> str:
+    slope, low, high = (60 * value / MEBIBYTE for value in (line.slope, line.low, line.high))
+    return f"{slope:+.2f} MiB/min, 95 % interval {low:+.2f} to {high:+.2f}"
 
 
 def judge_streams(outcomes: Sequence[Outcome]) -> Verdict:

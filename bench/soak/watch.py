@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -67,12 +67,18 @@ METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look."""
+    """One look. caches: bytes that the server counts in each, by name."""
 
     at: float
     gauges: Gauges
     rss: int
     resources: Resources
+    caches: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def uncounted(self) -> int:
+        """Bytes of memory that are in none of the caches."""
+        return self.rss - sum(self.caches.values())
 
 
 @dataclass(slots=True)
@@ -106,11 +112,12 @@ class Watch:
     async def look(self) -> Sample:
         """A sample now. Raises httpx.HTTPError, psutil.Error."""
         async with http_client(self.root, timeout=30.0) as http:
-            gauges = read_gauges((await http.get("/metrics")).raise_for_status().text)
+            exposition = (await http.get("/metrics")).raise_for_status().text
+        gauges, caches = read_gauges(exposition), read_caches(exposition)
         await asyncio.sleep(0.05)  # the server closes this very connection before it is counted
         process = self.process
         resources = Resources(process.num_threads(), process.num_fds(), len(process.net_connections("all")))
-        sample = Sample(time.perf_counter() - self.born, gauges, process.memory_info().rss, resources)
+        sample = Sample(time.perf_counter() - self.born, gauges, process.memory_info().rss, resources, caches)
         self.samples.append(sample)
         return sample
 
@@ -139,3 +146,13 @@ def read_gauges(exposition: str) -> Gauges:
             if sample.name == "prerope:http_requests_total" and sample.labels["handler"] != "/ready":
                 server_errors += sample.value * (int(sample.labels["status"]) >= 500)
     return Gauges(*map(int, (*(totals[name] for name in METRICS), server_errors)))
+
+
+def read_caches(exposition: str) -> dict[str, int]:
+    """Bytes of each cache that the server counts, by name: those that clients fill, and angles."""
+    samples = (one for family in text_string_to_metric_families(exposition) for one in family.samples)
+    return {
+        one.labels.get("cache", "angles"): int(one.value)
+        for one in samples
+        if one.name in ("prerope:cache_bytes", "prerope:angle_bytes")
+    }

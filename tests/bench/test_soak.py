@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from bench.soak.verdicts import (
     students_t,
     trend,
 )
-from bench.soak.watch import Gauges, Resources, Sample
+from bench.soak.watch import Gauges, Resources, Sample, read_caches
 
 MEBIBYTE = 2**20
 LIBRARY = Library(lambda text: range(2 * len(text.split())), num_words=3000)
@@ -59,6 +60,7 @@ def test_a_minute_of_mixed_traffic_leaves_nothing_behind(tiny_checkpoint: Path, 
     assert {200, 400, 401, 404, 405, 413, 429} <= statuses
     assert any(outcome["aborted"] for outcome in report["outcomes"])
     cached = [sample["gauges"]["cached_blocks"] / sample["gauges"]["blocks"] for sample in report["samples"]]
+    assert {"conversations", "grammars", "angles"} <= report["samples"][-1]["caches"].keys()
     assert max(cached) > 0.95, "the warm-up wrote to the whole cache"
     assert "memory at rest is flat" in (tmp_path / "soak.md").read_text()
     assert (tmp_path / "soak.png").stat().st_size > 10_000
@@ -214,6 +216,27 @@ def test_memory_is_flat_and_a_rise_ruled_out(growth: float, noise: float, held: 
     assert tuple(verdict.held for verdict in verdicts) == held, verdicts
     assert ("soak for longer" in verdicts[1].finding) == (held == (True, False))
     assert line is not None
+
+
+def test_what_caches_count_is_taken_off_the_slope() -> None:
+    """Two MiB a minute in all, which are in a cache that fills."""
+    floors = [replace(one, caches={"grammars": int((one.at / 60) * 2 * MEBIBYTE)}) for one in memory(2, noise=0.0)]
+    assert "slope +2.00" in (found := judge_memory(floors, floors[0])[0][0].finding)
+    assert "less what caches count +0.00" in found.replace("-0.00", "+0.00")
+
+
+def test_bytes_of_caches_are_read_by_name() -> None:
+    lines = (
+        "# TYPE prerope:cache_bytes gauge",
+        *(f'prerope:cache_bytes{{model_name="m",cache="{name}"}} {size}.0' for name, size in (("a", 3), ("b", 4))),
+        "# TYPE prerope:cache_max_bytes gauge",
+        'prerope:cache_max_bytes{model_name="m",cache="a"} 64.0',
+        "# TYPE prerope:angle_bytes gauge",
+        'prerope:angle_bytes{model_name="m"} 5.0',
+    )
+    caches = read_caches("\n".join(lines) + "\n")
+    assert caches == {"a": 3, "b": 4, "angles": 5}
+    assert Sample(0.0, IDLE, 20, HELD, caches).uncounted == 8
 
 
 def test_an_hour_at_two_levels_is_flat_and_asks_for_more() -> None:
