@@ -91,6 +91,36 @@ def test_what_one_keeps_is_not_lost_to_another() -> None:
     assert cache.get(("third", 1)) is None
 
 
+def test_responses_of_one_key_are_neither_read_nor_pushed_out_by_another(
+    serve: Any, byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By two keys, one of which keeps more than there is room for."""
+    monkeypatch.setattr("prerope.server.service.MAX_CONVERSATION_BYTES", room := 64 * 1024)
+    url = serve(model_id=str(byte_checkpoint), api_key="small,greedy")
+    small, greedy = (
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) for key in ("small", "greedy")
+    )
+
+    def keep(http: httpx.Client, **more: Any) -> httpx.Response:
+        return http.post("/v1/responses", json={"input": "Hi", "max_output_tokens": 1, **more}, timeout=60)
+
+    def told(http: httpx.Client, response_id: str) -> int:
+        return http.get(f"/v1/responses/{response_id}").status_code
+
+    with small, greedy:
+        own = keep(small).json()["id"]
+        filled = [{"role": "user", "content": "x" * (room // 8)}, {"role": "user", "content": "Hi"}]
+        others = [keep(greedy, input=filled, truncation="auto").json()["id"] for _ in range(9)]
+        assert [told(small, own), told(greedy, own), told(small, others[-1])] == [200, 404, 404]
+        assert [told(greedy, one) for one in others] == [404] * 3 + [200] * 6, "of some 9.6 kB each"
+        assert [keep(http, previous_response_id=own).status_code for http in (small, greedy)] == [200, 400]
+        assert greedy.delete(f"/v1/responses/{own}").status_code == 404
+        said = greedy.get("/metrics").text
+    held = re.search(r'prerope:cache_bytes{cache="conversations".*} (.*)', said)
+    assert held is not None
+    assert 0.8 * room < float(held[1]) <= room
+
+
 def test_the_owner_of_the_most_gives_up_whatever_came_before() -> None:
     """Held to what is left of every key that was put, in random histories of owners who come and go."""
     draw, sizes = random.Random(0), dict[int, tuple[str, int]]()
