@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from prerope.rope.spec import RopeSpec
 from torch import Tensor
 
 UNROTATED = "unrotated"
@@ -36,6 +37,8 @@ class Rotary:
         max_length: how far the config's own method is meant to reach, see `_reach`.
         interleaved: pairs are (2m, 2m+1) rather than (m, m + D/2).
         dual_chunk: the config's `dual_chunk_attention_config`, of a model tuned to read in chunks (Qwen2.5-1M).
+        layers: which layers of a group these are, where `auto` is a method of its own for them; "" otherwise.
+        auto: that method.
     """
 
     head_dim: int
@@ -47,6 +50,8 @@ class Rotary:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
     dual_chunk: Mapping[str, Any] | None = None
+    layers: str = ""
+    auto: RopeSpec | None = None
 
     @classmethod
     def from_config(

@@ -1,20 +1,21 @@
 """A position method for every rotary group of a model, and what the prefix cache must know of them.
 
 Most models have one group. Gemma 3 has one a layer type: a method that the deployment chooses is laid over its
-full-attention layers, and its sliding layers, which never look past what they were trained on, keep their own.
+full-attention layers, and its sliding layers, which never look past what they were trained on, keep their own. Layers
+for which `auto` is a method of its own are groups, too (`parted`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from prerope.rope.frequencies import Rotary
 from prerope.rope.methods import native_length, resolve
-from prerope.rope.reading import UNBOUNDED, PositionMethod
-from prerope.rope.spec import RopeSpec
+from prerope.rope.reading import UNBOUNDED, MethodError, PositionMethod
+from prerope.rope.spec import LayerMethods, RopeSpec, layer_numbers
 
 FULL_ATTENTION = "full_attention"
 
@@ -67,7 +68,13 @@ class ModelPositions:
         """JSON-ready: the method's name, its resolved parameters and L."""
         method = self.methods[self.main]
         selected = {} if self.select is None else {"select": self.select}
-        return {"method": method.name, **method.parameters, **selected, "train_length": method.train_length}
+        layers = {
+            part.rotary.layers: {"method": part.name, **part.parameters}
+            for part in self.methods.values()
+            if part.rotary.layers and part.digest() != method.digest()
+        }
+        described = {"method": method.name, **method.parameters, **selected, "train_length": method.train_length}
+        return described | ({"layers": layers} if layers else {})
 
     def warnings(self) -> list[str]:
         return [method.rule.warning for method in self.methods.values() if method.rule.warning]
@@ -78,9 +85,36 @@ def resolve_model(spec: RopeSpec, rotaries: Mapping[str, Rotary], max_model_len:
     main = main_group(rotaries)
     own = RopeSpec(method="model")
     methods = {
-        group: resolve(spec if group == main else own, rotary, max_model_len) for group, rotary in rotaries.items()
+        group: resolve(spec if group == main or rotary.layers else own, rotary, max_model_len)
+        for group, rotary in rotaries.items()
     }
     return ModelPositions(methods, main, spec)
+
+
+def parted(
+    groups: Sequence[str | None], rotaries: Mapping[str, Rotary], layers: LayerMethods
+) -> tuple[list[str | None], dict[str, Rotary]]:
+    """The group of each attention layer, and all groups, once layers with methods of their own have been taken out of
+    the main group. MethodError where one of them is not in it."""
+    main, taken, parts = main_group(rotaries), list(groups), dict(rotaries)
+    for named, spec in layers.items():
+        part = f"{main} {named}".strip()
+        for number in layer_numbers(named):
+            if number >= len(groups) or groups[number] != main:
+                raise MethodError(
+                    f"layers {named} (ROPE_LAYERS): layer {number} {_not_in(main, groups, number)}; leave it out"
+                )
+            taken[number] = part
+        parts[part] = replace(rotaries[main], layers=named, auto=spec)
+    return taken, parts
+
+
+def _not_in(main: str, groups: Sequence[str | None], number: int) -> str:
+    if number >= len(groups):
+        return f"is none of this model's {len(groups)} attention layers, which are counted from 0"
+    if groups[number] is None:
+        return "has no positions"
+    return f"is of the group {groups[number]!r}, which keeps the model's own method, and not of {main!r}"
 
 
 def main_group(rotaries: Mapping[str, Rotary]) -> str:

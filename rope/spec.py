@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ METHOD_NAMES: tuple[str, ...] = (
     "jagged_rerope",
     "leaky_rerope",
     "dynamic_leaky",
+    "dynamic_rerope",
     "self_extend",
     "dpe",
     "dual_chunk",
@@ -96,6 +98,39 @@ class RopeSpec:
             for name, value in given.items()
             if value is not None
         }
+
+
+LayerMethods = Mapping[str, RopeSpec]
+"""Layers, as `layer_numbers` reads them → the method that `auto` is there."""
+
+
+def parse_layers(text: str) -> LayerMethods:
+    """LAYERS=METHOD,…, as in 5-9+12=rerope:window=2048,20-29=streaming. ValueError says what is wrong."""
+    found: dict[str, RopeSpec] = {}
+    taken: set[int] = set()
+    for one in filter(None, (part.strip() for part in text.split(","))):
+        layers, _, method = one.partition("=")
+        numbers = layer_numbers(layers)
+        spec = RopeSpec.parse(method)
+        if spec.method == "auto" or spec.select is not None:
+            raise ValueError(f"{method!r} for layers {layers}: auto and select are for all layers")
+        if taken & numbers:
+            raise ValueError(f"layer {min(taken & numbers)} is named twice in {text!r}")
+        taken |= numbers
+        found[layers] = spec
+    return found
+
+
+def layer_numbers(text: str) -> frozenset[int]:
+    """Numbers and spans with both ends between plus signs, as in 5-9+12. ValueError where it is something else."""
+    numbers: set[int] = set()
+    for part in text.split("+"):
+        found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if first > last:
+            raise ValueError(f"{text!r} are no layers: they are written as in 5-9+12")
+        numbers |= set(range(first, last + 1))
+    return frozenset(numbers)
 
 
 def parse_groups(text: str) -> tuple[int, ...]:

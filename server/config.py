@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from prerope.rope.spec import RopeSpec
+from prerope.rope.spec import LayerMethods, RopeSpec
 
 if TYPE_CHECKING:
     from prerope.server.settings import Settings
@@ -28,6 +28,7 @@ class EngineConfig:
         device: auto, cpu, cuda or cuda:N.
         weight_quantization: none, or int8: linear layers hold int8 weights, on the CPU.
         rope: the position method that requests get unless they choose their own.
+        rope_layers: what `auto` is in some layers.
         rope_per_request: whether they may.
         max_model_len: tokens of prompt and output together; None derives it from the method and the cache.
         max_num_seqs: sequences in one step at most.
@@ -54,6 +55,7 @@ class EngineConfig:
     device: str = "auto"
     weight_quantization: Quantization = "none"
     rope: RopeSpec = field(default_factory=RopeSpec)
+    rope_layers: LayerMethods = field(default_factory=dict)
     rope_per_request: bool = True
     max_model_len: int | None = None
     max_num_seqs: int = 64

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prerope.rope.spec import ALIASES, METHOD_NAMES, parse_groups
+from prerope.rope.spec import ALIASES, METHOD_NAMES, LayerMethods, parse_groups, parse_layers
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
@@ -67,9 +67,14 @@ def _groups(value: object) -> object:
     return parse_groups(value) if isinstance(value, str) else value
 
 
+def _layers(value: object) -> object:
+    return parse_layers(value.strip().lower()) if isinstance(value, str) else value
+
+
 Device = Annotated[str, BeforeValidator(_lower), AfterValidator(_device)]
 Method = Annotated[str, BeforeValidator(_lower), AfterValidator(_method), Field(examples=[*METHOD_NAMES, *ALIASES])]
 Groups = Annotated[tuple[int, ...] | None, NoDecode, BeforeValidator(_groups)]
+Layers = Annotated[LayerMethods, NoDecode, BeforeValidator(_layers)]
 ApiKeys = Annotated[SecretStr, AfterValidator(_keys)]
 Folder = Annotated[Path, AfterValidator(_expanded)]
 KeyFile = Annotated[Path, AfterValidator(_expanded), AfterValidator(_key_file)]

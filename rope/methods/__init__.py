@@ -44,6 +44,8 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
             f"the model's config has rope_type {rotary.rope_type!r}, which is not one of {', '.join(CONFIG_METHODS)}"
         )
     _check_values(spec)
+    if name == "auto" and rotary.auto is not None:
+        return resolve(_filled(rotary.auto, spec), rotary, max_model_len)
     if name == "auto":
         extendable = CONFIG_METHODS[rotary.rope_type] not in ("longrope", "dynamic_ntk") and not rotary.dual_chunk
         name = "dynamic_leaky" if extendable else "model"
@@ -59,6 +61,17 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
     trained = spec.train_length or (native_length(rotary) if entry.windowed else rotary.train_length)
     target = Target(rotary, spec, trained, _scale(spec, trained, max_model_len), from_config=False)
     return PositionMethod(name, rotary, trained, entry.resolve(target), spec.logn)
+
+
+def _filled(spec: RopeSpec, asked: RopeSpec) -> RopeSpec:
+    """`spec` with what was asked of `auto` where it says nothing itself."""
+    return replace(
+        spec,
+        window=asked.window if spec.window is None else spec.window,
+        train_length=asked.train_length if spec.train_length is None else spec.train_length,
+        logn=spec.logn or asked.logn,
+        select=asked.select,
+    )
 
 
 def _unrotated(spec: RopeSpec, name: str, rotary: Rotary, max_model_len: int | None) -> PositionMethod:

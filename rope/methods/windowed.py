@@ -104,6 +104,29 @@ def _dynamic_leaky(t: Target) -> Rule:
 
 
 @method(
+    "dynamic_rerope",
+    source="PreRoPE",
+    use="Some of the layers (ROPE_LAYERS): those that find far facts by what they say, not by where they are.",
+    takes=("window",),
+)
+def _dynamic_rerope(t: Target) -> Rule:
+    """Rope in rows inside L; min(d, w) up to row 2L, from where the farthest key rises from w, to L at n = 5L."""
+    own, window, trained = own_reading(t), window_of(t), t.train_length
+    follows = bucketed(2 * trained)
+
+    def reading(n: int) -> Reading:
+        if n == trained:
+            return own
+        share = min(1.0, max(0, n - 2 * trained) / (3 * trained))
+        return leaky_reading(own, window, own.theta * (share * (trained - window) / (n - window)))
+
+    def run_end(position: int) -> int:
+        return trained if position < trained else follows(position)
+
+    return Rule({"window": window}, reading, run_end, window_warning(window, t))
+
+
+@method(
     "self_extend",
     source="Jin 2024, arXiv 2401.01325",
     use="To compare with LongLM. Far order inside a group is lost; leaky_rerope keeps it.",

@@ -78,7 +78,8 @@ def _parameters(method: dict[str, Any]) -> str:
     shown = [
         f"{name} {_short(value)}" for name, value in resolved.items() if name in method["takes"] and value is not None
     ]
-    return ", ".join(filter(None, [alias and f"= {alias}", *shown]))
+    parts = [f"{part['method']} in layers {layers}" for layers, part in resolved.get("layers", {}).items()]
+    return ", ".join(filter(None, [alias and f"= {alias}", *shown, *parts]))
 
 
 def _short(value: Any) -> str:

@@ -61,7 +61,8 @@ def load_engine(
     check_deployment(config, choose_device(config.device).type, ranks.size)
     _prepare_kernels(config, choose_device(config.device, ranks), report, ranks)
     with in_words(checkpoint.name):
-        model = load_model(checkpoint, config.dtype, config.device, report, config.weight_quantization, ranks)
+        quantization, layers = config.weight_quantization, config.rope_layers
+        model = load_model(checkpoint, config.dtype, config.device, report, quantization, ranks, layers)
     check_recurrent(model, config)
     model.eos_token_ids |= {token_id for token_id in end_token_ids if token_id < model.vocab_size}
     report("checking the model against transformers' own forward")

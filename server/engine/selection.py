@@ -17,7 +17,12 @@ def most_rows(block_size: int) -> int:
 
 
 def check_deployment(config: EngineConfig, device_type: str, num_ranks: int) -> None:
-    """ConfigurationError where ROPE_SELECT does not go with the rest."""
+    """ConfigurationError where ROPE_SELECT or ROPE_LAYERS does not go with the rest."""
+    if config.rope_layers and config.rope.method != "auto":
+        raise ConfigurationError(
+            f"ROPE_LAYERS says what auto is in some layers, and ROPE_METHOD is {config.rope.method}: leave one of them "
+            "unset"
+        )
     if config.rope.select is None:
         return
     reason = None

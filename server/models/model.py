@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +22,15 @@ from prerope.cache.attention.types import AttentionMetadata, AttentionOptions, S
 from prerope.cache.blocks.states import StateRows
 from prerope.cache.storage import KVStorage, StateShape
 from prerope.cache.transfer import send
-from prerope.rope.model import ModelPositions, resolve_model
+from prerope.rope.frequencies import Rotary
+from prerope.rope.model import ModelPositions, parted, resolve_model
 from prerope.rope.reading import UNBOUNDED, MethodError
-from prerope.rope.spec import RopeSpec
+from prerope.rope.spec import LayerMethods, RopeSpec
 from prerope.server.config import Quantization
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.attention.interface import AttentionCall
 from prerope.server.models.checks.inspection import inspect_layers
+from prerope.server.models.checks.turning import RawKeyLayer
 from prerope.server.models.cpu import products as cpu_kernels
 from prerope.server.models.cpu import stack as cpu_stack
 from prerope.server.models.cpu.settle import settle
@@ -175,13 +178,22 @@ class Model:
         stack: runs whole steps, where the model has the shape for it: of few rows on the CPU, any on CUDA.
     """
 
-    def __init__(self, transformers_model: Any, backend: Backend | None = None, ranks: Ranks = ALONE) -> None:
-        """backend: that of the model's device, unless another is given. ranks: it holds a share of each."""
+    def __init__(
+        self,
+        transformers_model: Any,
+        backend: Backend | None = None,
+        ranks: Ranks = ALONE,
+        layer_methods: LayerMethods = MappingProxyType({}),
+    ) -> None:
+        """backend: that of the model's device, unless another is given. ranks: it holds a share of each.
+
+        layer_methods: what `auto` is in some of the layers. ConfigurationError where it has no such layers.
+        """
         self.raw = RawKeyModel(transformers_model, ranks)
         self.device: torch.device = self.raw.model.device
         self.attention = attention_on(self.device)
         self.recurrent = find_recurrent(self.raw)
-        self.layers, self.rotaries = inspect_layers(self.raw, self.recurrent)
+        self.layers, self.rotaries = _parted(*inspect_layers(self.raw, self.recurrent), layer_methods)
         backend = backend or BACKENDS.get(self.device.type)
         self.stack = None if backend is None else self._hasten(backend)
         self._place = {layer.module: place for place, layer in enumerate(self.layers)}
@@ -261,8 +273,9 @@ def load_model(
     report: Callable[[str], None],
     quantization: Quantization = "none",
     ranks: Ranks = ALONE,
+    layer_methods: LayerMethods = MappingProxyType({}),
 ) -> Model:
-    """Weights from a local folder or a hub id, this rank's share of them, on one device.
+    """Weights from a local folder or a hub id, this rank's share of them, on one device; the rest as in `Model`.
 
     ConfigurationError names what is wrong.
     """
@@ -283,7 +296,18 @@ def load_model(
     if chosen_device.type == "cpu":
         settle(model)
     report(f"inspecting {model.config.model_type}, {model.config.get_text_config().num_hidden_layers} layers")
-    return Model(model, ranks=ranks)
+    return Model(model, ranks=ranks, layer_methods=layer_methods)
+
+
+def _parted(
+    layers: list[RawKeyLayer], rotaries: dict[str, Rotary], methods: LayerMethods
+) -> tuple[list[RawKeyLayer], dict[str, Rotary]]:
+    """Layers with methods of their own in groups of their own."""
+    try:
+        groups, parts = parted([layer.group for layer in layers], rotaries, methods)
+    except MethodError as error:
+        raise ConfigurationError(str(error)) from error
+    return [replace(layer, group=group) for layer, group in zip(layers, groups, strict=True)], parts
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -15,7 +15,7 @@ from prerope.cache.storage import KVStorage
 from prerope.rope.model import ModelPositions, resolve_model
 from prerope.rope.reading import PositionMethod
 from prerope.rope.registry import METHODS
-from prerope.rope.spec import RopeSpec
+from prerope.rope.spec import RopeSpec, parse_layers
 from prerope.server.engine.engine import Engine
 from prerope.server.engine.outputs import TokenLogprobs, TokenOutput
 from prerope.server.models.model import Chunk, Model, build_batch
@@ -43,8 +43,8 @@ SPECS = {
     for name in METHODS
     if name != "proportional"
     for logn in (False, True)
-}
-QUICK = {name for place, name in enumerate(SPECS) if place % 4 in (0, 3)} | {"rope+logn"}
+} | {"auto": RopeSpec(method="auto", window=WINDOW)}
+QUICK = {name for place, name in enumerate(SPECS) if place % 4 in (0, 3)} | {"rope+logn", "auto"}
 """Every method, and one after the other with log-n."""
 LONG_FACTORS = {
     "rope_type": "longrope",
@@ -56,9 +56,11 @@ LONG_FACTORS = {
 
 
 def llama(parameters: dict[str, object] | None = None, length: int = TRAINED) -> Model:
+    """Its `auto` is a method of its own in two layers of four."""
     parameters = parameters or {"rope_type": "default", "rope_theta": 10000.0}
     return Model(
-        tiny("llama", sharpness=3.0, vocab_size=VOCABULARY, max_position_embeddings=length, rope_parameters=parameters)
+        tiny("llama", sharpness=3.0, vocab_size=VOCABULARY, max_position_embeddings=length, rope_parameters=parameters),
+        layer_methods=parse_layers("1+3=dynamic_rerope"),
     )
 
 

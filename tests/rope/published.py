@@ -101,6 +101,9 @@ def far_position(method: str, distance: int, *, w: int, L: int, n: int, k: float
     """The distance at which a key at `distance` ≥ w is read: the table's far column, q minus k."""
     if method == "rerope":
         return w
+    if method == "dynamic_rerope":
+        farthest = min(L, w + (L - w) * max(0, n - 2 * L) / (3 * L))
+        return w + (distance - w) * (farthest - w) / (n - w)
     if method == "string":  # STRING's eq. 3: shifted by S = w, and back by the local value
         return distance - w + min(128, w // 2)
     if method == "dynamic_leaky":

@@ -82,7 +82,7 @@ def test_near_angles_are_position_times_theta(name: str) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 100, 256, 512, 1023])
-@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "dynamic_leaky", "string"])
+@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "dynamic_leaky", "dynamic_rerope", "string"])
 def test_far_angles_read_at_the_published_distance(name: str, window: int) -> None:
     length, leak = 1024, 9.0
     method = resolve(

@@ -149,7 +149,7 @@ def test_leaky_with_an_infinite_leak_is_rerope() -> None:
     np.testing.assert_allclose(leaky.parts[1].key.angles(positions), rerope.parts[1].key.angles(positions), atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "dynamic_leaky"])
+@pytest.mark.parametrize("name", ["rerope", "leaky_rerope", "dynamic_leaky", "dynamic_rerope"])
 @pytest.mark.parametrize("window", [1, 255, 256, 512])
 def test_far_meets_near_at_the_window(name: str, window: int) -> None:
     """At d = w both parts give the same relative angle, whatever the row."""

@@ -190,6 +190,8 @@ DISTINCT: dict[str, PositionMethod] = {
     "string 300": method("string", window=300),
     "dynamic_leaky 256": method("dynamic_leaky", window=256),
     "dynamic_leaky 300": method("dynamic_leaky", window=300),
+    "dynamic_rerope 256": method("dynamic_rerope", window=256),
+    "dynamic_rerope 300": method("dynamic_rerope", window=300),
     "another base": resolve(RopeSpec(method="rope"), trained(base=20000.0)),
     "rerope, another base": resolve(RopeSpec(method="rerope"), trained(base=20000.0)),
 }
@@ -239,6 +241,7 @@ def positions(resolved: PositionMethod) -> ModelPositions:
         (RopeSpec(method="streaming", window=200, sinks=4), 204),
         (RopeSpec(method="string", window=200), 200),
         (RopeSpec(method="dynamic_leaky", window=200), 1024),
+        (RopeSpec(method="dynamic_rerope", window=200), 1024),
         (RopeSpec(method="dynamic_ntk"), 1024),
         (RopeSpec(method="dynamic_linear"), 1024),
         (RopeSpec(method="dynamic_yarn"), 1024),

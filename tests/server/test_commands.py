@@ -168,7 +168,9 @@ def test_the_module_and_the_completion_start_quickly() -> None:
     )
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
     names, heavy = done.stdout.splitlines()
-    assert json.loads(names.replace("'", '"')) == ["dynamic_linear", "dynamic_ntk", "dynamic_yarn", "dynamic_leaky"]
+    assert json.loads(names.replace("'", '"')) == [
+        *("dynamic_linear", "dynamic_ntk", "dynamic_yarn", "dynamic_leaky", "dynamic_rerope")
+    ]
     assert heavy == "[]"
     help_text = subprocess.run(
         [sys.executable, "-m", "server.cli", "serve", "--help"], cwd=ROOT, capture_output=True, text=True, check=True

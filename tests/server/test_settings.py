@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from prerope.rope.spec import RopeSpec, layer_numbers
 from prerope.server.config import EngineConfig
 from prerope.server.errors import ConfigurationError
 from prerope.server.flags import allowed_text, environment_table, load_settings
@@ -64,6 +65,22 @@ def test_groups_of_several_shares(given: str, groups: tuple[int, ...] | None, mo
     for wrong in ("2,4", "2--4", "-2", "[2,4]", "two"):
         with pytest.raises(ConfigurationError, match=r"ROPE_GROUPS=.*powers of two between hyphens"):
             load_settings([f"--rope-groups={wrong}"])
+
+
+def test_what_auto_is_in_some_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROPE_LAYERS", "5-7+12=rerope:window=2048, 20=Streaming")
+    layers = load_settings([]).rope_layers
+    assert layers == {"5-7+12": RopeSpec(method="rerope", window=2048), "20": RopeSpec(method="streaming")}
+    assert layer_numbers("5-7+12") == {5, 6, 7, 12}
+    assert EngineConfig.of(load_settings([])).rope_layers == layers
+    monkeypatch.setenv("ROPE_LAYERS", "")
+    assert load_settings([]).rope_layers == {}
+    wrong = (
+        "5 =rerope 7-5=rerope 5-=rerope 5--7=rerope a=rerope 3=magic 3=auto 1-4=rerope,4=rope 3=rerope:x=1 0-99999=rope"
+    )
+    for text in (*wrong.split(), "3=rerope:select=64"):
+        with pytest.raises(ConfigurationError, match=r"ROPE_LAYERS=.*LAYERS=METHOD between commas"):
+            load_settings([f"--rope-layers={text}"])
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,19 @@ def test_the_map_is_the_formula(http: httpx.Client, length: int) -> None:
             assert drawn["farthest"] <= 256, "auto sees nothing farther than training did"
 
 
+def test_layers_with_a_method_of_their_own(serve: Any, tiny_checkpoint: Path) -> None:
+    """They are told wherever positions are, and a request that names a method has it in all layers."""
+    own = {"0": {"method": "dynamic_rerope", "window": 32}}
+    url = serve(model_id=str(tiny_checkpoint), max_model_len=2048, rope_layers="0=dynamic_rerope:window=32")
+    with httpx.Client(base_url=url, timeout=60) as client:
+        told = client.get("/rope/methods").json()
+        assert told["default"]["layers"] == own
+        assert {method["name"] for method in told["methods"] if "layers" in method["parameters"]} == {"auto"}
+        for rope, layers in ((None, own), ({"method": "auto"}, own), ({"method": "rope"}, None)):
+            body = {"prompt": "Hello", "max_tokens": 1, **({"rope": rope} if rope else {})}
+            assert client.post("/generate", json=body).json()["rope"].get("layers") == layers
+
+
 def test_groups_of_a_request(http: httpx.Client) -> None:
     """The slowest pair's is the last; what the model's pairs cannot have is refused, and what no model's can."""
     rope = {"method": "dpe", "window": 40, "groups": [1, 2, 64]}

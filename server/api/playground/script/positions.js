@@ -114,7 +114,8 @@ function describe() {
   const { method, train_length: _, ...parameters } = map.rope, end = map.positions.at(-1);
   const resolved = Object.entries(parameters).map(([name, value]) => [name, written(value)]).filter(([, value]) => value !== null && typeof value !== "object").map(([name, value]) => `${name} ${typeof value === "number" ? Number(value.toPrecision(6)) : value}`);
   const told = map.farthest > map.train_length ? `beyond the ${number(map.train_length)} that training showed` : `within the ${number(map.train_length)} of training`;
-  const text = `${[method, ...resolved].join(", ")}. Token ${number(end)} sees its farthest key at a distance of ${number(map.farthest)}, ${told}.`;
+  const apart = Object.entries(parameters.layers ?? {}).map(([layers, own]) => ` Layers ${layers} are read by ${own.method}, which is not drawn.`).join("");
+  const text = `${[method, ...resolved].join(", ")}.${apart} Token ${number(end)} sees its farthest key at a distance of ${number(map.farthest)}, ${told}.`;
   $("map-note").textContent = map.warning ? `${text} ${map.warning}` : text;
   $("map").setAttribute("aria-label", `Map of distances: ${text}`);
 }
