@@ -37,12 +37,20 @@ class ModelPositions:
     @cached_property
     def digest(self) -> bytes:
         """Equal exactly for positions that give equal K and V in every layer."""
-        return _combine({group: method.digest() for group, method in self.methods.items()})
+        return self._combined({group: method.digest() for group, method in self.methods.items()})
 
     @cached_property
     def plain_digest(self) -> bytes:
         """The digest of the plain reading that the first `plain_rows` rows share with other methods."""
-        return _combine({group: method.plain_digest() for group, method in self.methods.items()})
+        return self._combined({group: method.plain_digest() for group, method in self.methods.items()})
+
+    def _combined(self, digests: Mapping[str, bytes]) -> bytes:
+        """Groups that are read as the main one is are left out: which layers they are plays no part."""
+        h = hashlib.blake2b(digest_size=16)
+        for group, digest in sorted(digests.items()):
+            if group == self.main or digest != digests.get(self.main):
+                h.update(group.encode() + b"\0" + digest)
+        return h.digest()
 
     @cached_property
     def plain_rows(self) -> int:
@@ -83,29 +91,31 @@ class ModelPositions:
 def resolve_model(spec: RopeSpec, rotaries: Mapping[str, Rotary], max_model_len: int | None) -> ModelPositions:
     """`spec` for a model with these rotary groups. Raises MethodError."""
     main = main_group(rotaries)
-    own = RopeSpec(method="model")
-    methods = {
-        group: resolve(spec if group == main or rotary.layers else own, rotary, max_model_len)
-        for group, rotary in rotaries.items()
-    }
-    return ModelPositions(methods, main, spec)
+    chosen = resolve(spec, rotaries[main], max_model_len)
+
+    def method(group: str, rotary: Rotary) -> PositionMethod:
+        if rotary.layers and spec.method == "auto":
+            return resolve(spec, rotary, max_model_len)
+        return chosen if group == main or rotary.layers else resolve(RopeSpec(method="model"), rotary, max_model_len)
+
+    return ModelPositions({group: method(group, rotary) for group, rotary in rotaries.items()}, main, spec)
 
 
 def parted(
     groups: Sequence[str | None], rotaries: Mapping[str, Rotary], layers: LayerMethods
 ) -> tuple[list[str | None], dict[str, Rotary]]:
     """The group of each attention layer, and all groups, once layers with methods of their own have been taken out of
-    the main group. MethodError where one of them is not in it."""
+    the main group. MethodError where one of them is not in it, or none is left."""
     main, taken, parts = main_group(rotaries), list(groups), dict(rotaries)
     for named, spec in layers.items():
         part = f"{main} {named}".strip()
         for number in layer_numbers(named):
             if number >= len(groups) or groups[number] != main:
-                raise MethodError(
-                    f"layers {named} (ROPE_LAYERS): layer {number} {_not_in(main, groups, number)}; leave it out"
-                )
+                raise MethodError(f"ROPE_LAYERS: layer {number} {_not_in(main, groups, number)}; leave it out")
             taken[number] = part
         parts[part] = replace(rotaries[main], layers=named, auto=spec)
+    if layers and main not in taken:
+        raise MethodError("ROPE_LAYERS names all layers that rotate keys: leave some, or use ROPE_METHOD")
     return taken, parts
 
 
@@ -113,7 +123,7 @@ def _not_in(main: str, groups: Sequence[str | None], number: int) -> str:
     if number >= len(groups):
         return f"is none of this model's {len(groups)} attention layers, which are counted from 0"
     if groups[number] is None:
-        return "has no positions"
+        return "does not rotate keys"
     return f"is of the group {groups[number]!r}, which keeps the model's own method, and not of {main!r}"
 
 
@@ -133,10 +143,3 @@ def default_max_model_len(spec: RopeSpec, rotary: Rotary) -> int:
     if method.name in ("llama3", "longrope", "proportional"):
         return max(rotary.max_length, method.train_length)
     return 4 * max(method.train_length, native_length(rotary))
-
-
-def _combine(digests: Mapping[str, bytes]) -> bytes:
-    h = hashlib.blake2b(digest_size=16)
-    for group, digest in sorted(digests.items()):
-        h.update(group.encode() + b"\0" + digest)
-    return h.digest()

@@ -195,8 +195,11 @@ class Settings(BaseSettings):
     rope_layers: types.Layers = Field(
         default={},
         description="What auto is in some of the attention layers, counted from 0, as in "
-        "5-9+12=rerope:window=2048,20-29=streaming; unset: what it is in all",
-        json_schema_extra={"allowed": "LAYERS=METHOD between commas", "default": "unset"},
+        "5-9+12=rerope:window=2048,20-29=streaming, with parameters of its own; unset: what it is in all",
+        json_schema_extra={
+            "allowed": "LAYERS=METHOD between commas, as in 5-9+12=rerope:window=2048; any method but auto",
+            "default": "unset",
+        },
     )
     rope_per_request: bool = Field(default=True, description="May a request choose its own method (the field `rope`)")
 

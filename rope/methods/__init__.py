@@ -45,7 +45,7 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
         )
     _check_values(spec)
     if name == "auto" and rotary.auto is not None:
-        return resolve(_filled(rotary.auto, spec), rotary, max_model_len)
+        return _of_layers(rotary.auto, spec, rotary, max_model_len)
     if name == "auto":
         extendable = CONFIG_METHODS[rotary.rope_type] not in ("longrope", "dynamic_ntk") and not rotary.dual_chunk
         name = "dynamic_leaky" if extendable else "model"
@@ -63,15 +63,14 @@ def resolve(spec: RopeSpec, rotary: Rotary, max_model_len: int | None = None) ->
     return PositionMethod(name, rotary, trained, entry.resolve(target), spec.logn)
 
 
-def _filled(spec: RopeSpec, asked: RopeSpec) -> RopeSpec:
-    """`spec` with what was asked of `auto` where it says nothing itself."""
-    return replace(
-        spec,
-        window=asked.window if spec.window is None else spec.window,
-        train_length=asked.train_length if spec.train_length is None else spec.train_length,
-        logn=spec.logn or asked.logn,
-        select=asked.select,
-    )
+def _of_layers(own: RopeSpec, asked: RopeSpec, rotary: Rotary, max_model_len: int | None) -> PositionMethod:
+    """What `auto` is in these layers: its parameters are its own, but for L, log-n and select, which are asked for."""
+    trained = asked.train_length if own.train_length is None else own.train_length
+    spec = replace(own, train_length=trained, logn=own.logn or asked.logn, select=asked.select)
+    try:
+        return resolve(spec, rotary, max_model_len)
+    except MethodError as error:
+        raise MethodError(f"layers {rotary.layers} (ROPE_LAYERS): {error}") from error
 
 
 def _unrotated(spec: RopeSpec, name: str, rotary: Rotary, max_model_len: int | None) -> PositionMethod:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from prerope.rope.model import resolve_model
+from prerope.rope.reading import MethodError
 from prerope.rope.spec import RopeSpec, parse_layers
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.model import Model
@@ -105,6 +106,26 @@ def test_a_request_that_names_a_method_is_read_by_it_in_all_layers() -> None:
     assert replies[0] == replies[1]
 
 
+def test_only_what_is_read_otherwise_has_another_digest() -> None:
+    """Blocks and their files serve all that give equal K and V, whatever the layers are called."""
+    plain, one, two = (
+        Model(llama(), layer_methods=parse_layers(text)).rotaries
+        for text in ("", "1=rerope", "1=dynamic_rerope,2=yarn")
+    )
+    digests = [resolve_model(RopeSpec(method="rope"), rotaries, 256).digest for rotaries in (plain, one, two)]
+    assert len(set(digests)) == 1
+    autos = [resolve_model(RopeSpec(), rotaries, 256) for rotaries in (plain, one, two)]
+    assert len({auto.digest for auto in autos}) == 3
+    assert autos[0].plain_digest == autos[1].plain_digest != autos[2].plain_digest
+    assert autos[0].plain_rows == TRAINED
+
+
+def test_a_value_that_a_layers_method_cannot_have_names_the_layers() -> None:
+    model = Model(llama(), layer_methods=parse_layers("1-2=rerope:window=64"))
+    with pytest.raises(MethodError, match=r"layers 1-2 \(ROPE_LAYERS\): window"):
+        resolve_model(RopeSpec(), model.rotaries, 256)
+
+
 def test_what_auto_is_in_which_layers_is_said() -> None:
     model = Model(llama(), layer_methods=parse_layers(LAYERS))
     described = resolve_model(RopeSpec(), model.rotaries, 256).described
@@ -120,7 +141,8 @@ def test_what_auto_is_in_which_layers_is_said() -> None:
     [
         ("llama", "2-4", "layer 4 is none of this model's 4 attention layers, which are counted from 0"),
         ("gemma3_text", "0", "layer 0 is of the group 'sliding_attention', which keeps the model's own method"),
-        ("smollm3", "1", "layer 1 has no positions"),
+        ("llama", "0-1=rope,2-3", "ROPE_LAYERS names all layers that rotate keys"),
+        ("smollm3", "1", "layer 1 does not rotate keys"),
     ],
 )
 def test_layers_that_cannot_have_a_method_of_their_own_are_refused(family: str, layers: str, reason: str) -> None:
