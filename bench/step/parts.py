@@ -136,8 +136,9 @@ def hold(engine: Engine, count: int, grammar: CompiledGrammar) -> None:
 
 def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterator[None]:
     """Yields before each decode step of `rows` sequences, past the first few."""
+    while_read = rows * -(-context // engine.config.max_batched_tokens)  # the first decode beside the others' chunks
     for row in range(rows):
-        add(engine, f"row {row}", context, WARM_STEPS + steps + rows + 8, seed=row)
+        add(engine, f"row {row}", context, WARM_STEPS + steps + while_read + 8, seed=row)
     while any(not one.decoding and one.request_id.startswith("row") for one in engine.scheduler.sequences):
         engine.step()
     for step in range(WARM_STEPS + steps):
@@ -146,7 +147,7 @@ def decode_steps(engine: Engine, rows: int, context: int, steps: int) -> Iterato
         else:
             engine.step()
     for row in range(rows):
-        engine.abort(f"row {row}")
+        assert engine.abort(f"row {row}"), f"row {row} ended before the last step that was measured"
 
 
 def chunk_steps(engine: Engine, rows: int, steps: int) -> Iterator[None]:
@@ -186,6 +187,7 @@ def open_engine(asked: argparse.Namespace, say: Callable[[str], None]) -> Engine
         max_num_seqs=max(asked.rows) + asked.held,
         max_batched_tokens=max(512, asked.chunk, *asked.rows),
         kv_cache_memory=2**29,
+        stream_gap_s=None,
     )
     if asked.held:
         hold(engine, asked.held, compile_here(SLOW_MASKS, Tokenizer.load(checkpoint), Cost(0, 0.0)))

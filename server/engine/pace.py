@@ -28,15 +28,18 @@ hardly more than a whole chunk that is too long."""
 FIRST = 8
 """Before any time is known."""
 ROOM = 0.9
-"""Of the gap, within which the least whole chunk must be over, or few rows are taken: each would be late by chance. Of
-`SHORT_STEPS`, what scored rows are sized for."""
+"""Of the gap, within which the least whole chunk must be over, or few rows are taken: each would be late by chance."""
+HARDLY = 1.25
+"""Times as long as the least step: a group takes what its first row takes, and either may have been late."""
 WORTH = 0.9
 """A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
 SHORT_S, SHORT_STEPS = 0.1, 3
 """None is made shorter than both, the latter in steps without prompts: nobody would see it."""
+SCORED_STEPS = 2
+"""A step that scores rows is sized for so many without: the third is for what makes steps late by chance."""
 FIRST_SCORED = 4
 """Rows that are scored before their time is known. Then, as nobody waits for the first of them, they are as many as go
-into `SHORT_STEPS`, and at most the others' gap."""
+into `SCORED_STEPS`, and at most the others' gap."""
 
 
 class Pace:
@@ -72,15 +75,17 @@ class Pace:
     def _choices(
         self, gap_s: float, budget: int, others_s: float, row_s: dict[int, float], begun: int
     ) -> Iterator[tuple[int, float, float]]:
-        """(rows, seconds, rows a second) of the least step, and of those that are over within the gap.
+        """(rows, seconds, rows a second) of steps over within the gap, of the least, and of what is hardly longer.
 
         begun: rows beside them of a group that is not full.
         """
         others_s, one_s = min(others_s, gap_s / 2), min(row_s.values())
+        least_s = others_s + row_s.get(FEW[0], one_s)
         for size in FEW:
             rows, one_s = size - begun * (size >= GROUP), row_s.get(size, one_s)
             took_s = others_s + rows * one_s
-            if size == FEW[0] or (rows <= budget and took_s <= gap_s):
+            most_s = max(gap_s, HARDLY * least_s) if size <= GROUP else gap_s
+            if size == FEW[0] or (rows <= budget and took_s <= most_s):
                 yield rows, took_s, rows / took_s
             if size > max(row_s) and gap_s <= max(SHORT_S, SHORT_STEPS * others_s):
                 return
@@ -101,7 +106,7 @@ class Pace:
         begun = num_beside % GROUP
         if not row_s or not others_s:
             return min(budget, FIRST_SCORED - begun)
-        choices = self._choices(min(ROOM * SHORT_STEPS * others_s, self._gap_s), budget, others_s, row_s, begun)
+        choices = self._choices(min(SCORED_STEPS * others_s, self._gap_s), budget, others_s, row_s, begun)
         return max((rate, rows) for rows, _, rate in choices)[1]
 
 
