@@ -107,11 +107,10 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     if _is_encoded(request):
         return error_response(_encoded(request))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind and "json" not in kind and "body" in error.errors()[0]["loc"][:1]:
+    if "json" not in kind and tuple(error.errors()[0]["loc"]) == ("body",):
+        given = f"not {kind[:SHOWN_CHARS]}" if kind else "which is missing"
         return error_response(
-            InvalidRequest(
-                f"The body must be JSON, sent with Content-Type: application/json, not {kind[:SHOWN_CHARS]}."
-            )
+            InvalidRequest(f"The body must be JSON, sent with Content-Type: application/json, {given}.")
         )
     return error_response(first_invalid(error.errors()))
 

@@ -281,7 +281,7 @@ def test_a_body_over_the_limit_is_refused_without_a_declared_length(http: httpx.
         (b"", "application/json", "JSON object"),
         (b"[1, 2]", "application/json", "JSON object"),
         (b'"text"', "application/json", "JSON object"),
-        (b"prompt=hello", "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b"prompt=hello", "application/x-www-form-urlencoded", "not valid JSON"),
         (b'{"prompt": "\xff"}', "application/json", "not valid UTF-8: at byte 12"),
         (b'{"prompt": "a", "seed": ' + b"9" * 4400 + b"}", "application/json", "more than 4300 digits"),
         (b"[" * 2000, "application/json", ""),
@@ -292,6 +292,26 @@ def test_a_body_that_is_no_json_object_is_a_bad_request(
 ) -> None:
     response = http.post("/generate", content=content, headers={"Content-Type": kind})
     assert said in error_of(response, 400)["message"]
+
+
+FORM = "application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize("kind", [None, FORM, "text/plain; charset=utf-8", "application/json"])
+@pytest.mark.parametrize("origin", [None, "null", "http://evil.example"])
+def test_only_browsers_must_say_that_a_body_is_json(http: httpx.Client, kind: str | None, origin: str | None) -> None:
+    """`curl -d` says that it is a form, and the examples of others' documentation say nothing else; a page of another
+    site may send just that without being asked for leave, but says where it is from."""
+    headers = {"Content-Type": kind or "", "Origin": origin or ""}
+    request = http.build_request("POST", "/generate", content=json.dumps(BODY).encode())
+    request.headers.update({name: value for name, value in headers.items() if value})
+    reply = http.send(request)
+    if origin is None or kind == "application/json":
+        assert reply.status_code == 200, reply.text
+    else:
+        message = error_of(reply, 400)["message"]
+        assert "Content-Type: application/json" in message
+        assert (kind or "missing").partition(";")[0] in message
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "br", "identity"])

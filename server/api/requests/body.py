@@ -152,7 +152,7 @@ class RequestBody(BaseModel):
             elif value is not None and not taken.leaves_out(value):
                 value = int(value) if taken.whole and type(value) is float and value.is_integer() else value
                 before = said_as.setdefault(name, said)
-                if given.setdefault(name, value) != value:
+                if given.setdefault(name, value) != value and before != said:  # NaN is not even what it is
                     raise InvalidRequest(
                         f"'{cls.path}{before}' and '{cls.path}{said}' mean the same: give one of them",
                         param=cls.path + (before if said == name else said),

@@ -835,3 +835,13 @@ def test_pages_of_items_that_are_called_alike_end(ids: tuple[Any, ...]) -> None:
         assert page["has_more"] is (len(found) < len(given))
     assert found == ["0", "1", "2", "3", "4"]
     assert after == "b"
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/generate", "/api/generate", "/api/chat"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused_as_such(http: httpx.Client, path: str, number: str) -> None:
+    """NaN differs from itself, so that one name for it was taken for two that differ."""
+    prompt = json.dumps(USER if "chat" in path else {"prompt": "hi"})
+    reply = http.post(path, content=f'{prompt[:-1]}, "temperature": {number}}}')
+    assert (reply.status_code, "mean the same" in reply.text) == (400, False)
+    assert re.search("temperature: Input should be (a finite number|less than)", reply.text), reply.text

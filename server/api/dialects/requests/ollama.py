@@ -105,7 +105,7 @@ class OllamaFields(RunFields):
         names = ({*Options.model_fields, *Options.synonyms} - cls.model_fields.keys()) & data.keys()
         beside = {name: data[name] for name in sorted(names)}
         for name, value in beside.items():
-            if value is not None and (inside or {}).get(name, value) != value:
+            if value is not None and inside and name in inside and inside[name] != value:
                 raise InvalidRequest(f"'{name}' and 'options.{name}' mean the same: give one of them", param=name)
         rest = {name: value for name, value in data.items() if name not in names}
         return {**rest, "options": {**beside, **(inside or {})}} if beside else data
