@@ -106,12 +106,15 @@ _KINDS = {name: float if name in ("factor", "leak") else bool if name == "logn" 
 @torch.inference_mode()
 def follow(engine: Engine) -> None:
     """Do what rank 0 tells, until it says that it is over. RankLost where it ends without a word."""
-    ranks = engine.model.raw.ranks
+    ranks, told_at = engine.model.raw.ranks, 0
     while len(message := ranks.hear()):
         if message[0] == COPY:
             engine.copy(message[1:].reshape(2, -1).copy())
             continue
         chunks = unpack_step(message, engine.resolve_positions)
         handed_on = any(chunk.pending_place is not None for chunk in chunks)
+        num_touched = 1 + max(int(max(chunk.block_table, default=-1)) for chunk in chunks)
+        if num_touched >= told_at:
+            told_at = engine.storage.expect(num_touched)
         own = [replace(chunk, pending_place=None) for chunk in chunks]  # rank 0 puts all tokens in, and hands them on
         engine.compute(own, None, handed_on=handed_on)

@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, create_autospec
 
+import numpy as np
 import pytest
 from prerope.cache.kernels.build import library_path
 from prerope.rope.model import resolve_model
@@ -17,7 +19,7 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.engine.engine import Engine
 from prerope.server.errors import ConfigurationError
 from prerope.server.models.model import Chunk, Model
-from prerope.server.ranks.orders import pack_step, unpack_step
+from prerope.server.ranks.orders import follow, pack_step, unpack_step
 
 from tests.engine.ranks.ranked import shared_engine
 from tests.engine.tiny_models import assert_idle, generate, greedy, prompt_of, request, tiny, tiny_engine
@@ -110,6 +112,24 @@ def test_methods_reach_the_other_ranks_as_they_were_asked_for() -> None:
     assert [chunk.positions.spec for chunk in told] == specs
     assert [chunk.positions.digest for chunk in told] == [chunk.positions.digest for chunk in chunks]
     assert [(list(chunk.token_ids), chunk.start) for chunk in told] == [([n, n + 1], n) for n in range(len(specs))]
+
+
+def test_a_followers_memory_is_asked_for_ahead_of_its_blocks() -> None:
+    """Rank 0 alone did so, and the others waited for the system at each page that they came to."""
+    model = Model(tiny("llama"))
+    positions = resolve_model(RopeSpec(method="rope"), model.rotaries, 512)
+    tables = [[3, 1], [0], [40, 7], [90]]
+    steps = [[Chunk.of([5], 17 * (len(table) - 1), table, positions, 1)] for table in tables]
+    heard = iter(
+        [*map(pack_step, steps), pack_step([one for step in steps for one in step]), np.empty(0, dtype=np.int64)]
+    )
+    engine = create_autospec(Engine, instance=True)
+    engine.model, engine.storage = Mock(), Mock()
+    engine.model.raw.ranks.hear = lambda: next(heard)
+    engine.storage.expect.side_effect = lambda num_blocks: num_blocks + 20
+    follow(engine)
+    assert [call.args for call in engine.storage.expect.mock_calls] == [(4,), (41,), (91,)]
+    assert engine.compute.call_count == 5
 
 
 class Counted:
