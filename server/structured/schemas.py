@@ -18,6 +18,7 @@ from prerope.server.structured.document import APPLICATORS, LISTS, MAPS, ONE, RE
 from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
+from prerope.server.structured.names import listed_patterns, name_pattern
 from prerope.server.structured.numbers import check_numbers, narrow_bounds
 from prerope.server.structured.sets import Disjoint, enumerated
 from prerope.server.structured.unique.items import MANY, MARK, NAMES, Items, items_of
@@ -117,6 +118,7 @@ class _Rewriter:
         narrow_bounds(new, met=self.document.is_met)
         for rule in (_counts, _items, _remarks, _unevaluated, _format):
             rule(new)
+        listed_patterns(new)
         if not exact:
             _keys(new)
             _numbers_or_text(new)
@@ -164,7 +166,7 @@ class _Rewriter:
         if (listed := enumerated(names)) is not None:
             known = [name for name in listed if isinstance(name, str) and (name in given or rest is not False)]
             schema |= {"properties": {name: given.get(name, rest) for name in known}, "additionalProperties": False}
-        elif names and not given and (pattern := _name_pattern(names, exact=exact)) is not None:
+        elif names and not given and (pattern := name_pattern(names, exact=exact)) is not None:
             schema |= {"patternProperties": {pattern: rest}, "additionalProperties": False}
         elif names:
             return
@@ -323,22 +325,3 @@ def _also(schema: Schema, other: Schema) -> None:
     both = schema.setdefault("allOf", [])
     if isinstance(both, list):  # otherwise llguidance says so
         both.append(other)
-
-
-def _name_pattern(names: Schema, *, exact: bool) -> str | None:
-    """A regex for names that a schema describes by one keyword."""
-    says = set(names) - {"type"}
-    if names.get("type", "string") != "string":
-        return None
-    if not says:
-        return ""
-    if says == {"pattern"}:
-        return str(names["pattern"])
-    if says <= {"minLength", "maxLength"}:
-        least, most = names.get("minLength", 0), names.get("maxLength", "")
-        return f"^(?s:.){{{least},{most}}}$" if all(type(one) in (int, str) for one in (least, most)) else None
-    if says == {"allOf"} and not exact:  # a format, rewritten
-        match names["allOf"]:
-            case [{"pattern": str(pattern), **more}] if not more:
-                return pattern
-    return None

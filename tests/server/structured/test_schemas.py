@@ -400,6 +400,15 @@ CLOSED = {"type": "object", "properties": {"a": {"type": "integer"}}}
             ['{"ab":"x","ac":"y"}'],
             ['{"ac":"four"}', '{"ab":"y"}', '{"ab":"x","ab":"y"}'],
         ),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {}, "b": {}},
+                "patternProperties": {"^[ab]$": {"type": "integer"}, "^c": {"type": "integer"}},
+            },
+            ['{"a":1,"b":2}', '{"b":2,"c":3}'],
+            ['{"a":"x"}', '{"b":"x"}', '{"c":"x"}'],
+        ),
     ],
     ids=lambda value: re.sub(r"[^\w]+", "-", json.dumps(value))[:60],
 )
@@ -407,6 +416,25 @@ def test_says_the_same_or_less(schema: Any, good: list[str], bad: list[str]) -> 
     matcher = compiled(schema)
     assert [text for text in good if not accepts(matcher, text)] == []
     assert [text for text in bad if accepts(matcher, text)] == []
+
+
+@pytest.mark.parametrize("pattern", ["^a$", "^(a|b)$", "^(?:b)$", "^[ab]$", "^a$|^b$", r"^\-$", "^c$", "^a", "a$"])
+def test_a_name_may_follow_where_a_comma_may(pattern: str) -> None:
+    """What a pattern lists had its property already, and then there was no name to go on with."""
+    integer = {"type": "integer"}
+    closed = {"type": "object", "properties": {"a": {}, "b": integer, "-": {}}, "additionalProperties": False}
+    grammar = compiled(closed | {"patternProperties": {pattern: integer}})
+    goes_on = 0
+    for text in ('{"a":1,', '{"a":1,"b":1,', '{"a":1,"b":1,"-":1,', '{"b":1,', '{"-":1,'):
+        matcher = grammar.matcher()
+        for byte in text.encode():
+            if byte not in allowed(matcher):
+                break
+            matcher.accept(byte)
+        else:
+            goes_on += 1
+            assert set(allowed(matcher)) - set(b" \n\t\r"), text
+    assert goes_on >= 2
 
 
 PATTERNED = {"type": "object", "patternProperties": {"^x": {"type": "integer"}}}
