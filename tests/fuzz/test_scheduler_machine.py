@@ -131,6 +131,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """In between, as if room had been needed."""
         running = self.scheduler.running
         self.scheduler.preempt(running[data.draw(st.sampled_from(list(running)))])
+        self.idle = False  # whoever was to decode in the next step is to be admitted again
 
     def _check_plan(self, plan: list[Scheduled], decoding: list[Sequence]) -> None:
         running = self.scheduler.running
@@ -141,7 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert running.get(one.request_id) is one, "scheduled, but preempted since"
             assert 1 <= count <= one.num_remaining_tokens
             assert len(one.block_table) * BLOCK >= one.num_computed_tokens + count
-        decodes = [one for one, *_ in plan if one in decoding]
+        again = self.scheduler.preempted  # and perhaps admitted since, to read what is left of it in the same step
+        decodes = [one for one, *_ in plan if one in decoding and one.request_id not in again]
         assert [one for one, *_ in plan[: len(decodes)]] == sorted(decodes, key=lambda one: one.rank), "decodes first"
         missing = {one.request_id for one in decoding} - {one.request_id for one in decodes}
         assert missing <= self.scheduler.preempted, "a stream got no token, and made no room either"
