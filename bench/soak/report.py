@@ -92,7 +92,8 @@ def draw(soaked: Soaked, figure: Any) -> None:
         memory.plot(rests, [sample.rss / MEBIBYTE for sample in soaked.floors], "o", color="C3", label="at rest")
         ends = [(line.mean + sign * line.slope * line.seconds / 2) / MEBIBYTE for sign in (-1, 1)]
         memory.plot([rests[0], rests[-1]], ends, color="C3", linestyle="--", label="least squares")
-    memory.set(ylim=(0, None), title="resident memory of the server, MiB")
+    most = max([sample.rss for sample in soaked.samples], default=MEBIBYTE) / MEBIBYTE
+    memory.set(ylim=(0, 1.15 * most), title="resident memory of the server, MiB")
     for kind in (kind for kind in soaked.kinds if kind not in ("slow", "abort")):
         streams = [o for o in soaked.outcomes if o.kind == kind and o.ttft is not None and o.gaps]
         began = [soaked.minutes(o.started) for o in streams]
