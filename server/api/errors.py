@@ -106,8 +106,8 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     assert isinstance(error, RequestValidationError)
     if _is_encoded(request):
         return error_response(_encoded(request))
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if "json" not in kind and tuple(error.errors()[0]["loc"]) == ("body",):
+    kind = media_type(request)
+    if not is_json(kind) and tuple(error.errors()[0]["loc"]) == ("body",):
         given = f"not {kind[:SHOWN_CHARS]}" if kind else "which is missing"
         return error_response(
             InvalidRequest(f"The body must be JSON, sent with Content-Type: application/json, {given}.")
@@ -126,6 +126,15 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     message = known or messages.get(error.status_code, str(error.detail))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_served" if known else None}
     return _ErrorReply({"error": body}, 404 if known else error.status_code, error.headers or {})
+
+
+def media_type(request: Request) -> str:
+    """What the body is said to be; empty where nothing is said."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def is_json(kind: str) -> bool:
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _is_encoded(request: Request) -> bool:

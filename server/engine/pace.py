@@ -30,7 +30,8 @@ FIRST = 8
 ROOM = 0.9
 """Of the gap, within which the least whole chunk must be over, or few rows are taken: each would be late by chance."""
 HARDLY = 1.25
-"""Times as long as the least step: a group takes what its first row takes, and either may have been late."""
+"""Times as long as the least step that scores a row may one be that scores more: most of the least is for any number,
+such as a whole group, and either may have been late."""
 WORTH = 0.9
 """A shorter step is worth a tenth of the rate at which prompts are read beside streams."""
 SHORT_S, SHORT_STEPS = 0.1, 3
@@ -75,17 +76,15 @@ class Pace:
     def _choices(
         self, gap_s: float, budget: int, others_s: float, row_s: dict[int, float], begun: int
     ) -> Iterator[tuple[int, float, float]]:
-        """(rows, seconds, rows a second) of steps over within the gap, of the least, and of what is hardly longer.
+        """(rows, seconds, rows a second) of the least step, and of those that are over within the gap.
 
         begun: rows beside them of a group that is not full.
         """
         others_s, one_s = min(others_s, gap_s / 2), min(row_s.values())
-        least_s = others_s + row_s.get(FEW[0], one_s)
         for size in FEW:
             rows, one_s = size - begun * (size >= GROUP), row_s.get(size, one_s)
             took_s = others_s + rows * one_s
-            most_s = max(gap_s, HARDLY * least_s) if size <= GROUP else gap_s
-            if size == FEW[0] or (rows <= budget and took_s <= most_s):
+            if size == FEW[0] or (rows <= budget and took_s <= gap_s):
                 yield rows, took_s, rows / took_s
             if size > max(row_s) and gap_s <= max(SHORT_S, SHORT_STEPS * others_s):
                 return
@@ -106,7 +105,9 @@ class Pace:
         begun = num_beside % GROUP
         if not row_s or not others_s:
             return min(budget, FIRST_SCORED - begun)
-        choices = self._choices(min(SCORED_STEPS * others_s, self._gap_s), budget, others_s, row_s, begun)
+        least_s = others_s + row_s.get(FEW[0], min(row_s.values()))
+        gap_s = min(max(SCORED_STEPS * others_s, HARDLY * least_s), self._gap_s)
+        choices = self._choices(gap_s, budget, others_s, row_s, begun)
         return max((rate, rows) for rows, _, rate in choices)[1]
 
 

@@ -65,6 +65,7 @@ class Document:
         nodes, all_known = self._reached([root])
         self.one_of_is_named = not all_known or any("oneOf" in unquote(str(one.get("$ref"))) for one in nodes)
         self._check_loops(nodes)
+        self._named = {id(self.referenced(one["$ref"])) for one in nodes if "$ref" in one} if all_known else None
         self.ids = {id(one) for one in nodes}
         self.has_one_writing = any(_names_are_open(one) or _differ(one) for one in nodes)
         self.is_met = any(map(_is_met, nodes))
@@ -76,6 +77,10 @@ class Document:
     def is_exact(self, schema: Schema) -> bool:
         """Whether a `oneOf` reaches it."""
         return self._exact is None or id(schema) in self._exact
+
+    def is_named(self, schema: Any) -> bool:
+        """Whether a reference may lead to just this schema."""
+        return self._named is None or id(schema) in self._named
 
     def referenced(self, pointer: Any) -> Any:
         """What a reference names; None for anything but a path into this document."""

@@ -5,28 +5,48 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 from prerope.server.structured.document import Schema
+from prerope.server.structured.values import Unenforceable
 
 _GROUPED = re.compile(r"\^\((?:\?:)?([^()]*)\)\$")
 _ATOM = re.compile(r"\[(?P<class>[^]^\\[-]+)]|\\(?P<escaped>[^A-Za-z0-9])|(?P<plain>[^]\\^$.|?*+()[{}])")
-MAX_LISTED = 256
 
 
-def listed_patterns(schema: Schema) -> None:
-    """A pattern that lists nothing but names of `properties` says more of these: llguidance would wait for another."""
+def listed_patterns(schema: Schema, is_named: Callable[[str, str], bool]) -> None:
+    """A pattern that lists nothing but names of `properties` says more of these: llguidance would wait for another.
+
+    is_named: whether a reference may name what the schema has under a keyword and a name. Unenforceable where that is
+    one of the properties or the pattern: a reference to it means it as it stands.
+    """
     given, patterns = schema.get("properties"), schema.get("patternProperties")
     if not isinstance(given, dict) or not isinstance(patterns, dict):
         return
-    for pattern in list(patterns):
-        names = _listed(pattern)
-        if names is not None and names <= given.keys():
-            rest = patterns[pattern]
-            patterns = {other: one for other, one in patterns.items() if other != pattern}
-            given = given | {name: {"allOf": [given[name], rest]} for name in names}
-    schema |= {"properties": given, "patternProperties": patterns}
-    if not patterns:
-        del schema["patternProperties"]
+    listed = {pattern: names for pattern in patterns if (names := _listed(pattern, len(given))) is not None}
+    listed = {pattern: names for pattern, names in listed.items() if names <= given.keys()}
+    more: dict[str, list[Any]] = {}
+    for pattern, names in listed.items():
+        for name in names:
+            if is_named("properties", name) or is_named("patternProperties", pattern):
+                raise Unenforceable(
+                    "a pattern in 'patternProperties' lists only names of 'properties', and a '$ref' names one of the "
+                    "two: put what the reference is for into '$defs'"
+                )
+            more.setdefault(name, []).append(patterns[pattern])
+    if listed:
+        schema["properties"] = given | {name: _both(given[name], rest) for name, rest in more.items()}
+        schema["patternProperties"] = {one: value for one, value in patterns.items() if one not in listed}
+        if not schema["patternProperties"]:
+            del schema["patternProperties"]
+
+
+def _both(given: Any, more: list[Any]) -> Schema:
+    """What is within `given` stays where it is: references may name that."""
+    if not isinstance(given, dict) or "$ref" in given or not isinstance(given.get("allOf", []), list):
+        return {"allOf": [given, *more]}
+    return {**given, "allOf": [*given.get("allOf", []), *more]}
 
 
 def name_pattern(names: Schema, *, exact: bool) -> str | None:
@@ -48,8 +68,8 @@ def name_pattern(names: Schema, *, exact: bool) -> str | None:
     return None
 
 
-def _listed(pattern: str) -> set[str] | None:
-    """The names that a pattern lists, as ^(a|b)$, ^a$|^b$ and ^[ab]$ do; None for one that does not, or lists many."""
+def _listed(pattern: str, most: int) -> set[str] | None:
+    """The names that a pattern lists, as ^(a|b)$, ^a$|^b$ and ^[ab]$ do; None for one that does not, or lists more."""
     grouped = _GROUPED.fullmatch(pattern)
     if grouped is None and not (pattern.startswith("^") and pattern.endswith("$")):
         return None
@@ -58,7 +78,9 @@ def _listed(pattern: str) -> set[str] | None:
     for one in alternatives:
         atoms = list(_ATOM.finditer(one))
         choices = [atom["class"] or atom["escaped"] or atom["plain"] for atom in atoms]
-        if "".join(atom[0] for atom in atoms) != one or math.prod(map(len, choices)) > MAX_LISTED:
+        if "".join(atom[0] for atom in atoms) != one or math.prod(map(len, choices)) > most:
+            return None
+        if len(listed) > most:
             return None
         listed |= {"".join(name) for name in itertools.product(*choices)}
     return listed

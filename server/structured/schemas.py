@@ -118,7 +118,9 @@ class _Rewriter:
         narrow_bounds(new, met=self.document.is_met)
         for rule in (_counts, _items, _remarks, _unevaluated, _format):
             rule(new)
-        listed_patterns(new)
+        listed_patterns(
+            new, lambda key, name: isinstance(one := schema[key][name], dict) and self.document.is_named(one)
+        )
         if not exact:
             _keys(new)
             _numbers_or_text(new)

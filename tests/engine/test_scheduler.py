@@ -562,6 +562,18 @@ def test_a_group_that_takes_hardly_longer_than_its_first_row_is_filled() -> None
     assert np.mean(taken) > 2.8
 
 
+@pytest.mark.parametrize("fixed", [0.5, 0.9, 1.05, 1.2])
+def test_where_scoring_costs_much_whatever_the_number_many_are_scored(fixed: float) -> None:
+    """Just above two ordinary steps four rows were scored in the time of a hundred and sixty."""
+    pace, taken = known_stream(), list[int]()
+    for rows in (1, 2, 4, 8, 16, 32, 128):
+        pace.times.add(Rows(rows + 1, rows, rows, 100), ORDINARY_S * (1 + fixed + rows * 0.001))
+    for _ in range(50):
+        taken.append(pace.most_scored(512, 100, 1))
+        pace.times.add(Rows(taken[-1] + 1, taken[-1], taken[-1], 100), ORDINARY_S * (1 + fixed + taken[-1] * 0.001))
+    assert min(taken) >= 28
+
+
 @pytest.mark.parametrize("late", ["the last dozen", "all, by other processes"])
 def test_ordinary_steps_that_were_late_make_scored_rows_no_more(late: str) -> None:
     """A worker had read the prompt's body: with 71 ms for an ordinary step of 19, steps of 32 scored rows took 14."""

@@ -297,7 +297,7 @@ def test_a_body_that_is_no_json_object_is_a_bad_request(
 FORM = "application/x-www-form-urlencoded"
 
 
-@pytest.mark.parametrize("kind", [None, FORM, "text/plain; charset=utf-8", "application/json"])
+@pytest.mark.parametrize("kind", [None, FORM, "text/plain; charset=utf-8", "text/json", "application/json"])
 @pytest.mark.parametrize("origin", [None, "null", "http://evil.example"])
 def test_only_browsers_must_say_that_a_body_is_json(http: httpx.Client, kind: str | None, origin: str | None) -> None:
     """`curl -d` says that it is a form, and the examples of others' documentation say nothing else; a page of another

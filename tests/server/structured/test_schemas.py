@@ -418,6 +418,43 @@ def test_says_the_same_or_less(schema: Any, good: list[str], bad: list[str]) -> 
     assert [text for text in bad if accepts(matcher, text)] == []
 
 
+def listing(properties: dict[str, Any], **patterns: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "patternProperties": {f"^({names.replace('_', '|')})$": one for names, one in patterns.items()},
+        "additionalProperties": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("properties", "pattern"),
+    [
+        ({"a": {"type": "integer"}, "b": {"$ref": "#/properties/a"}}, {"minimum": 5}),
+        ({"a": {}, "b": {"$ref": "#/patternProperties/%5E(a)$"}}, {"type": "integer"}),
+        ({"a": {"type": "integer"}, "b": {}}, {"$ref": "#/properties/a"}),
+    ],
+)
+def test_a_reference_to_what_a_pattern_says_more_of_is_refused(properties: Any, pattern: Any) -> None:
+    """With the pattern's bound in it the property meant another thing to whoever names it."""
+    with pytest.raises(Unenforceable, match=r"\$defs"):
+        enforceable(listing(properties, a=pattern))
+
+
+def test_what_references_name_within_a_listed_property_stays() -> None:
+    inner = {"type": "object", "properties": {"c": {"type": "integer"}}, "additionalProperties": False}
+    grammar = compiled(listing({"a": inner, "b": {"$ref": "#/properties/a/properties/c"}}, a={"minProperties": 1}))
+    assert accepts(grammar, '{"a":{"c":1},"b":2}')
+    assert not accepts(grammar, '{"a":{"c":1},"b":"x"}')
+
+
+def test_many_patterns_say_more_of_one_property() -> None:
+    """A list of them: each within the one before, they nested too deep to be compiled."""
+    names = {"a": {"type": "integer"}} | {f"b{n}": {"type": "null"} for n in range(200)}
+    grammar = compiled(listing(names, **{f"a_b{n}": {} for n in range(200)}))
+    assert accepts(grammar, '{"a":1,"b7":null}')
+
+
 @pytest.mark.parametrize("pattern", ["^a$", "^(a|b)$", "^(?:b)$", "^[ab]$", "^a$|^b$", r"^\-$", "^c$", "^a", "a$"])
 def test_a_name_may_follow_where_a_comma_may(pattern: str) -> None:
     """What a pattern lists had its property already, and then there was no name to go on with."""
