@@ -104,7 +104,7 @@ async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    if _is_encoded(request):
+    if is_encoded(request):
         return error_response(_encoded(request))
     kind = media_type(request)
     if not is_json(kind) and tuple(error.errors()[0]["loc"]) == ("body",):
@@ -137,7 +137,7 @@ def is_json(kind: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-def _is_encoded(request: Request) -> bool:
+def is_encoded(request: Request) -> bool:
     """Whether the body is said to be compressed."""
     return request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity")
 

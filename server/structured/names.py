@@ -24,8 +24,8 @@ def listed_patterns(schema: Schema, is_named: Callable[[str, str], bool]) -> Non
     given, patterns = schema.get("properties"), schema.get("patternProperties")
     if not isinstance(given, dict) or not isinstance(patterns, dict):
         return
-    listed = {pattern: names for pattern in patterns if (names := _listed(pattern, len(given))) is not None}
-    listed = {pattern: names for pattern, names in listed.items() if names <= given.keys()}
+    known = {pattern: _listed(pattern, len(given)) for pattern in patterns}
+    listed = {pattern: names for pattern, names in known.items() if names is not None and names <= given.keys()}
     more: dict[str, list[Any]] = {}
     for pattern, names in listed.items():
         for name in names:

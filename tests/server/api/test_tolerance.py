@@ -845,3 +845,15 @@ def test_numbers_that_are_none_are_refused_as_such(http: httpx.Client, path: str
     reply = http.post(path, content=f'{prompt[:-1]}, "temperature": {number}}}')
     assert (reply.status_code, "mean the same" in reply.text) == (400, False)
     assert re.search("temperature: Input should be (a finite number|less than)", reply.text), reply.text
+
+
+def test_an_option_that_is_null_leaves_the_one_beside_it() -> None:
+    """It was told as two that differ, though null asks for nothing."""
+    body = OllamaGenerateRequest.model_validate({"prompt": "a", "temperature": 0.5, "options": {"temperature": None}})
+    assert body.options is not None
+    assert body.options.temperature == 0.5
+    other = OllamaGenerateRequest.model_validate({"prompt": "a", "temperature": None, "options": {"temperature": 0.5}})
+    assert other.options is not None
+    assert other.options.temperature == 0.5
+    with pytest.raises(InvalidRequest, match="mean the same"):
+        OllamaGenerateRequest.model_validate({"prompt": "a", "temperature": 1, "options": {"temperature": 0.5}})

@@ -103,12 +103,12 @@ class OllamaFields(RunFields):
         if not isinstance(data, dict) or not isinstance(inside, dict | None):
             return data
         names = ({*Options.model_fields, *Options.synonyms} - cls.model_fields.keys()) & data.keys()
-        beside = {name: data[name] for name in sorted(names)}
+        beside = {name: data[name] for name in sorted(names) if data[name] is not None}
         for name, value in beside.items():
-            if value is not None and inside and name in inside and inside[name] != value:
+            if (inside or {}).get(name) not in (None, value):
                 raise InvalidRequest(f"'{name}' and 'options.{name}' mean the same: give one of them", param=name)
         rest = {name: value for name, value in data.items() if name not in names}
-        return {**rest, "options": {**beside, **(inside or {})}} if beside else data
+        return {**rest, "options": {**(inside or {}), **beside}} if names else data
 
     @property
     def num_logprobs(self) -> int | None:
