@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from re import _parser as parser  # type: ignore[attr-defined]  # the one reader of patterns that Python has
 from typing import Any
 
 from prerope.server.structured.document import Schema
 from prerope.server.structured.values import Unenforceable
 
-_GROUPED = re.compile(r"\^\((?:\?:)?([^()]*)\)\$")
-_ATOM = re.compile(r"\[(?P<class>[^]^\\[-]+)]|\\(?P<escaped>[^A-Za-z0-9])|(?P<plain>[^]\\^$.|?*+()[{}])")
+_SET_NOTATION = re.compile(r"&&|--|~~|\[[^]]*\[")
+"""What Rust reads as sets of characters, and Python as characters."""
+
+_CLASSES = {"CATEGORY_DIGIT": string.digits, "CATEGORY_WORD": string.ascii_letters + string.digits + "_"}
+_ANCHORS = {"AT_BEGINNING": "^", "AT_END": "$"}
+
+MAX_PATTERN = 4_096
+"""Characters of a pattern that is looked into."""
+
+MAX_WORK = 16
+"""Characters that are put together to tell what a pattern lists, for each one of its own and of the names."""
 
 
 def listed_patterns(schema: Schema, is_named: Callable[[str, str], bool]) -> None:
@@ -24,8 +34,8 @@ def listed_patterns(schema: Schema, is_named: Callable[[str, str], bool]) -> Non
     given, patterns = schema.get("properties"), schema.get("patternProperties")
     if not isinstance(given, dict) or not isinstance(patterns, dict):
         return
-    known = {pattern: _listed(pattern, len(given)) for pattern in patterns}
-    listed = {pattern: names for pattern, names in known.items() if names is not None and names <= given.keys()}
+    known = {pattern: listed_names(pattern, given) for pattern in patterns}
+    listed = {pattern: names for pattern, names in known.items() if names is not None}
     more: dict[str, list[Any]] = {}
     for pattern, names in listed.items():
         for name in names:
@@ -68,19 +78,98 @@ def name_pattern(names: Schema, *, exact: bool) -> str | None:
     return None
 
 
-def _listed(pattern: str, most: int) -> set[str] | None:
-    """The names that a pattern lists, as ^(a|b)$, ^a$|^b$ and ^[ab]$ do; None for one that does not, or lists more."""
-    grouped = _GROUPED.fullmatch(pattern)
-    if grouped is None and not (pattern.startswith("^") and pattern.endswith("$")):
+def listed_names(pattern: str, given: Iterable[str]) -> set[str] | None:
+    """The names that match a pattern, as a and aa do `^a{1,2}$`. None where they may be others than the given."""
+    names = frozenset(given)
+    if len(pattern) > MAX_PATTERN or _SET_NOTATION.search(pattern):
         return None
-    alternatives = grouped[1].split("|") if grouped else pattern[1:-1].split("$|^")
-    listed: set[str] = set()
-    for one in alternatives:
-        atoms = list(_ATOM.finditer(one))
-        choices = [atom["class"] or atom["escaped"] or atom["plain"] for atom in atoms]
-        if "".join(atom[0] for atom in atoms) != one or math.prod(map(len, choices)) > most:
-            return None
-        if len(listed) > most:
-            return None
-        listed |= {"".join(name) for name in itertools.product(*choices)}
-    return listed
+    work = MAX_WORK * (len(pattern) + sum(len(name) + 1 for name in names))
+    known = _Known(names, max(map(len, names), default=0) + len(_ANCHORS), work)
+    try:
+        tree = parser.parse(pattern)
+        return None if tree.state.flags != re.UNICODE.value else known.whole(known.sequence(tree))
+    except (_Other, re.error, RecursionError, OverflowError):
+        return None
+
+
+class _Other(Exception):
+    """A pattern matches a name that is not known, or it is too much work to tell."""
+
+
+_Text = tuple[str, ...]
+"""Characters, and the anchors, each written twice."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """Reads parts of a parsed pattern as the sets of texts that they match, no more and no longer than `names`."""
+
+    names: frozenset[str]
+    longest: int
+    """Of the names, with both anchors."""
+    work: int
+    """What is left of it."""
+
+    def whole(self, texts: set[_Text]) -> set[str]:
+        """The names among texts that are anchored at both ends."""
+        found = {"".join(text[1:-1]) for text in texts if text[:1] == ("^^",) and text[-1:] == ("$$",)}
+        if len(found) < len(texts) or not found <= self.names:
+            raise _Other
+        return found
+
+    def sequence(self, tree: Iterable[tuple[Any, Any]]) -> set[_Text]:
+        texts: set[_Text] = {()}
+        for kind, value in tree:
+            texts = self._joined(texts, self._part(str(kind), value))
+        return texts
+
+    def _part(self, kind: str, value: Any) -> set[_Text]:
+        match kind, value:
+            case "LITERAL", code:
+                return {(chr(code),)}
+            case "IN", choices:
+                return {(char,) for choice in choices for char in self._chars(*choice)}
+            case "BRANCH", (_, branches):
+                return set().union(*map(self.sequence, branches))
+            case "SUBPATTERN", (_, 0, 0, inner):
+                return self.sequence(inner)
+            case "MAX_REPEAT" | "MIN_REPEAT", (least, most, inner):
+                return self._repeated(self.sequence(inner), int(least), int(most))
+            case "AT", anchor if str(anchor) in _ANCHORS:
+                return {(_ANCHORS[str(anchor)] * 2,)}
+        raise _Other
+
+    def _chars(self, kind: Any, value: Any) -> Iterable[str]:
+        match str(kind), value:
+            case "LITERAL", code:
+                return chr(code)
+            case "RANGE", (first, last) if last - first <= len(self.names):
+                return map(chr, range(first, last + 1))
+            case "CATEGORY", name if str(name) in _CLASSES:
+                return _CLASSES[str(name)]
+        raise _Other
+
+    def _repeated(self, once: set[_Text], least: int, most: int) -> set[_Text]:
+        texts: set[_Text] = {()}
+        found = set(texts) if least == 0 else set()
+        for count in range(1, most + 1):
+            longer = self._joined(texts, once)
+            is_last = longer == texts  # and so are all that follow
+            texts = longer
+            if is_last or count >= least:
+                found = self._bounded(found | texts)
+            if is_last:
+                break
+        return found
+
+    def _joined(self, firsts: set[_Text], seconds: set[_Text]) -> set[_Text]:
+        return self._bounded(first + second for first in firsts for second in seconds)
+
+    def _bounded(self, texts: Iterable[_Text]) -> set[_Text]:
+        found: set[_Text] = set()
+        for text in texts:
+            found.add(text)
+            self.work -= len(text) + 1
+            if len(found) > len(self.names) or len(text) > self.longest or self.work < 0:
+                raise _Other
+        return found

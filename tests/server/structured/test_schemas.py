@@ -455,7 +455,22 @@ def test_many_patterns_say_more_of_one_property() -> None:
     assert accepts(grammar, '{"a":1,"b7":null}')
 
 
-@pytest.mark.parametrize("pattern", ["^a$", "^(a|b)$", "^(?:b)$", "^[ab]$", "^a$|^b$", r"^\-$", "^c$", "^a", "a$"])
+LISTS = (
+    "^a$",
+    "^(a|b)$",
+    "^(?:b)$",
+    "^[ab]$",
+    "^[a-b]$",
+    "^a$|^b$",
+    "^a{1}$",
+    "^(a$|b$)",
+    r"^\-$",
+    r"^\x61$",
+    r"^((b))$",
+)
+
+
+@pytest.mark.parametrize("pattern", [*LISTS, "^c$", "^a", "a$", "^a?$", "^[a-c]$"])
 def test_a_name_may_follow_where_a_comma_may(pattern: str) -> None:
     """What a pattern lists had its property already, and then there was no name to go on with."""
     integer = {"type": "integer"}
