@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from prerope.server.api.dialects.lowering.others import AnyGenerateRequest, SglangRequest, TgiRequest
 from prerope.server.api.dialects.others import other_dialect
-from prerope.server.api.dialects.requests.others import AnyGenerateRequest, SglangRequest, TgiRequest
 from prerope.server.api.logprobs import generate_logprobs, vllm_prompt_logprobs
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.requests.schemas import GenerateRequest

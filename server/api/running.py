@@ -36,11 +36,11 @@ from prerope.server.api.errors import is_encoded, is_json, media_type
 from prerope.server.api.fairness import TooLong, current_hold, cut_off, turn
 from prerope.server.api.openai.schemas import CompletionRequest
 from prerope.server.api.requests.body import RequestBody, current_report, in_words_of
+from prerope.server.api.requests.constraints import compiled
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.reading import Prepared, Read, read_body
 from prerope.server.api.requests.schemas import GenerateRequest
-from prerope.server.api.requests.structured import compiled
 from prerope.server.api.requests.task import Pieces, ReadTask
 from prerope.server.api.stream.generation import Generation, while_connected
 from prerope.server.engine.limits import check_documents, check_sequences

@@ -17,10 +17,10 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
-from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
-from prerope.server.api.dialects.requests.others import TgiRequest
-from prerope.server.api.dialects.requests.responses import ResponsesRequest
+from prerope.server.api.dialects.lowering.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.dialects.lowering.ollama import OllamaChatRequest, OllamaGenerateRequest, ShowRequest
+from prerope.server.api.dialects.lowering.others import TgiRequest
+from prerope.server.api.dialects.lowering.responses import ResponsesRequest
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests.body import RequestBody
 from prerope.server.api.requests.schemas import GenerateRequest, MapRequest

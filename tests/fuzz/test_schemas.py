@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.matcher import CompiledGrammar
-from prerope.server.structured.schemas import enforceable
+from prerope.server.structured.rewrite import enforceable
 from prerope.server.structured.values import Unenforceable
 
 from tests.fuzz.budget import budget
-from tests.server.structured.test_schemas import allowed, compiled_text
+from tests.server.structured.test_rewrite import allowed, compiled_text
 
 TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
 NAMES = ("a", "b", "ab", "k", "é", 'a"b', "x1")

@@ -19,7 +19,7 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.structured.compile import differing_parts, new_matcher
 from prerope.server.structured.matcher import CompiledGrammar
-from prerope.server.structured.schemas import enforceable
+from prerope.server.structured.rewrite import enforceable
 from prerope.server.structured.text import GrammarText
 from prerope.server.structured.unique.mask import SPECIAL, vocabulary
 from prerope.server.structured.values import Unenforceable

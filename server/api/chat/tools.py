@@ -27,12 +27,12 @@ from prerope.server.api.chat.template import template_text
 from prerope.server.api.chat.tool_choice import ToolChoice, ToolChoiceField
 from prerope.server.api.chat.xml_calls import Types, types_of
 from prerope.server.api.requests.body import RequestBody, Text
+from prerope.server.api.requests.constraints import quoted, schema_text
 from prerope.server.api.requests.foreign import FUNCTION, TOOL, Foreign
-from prerope.server.api.requests.structured import quoted, schema_text
 from prerope.server.api.requests.wording import json_type
 from prerope.server.errors import InvalidRequest
-from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.text import GrammarText, Within, json_options
+from prerope.server.structured.versions import as_drafted
 from prerope.server.tokenizer import Tokenizer
 from pydantic import BeforeValidator, Field, model_validator
 

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from prerope.server.api.chat.parts import ArgumentsPart, CallPart, ChatReply, ReasoningPart, TextPart
 from prerope.server.api.chat.replies import chat_reply
 from prerope.server.api.dialects.common import chat_events, check_complete
-from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.dialects.lowering.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import ReadyService, Running, body_of, start
 from prerope.server.api.stream.generation import read_all, while_connected

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from prerope.server.api.dialects.requests.items import Page
+from prerope.server.api.dialects.lowering.items import Page
 from prerope.server.api.fairness import current_hold
 from prerope.server.api.requests.task import Pieces
 from prerope.server.api.running import SMALL_BYTES, ReadyService

@@ -17,7 +17,7 @@ from prerope.server.api.dialects.common import (
     chat_events,
     check_complete,
 )
-from prerope.server.api.dialects.requests.ollama import (
+from prerope.server.api.dialects.lowering.ollama import (
     OllamaChatRequest,
     OllamaFields,
     OllamaGenerateRequest,

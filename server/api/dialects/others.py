@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
-from prerope.server.api.dialects.requests.others import SglangRequest, TgiRequest
+from prerope.server.api.dialects.lowering.others import SglangRequest, TgiRequest
 from prerope.server.api.logprobs import finite
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import ReadyService, Running, body_of, start

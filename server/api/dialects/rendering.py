@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 from prerope.server.api.dialects.kept_responses import with_history
-from prerope.server.api.dialects.requests.anthropic import MessagesRequest
-from prerope.server.api.dialects.requests.responses import ResponsesRequest
+from prerope.server.api.dialects.lowering.anthropic import MessagesRequest
+from prerope.server.api.dialects.lowering.responses import ResponsesRequest
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests.reading import Read
 from prerope.server.api.running import ReadyService, body_of, checked, engine_requests, new_id

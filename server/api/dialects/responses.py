@@ -11,7 +11,7 @@ from prerope.server.api.chat.parts import ArgumentsPart, Call, CallPart, ChatRep
 from prerope.server.api.chat.replies import chat_reply
 from prerope.server.api.dialects.common import chat_events, check_complete
 from prerope.server.api.dialects.kept_responses import keep, with_history
-from prerope.server.api.dialects.requests.responses import ResponsesRequest
+from prerope.server.api.dialects.lowering.responses import ResponsesRequest
 from prerope.server.api.fairness import current_hold
 from prerope.server.api.logprobs import chat_logprobs
 from prerope.server.api.requests.reading import Read

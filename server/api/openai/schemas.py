@@ -12,6 +12,7 @@ from prerope.server.api.chat.documents import ChatDocumentFields
 from prerope.server.api.chat.messages import MAX_MESSAGES, Messages
 from prerope.server.api.chat.tools import ToolFields
 from prerope.server.api.requests.body import RequestBody, Text
+from prerope.server.api.requests.constraints import OpenAIConstraints
 from prerope.server.api.requests.foreign import CHAT, STREAM_OPTIONS, Foreign
 from prerope.server.api.requests.internal import Beams, Chat, GenerationRequest, Prompt
 from prerope.server.api.requests.schemas import (
@@ -24,7 +25,6 @@ from prerope.server.api.requests.schemas import (
     asks_for_reply,
     prompts_of,
 )
-from prerope.server.api.requests.structured import OpenAIConstraints
 from prerope.server.api.requests.thinking import ThinkingFields
 from prerope.server.errors import InvalidRequest
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator

@@ -12,11 +12,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from prerope.rope.spec import ALIASES, MAX_GROUP, METHOD_NAMES, RopeSpec
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text, token_ids, unicode_text
+from prerope.server.api.requests.constraints import GenerateConstraints
 from prerope.server.api.requests.documents import DocumentFields
 from prerope.server.api.requests.fields import IDS_SCHEMA, AllowedTokenIds, BadWords, LogitBias, Stop, StopTokenIds
 from prerope.server.api.requests.foreign import BODY, Foreign
 from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
-from prerope.server.api.requests.structured import GenerateConstraints
 from prerope.server.api.requests.wording import MAX_SHOWN, json_type, shown_number
 from prerope.server.errors import InvalidRequest
 from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema, model_validator

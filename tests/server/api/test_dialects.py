@@ -17,7 +17,7 @@ import pytest
 from anthropic.types.beta.message_count_tokens_params import MessageCountTokensParams as CountParams
 from anthropic.types.beta.message_create_params import MessageCreateParamsStreaming as MessageParams
 from huggingface_hub import InferenceClient
-from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.dialects.lowering.anthropic import CountTokensRequest, MessagesRequest
 from prerope.server.api.errors import instead_of
 
 from tests.tiers import every

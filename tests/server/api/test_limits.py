@@ -21,7 +21,7 @@ import httpx
 import pytest
 from prerope.server.api import keys as auth_keys
 from prerope.server.api.dialects.kept_responses import with_history
-from prerope.server.api.dialects.requests.responses import ResponsesRequest
+from prerope.server.api.dialects.lowering.responses import ResponsesRequest
 from prerope.server.api.fairness import Allowance, Hold
 from prerope.server.api.keys import KeyRing
 from prerope.server.api.middleware import ABORT

@@ -20,11 +20,11 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 from openai.types.responses import ResponseIncludable
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming as ResponseParams
 from prerope.server.api.chat.tool_choice import ToolChoice
-from prerope.server.api.dialects.requests.anthropic import CountTokensRequest, MessagesRequest
-from prerope.server.api.dialects.requests.items import Page
-from prerope.server.api.dialects.requests.ollama import OllamaChatRequest, OllamaFields, OllamaGenerateRequest, Options
-from prerope.server.api.dialects.requests.others import AnyGenerateRequest, SglangRequest, TgiRequest
-from prerope.server.api.dialects.requests.responses import INCLUDED, ResponsesRequest
+from prerope.server.api.dialects.lowering.anthropic import CountTokensRequest, MessagesRequest
+from prerope.server.api.dialects.lowering.items import Page
+from prerope.server.api.dialects.lowering.ollama import OllamaChatRequest, OllamaFields, OllamaGenerateRequest, Options
+from prerope.server.api.dialects.lowering.others import AnyGenerateRequest, SglangRequest, TgiRequest
+from prerope.server.api.dialects.lowering.responses import INCLUDED, ResponsesRequest
 from prerope.server.api.openai.schemas import ChatRequest, CompletionRequest
 from prerope.server.api.requests import foreign
 from prerope.server.api.requests.body import HEADER, reporting

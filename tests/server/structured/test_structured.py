@@ -30,7 +30,7 @@ from prerope.server.models.checkpoint import Checkpoint
 from prerope.server.structured import compile as compiling
 from prerope.server.structured.grammars import Grammars
 from prerope.server.structured.matcher import CompiledGrammar
-from prerope.server.structured.schemas import enforceable
+from prerope.server.structured.rewrite import enforceable
 from prerope.server.structured.text import MAX_GRAMMAR_CHARS, GrammarText
 from prerope.server.tokenizer import TextStream, Tokenizer
 from prerope.server.workers.lanes import LANES

@@ -18,7 +18,7 @@ from prerope.server.api.requests.wording import MAX_SHOWN, json_type
 from prerope.server.errors import InvalidRequest
 from prerope.server.nesting import nests_deeper
 from prerope.server.structured.matcher import CompiledGrammar
-from prerope.server.structured.schemas import enforceable
+from prerope.server.structured.rewrite import enforceable
 from prerope.server.structured.text import GrammarText, json_text, too_deep
 from prerope.server.structured.values import Unenforceable
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator

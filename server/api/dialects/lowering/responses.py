@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tool_choice import tool_choice
 from prerope.server.api.chat.tools import Tool
-from prerope.server.api.dialects.requests.common import (
+from prerope.server.api.dialects.lowering.common import (
     call,
     function_tool,
     json_schema,
@@ -21,10 +21,10 @@ from prerope.server.api.dialects.requests.common import (
 )
 from prerope.server.api.openai.schemas import OpenAIFields
 from prerope.server.api.requests.body import RequestBody, Text, Verbatim, current_report
+from prerope.server.api.requests.constraints import OpenAIConstraints, only_one
 from prerope.server.api.requests.foreign import BODY, FREE_TOOL, HINT, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest
 from prerope.server.api.requests.schemas import ALL_THAT_FIT, MAX_LOGPROBS, MaxTokens, SamplingFields
-from prerope.server.api.requests.structured import OpenAIConstraints, only_one
 from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.api.requests.wording import MAX_SHOWN, json_type
 from prerope.server.errors import InvalidRequest

@@ -10,7 +10,7 @@ from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.replayed import tell_of_the_rest
 from prerope.server.api.chat.tool_choice import ToolChoice
 from prerope.server.api.chat.tools import Tool
-from prerope.server.api.dialects.requests.common import (
+from prerope.server.api.dialects.lowering.common import (
     begins_reply,
     call,
     function_tool,
@@ -24,11 +24,11 @@ from prerope.server.api.dialects.requests.common import (
 )
 from prerope.server.api.openai.schemas import OpenAIFields
 from prerope.server.api.requests.body import INT32_MAX, RequestBody, Text
+from prerope.server.api.requests.constraints import OpenAIConstraints, only_one
 from prerope.server.api.requests.documents import REREAD_FIELD, Attention, DocumentReading
 from prerope.server.api.requests.foreign import DIALECT, OF_A_REPLY, Foreign, hints, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Sampling
 from prerope.server.api.requests.schemas import CUT_FIELD, SIDE_FIELD, SamplingFields, truncation
-from prerope.server.api.requests.structured import OpenAIConstraints, only_one
 from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText

@@ -7,7 +7,7 @@ from typing import Any
 
 from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.tools import Tool
-from prerope.server.api.requests.structured import schema_grammar
+from prerope.server.api.requests.constraints import schema_grammar
 from prerope.server.api.requests.wording import MAX_SHOWN, json_type
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText

@@ -31,8 +31,8 @@ from prerope.server.errors import InvalidRequest
 from prerope.server.structured.compile import differing_parts, new_matcher
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.matcher import CompiledGrammar, TokenMatcher
+from prerope.server.structured.rewrite import enforceable
 from prerope.server.structured.rules import check_rules
-from prerope.server.structured.schemas import enforceable
 from prerope.server.structured.text import GrammarText
 from prerope.server.structured.unique.items import MARK
 from prerope.server.structured.values import Unenforceable

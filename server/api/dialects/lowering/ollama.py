@@ -10,7 +10,7 @@ from prerope.server.api.chat.messages import Message
 from prerope.server.api.chat.replayed import results_apart
 from prerope.server.api.chat.tool_choice import ToolChoiceField
 from prerope.server.api.chat.tools import Tool
-from prerope.server.api.dialects.requests.common import (
+from prerope.server.api.dialects.lowering.common import (
     begins_reply,
     call,
     json_schema,
@@ -20,11 +20,11 @@ from prerope.server.api.dialects.requests.common import (
     text_of,
 )
 from prerope.server.api.requests.body import RequestBody, Text
+from prerope.server.api.requests.constraints import ResponseFormat, only_one
 from prerope.server.api.requests.fields import Stop
 from prerope.server.api.requests.foreign import DIALECT, HINT, IGNORED, Foreign, ignored
 from prerope.server.api.requests.internal import Chat, GenerationRequest, Output, Prompt, Sampling
 from prerope.server.api.requests.schemas import MAX_LOGPROBS, RunFields
-from prerope.server.api.requests.structured import ResponseFormat, only_one
 from prerope.server.api.requests.thinking import effort_kwargs
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText

@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from prerope.server.api.requests.body import Other, RequestBody, Text
-from prerope.server.api.requests.fields import LogitBias, Stop
-from prerope.server.api.requests.foreign import DIALECT, Foreign, ignored, refused
-from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
-from prerope.server.api.requests.schemas import GenerateRequest, prompts_of
-from prerope.server.api.requests.structured import (
+from prerope.server.api.requests.constraints import (
     JsonSchemaOrText,
     lark_grammar,
     only_one,
@@ -18,6 +14,10 @@ from prerope.server.api.requests.structured import (
     regex_grammar,
     schema_grammar,
 )
+from prerope.server.api.requests.fields import LogitBias, Stop
+from prerope.server.api.requests.foreign import DIALECT, Foreign, ignored, refused
+from prerope.server.api.requests.internal import GenerationRequest, Output, Prompt, Sampling, Truncation
+from prerope.server.api.requests.schemas import GenerateRequest, prompts_of
 from prerope.server.errors import InvalidRequest
 from prerope.server.structured.text import GrammarText
 from pydantic import Field, PrivateAttr, model_validator

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prerope.server.structured.document import APPLICATORS, LISTS, MAPS, ONE, REMARKS, VALUES, Document, Schema
-from prerope.server.structured.drafts import as_drafted
 from prerope.server.structured.finite import check_finite
 from prerope.server.structured.formats import format_schema
 from prerope.server.structured.names import listed_patterns, name_pattern
@@ -24,6 +23,7 @@ from prerope.server.structured.sets import Disjoint, enumerated
 from prerope.server.structured.unique.items import MANY, MARK, NAMES, Items, items_of
 from prerope.server.structured.unique.places import Places
 from prerope.server.structured.values import Unenforceable, distinct, holds_control, looks_around, unsigned_zeros
+from prerope.server.structured.versions import as_drafted
 
 LETTERS = 'nrbtf\\"'
 """Of the escapes in strings; `u`, for control characters that have no letter, is not among them. llguidance lets any
