@@ -129,10 +129,10 @@ def settle(case: Any) -> None:
     for name in ("prompt", "tokens", "stop_token_ids"):
         body[name] = small(body[name]) if name in body else None
     messages = body.get("messages") if LARGE.count(case.path) else None  # elsewhere they may be empty, and no more
-    for message in messages or ():
+    for message in filter(lambda one: isinstance(one, dict), messages if isinstance(messages, list) else ()):
         for name in ("tool_calls", "tool_call_id"):
             message.pop(name, None)
-        message["role"] = "user" if message["role"] == "tool" else message["role"]
+        message["role"] = "user" if message.get("role") == "tool" else message.get("role")
         if not isinstance(message.get("content"), str):
             message["content"] = "said"
     for name in AT_ODDS:

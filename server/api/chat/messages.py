@@ -177,22 +177,25 @@ class Message(RequestBody):
     name: Text | None = Field(None, max_length=256)
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_PARTS)
     tool_call_id: CallId | None = None
-    reasoning_content: Text | None = Field(None, description="What the assistant thought: for the chat template.")
+    reasoning_content: Annotated[Text | None, WithJsonSchema({})] = Field(
+        None, description="What the assistant thought, for the chat template; ignored in its messages if it is no text."
+    )
     prefix: bool | None = Field(None, description="Of the last message: the reply goes on with it (Mistral, DeepSeek).")
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """`content` may be missing where an assistant or a tool said nothing."""
+        """`content` may be missing where an assistant or a tool said nothing, and what else theirs hold is ignored."""
         schema = super().__get_pydantic_json_schema__(core_schema, handler)
         body = handler.resolve_ref_schema(schema)
         body["required"] = [name for name in body["required"] if name != "content"]
+        body["additionalProperties"] = {"description": "Ignored in what an assistant or a tool said; else to be empty."}
         return schema
 
     @model_validator(mode="before")
     @classmethod
     def _as_it_was_answered(cls, data: Any) -> Any:
         """What replies of this API and of others hold, see `replayed`."""
-        return replayed(data, {*cls._names(), *cls.foreign}) if isinstance(data, dict) else data
+        return replayed(data, {*cls._names(), *cls.foreign, *cls.synonyms}) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _roles_of_tool_fields(self) -> Message:

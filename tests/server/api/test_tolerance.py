@@ -794,6 +794,9 @@ def test_a_reply_goes_on_with_the_last_message(http: httpx.Client) -> None:
     assert text.endswith("<|im_start|>assistant\nThe answer is")
     reply = answered(http.post(CHAT, json={**USER, **told, "return_token_ids": True, "add_generation_prompt": False}))
     assert reply["prompt_token_ids"] == ids
+    for name in ("prefix", "partial"):  # Mistral's and DeepSeek's, Moonshot's and DashScope's
+        asked = {"messages": [messages[0], {**messages[1], name: True}]}
+        assert answered(http.post("/tokenize", json=asked))["tokens"] == ids
     both = http.post(CHAT, json={**USER, **told, "add_generation_prompt": True})
     assert both.json()["error"]["param"] == "continue_final_message"
 
