@@ -15,6 +15,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prerope.server.api.requests.body import COMPRESSED, JSON, kind_of_body
 from prerope.server.api.requests.wording import SHOWN_CHARS, first_invalid
 from prerope.server.errors import (
     BodiesFull,
@@ -104,10 +105,10 @@ async def _on_request_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    if is_encoded(request):
+    kind = kind_of_body(request.headers)
+    if kind == COMPRESSED:
         return error_response(_encoded(request))
-    kind = media_type(request)
-    if not is_json(kind) and tuple(error.errors()[0]["loc"]) == ("body",):
+    if kind != JSON and tuple(error.errors()[0]["loc"]) == ("body",):
         given = f"not {kind[:SHOWN_CHARS]}" if kind else "which is missing"
         return error_response(
             InvalidRequest(f"The body must be JSON, sent with Content-Type: application/json, {given}.")
@@ -126,20 +127,6 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     message = known or messages.get(error.status_code, str(error.detail))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": "not_served" if known else None}
     return _ErrorReply({"error": body}, 404 if known else error.status_code, error.headers or {})
-
-
-def media_type(request: Request) -> str:
-    """What the body is said to be; empty where nothing is said."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def is_json(kind: str) -> bool:
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-
-
-def is_encoded(request: Request) -> bool:
-    """Whether the body is said to be compressed."""
-    return request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity")
 
 
 def _encoded(request: Request) -> RequestError:

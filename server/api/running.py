@@ -32,10 +32,9 @@ from prerope.rope.spec import RopeSpec
 from prerope.server.api.beams import BeamSearch, check_search
 from prerope.server.api.chat.reasoning import ends_within_thoughts
 from prerope.server.api.chat.tools import ToolUse
-from prerope.server.api.errors import is_encoded, is_json, media_type
 from prerope.server.api.fairness import TooLong, current_hold, cut_off, turn
 from prerope.server.api.openai.schemas import CompletionRequest
-from prerope.server.api.requests.body import RequestBody, current_report, in_words_of
+from prerope.server.api.requests.body import COMPRESSED, JSON, RequestBody, current_report, in_words_of, kind_of_body
 from prerope.server.api.requests.constraints import compiled
 from prerope.server.api.requests.documents import TokenizedPrompt
 from prerope.server.api.requests.internal import Chat, GenerationRequest
@@ -127,8 +126,8 @@ def _little(pieces: Pieces) -> bytes | None:
 def _check_kind(request: Request) -> None:
     """JSON, not compressed. What browsers send is to be called so, too: pages of other sites may send text unasked, but
     not this type. Others, such as `curl -d`, need not say what it is."""
-    by_browser = "origin" in request.headers or "sec-fetch-site" in request.headers
-    if is_encoded(request) or (by_browser and not is_json(media_type(request))):
+    kind, by_browser = kind_of_body(request.headers), "origin" in request.headers or "sec-fetch-site" in request.headers
+    if kind == COMPRESSED or (by_browser and kind != JSON):
         complaint = {"type": "dict_type", "loc": ("body",), "msg": "The body must be a JSON object.", "input": None}
         raise RequestValidationError([complaint])
 

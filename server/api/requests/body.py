@@ -84,6 +84,7 @@ def reporting(*, strict: bool) -> Iterator[Report]:
 
 INT32_MAX = 2**31 - 1
 
+JSON, COMPRESSED = "json", "compressed"
 MAX_DEPTH = 128
 """Lists and objects within each other, in a body and in JSON that a text of it holds. What is done with them follows
 them by recursion, a few calls a level, and Python takes a thousand of those."""
@@ -288,6 +289,14 @@ def _nullable(field: JsonSchemaValue, left_out: tuple[object, ...]) -> JsonSchem
     """The schema of a field that may also be null or empty; what is said about the field stays outside."""
     said: JsonSchemaValue = {name: field[name] for name in ("title", "description", "default") if name in field}
     return {"anyOf": [{k: v for k, v in field.items() if k not in said}, {"enum": [None, *left_out]}], **said}
+
+
+def kind_of_body(headers: Mapping[str, str]) -> str:
+    """JSON, COMPRESSED, or what else a body is said to be; empty where nothing is said."""
+    if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        return COMPRESSED
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return JSON if kind.startswith("application/") and kind.endswith(("/json", "+json")) else kind
 
 
 def unicode_text(value: Any, param: str) -> str:
