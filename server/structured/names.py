@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections.abc import Callable, Iterable
@@ -12,41 +13,45 @@ from typing import Any
 from prerope.server.structured.document import Schema
 from prerope.server.structured.values import Unenforceable
 
-_SET_NOTATION = re.compile(r"&&|--|~~|\[[^]]*\[")
-"""What Rust reads as sets of characters, and Python as characters."""
+_ESCAPE = r"\\(?:[dwtnrfv]|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[^A-Za-z0-9])"
+_READ_ALIKE = re.compile(
+    rf"(?:[^\\[\](){{}}]|{_ESCAPE}|\((?:\?:|(?!\?))|\)|\{{[0-9]+(?:,[0-9]*)?\}}"
+    rf"|\[(?:(?!&&|--|~~)[^\\[\]^]|{_ESCAPE})+\])*+"
+)
+"""Patterns that ECMA, Rust and Python read alike: nested classes, comments, names and flags are not among them."""
 
 _CLASSES = {"CATEGORY_DIGIT": string.digits, "CATEGORY_WORD": string.ascii_letters + string.digits + "_"}
-_ANCHORS = {"AT_BEGINNING": "^", "AT_END": "$"}
+_ANCHORS = {"AT_BEGINNING": "^^", "AT_END": "$$"}
+"""As they stand among characters: of two letters, so that they are none."""
 
-MAX_PATTERN = 4_096
-"""Characters of a pattern that is looked into."""
-
-MAX_WORK = 16
-"""Characters that are put together to tell what a pattern lists, for each one of its own and of the names."""
+MAX_WORK = 8
+"""Characters that are put together to tell what an object's patterns list, for each one of theirs and of the names."""
 
 
 def listed_patterns(schema: Schema, is_named: Callable[[str, str], bool]) -> None:
-    """A pattern that lists nothing but names of `properties` says more of these: llguidance would wait for another.
+    """A pattern that lists nothing but names of `properties`, or required ones, says more of these: llguidance would
+    wait for another.
 
     is_named: whether a reference may name what the schema has under a keyword and a name. Unenforceable where that is
     one of the properties or the pattern: a reference to it means it as it stands.
     """
-    given, patterns = schema.get("properties"), schema.get("patternProperties")
+    given, patterns = schema.get("properties", {}), schema.get("patternProperties")
     if not isinstance(given, dict) or not isinstance(patterns, dict):
         return
-    known = {pattern: listed_names(pattern, given) for pattern in patterns}
-    listed = {pattern: names for pattern, names in known.items() if names is not None}
+    required = schema.get("required")
+    known = given.keys() | {name for name in required if isinstance(name, str)} if isinstance(required, list) else given
+    listed = {pattern: names for pattern, names in listed_names(patterns, known).items() if names is not None}
     more: dict[str, list[Any]] = {}
     for pattern, names in listed.items():
         for name in names:
-            if is_named("properties", name) or is_named("patternProperties", pattern):
+            if (name in given and is_named("properties", name)) or is_named("patternProperties", pattern):
                 raise Unenforceable(
                     "a pattern in 'patternProperties' lists only names of 'properties', and a '$ref' names one of the "
                     "two: put what the reference is for into '$defs'"
                 )
             more.setdefault(name, []).append(patterns[pattern])
     if listed:
-        schema["properties"] = given | {name: _both(given[name], rest) for name, rest in more.items()}
+        schema["properties"] = given | {name: _both(given.get(name, {}), rest) for name, rest in more.items()}
         schema["patternProperties"] = {one: value for one, value in patterns.items() if one not in listed}
         if not schema["patternProperties"]:
             del schema["patternProperties"]
@@ -78,16 +83,20 @@ def name_pattern(names: Schema, *, exact: bool) -> str | None:
     return None
 
 
-def listed_names(pattern: str, given: Iterable[str]) -> set[str] | None:
-    """The names that match a pattern, as a and aa do `^a{1,2}$`. None where they may be others than the given."""
-    names = frozenset(given)
-    if len(pattern) > MAX_PATTERN or _SET_NOTATION.search(pattern):
-        return None
-    work = MAX_WORK * (len(pattern) + sum(len(name) + 1 for name in names))
+def listed_names(patterns: Iterable[str], given: Iterable[str]) -> dict[str, set[str] | None]:
+    """The names that match each pattern, as a and aa do `^a{1,2}$`. None where they may be others than the given."""
+    names, patterns = frozenset(given), list(patterns)
+    work = MAX_WORK * sum(len(text) + 1 for text in (*patterns, *names))
     known = _Known(names, max(map(len, names), default=0) + len(_ANCHORS), work)
+    return {pattern: _listed(pattern, known) for pattern in patterns}
+
+
+def _listed(pattern: str, known: _Known) -> set[str] | None:
+    known.work -= len(pattern)
+    if known.work < 0 or _READ_ALIKE.fullmatch(pattern) is None:
+        return None
     try:
-        tree = parser.parse(pattern)
-        return None if tree.state.flags != re.UNICODE.value else known.whole(known.sequence(tree))
+        return known.whole(known.sequence(parser.parse(pattern)))
     except (_Other, re.error, RecursionError, OverflowError):
         return None
 
@@ -97,7 +106,7 @@ class _Other(Exception):
 
 
 _Text = tuple[str, ...]
-"""Characters, and the anchors, each written twice."""
+"""Characters and anchors."""
 
 
 @dataclass(slots=True)
@@ -108,35 +117,40 @@ class _Known:
     longest: int
     """Of the names, with both anchors."""
     work: int
-    """What is left of it."""
+    """What is left of MAX_WORK's, for all that is still to be read."""
 
     def whole(self, texts: set[_Text]) -> set[str]:
-        """The names among texts that are anchored at both ends."""
-        found = {"".join(text[1:-1]) for text in texts if text[:1] == ("^^",) and text[-1:] == ("$$",)}
-        if len(found) < len(texts) or not found <= self.names:
+        """The names among texts that are anchored at both ends, and nowhere else."""
+        first, last = _ANCHORS.values()
+        found = {"".join(text[1:-1]) for text in texts if text[:1] == (first,) and text[-1:] == (last,)}
+        if len(found) < len(texts) or any(first in text[1:] or last in text[:-1] for text in texts):
+            raise _Other
+        if not found <= self.names:
             raise _Other
         return found
 
     def sequence(self, tree: Iterable[tuple[Any, Any]]) -> set[_Text]:
         texts: set[_Text] = {()}
-        for kind, value in tree:
-            texts = self._joined(texts, self._part(str(kind), value))
+        for is_literal, parts in itertools.groupby(tree, key=lambda part: str(part[0]) == "LITERAL"):
+            if is_literal:  # at once, since texts are built anew for each part
+                texts = self._joined(texts, {tuple(chr(code) for _, code in parts)})
+                continue
+            for kind, value in parts:
+                texts = self._joined(texts, self._part(str(kind), value))
         return texts
 
     def _part(self, kind: str, value: Any) -> set[_Text]:
         match kind, value:
-            case "LITERAL", code:
-                return {(chr(code),)}
             case "IN", choices:
-                return {(char,) for choice in choices for char in self._chars(*choice)}
+                return self._bounded((char,) for choice in choices for char in self._chars(*choice))
             case "BRANCH", (_, branches):
-                return set().union(*map(self.sequence, branches))
+                return self._bounded(text for branch in branches for text in self.sequence(branch))
             case "SUBPATTERN", (_, 0, 0, inner):
                 return self.sequence(inner)
             case "MAX_REPEAT" | "MIN_REPEAT", (least, most, inner):
                 return self._repeated(self.sequence(inner), int(least), int(most))
             case "AT", anchor if str(anchor) in _ANCHORS:
-                return {(_ANCHORS[str(anchor)] * 2,)}
+                return {(_ANCHORS[str(anchor)],)}
         raise _Other
 
     def _chars(self, kind: Any, value: Any) -> Iterable[str]:

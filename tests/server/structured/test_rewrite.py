@@ -489,6 +489,17 @@ def test_a_name_may_follow_where_a_comma_may(pattern: str) -> None:
     assert goes_on >= 2
 
 
+@pytest.mark.parametrize("others", [{}, {"a": {"type": "integer"}}])
+def test_no_comma_follows_where_a_pattern_lists_what_is_required(others: dict[str, Any]) -> None:
+    """Required names are properties to llguidance, and then the pattern had none left."""
+    pattern = {"patternProperties": {"^[ab]$" if others else "^b$": {"type": "integer"}}, "required": ["b"]}
+    matcher = compiled({"type": "object", "properties": others, **pattern, "additionalProperties": False}).matcher()
+    for byte in b'{"a":1,"b":1' if others else b'{"b":1':
+        matcher.accept(byte)
+    assert b","[0] not in allowed(matcher)
+    assert not matcher.failure
+
+
 PATTERNED = {"type": "object", "patternProperties": {"^x": {"type": "integer"}}}
 NAMED = {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"]}
 
